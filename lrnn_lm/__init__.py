@@ -1,0 +1,1 @@
+"""A pretraining stack for language models built on linear recurrent networks."""

@@ -1,0 +1,77 @@
+"""The specification: both recurrences as plain loops over time, differentiated by autograd.
+
+Everything faster is tested against these two functions, on outputs and on every gradient. They are written to be
+read, not to be quick.
+
+Legend: B batch, T time, N blocks (block-diagonal) or channels (higher-order), M block size or order; z gate logits,
+v values, h state. Gates are normalised and the state is kept in fp32 (fp64 if the inputs are fp64).
+"""
+
+import torch
+from torch import Tensor
+
+from .gates import normalise
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 if any input is fp64, fp32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def block_diagonal_scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, gate: str = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, where `[A_t[i, :], a0_t[i]] = normalise(z_t[i, :])`.
+
+    Args:
+        gates: (B, T, N, M, M+1) logits, the input gate last.
+        values: (B, T, N, M).
+        h0: (B, N, M) state before the first step; zeros if None.
+        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
+        gate: a name in `gates.GATES`.
+    Returns:
+        h (B, T, N, M) in the dtype of `values`, and h_last (B, N, M) in the compute dtype.
+    """
+    dtype = compute_dtype(gates, values)
+    p = normalise(gates.to(dtype), gate)  # (B, T, N, M, M+1)
+    transition, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M, M), (B, T, N, M)
+    h = torch.zeros_like(driven[:, 0]) if h0 is None else h0.to(dtype)  # (B, N, M)
+    keep = None if reset is None else (~reset).to(dtype)[:, :, None, None]  # (B, T, 1, 1)
+    states = []
+    for t, (a, u) in enumerate(zip(transition.unbind(1), driven.unbind(1), strict=True)):
+        if keep is not None:
+            h = h * keep[:, t]
+        h = (a * h.unsqueeze(-2)).sum(-1) + u
+        states.append(h)
+    return torch.stack(states, dim=1).to(values.dtype), h
+
+
+def higher_order_scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, gate: str = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """H-LRU, design section 2: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t`.
+
+    Every coefficient of step t is taken at time t; the transposed-companion form found elsewhere is another recurrence.
+
+    Args:
+        gates: (B, T, N, M+1) logits of a_1 .. a_M, then a_0.
+        values: (B, T, N).
+        h0: (B, N, M) the last M states before the first step, newest first; zeros if None.
+        reset: (B, T) bool, true where a document starts: no tap reaches before it.
+        gate: a name in `gates.GATES`.
+    Returns:
+        h (B, T, N) in the dtype of `values`, and h_last (B, N, M), newest first, in the compute dtype.
+    """
+    dtype = compute_dtype(gates, values)
+    p = normalise(gates.to(dtype), gate)  # (B, T, N, M+1)
+    taps, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M), (B, T, N)
+    past = torch.zeros_like(taps[:, 0]) if h0 is None else h0.to(dtype)  # (B, N, M)
+    keep = None if reset is None else (~reset).to(dtype)[:, :, None, None]  # (B, T, 1, 1)
+    states = []
+    for t, (a, u) in enumerate(zip(taps.unbind(1), driven.unbind(1), strict=True)):
+        if keep is not None:
+            past = past * keep[:, t]
+        h = (a * past).sum(-1) + u
+        past = torch.cat([h.unsqueeze(-1), past[..., :-1]], dim=-1)
+        states.append(h)
+    return torch.stack(states, dim=1).to(values.dtype), past
