@@ -19,7 +19,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def block_diagonal_scan(
-    gates: Tensor, values: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, gate: str = "softmax"
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, where `[A_t[i, :], a0_t[i]] = normalise(z_t[i, :])`.
 
@@ -47,7 +51,11 @@ def block_diagonal_scan(
 
 
 def higher_order_scan(
-    gates: Tensor, values: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, gate: str = "softmax"
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
     """H-LRU, design section 2: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t`.
 

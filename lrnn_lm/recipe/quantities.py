@@ -1,0 +1,130 @@
+"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), warm-ups (`10%`)."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    model_serializer,
+    model_validator,
+)
+
+SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmbt]?)", re.IGNORECASE)
+
+
+def parse_count(value: object) -> int:
+    """An integer from `524288`, `524_288`, `524,288`, `2M` or `1.5B`; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"a count such as 2M or 524288 is wanted, not {value!r}")
+    if isinstance(value, str):
+        match = _COUNT.fullmatch(value.strip().replace("_", "").replace(",", ""))
+        if not match:
+            raise ValueError(f"a count such as 2M or 524288 is wanted, not {value!r}")
+        number = float(match[1]) * SUFFIX[match[2].lower()]
+    else:
+        number = float(value)
+    if number != int(number) or number < 0:
+        raise ValueError(f"a count must be a whole number of at least 0, not {value!r}")
+    return int(number)
+
+
+def format_count(number: int) -> str | int:
+    """The shortest exact way to write a count: 2000000 -> `2M`; 524288 stays the number that it is."""
+    for suffix, scale in sorted(SUFFIX.items(), key=lambda item: -item[1]):
+        if scale > 1 and number >= scale and number % (scale // 10) == 0:
+            return f"{number / scale:g}{suffix.upper()}"
+    return number
+
+
+TokenCount = Annotated[int, BeforeValidator(parse_count), PlainSerializer(format_count, when_used="json")]
+
+
+class Every(BaseModel):
+    """A cadence: `100K` tokens, `200 steps` or `30 min`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    amount: float
+    unit: Literal["tokens", "steps", "minutes"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            return value
+        text = value.strip().lower()
+        for unit, pattern in (
+            ("steps", r"\s*steps?"),
+            ("minutes", r"\s*min(?:utes?)?"),
+            ("tokens", r"(?:\s*tokens?)?"),
+        ):
+            match = re.fullmatch(rf"(.*?\d[kmbt]?){pattern}", text)
+            if match:
+                amount = float(match[1]) if unit == "minutes" else parse_count(match[1])
+                if amount <= 0:
+                    break
+                return {"amount": amount, "unit": unit}
+        raise ValueError(
+            f"a cadence such as '100K' (tokens), '200 steps' or '30 min' is wanted, not {value!r}"
+        )
+
+    @model_serializer
+    def _write(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        if self.unit == "minutes":
+            return f"{self.amount:g} min"
+        return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
+
+
+class Span(BaseModel):
+    """A part of the budget: `10%` or 0.1 of it, `2M` tokens, or `200 steps`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    amount: float
+    unit: Literal["fraction", "tokens", "steps"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            if 0 <= value <= 1:
+                return {"amount": value, "unit": "fraction"}
+            return {"amount": parse_count(value), "unit": "tokens"}
+        if not isinstance(value, str):
+            return value
+        text = value.strip().lower()
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+            return {"amount": float(match[1]) / 100, "unit": "fraction"}
+        if match := re.fullmatch(r"(.*\d[kmbt]?)\s*steps?", text):
+            return {"amount": parse_count(match[1]), "unit": "steps"}
+        if re.fullmatch(r"[01]?\.\d+|0|1|1\.0*", text):
+            return {"amount": float(text), "unit": "fraction"}
+        return {"amount": parse_count(text), "unit": "tokens"}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Span":
+        if self.unit == "fraction" and not 0 <= self.amount <= 1:
+            raise ValueError(f"a share of the budget lies between 0% and 100%, not {self.amount:.0%}")
+        return self
+
+    @model_serializer
+    def _write(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        if self.unit == "fraction":
+            return f"{self.amount * 100:g}%"
+        return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
+
+    def steps(self, total_steps: int, tokens_per_step: int) -> int:
+        """The span in optimiser steps of a run of `total_steps`."""
+        if self.unit == "fraction":
+            return round(self.amount * total_steps)
+        return int(self.amount) if self.unit == "steps" else round(self.amount / tokens_per_step)

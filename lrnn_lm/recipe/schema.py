@@ -1,0 +1,236 @@
+"""What a recipe may say: pure data, checked strictly. `load.py` reads YAML into these classes.
+
+Every section forbids keys that it does not know; every field has a default except the few that no default could serve.
+Relations between fields are checked here too, so that a recipe that validates can be built.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .quantities import Every, Span, TokenCount
+
+MIXER_TYPES = (
+    "bd_lru", "h_lru", "attention", "lstm", "mamba2", "deltanet", "gated_deltanet", "gated_deltaproduct", "gla"
+)  # fmt: skip
+MixerType = Literal[MIXER_TYPES]
+GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+
+class MixerSection(Section):
+    """A sequence mixer. Each type reads its own keys and leaves the others alone, so `type` can be swapped by override."""
+
+    type: MixerType = "bd_lru"
+    num_blocks: int | None = Field(
+        None, ge=1, description="blocks (bd_lru) or channels (h_lru); none: width = hidden_size"
+    )
+    block_size: int = Field(4, ge=1, le=64, description="M of bd_lru")
+    order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
+    gate: GateName = "softmax"
+    num_heads: int = Field(8, ge=1, description="attention heads")
+    rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
+    width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
+
+
+class ModelSection(Section):
+    """The model, in Hugging Face's names. `layer_pattern` (a list of mixers, repeated over depth) makes hybrids."""
+
+    hidden_size: int = Field(768, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    intermediate_size: int = Field(2048, ge=1)
+    vocab_size: int | None = Field(None, ge=2, description="none: the tokenizer's")
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    mixer: MixerSection = Field(default_factory=MixerSection)
+    layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
+    parameters: int | None = Field(
+        None, ge=1, description="the expected parameter count; checked where it is given"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_pattern(cls, data: Any) -> Any:
+        """An entry of layer_pattern is a mixer's name or its keys; what it leaves out comes from `mixer`."""
+        if not isinstance(data, dict) or not isinstance(data.get("layer_pattern"), list):
+            return data
+        base = data.get("mixer") or {}
+        base = (
+            base.model_dump() if isinstance(base, BaseModel) else dict(base) if isinstance(base, dict) else {}
+        )
+        entries = []
+        for entry in data["layer_pattern"]:
+            entry = {"type": entry} if isinstance(entry, str) else entry
+            entries.append({**base, **entry} if isinstance(entry, dict) else entry)
+        return {**data, "layer_pattern": entries}
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSection":
+        for mixer in self.layer_pattern or [self.mixer]:
+            if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} does not split into {mixer.num_heads} attention heads of even width"
+                )
+        return self
+
+
+class SourceSection(Section):
+    """Where text comes from."""
+
+    type: Literal["python-docs", "text", "jsonl", "parquet", "hf"] = "python-docs"
+    path: str | None = Field(
+        None, description="a file, a folder or a glob (text, jsonl, parquet), or a dataset (hf)"
+    )
+    name: str | None = Field(None, description="configuration of an hf dataset")
+    split: str = Field("train", description="split of an hf dataset")
+    text_field: str = "text"
+    limit: int | None = Field(None, ge=1, description="read at most this many documents")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourceSection":
+        if self.type != "python-docs" and not self.path:
+            raise ValueError(f"source type {self.type!r} needs a path")
+        return self
+
+
+class DataSection(Section):
+    """Text to token shards, and shards to rows of sequence_length + 1 tokens."""
+
+    source: SourceSection = Field(default_factory=SourceSection)
+    validation_source: SourceSection | None = Field(
+        None, description="held-out text; none: a share of `source`"
+    )
+    validation_fraction: float = Field(
+        0.02, gt=0, lt=1, description="share of `source`'s documents held out, by hash"
+    )
+    tokenizer: str = Field(
+        "tokenizers/bpe-4k.yaml", description="a folder, a hub name or a SentencePiece recipe"
+    )
+    sequence_length: int = Field(2048, ge=2)
+    cache_dir: str = Field(
+        "cache", description="where tokenizers and shards are kept, named by what made them"
+    )
+    shard_tokens: TokenCount = Field(100_000_000, ge=1)
+    num_proc: int | None = Field(None, ge=1, description="tokenising processes; none: one a core")
+    num_workers: int = Field(0, ge=0, description="loader processes a rank")
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(
+        0.1, ge=0, description="matrices only: none on norms, biases and embeddings' scales"
+    )
+    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: Span = Field(Span(amount=0.1, unit="fraction"), description="10%, 2M (tokens) or 200 steps")
+    decay: Span = Field(Span(amount=0.2, unit="fraction"), description="length of the final decay of wsd")
+    final_lr: float = Field(1e-5, ge=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"each beta lies in [0, 1), not {list(betas)}")
+        return betas
+
+
+class TrainSection(Section):
+    """The budget and how a step is cut into micro-batches."""
+
+    tokens: TokenCount = Field(10_000_000, ge=1)
+    tokens_per_step: TokenCount = Field(524_288, ge=1)
+    micro_batch: int = Field(8, ge=1, description="rows a rank takes through the model at once")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the device has it, else fp32"
+    )
+    compile: bool = False
+    activation_checkpointing: bool = False
+    loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")
+    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run stops")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    runs_dir: str = Field("runs", description="the run lives in runs_dir/name")
+
+
+class CheckpointSection(Section):
+    """When to save, and how much to keep."""
+
+    every: Every = Every(amount=1000, unit="steps")
+    keep_last: int = Field(2, ge=1)
+
+
+class EvalSection(Section):
+    """What is measured during and after training."""
+
+    every: Every = Every(amount=500, unit="steps")
+    tokens: TokenCount = Field(500_000, ge=1, description="validation tokens read each time")
+    tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end")
+    limit: int | None = Field(None, ge=1, description="documents a task")
+
+
+class TrackingSection(Section):
+    """metrics.jsonl is always written; these come beside it."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    project: str = "lrnn-lm"
+
+
+class LaunchSection(Section):
+    """How many machines a job takes; read by `lrnn submit`."""
+
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(1, ge=0)
+    time: str = Field("24:00:00", description="SLURM's time limit")
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    launch: LaunchSection = Field(default_factory=LaunchSection)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        row = self.data.sequence_length
+        if extra := self.train.tokens_per_step % row:
+            near = max(row, self.train.tokens_per_step - extra)
+            raise ValueError(
+                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of data.sequence_length {row}; "
+                f"the nearest below is {near}"
+            )
+        if self.train.tokens < self.train.tokens_per_step:
+            raise ValueError(
+                f"train.tokens {self.train.tokens} is less than one step (train.tokens_per_step {self.train.tokens_per_step})"
+            )
+        if self.optim.final_lr > self.optim.lr:
+            raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of sequence_length tokens in one optimiser step, over all ranks."""
+        return self.train.tokens_per_step // self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps that the token budget pays for (a remainder of less than a step is not trained)."""
+        return self.train.tokens // self.train.tokens_per_step
