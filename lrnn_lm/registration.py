@@ -1,49 +1,39 @@
 """Makes transformers' Auto classes know LRNN models, without importing transformers before the user does.
 
-If transformers' auto modules are loaded already they are told at once; otherwise an import hook waits for them. So
-`import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds `model_type: lrnn` in it.
+If transformers' auto modules are loaded already, our classes are imported and register; otherwise an import hook
+waits for them. So `import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds
+`model_type: lrnn` in it.
 """
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def _register_config(module: ModuleType) -> None:
-    from .model.config import LRNNConfig
-
-    module.AutoConfig.register(LRNNConfig.model_type, LRNNConfig, exist_ok=True)
-
-
-def _register_models(module: ModuleType) -> None:
-    from .model import LRNNConfig, LRNNForCausalLM, LRNNModel
-
-    module.AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
-    module.AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
-
-
-_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
+# Importing one of ours registers it (see the ends of these modules); each waits for transformers' own.
+_AFTER_IMPORT = {
+    "transformers.models.auto.configuration_auto": "lrnn_lm.model.config",
+    "transformers.models.auto.modeling_auto": "lrnn_lm.model.modeling",
 }
 
 
 class _NotifyingLoader(Loader):
-    """Loads as the real loader does, then tells."""
+    """Loads as the real loader does, then imports the module that waited."""
 
-    def __init__(self, loader: Loader, notify: Callable[[ModuleType], None]):
+    def __init__(self, loader: Loader, waiting: str):
         self._loader = loader
-        self._notify = notify
+        self._waiting = waiting
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._notify(module)
+        importlib.import_module(self._waiting)
 
 
 class _AutoFinder(MetaPathFinder):
@@ -70,9 +60,9 @@ class _AutoFinder(MetaPathFinder):
 def register() -> None:
     """Register with the auto modules that are there, and wait for the others. Safe to call twice."""
     waiting = False
-    for name, notify in _AFTER_IMPORT.items():
+    for name, ours in _AFTER_IMPORT.items():
         if name in sys.modules:
-            notify(sys.modules[name])
+            importlib.import_module(ours)
         else:
             waiting = True
     if waiting and not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..mixers import mixer_class, mixer_options
 
@@ -70,3 +71,6 @@ class LRNNConfig(PreTrainedConfig):
         return next(
             (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
         )
+
+
+AutoConfig.register(LRNNConfig.model_type, LRNNConfig, exist_ok=True)

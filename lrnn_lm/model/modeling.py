@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -258,3 +259,7 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
     if shifted is not None:
         return shifted
     return None if labels is None else shift_labels(labels)
+
+
+AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
+AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
