@@ -1,4 +1,6 @@
-"""Text to (B, T) batches of tokens at an exact position: sources, tokenizers, memory-mapped shards, rows, loaders."""
+"""Text to (B, T) batches of tokens at an exact position: sources, tokenizers, memory-mapped shards, rows,
+loaders.
+"""
 
 from .loader import TrainLoader, validation_batches
 from .prepare import PreparedData, open_prepared, prepare

@@ -1,7 +1,8 @@
 """Documents to tokens, over processes, in order.
 
-A document becomes first + tokens + last, with `first` the tokenizer's BOS (its EOS where it has none) and `last` its
-EOS; so a document's end is always a target that can be learnt, while the start of the next never is.
+A document becomes first + tokens + last, with `first` the tokenizer's BOS (its EOS where it has none) and
+`last` its EOS; so a document's end is always a target that can be learnt, while the start of the next never
+is.
 """
 
 import multiprocessing
@@ -53,7 +54,8 @@ def encode_documents(
 ) -> Iterator[tuple[str, T, npt.NDArray[np.uint32]]]:
     """(text, tag) pairs to (text, tag, ids), in the order given whatever the number of processes.
 
-    A few batches are under way at a time, so memory does not grow with the text. Raises DataError if a process dies.
+    A few batches are under way at a time, so memory does not grow with the text. Raises DataError if a
+    process dies.
     """
     workers = num_proc or len(os.sched_getaffinity(0))
     if workers == 1:
@@ -77,7 +79,7 @@ def encode_documents(
             yield from _collect(*under_way.popleft())
     except BrokenProcessPool:
         raise DataError(
-            f"a tokenising process died, probably out of memory; use fewer than {workers} (data.num_proc)"
+            f"a tokenising process was killed (out of memory?); use fewer than {workers} with data.num_proc"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
 """Batches at an exact position: the same global sequence for any number of ranks, workers or micro-batches.
 
-Samples are counted over all ranks and epochs. A step takes R = rows_per_step samples from the position on; rank r of W
-takes the r-th of W equal shares of them, in micro-batches.
+Samples are counted over all ranks and epochs. A step takes R = rows_per_step samples from the position on;
+rank r of W takes the r-th of W equal shares of them, in micro-batches.
 """
 
 import signal
@@ -22,8 +22,9 @@ class TrainLoader:
     """Endless steps of training rows. Each item is one optimiser step of this rank: a list of micro-batches.
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
-    `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new loader to go on
-    from there, on any number of ranks. Raises DataError if R does not split over the ranks, or the text is too short.
+    `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
+    loader to go on from there, on any number of ranks. Raises DataError if R does not split over the ranks,
+    or the text is too short.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class TrainLoader:
             )
         if rows_per_step < world_size:
             raise DataError(
-                f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; raise train.tokens_per_step "
-                f"to at least {world_size * sequence_length}, or use fewer ranks"
+                f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; "
+                f"raise train.tokens_per_step to at least {world_size * sequence_length}, or use fewer ranks"
             )
         if rows_per_step % world_size:
             raise DataError(
-                f"a step of {rows_per_step} rows does not split over {world_size} ranks; make train.tokens_per_step "
-                f"a multiple of {world_size * sequence_length}"
+                f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
+                f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
             )
         assert 0 <= rank < world_size
         assert micro_batch > 0
@@ -126,10 +127,11 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Row]:
-    """The first rows of a split in order, at most `max_tokens` (but one row), as micro-batches (b, T), b <= batch_rows.
+    """The first rows of a split in order, at most `max_tokens` (but one row), as micro-batches (b, T), b <=
+    batch_rows.
 
-    Ranks take turns, batch by batch; every rank gets the same number of batches (collectives may run in each), the
-    last of some with all targets masked.
+    Ranks take turns, batch by batch; every rank gets the same number of batches (collectives may run in
+    each), the last of some with all targets masked.
     """
     rows = PackedRows(shards, sequence_length, keep_tail=True)
     count = rows.num_rows if max_tokens is None else min(rows.num_rows, max(1, max_tokens // sequence_length))

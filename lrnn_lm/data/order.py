@@ -1,8 +1,9 @@
 """The order of rows: a permutation for each epoch, computed one index at a time.
 
-A Feistel network is a permutation of [0, 4^k) whatever its round function; walking on from an image outside [0, n)
-until one falls inside makes it a permutation of [0, n). Nothing of the size of the data is ever held, and the result
-depends on (seed, epoch, n) only: integer arithmetic, no generator of a library's that may change.
+A Feistel network is a permutation of [0, 4^k) whatever its round function; walking on from an image outside
+[0, n) until one falls inside makes it a permutation of [0, n). Nothing of the size of the data is ever held,
+and the result depends on (seed, epoch, n) only: integer arithmetic, no generator of a library's that may
+change.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def rows_of_samples(first: int, count: int, num_rows: int, seed: int) -> Indices:
-    """The rows (count,) of global samples first .. first+count-1: sample i is row perm(seed, i // n)[i % n]."""
+    """Rows (count,) of global samples first .. first+count-1: sample i is row perm(seed, i // n)[i % n]."""
     samples = np.arange(first, first + count, dtype=np.int64)
     epochs, places = np.divmod(samples, num_rows)
     rows = np.empty(count, np.int64)
@@ -48,7 +49,7 @@ def _word(number: int) -> npt.NDArray[np.uint64]:
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64: every input bit flips about half of the output's (arithmetic modulo 2^64)."""
+    """The finaliser of SplitMix64: each input bit flips about half of the output's (modulo 2^64)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,6 +1,7 @@
 """Rows of T tokens and their targets, cut from the stream of documents.
 
-Row r reads positions r*T .. r*T+T of the stream (T+1 tokens): the last token of a row is the first input of the next.
+Row r reads positions r*T .. r*T+T of the stream (T+1 tokens): the last token of a row is the first input of
+the next.
     input_ids (T,)  int64
     labels    (T,)  int64, the next token; -100 where that is another document's first
     reset     (T,)  bool, true where a document starts, so that no state crosses over
@@ -16,7 +17,7 @@ Row = dict[str, torch.Tensor]
 
 
 class PackedRows(torch.utils.data.Dataset[Row]):
-    """The rows of a split. With `keep_tail` the last, short one is padded with masked targets, else dropped."""
+    """The rows of a split. With `keep_tail` the last, short one is padded and masked, else dropped."""
 
     def __init__(self, shards: TokenShards, sequence_length: int, keep_tail: bool = False) -> None:
         self.shards = shards

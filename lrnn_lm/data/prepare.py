@@ -1,10 +1,10 @@
 """`prepare`: from a DataSpec to a tokenizer and token shards on disk, once.
 
-Both are kept under cache_dir in folders named by a hash of everything that determines their bytes, so a second call
-finds them, and a change of the text, the tokenizer or the split makes new ones.
+Both are kept under cache_dir in folders named by a hash of everything that determines their bytes, so a
+second call finds them, and a change of the text, the tokenizer or the split makes new ones.
 
-    cache_dir/tokenizers/NAME-HASH/   a fast HF tokenizer
-    cache_dir/data/NAME-HASH/         tokenizer/, train-*.bin, validation-*.bin, validation.jsonl, manifest.json
+    cache_dir/tokenizers/NAME-HASH/  a fast HF tokenizer
+    cache_dir/data/NAME-HASH/        tokenizer/, train-*.bin, validation-*.bin, validation.jsonl, manifest
 """
 
 import errno
@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,9 @@ HELDOUT = "validation.jsonl"
 class PreparedData:
     """What `prepare` leaves in `folder`.
 
-    `heldout_path` holds the held-out documents, one {"text": ..} a line, in the order of `validation`'s tokens.
-    `vocab_size` is the tokenizer's largest id + 1. `manifest["content_hash"]` tells whether two folders hold the same
-    tokens.
+    `heldout_path` holds the held-out documents, one {"text": ..} a line, in the order of `validation`'s
+    tokens. `vocab_size` is the tokenizer's largest id + 1. `manifest["content_hash"]` tells whether two
+    folders hold the same tokens.
     """
 
     folder: Path
@@ -49,7 +50,9 @@ class PreparedData:
     manifest: dict[str, Any]
 
     def check_tokenizer(self, folder: str | Path) -> None:
-        """Raise DataError unless the tokenizer in `folder` (a checkpoint's, say) is the one that made the shards."""
+        """Raise DataError unless the tokenizer in `folder` (a checkpoint's, say) is the one that made the
+        shards.
+        """
         if tokenize.tokenizer_hash(folder) != self.tokenizer_hash:
             raise DataError(
                 f"the tokenizer in {folder} is not the one that made the shards in {self.folder}; "
@@ -75,11 +78,12 @@ def prepare(spec: DataSpec, progress: bool = True) -> PreparedData:
     if prepared.train.num_tokens < spec.sequence_length + 1:
         raise DataError(
             f"the text is too short: its {prepared.train.num_tokens} training tokens do not fill one row of "
-            f"data.sequence_length + 1 = {spec.sequence_length + 1}; use more text or a smaller sequence_length"
+            f"data.sequence_length + 1 = {spec.sequence_length + 1}; use more text or shorter rows"
         )
     if spec.vocab_size is not None and prepared.vocab_size > spec.vocab_size:
         raise DataError(
-            f"tokenizer {spec.tokenizer} has {prepared.vocab_size} tokens, which do not fit in vocab_size {spec.vocab_size}"
+            f"tokenizer {spec.tokenizer} has {prepared.vocab_size} tokens, "
+            f"which do not fit in vocab_size {spec.vocab_size}"
         )
     return prepared
 
@@ -153,7 +157,7 @@ def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
 
 
 def _tokenizer_fingerprint(name: str) -> list[object]:
-    """A ready tokenizer: the contents of its folder's files, or its hub name (kept usable without a network)."""
+    """A ready tokenizer: the contents of its folder's files, or just its hub name: no network needed."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return [name]
@@ -204,12 +208,13 @@ def _build_split(
         }
         heldout_file = HashedFile(aside / HELDOUT)
         pairs = _tagged_documents(spec, held_out)
-        for text, split, ids in encode_documents(pairs, tokenizer, facts, spec.num_proc):
-            size = len(text.encode())
-            writers[split].add(ids, size)
-            if split == "validation":
-                heldout_file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-            bar.advance(len(ids), size)
+        with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
+            for text, split, ids in encoded:
+                size = len(text.encode())
+                writers[split].add(ids, size)
+                if split == "validation":
+                    heldout_file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+                bar.advance(len(ids), size)
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
@@ -230,12 +235,12 @@ def _build_tokenizer(
 
 
 def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, str]]:
-    """(text, split) of every document. A train document that equals one of a validation source is left out."""
+    """(text, split) of every document; a train document that a validation source holds too is left out."""
     if spec.validation_source:
         for text in sources.documents(spec.validation_source):
             yield text, "validation"
     for text in sources.documents(spec.source):
-        if text not in held_out:
+        if not held_out.holds(text):
             yield text, "train"
         elif not spec.validation_source:
             yield text, "validation"

@@ -1,7 +1,7 @@
 """English that every Python carries: the language reference's topics and the standard library's docstrings.
 
-Source files are parsed with `ast`, never imported. A document is one topic, or the docstrings of one module (and of
-its classes and functions) under their names; a long module makes several documents.
+Source files are parsed with `ast`, never imported. A document is one topic, or the docstrings of one module
+(and of its classes and functions) under their names; a long module makes several documents.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .specs import DataError
 
-MAX_CHARS = 12_000  # a document is closed after the docstring that reaches this
+MAX_CHARS = 6_000  # a document is closed after the docstring that reaches this
 MIN_CHARS = 100  # what is shorter teaches nothing
 _SKIPPED = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip",
@@ -23,7 +23,9 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documents() -> Iterator[str]:
-    """Topics in order of name, then modules in order of path; no docstring twice. Raises DataError if there are none."""
+    """Topics in order of name, then modules in order of path; no docstring twice. Raises DataError if there
+    are none.
+    """
     found = False
     for topic in _topics():
         found = True
@@ -92,7 +94,9 @@ def _module_documents(path: Path, seen: set[str]) -> Iterator[str]:
 
 
 def _docstrings(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of a module, class or function, then of what stands inside it, in source order."""
+    """(dotted name, docstring) of a module, class or function, then of what stands inside it, in source
+    order.
+    """
     text = ast.get_docstring(node)
     if text and text.strip():
         yield name, text

@@ -1,7 +1,8 @@
 """Token shards on disk: the concatenated documents of a split, as memory-mapped integers.
 
-Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where in the
-shard each document starts). A document never crosses shards. Counts and checksums stand in the folder's manifest.
+Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
+in the shard each document starts). A document never crosses shards. Counts and checksums stand in the
+folder's manifest.
 """
 
 import hashlib
@@ -130,7 +131,9 @@ class TokenShards:
             check_file(self.folder, name, facts, checksum=True)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
-        """(shard, from, to, the shard's offset in the stream) of the shards that hold positions start..stop-1."""
+        """(shard, from, to, the shard's offset in the stream) of the shards that hold positions
+        start..stop-1.
+        """
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         pieces = []
         for k in range(first, len(self._shards)):

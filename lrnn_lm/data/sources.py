@@ -1,7 +1,7 @@
 """Sources: one text document after another, streamed, in an order that does not change.
 
-Files may be plain, .gz or .zst. A folder or glob is read in order of path. What is missing, empty, binary or broken
-raises DataError naming the place.
+Files may be plain, .gz or .zst. A folder or glob is read in order of path. What is missing, empty, binary or
+broken raises DataError naming the place.
 """
 
 import glob
@@ -9,6 +9,7 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,17 +45,18 @@ def describe(spec: SourceSpec) -> str:
 
 
 def fingerprint(spec: SourceSpec) -> list[object]:
-    """What tells this source's text from another's: names, sizes and times of local files, the name of a hub set.
+    """What tells this source's text from another's: names, sizes and times of local files, the name of a hub
+    set.
 
     A hub dataset is known by its name only, so that what is prepared stays usable without a network.
     """
     what: list[object] = [spec.type, spec.name, spec.split, spec.text_field, spec.limit]
     if spec.type == "python-docs":
         return [*what, python_docs.fingerprint()]
-    if spec.type == "hf" and not Path(spec.path or "").exists():
+    if spec.type == "hf" and not Path(spec.path or "").expanduser().exists():
         return [*what, spec.path]
     files = _files(spec)
-    base = Path(spec.path or "")
+    base = Path(spec.path or "").expanduser()
     names = [str(f.relative_to(base)) if base.is_dir() else f.name for f in files]
     stats = [f.stat() for f in files]
     return [*what, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]
@@ -78,7 +80,7 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
 
 
 def _files(spec: SourceSpec) -> list[Path]:
-    """The files of a source in order of path; hidden ones are left out. Raises DataError if there are none."""
+    """The files of a source in order of path, without hidden ones. Raises DataError if there are none."""
     path = Path(spec.path or "").expanduser()
     if path.is_file():
         return [path]
@@ -106,7 +108,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as raw:
             if path.suffix == ".gz":
-                yield gzip.open(raw)  # type: ignore[misc]
+                with gzip.open(raw) as unpacked:
+                    yield unpacked  # type: ignore[misc]
             elif path.suffix == ".zst":
                 # several frames may stand one after another
                 yield io.BufferedReader(
@@ -114,7 +117,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 )
             else:
                 yield raw
-    except (zstandard.ZstdError, gzip.BadGzipFile, EOFError) as error:
+    except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: damaged archive ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -162,7 +165,7 @@ def _parse_line(line: bytes, where: str, field: str) -> str:
 def _field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
         raise DataError(
-            f"{where}: no field {field!r}; set data.source.text_field to one of: {', '.join(map(str, record))}"
+            f"{where}: no field {field!r}; set data.source.text_field to one of: {', '.join(record)}"
         )
     text = record[field]
     if not isinstance(text, str):
@@ -196,9 +199,15 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 def _read_hf(spec: SourceSpec) -> Iterator[str]:
     """A Hugging Face dataset: a folder of save_to_disk, a local dataset folder, or a hub name; streamed."""
-    rows = _load_hf(spec)
-    for number, record in enumerate(rows):
-        yield _field(record, spec.text_field, f"{describe(spec)}: row {number}")
+    from datasets.exceptions import DatasetsError
+
+    number = 0
+    try:
+        for number, record in enumerate(_load_hf(spec)):
+            yield _field(record, spec.text_field, f"{describe(spec)}: row {number}")
+    except (OSError, DatasetsError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(f"dataset {describe(spec)}: reading stopped near row {number} ({why})") from None
 
 
 def _load_hf(spec: SourceSpec) -> Any:
@@ -206,10 +215,14 @@ def _load_hf(spec: SourceSpec) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(spec.path or "").expanduser()
+    if str(spec.path).startswith(("/", ".", "~")) and not path.exists():
+        raise DataError(f"{spec.path}: no such file or folder (data.source.path)")
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         if not saved:
-            return datasets.load_dataset(str(spec.path), spec.name, split=spec.split, streaming=True)
+            return datasets.load_dataset(
+                str(path) if path.exists() else str(spec.path), spec.name, split=spec.split, streaming=True
+            )
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         advice = "" if path.exists() else "; if there is no network here, give the folder of a local copy"

@@ -26,7 +26,9 @@ class OneSidedError(DataError):
 
 @dataclass
 class HeldOut:
-    """Holds out the texts whose hash is below `threshold`, or that are `listed` (a validation source's hashes)."""
+    """Holds out the texts whose hash is below `threshold`, or that are `listed` (a validation source's
+    hashes).
+    """
 
     threshold: int
     listed: frozenset[int] = frozenset()
@@ -38,13 +40,16 @@ class HeldOut:
         """Hold out about this share of the documents."""
         return cls(int(share * _RANGE))
 
-    def __contains__(self, text: str) -> bool:
+    def holds(self, text: str) -> bool:
+        """Whether this document is held out; remembers the range of the hashes it was asked about."""
         number = text_hash(text)
         self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
         return number < self.threshold or number in self.listed
 
     def one_sided(self, empty: str) -> OneSidedError:
-        """The error for an empty side, once all documents were seen: a small corpus gives up its outermost hash."""
+        """The error for an empty side, once all documents were seen: a small corpus gives up its outermost
+        hash.
+        """
         threshold = None
         if not self.listed and self.lowest < self.highest:
             threshold = self.lowest + 1 if empty == "validation" else self.highest
@@ -56,14 +61,15 @@ class HeldOut:
 
 
 def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> Iterator[str]:
-    """About `size` bytes of train documents for the tokenizer, chosen by hash from the first SURVEY * size bytes.
+    """About `size` bytes of train documents for the tokenizer, chosen by hash from the first SURVEY * size
+    bytes.
 
     Holds no more than the sample in memory. Raises OneSidedError if there is no train document.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top
     kept = read = 0
     for text in documents:
-        if text in held_out:
+        if held_out.holds(text):
             continue
         text = text[:size]
         read += len(text)

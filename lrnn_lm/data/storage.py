@@ -17,8 +17,8 @@ _BUILDING = ".building-"
 def build_folder(final: Path, build: Callable[[Path], None]) -> None:
     """Make `final` by letting `build` fill an empty folder beside it, unless it is there already.
 
-    Whatever stops `build` leaves no trace, or one that the next call clears. Of two processes the second waits, then
-    finds the folder made.
+    Whatever stops `build` leaves no trace, or one that the next call clears. Of two processes the second
+    waits, then finds the folder made.
     """
     if final.is_dir():
         return
@@ -62,7 +62,9 @@ def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM raises SystemExit inside, so that what is half-made is removed; a handler already set is left alone."""
+    """SIGTERM raises SystemExit inside, so that what is half-made is removed; a handler already set is left
+    alone.
+    """
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL

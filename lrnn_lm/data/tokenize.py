@@ -1,8 +1,10 @@
-"""Tokenizers: train one with SentencePiece, or take an existing Hugging Face one; either way a fast HF folder.
+"""Tokenizers: train one with SentencePiece, or take an existing Hugging Face one; either way a fast HF
+folder.
 
-A trained tokenizer normalises nothing. SentencePiece's own files write a space as U+2581; the fast tokenizer keeps
-real spaces in its pieces instead, so that a text that holds U+2581 comes back too. Whatever the pieces do not cover
-falls back to UTF-8 bytes, hence decode(encode(x)) == x for every text, and no text ever encodes to a control token.
+A trained tokenizer normalises nothing. SentencePiece's own files write a space as U+2581; the fast tokenizer
+keeps real spaces in its pieces instead, so that a text that holds U+2581 comes back too. Whatever the pieces
+do not cover falls back to UTF-8 bytes, hence decode(encode(x)) == x for every text, and no text ever encodes
+to a control token.
 """
 
 import hashlib
@@ -85,7 +87,8 @@ def recipe_key(recipe: TokenizerRecipe) -> str:
 def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
     """Train on `texts` and write a fast HF tokenizer into `folder`. Deterministic.
 
-    Raises DataError where the text cannot fill the vocabulary, with the largest size that works if it is known.
+    Raises DataError where the text cannot fill the vocabulary, with the largest size that works if it is
+    known.
     """
     import sentencepiece
 
@@ -120,12 +123,14 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
 
 
 def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
-    """The `tokenizers` twin of a SentencePiece model trained by `train`: same ids for every text without U+2581.
+    """The `tokenizers` twin of a SentencePiece model trained by `train`: same ids for every text without
+    U+2581.
 
-    In unigram two segmentations of nearly equal probability may change places in long texts, where SentencePiece's
-    single-precision sums round.
+    In unigram two segmentations of nearly equal probability may change places in long texts, where
+    SentencePiece's single-precision sums round.
     """
     import sentencepiece
+
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 
     spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -147,7 +152,9 @@ def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
 
 
 def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallback: bool) -> Any:
-    """Every way to put a piece together from two others is a merge, in the order in which the pieces were learnt."""
+    """Every way to put a piece together from two others is a merge, in the order in which the pieces were
+    learnt.
+    """
     from tokenizers import models
 
     normal = {piece: score for piece, score, ok in zip(pieces, scores, plain, strict=True) if ok}
@@ -162,7 +169,7 @@ def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallbac
 
 
 def _unigram(pieces: list[str], scores: list[float], byte_fallback: bool) -> Any:
-    """Pieces with log-probabilities; the text `<0x0A>` must not become a byte, so such pieces score `_NEVER`."""
+    """Pieces with log-probabilities; bytes score `_NEVER`, so that the text `<0x0A>` does not become one."""
     from tokenizers import models
 
     return models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=byte_fallback)
@@ -182,7 +189,9 @@ def _save(tokenizer: "Tokenizer", folder: Path) -> None:
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Training text in pieces short enough for SentencePiece, cut at line ends and spaces where there are any."""
+    """Training text in pieces short enough for SentencePiece, cut at line ends and spaces where there are
+    any.
+    """
     for text in texts:
         for part in _UNTRAINABLE.split(text):
             start = 0
@@ -193,8 +202,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def cut_point(text: str, start: int, length: int) -> int:
-    """Where to cut text[start:] so that at most `length` characters come before: before a space after a non-space
-    or, failing that, after a line end; else after exactly `length`."""
+    """Where to cut text[start:] so that at most `length` characters come before: before a space after a
+    non-space or, failing that, after a line end; else after exactly `length`.
+    """
     stop = start + length
     if stop >= len(text):
         return len(text)
@@ -222,7 +232,9 @@ def _training_error(error: Exception, recipe: TokenizerRecipe) -> DataError:
 
 
 def import_tokenizer(name: str, folder: Path) -> None:
-    """Copy an existing tokenizer (a folder or a hub name) into `folder` as a fast HF tokenizer. Raises DataError."""
+    """Copy an existing tokenizer (a folder or a hub name) into `folder` as a fast HF tokenizer. Raises
+    DataError.
+    """
     from transformers import AutoTokenizer
 
     local = Path(name).is_dir()
@@ -245,7 +257,9 @@ def import_tokenizer(name: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the shards need to know: `vocab_size` is the largest id + 1; `first` starts a document, `last` ends it."""
+    """What the shards need to know: `vocab_size` is the largest id + 1; `first` starts a document, `last`
+    ends it.
+    """
 
     vocab_size: int
     first: int
@@ -254,7 +268,7 @@ class TokenizerFacts:
 
 
 def read_facts(folder: Path) -> TokenizerFacts:
-    """Facts of the fast tokenizer in `folder`, read without transformers. Raises DataError if it is not one."""
+    """Facts of a fast tokenizer's folder, read without transformers. Raises DataError if it is none."""
     tokenizer = load_backend(folder)
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
