@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 8
-_MIN_BITS = 4  # of a half; a smaller domain mixes badly
+_MIN_BITS = 3  # of a half; a smaller domain mixes badly
 
 Indices = npt.NDArray[np.int64]
 

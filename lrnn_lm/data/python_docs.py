@@ -14,7 +14,7 @@ from pathlib import Path
 from .specs import DataError
 
 MAX_CHARS = 6_000  # a document is closed after the docstring that reaches this
-MIN_CHARS = 100  # what is shorter teaches nothing
+MIN_CHARS = 160  # what is shorter teaches nothing
 _SKIPPED = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip",
     "__pycache__", "pydoc_data",
@@ -27,10 +27,12 @@ def documents() -> Iterator[str]:
     are none.
     """
     found = False
-    for topic in _topics():
-        found = True
-        yield topic
     seen: set[str] = set()
+    for topic in _topics():
+        if topic not in seen:
+            found = True
+            seen.add(topic)
+            yield topic
     for path in _module_files():
         for document in _module_documents(path, seen):
             found = True

@@ -111,16 +111,49 @@ def _open(path: Path) -> Iterator[BinaryIO]:
                 with gzip.open(raw) as unpacked:
                     yield unpacked  # type: ignore[misc]
             elif path.suffix == ".zst":
-                # several frames may stand one after another
-                yield io.BufferedReader(
-                    zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                )
+                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)
             else:
                 yield raw
     except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: damaged archive ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _ZstdReader(io.RawIOBase):
+    """Unpacks Zstandard frames in a row. EOFError if the last is cut short (the library lets that pass)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._unpack():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _unpack(self) -> bool:
+        """Make some bytes ready; False at the end of the file."""
+        import zstandard
+
+        self._packed = self._packed or self._raw.read(1 << 17)
+        if not self._packed:
+            if self._frame is not None:
+                raise EOFError("it ends in the middle")
+            return False
+        self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+        self._ready = self._frame.decompress(self._packed)
+        self._packed = b""
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return True
 
 
 def _read_text(path: Path) -> str:
