@@ -36,7 +36,8 @@ def generate(
 
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
     settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
-    settings.eos_token_id = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id  # one id or several; 0 is one too
+    settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if seed is not None:

@@ -3,18 +3,19 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
 import platform
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
-from .heldout import heldout_path
+from .heldout import HELDOUT_NAME, heldout_path
+from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def evaluate(
     num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
     _check(names, limit, batch_size, num_fewshot, max_length)
     info = describe(checkpoint)
-    metadata = {"data": str(heldout_path(data))} if data is not None else {"pretrained": str(info.path)}
+    assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
+    documents = _documents(info, data)
+    metadata = {"data": documents} if documents else {"pretrained": str(info.path)}
     with _quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
@@ -78,7 +81,7 @@ def evaluate(
         "batch_size": batch_size,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "data": str(heldout_path(data)) if data is not None else None,
+        "data": documents,
         "truncated_requests": truncated,
     }
     results["software"] = _versions()
@@ -102,6 +105,13 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
             label = metric if kind == "none" else f"{metric} ({kind})"
             rows.append((task, label, float(value), error if isinstance(error, int | float) else None))
     return rows
+
+
+def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
+    """The held-out file that is passed, or the run's if it has one."""
+    if data is None and (info.run is None or not (info.run / HELDOUT_NAME).is_file()):
+        return None  # which matters to the heldout tasks only: they will say what to pass
+    return str(heldout_path(data, info.path))
 
 
 def _check(
@@ -139,7 +149,7 @@ def _run(
     training = model.training
     start = document_start(model, tokenizer)
     try:
-        with _random_state_kept(), contextlib.redirect_stdout(sys.stderr):
+        with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
             lm = LiveLM(model, tokenizer, batch_size=batch_size, max_length=max_length, start=start)
             results = lm_eval.simple_evaluate(
                 model=lm,
@@ -229,9 +239,7 @@ def _write(
 
 
 def _show(results: dict[str, Any], written: Path | None) -> None:
-    from rich.console import Console
-
-    console = Console()
+    console = table_console()
     console.print(_table(results))
     scores = {(task, metric): value for task, metric, value, _ in flatten(results)}
     for (task, metric), gzip in scores.items():
@@ -265,13 +273,8 @@ def _table(results: dict[str, Any]) -> "Table":
     for task, metric, value, error in flatten(results):
         count = counts.get(task, {}).get("effective", "")
         first = task != last
-        shown = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
         table.add_row(
-            task if first else "",
-            metric,
-            shown,
-            f"{error:.4f}" if error is not None else "",
-            str(count) if first else "",
+            task if first else "", metric, decimal(value), decimal(error), str(count) if first else ""
         )
         last = task
     return table

@@ -16,23 +16,21 @@ _COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#
 def draw(runs: list[Run], path: Path) -> None:
     """Write one picture (PNG, SVG or PDF by the suffix) of one or several runs; makes its folder."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     bits = any(run.last("bits_per_byte") is not None for run in runs)
     style = {"font.size": 10, "axes.edgecolor": _GREY, "text.color": _INK, "axes.labelcolor": _INK}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            1, 2 if bits else 1, figsize=(11 if bits else 7, 4.2), squeeze=False, layout="constrained"
-        )
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(11 if bits else 7, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)  # no pyplot: a notebook's or a caller's backend stays as it is
+        axes = figure.subplots(1, 2 if bits else 1, squeeze=False)
         _draw_loss(axes[0][0], runs)
         if bits:
             _draw_bits(axes[0][1], runs)
         figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", fontweight="bold")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
-        plt.close(figure)
 
 
 def smooth(values: list[float], width: int) -> list[float]:
@@ -70,7 +68,7 @@ def _draw_loss(axes: "Axes", runs: list[Run]) -> None:
                 "markeredgecolor": "white",
                 "zorder": 4,
             }
-            axes.plot(*zip(*held, strict=True), "o", markersize=6, label=label, **style)
+            axes.plot(*zip(*held, strict=True), "o", markersize=5.5, label=label, **style)
             ends += _after_warm_up(*zip(*held, strict=True), run.tokens)
     if ends and max(ends) > min(ends):
         margin = 0.08 * (max(ends) - min(ends))
@@ -85,23 +83,22 @@ def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
         lines = [line for line in run.validation if isinstance(line.get("bits_per_byte"), int | float)]
         points = [(line["tokens"], line["bits_per_byte"]) for line in lines]
         if points:
-            label = "validation" if alone else run.name
+            label = f"{'validation' if alone else run.name}: {points[-1][1]:.3f}"
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markeredgecolor="white", label=label)
-            value = points[-1][1]
-            axes.annotate(
-                f"{value:.3f}", points[-1], xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
-            )
-    bars = {round(s.value, 3) for r in runs for (_, m), s in r.scores.items() if m == "gzip_bits_per_byte"}
+    gzip = [
+        score for run in runs for (_, metric), score in run.scores.items() if metric == "gzip_bits_per_byte"
+    ]
+    bars = {round(score.value, 3) for score in gzip if score.limit is None}
     for value in sorted(bars):
         axes.axhline(value, color=_GREY, linestyle="--", linewidth=1.2, label=f"gzip -9: {value:.3f}")
-    axes.set_title("Held-out text, compressed", fontsize=10, loc="left")
+    axes.set_title("Bits per byte of held-out text", fontsize=10, loc="left")
     axes.margins(y=0.12)
     _finish(axes, "bits per byte")
 
 
 def _after_warm_up(tokens: Any, losses: Any, total: int) -> list[float]:
-    """The finite losses after the first 2% of the tokens: the fall before would flatten the rest."""
-    return [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.02 * total and math.isfinite(loss)]
+    """The finite losses after the first 5% of the tokens: the fall before would flatten the rest."""
+    return [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.05 * total and math.isfinite(loss)]
 
 
 def _finish(axes: "Axes", ylabel: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .runs import Run, Score, read_run
+from .show import decimal, table_console
 
 _COLUMNS = ("run", "parameters", "tokens", "training loss", "validation loss", "bits per byte", "tokens/s")
 
@@ -67,9 +68,9 @@ def _row(run: Run) -> list[str]:
         run.name,
         _count(run.parameters),
         _count(run.tokens),
-        _decimal(run.training_loss),
-        _decimal(run.last("validation_loss")),
-        _decimal(run.last("bits_per_byte")),
+        decimal(run.training_loss),
+        decimal(run.last("validation_loss")),
+        decimal(run.last("bits_per_byte")),
         _count(run.tokens_per_second),
     ]
 
@@ -85,8 +86,7 @@ def _score_rows(runs: list[Run]) -> list[list[str]]:
 def _score(score: Score | None) -> str:
     if score is None:
         return ""
-    text = f"{score.value:.4f}" if abs(score.value) < 1e6 else f"{score.value:.4g}"
-    text += f" ± {score.error:.4f}" if score.error is not None else ""
+    text = decimal(score.value) + (f" ± {decimal(score.error)}" if score.error is not None else "")
     return text + (f" (first {score.limit})" if score.limit is not None else "")
 
 
@@ -101,27 +101,22 @@ def _count(number: float | None) -> str:
     return f"{number:.0f}"
 
 
-def _decimal(number: float | None) -> str:
-    return "" if number is None else f"{number:.4f}"
-
-
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def _print(runs: list[Run], written: list[Path]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = table_console()
     tables = [(list(_COLUMNS), [_row(run) for run in runs], 1)]
     if scores := _score_rows(runs):
         tables.append((["task", "metric", *(run.name for run in runs)], scores, 2))
     for header, rows, left in tables:
         table = Table()
         for i, title in enumerate(header):
-            table.add_column(title, justify="left" if i < left else "right")
+            table.add_column(title, justify="left" if i < left else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -108,7 +108,7 @@ def hub_data(needed: bool) -> Iterator[None]:
 
 def _reachable(endpoint: str, seconds: float = 3.0) -> bool:
     """Whether a connection to the hub opens. Behind a proxy only a request would tell: it counts as open."""
-    if urllib.request.getproxies():
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return True
     address = urlsplit(endpoint)
     try:

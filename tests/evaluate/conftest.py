@@ -8,7 +8,7 @@ import pytest
 _GARDEN = (
     "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
     "rose the water was still cold, and nobody else came near the river.\n\nLater in the day she watered the "
-    "roses, the beans and the young trees behind the old stone house. Her neighbour asked what she liked best. "
+    "roses, the beans and the young trees behind the old stone house. Her neighbour asked what she liked. "
     "She pointed at the roses."
 )
 _COMPILER = (

@@ -64,6 +64,23 @@ def test_cloze_equals_direct_log_softmax(results, loaded, checkpoint):
     assert {"acc_stderr,none", "perplexity_stderr,none"} <= results["results"][BOTH[1]].keys()
 
 
+def test_cloze_of_our_models_is_read_from_bos(checkpoint, loaded, tmp_path, monkeypatch):
+    from lrnn_lm.evaluate import harness
+
+    model, tokenizer = loaded
+    monkeypatch.setattr(harness, "document_start", lambda model, tokenizer: tokenizer.bos_token_id)
+    out = evaluate(
+        checkpoint, BOTH[1:], model=model, tokenizer=tokenizer, max_length=1024, output=tmp_path, batch_size=3
+    )
+    nats = []
+    for row in heldout.cloze_dataset(pretrained=str(checkpoint))["test"]:
+        context = tokenizer.encode(row["context"], add_special_tokens=False)
+        whole = tokenizer.encode(row["context"] + row["answer"], add_special_tokens=False)
+        logprobs, _ = _logprobs(model, [tokenizer.bos_token_id, *whole])
+        nats.append(-logprobs[-(len(whole) - len(context)) :].sum().item())
+    assert _score(out, BOTH[1], "perplexity") == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+
+
 def test_cloze_accuracy_of_a_model_that_knows(checkpoint, loaded, tmp_path, monkeypatch):
     """Accuracy is not merely 0 of a random model: answers set to what the model says give 1."""
     model, tokenizer = loaded
@@ -247,6 +264,22 @@ def test_a_hub_task_without_a_network_ends_at_once(checkpoint, loaded, tmp_path,
     assert len(str(error.value).splitlines()) == 2
     assert "heldout_cloze" in str(error.value)
     assert not constants.HF_HUB_OFFLINE, "the switch is put back"
+
+
+def test_the_hub_is_tried_before_it_is_given_up(monkeypatch):
+    import socket
+
+    from lrnn_lm.evaluate.tasks import _reachable
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert _reachable(f"http://127.0.0.1:{port}")
+    assert not _reachable(f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    assert _reachable("https://nowhere.invalid")
 
 
 def test_a_suite_names_tasks_and_settings(checkpoint, loaded, tmp_path):
