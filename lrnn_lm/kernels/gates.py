@@ -1,7 +1,7 @@
 """Gate functions: the one table that every scan, kernel and mixer reads.
 
-A gate function turns a row of K logits into K coefficients whose absolute values sum to at most 1, which is what
-bounds the state (Prop. 1 of arXiv 2602.12021).
+A gate function turns a row of K logits into K coefficients whose absolute values sum to at most 1, which is
+what bounds the state (Prop. 1 of arXiv 2602.12021).
 
     softmax     p = exp(z) / sum exp(z)
     f           p = f(z) / (sum |f(z)| + EPS),   f in {sigmoid, relu, silu, tanh, identity}
@@ -9,7 +9,7 @@ bounds the state (Prop. 1 of arXiv 2602.12021).
 
 silu, tanh and identity keep the sign of f, so the transition may have negative and complex eigenvalues.
 
-Legend: z gate logits, f = f(z), S = sum |f| + EPS the row's normaliser, p the coefficients; the row is the last axis.
+Legend: z gate logits, f = f(z), S = sum |f| + EPS the row's normaliser, p the coefficients.
 """
 
 from collections.abc import Callable
@@ -55,19 +55,20 @@ def check_gate(gate: str) -> None:
         raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
 
 
-def normalise(z: Tensor, gate: str) -> Tensor:
+def normalise(z: Tensor, gate: str, dim: int = -1) -> Tensor:
     """Coefficients of a row of logits, differentiable by autograd.
 
     Args:
-        z: (..., K) logits, in the dtype to compute in (fp32 or fp64).
+        z: (..., K, ...) logits, in the dtype to compute in (fp32 or fp64).
         gate: a name in GATES.
+        dim: the axis that holds a row.
     Returns:
-        (..., K) coefficients p; sum |p| <= 1 along the last axis unless gate is "none".
+        Coefficients p, shaped as z; sum |p| <= 1 along `dim` unless gate is "none".
     """
     check_gate(gate)
     if gate == "softmax":
-        return torch.softmax(z, dim=-1)
+        return torch.softmax(z, dim=dim)
     if gate == "none":
         return z
     fz = L1_GATES[gate].f(z)
-    return fz / (fz.abs().sum(dim=-1, keepdim=True) + EPS)
+    return fz / (fz.abs().sum(dim=dim, keepdim=True) + EPS)

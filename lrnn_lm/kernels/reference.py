@@ -1,10 +1,10 @@
 """The specification: both recurrences as plain loops over time, differentiated by autograd.
 
-Everything faster is tested against these two functions, on outputs and on every gradient. They are written to be
-read, not to be quick.
+Everything faster is tested against these two functions, on outputs and on every gradient. They are written to
+be read, not to be quick.
 
-Legend: B batch, T time, N blocks (block-diagonal) or channels (higher-order), M block size or order; z gate logits,
-v values, h state. Gates are normalised and the state is kept in fp32 (fp64 if the inputs are fp64).
+Legend: B batch, T time, N blocks (block-diagonal) or channels (higher-order), M block size or order; z gate
+logits, v values, h state. Gates are normalised and the state is kept in fp32 (fp64 if the inputs are fp64).
 """
 
 import torch
@@ -25,7 +25,7 @@ def block_diagonal_scan(
     reset: Tensor | None = None,
     gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, where `[A_t[i, :], a0_t[i]] = normalise(z_t[i, :])`.
+    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])`.
 
     Args:
         gates: (B, T, N, M, M+1) logits, the input gate last.
@@ -59,7 +59,8 @@ def higher_order_scan(
 ) -> tuple[Tensor, Tensor]:
     """H-LRU, design section 2: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t`.
 
-    Every coefficient of step t is taken at time t; the transposed-companion form found elsewhere is another recurrence.
+    Every coefficient of step t is taken at time t; the transposed-companion form found elsewhere is another
+    recurrence.
 
     Args:
         gates: (B, T, N, M+1) logits of a_1 .. a_M, then a_0.

@@ -1,4 +1,4 @@
-"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), warm-ups (`10%`)."""
+"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`)."""
 
 import re
 from typing import Annotated, Literal

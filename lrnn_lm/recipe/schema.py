@@ -1,7 +1,7 @@
 """What a recipe may say: pure data, checked strictly. `load.py` reads YAML into these classes.
 
-Every section forbids keys that it does not know; every field has a default except the few that no default could serve.
-Relations between fields are checked here too, so that a recipe that validates can be built.
+Every section forbids keys that it does not know; every field has a default except the few that no default
+could serve. Relations between fields are checked here too, so that a recipe that validates can be built.
 """
 
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .quantities import Every, Span, TokenCount
 
 MIXER_TYPES = (
-    "bd_lru", "h_lru", "attention", "lstm", "mamba2", "deltanet", "gated_deltanet", "gated_deltaproduct", "gla"
+    "bd_lru", "h_lru", "attention", "lstm", "mamba2",
+    "deltanet", "gated_deltanet", "gated_deltaproduct", "gla",
 )  # fmt: skip
 MixerType = Literal[MIXER_TYPES]
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
@@ -24,7 +25,7 @@ class Section(BaseModel):
 
 
 class MixerSection(Section):
-    """A sequence mixer. Each type reads its own keys and leaves the others alone, so `type` can be swapped by override."""
+    """A sequence mixer. Each type reads its own keys only, so `type` can be swapped by an override."""
 
     type: MixerType = "bd_lru"
     num_blocks: int | None = Field(
@@ -39,7 +40,7 @@ class MixerSection(Section):
 
 
 class ModelSection(Section):
-    """The model, in Hugging Face's names. `layer_pattern` (a list of mixers, repeated over depth) makes hybrids."""
+    """The model, in Hugging Face's names. `layer_pattern` (mixers, repeated over depth) makes hybrids."""
 
     hidden_size: int = Field(768, ge=1)
     num_hidden_layers: int = Field(12, ge=1)
@@ -75,7 +76,8 @@ class ModelSection(Section):
         for mixer in self.layer_pattern or [self.mixer]:
             if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} does not split into {mixer.num_heads} attention heads of even width"
+                    f"hidden_size {self.hidden_size} does not split into "
+                    f"{mixer.num_heads} heads of even width"
                 )
         return self
 
@@ -214,12 +216,13 @@ class Recipe(Section):
         if extra := self.train.tokens_per_step % row:
             near = max(row, self.train.tokens_per_step - extra)
             raise ValueError(
-                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of data.sequence_length {row}; "
-                f"the nearest below is {near}"
+                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of "
+                f"data.sequence_length {row}; the nearest below is {near}"
             )
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
-                f"train.tokens {self.train.tokens} is less than one step (train.tokens_per_step {self.train.tokens_per_step})"
+                f"train.tokens {self.train.tokens} is less than one step "
+                f"(train.tokens_per_step {self.train.tokens_per_step})"
             )
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")

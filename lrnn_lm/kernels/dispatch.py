@@ -1,0 +1,130 @@
+"""One door to every backend: checks the arguments, chooses, and says why a backend cannot run.
+
+A new backend is a line in BACKENDS.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, torch_scan
+from .gates import check_gate
+
+Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
+
+
+class Backend(NamedTuple):
+    """A backend's two scans, and what stands in its way for given values (None: nothing)."""
+
+    block_diagonal: Scan
+    higher_order: Scan
+    obstacle: Callable[[Tensor], str | None]
+
+
+def _no_obstacle(values: Tensor) -> str | None:
+    return None
+
+
+# The slowest first: `auto` takes the last one that can run.
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference.block_diagonal_scan, reference.higher_order_scan, _no_obstacle),
+    "torch": Backend(torch_scan.block_diagonal_scan, torch_scan.higher_order_scan, _no_obstacle),
+}
+
+
+def block_diagonal_scan(
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan of BD-LRU: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])` per block.
+
+    Args:
+        gates: (B, T, N, M, M+1) logits z, the input gate last; any strides.
+        values: (B, T, N, M) v; any strides.
+        h0: (B, N, M) state before the first step; zeros if None.
+        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
+        gate: softmax, sigmoid, relu, silu, tanh, identity or none; see `gates.py`.
+        backend: auto, or a name in BACKENDS.
+    Returns:
+        h (B, T, N, M) in the dtype of `values`, and h_last (B, N, M) in fp32 (fp64 for fp64 inputs). Both are
+        differentiable with respect to gates, values and h0.
+    Raises:
+        ValueError: shapes that do not fit, an unknown gate or backend, or a backend that cannot run here.
+    """
+    B, T, N, M = _shape("values", values, 4)
+    _expect("gates", gates, (B, T, N, M, M + 1))
+    _check(h0, reset, (B, N, M), (B, T), T, gate)
+    return _choose(backend, values).block_diagonal(gates, values, h0, reset, gate)
+
+
+def higher_order_scan(
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan of H-LRU: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t` per channel.
+
+    Args:
+        gates: (B, T, N, M+1) logits of a_1 .. a_M, then a_0; any strides.
+        values: (B, T, N) v; any strides.
+        h0: (B, N, M) the M states before the first step, newest first; zeros if None.
+        reset: (B, T) bool, true where a document starts: no tap reaches before it.
+        gate, backend: as in `block_diagonal_scan`.
+    Returns:
+        h (B, T, N) in the dtype of `values`, and h_last (B, N, M), newest first, in fp32 (fp64 for fp64
+        inputs). Both are differentiable with respect to gates, values and h0.
+    Raises:
+        ValueError: as in `block_diagonal_scan`.
+    """
+    B, T, N = _shape("values", values, 3)
+    M = _shape("gates", gates, 4)[-1] - 1
+    _expect("gates", gates, (B, T, N, M + 1))
+    if M < 1:
+        raise ValueError("gates need at least two entries a row: one tap and the input gate")
+    _check(h0, reset, (B, N, M), (B, T), T, gate)
+    return _choose(backend, values).higher_order(gates, values, h0, reset, gate)
+
+
+def _choose(backend: str, values: Tensor) -> Backend:
+    """The backend by name; `auto` takes the fastest that has no obstacle."""
+    if backend == "auto":
+        return next(b for b in reversed(BACKENDS.values()) if b.obstacle(values) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    if reason := BACKENDS[backend].obstacle(values):
+        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
+    return BACKENDS[backend]
+
+
+def _shape(name: str, x: Tensor, dims: int) -> tuple[int, ...]:
+    if x.ndim != dims:
+        raise ValueError(f"{name} has {x.ndim} axes {tuple(x.shape)}; {dims} are wanted")
+    return tuple(x.shape)
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is wanted")
+
+
+def _check(
+    h0: Tensor | None, reset: Tensor | None, state: tuple[int, ...], time: tuple[int, ...], T: int, gate: str
+) -> None:
+    check_gate(gate)
+    if T < 1:
+        raise ValueError("a scan needs at least one step")
+    if h0 is not None:
+        _expect("h0", h0, state)
+    if reset is not None:
+        _expect("reset", reset, time)
+        if reset.dtype != torch.bool:
+            raise ValueError(f"reset is a bool mask, not {reset.dtype}")
