@@ -126,8 +126,8 @@ def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
     """The `tokenizers` twin of a SentencePiece model trained by `train`: same ids for every text without
     U+2581.
 
-    In unigram two segmentations of nearly equal probability may change places in long texts, where
-    SentencePiece's single-precision sums round.
+    Of two unigram segmentations with the same probability (`=` `==` and `==` `=`) each may choose another: their
+    sums round differently.
     """
     import sentencepiece
 
