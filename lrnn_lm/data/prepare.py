@@ -197,11 +197,11 @@ def _build_split(
     aside: Path,
 ) -> None:
     with Progress(progress) as bar:
-        bar.stage(f"tokenizer {Path(spec.tokenizer).stem}")
+        bar.stage("tokenizer")
         storage.build_folder(tokenizer, partial(_build_tokenizer, spec, recipe, held_out))
         facts = tokenize.read_facts(tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
-        bar.stage(f"tokenising {sources.describe(spec.source)}")
+        bar.stage("tokenising")
         writers = {
             split: ShardWriter(aside, split, token_dtype(facts.vocab_size), spec.shard_tokens)
             for split in ("train", "validation")

@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-TEXT = """the state of a linear recurrence mixes what it has read with what it reads now and so the block keeps values
-gates tokens documents in order while rows cross from one shard to another without a seam"""
+TEXT = """the state of a linear recurrence mixes what it has read with what it reads now and so the block
+keeps values gates tokens documents in order while rows cross from one shard to another without a seam"""
 
 
 def make_texts(count: int, seed: int = 0, words: int = 80) -> list[str]:
