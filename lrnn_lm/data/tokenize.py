@@ -125,8 +125,8 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
 def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
     """The `tokenizers` twin of a model made by `train`: the same ids for any text without U+2581.
 
-    Of two unigram segmentations with the same probability (`=` `==` and `==` `=`) each may choose another: their
-    sums round differently.
+    Of two unigram segmentations with the same probability (`=` `==` and `==` `=`) each may choose another:
+    their sums round differently.
     """
     import sentencepiece
 
