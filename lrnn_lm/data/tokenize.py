@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .hub import hub_is_reachable
 from .specs import DataError
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ def import_tokenizer(name: str, folder: Path) -> None:
 
     local = Path(name).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # without a network the hub's cache may still hold it
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local or not hub_is_reachable())
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = " ".join(str(error).split())[:200]
         advice = (
