@@ -29,13 +29,15 @@ class SequenceContext:
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Forward floating-point operations a token beyond the projections (a multiply-add counts as two).
+    """Forward floating-point operations a token beyond the nn.Linear modules (a multiply-add is two).
 
+    products: products with weights that no nn.Linear holds.
     scan: work of a linear recurrence, parallel over time.
     sequential: work that must wait for the step before (a nonlinear recurrence's matrix product).
     attention: work that grows with the context.
     """
 
+    products: int = 0
     scan: int = 0
     sequential: int = 0
     attention: int = 0

@@ -69,8 +69,10 @@ class LSTM(Mixer):
         return pad_packed_sequence(out, batch_first=True)[0], torch.stack(last, dim=2).squeeze(0)
 
     def cost(self, context_length: int) -> MixerCost:
-        """Four gates' recurrent product, about 12 operations a unit; all of it waits for the step before."""
-        return MixerCost(sequential=2 * 4 * self.width**2 + 12 * self.width)
+        """Four gates: the product with the input, for all steps at once; the product with the state and about
+        12 operations a unit, where a step waits for the one before."""
+        W = self.width
+        return MixerCost(products=2 * 4 * W * self.cell.input_size, sequential=2 * 4 * W * W + 12 * W)
 
     def state_elements(self, context_length: int) -> int:
         return 2 * self.width

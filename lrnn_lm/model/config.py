@@ -54,8 +54,8 @@ class LRNNConfig(PreTrainedConfig):
             entries = [{"type": e} if isinstance(e, str) else e for e in self.layer_pattern]
             self.layer_pattern = [mixer_options({**options, **entry}) for entry in entries]
         super().__post_init__(**kwargs)
-        # The Auto classes look a model up by the type of a config that exists: now is early enough to register
-        # ours, and late enough that transformers has been imported as a whole.
+        # The Auto classes look a model up by the type of a config that exists: now is early enough to
+        # register ours, and late enough that transformers has been imported as a whole.
         importlib.import_module("lrnn_lm.model.modeling")
 
     @property
