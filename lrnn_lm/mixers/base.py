@@ -20,11 +20,13 @@ class SequenceContext:
     reset: (B, T) bool, true where a document starts; None if none does.
     attention_mask: (B, 1, T, S) bool over the S keys, as SDPA takes it; None for plain causal.
     positions: (B or 1, T) index of each token in its sequence.
+    keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
     """
 
     reset: Tensor | None = None
     attention_mask: Tensor | None = None
     positions: Tensor | None = None
+    keep_state: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,13 @@ class MixerCost:
     attention: int = 0
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raise ValueError, naming it, for a size that is given and below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+
+
 class Mixer(nn.Module):
     """Base of the mixers.
 
@@ -59,6 +68,10 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""
         raise NotImplementedError
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""
+        return {}
 
     def cost(self, context_length: int) -> MixerCost:
         """Work a token at this context length, projections aside."""

@@ -2,7 +2,8 @@
 
 A multiply-add counts as two operations. A product with a weight counts where it is computed, so a tied head
 is work but no parameters; looking up an embedding is no work. Norms, activations and residual sums are left
-out, as is the custom. Training costs three forward passes (the backward pass is two), recomputation not counted.
+out, as is the custom. Training costs three forward passes (the backward pass is two); recomputation is not
+counted.
 
 Legend: B rows, T time, D model width, V vocabulary.
 """
