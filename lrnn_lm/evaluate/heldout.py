@@ -28,7 +28,7 @@ PASSAGE_CHARACTERS = 8192  # about 2,000 tokens of English: longer documents are
 CLOZE_PASSAGES = 300
 CLOZE_ENOUGH = 100  # with this many passages whose answer occurs earlier, no other passage is taken
 CLOZE_SENTENCES = 3
-CLOZE_WORDS = (30, 150)
+CLOZE_WORDS = (30, 100)
 CLOZE_LETTERS = 4
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)")

@@ -15,7 +15,7 @@ def table_console() -> "Console":
 
 
 def decimal(number: float | None) -> str:
-    """Four decimals, or four figures of a large number (an untrained model's perplexity); nothing for None."""
+    """Four decimals, or four figures of a large number (an untrained model's perplexity); '' for None."""
     if number is None:
         return ""
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"

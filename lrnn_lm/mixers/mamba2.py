@@ -7,8 +7,6 @@ Legend: B batch, T time, D model width, C channels of the convolution, k its ker
 S state size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -91,8 +89,9 @@ class Mamba2(Mixer):
     def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
         """Documents as sequences of their own, put back in place.
 
-        Those that begin here are padded on the left, where zeros leave a new state at zero. A row's first segment,
-        if it goes on from the given state, is padded on the right: its state after matters only if it fills the row.
+        Those that begin here are padded on the left, where zeros leave a new state at zero. A row's first
+        segment, if it goes on from the given state, is padded on the right: its state after matters only if it
+        fills the row.
         """
         B, T, D = x.shape
         goes_on = torch.zeros_like(reset)
@@ -118,7 +117,7 @@ class Mamba2(Mixer):
         return y.view(B, T, D), last
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As Mamba-2's authors start it: step sizes log-uniform in [time_step_min, time_step_max], A in 1 .. H."""
+        """As Mamba-2's authors start it: step sizes log-uniform between time_step_min and _max, A in 1 .. H."""
         H, config = self.inner.num_heads, self.config
         low, high = torch.tensor([config.time_step_min, config.time_step_max]).log()
         step = (low + (high - low) * torch.rand(H)).exp().clamp(min=config.time_step_floor)
@@ -149,7 +148,7 @@ class Mamba2(Mixer):
 
 
 def _segments(begin: Tensor, end: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices (documents, longest) of each segment's tokens, padded on one side, and which are inside."""
+    """Flat indices (documents, longest) of the segments' tokens, padded on one side; which are inside."""
     longest = int((end - begin).max())
     steps = torch.arange(longest, device=begin.device)
     index = (end.unsqueeze(1) - longest if left else begin.unsqueeze(1)) + steps

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from ..data import DataSpec, PreparedData, SourceSpec, prepare
 from ..model import LRNNConfig, LRNNForCausalLM
@@ -63,7 +64,8 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     Raises:
         ValueError: whatever the recipe asks for that cannot be done here, in one or two lines.
     """
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, highlight=False)
+    disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
     accelerator = make_accelerator(
         recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)

@@ -130,23 +130,16 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, devic
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     assert set(missing) <= tied, missing
     assert not unexpected, unexpected
-    tensors = load_file(trainer / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        keys = [key for key in tensors if key.rsplit("/", 1)[0] == name]
-        if keys:
-            optimizer.state[parameter] = {
-                key.rsplit("/", 1)[1]: _place(key, tensors[key], device, optimizer) for key in keys
-            }
+    parameters = dict(model.named_parameters())
+    for key, value in load_file(trainer / "optimizer.safetensors").items():
+        name, _, kind = key.rpartition("/")
+        # AdamW keeps its step counter on the CPU unless it is fused.
+        on_cpu = kind == "step" and not optimizer.defaults.get("fused")
+        optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
     restore_random_state(
         json.loads((trainer / "rng-00000.json").read_text()), load_file(trainer / "rng-00000.safetensors")
     )
     return Position(**json.loads((trainer / "state.json").read_text()))
-
-
-def _place(key: str, value: torch.Tensor, device: torch.device, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    """AdamW keeps its step counter on the CPU unless it is fused."""
-    on_cpu = key.endswith("/step") and not optimizer.defaults.get("fused")
-    return value if on_cpu else value.to(device)
 
 
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
