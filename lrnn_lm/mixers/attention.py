@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
 class Attention(Mixer):
@@ -25,6 +25,7 @@ class Attention(Mixer):
 
     def __init__(self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0):
         super().__init__()
+        check_sizes(num_heads=num_heads)
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads of even width")
         self.num_heads = num_heads

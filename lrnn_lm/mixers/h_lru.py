@@ -11,8 +11,8 @@ Legend: B batch, T time, D model width, N channels, M order; z gate logits, v va
 import torch
 from torch import Tensor, nn
 
-from ..kernels import higher_order_scan
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from ..kernels import check_gate, higher_order_scan
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
 class HigherOrderLRU(Mixer):
@@ -31,6 +31,8 @@ class HigherOrderLRU(Mixer):
         self, hidden_size: int, num_blocks: int | None = None, order: int = 4, gate: str = "softmax"
     ):
         super().__init__()
+        check_sizes(num_blocks=num_blocks, order=order)
+        check_gate(gate)
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..mixers import LSTM, ResidualOutput, SequenceContext
+from ..mixers import Mixer, ResidualOutput, SequenceContext
 from .cache import make_cache
 from .config import LRNNConfig
 from .layers import LRNNBlock
@@ -52,17 +52,9 @@ class LRNNPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, LSTM):
-            self._init_lstm(module, std)
-
-    def _init_lstm(self, module: LSTM, std: float) -> None:
-        """Orthogonal recurrence and a forget gate that starts open, as is the custom for LSTMs."""
-        W = module.width
-        init.normal_(module.cell.weight_ih_l0, mean=0.0, std=std)
-        recurrent = torch.cat([nn.init.orthogonal_(torch.empty(W, W)) for _ in range(4)])
-        init.copy_(module.cell.weight_hh_l0, recurrent)
-        init.zeros_(module.cell.bias_hh_l0)
-        init.copy_(module.cell.bias_ih_l0, torch.cat([torch.zeros(W), torch.ones(W), torch.zeros(2 * W)]))
+        elif isinstance(module, Mixer):
+            for name, value in module.initial_values(std).items():
+                init.copy_(module.get_parameter(name), value)
 
 
 class LRNNModel(LRNNPreTrainedModel):
@@ -142,8 +134,9 @@ class LRNNModel(LRNNPreTrainedModel):
             mask = token_mask.bool()
             first = mask & (mask.cumsum(dim=1) == 1) & ~seen_before
             reset = first if reset is None else reset | first
+        keep_state = cache is not None
         if "full_attention" not in self.config.layer_types:
-            return SequenceContext(reset=reset)
+            return SequenceContext(reset=reset, keep_state=keep_state)
         layer_idx = self.config.layer_types.index("full_attention")
         past = 0 if cache is None else cache.layers[layer_idx].get_seq_length()
         if position_ids is None:
@@ -157,7 +150,7 @@ class LRNNModel(LRNNPreTrainedModel):
             and_mask_function=None if document_start is None else _same_document(document_start, past),
             layer_idx=layer_idx,
         )
-        return SequenceContext(reset=reset, attention_mask=mask, positions=position_ids)
+        return SequenceContext(reset, mask, position_ids, keep_state)
 
 
 def _same_document(reset: Tensor, past: int) -> Any:
