@@ -1,0 +1,54 @@
+"""Sequence mixers, one file each, and the registry that a config's `mixer.type` names."""
+
+import difflib
+from typing import Any
+
+from .attention import Attention
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .bd_lru import BlockDiagonalLRU
+from .h_lru import HigherOrderLRU
+from .lstm import LSTM
+
+MIXERS: dict[str, type[Mixer]] = {
+    "bd_lru": BlockDiagonalLRU,
+    "h_lru": HigherOrderLRU,
+    "attention": Attention,
+    "lstm": LSTM,
+}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class that `mixer.type` names; ValueError with the nearest name if there is none."""
+    if name not in MIXERS:
+        near = difflib.get_close_matches(str(name), MIXERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MIXERS)}"
+        raise ValueError(f"unknown mixer type {name!r}; {hint}")
+    return MIXERS[name]
+
+
+def mixer_options(spec: dict[str, Any]) -> dict[str, Any]:
+    """A mixer's `type` and the options that this type reads, out of a larger table of options."""
+    cls = mixer_class(spec.get("type", "bd_lru"))
+    return {"type": spec.get("type", "bd_lru"), **{key: spec[key] for key in cls.options if key in spec}}
+
+
+def build_mixer(spec: dict[str, Any], hidden_size: int) -> Mixer:
+    """A mixer from `{"type": .., option: ..}`."""
+    options = mixer_options(spec)
+    return mixer_class(options.pop("type"))(hidden_size, **options)
+
+
+__all__ = [
+    "LSTM",
+    "MIXERS",
+    "Attention",
+    "BlockDiagonalLRU",
+    "HigherOrderLRU",
+    "Mixer",
+    "MixerCost",
+    "ResidualOutput",
+    "SequenceContext",
+    "build_mixer",
+    "mixer_class",
+    "mixer_options",
+]

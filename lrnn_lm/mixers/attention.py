@@ -1,0 +1,75 @@
+"""Causal softmax attention with rotary positions: the Transformer baseline, and the other half of hybrids.
+
+Legend: B batch, T time, S keys (cached and new), D model width, H heads, d head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+
+
+class Attention(Mixer):
+    """Multi-head attention through SDPA.
+
+    Args:
+        hidden_size: D.
+        num_heads: H; D / H must be even.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    layer_type = "full_attention"
+    options = ("num_heads", "rope_theta")
+
+    def __init__(self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0):
+        super().__init__()
+        if hidden_size % (2 * num_heads):
+            raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads of even width")
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.rope_theta = rope_theta
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
+        """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T."""
+        B, T, D = x.shape
+        q, k, v = (
+            proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, H, T, d)
+        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta, x.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if state is not None:
+            k, v = state.update(k, v)  # (B, H, S, d)
+        mask = context.attention_mask
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
+        )
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
+
+    def cost(self, context_length: int) -> MixerCost:
+        """Scores and their weighted sum over, on average, half the context."""
+        return MixerCost(attention=2 * 2 * self.num_heads * self.head_dim * (context_length + 1) // 2)
+
+    def state_elements(self, context_length: int) -> int:
+        return 2 * self.num_heads * self.head_dim * context_length
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., arXiv 2104.09864)."""
+    index = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.unsqueeze(-1).float() * theta ** (-index / head_dim)
+    return angles.cos().unsqueeze(1).to(dtype), angles.sin().unsqueeze(1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

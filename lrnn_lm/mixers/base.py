@@ -1,0 +1,67 @@
+"""What every sequence mixer is: (B, T, D), state -> (B, T, D), state, and an honest count of its work.
+
+Legend: B batch, T time, D model width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class ResidualOutput(nn.Linear):
+    """A projection that writes to the residual stream; initialised narrower by sqrt(2 * layers)."""
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """What a mixer may need to know of its positions.
+
+    reset: (B, T) bool, true where a document starts; None if none does.
+    attention_mask: (B, 1, T, S) bool over the S keys, as SDPA takes it; None for plain causal.
+    positions: (B or 1, T) index of each token in its sequence.
+    """
+
+    reset: Tensor | None = None
+    attention_mask: Tensor | None = None
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MixerCost:
+    """Forward floating-point operations a token beyond the projections (a multiply-add counts as two).
+
+    scan: work of a linear recurrence, parallel over time.
+    sequential: work that must wait for the step before (a nonlinear recurrence's matrix product).
+    attention: work that grows with the context.
+    """
+
+    scan: int = 0
+    sequential: int = 0
+    attention: int = 0
+
+
+class Mixer(nn.Module):
+    """Base of the mixers.
+
+    A subclass takes `hidden_size` and its own `options` by keyword; what it is given but does not list in `options`
+    never reaches it. `layer_type` is the kind of transformers' cache layer that holds its state:
+
+    - "linear_attention": `state` is one tensor (B, ..) of constant size;
+    - "full_attention": `state` is the cache layer itself, which grows with the context.
+    """
+
+    layer_type: ClassVar[str] = "linear_attention"
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
+        """Mix over time. x (B, T, D); `state` None means the beginning. Returns y (B, T, D) and the state after."""
+        raise NotImplementedError
+
+    def cost(self, context_length: int) -> MixerCost:
+        """Work a token at this context length, projections aside."""
+        raise NotImplementedError
+
+    def state_elements(self, context_length: int) -> int:
+        """Numbers that one sequence's state holds after `context_length` tokens."""
+        raise NotImplementedError

@@ -1,0 +1,54 @@
+"""BD-LRU: a linear recurrence with block-diagonal, input-dependent transitions (design section 2).
+
+    v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = A_t h_{t-1} + a0_t * v_t      y_t = W_o vec(h_t)
+
+Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state.
+"""
+
+from torch import Tensor, nn
+
+from ..kernels import block_diagonal_scan
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+
+
+class BlockDiagonalLRU(Mixer):
+    """Block-diagonal linear recurrent unit.
+
+    Args:
+        hidden_size: D.
+        num_blocks: N; None for as many as make N M = D.
+        block_size: M.
+        gate: name of the gate function, see `kernels.gates`.
+    """
+
+    options = ("num_blocks", "block_size", "gate")
+
+    def __init__(
+        self, hidden_size: int, num_blocks: int | None = None, block_size: int = 4, gate: str = "softmax"
+    ):
+        super().__init__()
+        self.num_blocks = num_blocks or max(1, hidden_size // block_size)
+        self.block_size = block_size
+        self.gate = gate
+        width = self.num_blocks * block_size
+        self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
+        self.value_proj = nn.Linear(hidden_size, width, bias=False)
+        self.out_proj = ResidualOutput(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
+        B, T, _ = x.shape
+        N, M = self.num_blocks, self.block_size
+        # Memory keeps n fastest, so that neighbouring lanes of a kernel read neighbouring addresses.
+        gates = self.gate_proj(x).view(B, T, M, M + 1, N).permute(0, 1, 4, 2, 3)  # (B, T, N, M, M+1)
+        values = self.value_proj(x).view(B, T, M, N).transpose(2, 3)  # (B, T, N, M)
+        h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
+        return self.out_proj(h.transpose(2, 3).reshape(B, T, M * N)), state
+
+    def cost(self, context_length: int) -> MixerCost:
+        """A row of the recurrence is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""
+        rows, gates = self.num_blocks * self.block_size, self.block_size + 1
+        return MixerCost(scan=rows * gates * (2 + 3))
+
+    def state_elements(self, context_length: int) -> int:
+        return self.num_blocks * self.block_size

@@ -1,0 +1,74 @@
+"""H-LRU: a linear recurrence that reads its last M states (design section 2).
+
+    v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = sum_i a_{i,t} h_{t-i} + a_{0,t} v_t
+    y_t = W_o vec(h_t, h_{t-1}, .., h_{t-M+1})
+
+The output is a causal filter of M taps over h, computed as M products with shifted views of h.
+
+Legend: B batch, T time, D model width, N channels, M order; z gate logits, v values, h state.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import higher_order_scan
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+
+
+class HigherOrderLRU(Mixer):
+    """Higher-order linear recurrent unit.
+
+    Args:
+        hidden_size: D.
+        num_blocks: N channels; None for D.
+        order: M, how many past states a step reads.
+        gate: name of the gate function, see `kernels.gates`.
+    """
+
+    options = ("num_blocks", "order", "gate")
+
+    def __init__(
+        self, hidden_size: int, num_blocks: int | None = None, order: int = 4, gate: str = "softmax"
+    ):
+        super().__init__()
+        self.num_blocks = num_blocks or hidden_size
+        self.order = order
+        self.gate = gate
+        self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
+        self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
+        self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
+        B, T, _ = x.shape
+        N, M = self.num_blocks, self.order
+        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1), n fastest in memory
+        values = self.value_proj(x)  # (B, T, N)
+        h, new_state = higher_order_scan(gates, values, state, context.reset, self.gate)
+        return self._filter(h, state, context.reset), new_state
+
+    def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
+        """W_o vec(h_t, .., h_{t-M+1}); taps that reach before a document's start read zeros. Returns (B, T, D)."""
+        B, T, N = h.shape
+        weights = self.out_proj.weight.view(-1, self.order, N).unbind(1)  # M of (D, N), newest tap first
+        y = nn.functional.linear(h, weights[0])
+        if self.order == 1:
+            return y
+        past = h.new_zeros(B, N, self.order - 1) if state is None else state[..., :-1].to(h.dtype)
+        padded = torch.cat([past.flip(-1).transpose(1, 2), h], dim=1)  # (B, M-1+T, N), oldest first
+        alive = None if reset is None else torch.ones_like(reset)
+        for lag in range(1, self.order):
+            tap = padded[:, self.order - 1 - lag : self.order - 1 - lag + T]
+            if reset is not None:  # a tap of this lag lives while no document started in the last `lag` steps
+                shifted = nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
+                alive = alive & ~shifted
+                tap = tap * alive.unsqueeze(-1)
+            y = y + nn.functional.linear(tap, weights[lag])
+        return y
+
+    def cost(self, context_length: int) -> MixerCost:
+        """A step is M + 1 multiply-adds a channel; normalising its M + 1 gates is about 3 operations each."""
+        return MixerCost(scan=self.num_blocks * (self.order + 1) * (2 + 3))
+
+    def state_elements(self, context_length: int) -> int:
+        return self.num_blocks * self.order

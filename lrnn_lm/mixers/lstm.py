@@ -1,0 +1,76 @@
+"""LSTM: the nonlinear recurrent baseline, torch's own (cuDNN on a GPU).
+
+Legend: B batch, T time, D model width, W state width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+
+
+class LSTM(Mixer):
+    """One LSTM layer and an output projection.
+
+    Args:
+        hidden_size: D.
+        width: W, the cell's width; None for D.
+    """
+
+    options = ("width",)
+
+    def __init__(self, hidden_size: int, width: int | None = None):
+        super().__init__()
+        self.width = width or hidden_size
+        self.cell = nn.LSTM(hidden_size, self.width, batch_first=True)
+        self.out_proj = ResidualOutput(self.width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
+        if state is None:
+            state = x.new_zeros(x.shape[0], 2, self.width)
+        if context.reset is None or not bool(context.reset[:, 1:].any() | context.reset[:, 0].any()):
+            h, state = self._run(x, state)
+        else:
+            h, state = self._run_documents(x, state, context.reset)
+        return self.out_proj(h), state.float()
+
+    def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, last = self.cell(x, tuple(state.to(x.dtype).transpose(0, 1).unsqueeze(1).contiguous().unbind(0)))
+        return h, torch.stack(last, dim=2).squeeze(0)
+
+    def _run_documents(self, x: Tensor, state: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
+        """Documents as sequences of their own: cut at the starts, run as one packed batch, put back in place."""
+        B, T, D = x.shape
+        first = torch.zeros_like(reset)
+        first[:, 0] = True
+        starts = (reset | first).flatten().nonzero().squeeze(1)  # (S,) where a segment begins in B * T tokens
+        ends = torch.cat([starts[1:], starts.new_tensor([B * T])])
+        lengths = ends - starts
+        order = lengths.argsort(descending=True, stable=True)
+        steps = torch.arange(int(lengths.max()), device=x.device)
+        inside = steps < lengths[order].unsqueeze(1)  # (S, longest)
+        index = (starts[order].unsqueeze(1) + steps).clamp_max(B * T - 1)
+        packed = pack_padded_sequence(x.reshape(B * T, D)[index], lengths[order].cpu(), batch_first=True)
+        # A segment at t = 0 that is no document start goes on from the state it was given.
+        rows = torch.div(starts, T, rounding_mode="floor")
+        goes_on = (starts % T == 0) & ~reset.flatten()[starts]
+        initial = state.to(x.dtype)[rows] * goes_on.view(-1, 1, 1).to(x.dtype)  # (S, 2, W)
+        out, last = self._run_packed(packed, initial[order])
+        h = x.new_zeros(B * T, self.width, dtype=out.dtype)
+        h[index[inside]] = out[inside]
+        final = torch.empty_like(last)
+        final[order] = last
+        return h.view(B, T, self.width), final[ends % T == 0]
+
+    def _run_packed(self, packed: PackedSequence, initial: Tensor) -> tuple[Tensor, Tensor]:
+        out, last = self.cell(packed, tuple(initial.transpose(0, 1).unsqueeze(1).contiguous().unbind(0)))
+        return pad_packed_sequence(out, batch_first=True)[0], torch.stack(last, dim=2).squeeze(0)
+
+    def cost(self, context_length: int) -> MixerCost:
+        """Recurrent product of four gates, then about 12 operations a unit; all of it waits for the step before."""
+        return MixerCost(sequential=2 * 4 * self.width**2 + 12 * self.width)
+
+    def state_elements(self, context_length: int) -> int:
+        return 2 * self.width

@@ -1,0 +1,22 @@
+"""The Hugging Face model: configuration, modelling, loss, accounting.
+
+Its classes are imported when first asked for: transformers' auto modules ask for the configuration while they are
+themselves being imported, when the modelling file could not be imported yet.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "LRNNConfig": "config",
+    "LRNNForCausalLM": "modeling",
+    "LRNNModel": "modeling",
+    "LRNNPreTrainedModel": "modeling",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,56 @@
+"""Recurrent states in transformers' own cache, and the one thing it lacks: how many tokens they have seen.
+
+A cache layer of type `linear_attention` holds a state of constant size and counts nothing, while `generate` asks a
+cache for its length (to continue from it, or to cut the inputs to the new tokens). So the count is kept on the first
+layer, where every view of the cache finds it, and `RecurrentCache` answers with it.
+"""
+
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache
+
+from .config import LRNNConfig
+
+
+class RecurrentCache(DynamicCache):
+    """A DynamicCache that can tell its length though none of its layers keeps keys and values."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far."""
+        if any(not is_recurrent(layer) for layer in self.layers):
+            return super().get_seq_length(layer_idx)
+        first = self.layers[0]
+        return first.seen_tokens if first.has_previous_state[0] else 0
+
+
+def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache:
+    """A cache for a model: a new one, or a view of a given one that shares its layers."""
+    view = RecurrentCache(config=config)
+    if cache is not None:
+        view.layers = cache.layers
+    return view
+
+
+def load_state(cache: Cache | None, layer_idx: int) -> Any:
+    """A layer's state: the recurrent state or None at the beginning; for attention, the cache layer itself."""
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx]
+    if not is_recurrent(layer):
+        return layer
+    return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+
+
+def store_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:
+    """Put a recurrent state back and count its tokens; attention has already written to its layer."""
+    if cache is None or not is_recurrent(cache.layers[layer_idx]):
+        return
+    layer = cache.layers[layer_idx]
+    layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
+    cache.update_recurrent_state(state, layer_idx)
+    layer.has_previous_state[0] = True
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a cache layer holds a recurrent state rather than keys and values."""
+    return hasattr(layer, "recurrent_states")

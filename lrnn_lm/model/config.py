@@ -1,0 +1,76 @@
+"""LRNNConfig: what config.json holds, in Hugging Face's names."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from ..mixers import mixer_class, mixer_options
+
+
+class LRNNConfig(PreTrainedConfig):
+    """Configuration of a linear recurrent network language model.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, intermediate_size, rms_norm_eps, initializer_range,
+        tie_word_embeddings: as everywhere in transformers; intermediate_size is the width of the SwiGLU.
+        mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
+        layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a table as
+            above, or a type's name, which takes `mixer`'s options where they fit.
+        max_position_embeddings: the training length. No mixer is limited to it; it is what evaluation cuts text by.
+        loss_chunk: tokens whose logits exist at once while the training loss is computed.
+
+    Raises:
+        ValueError: an unknown mixer, or sizes below 1.
+    """
+
+    model_type = "lrnn"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, a class attribute that transformers reads
+
+    vocab_size: int = 32_000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    intermediate_size: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    mixer: dict[str, Any] | None = None
+    layer_pattern: list[Any] | None = None
+    max_position_embeddings: int = 2048
+    loss_chunk: int = 1024
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        options = dict(self.mixer or {})
+        self.mixer = mixer_options(options)
+        if self.layer_pattern is not None:
+            entries = [{"type": e} if isinstance(e, str) else e for e in self.layer_pattern]
+            self.layer_pattern = [mixer_options({**options, **entry}) for entry in entries]
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_mixers(self) -> list[dict[str, Any]]:
+        """The mixer of each layer."""
+        pattern = self.layer_pattern or [self.mixer]
+        return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache layer that each layer needs; transformers' caches read this."""
+        return [mixer_class(spec["type"]).layer_type for spec in self.layer_mixers]
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of the first attention layer, 1 if there is none; some of transformers' helpers ask."""
+        return next(
+            (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
+        )
+
+
+AutoConfig.register(LRNNConfig.model_type, LRNNConfig, exist_ok=True)

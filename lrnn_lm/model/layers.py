@@ -1,0 +1,53 @@
+"""The residual block: x + mixer(norm(x)), then x + SwiGLU(norm(x)).
+
+Legend: B batch, T time, D model width.
+"""
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..mixers import ResidualOutput, SequenceContext, build_mixer
+from .cache import load_state, store_state
+from .config import LRNNConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = ResidualOutput(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LRNNBlock(GradientCheckpointingLayer):
+    """One layer: a sequence mixer and a SwiGLU, each behind an RMSNorm."""
+
+    def __init__(self, config: LRNNConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config.layer_mixers[layer_idx], config.hidden_size)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: SequenceContext,
+        token_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """hidden_states (B, T, D); token_mask (B, T, 1), 0 on padding. Returns (B, T, D)."""
+        x = self.mixer_norm(hidden_states)
+        if token_mask is not None:
+            x = x * token_mask.to(x.dtype)
+        y, state = self.mixer(x, load_state(past_key_values, self.layer_idx), context)
+        store_state(past_key_values, self.layer_idx, state, x.shape[1])
+        hidden_states = hidden_states + y
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))

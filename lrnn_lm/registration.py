@@ -1,0 +1,69 @@
+"""Makes transformers' Auto classes know LRNN models, without importing transformers before the user does.
+
+If transformers' auto modules are loaded already, our classes are imported and register; otherwise an import hook
+waits for them. So `import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds
+`model_type: lrnn` in it.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+# Importing one of ours registers it (see the ends of these modules); each waits for transformers' own.
+_AFTER_IMPORT = {
+    "transformers.models.auto.configuration_auto": "lrnn_lm.model.config",
+    "transformers.models.auto.modeling_auto": "lrnn_lm.model.modeling",
+}
+
+
+class _NotifyingLoader(Loader):
+    """Loads as the real loader does, then imports the module that waited."""
+
+    def __init__(self, loader: Loader, waiting: str):
+        self._loader = loader
+        self._waiting = waiting
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        importlib.import_module(self._waiting)
+
+
+class _AutoFinder(MetaPathFinder):
+    """Finds nothing itself; wraps the loaders of the modules that are waited for."""
+
+    def __init__(self) -> None:
+        self._busy = False
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in _AFTER_IMPORT or self._busy:
+            return None
+        self._busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._busy = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _NotifyingLoader(spec.loader, _AFTER_IMPORT[name])
+        return spec
+
+
+def register() -> None:
+    """Register with the auto modules that are there, and wait for the others. Safe to call twice."""
+    waiting = False
+    for name, ours in _AFTER_IMPORT.items():
+        if name in sys.modules:
+            importlib.import_module(ours)
+        else:
+            waiting = True
+    if waiting and not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoFinder())
