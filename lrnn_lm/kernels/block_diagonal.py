@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_transfer import block_transfer
-from .triton_launch import Launch, register, time_chunks
+from .triton_launch import Launch, register, steps_in_flight, time_chunks
 from .triton_rows import coefficients, load_rows, logit_gradient, row, sum_over_rows, where_also, wide
 
 
@@ -73,7 +73,6 @@ def forward_kernel(
     z_at = gates + (b * g_b + wide(n) * g_n + wide(i) * g_i)
     v_at = values + (b * v_b + wide(n) * v_n + wide(i) * v_i)
     h_at = h_out + b * T * (N * M) + spot
-    r_at = reset + b * r_b
     h = tl.zeros([BLOCK], tl.float32)
     if HAS_START:
         h = tl.load(start + (b * n_chunks + c) * (N * M) + spot)
@@ -90,14 +89,14 @@ def forward_kernel(
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
-            started = tl.load(r_at + (t64 + u) * R_T) if HAS_RESET else 0
+            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
             h = _advance(h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, M, GATE, HAS_RESET)
             tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     for t_one in range(full, end):
         t64 = wide(t_one)
         z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        started = tl.load(r_at + t64 * R_T) if HAS_RESET else 0
+        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
         h = _advance(h, row(z, 0, K), v, started, first, M, GATE, HAS_RESET)
         tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     if end == T:
@@ -159,7 +158,7 @@ def backward_kernel(
     v_at = values + (b * v_b + n64 * v_n + i64 * v_i)
     o_at = grad + (b * o_b + n64 * o_n + i64 * o_i)
     dz_at = d_gates + (b * d_b + n64 * d_n + i64 * d_i)
-    h_at, dv_at, r_at = h_in + (b * T * NM + spot), d_values + (b * T * NM + spot), reset + b * r_b
+    h_at, dv_at = h_in + (b * T * NM + spot), d_values + (b * T * NM + spot)
     u = tl.load(stop + (b * n_chunks + c) * NM + spot)
     h = tl.load(h_at + wide(end - 1) * NM).to(tl.float32)
     h_start = tl.load(start + b * NM + spot) if HAS_START else tl.zeros([BLOCK], tl.float32)
@@ -183,12 +182,11 @@ def backward_kernel(
         h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, None)
         h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, None)
         t64 = wide(t)
-        for back in tl.static_range(STEPS):
-            j: tl.constexpr = STEPS - 1 - back
+        for j in tl.static_range(STEPS - 1, -1, -1):
             before = h_now[j].to(tl.float32)
             if j == 0:
                 before = tl.where(t == 0, h_start, before)
-            started = tl.load(r_at + (t64 + j) * R_T) if HAS_RESET else 0
+            started = tl.load(reset + b * r_b + (t64 + j) * R_T) if HAS_RESET else 0
             u = _retreat(
                 u, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), h, before, started,
                 dz_at + t64 * D_T + j * D_T, dv_at + t64 * NM + j * NM, first, lane, valid,
@@ -203,7 +201,7 @@ def backward_kernel(
         g = tl.load(o_at + t64 * O_T).to(tl.float32)
         before = tl.load(h_at + tl.maximum(t64 - 1, 0) * NM).to(tl.float32)
         before = tl.where(t == 0, h_start, before)
-        started = tl.load(r_at + t64 * R_T) if HAS_RESET else 0
+        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
         u = _retreat(
             u, row(z, 0, K), v, g, h, before, started, dz_at + t64 * D_T, dv_at + t64 * NM, first, lane, valid,
             D_K, M, MP, GATE, HAS_RESET,
@@ -227,7 +225,8 @@ def _forward(
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:
     B, T, N, M = values.shape
-    launch = Launch(values, N, M, T, loads=M + 2)
+    padded = triton.next_power_of_2(M)
+    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=False))
     with launch.device:
         forward_kernel[launch.grid(B * n_chunks)](
             gates, values, start, reset, h, last, T, chunk, n_chunks, launch.tiles,
@@ -235,7 +234,7 @@ def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks)
             reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1),
             R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
 
 
@@ -264,7 +263,8 @@ def _backward(
     if n_chunks > 1:
         transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    launch = Launch(values, N, M, T, loads=M + 4)
+    padded = triton.next_power_of_2(M)
+    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](
             gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
@@ -273,7 +273,7 @@ def _backward(
             d_gates.stride(0), d_gates.stride(2), d_gates.stride(3), reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1), O_T=grad.stride(1),
             D_T=d_gates.stride(1), D_K=d_gates.stride(4), R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
     return d_gates, d_values, d_start
 

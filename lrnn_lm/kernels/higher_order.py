@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
-from .triton_launch import Launch, register, time_chunks
+from .triton_launch import Launch, register, steps_in_flight, time_chunks
 from .triton_rows import coefficients, load_rows, logit_gradient, row, where_also, wide
 
 
@@ -66,7 +66,7 @@ def forward_kernel(
     end = tl.minimum(t + chunk, T)
     z_at = gates + (b * g_b + wide(n) * g_n)
     v_at = values + (b * v_b + wide(n) * v_n)
-    h_at, r_at = h_out + (b * T * N + n), reset + b * r_b
+    h_at = h_out + (b * T * N + n)
     past = ()
     for k in tl.static_range(M):
         if HAS_START:
@@ -86,14 +86,14 @@ def forward_kernel(
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
-            started = tl.load(r_at + (t64 + u) * R_T) if HAS_RESET else 0
+            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
             past = _advance(past, row(z_now, u, K), v_now[u].to(tl.float32), started, M, GATE, HAS_RESET)
             tl.store(h_at + t64 * N + u * N, past[0].to(h_out.dtype.element_ty), mask=valid)
     for t_one in range(full, end):
         t64 = wide(t_one)
         z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        started = tl.load(r_at + t64 * R_T) if HAS_RESET else 0
+        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
         past = _advance(past, row(z, 0, K), v, started, M, GATE, HAS_RESET)
         tl.store(h_at + t64 * N, past[0].to(h_out.dtype.element_ty), mask=valid)
     for k in tl.static_range(M):
@@ -169,8 +169,8 @@ def backward_kernel(
     v_at = values + (b * v_b + n64 * v_n)
     o_at = grad + (b * o_b + n64 * o_n)
     dz_at = d_gates + (b * d_b + n64 * d_n)
-    h_at, dv_at, age_at = h_in + (b * T * N + n), d_values + (b * T * N + n), ages + b * T
-    start_at = start + (b * N + n) * M
+    h_at, dv_at = h_in + (b * T * N + n), d_values + (b * T * N + n)
+    start_at = start + (b * N + n) * M if HAS_START else None
     r, window = (), ()
     for k in tl.static_range(M):
         r = r + (tl.load(stop + ((b * n_chunks + c) * N + n) * M + k),)
@@ -200,9 +200,8 @@ def backward_kernel(
         for j in tl.static_range(STEPS):
             h_next = h_next + (_earlier(h_at, start_at, t + j - 1 - M, N, M, False, valid),)
         t64 = wide(end - (group + 1) * STEPS)
-        for back in tl.static_range(STEPS):
-            j: tl.constexpr = STEPS - 1 - back
-            age = tl.load(age_at + t64 + j) if HAS_RESET else 0
+        for j in tl.static_range(STEPS - 1, -1, -1):
+            age = tl.load(ages + b * T + t64 + j) if HAS_RESET else 0
             r = _retreat(
                 r, window, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), age,
                 dz_at + t64 * D_T + j * D_T, dv_at + t64 * N + j * N, valid, D_K, M, GATE, HAS_RESET,
@@ -215,7 +214,7 @@ def backward_kernel(
         z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
         g = tl.load(o_at + t64 * O_T).to(tl.float32)
-        age = tl.load(age_at + t64) if HAS_RESET else 0
+        age = tl.load(ages + b * T + t64) if HAS_RESET else 0
         r = _retreat(
             r, window, row(z, 0, K), v, g, age, dz_at + t64 * D_T, dv_at + t64 * N, valid,
             D_K, M, GATE, HAS_RESET,
@@ -242,7 +241,7 @@ def _forward(
     if n_chunks > 1:
         transfer = channel_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
-    launch = Launch(values, N, 1, T, loads=M + 2)
+    launch = Launch(values, N, steps_in_flight(M, T, backward=False))
     with launch.device:
         forward_kernel[launch.grid(B * n_chunks)](
             gates, values, h0, reset, h, last, T, chunk, n_chunks, launch.tiles,
@@ -268,7 +267,7 @@ def _backward(
     if n_chunks > 1:
         transfer = channel_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    launch = Launch(values, N, 1, T, loads=M + 4)
+    launch = Launch(values, N, steps_in_flight(M, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](
             gates, values, h, grad, h0, stop, None if reset is None else _ages(reset), d_gates, d_values, d_start,

@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 LANES = 32  # one warp a program: the kernels exchange state by warp shuffles only
-ROWS_IN_FLIGHT = 64  # loads a lane keeps in flight: enough to cover HBM's latency at 2 to 16 warps an SM
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defined
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
@@ -24,24 +23,22 @@ LANES_PER_SM = 256  # with chunks, fill an SM to here
 
 
 class Launch:
-    """How a kernel with one lane a row is launched over `count` rows groups of `M` rows each.
+    """How a kernel with one lane a row is launched: tiles of lanes, one warp each, and the kernel's options.
 
     Args:
         like: a tensor on the device.
-        N, M, T: groups of rows of one sequence, rows a group, and steps.
-        loads: loads of one step, which says how many steps fit in flight.
+        lanes: lanes of one sequence and one chunk.
+        steps: steps a group, i.e. whose loads are in flight together.
     """
 
-    def __init__(self, like: Tensor, N: int, M: int, T: int, loads: int) -> None:
-        padded = triton.next_power_of_2(M)
-        # The interpreter runs a program at a time: few and wide. A group never straddles a warp: 32 % padded == 0.
-        block = triton.next_power_of_2(max(LANES, N * padded)) if INTERPRETED else LANES
-        steps = 1 if T == 1 else max(1, min(16, ROWS_IN_FLIGHT // loads))
-        self.tiles = triton.cdiv(N * padded, block)
+    def __init__(self, like: Tensor, lanes: int, steps: int) -> None:
+        # The interpreter runs a program at a time: few and wide.
+        block = triton.next_power_of_2(max(LANES, lanes)) if INTERPRETED else LANES
+        self.tiles = triton.cdiv(lanes, block)
         self.device = on_device(like)
         # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so unasked.
         self.options: dict[str, Any] = {
-            "STEPS": 1 << (steps.bit_length() - 1),
+            "STEPS": steps,
             "BLOCK": block,
             "num_warps": 1,
             "enable_fp_fusion": True,
@@ -49,6 +46,19 @@ class Launch:
 
     def grid(self, count: int) -> tuple[int]:
         return (self.tiles * count,)
+
+
+def steps_in_flight(M: int, T: int, backward: bool) -> int:
+    """Steps whose loads a lane issues together, a power of two.
+
+    Bytes in flight cover HBM's latency: an SM needs about 20 KB, and it holds fewer lanes the larger M is, each with
+    M + 2 loads a step. Beyond that a longer body only costs registers and instruction cache.
+    """
+    if T == 1:
+        return 1
+    if backward:
+        return 8 if M <= 4 else 4
+    return 16 if M <= 2 else 8
 
 
 def on_device(like: Tensor) -> AbstractContextManager:

@@ -57,14 +57,21 @@ def row(rows, u: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur here."""
+    r = tl.rsqrt(x)
+    return r * r
+
+
+@triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * z))
+    return reciprocal(1.0 + tl.exp2(z * -LOG2E))
 
 
 @triton.jit
 def _tanh(z):
-    e = tl.exp2(-2 * LOG2E * tl.abs(z))
-    far = (1.0 - e) / (1.0 + e)
+    e = tl.exp2(tl.abs(z) * (-2 * LOG2E))
+    far = (1.0 - e) * reciprocal(1.0 + e)
     far = tl.where(z < 0, -far, far)
     q = z * z  # near zero 1 - e loses digits: the Taylor series, whose next term is 1e-9 z at |z| = 1/4
     near = z * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
@@ -100,7 +107,7 @@ def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
         total = f[0]
         for k in tl.static_range(1, K):
             total += f[k]
-        return f, 1.0 / total
+        return f, reciprocal(total)
     elif GATE == "none":
         return z, tl.full(z[0].shape, 1.0, tl.float32)
     else:
@@ -109,7 +116,7 @@ def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
         total = tl.abs(f[0])
         for k in tl.static_range(1, K):
             total += tl.abs(f[k])
-        return f, 1.0 / (total + EPS)
+        return f, reciprocal(total + EPS)
 
 
 @triton.jit
@@ -135,6 +142,18 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
+def _halve(q, lane, HALF: tl.constexpr):
+    """A lane keeps the half of q that its bit HALF names, adds its partner's, and hands over the other half."""
+    upper = (lane & HALF) != 0
+    left = ()
+    for j in tl.static_range(HALF):
+        sent = tl.where(upper, q[j], q[j + HALF])
+        kept = tl.where(upper, q[j + HALF], q[j])
+        left = left + (kept + tl.gather(sent, lane ^ HALF, 0),)
+    return left
+
+
+@triton.jit
 def sum_over_rows(q, lane, M: tl.constexpr, MP: tl.constexpr):
     """Lane j of each group of MP lanes receives the sum over the group's lanes i of their q[j].
 
@@ -145,12 +164,5 @@ def sum_over_rows(q, lane, M: tl.constexpr, MP: tl.constexpr):
         q = q + (tl.zeros_like(q[0]),)
     for stage in tl.static_range(4):
         if (MP >> stage) > 1:
-            HALF: tl.constexpr = MP >> (stage + 1)
-            upper = (lane & HALF) != 0
-            left = ()
-            for j in tl.static_range(HALF):
-                sent = tl.where(upper, q[j], q[j + HALF])
-                kept = tl.where(upper, q[j + HALF], q[j])
-                left = left + (kept + tl.gather(sent, lane ^ HALF, 0),)
-            q = left
+            q = _halve(q, lane, MP >> (stage + 1))
     return q[0]
