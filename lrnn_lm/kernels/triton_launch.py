@@ -51,14 +51,14 @@ class Launch:
 def steps_in_flight(M: int, T: int, backward: bool) -> int:
     """Steps whose loads a lane issues together, a power of two.
 
-    Bytes in flight cover HBM's latency: an SM needs about 20 KB, and it holds fewer lanes the larger M is, each with
-    M + 2 loads a step. Beyond that a longer body only costs registers and instruction cache.
+    More steps keep more bytes in flight, which is what covers HBM's latency. The limit is compile time: Triton's
+    coalescing pass is cubic in the operations of the unrolled body, and these choices keep it to seconds.
     """
     if T == 1:
         return 1
     if backward:
-        return 8 if M <= 4 else 4
-    return 16 if M <= 2 else 8
+        return 8 if M == 1 else 4 if M <= 8 else 2
+    return 16 if M <= 2 else 8 if M <= 8 else 4
 
 
 def on_device(like: Tensor) -> AbstractContextManager:
