@@ -1,7 +1,7 @@
 """lrnn-lm: pretraining language models built on linear recurrent networks with rich state mixing.
 
-Importing it makes transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know `model_type: lrnn`. Torch
-and transformers themselves are imported when one of the classes below is first asked for.
+Importing it makes transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know `model_type: lrnn`.
+Torch and transformers themselves are imported when one of the classes below is first asked for.
 """
 
 from typing import Any

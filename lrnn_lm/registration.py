@@ -1,7 +1,7 @@
 """Makes transformers' Auto classes know LRNN models, without importing transformers before the user does.
 
-If transformers' auto modules are loaded already, our classes are imported and register; otherwise an import hook
-waits for them. So `import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds
+If transformers' auto modules are loaded already, our classes are imported and register; otherwise an import
+hook waits for them. So `import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds
 `model_type: lrnn` in it.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
 
 # Importing one of ours registers it (see the ends of these modules); each waits for transformers' own.
 _AFTER_IMPORT = {

@@ -112,8 +112,8 @@ def higher_order_scan(
         reset: (B, T) bool, true where a document starts: no tap reaches before it.
         gate, backend: as in `block_diagonal_scan`.
     Returns:
-        h (B, T, N) in the dtype of `values`, and h_last (B, N, M), newest first, in fp32 (fp64 for fp64 inputs).
-        Both are differentiable with respect to gates, values and h0.
+        h (B, T, N) in the dtype of `values`, and h_last (B, N, M), newest first, in fp32 (fp64 for fp64
+        inputs). Both are differentiable with respect to gates, values and h0.
     Raises:
         ValueError: as in `block_diagonal_scan`.
     """

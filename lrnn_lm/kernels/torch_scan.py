@@ -1,17 +1,19 @@
-"""Both scans in plain torch, fast on a CPU: in-place steps over time, analytic backward, no products of A stored.
+"""Both scans in plain torch, fast on a CPU: in-place steps over time, analytic backward, no products of A.
 
-Time is walked in slabs. A slab's gates are normalised at once, its steps are two or three in-place operations each,
-and its coefficients are dropped; the backward pass walks the slabs from the end and normalises again. What is saved
-for the backward is the inputs and h, so memory is linear in T and the only M^2 terms are the gates and their gradient.
+Time is walked in slabs. A slab's gates are normalised at once, its steps are two or three in-place operations
+each, and its coefficients are dropped; the backward pass walks the slabs from the end and normalises again.
+What is saved for the backward is the inputs and h, so memory is linear in T and the only M^2 terms are the
+gates and their gradient.
 
 Backward (design section 2), s_t = dL/dh_t, x_k what gate k multiplies, f and S as in `gates.py`:
 
     dL/dz_k = s f'(z_k) / S (x_k - sign(f_k) h_t)        softmax: s p_k (x_k - h_t)        none: s x_k
     dL/dv   = s a0
 
-Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 gates a row, t steps of a slab;
-z gate logits, p coefficients, v values, h state, g = dL/dh as it comes from outside, s = dL/dh in all.
-Working tensors put time first and N last: a step is one contiguous slice, and sums over k or i run across vectors.
+Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 gates a row, t steps of a
+slab; z gate logits, p coefficients, v values, h state, g = dL/dh as it comes from outside, s = dL/dh in all.
+Working tensors put time first and N last: a step is one contiguous slice, and sums over k or i run across
+vectors.
 """
 
 import torch
@@ -30,7 +32,7 @@ def _slabs(gates: Tensor) -> list[slice]:
 
 
 def _slab(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """Steps `part` of (B, T, N, *rest) as (t, *reversed rest, B, N): a contiguous copy in the compute dtype."""
+    """Steps `part` of (B, T, N, *rest) as (t, *reversed rest, B, N): a contiguous copy in `dtype`."""
     rest = tuple(reversed(range(3, x.ndim)))
     return x[:, part].permute(1, *rest, 0, 2).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -63,22 +65,21 @@ def _gate_gradient(z: Tensor, p: Tensor, s: Tensor, d: Tensor, h: Tensor, gate: 
     return d.sub_(fz.sign_().mul_(h)).mul_(df(z)).mul_(scale)
 
 
-# BD-LRU: working gates are (t, K, M, B, N), row i of a block at [:, :, i] ------------------------------------------
+# BD-LRU: working gates are (t, K, M, B, N), row i of a block at [:, :, i] ----------------------------------
 
 
 @torch.library.custom_op("lrnn_lm::bd_scan_torch", mutates_args=())
 def _bd_scan(
     gates: Tensor, values: Tensor, h0: Tensor, reset: Tensor | None, gate: str
 ) -> tuple[Tensor, Tensor]:
-    B, T, N, M = values.shape
+    B, _, N, M = values.shape
     keep = _keep_mask(reset, h0.dtype)
     h_all = torch.empty_like(values)
     h = h0.permute(2, 0, 1).contiguous()  # (M, B, N)
     for part in _slabs(gates):
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
-        p[:, M] *= _slab(
-            values, part, h0.dtype
-        )  # p becomes p x: the input's term now, the state's step by step
+        # p becomes p x: the input's term now, the state's step by step.
+        p[:, M] *= _slab(values, part, h0.dtype)
         states = torch.empty(p.shape[0], M, B, N, dtype=h0.dtype, device=h0.device)
         for i, (step, out) in enumerate(zip(p.unbind(0), states.unbind(0), strict=True)):
             if keep is not None:
@@ -101,7 +102,7 @@ def _bd_scan_backward(
     reset: Tensor | None,
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, N, M = values.shape
+    B, _, N, M = values.shape
     dtype = h0.dtype
     keep = _keep_mask(reset, dtype)
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
@@ -130,14 +131,14 @@ def _bd_scan_backward(
     return d_gates, d_values, carry.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
-# H-LRU: working gates are (t, K, B, N) ----------------------------------------------------------------------------
+# H-LRU: working gates are (t, K, B, N) ---------------------------------------------------------------------
 
 
 @torch.library.custom_op("lrnn_lm::h_scan_torch", mutates_args=())
 def _h_scan(
     gates: Tensor, values: Tensor, h0: Tensor, reset: Tensor | None, gate: str
 ) -> tuple[Tensor, Tensor]:
-    B, T, N = values.shape
+    B, _, N = values.shape
     M = h0.shape[-1]
     keep = _keep_mask(reset, h0.dtype)
     h_all = torch.empty_like(values)
@@ -146,12 +147,11 @@ def _h_scan(
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
         p[:, M] *= _slab(values, part, h0.dtype)
         steps = p.shape[0]
-        # Filled from the back, so that the M states before a step are one slice, newest first, and nothing shifts.
+        # Filled from the back: the M states before a step are one slice, newest first, and nothing shifts.
         states = torch.empty(steps + M, B, N, dtype=h0.dtype, device=h0.device)
         states[steps:] = past
-        alive = (
-            states if keep is None else states.clone()
-        )  # forgets at document starts, where `states` must not
+        # `alive` forgets at document starts, where `states` must not.
+        alive = states if keep is None else states.clone()
         for i, step in enumerate(p.unbind(0)):
             now = steps - 1 - i
             window = alive[now + 1 : now + 1 + M]
@@ -177,13 +177,11 @@ def _h_scan_backward(
     reset: Tensor | None,
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    T, M, dtype = values.shape[1], h0.shape[-1], h0.dtype
+    M, dtype = h0.shape[-1], h0.dtype
     keep = _keep_mask(reset, dtype)
     age = None if keep is None else _age(reset)
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
-    owed = grad_last.permute(
-        2, 0, 1
-    ).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i], seen from t
+    owed = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i]
     for part in reversed(_slabs(gates)):
         z = _slab(gates, part, dtype)
         p = normalise(z, gate, dim=1)
@@ -203,7 +201,7 @@ def _h_scan_backward(
 
 
 def _age(reset: Tensor) -> Tensor:
-    """(T, B) steps since the document began; steps before the first start are of h0's document: older than any order."""
+    """(T, B) steps since the document began; in h0's document, before the first start, beyond any order."""
     T = reset.shape[1]
     steps = torch.arange(T, device=reset.device)
     start = torch.where(reset, steps, torch.iinfo(steps.dtype).min // 2).cummax(dim=1).values
@@ -211,11 +209,10 @@ def _age(reset: Tensor) -> Tensor:
 
 
 def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:
-    """(t, M, B, N): the M states before each step of a slab, newest first, zero where they precede its document."""
+    """(t, M, B, N): the M states before each step of a slab, newest first, zero before its document."""
     M = h0.shape[-1]
-    recent = (
-        h[:, max(0, part.start - M) : part.stop - 1].transpose(0, 1).to(h0.dtype)
-    )  # (.., B, N), oldest first
+    # (.., B, N), oldest first
+    recent = h[:, max(0, part.start - M) : part.stop - 1].transpose(0, 1).to(h0.dtype)
     if part.start < M:
         recent = torch.cat([h0.permute(2, 0, 1).flip(0)[part.start :], recent])
     windows = recent.unfold(0, M, 1).flip(-1).permute(0, 3, 1, 2)
@@ -225,7 +222,7 @@ def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:
     return windows * (age[part].view(-1, 1, h.shape[0], 1) >= lag)
 
 
-# Shapes for the compiler, autograd, and the public functions ---------------------------------------------------------
+# Shapes for the compiler, autograd, and the public functions -----------------------------------------------
 
 
 def _fake(gates, values, h0, reset, gate):

@@ -44,8 +44,8 @@ class MixerCost:
 class Mixer(nn.Module):
     """Base of the mixers.
 
-    A subclass takes `hidden_size` and its own `options` by keyword; what it is given but does not list in `options`
-    never reaches it. `layer_type` is the kind of transformers' cache layer that holds its state:
+    A subclass takes `hidden_size` and its own `options` by keyword; what it is given but does not list in
+    `options` never reaches it. `layer_type` is the kind of transformers' cache layer that holds its state:
 
     - "linear_attention": `state` is one tensor (B, ..) of constant size;
     - "full_attention": `state` is the cache layer itself, which grows with the context.
@@ -55,7 +55,7 @@ class Mixer(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
-        """Mix over time. x (B, T, D); `state` None means the beginning. Returns y (B, T, D) and the state after."""
+        """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""
         raise NotImplementedError
 
     def cost(self, context_length: int) -> MixerCost:

@@ -46,7 +46,7 @@ class BlockDiagonalLRU(Mixer):
         return self.out_proj(h.transpose(2, 3).reshape(B, T, M * N)), state
 
     def cost(self, context_length: int) -> MixerCost:
-        """A row of the recurrence is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""
+        """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""
         rows, gates = self.num_blocks * self.block_size, self.block_size + 1
         return MixerCost(scan=rows * gates * (2 + 3))
 

@@ -48,7 +48,7 @@ class HigherOrderLRU(Mixer):
         return self._filter(h, state, context.reset), new_state
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
-        """W_o vec(h_t, .., h_{t-M+1}); taps that reach before a document's start read zeros. Returns (B, T, D)."""
+        """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros."""
         B, T, N = h.shape
         weights = self.out_proj.weight.view(-1, self.order, N).unbind(1)  # M of (D, N), newest tap first
         y = nn.functional.linear(h, weights[0])

@@ -41,7 +41,7 @@ class LSTM(Mixer):
         return h, torch.stack(last, dim=2).squeeze(0)
 
     def _run_documents(self, x: Tensor, state: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """Documents as sequences of their own: cut at the starts, run as one packed batch, put back in place."""
+        """Documents as sequences of their own: cut at the starts, run as one packed batch, put back."""
         B, T, D = x.shape
         first = torch.zeros_like(reset)
         first[:, 0] = True
@@ -69,7 +69,7 @@ class LSTM(Mixer):
         return pad_packed_sequence(out, batch_first=True)[0], torch.stack(last, dim=2).squeeze(0)
 
     def cost(self, context_length: int) -> MixerCost:
-        """Recurrent product of four gates, then about 12 operations a unit; all of it waits for the step before."""
+        """Four gates' recurrent product, about 12 operations a unit; all of it waits for the step before."""
         return MixerCost(sequential=2 * 4 * self.width**2 + 12 * self.width)
 
     def state_elements(self, context_length: int) -> int:

@@ -1,7 +1,7 @@
 """The Hugging Face model: configuration, modelling, loss, accounting.
 
-Its classes are imported when first asked for: transformers' auto modules ask for the configuration while they are
-themselves being imported, when the modelling file could not be imported yet.
+Its classes are imported when first asked for: transformers' auto modules ask for the configuration while they
+are themselves being imported, when the modelling file could not be imported yet.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Recurrent states in transformers' own cache, and the one thing it lacks: how many tokens they have seen.
 
-A cache layer of type `linear_attention` holds a state of constant size and counts nothing, while `generate` asks a
-cache for its length (to continue from it, or to cut the inputs to the new tokens). So the count is kept on the first
-layer, where every view of the cache finds it, and `RecurrentCache` answers with it.
+A cache layer of type `linear_attention` holds a state of constant size and counts nothing, while `generate`
+asks a cache for its length (to continue from it, or to cut the inputs to the new tokens). So the count is
+kept on the first layer, where every view of the cache finds it, and `RecurrentCache` answers with it.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache
 
 
 def load_state(cache: Cache | None, layer_idx: int) -> Any:
-    """A layer's state: the recurrent state or None at the beginning; for attention, the cache layer itself."""
+    """A layer's state: the recurrent state, None at the beginning; for attention, the cache layer itself."""
     if cache is None:
         return None
     layer = cache.layers[layer_idx]

@@ -15,9 +15,9 @@ class LRNNConfig(PreTrainedConfig):
         vocab_size, hidden_size, num_hidden_layers, intermediate_size, rms_norm_eps, initializer_range,
         tie_word_embeddings: as everywhere in transformers; intermediate_size is the width of the SwiGLU.
         mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
-        layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a table as
-            above, or a type's name, which takes `mixer`'s options where they fit.
-        max_position_embeddings: the training length. No mixer is limited to it; it is what evaluation cuts text by.
+        layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a
+            table as above, or a type's name, which takes `mixer`'s options where they fit.
+        max_position_embeddings: the training length. No mixer is limited to it; evaluation cuts text by it.
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
 
     Raises:

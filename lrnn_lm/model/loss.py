@@ -1,7 +1,7 @@
 """Cross-entropy straight from hidden states: the logits of a few tokens at a time, never of all of them.
 
-The gradient of a chunk is computed while its logits are at hand (softmax minus one-hot), so the backward pass is a
-multiplication. Peak memory is chunk x V instead of B T x V, at the same three matrix products.
+The gradient of a chunk is computed while its logits are at hand (softmax minus one-hot), so the backward pass
+is a multiplication. Peak memory is chunk x V instead of B T x V, at the same three matrix products.
 
 Legend: B batch, T time, D model width, V vocabulary.
 """
@@ -83,5 +83,5 @@ def linear_cross_entropy(
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Labels as transformers passes them (the inputs themselves) aligned with the positions that predict them."""
+    """Labels as transformers passes them (the inputs themselves), moved to where they are predicted."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)

@@ -93,8 +93,8 @@ class LRNNModel(LRNNPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) instead.
-            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding before the first token leaves
-                the result as it would be without.
+            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding before the first
+                token leaves the result as it would be without.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None.
             past_key_values: a cache, read and written in place; any number of new tokens continues it.
             use_cache: whether to make a cache where none is given.
@@ -161,7 +161,7 @@ class LRNNModel(LRNNPreTrainedModel):
 
 
 def _same_document(reset: Tensor, past: int) -> Any:
-    """A mask function: query and key lie in the same document; the `past` cached keys are in the one before."""
+    """A mask function: query and key in the same document; the `past` cached keys are in the one before."""
     document = nn.functional.pad(reset.long().cumsum(dim=1), (past, 0))  # (B, past + T)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Whatever cache transformers prepares or the caller gave, `generate` gets a view that knows its length."""
+        """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):
@@ -216,11 +216,11 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T) the inputs themselves, -100 where there is no target; shifted here.
-            shift_labels: (B, T) targets already aligned with the positions that predict them; instead of `labels`.
-            num_items_in_batch: the number of targets that the loss is averaged over; None for those in this batch.
+            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
+            num_items_in_batch: how many targets the loss is averaged over; None for those in this batch.
             logits_to_keep: compute logits of the last so many positions (0: all), or of these positions.
-            return_logits: whether logits are wanted; None: always, but when training with labels, where the loss is
-                computed in chunks and the logits never exist as a whole.
+            return_logits: whether logits are wanted; None: always, but when training with labels, where the
+                loss is computed in chunks and the logits never exist as a whole.
             The rest: as in LRNNModel.
         """
         outputs = self.model(

@@ -53,7 +53,7 @@ def resolve_path(path: str, base: Path | None = None) -> Path:
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that the project ships (recipes, tokenizers, eval, slurm), in a checkout or a wheel."""
+    """A file or folder that the project ships (recipes, tokenizers, eval, slurm), in a checkout or wheel."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "share" / name
     return installed if installed.exists() else package.parent / name

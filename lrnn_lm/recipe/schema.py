@@ -1,7 +1,7 @@
 """What a recipe may say: pure data, checked strictly. `load.py` reads YAML into these classes.
 
-Every section forbids keys that it does not know; every field has a default except the few that no default could
-serve. Relations between fields are checked here too, so that a recipe that validates can be built.
+Every section forbids keys that it does not know; every field has a default except the few that no default
+could serve. Relations between fields are checked here too, so that a recipe that validates can be built.
 """
 
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from .quantities import Every, Span, TokenCount
 
 MIXER_TYPES = (
-    "bd_lru", "h_lru", "attention", "lstm", "mamba2", "deltanet", "gated_deltanet", "gated_deltaproduct", "gla"
+    "bd_lru", "h_lru", "attention", "lstm", "mamba2",
+    "deltanet", "gated_deltanet", "gated_deltaproduct", "gla",
 )  # fmt: skip
 MixerType = Literal[MIXER_TYPES]
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
@@ -39,7 +40,7 @@ class MixerSection(Section):
 
 
 class ModelSection(Section):
-    """The model, in Hugging Face's names. `layer_pattern`, a list of mixers repeated over depth, makes hybrids."""
+    """The model, in Hugging Face's names. `layer_pattern` (mixers, repeated over depth) makes hybrids."""
 
     hidden_size: int = Field(768, ge=1)
     num_hidden_layers: int = Field(12, ge=1)
@@ -75,7 +76,8 @@ class ModelSection(Section):
         for mixer in self.layer_pattern or [self.mixer]:
             if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} does not split into {mixer.num_heads} heads of even width"
+                    f"hidden_size {self.hidden_size} does not split into "
+                    f"{mixer.num_heads} heads of even width"
                 )
         return self
 

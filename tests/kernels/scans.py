@@ -1,4 +1,4 @@
-"""What the tests of every scan share: the grid, the one table of tolerances, inputs, and a run with all gradients."""
+"""What the tests of every scan share: the grid, the table of tolerances, inputs, a run with all gradients."""
 
 import torch
 from torch import Tensor
@@ -36,10 +36,7 @@ def run(scan, inputs: list[Tensor], gate: str, backend: str) -> list[Tensor]:
     h, h_last = scan(gates, values, h0, reset, gate, backend=backend)
     generator = torch.Generator().manual_seed(1)
     weights = []
-    for x in (
-        h,
-        h_last,
-    ):  # numbers that every dtype holds exactly, so that all backends get the same gradient
+    for x in (h, h_last):  # numbers that every dtype holds exactly: all backends get the same gradient
         weights.append(torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype))
     ((h * weights[0]).sum() + (h_last * weights[1]).sum()).backward()
     return [h.detach(), h_last.detach(), gates.grad, values.grad, h0.grad]

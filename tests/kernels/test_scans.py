@@ -1,5 +1,7 @@
 """Every backend against the specification, and the specification against closed forms."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from scans import LENGTHS, SCANS, SIZES, TOLERANCE, make_inputs, relative_error, run
@@ -13,7 +15,7 @@ def compare(scan, backend, dtype, gate="softmax", **shape):
     inputs = make_inputs(scan, dtype=dtype, **shape)
     wanted = run(scan, [x.double() if x.is_floating_point() else x for x in inputs], gate, "reference")
     for name, got, want in zip(
-        ("h", "h_last", "gates", "values", "h0"), run(scan, inputs, gate, backend), wanted
+        ("h", "h_last", "gates", "values", "h0"), run(scan, inputs, gate, backend), wanted, strict=True
     ):
         error = relative_error(got, want)
         assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e} at {shape}"
@@ -66,7 +68,7 @@ def test_reset_equals_separate_documents(scan, backend):
     reset = torch.zeros(gates.shape[:2], dtype=torch.bool)
     reset[:, starts[1:-1]] = True
     whole, last = scan(gates, values, None, reset, backend=backend)
-    parts = [scan(gates[:, a:b], values[:, a:b], backend=backend) for a, b in zip(starts, starts[1:])]
+    parts = [scan(gates[:, a:b], values[:, a:b], backend=backend) for a, b in pairwise(starts)]
     torch.testing.assert_close(whole, torch.cat([h for h, _ in parts], 1))
     torch.testing.assert_close(last, parts[-1][1])
 
@@ -95,14 +97,14 @@ def test_strides_do_not_matter_and_inputs_stay_untouched(scan):
             values.repeat(1, 1, 2, *[1] * (values.ndim - 3)),
         ]
         strange[1] = strange[1][:, :, :6]
-        for got, want in zip(run(scan, [*strange, h0, reset], "softmax", "torch"), wanted):
+        for got, want in zip(run(scan, [*strange, h0, reset], "softmax", "torch"), wanted, strict=True):
             torch.testing.assert_close(got, want)
         grad = torch.randn_like(values).transpose(0, 1).contiguous().transpose(0, 1)
         kept = grad.clone()
         x = gates.clone().requires_grad_()
         scan(x, values, h0, None, gate="none", backend="torch")[0].backward(grad)
         assert torch.equal(grad, kept), "the incoming gradient was written to"
-        assert all(torch.equal(a, b) for a, b in zip(inputs, copies)), "an input was written to"
+        assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True)), "an input was written to"
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -125,7 +127,7 @@ def test_compiles_without_a_graph_break(scan):
 
 
 def test_block_diagonal_closed_form():
-    """A constant one-hot transition is a rotation of the block; an open input gate alone passes the values on."""
+    """A constant one-hot transition is a rotation of the block."""
     M, T = 3, 7
     logits = torch.full((1, T, 1, M, M + 1), -200.0, dtype=torch.float64)
     for i in range(M):

@@ -1,0 +1,5 @@
+"""What the YAML files beside this one name with `!function`, from lrnn_lm.evaluate.heldout."""
+
+from lrnn_lm.evaluate.heldout import cloze_dataset, gzip_bits_per_byte, heldout_dataset, score_passage
+
+__all__ = ["cloze_dataset", "gzip_bits_per_byte", "heldout_dataset", "score_passage"]

@@ -1,0 +1,176 @@
+"""The command line: `lrnn prepare | train | eval | generate | bench | info | report`.
+
+Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong arrives here
+as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK=1 to see where it
+came from.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 85
+
+app = typer.Typer(
+    name="lrnn",
+    help="Pretrain, score and run language models built on linear recurrent networks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+bench_app = typer.Typer(help="Measure speed, contenders side by side in one run.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="dotted overrides")
+]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint folder")]
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train or fetch the tokenizer, and tokenise the text into shards."""
+    from .recipe import load_recipe
+    from .train.build import prepare_data
+
+    prepared = prepare_data(load_recipe(recipe, overrides))
+    for split in (prepared.train, prepared.validation):
+        print(
+            f"{split.split}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, "
+            f"{split.num_bytes:,} bytes"
+        )
+    print(f"tokenizer of {prepared.vocab_size:,} tokens; all in {prepared.folder}")
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a recipe, or go on with its run where that stopped; then score it on eval.tasks."""
+    from .recipe import load_recipe
+    from .train.build import build_trainer
+    from .train.loop import Stopped
+
+    loaded = load_recipe(recipe, overrides)
+    trainer = build_trainer(loaded)
+    try:
+        checkpoint = trainer.run()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(EXIT_STOPPED) from None
+    if not trainer.accelerator.is_main_process:
+        return
+    print(f"trained {loaded.name}: {loaded.total_steps} steps, checkpoint {checkpoint}")
+    if loaded.eval.tasks:
+        from .evaluate import evaluate
+
+        evaluate(
+            checkpoint,
+            loaded.eval.tasks,
+            limit=loaded.eval.limit,
+            model=trainer.bare_model,
+            tokenizer=trainer.tokenizer,
+        )
+
+
+@app.command(name="eval")
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas")] = "",
+    suite: Annotated[Path | None, typer.Option(help="a suite file of tasks (YAML)")] = None,
+    limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for the JSON; default: the run's eval/")] = None,
+    data: Annotated[Path | None, typer.Option(help="held-out documents (JSONL) for the heldout tasks")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
+    batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
+    max_length: Annotated[int | None, typer.Option(help="longest window in tokens")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Score a checkpoint on lm-eval tasks, those in eval/tasks included."""
+    from .evaluate import evaluate
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    evaluate(
+        checkpoint,
+        names,
+        suite=suite,
+        limit=limit,
+        output=output,
+        data=data,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=device,
+    )
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample among the likeliest of this mass")] = None,
+    seed: Annotated[int | None, typer.Option(help="for the same text again")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Write text, token by token."""
+    from .evaluate import generate as stream
+
+    stream(
+        checkpoint,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        greedy=greedy,
+        device=device,
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
+) -> None:
+    """Draw loss against tokens, and print a table of runs and their scores."""
+    from .evaluate import report as draw
+
+    draw(runs, output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
+    try:
+        app(args=arguments, prog_name="lrnn")
+    except (ValueError, OSError) as mistake:
+        if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
+            raise
+        print(f"lrnn: {_message(mistake)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _is_users(mistake: ValueError | OSError) -> bool:
+    """A ValueError is a message to the user; of the system's errors, those that a user can mend."""
+    if isinstance(mistake, ValueError):
+        return True
+    return mistake.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT)
+
+
+def _message(mistake: ValueError | OSError) -> str:
+    if isinstance(mistake, OSError) and mistake.strerror:
+        return f"{mistake.filename or 'output'}: {mistake.strerror}"
+    return str(mistake)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Documents to tokens, over processes, in order.
+
+A document becomes first + tokens + last, with `first` the tokenizer's BOS (its EOS where it has none) and
+`last` its EOS; so a document's end is always a target that can be learnt, while the start of the next never
+is.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .shards import concatenate_ids
+from .specs import DataError
+from .tokenize import TokenizerFacts, cut_point, load_backend
+
+BATCH_CHARS = 250_000  # text handed to a process at once
+_PIECE_CHARS = (
+    100_000  # a longer document is tokenised in pieces: the tokenizer's memory is many times the text's
+)
+_Encoded = list[npt.NDArray[np.uint32]]
+T = TypeVar("T")
+
+
+class Encoder:
+    """Text to ids (n,) uint32 with the document's first and last token."""
+
+    def __init__(self, folder: Path, facts: TokenizerFacts) -> None:
+        self._tokenizer = load_backend(folder)
+        self._facts = facts
+
+    def __call__(self, text: str) -> npt.NDArray[np.uint32]:
+        ids: list[list[int]] = [[self._facts.first]]
+        start = 0
+        while start < len(text):
+            stop = cut_point(text, start, _PIECE_CHARS)
+            ids.append(self._tokenizer.encode(text[start:stop], add_special_tokens=False).ids)
+            start = stop
+        return concatenate_ids([*ids, [self._facts.last]])
+
+
+def encode_documents(
+    documents: Iterable[tuple[str, T]], folder: Path, facts: TokenizerFacts, num_proc: int | None
+) -> Iterator[tuple[str, T, npt.NDArray[np.uint32]]]:
+    """(text, tag) pairs to (text, tag, ids), in the order given whatever the number of processes.
+
+    A few batches are under way at a time, so memory does not grow with the text. Raises DataError if a
+    process dies.
+    """
+    workers = num_proc or len(os.sched_getaffinity(0))
+    if workers == 1:
+        encoder = Encoder(folder, facts)
+        for text, tag in documents:
+            yield text, tag, encoder(text)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("fork"),  # a spawned one would import torch first
+        initializer=_start_worker,
+        initargs=(folder, facts),
+    )
+    try:
+        under_way: deque[tuple[list[tuple[str, T]], Future[_Encoded]]] = deque()
+        for batch in _batches(documents):
+            under_way.append((batch, pool.submit(_encode_batch, [text for text, _ in batch])))
+            if len(under_way) > 2 * workers:
+                yield from _collect(*under_way.popleft())
+        while under_way:
+            yield from _collect(*under_way.popleft())
+    except BrokenProcessPool:
+        raise DataError(
+            f"a tokenising process was killed (out of memory?); use fewer than {workers} with data.num_proc"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _collect(
+    batch: list[tuple[str, T]], future: Future[_Encoded]
+) -> Iterator[tuple[str, T, npt.NDArray[np.uint32]]]:
+    for (text, tag), ids in zip(batch, future.result(), strict=True):
+        yield text, tag, ids
+
+
+def _batches(documents: Iterable[tuple[str, T]]) -> Iterator[list[tuple[str, T]]]:
+    batch: list[tuple[str, T]] = []
+    chars = 0
+    for text, tag in documents:
+        batch.append((text, tag))
+        chars += len(text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+_encoder: Encoder | None = None  # a tokenising process's own
+
+
+def _start_worker(folder: Path, facts: TokenizerFacts) -> None:
+    """Set up a tokenising process: it leaves Ctrl-C to its parent, and does not outlive it."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _encoder = Encoder(folder, facts)
+
+
+def _encode_batch(texts: list[str]) -> _Encoded:
+    assert _encoder is not None
+    return [_encoder(text) for text in texts]

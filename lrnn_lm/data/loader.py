@@ -1,0 +1,147 @@
+"""Batches at an exact position: the same global sequence for any number of ranks, workers or micro-batches.
+
+Samples are counted over all ranks and epochs. A step takes R = rows_per_step samples from the position on;
+rank r of W takes the r-th of W equal shares of them, in micro-batches.
+"""
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from .order import rows_of_samples
+from .pack import IGNORED, PackedRows, Row, collate
+from .shards import TokenShards
+from .specs import DataError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class TrainLoader:
+    """Endless steps of training rows. Each item is one optimiser step of this rank: a list of micro-batches.
+
+    A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
+    `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
+    loader to go on from there, on any number of ranks. Raises DataError if R does not split over the ranks,
+    or the text is too short.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        sequence_length: int,
+        seed: int,
+        rows_per_step: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        position: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.rows = PackedRows(shards, sequence_length)
+        if not self.rows.num_rows:
+            raise DataError(
+                f"the text is too short: {shards.num_tokens} {shards.split} tokens do not fill one row of "
+                f"sequence_length + 1 = {sequence_length + 1}"
+            )
+        if rows_per_step < world_size:
+            raise DataError(
+                f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; "
+                f"raise train.tokens_per_step to at least {world_size * sequence_length}, or use fewer ranks"
+            )
+        if rows_per_step % world_size:
+            raise DataError(
+                f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
+                f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
+            )
+        assert 0 <= rank < world_size
+        assert micro_batch > 0
+        assert position >= 0
+        self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
+        self.rank, self.share = rank, rows_per_step // world_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.position = position
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in an epoch, over all ranks."""
+        return self.rows.num_rows
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of this rank in each step."""
+        return -(-self.share // self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        loader = DataLoader(
+            self.rows,
+            batch_sampler=_Batches(self),
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_trainer,
+            generator=torch.Generator().manual_seed(0),  # else torch draws a seed from the global generator
+        )
+        # blocked while the workers start, so that none is hit before it ignores them
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        while True:
+            step = [next(batches) for _ in range(self.micro_batches_per_step)]
+            self.position += self.rows_per_step
+            yield step
+
+
+class _Batches:
+    """Row numbers of this rank's micro-batches, from the loader's position on, without end."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = self._loader
+        step = own.position
+        while True:
+            first = step + own.rank * own.share
+            rows = rows_of_samples(first, own.share, own.num_rows, own.seed).tolist()
+            for start in range(0, own.share, own.micro_batch):
+                yield rows[start : start + own.micro_batch]
+            step += own.rows_per_step
+
+
+def _leave_signals_to_trainer(worker: int) -> None:
+    """A pre-emption signal goes to the whole process group; only the trainer may act on it."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def validation_batches(
+    shards: TokenShards,
+    sequence_length: int,
+    batch_rows: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Row]:
+    """The first rows of a split in order, at most `max_tokens` (but one row), as micro-batches (b, T), b <=
+    batch_rows.
+
+    Ranks take turns, batch by batch; every rank gets the same number of batches (collectives may run in
+    each), the last of some with all targets masked.
+    """
+    rows = PackedRows(shards, sequence_length, keep_tail=True)
+    count = rows.num_rows if max_tokens is None else min(rows.num_rows, max(1, max_tokens // sequence_length))
+    for turn in range(0, count, batch_rows * world_size):
+        first = turn + rank * batch_rows
+        batch = [rows[row] for row in range(first, min(first + batch_rows, count))]
+        yield collate(batch) if batch else _masked(rows[turn])
+
+
+def _masked(row: Row) -> Row:
+    batch = collate([row])
+    batch["labels"].fill_(IGNORED)
+    return batch

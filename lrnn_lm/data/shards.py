@@ -1,0 +1,175 @@
+"""Token shards on disk: the concatenated documents of a split, as memory-mapped integers.
+
+Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
+in the shard each document starts). A document never crosses shards. Counts and checksums stand in the
+folder's manifest.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .specs import DataError
+
+Tokens = npt.NDArray[np.integer[Any]]
+STARTS_DTYPE = np.dtype("<u8")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+class HashedFile:
+    """A new file that knows its sha256 when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._file: BinaryIO = path.open("xb")
+        self._sha = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha.update(data)
+        self.size += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Close and return {"bytes": .., "sha256": ..}; a second call returns the same."""
+        self._file.close()
+        return {"bytes": self.size, "sha256": self._sha.hexdigest()}
+
+
+class ShardWriter:
+    """Writes the shards of one split; what is held in memory does not grow with the text."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.files: dict[str, dict[str, Any]] = {}
+        self.num_tokens = self.num_documents = self.num_bytes = 0
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._open: tuple[HashedFile, HashedFile] | None = None
+
+    def add(self, tokens: Tokens, num_bytes: int) -> None:
+        """Append one document (n,) whose text has `num_bytes` bytes of UTF-8."""
+        if self._open is None:
+            stem = f"{self._split}-{len(self._shards):05d}"
+            names = (f"{stem}.tokens.bin", f"{stem}.starts.bin")
+            self._open = (HashedFile(self._folder / names[0]), HashedFile(self._folder / names[1]))
+            self._shards.append({"tokens": names[0], "starts": names[1], "num_tokens": 0, "num_documents": 0})
+        shard = self._shards[-1]
+        self._open[0].write(tokens.astype(self._dtype).tobytes())
+        self._open[1].write(np.array(shard["num_tokens"], STARTS_DTYPE).tobytes())
+        shard["num_tokens"] += len(tokens)
+        shard["num_documents"] += 1
+        self.num_tokens += len(tokens)
+        self.num_documents += 1
+        self.num_bytes += num_bytes
+        if shard["num_tokens"] >= self._shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Close the shard under way; `add` would open the next."""
+        for file in self._open or ():
+            self.files[file.path.name] = file.close()
+        self._open = None
+
+    def summary(self) -> dict[str, Any]:
+        """The split's entry in the manifest."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+            "shards": self._shards,
+        }
+
+
+class TokenShards:
+    """One split, read by position in its stream of tokens. Cheap to pickle: files are mapped on first use."""
+
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
+        entry = manifest["splits"][split]
+        self.folder, self.split = folder, split
+        self.dtype = np.dtype(manifest["dtype"])
+        self.num_tokens: int = entry["num_tokens"]
+        self.num_documents: int = entry["num_documents"]
+        self.num_bytes: int = entry["num_bytes"]
+        self._shards: list[dict[str, Any]] = entry["shards"]
+        self._files = {
+            name: manifest["files"][name] for s in self._shards for name in (s["tokens"], s["starts"])
+        }
+        ends = np.cumsum([shard["num_tokens"] for shard in self._shards], dtype=np.int64)
+        self._offsets = np.concatenate([np.zeros(1, np.int64), ends])  # (shards + 1,)
+        self._maps: dict[str, Tokens] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens start..stop-1 of the stream, (stop - start,); shorter at its end."""
+        parts = [
+            self._map(shard["tokens"], self.dtype)[a:b] for shard, a, b, _ in self._overlaps(start, stop)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Positions p in start..stop-1 at which a document starts, as p - start, ascending."""
+        found = [np.zeros(0, np.int64)]
+        for shard, a, b, offset in self._overlaps(start, stop):
+            starts = self._map(shard["starts"], STARTS_DTYPE)
+            low, high = np.searchsorted(starts, np.array([a, b], STARTS_DTYPE))
+            found.append(starts[low:high].astype(np.int64) + (offset - start))
+        return np.concatenate(found)
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with the manifest. Raises DataError naming the first damaged one."""
+        for name, facts in self._files.items():
+            check_file(self.folder, name, facts, checksum=True)
+
+    def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
+        """(shard, from, to, the shard's offset in the stream) of the shards that hold positions
+        start..stop-1.
+        """
+        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        pieces = []
+        for k in range(first, len(self._shards)):
+            offset = int(self._offsets[k])
+            if offset >= stop:
+                break
+            shard = self._shards[k]
+            pieces.append((shard, max(start - offset, 0), min(stop - offset, shard["num_tokens"]), offset))
+        return pieces
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> Tokens:
+        if name not in self._maps:
+            self._maps[name] = np.memmap(self.folder / name, dtype=dtype, mode="r")
+        return self._maps[name]
+
+
+def check_file(folder: Path, name: str, facts: dict[str, Any], checksum: bool) -> None:
+    """Hold a file against its manifest entry: its size, and its sha256 if asked. Raises DataError."""
+    path = folder / name
+    rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DataError(f"{path}: damaged ({size} bytes instead of {facts['bytes']}); {rebuild}")
+        if checksum and file_sha256(path) != facts["sha256"]:
+            raise DataError(f"{path}: damaged (its sha256 differs from the manifest's); {rebuild}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); {rebuild}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def concatenate_ids(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.uint32]:
+    """Lists of ids joined into one array (n,)."""
+    return np.concatenate([np.asarray(part, np.uint32) for part in ids]) if ids else np.zeros(0, np.uint32)

@@ -1,0 +1,47 @@
+"""What to prepare, as plain frozen data, and the one error that users' mistakes raise."""
+
+from dataclasses import dataclass, field
+
+
+class DataError(ValueError):
+    """A mistake of the user's in the data or its recipe: what, where and what to do, in a line or two."""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where documents come from.
+
+    `type` is python-docs, text, jsonl, parquet or hf. `path` is a file, a folder or a glob, or the name of a
+    hub dataset; `name` and `split` belong to hf, `text_field` to jsonl, parquet and hf. `limit` reads at most
+    that many documents.
+    """
+
+    type: str = "python-docs"
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Text to token shards: everything that `prepare` reads.
+
+    `tokenizer` is a folder, a hub name or a SentencePiece recipe (YAML). `vocab_size` overrides the size in a
+    SentencePiece recipe; for a ready tokenizer it is the room it must fit in. `seed` stands here because the
+    order of rows depends on it; the bytes of the shards do not. `shard_tokens` is the size at which a shard
+    is closed, after the document that reaches it. `num_proc` processes tokenise (none: one a core); it
+    changes no byte.
+    """
+
+    source: SourceSpec = field(default_factory=SourceSpec)
+    validation_source: SourceSpec | None = None
+    validation_fraction: float = 0.02
+    tokenizer: str = "tokenizers/bpe-4k.yaml"
+    sequence_length: int = 2048
+    cache_dir: str = "cache"
+    shard_tokens: int = 100_000_000
+    num_proc: int | None = None
+    vocab_size: int | None = None
+    seed: int = 0

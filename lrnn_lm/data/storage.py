@@ -1,0 +1,110 @@
+"""Folders that are whole or absent: built aside, flushed to disk, renamed; one builder at a time."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+_BUILDING = ".building-"
+
+
+def build_folder(final: Path, build: Callable[[Path], None]) -> None:
+    """Make `final` by letting `build` fill an empty folder beside it, unless it is there already.
+
+    Whatever stops `build` leaves no trace, or one that the next call clears. Of two processes the second
+    waits, then finds the folder made.
+    """
+    if final.is_dir():
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(final.parent / f".{final.name}.lock") as locked, _sigterm_unwinds():
+        if final.is_dir():
+            return
+        if locked:  # then nobody is at work on what lies about
+            for left in final.parent.glob(f"{_BUILDING}{final.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{final.name}-", dir=final.parent))
+        try:
+            aside.chmod(0o777 & ~_umask())
+            build(aside)
+            _flush(aside)
+            _rename_new(aside, final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove half-made folders whose builder is gone; those under way are left alone."""
+    for left in parent.glob(f"{_BUILDING}*"):
+        name = left.name.removeprefix(_BUILDING).rpartition("-")[0]
+        with _lock(parent / f".{name}.lock", wait=False) as locked:
+            if locked:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an advisory lock; yields whether it is held (some network file systems know none)."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM raises SystemExit inside, so that what is half-made is removed; a handler already set is left
+    alone.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError:
+        if not target.is_dir():  # where locks do not work another may have been first, with the same bytes
+            raise
+    _fsync(target.parent)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

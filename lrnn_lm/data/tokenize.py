@@ -1,0 +1,314 @@
+"""Tokenizers: train one with SentencePiece, or take an existing Hugging Face one; either way a fast HF
+folder.
+
+A trained tokenizer normalises nothing. SentencePiece's own files write a space as U+2581; the fast tokenizer
+keeps real spaces in its pieces instead, so that a text that holds U+2581 comes back too. Whatever the pieces
+do not cover falls back to UTF-8 bytes, hence decode(encode(x)) == x for every text, and no text ever encodes
+to a control token.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .specs import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+SPACE = "\u2581"  # how SentencePiece writes a space
+MODEL_FILE = "sentencepiece.model"  # kept beside the fast tokenizer it was turned into
+_NEVER = -1000.0  # a log-probability that no segmentation can afford
+_CHUNK = 4000  # characters of training text given to SentencePiece at once; it drops longer "sentences" whole
+_UNTRAINABLE = re.compile("[\0\t\u2581\u2585]+")  # SentencePiece reserves these; they become bytes
+_WORD = " +[^ ]*|[^ ]+"  # no piece goes from a non-space on to a space, so a text may be cut there
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The keys of a SentencePiece recipe (tokenizers/*.yaml)."""
+
+    model_type: str = "bpe"
+    vocab_size: int = 4096
+    byte_fallback: bool = True
+    character_coverage: float = 0.9995
+    max_piece_length: int = 16
+    split_digits: bool = False
+    sample_bytes: int = 16_000_000
+
+
+def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
+    """Read and check a SentencePiece recipe; `vocab_size` overrides the one in the file. Raises DataError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{path}: cannot read this tokenizer recipe: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: a tokenizer recipe is a mapping of keys such as model_type and vocab_size")
+    known = {f.name: f.type for f in fields(TokenizerRecipe)}
+    for key, value in data.items():
+        if key not in known:
+            raise DataError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+        allowed = (int, float) if known[key] is float else known[key]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and known[key] is not bool):
+            raise DataError(f"{path}: {key} takes {known[key].__name__}, not {value!r}")
+    if vocab_size is not None:
+        data["vocab_size"] = vocab_size
+    recipe = TokenizerRecipe(**data)
+    if recipe.model_type not in ("bpe", "unigram"):
+        raise DataError(f"{path}: model_type is bpe or unigram, not {recipe.model_type!r}")
+    least = 5 + 256 * recipe.byte_fallback
+    if recipe.vocab_size < least:
+        raise DataError(
+            f"{path}: vocab_size {recipe.vocab_size} has no room for special tokens and bytes ({least})"
+        )
+    if not 0.9 <= recipe.character_coverage <= 1.0:
+        raise DataError(f"{path}: character_coverage lies in [0.9, 1], not {recipe.character_coverage}")
+    if not 1 <= recipe.max_piece_length <= 512 or recipe.sample_bytes < 1:
+        raise DataError(f"{path}: max_piece_length lies in [1, 512] and sample_bytes is positive")
+    return recipe
+
+
+def recipe_key(recipe: TokenizerRecipe) -> str:
+    """What determines the trained bytes besides the text: the recipe and SentencePiece's version."""
+    return json.dumps({**asdict(recipe), "sentencepiece": version("sentencepiece")}, sort_keys=True)
+
+
+def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
+    """Train on `texts` and write a fast HF tokenizer into `folder`. Deterministic.
+
+    Raises DataError where the text cannot fill the vocabulary, with the largest size that works if it is
+    known.
+    """
+    import sentencepiece
+
+    model = folder / MODEL_FILE
+    try:
+        with model.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=_chunks(texts),
+                model_writer=file,
+                model_type=recipe.model_type,
+                vocab_size=recipe.vocab_size,
+                character_coverage=recipe.character_coverage,
+                byte_fallback=recipe.byte_fallback,
+                max_sentencepiece_length=recipe.max_piece_length,
+                split_digits=recipe.split_digits,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=8 * _CHUNK,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                pad_piece=SPECIAL_TOKENS["pad_token"],
+                num_threads=2,  # part of the result: unigram sums counts in thread order
+                minloglevel=2,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _training_error(error, recipe) from None
+    _save(fast_tokenizer(model, recipe.model_type), folder)
+
+
+def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
+    """The `tokenizers` twin of a SentencePiece model trained by `train`: same ids for every text without
+    U+2581.
+
+    In unigram two segmentations of nearly equal probability may change places in long texts, where
+    SentencePiece's single-precision sums round.
+    """
+    import sentencepiece
+
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces, scores, plain = [], [], []
+    for i in range(spm.GetPieceSize()):
+        piece = spm.IdToPiece(i)
+        normal = not (spm.IsControl(i) or spm.IsUnknown(i) or spm.IsByte(i))
+        pieces.append(piece.replace(SPACE, " ") if normal else piece)
+        scores.append(spm.GetScore(i) if normal else _NEVER)
+        plain.append(normal)
+    byte_fallback = spm.IsByte(spm.PieceToId("<0x0A>"))
+    if model_type == "bpe":
+        tokenizer = Tokenizer(_bpe(pieces, scores, plain, byte_fallback))
+    else:
+        tokenizer = Tokenizer(_unigram(pieces, scores, byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallback: bool) -> Any:
+    """Every way to put a piece together from two others is a merge, in the order in which the pieces were
+    learnt.
+    """
+    from tokenizers import models
+
+    normal = {piece: score for piece, score, ok in zip(pieces, scores, plain, strict=True) if ok}
+    merges = []
+    for piece in sorted(normal, key=lambda p: -normal[p]):
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [(left, right) for left, right in cuts if left in normal and right in normal]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return models.BPE(
+        vocab, merges, unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True, byte_fallback=byte_fallback
+    )
+
+
+def _unigram(pieces: list[str], scores: list[float], byte_fallback: bool) -> Any:
+    """Pieces with log-probabilities; bytes score `_NEVER`, so that the text `<0x0A>` does not become one."""
+    from tokenizers import models
+
+    return models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=byte_fallback)
+
+
+def _save(tokenizer: "Tokenizer", folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,  # the text `</s>` is text
+        padding_side="left",
+        **SPECIAL_TOKENS,
+    )
+    fast.save_pretrained(folder)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Training text in pieces short enough for SentencePiece, cut at line ends and spaces where there are
+    any.
+    """
+    for text in texts:
+        for part in _UNTRAINABLE.split(text):
+            start = 0
+            while start < len(part):
+                stop = cut_point(part, start, _CHUNK)
+                yield part[start:stop]
+                start = stop
+
+
+def cut_point(text: str, start: int, length: int) -> int:
+    """Where to cut text[start:] so that at most `length` characters come before: before a space after a
+    non-space or, failing that, after a line end; else after exactly `length`.
+    """
+    stop = start + length
+    if stop >= len(text):
+        return len(text)
+    at = stop
+    while (at := text.rfind(" ", start + 1, at)) > start:
+        if text[at - 1] != " ":
+            return at
+    at = text.rfind("\n", start, stop)
+    return at + 1 if at >= 0 else stop
+
+
+def _training_error(error: Exception, recipe: TokenizerRecipe) -> DataError:
+    text = " ".join(str(error).split())
+    if found := re.search(r"too high \(\d+\).*?<= (\d+)", text):
+        return DataError(
+            f"tokenizer vocab_size {recipe.vocab_size} is larger than the training text can fill; "
+            f"the largest that works is {found[1]}"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
+        return DataError(
+            f"tokenizer vocab_size {recipe.vocab_size} is too small for the characters of the text; "
+            f"use at least {found[1]}, or a lower character_coverage"
+        )
+    return DataError(f"SentencePiece could not train a tokenizer with vocab_size {recipe.vocab_size}: {text}")
+
+
+def import_tokenizer(name: str, folder: Path) -> None:
+    """Copy an existing tokenizer (a folder or a hub name) into `folder` as a fast HF tokenizer. Raises
+    DataError.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(name).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = " ".join(str(error).split())[:200]
+        advice = (
+            "it needs tokenizer.json and tokenizer_config.json"
+            if local
+            else "if there is no network here, give the folder of a local copy"
+        )
+        raise DataError(f"tokenizer {name!r} cannot be loaded; {advice} ({why})") from None
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); choose one that has")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the shards need to know: `vocab_size` is the largest id + 1; `first` starts a document, `last`
+    ends it.
+    """
+
+    vocab_size: int
+    first: int
+    last: int
+    hash: str
+
+
+def read_facts(folder: Path) -> TokenizerFacts:
+    """Facts of a fast tokenizer's folder, read without transformers. Raises DataError if it is none."""
+    tokenizer = load_backend(folder)
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: not a tokenizer folder: {error}") from None
+
+    def token_id(key: str) -> int | None:
+        token = config.get(key)
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else tokenizer.token_to_id(token)
+
+    eos = token_id("eos_token")
+    if eos is None:
+        raise DataError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    bos = token_id("bos_token")
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return TokenizerFacts(size, eos if bos is None else bos, eos, tokenizer_hash(folder))
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """sha256 of what a fast tokenizer folder does to text; unchanged by a save_pretrained round trip."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a fast tokenizer: {error}") from None
+    for key in ("truncation", "padding", "version"):
+        data.pop(key, None)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def load_backend(folder: Path) -> "Tokenizer":
+    """The Rust tokenizer of a folder, set so that text never encodes to a control token."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; the folder does not hold a fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,7 @@
+"""Judging a checkpoint: lm-eval tasks, offline held-out tasks, generated text, and reports over runs."""
+
+from .generate import generate
+from .harness import evaluate
+from .report import report
+
+__all__ = ["evaluate", "generate", "report"]

@@ -1,0 +1,132 @@
+"""A checkpoint folder as evaluation sees it: any Hugging Face causal language model with its tokenizer."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_LENGTH = 2048
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "sequence_length")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Where a checkpoint lies and how far it was trained; None for what its folder does not tell."""
+
+    path: Path
+    run: Path | None
+    step: int | None
+    tokens: int | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def describe(checkpoint: str | Path) -> CheckpointInfo:
+    """Look at a checkpoint folder without loading it; links such as `latest` are followed.
+
+    Raises ValueError if the folder is not there or holds no model.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{checkpoint}: no such checkpoint folder")
+    if not (path / "config.json").is_file():
+        inner = path / "checkpoints" / "latest"
+        hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
+        raise ValueError(f"{checkpoint}: not a checkpoint folder{hint}")
+    path = path.resolve()
+    manifest = _manifest(path)
+    step = re.fullmatch(r"step-(\d+)", path.name)
+    return CheckpointInfo(
+        path=path,
+        run=path.parent.parent if path.parent.name == "checkpoints" else None,
+        step=int(step[1]) if step else manifest.get("step"),
+        tokens=manifest.get("tokens"),
+    )
+
+
+def load_checkpoint(
+    checkpoint: str | Path, device: str = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model, in evaluation mode and in the precision it is stored in, and its tokenizer.
+
+    device: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises ValueError for a folder that cannot be
+    loaded or a device that is not there.
+    """
+    path = describe(checkpoint).path
+    target = pick_device(device)
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def pick_device(device: str = "auto") -> "torch.device":
+    """A torch device by name; ValueError for one that this machine lacks."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: there is no such CUDA device on this machine; use cpu or auto")
+    return target
+
+
+def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that every document began with in training, if that is known: for this project's models only.
+
+    For other models it is None, and what their tokenizer adds by itself is right.
+    """
+    if model.config.model_type != "lrnn":
+        return None
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
+    """The longest window, in tokens, that a score is taken over.
+
+    A position limit in the model's config; else the length the run trained on, since a recurrent model
+    takes any length but has only seen that one; else 2048.
+    """
+    config = model.config.to_dict()
+    for key in _LENGTH_KEYS:
+        if isinstance(config.get(key), int) and config[key] > 0:
+            return config[key]
+    recipe = run / "recipe.yaml" if run is not None else None
+    if recipe is not None and recipe.is_file():
+        sections = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+        length = (sections.get("data") or {}).get("sequence_length")
+        if isinstance(length, int) and length > 0:
+            return length
+    return DEFAULT_LENGTH
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / "trainer" / "manifest.json"
+    if not file.is_file():
+        return {}
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return {}  # scores need only the model; resuming is what checks the manifest
+    return manifest if isinstance(manifest, dict) else {}

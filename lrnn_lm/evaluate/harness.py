@@ -1,0 +1,280 @@
+"""A checkpoint's scores on lm-eval tasks: the live model in lm-eval's HFLM, results as JSON and a table."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
+from .heldout import HELDOUT_NAME, heldout_path
+from .show import decimal, table_console
+from .tasks import find_tasks, hub_data, read_suite
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
+_PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
+
+
+def evaluate(
+    checkpoint: str | Path,
+    tasks: list[str],
+    *,
+    limit: int | None = None,
+    output: Path | None = None,
+    data: Path | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    suite: Path | None = None,
+    model: "PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    num_fewshot: int | None = None,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
+
+    tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks. suite: a YAML file of such names,
+    taken before `tasks`; what is passed here overrides its settings. limit: documents a task. data:
+    held-out documents for the heldout tasks (default: those of the run). output: a folder, or a .json file
+    (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
+    tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
+    max_length: tokens a window (default: `context_length`).
+
+    The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
+    a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
+    not one.
+    """
+    chosen = read_suite(suite) if suite is not None else None
+    names = [*(chosen.tasks if chosen else []), *tasks]
+    limit = chosen.limit if chosen and limit is None else limit
+    num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
+    _check(names, limit, batch_size, num_fewshot, max_length)
+    info = describe(checkpoint)
+    assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
+    documents = _documents(info, data)
+    metadata = {"data": documents} if documents else {"pretrained": str(info.path)}
+    with _quiet_lm_eval():
+        manager, names, hub = find_tasks(names, metadata)
+        if model is None or tokenizer is None:
+            model, tokenizer = load_checkpoint(info.path, device)
+        window = max_length or context_length(model, info.run)
+        with hub_data(hub):
+            results, truncated = _run(
+                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window
+            )
+    results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
+    results["settings"] = {
+        "tasks": names,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "max_length": window,
+        "batch_size": batch_size,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "data": documents,
+        "truncated_requests": truncated,
+    }
+    results["software"] = _versions()
+    written = _write(results, info, names, limit, suite, output)
+    _show(results, written)
+    return results
+
+
+def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
+    """Rows (task, metric, value, standard error or None) from an lm-eval results dictionary, in its order.
+
+    A metric computed under another filter than the default keeps the filter's name: `acc (strict)`.
+    """
+    rows = []
+    for task, scores in results["results"].items():
+        for key, value in scores.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = scores.get(f"{metric}_stderr,{kind}")
+            label = metric if kind == "none" else f"{metric} ({kind})"
+            rows.append((task, label, float(value), error if isinstance(error, int | float) else None))
+    return rows
+
+
+def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
+    """The held-out file that is passed, or the run's if it has one."""
+    if data is None and (info.run is None or not (info.run / HELDOUT_NAME).is_file()):
+        return None  # which matters to the heldout tasks only: they will say what to pass
+    return str(heldout_path(data, info.path))
+
+
+def _check(
+    names: list[str], limit: int | None, batch_size: int, num_fewshot: int | None, max_length: int | None
+) -> None:
+    if not names or not all(name.strip() for name in names):
+        raise ValueError(
+            "no tasks: pass --tasks, as in --tasks heldout_bits_per_byte,heldout_cloze, or --suite"
+        )
+    for what, value, least in (
+        ("limit", limit, 1),
+        ("batch size", batch_size, 1),
+        ("num_fewshot", num_fewshot, 0),
+        ("max_length", max_length, 2),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{what} must be at least {least}, not {value}")
+
+
+def _run(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    manager: Any,
+    names: list[str],
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int | None,
+    max_length: int,
+) -> tuple[dict[str, Any], int]:
+    """lm-eval's results, and how many requests lost the beginning of their context."""
+    import lm_eval
+
+    from .lm import LiveLM
+
+    training = model.training
+    start = document_start(model, tokenizer)
+    try:
+        with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
+            lm = LiveLM(model, tokenizer, batch_size=batch_size, max_length=max_length, start=start)
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=names,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+                task_manager=manager,
+            )
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
+    finally:
+        model.train(training)
+    # Functions and tensors in task configs become text here, so that what is returned is what is written.
+    return json.loads(json.dumps(results, default=str)), lm.truncated
+
+
+@contextlib.contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """Only errors from lm-eval's log; its bootstrap in this process, as forking beside threads is unsafe."""
+    logger = logging.getLogger("lm_eval")
+    level, pool = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if pool is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = pool
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """lm-eval seeds every generator; a training run that evaluates must go on as if it had not."""
+    import numpy
+    import torch
+
+    python, legacy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(legacy)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _write(
+    results: dict[str, Any],
+    info: CheckpointInfo,
+    names: list[str],
+    limit: int | None,
+    suite: Path | None,
+    output: Path | None,
+) -> Path | None:
+    """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it."""
+    folder = Path(output) if output is not None else info.run / "eval" if info.run is not None else None
+    if folder is None:
+        return None
+    if folder.suffix == ".json":
+        path = folder
+    else:
+        what = Path(suite).stem if suite is not None else "+".join(names).replace("*", "_").replace("/", "_")
+        if len(what) > 80:
+            what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+        path = folder / f"{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path}: the results cannot be written: {error.strerror}") from error
+    return path
+
+
+def _show(results: dict[str, Any], written: Path | None) -> None:
+    console = table_console()
+    console.print(_table(results))
+    scores = {(task, metric): value for task, metric, value, _ in flatten(results)}
+    for (task, metric), gzip in scores.items():
+        if metric == "gzip_bits_per_byte":
+            bits = scores[task, "bits_per_byte"]
+            verdict = f"{1 - bits / gzip:.1%} below" if bits < gzip else "not below"
+            console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
+    settings = results["settings"]
+    if settings["truncated_requests"]:
+        console.print(
+            f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
+            "lost the beginning of their context"
+        )
+    note = f"written to {written}" if written else "not written: outside a run, pass --output DIR"
+    console.print(note, soft_wrap=True, highlight=False)
+
+
+def _table(results: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    limit = results["settings"]["limit"]
+    table = Table(
+        title=f"{Path(results['checkpoint']['path']).name}{f', {limit} documents a task' if limit else ''}"
+    )
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("± standard error", justify="right")
+    table.add_column("documents", justify="right")
+    counts, last = results.get("n-samples", {}), None
+    for task, metric, value, error in flatten(results):
+        count = counts.get(task, {}).get("effective", "")
+        first = task != last
+        table.add_row(
+            task if first else "", metric, decimal(value), decimal(error), str(count) if first else ""
+        )
+        last = task
+    return table

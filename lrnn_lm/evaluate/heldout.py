@@ -1,0 +1,201 @@
+"""Offline tasks from a run's held-out documents: bits per byte with gzip beside it, and a last-word cloze.
+
+The functions below are what the YAML files in eval/tasks/heldout name. lm-eval calls the two `*_dataset`
+functions with the task's metadata, so the same documents are reached by `lrnn eval`, which fills `data` in,
+and by plain lm-eval:
+
+    lm_eval --include_path eval/tasks --tasks heldout_cloze --metadata '{"data": "runs/demo/heldout.jsonl"}'
+
+Everything is a pure function of the file: no randomness, the same passages in the same order every time.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+HELDOUT_NAME = "heldout.jsonl"
+FOLDER_NAMES = (HELDOUT_NAME, "validation.jsonl")
+MAX_BYTES = 20_000_000  # of text read from the file: a corpus' held-out share can be gigabytes
+PASSAGE_CHARACTERS = 8192  # about 2,000 tokens of English: longer documents are scored in pieces
+
+CLOZE_PASSAGES = 300
+CLOZE_ENOUGH = 100  # with this many passages whose answer occurs earlier, no other passage is taken
+CLOZE_SENTENCES = 3
+CLOZE_WORDS = (30, 100)
+CLOZE_LETTERS = 4
+
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)")
+_LAST_WORD = re.compile(rf" ([A-Za-z]{{{CLOZE_LETTERS},}})[.!?][\"')\]]*$")
+_WORD = re.compile(r"[A-Za-z]+")
+
+
+def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
+    """The JSONL file of held-out documents.
+
+    `data` is the file, or a folder (a run, or what `lrnn prepare` wrote) that holds it; without it, the
+    file of the run that `checkpoint` lies in is taken. Raises ValueError, with what to pass, when there is
+    no such file.
+    """
+    if data is not None:
+        path = Path(data).expanduser()
+        path = next((path / name for name in FOLDER_NAMES if (path / name).is_file()), path)
+        if not path.is_file():
+            raise ValueError(f'{data}: no such file of held-out documents (one {{"text": ...}} a line)')
+        return path
+    if checkpoint is not None:
+        # `checkpoints/latest` is a link: the run is two folders above what it points to.
+        path = Path(checkpoint).expanduser().resolve().parent.parent / HELDOUT_NAME
+        if path.is_file():
+            return path
+    raise ValueError(
+        "the heldout tasks need held-out documents: evaluate a checkpoint inside a run that has "
+        "heldout.jsonl, or pass --data FILE.jsonl (`lrnn prepare` writes validation.jsonl)"
+    )
+
+
+def read_documents(path: str | Path, max_bytes: int = MAX_BYTES) -> list[str]:
+    """The non-empty texts of a JSONL file in its order, up to the document that reaches `max_bytes` of text.
+
+    Raises ValueError naming the line that cannot be read.
+    """
+    documents, size, number = [], 0, 0
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                text = json.loads(line)["text"] if line.strip() else ""
+                if text.strip():
+                    documents.append(text)
+                    size += len(text.encode())
+                if size >= max_bytes:
+                    break
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{path}: line {number} is not a JSON object with a string "text"') from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a UTF-8 text file") from None
+    if not documents:
+        raise ValueError(f"{path}: holds no documents")
+    return documents
+
+
+def cut(document: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
+    """A document in pieces of at most `size` characters that join to the document again.
+
+    A piece ends after a line break if one lies in its second half, else after other white space there, else
+    anywhere.
+    """
+    pieces, start = [], 0
+    while len(document) - start > size:
+        window = document[start : start + size]
+        end = window.rfind("\n", size // 2) + 1
+        if not end:
+            end = max((window.rfind(space, size // 2) for space in " \t"), default=-1) + 1
+        pieces.append(window[: end or size])
+        start += len(pieces[-1])
+    return [*pieces, document[start:]]
+
+
+def heldout_dataset(
+    data: str | None = None, pretrained: str | None = None, **_metadata: Any
+) -> "dict[str, datasets.Dataset]":
+    """Held-out passages in file order, for `heldout_bits_per_byte`: rows of index and text.
+
+    `data` and `pretrained` (the checkpoint) come from lm-eval's metadata; other metadata is left alone.
+    """
+    documents = read_documents(heldout_path(data, pretrained))
+    passages = [piece for document in documents for piece in cut(document)]
+    return _test_split([{"index": i, "text": text} for i, text in enumerate(passages)])
+
+
+def score_passage(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
+    """One passage's share of each metric, from its log-likelihood in nats given BOS.
+
+    Words are counted as upstream's wikitext task counts them: parts between white space.
+    """
+    (loglikelihood,) = results
+    words, size = len(re.split(r"\s+", doc["text"])), len(doc["text"].encode())
+    return {
+        "bits_per_byte": (loglikelihood, size),
+        "byte_perplexity": (loglikelihood, size),
+        "word_perplexity": (loglikelihood, words),
+        "gzip_bits_per_byte": (doc["index"], doc["text"]),
+    }
+
+
+def gzip_bits_per_byte(passages: Sequence[tuple[int, str]]) -> float:
+    """Bits per byte that `gzip -9` reaches on (index, text) passages joined in order: one stream, level 9."""
+    text = "".join(text for _, text in sorted(passages)).encode()
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+
+
+def cloze_dataset(
+    data: str | None = None, pretrained: str | None = None, **_metadata: Any
+) -> "dict[str, datasets.Dataset]":
+    """Passages whose final word is asked, for `heldout_cloze`: rows of context, answer (" word"), repeated.
+
+    In LAMBADA the answer mostly stands earlier in the passage; such passages are taken alone if there are
+    CLOZE_ENOUGH of them, else others fill up to that number. At most CLOZE_PASSAGES, in the order of a hash
+    of their text, so that the first n of them are a fair sample for any n.
+    """
+    path = heldout_path(data, pretrained)
+    found = {row["context"]: row for text in read_documents(path) for row in _cloze_passages(text)}
+    rows = sorted(found.values(), key=lambda row: hashlib.sha256(row["context"].encode()).digest())
+    repeated = [row for row in rows if row["repeated"]]
+    others = [row for row in rows if not row["repeated"]]
+    chosen = repeated[:CLOZE_PASSAGES] + others[: max(0, CLOZE_ENOUGH - len(repeated))]
+    if not chosen:
+        raise ValueError(f"{path}: no passage of several sentences fits the cloze; leave heldout_cloze out")
+    taken = {row["context"] for row in chosen}
+    return _test_split([row for row in rows if row["context"] in taken])
+
+
+def _cloze_passages(document: str) -> Iterator[dict[str, Any]]:
+    """Passages of a document: whole sentences, cut before the last one's final word.
+
+    From each sentence on, the shortest passage whose answer occurs in it is taken, and the next one starts
+    after it. Where there is none, the shortest passage at all is taken, unless it overlaps another such.
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(document + "\n")]
+    starts = [0, *ends[:-1]]
+    first = free = 0
+    while first < len(ends):
+        fits = []
+        for last in range(first + CLOZE_SENTENCES - 1, len(ends)):
+            passage = document[starts[first] : ends[last]].strip()
+            if len(passage.split()) > CLOZE_WORDS[1]:
+                break
+            if row := _cloze_row(passage):
+                fits.append((last + 1, row))
+        after, row = next(((after, row) for after, row in fits if row["repeated"]), (None, None))
+        if row is not None:
+            yield row
+            first = free = after
+            continue
+        if fits and first >= free:
+            free, row = fits[0]
+            yield row
+        first += 1
+
+
+def _cloze_row(passage: str) -> dict[str, Any] | None:
+    """The passage without its final word, and that word; None if it is too short or does not end in a plain
+    word."""
+    match = _LAST_WORD.search(passage)
+    if not match or len(passage.split()) < CLOZE_WORDS[0]:
+        return None
+    context, word = passage[: match.start()], match[1]
+    earlier = {other.casefold() for other in _WORD.findall(context)}
+    return {"context": context, "answer": f" {word}", "repeated": word.casefold() in earlier}
+
+
+def _test_split(rows: list[dict[str, Any]]) -> "dict[str, datasets.Dataset]":
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(rows)}

@@ -1,0 +1,134 @@
+"""A run read back: curves from metrics.jsonl, scores from eval/*.json, parameters from a checkpoint."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .harness import flatten
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task at the newest checkpoint that was scored on it."""
+
+    value: float
+    error: float | None
+    step: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report needs of a run. training and validation: lines of metrics.jsonl, one a step, by step."""
+
+    name: str
+    path: Path
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    parameters: int | None
+    scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, metric)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return max(line["tokens"] for line in [*self.training[-1:], *self.validation[-1:]])
+
+    @property
+    def training_loss(self) -> float | None:
+        """Nats a token, the mean over the last fiftieth of the logged steps (a single step is noisy)."""
+        losses = [line["loss"] for line in self.training]
+        return statistics.fmean(losses[-max(1, len(losses) // 50) :]) if losses else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over steps, so that compilation and pauses do not count."""
+        speeds = [line["tokens_per_second"] for line in self.training if _number(line, "tokens_per_second")]
+        return statistics.median(speeds) if speeds else None
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a key of the validation lines."""
+        return next((line[key] for line in reversed(self.validation) if _number(line, key)), None)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run. Raises ValueError if the folder or its metrics are missing or hold no step yet."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{folder}: no such run")
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{folder}: not a run (there is no metrics.jsonl in it)")
+    training, validation = _read_metrics(file)
+    if not training and not validation:
+        raise ValueError(f"{folder}: metrics.jsonl holds no step yet")
+    return Run(
+        name=path.resolve().name,
+        path=path,
+        training=training,
+        validation=validation,
+        parameters=_count_parameters(path / "checkpoints" / "latest"),
+        scores=_read_scores(path / "eval"),
+    )
+
+
+def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and validation lines by step. A step's last line wins: a resumed run writes lost steps anew.
+
+    A line torn by a crash is skipped: the last one, or, in a resumed run, one in the middle.
+    """
+    training: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if not isinstance(line, dict) or not (_number(line, "step") and _number(line, "tokens")):
+                continue
+            if _number(line, "validation_loss"):
+                validation[line["step"]] = line
+            elif _number(line, "loss"):
+                training[line["step"]] = line
+    return [training[s] for s in sorted(training)], [validation[s] for s in sorted(validation)]
+
+
+def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
+    """Every metric of every task found, at the highest step; then whole before limited, then the newest."""
+    found: dict[tuple[str, str], tuple[tuple[int, bool, float], Score]] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))
+            rows = flatten(results)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            continue  # another program's JSON
+        step = results.get("checkpoint", {}).get("step")
+        limit = results.get("settings", {}).get("limit")
+        rank = (step or 0, limit is None, file.stat().st_mtime)
+        for task, metric, value, error in rows:
+            if (task, metric) not in found or rank >= found[task, metric][0]:
+                found[task, metric] = (rank, Score(value, error, step, limit))
+    return {key: score for key, (_, score) in sorted(found.items())}
+
+
+def _count_parameters(checkpoint: Path) -> int | None:
+    """Stored parameters, from the safetensors headers; None without files or with a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(checkpoint.glob("*.safetensors"))
+    total = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                names = list(tensors.keys())
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+        except (SafetensorError, OSError):
+            return None
+    return total if files else None
+
+
+def _number(line: dict[str, Any], key: str) -> bool:
+    return isinstance(line.get(key), int | float)

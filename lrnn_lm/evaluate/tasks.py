@@ -1,0 +1,119 @@
+"""Which tasks to run: names checked against lm-eval's index and the project's, suites, the hub's reach."""
+
+import difflib
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lrnn_lm.recipe import resolve_path, shipped
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+class Suite(BaseModel):
+    """A named list of tasks and how to run them: one YAML file in eval/suites."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    tasks: list[str] = Field(min_length=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
+
+
+def read_suite(file: str | Path) -> Suite:
+    """A suite by file, or by the name of one that the project ships. ValueError says what is wrong in it."""
+    path = resolve_path(str(file))
+    path = path if path.is_file() else shipped(f"eval/suites/{file}.yaml")
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in shipped("eval/suites").glob("*.yaml")))
+        raise ValueError(f"{file}: no such suite file; the project ships {known}")
+    try:
+        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        wrong = [(".".join(map(str, detail["loc"])) or "suite", detail["msg"]) for detail in error.errors()]
+        raise ValueError(f"{file}: " + "; ".join(f"{key}: {message}" for key, message in wrong)) from None
+
+
+def own_tasks_path() -> Path:
+    """The project's folder of lm-eval tasks: what `--include_path` of plain lm-eval takes."""
+    return shipped("eval/tasks")
+
+
+def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager, list[str], bool]":
+    """lm-eval's manager of the named tasks, the names with patterns expanded, and whether they may need the
+    hub.
+
+    A name is a task, a group or a tag, with `*` as a wildcard. Raises ValueError for one that nobody knows,
+    naming the nearest that exist. lm-eval's own index of thousands of files is read only if a name is not
+    the project's.
+    """
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager(include_path=str(own_tasks_path()), include_defaults=False, metadata=metadata)
+    if all(own.match_tasks([name]) for name in names):
+        return own, _expand(own, names), False
+    manager = TaskManager(include_path=str(own_tasks_path()), metadata=metadata)
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists those there are"
+            )
+            raise ValueError(f"unknown task {name!r}; {hint}")
+    return manager, _expand(manager, names), True
+
+
+def _expand(manager: "TaskManager", names: list[str]) -> list[str]:
+    return list(dict.fromkeys(match for name in names for match in sorted(manager.match_tasks([name]))))
+
+
+@contextmanager
+def hub_data(needed: bool) -> Iterator[None]:
+    """Run what reads data sets from the Hugging Face hub; without a network, from the local cache at once.
+
+    A data set that is neither reachable nor cached ends as a ValueError that says what to do.
+    """
+    if not needed:
+        yield
+        return
+    from datasets import config
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    offline = any(before) or not _reachable(constants.ENDPOINT)
+    if offline:  # the libraries would else retry every file for half a minute
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        advice = (
+            "run once with a network to fill the cache, or use tasks that need none: "
+            "heldout_bits_per_byte, heldout_cloze"
+        )
+        raise ValueError(f"a task's data set is not to be had: {reason}\n{advice}") from error
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str, seconds: float = 3.0) -> bool:
+    """Whether a connection to the hub opens. Behind a proxy only a request would tell: it counts as open."""
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return True
+    address = urlsplit(endpoint)
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=seconds).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Pretraining on Accelerate: assembly, the loop, exact checkpoints."""

@@ -1,0 +1,73 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then elsewhere."""
+
+import math
+import time
+from types import TracebackType
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..recipe import Recipe, format_count
+
+_QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
+
+
+class ProgressLine:
+    """Loss, speed and time left; silent on every rank but the main one."""
+
+    def __init__(self, console: Console, recipe: Recipe, first_step: int, accelerator: Accelerator):
+        self._console, self._total = console, recipe.total_steps
+        self._tokens_per_step = recipe.train.tokens_per_step
+        self._speaks = accelerator.is_main_process
+        self._draws = self._speaks and console.is_terminal
+        self._first, self._step, self._loss, self._speed = first_step, first_step, math.nan, math.nan
+        self._spoke = self._began = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._draws,
+        )
+        self._task = self._bar.add_task(
+            recipe.name, total=self._total, completed=first_step, loss=math.nan, speed=0.0
+        )
+
+    def __enter__(self) -> "ProgressLine":
+        if self._speaks and self._first:
+            self._console.print(f"going on from step {self._first} of {self._total}")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, loss: float, speed: float, applied: bool) -> None:
+        """After each logged step; speed in tokens a second."""
+        if not self._speaks:
+            return
+        self._step, self._speed = step, speed if math.isnan(self._speed) else 0.9 * self._speed + 0.1 * speed
+        if not applied:
+            self._console.print(f"[yellow]step {step} skipped: its loss or gradient is not finite")
+        else:
+            self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
+        self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
+        if not self._draws and (time.monotonic() - self._spoke > _QUIET_SECONDS or step == self._total):
+            self._spoke = time.monotonic()
+            left = (self._total - step) * (self._spoke - self._began) / max(1, step - self._first)
+            self._console.print(f"{self._where(step)}  {self._speed:,.0f} tokens/s  {left:.0f} s left")
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """After each validation; loss in nats a token."""
+        if self._speaks:
+            text = f"validation loss {loss:.3f}  {bits_per_byte:.3f} bits/byte"
+            self._console.print(f"step {step}: {text}")
+
+    def _where(self, step: int) -> str:
+        tokens = format_count(step * self._tokens_per_step)
+        return f"step {step}/{self._total}  {tokens} tokens  loss {self._loss:.3f}"

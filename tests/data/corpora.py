@@ -1,0 +1,31 @@
+"""Small corpora that the data tests write."""
+
+import json
+import random
+from pathlib import Path
+
+WORDS = (
+    "the state of a linear recurrence mixes what it has read with what it reads now and so the block keeps values "
+    "gates tokens documents in order while rows cross from one shard to another without a seam"
+).split()
+
+
+def make_texts(count: int, seed: int = 0, words: int = 80) -> list[str]:
+    """Different little English-like texts, with the white space that tokenizers tend to lose."""
+    rng = random.Random(seed)
+    texts = []
+    for k in range(count):
+        body = " ".join(rng.choice(WORDS) for _ in range(rng.randint(words // 4, words)))
+        texts.append(f"Document {seed}.{k}\n\n    {body}.\n\tindented {rng.random():.6f}\n")
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_recipe(path: Path, **keys: object) -> Path:
+    recipe = {"model_type": "bpe", "vocab_size": 400, **keys}
+    path.write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()), encoding="utf-8")
+    return path

@@ -1,0 +1,301 @@
+"""`prepare`: what it leaves, that it does so once and whole, and what it says to mistakes."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import make_texts, write_jsonl, write_recipe
+
+from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare, tokenizer_hash
+from lrnn_lm.data.sources import documents
+from lrnn_lm.data.tokenize import load_backend
+
+
+def stream(shards) -> tuple[np.ndarray, np.ndarray]:
+    return shards.read(0, shards.num_tokens), shards.document_starts(0, shards.num_tokens)
+
+
+def heldout(prepared: PreparedData) -> list[str]:
+    return [json.loads(line)["text"] for line in prepared.heldout_path.read_text().splitlines()]
+
+
+def test_tokens_are_the_documents(prepared: PreparedData) -> None:
+    source = SourceSpec(**prepared.manifest["source"])
+    held = heldout(prepared)
+    train = [text for text in documents(source) if text not in set(held)]
+    tokenizer = load_backend(prepared.tokenizer_dir)
+    for shards, texts in [(prepared.train, train), (prepared.validation, held)]:
+        tokens, starts = stream(shards)
+        assert len(starts) == len(texts) == shards.num_documents > 0
+        assert shards.num_bytes == sum(len(text.encode()) for text in texts)
+        assert shards.dtype == np.uint16
+        for text, ids in zip(texts, np.split(tokens, starts[1:]), strict=True):
+            assert (ids[0], ids[-1]) == (1, 2)
+            assert tokenizer.decode(ids[1:-1].tolist()) == text
+        shards.verify()
+    assert len(prepared.manifest["splits"]["train"]["shards"]) > 2
+    assert prepared.vocab_size == 400
+    assert prepared.tokenizer_hash == tokenizer_hash(prepared.tokenizer_dir)
+
+
+def test_reading_across_shards(prepared: PreparedData) -> None:
+    tokens, starts = stream(prepared.train)
+    for start, stop in [(0, 1), (1400, 1700), (0, 4000), (1499, 1501), (len(tokens) - 5, len(tokens) + 20)]:
+        assert prepared.train.read(start, stop).tolist() == tokens[start:stop].tolist()
+        expected = [p - start for p in starts if start <= p < stop]
+        assert prepared.train.document_starts(start, stop).tolist() == expected
+
+
+def test_second_call_does_nothing(spec: DataSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(spec, progress=False)
+    before = {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
+    monkeypatch.setattr("lrnn_lm.data.storage.build_folder", None)
+    started = time.monotonic()
+    second = prepare(spec, progress=False)
+    assert time.monotonic() - started < 1
+    assert second.folder == first.folder
+    assert before == {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
+
+
+def test_bytes_do_not_depend_on_processes_or_place(spec: DataSpec, tmp_path: Path) -> None:
+    one = prepare(spec, progress=False)
+    two = prepare(replace(spec, num_proc=2, cache_dir=str(tmp_path / "other")), progress=False)
+    assert one.folder.name == two.folder.name
+    assert one.manifest == two.manifest
+    other_rows = prepare(replace(spec, sequence_length=16, seed=9), progress=False)
+    assert other_rows.folder == one.folder
+    with pytest.raises(AssertionError):
+        assert prepare(replace(spec, validation_fraction=0.5), progress=False).folder == one.folder
+
+
+def test_split_is_by_text(spec: DataSpec, tmp_path: Path) -> None:
+    texts = make_texts(60)
+    twice = write_jsonl(tmp_path / "twice.jsonl", texts[::-1] + texts)
+    again = prepare(replace(spec, source=SourceSpec(type="jsonl", path=str(twice))), progress=False)
+    held = heldout(prepare(spec, progress=False))
+    assert set(heldout(again)) == set(held), "whatever the order"
+    assert again.train.num_documents + again.validation.num_documents == 120
+    assert again.train.num_documents == 2 * (60 - len(held)), "no copy of a held-out text is trained on"
+
+
+def test_validation_source(spec: DataSpec, tmp_path: Path) -> None:
+    texts = make_texts(60)
+    held = [*texts[5:8], "something else altogether"]
+    source = SourceSpec(type="jsonl", path=str(write_jsonl(tmp_path / "held.jsonl", held)))
+    prepared = prepare(replace(spec, validation_source=source), progress=False)
+    assert heldout(prepared) == held
+    assert prepared.train.num_documents == 57
+    assert prepared.manifest["validation_fraction"] is None
+    with pytest.raises(DataError, match="no document is left for train"):
+        prepare(replace(spec, validation_source=spec.source), progress=False)
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.999999])
+def test_small_corpus_gives_each_side_a_document(spec: DataSpec, fraction: float) -> None:
+    prepared = prepare(replace(spec, validation_fraction=fraction), progress=False)
+    assert min(prepared.train.num_documents, prepared.validation.num_documents) == 1
+    assert prepared.train.num_documents + prepared.validation.num_documents == 60
+
+
+def test_one_document_cannot_be_split(spec: DataSpec, tmp_path: Path) -> None:
+    source = SourceSpec(type="text", path=str(tmp_path / "only.txt"))
+    (tmp_path / "only.txt").write_text("".join(make_texts(60)))
+    with pytest.raises(DataError, match=r"at least two different documents; .*data.validation_source"):
+        prepare(replace(spec, source=source), progress=False)
+    assert leftovers(spec) == []
+
+
+def test_mistakes(spec: DataSpec, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"too short: its \d+ training tokens do not fill one row .* = 100001"
+    ):
+        prepare(replace(spec, sequence_length=100_000), progress=False)
+    with pytest.raises(DataError, match="largest that works"):
+        prepare(replace(spec, vocab_size=9000), progress=False)
+    with pytest.raises(DataError, match="no such tokenizer recipe"):
+        prepare(replace(spec, tokenizer="absent.yaml"), progress=False)
+    with pytest.raises(DataError, match="not this file"):
+        prepare(replace(spec, tokenizer=spec.source.path), progress=False)
+    with pytest.raises(DataError, match="no such file"):
+        prepare(replace(spec, source=SourceSpec(type="text", path="absent.txt")), progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write to data\.cache_dir"):
+        prepare(replace(spec, cache_dir=str(tmp_path / "file" / "cache")), progress=False)
+    ready = prepare(spec, progress=False).tokenizer_dir
+    with pytest.raises(DataError, match="has 400 tokens, which do not fit in vocab_size 300"):
+        prepare(replace(spec, tokenizer=str(ready), vocab_size=300), progress=False)
+    assert leftovers(spec) == []
+
+
+def test_ready_tokenizer_and_its_hash(spec: DataSpec, tmp_path: Path) -> None:
+    trained = prepare(spec, progress=False)
+    ready = prepare(replace(spec, tokenizer=str(trained.tokenizer_dir)), progress=False)
+    assert ready.tokenizer_hash == trained.tokenizer_hash
+    assert ready.manifest["files"] == trained.manifest["files"]
+    other = prepare(
+        replace(spec, tokenizer=str(write_recipe(tmp_path / "other.yaml", vocab_size=420))), progress=False
+    )
+    ready.check_tokenizer(trained.tokenizer_dir)
+    with pytest.raises(DataError, match="is not the one that made the shards"):
+        ready.check_tokenizer(other.tokenizer_dir)
+
+
+@pytest.mark.parametrize("special", [("<e>", None), ("<e>", "<e>"), ("<e>", "<b>")])
+def test_first_and_last_token(spec: DataSpec, tmp_path: Path, special: tuple[str, str | None]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    eos, bos = special
+    names = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **names).save_pretrained(
+        tmp_path / "ready"
+    )
+    prepared = prepare(replace(spec, tokenizer=str(tmp_path / "ready")), progress=False)
+    tokens, starts = stream(prepared.train)
+    to_id = load_backend(prepared.tokenizer_dir).token_to_id
+    assert set(tokens[starts]) == {to_id(bos or eos)}
+    assert set(tokens[np.append(starts[1:], len(tokens)) - 1]) == {to_id(eos)}
+
+
+def test_damage_is_named(spec: DataSpec) -> None:
+    prepared = prepare(spec, progress=False)
+    shard = prepared.folder / "train-00001.tokens.bin"
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    open_prepared(prepared.folder)  # sizes are right
+    for check in (lambda: open_prepared(prepared.folder, verify=True), prepared.train.verify):
+        with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged .*sha256.*lrnn prepare"):
+            check()
+    shard.write_bytes(data[:-2])
+    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged \(\d+ bytes instead of \d+\)"):
+        prepare(spec, progress=False)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: cannot be read"):
+        prepare(spec, progress=False)
+
+
+def test_damaged_manifest_and_foreign_tokenizer(spec: DataSpec) -> None:
+    prepared = prepare(spec, progress=False)
+    path = prepared.tokenizer_dir / "tokenizer.json"
+    path.write_text(path.read_text().replace('"recurrence"', '"recurrenxe"').replace('" the"', '" thx"'))
+    with pytest.raises(DataError, match="did not make the shards"):
+        open_prepared(prepared.folder)
+    (prepared.folder / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: damaged"):
+        open_prepared(prepared.folder)
+    with pytest.raises(DataError, match="no prepared data here"):
+        open_prepared(prepared.folder.parent)
+
+
+def test_wide_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    from lrnn_lm.data.shards import ShardWriter, TokenShards, token_dtype
+
+    assert token_dtype(65536) == np.uint16
+    assert token_dtype(65537) == np.uint32
+    writer = ShardWriter(tmp_path, "train", token_dtype(70_000), 10)
+    writer.add(np.array([69_999, 1, 2], np.uint32), 5)
+    writer.close()
+    manifest = {"dtype": "uint32", "splits": {"train": writer.summary()}, "files": writer.files}
+    assert TokenShards(tmp_path, "train", manifest).read(0, 3).tolist() == [69_999, 1, 2]
+
+
+def leftovers(spec: DataSpec) -> list[str]:
+    """Everything in the cache that is neither a lock nor a finished folder."""
+    found = [p for kind in ("data", "tokenizers") for p in (Path(spec.cache_dir) / kind).glob("*")]
+    finished = ("manifest.json", "tokenizer.json")
+    return [
+        p.name for p in found if p.suffix != ".lock" and not any((p / name).is_file() for name in finished)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [("tokenize", "fast_tokenizer"), ("prepare", "_write_manifest")]
+)
+def test_interrupt_leaves_nothing(
+    spec: DataSpec, monkeypatch: pytest.MonkeyPatch, module: str, function: str
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(f"lrnn_lm.data.{module}"), function, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(replace(spec, num_proc=2), progress=False)
+    assert leftovers(spec) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    prepare(spec, progress=False).train.verify()
+
+
+SLOW_PREPARE = """
+import sys, time, json
+import importlib
+module = importlib.import_module("lrnn_lm.data.prepare")
+from lrnn_lm.data import DataSpec, SourceSpec
+keys = json.loads(sys.argv[1])
+keys["source"] = SourceSpec(**keys["source"])
+real = module._tagged_documents
+def slow(*args):
+    for k, pair in enumerate(real(*args)):
+        if k == 30:
+            print("half way", flush=True)
+            time.sleep(60)
+        yield pair
+module._tagged_documents = slow
+module.prepare(DataSpec(**keys), progress=False)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_killed_half_way(spec: DataSpec, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_PREPARE, json.dumps(asdict(replace(spec, num_proc=2)))],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half way\n"
+    process.send_signal(number)
+    assert process.wait(timeout=20) != 0
+    if number != signal.SIGKILL:
+        assert leftovers(spec) == []
+    prepare(spec, progress=False).train.verify()
+    assert leftovers(spec) == []
+
+
+def _prepare_in_child(spec: DataSpec) -> None:
+    prepare(spec, progress=False).train.verify()
+    os._exit(7)
+
+
+def test_two_processes_at_once(spec: DataSpec) -> None:
+    children = [
+        multiprocessing.get_context("fork").Process(target=_prepare_in_child, args=(spec,)) for _ in range(3)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    assert [child.exitcode for child in children] == [7, 7, 7]
+    assert leftovers(spec) == []
+
+
+def test_python_docs_whole(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "tokenizers" / "bpe-4k.yaml"
+    spec = DataSpec(tokenizer=str(recipe), sequence_length=256, cache_dir=str(tmp_path), num_proc=2)
+    prepared = prepare(spec, progress=False)
+    assert prepared.vocab_size == 4096
+    assert prepared.train.num_tokens > 400_000
+    assert prepared.validation.num_documents > 5
+    assert 3 < prepared.train.num_bytes / prepared.train.num_tokens < 5

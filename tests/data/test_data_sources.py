@@ -1,0 +1,163 @@
+"""Every kind of source: its documents, and what it says when it cannot be read."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from corpora import make_texts, write_jsonl
+
+from lrnn_lm.data import DataError, SourceSpec
+from lrnn_lm.data.sources import documents, fingerprint
+
+TEXTS = make_texts(7)
+
+
+def read(type: str, path: Path | str, **keys: object) -> list[str]:
+    return list(documents(SourceSpec(type=type, path=str(path), **keys)))
+
+
+def test_text_folder_glob_and_file(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.txt").write_text("two\r\nlines", newline="")
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / ".hidden").write_text("hidden")
+    (tmp_path / "note.md").write_text("note")
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert read("text", tmp_path) == ["two\r\nlines", "note", "one"]
+    assert read("text", tmp_path / "**" / "*.txt") == ["two\r\nlines", "one"]
+    assert read("text", tmp_path / "one.txt") == ["one"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_jsonl(tmp_path: Path, suffix: str) -> None:
+    plain = write_jsonl(tmp_path / "part.jsonl", TEXTS, field="content").read_bytes()
+    half = plain.index(b"\n") + 1
+    pack = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    path = tmp_path / f"packed.jsonl{suffix}"
+    path.write_bytes(pack(plain[:half]) + pack(plain[half:]))  # two frames one after another
+    assert read("jsonl", path, text_field="content") == TEXTS
+    assert read("jsonl", path, text_field="content", limit=3) == TEXTS[:3]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": list(range(7)), "body": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "part.parquet", row_group_size=2)
+    assert read("parquet", tmp_path, text_field="body") == TEXTS
+    with pytest.raises(DataError, match=r"no column 'text'.*id, body"):
+        read("parquet", tmp_path)
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(DataError, match=r"bad\.parquet: not a readable Parquet file"):
+        read("parquet", tmp_path / "bad.parquet")
+
+
+def test_hf_saved_and_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    saved.save_to_disk(str(tmp_path / "single"))
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", TEXTS)
+    for name in ("single", "splits", "folder"):
+        assert read("hf", tmp_path / name) == TEXTS, name
+    with pytest.raises(DataError, match=r"no split 'test'.*train"):
+        read("hf", tmp_path / "splits", split="test")
+    with pytest.raises(DataError, match=r"no field 'body'.*one of: text"):
+        read("hf", tmp_path / "single", text_field="body")
+    with pytest.raises(DataError, match="no such file or folder"):
+        read("hf", tmp_path / "absent")
+
+
+def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"nobody/nothing .*no network here, give the folder of a local copy"):
+        read("hf", "nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "fine"}\n{"text": \n', r"x\.jsonl:2: not valid JSON"),
+        (b'{"text": "fine"}\n\n{"body": "b", "id": 1}\n', r"x\.jsonl:3: no field 'text'.*one of: body, id"),
+        (b'{"text": 3}\n', r"x\.jsonl:1: field 'text' holds int"),
+        (b'{"text": "\\ud800"}\n', r"x\.jsonl:1: .*surrogate"),
+        (b'["text"]\n', r"x\.jsonl:1: a line holds one JSON object"),
+        (b"\xff\xfe\x00\n", r"x\.jsonl:1: not UTF-8"),
+        (b"", r"x\.jsonl: the file is empty"),
+        (b'{"text": "  "}\n', r"x\.jsonl is empty"),
+    ],
+)
+def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read("jsonl", tmp_path / "x.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\x7fELF\0\0", "a binary file"),
+        ("naïve".encode("latin-1"), "not UTF-8 text"),
+    ],
+)
+def test_bad_text(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.bin: {message}"):
+        read("text", tmp_path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        read("text", tmp_path / "absent.txt")
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        read("text", tmp_path / "*.txt")
+    with pytest.raises(DataError, match=r"no \.jsonl .*file in this folder"):
+        read("jsonl", tmp_path)
+    with pytest.raises(DataError, match="needs a path"):
+        list(documents(SourceSpec(type="jsonl")))
+    with pytest.raises(DataError, match="unknown; known: python-docs"):
+        read("csv", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_archives(tmp_path: Path, suffix: str) -> None:
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    data = pack("\n".join(json.dumps({"text": t}) for t in make_texts(200)).encode())
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(b"not packed\n")
+    with pytest.raises(DataError, match="damaged archive"):
+        read("jsonl", path)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="damaged archive"):
+        read("jsonl", path)
+
+
+def test_python_docs(python_docs: list[str]) -> None:
+    texts = python_docs
+    assert len(set(texts)) == len(texts) > 300
+    assert 1_500_000 < sum(map(len, texts)) < 4_000_000
+    assert sorted(map(len, texts))[len(texts) // 10] > 150, "documents are not tiny"
+    assert any("json.loads(" in text for text in texts)
+    assert list(documents(SourceSpec(limit=5))) == texts[:5]
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", TEXTS)
+    spec = SourceSpec(type="jsonl", path=str(path))
+    before = fingerprint(spec)
+    assert before == fingerprint(spec)
+    assert before != fingerprint(replace(spec, limit=2))
+    write_jsonl(path, TEXTS[1:])
+    assert before != fingerprint(spec)

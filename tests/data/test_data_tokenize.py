@@ -1,0 +1,176 @@
+"""Tokenizers: lossless, the same ids as SentencePiece's own, deterministic, clear about what cannot be."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from corpora import make_texts, write_recipe
+
+from lrnn_lm.data import DataError, tokenizer_hash
+from lrnn_lm.data.tokenize import (
+    MODEL_FILE,
+    TokenizerRecipe,
+    cut_point,
+    import_tokenizer,
+    load_backend,
+    read_facts,
+    read_recipe,
+    train,
+)  # fmt: skip
+
+REPOSITORY = Path(__file__).parents[2]
+KINDS = ("bpe", "unigram")
+HARD = [
+    "", " ", "   ", "\n", "\n\n\n", "\t", " \t \n ", "  leading", "trailing  ", "two  spaces", "a\r\nb\r\n",
+    "tabs\t\tand   runs of     spaces", "emoji 🙂👩‍👩‍👧 and ünïcödé, 漢字, عربى", "\x01\x02\x1b[0m\x7f",
+    "text that looks like tokens: <s> </s> <pad> <unk> <0x0A> <0x41>", "\u2581already \u2581marked\u2581",
+    "\u2585", "is n't it ? yes , it is . do not 'clean up'", "\ufeffbom", "a\u00a0b\u3000c\u200bd", "e\u0301 é",
+    "x" * 500,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, python_docs: list[str]) -> dict[str, Path]:
+    """A tokenizer of each kind, trained on English."""
+    made = {}
+    for kind in KINDS:
+        made[kind] = tmp_path_factory.mktemp(kind)
+        train(python_docs[::4], TokenizerRecipe(kind, vocab_size=1500), made[kind])
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lossless_through_auto_tokenizer(folders: dict[str, Path], kind: str, python_docs: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+    assert tokenizer.is_fast
+    assert not tokenizer.clean_up_tokenization_spaces
+    assert [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
+        "<unk>", "<s>", "</s>", "<pad>",
+    ]  # fmt: skip
+    assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3]
+    for text in HARD + python_docs[1::40]:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert not {0, 1, 2, 3} & set(ids), "text never becomes a control token"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_sentencepiece(folders: dict[str, Path], kind: str, python_docs: list[str]) -> None:
+    fast = load_backend(folders[kind])
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(folders[kind] / MODEL_FILE))
+    texts = [text for text in HARD if "\u2581" not in text] + python_docs[:300]
+    lines = [line for text in texts for line in text.splitlines(keepends=True)]
+    pairs = [(fast.encode(text).ids, spm.encode(text)) for text in (texts if kind == "bpe" else lines)]
+    different = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+    if kind == "bpe":
+        assert not different
+    assert len(different) < len(pairs) / 100
+    for ours, theirs in different:  # equally probable: SentencePiece's single-precision sums choose another
+        scores = [sum(spm.GetScore(i) for i in ids) for ids in (ours, theirs)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_may_be_cut(folders: dict[str, Path], kind: str, python_docs: list[str]) -> None:
+    fast = load_backend(folders[kind])
+    text = "\n".join(python_docs[:8])
+    ids, start = [], 0
+    while start < len(text):
+        stop = cut_point(text, start, 300)
+        assert start < stop <= start + 300
+        ids += fast.encode(text[start:stop]).ids
+        start = stop
+    assert ids == fast.encode(text).ids
+
+
+def test_cut_point() -> None:
+    assert cut_point("abc", 0, 5) == 3
+    assert cut_point("ab cd ef", 0, 6) == 5
+    assert cut_point("a  b", 0, 3) == 1
+    assert cut_point("ab\ncdef", 0, 5) == 3
+    assert cut_point("abcdefg", 2, 3) == 5
+    assert cut_point(" bcdefg", 0, 3) == 3
+    assert cut_point("      x", 0, 3) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic_and_stable_hash(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = make_texts(50)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        train(texts, TokenizerRecipe(kind, vocab_size=380), tmp_path / name)
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
+        tmp_path / "b" / "tokenizer.json"
+    ).read_bytes()
+    AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "again")
+    assert tokenizer_hash(tmp_path / "a") == tokenizer_hash(tmp_path / "again")
+    assert tokenizer_hash(tmp_path / "a") != tokenizer_hash(folders[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vocabulary_larger_than_the_text(tmp_path: Path, kind: str) -> None:
+    texts = make_texts(30)
+    with pytest.raises(DataError, match=r"9000 is larger than .* the largest that works is \d+") as caught:
+        train(texts, TokenizerRecipe(kind, vocab_size=9000), tmp_path)
+    largest = int(str(caught.value).split()[-1])
+    train(texts, TokenizerRecipe(kind, vocab_size=largest), tmp_path)
+    assert read_facts(tmp_path).vocab_size == largest
+
+
+def test_vocabulary_smaller_than_the_alphabet(tmp_path: Path) -> None:
+    text = "".join(chr(0x4E00 + k) for k in range(300))
+    with pytest.raises(DataError, match=r"270 is too small .* use at least \d+"):
+        train([text], TokenizerRecipe("bpe", vocab_size=270, character_coverage=1.0), tmp_path)
+
+
+@pytest.mark.parametrize("name", [f"{kind}-{size}k.yaml" for kind in KINDS for size in (4, 8, 16, 32)])
+def test_shipped_recipes(name: str) -> None:
+    recipe = read_recipe(REPOSITORY / "tokenizers" / name)
+    kind, _, size = name.removesuffix("k.yaml").partition("-")
+    assert (recipe.model_type, recipe.vocab_size, recipe.byte_fallback) == (kind, int(size) * 1024, True)
+    assert not (REPOSITORY / "tokenizers" / "__init__.py").exists(), (
+        "it would shadow the library of that name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"vocab": 3}, "unknown key 'vocab'; known: model_type"),
+        ({"vocab_size": "big"}, "vocab_size takes int, not 'big'"),
+        ({"vocab_size": True}, "vocab_size takes int"),
+        ({"vocab_size": 100}, "no room for special tokens and bytes"),
+        ({"model_type": "word"}, "bpe or unigram, not 'word'"),
+        ({"character_coverage": 2}, r"lies in \[0.9, 1\]"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, keys: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_recipe(write_recipe(tmp_path / "r.yaml", **keys))
+
+
+def test_existing_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folders["bpe"], source)
+    import_tokenizer(str(source), tmp_path / "copy")
+    assert read_facts(tmp_path / "copy") == read_facts(source)
+    (source / "tokenizer.json").unlink()
+    (source / MODEL_FILE).unlink()
+    with pytest.raises(DataError, match=r"cannot be loaded; it needs tokenizer\.json"):
+        import_tokenizer(str(source), tmp_path / "copy2")
+
+
+def test_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match=r"'nobody/nothing' cannot be loaded; if there is no network here, give the folder"
+    ):
+        import_tokenizer("nobody/nothing", tmp_path)

@@ -1,0 +1,94 @@
+"""A tiny random language model, its tokenizer and a made-up run to evaluate: nothing is downloaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+_GARDEN = (
+    "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
+    "rose the water was still cold, and nobody else came near the river.\n\nLater in the day she watered the "
+    "roses, the beans and the young trees behind the old stone house. Her neighbour asked what she liked. "
+    "She pointed at the roses."
+)
+_COMPILER = (
+    "A compiler reads a program and writes another program. The first program is called the source. The "
+    "second one is called the target, and it should do what the source says. Nobody wants a compiler that "
+    "changes the source."
+)
+_ROAD = (
+    "Story number {0} is about a traveller who met {0} strangers on the road. They shared bread, water and "
+    "an old blanket. In the evening the strangers told tales of the {0} hills. The traveller thanked the "
+    "strangers."
+)
+_BYTES = "Ünïcode — naïve façade, 数学, and an emoji 🙂 to count bytes rather than characters.\n"
+DOCUMENTS = [_GARDEN, _COMPILER, "Short one.", _BYTES, *(_ROAD.format(i) for i in range(12))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE with BOS and EOS that adds neither by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(DOCUMENTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer, write_documents) -> Path:
+    """runs/tiny with held-out documents and one checkpoint; returns the checkpoint's folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    folder = run / "checkpoints" / "step-00000020"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (run / "checkpoints" / "latest").symlink_to(folder.name)
+    write_documents(run / "heldout.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    from lrnn_lm.evaluate.checkpoint import load_checkpoint
+
+    return load_checkpoint(checkpoint, "cpu")
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    return list(DOCUMENTS)
+
+
+@pytest.fixture(scope="session")
+def write_documents():
+    """A function (path, documents) that writes held-out JSONL and returns the path."""
+
+    def write(path: Path, documents: list[str] = DOCUMENTS) -> Path:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+        return path
+
+    return write

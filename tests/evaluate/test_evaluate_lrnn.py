@@ -1,0 +1,65 @@
+"""The project's own model through the harness: documents read from BOS, text generated from a checkpoint."""
+
+import math
+
+import pytest
+import torch
+
+from lrnn_lm.evaluate import evaluate, generate, heldout
+
+
+@pytest.fixture(scope="module")
+def lrnn(tmp_path_factory, tokenizer, write_documents):
+    """A run with one checkpoint of a tiny random LRNN; returns the checkpoint's folder."""
+    from lrnn_lm import LRNNConfig, LRNNForCausalLM
+
+    run = tmp_path_factory.mktemp("runs") / "lrnn"
+    folder = run / "checkpoints" / "step-00000003"
+    torch.manual_seed(0)
+    config = LRNNConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        mixer={"type": "bd_lru", "num_blocks": 4, "block_size": 2},
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    LRNNForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_documents(run / "heldout.jsonl")
+    return folder
+
+
+def test_scores_equal_direct_log_softmax_from_bos(lrnn, documents, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(lrnn)
+    out = evaluate(lrnn, ["heldout_bits_per_byte", "heldout_cloze"], device="cpu", batch_size=3)
+
+    def nats(text, skipped=0):
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return -sum(logprobs[i - 1, ids[i]].item() for i in range(1 + skipped, len(ids)))
+
+    bits = sum(nats(text) for text in documents) / math.log(2) / len("".join(documents).encode())
+    scores = out["results"]
+    assert scores["heldout_bits_per_byte"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    rows = heldout.cloze_dataset(pretrained=str(lrnn))["test"]
+    words = [
+        nats(row["context"] + row["answer"], len(tokenizer.encode(row["context"], add_special_tokens=False)))
+        for row in rows
+    ]
+    perplexity = math.exp(sum(words) / len(words))
+    assert scores["heldout_cloze"]["perplexity,none"] == pytest.approx(perplexity, rel=1e-4)
+    assert out["settings"]["max_length"] == 512
+    assert out["settings"]["truncated_requests"] == 0
+
+
+def test_text_comes_from_a_run(lrnn, capsys):
+    text = generate(lrnn, "The river", max_new_tokens=6, seed=0, device="cpu")
+    assert text.startswith("The river")
+    assert capsys.readouterr().out == text + "\n"

@@ -1,0 +1,153 @@
+"""Reports: curves from metrics.jsonl as runs leave it, scores of the newest checkpoint, pictures, tables."""
+
+import json
+import math
+
+import pytest
+
+from lrnn_lm.evaluate.plot import smooth
+from lrnn_lm.evaluate.report import report, to_markdown
+from lrnn_lm.evaluate.runs import read_run
+
+
+def _write_run(folder, steps=100, floor=3.0, tail=""):
+    lines = []
+    for step in range(1, steps + 1):
+        loss = floor + 5 * math.exp(-step / 12) + 0.2 * math.sin(37.0 * step)
+        line = {
+            "step": step,
+            "tokens": 4096 * step,
+            "loss": loss,
+            "lr": 1e-3,
+            "tokens_per_second": 5000.0 + step,
+        }
+        lines.append(line)
+        if step % 20 == 0:
+            held = {
+                "step": step,
+                "tokens": 4096 * step,
+                "validation_loss": loss + 0.1,
+                "bits_per_byte": loss / 1.6,
+            }
+            lines.append(held)
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + tail, encoding="utf-8")
+    return folder
+
+
+def _write_scores(folder, name, step, acc, limit=None):
+    (folder / "eval").mkdir(exist_ok=True)
+    results = {
+        "results": {"heldout_cloze": {"alias": "heldout_cloze", "acc,none": acc, "acc_stderr,none": 0.01}},
+        "checkpoint": {"step": step},
+        "settings": {"limit": limit},
+    }
+    (folder / "eval" / name).write_text(json.dumps(results))
+
+
+def _is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_and_torn_file_reads_as_one_curve(tmp_path):
+    again = '{"step": 99, "tokens": 405504, "loss": 2.5}\n{"step": 100, "tokens": 409600, "loss": 1.5}\n'
+    run = read_run(
+        _write_run(tmp_path / "a", tail='{"step": 101, "tok\n' + again + '{"step": 102, "tokens": 41')
+    )
+    assert [line["step"] for line in run.training] == list(range(1, 101))
+    assert run.training[-1]["loss"] == 1.5
+    assert run.training_loss == pytest.approx(2.0)
+    assert [line["step"] for line in run.validation] == [20, 40, 60, 80, 100]
+    assert run.tokens == 409600
+
+
+def test_one_run_gets_its_picture_and_table(tmp_path, capsys):
+    run = _write_run(tmp_path / "solo")
+    report([run])
+    assert _is_png(run / "plots" / "loss.png")
+    shown = capsys.readouterr().out
+    assert "solo" in shown
+    assert "410K" in shown
+
+
+def test_two_runs_share_a_picture(tmp_path, capsys):
+    runs = [_write_run(tmp_path / "bd"), _write_run(tmp_path / "h", floor=2.5)]
+    report(runs)
+    assert _is_png(tmp_path / "comparison.png")
+    report(runs, output=tmp_path / "out" / "both.svg")
+    assert (tmp_path / "out" / "both.svg").read_text().startswith("<?xml")
+    report(runs, output=tmp_path / "folder")
+    assert _is_png(tmp_path / "folder" / "loss.png")
+    text = (tmp_path / "folder" / "report.md").read_text()
+    assert "| bd |" in text
+    assert "(loss.png)" in text
+    report(runs, output=tmp_path / "page.md")
+    assert _is_png(tmp_path / "page.png")
+    assert "bd" in capsys.readouterr().out
+
+
+def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
+    folder = _write_run(tmp_path / "scored")
+    _write_scores(folder, "b.json", step=50, acc=0.1)
+    _write_scores(folder, "a.json", step=100, acc=0.3)
+    _write_scores(folder, "c.json", step=100, acc=0.9, limit=5)
+    (folder / "eval" / "other.json").write_text("[1, 2]")
+    (folder / "eval" / "torn.json").write_text('{"results": ')
+    (score,) = read_run(folder).scores.values()
+    assert (score.value, score.error, score.step, score.limit) == (0.3, 0.01, 100, None)
+    other = _write_run(tmp_path / "unscored")
+    text = to_markdown([read_run(folder), read_run(other)])
+    assert "| heldout_cloze | acc | 0.3000 ± 0.0100 |  |" in text
+
+
+def test_parameters_are_counted_from_the_checkpoint(checkpoint, loaded, tmp_path):
+    run = checkpoint.parent.parent
+    (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 2.0}\n')
+    try:
+        assert read_run(run).parameters == sum(p.numel() for p in loaded[0].parameters())
+    finally:
+        (run / "metrics.jsonl").unlink()
+    assert read_run(_write_run(tmp_path / "bare")).parameters is None
+
+
+def test_a_run_of_one_step_or_with_bad_losses_still_draws(tmp_path):
+    one = _write_run(tmp_path / "one", steps=1)
+    report([one])
+    tail = '{"step": 2, "tokens": 8192, "loss": NaN}\n{"step": 3, "tokens": 12288, "loss": Infinity}\n'
+    report([_write_run(tmp_path / "bad", steps=1, tail=tail)])
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "validation_loss": 3.5}\n')
+    report([only])
+    assert _is_png(only / "plots" / "loss.png")
+
+
+def test_what_is_not_a_run_is_told(tmp_path):
+    run = _write_run(tmp_path / "fine")
+    for runs, message in [
+        ([], "no runs"),
+        ([tmp_path / "gone"], "no such run"),
+        ([run, tmp_path], "not a run"),
+        ([_empty(tmp_path / "empty")], "holds no step"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            report(runs)
+    with pytest.raises(ValueError, match="picture"):
+        report([run], output=tmp_path / "report.docx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        report([run], output=tmp_path / "file" / "loss.png")
+
+
+def test_smoothing_is_a_centred_mean_of_finite_values():
+    assert smooth([1.0, 2.0, 3.0, 4.0], 1) == [1.0, 2.0, 3.0, 4.0]
+    assert smooth([0.0, 3.0, 6.0, 9.0], 3) == [1.5, 3.0, 6.0, 7.5]
+    assert smooth([1.0, math.nan, 3.0], 3) == [1.0, 2.0, 3.0]
+    assert smooth([], 5) == []
+
+
+def _empty(folder):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    return folder
