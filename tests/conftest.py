@@ -1,4 +1,5 @@
-"""Without a GPU, Triton kernels are tested in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Without a GPU, Triton kernels are tested in Triton's interpreter, which has to be chosen before triton is
+imported."""
 
 import os
 

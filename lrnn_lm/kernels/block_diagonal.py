@@ -1,14 +1,16 @@
 """BD-LRU in Triton: fused forward and analytic backward, gate function inside, no A and no dA in memory.
 
-One lane owns one row i of one block n of one sequence, one warp a program. A lane normalises its row by itself; the
-block's state is exchanged between its M lanes by warp shuffles; steps are taken in order, and the loads of the next
-STEPS steps are in flight while the present ones are computed. See README.md beside this for the derivation, the bytes
-moved, and why time is not cut into chunks unless the batch is small.
+One lane owns one row i of one block n of one sequence, one warp a program. A lane normalises its row by
+itself; the block's state is exchanged between its M lanes by warp shuffles; steps are taken in order, and the
+loads of the next STEPS steps are in flight while the present ones are computed. See README.md beside this for
+the derivation, the bytes moved, and why time is not cut into chunks unless the batch is small.
 
-Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast one.
+Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
+one.
 
-Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, K = M + 1; z gate logits,
-v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are [BLOCK].
+Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, K = M + 1; z gate
+logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are
+[BLOCK].
 """
 
 import torch
@@ -23,7 +25,8 @@ from .triton_rows import coefficients, load_rows, logit_gradient, row, sum_over_
 
 @triton.jit
 def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr):
-    """Where this program's lanes are: (b, chunk, n, i, lane, valid); lanes past the end repeat the last row."""
+    """Where this program's lanes are: (b, chunk, n, i, lane, valid); lanes past the end repeat the last
+    row."""
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     place = (pid % tiles) * BLOCK + lane
@@ -142,9 +145,9 @@ def backward_kernel(
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
-    gates, values, reset as in the forward pass, grad (B, T, N, M) of any strides (o_), h_in (B, T, N, M) contiguous,
-    start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates (B, T, N, M, K) of any
-    strides (d_), d_values (B, T, N, M) contiguous, d_start (B, N, M) fp32 = dL/dh0.
+    gates, values, reset as in the forward pass, grad (B, T, N, M) of any strides (o_), h_in (B, T, N, M)
+    contiguous, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
+    (B, T, N, M, K) of any strides (d_), d_values (B, T, N, M) contiguous, d_start (B, N, M) fp32 = dL/dh0.
     """
     K: tl.constexpr = M + 1
     NM: tl.constexpr = N * M
@@ -203,8 +206,8 @@ def backward_kernel(
         before = tl.where(t == 0, h_start, before)
         started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
         u = _retreat(
-            u, row(z, 0, K), v, g, h, before, started, dz_at + t64 * D_T, dv_at + t64 * NM, first, lane, valid,
-            D_K, M, MP, GATE, HAS_RESET,
+            u, row(z, 0, K), v, g, h, before, started,
+            dz_at + t64 * D_T, dv_at + t64 * NM, first, lane, valid, D_K, M, MP, GATE, HAS_RESET,
         )  # fmt: skip
         h = before
     tl.store(d_start + b * NM + spot, u, mask=where_also(valid, begin == 0))
@@ -230,16 +233,19 @@ def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks)
     with launch.device:
         forward_kernel[launch.grid(B * n_chunks)](
             gates, values, start, reset, h, last, T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), gates.stride(3), values.stride(0), values.stride(2), values.stride(3),
+            gates.stride(0), gates.stride(2), gates.stride(3),
+            values.stride(0), values.stride(2), values.stride(3),
             reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1),
             R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None,
+            **launch.options,
         )  # fmt: skip
 
 
 def chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
-    """The state before each chunk, (B, C, N, M) fp32: a scan over the chunks, by the same kernel, unnormalised.
+    """The state before each chunk, (B, C, N, M) fp32: a scan over the chunks, by the same kernel,
+    unnormalised.
 
     transfer (B, C, N, M, M+1) fp32: a chunk takes the state x to transfer[..., :M] x + transfer[..., M].
     """
@@ -267,13 +273,17 @@ def _backward(
     launch = Launch(values, N * padded, steps_in_flight(M, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](
-            gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), gates.stride(3), values.stride(0), values.stride(2), values.stride(3),
+            gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
+            T, chunk, n_chunks, launch.tiles,
+            gates.stride(0), gates.stride(2), gates.stride(3),
+            values.stride(0), values.stride(2), values.stride(3),
             grad.stride(0), grad.stride(2), grad.stride(3),
-            d_gates.stride(0), d_gates.stride(2), d_gates.stride(3), reset.stride(0) if reset is not None else 0,
+            d_gates.stride(0), d_gates.stride(2), d_gates.stride(3),
+            reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1), O_T=grad.stride(1),
             D_T=d_gates.stride(1), D_K=d_gates.stride(4), R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None,
+            **launch.options,
         )  # fmt: skip
     return d_gates, d_values, d_start
 

@@ -1,13 +1,13 @@
 """What a chunk of time does to the state, for scans whose batch is too small to fill a device (Triton).
 
-A chunk is an affine map of the state before it: x -> P x + q. One lane owns one block (or one channel and some columns
-of P) of one chunk and keeps P in registers. Going back in time the same P appears transposed:
+A chunk is an affine map of the state before it: x -> P x + q. One lane owns one block (or one channel and
+some columns of P) of one chunk and keeps P in registers. Going back in time the same P appears transposed:
 
     forward    P = A_t .. A_begin,   q = h at the end of the chunk from a zero state
     backward   P^T,                  q = sum_t (A_t .. A_begin)^T g_t
 
-Legend: B batch, T time, N blocks or channels, M block size or order, C chunks, K = M + 1; z gate logits, g = dL/dh.
-Blocks are [BLOCK], one block or channel a lane.
+Legend: B batch, T time, N blocks or channels, M block size or order, C chunks, K = M + 1; z gate logits, g =
+dL/dh. Blocks are [BLOCK], one block or channel a lane.
 """
 
 import torch
@@ -109,13 +109,16 @@ def block_transfer_kernel(
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b", "r_b"])
 def channel_transfer_kernel(
     gates, x_in, reset, out, T, chunk, n_chunks, tiles, g_b, g_n, x_b, x_n, r_b,
-    G_T: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, R_T: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    G_T: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, R_T: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows; program axis 1 = columns.
+    """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows; program axis 1 =
+    columns.
 
-    x_in (B, T, N) is v, or g if REVERSE; out (B, C, K, N, M) fp32 as in `block_transfer_kernel`. The state is the
-    window of the last M values, newest first; q is one more scan forward, and sum_t g_t h_t of each column backward.
+    x_in (B, T, N) is v, or g if REVERSE; out (B, C, K, N, M) fp32 as in `block_transfer_kernel`. The state is
+    the window of the last M values, newest first; q is one more scan forward, and sum_t g_t h_t of each
+    column backward.
     """
     K: tl.constexpr = M + 1
     b, c, n, valid = _place(tiles, n_chunks, N, BLOCK)
@@ -184,7 +187,9 @@ def channel_transfer_kernel(
             tl.store(out_at + M * (N * M) + i, q[i], mask=where_also(valid, group == 0))
 
 
-def _transfer(kernel, gates, x, reset, gate, chunk, n_chunks, reverse, columns_axis: int, **strides) -> Tensor:
+def _transfer(
+    kernel, gates, x, reset, gate, chunk, n_chunks, reverse, columns_axis: int, **strides
+) -> Tensor:
     """Launch one of the two; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
     B, T, N = x.shape[:3]
     M = gates.shape[-1] - 1
@@ -194,7 +199,8 @@ def _transfer(kernel, gates, x, reset, gate, chunk, n_chunks, reverse, columns_a
     with on_device(x):
         kernel[(tiles * B * n_chunks, columns_axis)](
             gates, x, reset, out, T, chunk, n_chunks, tiles,
-            gates.stride(0), gates.stride(2), x.stride(0), x.stride(2), reset.stride(0) if reset is not None else 0,
+            gates.stride(0), gates.stride(2), x.stride(0), x.stride(2),
+            reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(-1), X_T=x.stride(1),
             R_T=reset.stride(1) if reset is not None else 0, N=N, M=M, GATE=gate, REVERSE=reverse,
             HAS_RESET=reset is not None, BLOCK=block, num_warps=1, enable_fp_fusion=True, **strides,

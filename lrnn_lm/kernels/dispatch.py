@@ -18,7 +18,8 @@ Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tenso
 
 
 class Backend(NamedTuple):
-    """A backend's two scans, what stands in its way for given gates and values (None: nothing), and where `auto` may
+    """A backend's two scans, what stands in its way for given gates and values (None: nothing), and where
+    `auto` may
     choose it (device types; None: anywhere)."""
 
     block_diagonal: Scan

@@ -1,13 +1,15 @@
-"""H-LRU in Triton: fused forward and analytic backward, gate function inside, O(M) work a step, no M x M matrix.
+"""H-LRU in Triton: fused forward and analytic backward, gate function inside, O(M) work a step, no M x M
+matrix.
 
-One lane owns one channel of one sequence and keeps the window of its last M values in registers; one warp a program.
-Steps are taken in order, and the loads of the next STEPS steps are in flight while the present ones are computed.
+One lane owns one channel of one sequence and keeps the window of its last M values in registers; one warp a
+program. Steps are taken in order, and the loads of the next STEPS steps are in flight while the present ones
+are computed.
 
 Any strides are read; memory (B, T, M+1, N), i.e. M+1 planes each laid out like the values, is the fast one.
 
-Legend: B batch, T time, N channels, M order, K = M + 1; z gate logits, a_1 .. a_M, a_0 their coefficients, v values,
-h state, x_k = h_{t-k}; g = dL/dh from outside, s = dL/dh in all, r_k what steps after t owe to h_{t+1-k}; age = steps
-since the document began. Blocks are [BLOCK], one channel a lane.
+Legend: B batch, T time, N channels, M order, K = M + 1; z gate logits, a_1 .. a_M, a_0 their coefficients, v
+values, h state, x_k = h_{t-k}; g = dL/dh from outside, s = dL/dh in all, r_k what steps after t owe to
+h_{t+1-k}; age = steps since the document began. Blocks are [BLOCK], one channel a lane.
 """
 
 import torch
@@ -105,7 +107,8 @@ def _retreat(
     r, window, z, v, g, age, dz_at, dv_at, valid,
     D_K: tl.constexpr, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """One step back from window = (h_t, h_{t-1}, .., h_{t-M}): stores dz and dv of step t, returns r before it."""
+    """One step back from window = (h_t, h_{t-1}, .., h_{t-M}): stores dz and dv of step t, returns r before
+    it."""
     f, scale = coefficients(z, M + 1, GATE)
     s = g + r[0]
     scaled = s * scale
@@ -156,9 +159,9 @@ def backward_kernel(
 ):  # fmt: skip
     """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
 
-    gates, values as in the forward pass, grad (B, T, N) of any strides (o_), h_in (B, T, N) contiguous, ages (B, T)
-    int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk; out: d_gates (B, T, N, K) of
-    any strides (d_), d_values (B, T, N) contiguous, d_start (B, N, M) fp32 = dL/dh0.
+    gates, values as in the forward pass, grad (B, T, N) of any strides (o_), h_in (B, T, N) contiguous, ages
+    (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk; out: d_gates
+    (B, T, N, K) of any strides (d_), d_values (B, T, N) contiguous, d_start (B, N, M) fp32 = dL/dh0.
     """
     K: tl.constexpr = M + 1
     b, c, n, valid = _place(tiles, n_chunks, N, BLOCK)
@@ -270,10 +273,10 @@ def _backward(
     launch = Launch(values, N, steps_in_flight(M, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](
-            gates, values, h, grad, h0, stop, None if reset is None else _ages(reset), d_gates, d_values, d_start,
-            T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), values.stride(0), values.stride(2), grad.stride(0), grad.stride(2),
-            d_gates.stride(0), d_gates.stride(2),
+            gates, values, h, grad, h0, stop, None if reset is None else _ages(reset),
+            d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
+            gates.stride(0), gates.stride(2), values.stride(0), values.stride(2),
+            grad.stride(0), grad.stride(2), d_gates.stride(0), d_gates.stride(2),
             G_T=gates.stride(1), G_K=gates.stride(3), V_T=values.stride(1), O_T=grad.stride(1),
             D_T=d_gates.stride(1), D_K=d_gates.stride(3),
             N=N, M=M, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,

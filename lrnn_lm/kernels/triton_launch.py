@@ -1,6 +1,8 @@
-"""Host side of the Triton kernels: launch shapes, the rule for chunks of time, and the custom ops around them.
+"""Host side of the Triton kernels: launch shapes, the rule for chunks of time, and the custom ops around
+them.
 
-Nothing is autotuned: block and group sizes follow from the order M alone, so a new B or T neither compiles nor tunes.
+Nothing is autotuned: block and group sizes follow from the order M alone, so a new B or T neither compiles
+nor tunes.
 
 Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 gates a row.
 """
@@ -36,7 +38,8 @@ class Launch:
         block = triton.next_power_of_2(max(LANES, lanes)) if INTERPRETED else LANES
         self.tiles = triton.cdiv(lanes, block)
         self.device = on_device(like)
-        # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so unasked.
+        # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so
+        # unasked.
         self.options: dict[str, Any] = {
             "STEPS": steps,
             "BLOCK": block,
@@ -51,8 +54,9 @@ class Launch:
 def steps_in_flight(M: int, T: int, backward: bool) -> int:
     """Steps whose loads a lane issues together, a power of two.
 
-    More steps keep more bytes in flight, which is what covers HBM's latency. The limit is compile time: Triton's
-    coalescing pass is cubic in the operations of the unrolled body, and these choices keep it to seconds.
+    More steps keep more bytes in flight, which is what covers HBM's latency. The limit is compile time:
+    Triton's coalescing pass is cubic in the operations of the unrolled body, and these choices keep it to
+    seconds.
     """
     if T == 1:
         return 1
@@ -69,10 +73,12 @@ def on_device(like: Tensor) -> AbstractContextManager:
 def time_chunks(groups: int, M: int, T: int, device: torch.device) -> tuple[int, int]:
     """(steps a chunk, chunks) for `groups` groups of M rows.
 
-    One chunk reads the gates once and is the choice wherever the rows alone fill the device. Cutting time reads them
-    twice, and a chunk's transfer is an M x M matrix, held in a lane's registers: only up to M = 8.
+    One chunk reads the gates once and is the choice wherever the rows alone fill the device. Cutting time
+    reads them twice, and a chunk's transfer is an M x M matrix, held in a lane's registers: only up to M = 8.
     """
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    multiprocessors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    )
     if T < MIN_STEPS or M > 8 or groups * M >= ROWS_PER_SM * multiprocessors:
         return T, 1
     wanted = LANES_PER_SM * multiprocessors // groups

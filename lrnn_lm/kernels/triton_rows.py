@@ -1,11 +1,12 @@
-"""What both Triton kernels are made of: rows of gates, their derivative, and exchanges between the lanes of a warp.
+"""What both Triton kernels are made of: rows of gates, their derivative, and exchanges between the lanes of a
+warp.
 
-A row is a Python tuple of K tensors, one lane a row: unrolled at compile time, so it lives in registers and K need not
-be a power of two. This is the Triton side of the one gate table, `gates.py`; the tests hold the two against each other
-for every gate function.
+A row is a Python tuple of K tensors, one lane a row: unrolled at compile time, so it lives in registers and K
+need not be a power of two. This is the Triton side of the one gate table, `gates.py`; the tests hold the two
+against each other for every gate function.
 
-Legend: z gate logits, f = f(z), S the row's normaliser, p = f / S, x_k what gate k multiplies, h the row's new state,
-s = dL/dh, K = M + 1 gates a row. Blocks are [BLOCK], one row a lane.
+Legend: z gate logits, f = f(z), S the row's normaliser, p = f / S, x_k what gate k multiplies, h the row's
+new state, s = dL/dh, K = M + 1 gates a row. Blocks are [BLOCK], one row a lane.
 """
 
 import triton
@@ -30,10 +31,13 @@ def wide(t):
 
 
 @triton.jit
-def load_rows(pointer, STEPS: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, STRIDE_K: tl.constexpr, mask):
+def load_rows(
+    pointer, STEPS: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, STRIDE_K: tl.constexpr, mask
+):
     """STEPS * K loads at compile-time offsets of one pointer a lane, all in flight together; step-major.
 
-    mask is None in the steady state: lanes past the end read a valid row again and only their stores are masked.
+    mask is None in the steady state: lanes past the end read a valid row again and only their stores are
+    masked.
     """
     rows = ()
     for u in tl.static_range(STEPS):
@@ -58,7 +62,8 @@ def row(rows, u: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur here."""
+    """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur
+    here."""
     r = tl.rsqrt(x)
     return r * r
 
@@ -121,7 +126,8 @@ def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
-    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h); softmax: f' = f, sign = 1; none: s x_k. `scaled` is s / S."""
+    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h); softmax: f' = f, sign = 1; none: s x_k. `scaled` is s
+    / S."""
     if GATE == "softmax":
         return scaled * f * (x - h)
     elif GATE == "none":
@@ -143,7 +149,8 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 @triton.jit
 def _halve(q, lane, HALF: tl.constexpr):
-    """A lane keeps the half of q that its bit HALF names, adds its partner's, and hands over the other half."""
+    """A lane keeps the half of q that its bit HALF names, adds its partner's, and hands over the other
+    half."""
     upper = (lane & HALF) != 0
     left = ()
     for j in tl.static_range(HALF):
@@ -157,8 +164,8 @@ def _halve(q, lane, HALF: tl.constexpr):
 def sum_over_rows(q, lane, M: tl.constexpr, MP: tl.constexpr):
     """Lane j of each group of MP lanes receives the sum over the group's lanes i of their q[j].
 
-    Recursive halving: every exchange halves what is left to send, MP - 1 shuffles in log2(MP) rounds. MP is M rounded
-    up to a power of two; lanes M .. MP-1 must hold zeros.
+    Recursive halving: every exchange halves what is left to send, MP - 1 shuffles in log2(MP) rounds. MP is M
+    rounded up to a power of two; lanes M .. MP-1 must hold zeros.
     """
     for _ in tl.static_range(M, MP):
         q = q + (tl.zeros_like(q[0]),)

@@ -1,4 +1,5 @@
-"""The Triton scans against the specification: in the interpreter at small shapes, natively on a GPU over the full grid.
+"""The Triton scans against the specification: in the interpreter at small shapes, natively on a GPU over the
+full grid.
 
 Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten fails its comparison.
 """
@@ -16,7 +17,9 @@ pytest.importorskip("triton")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-interpreted = pytest.mark.skipif(GPU, reason="small shapes for the interpreter; the gpu tests run the full grid")
+interpreted = pytest.mark.skipif(
+    GPU, reason="small shapes for the interpreter; the gpu tests run the full grid"
+)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 
 # The interpreter cuts fp32 to bf16 by truncation where a GPU rounds to nearest: twice the error of one cast.
@@ -60,13 +63,14 @@ def compare(scan, dtype=torch.float32, gate="softmax", inputs=None, baseline="re
         assert error <= TOLERANCES[dtype], f"{name}: relative error {error:.1e}"
 
 
-# In the interpreter ---------------------------------------------------------------------------------------------------
+# In the interpreter -----------------------------------------------------------------------------------------
 
 
 @interpreted
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(
-    ("T", "N", "M"), [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16)]
+    ("T", "N", "M"),
+    [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16)],
 )
 def test_small_shapes(scan, T, N, M):
     compare(scan, T=T, N=N, M=M, B=1 if M > 5 else 2)
@@ -228,7 +232,7 @@ def test_importing_the_kernels_does_not_import_triton():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-# On a GPU -------------------------------------------------------------------------------------------------------------
+# On a GPU ---------------------------------------------------------------------------------------------------
 
 PARAMETERS = [pytest.param(scan, marks=gpu) for scan in SCANS]
 
