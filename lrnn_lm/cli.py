@@ -140,6 +140,19 @@ def generate(
 
 
 @app.command()
+def info(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="a recipe or a checkpoint folder")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Tell what a recipe or a checkpoint costs: parameters, FLOPs a token, state, memory, steps."""
+    from .train.info import print_info
+
+    print_info(target, overrides)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
     output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
