@@ -19,9 +19,9 @@ from tiny_run import TOKENS_PER_STEP, fingerprint, finish, losses, start, valida
 def kill_and_resume(folder: Path, kills: int, seed: int) -> list[int]:
     """Train twice in `folder`, once with `kills` kills; returns the lines of metrics.jsonl at each kill.
 
-    A kill comes at a random moment after a process has found its checkpoint: within a step, a validation or a
-    save (there is one after every step). Fewer kills if the run is done before. AssertionError if the two ends
-    differ.
+    A kill comes at a random moment after a process has found its checkpoint: within a step, a validation or
+    a save (there is one after every step). Fewer kills if the run is done before. AssertionError if the two
+    ends differ.
     """
     rng = random.Random(seed)
     total = 6 * max(1, kills)
@@ -70,7 +70,7 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         lines = kill_and_resume(folder, options.kills, options.seed)
     print(
-        f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; the end is that of the undisturbed run"
+        f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; same end as undisturbed"
     )
 
 
