@@ -3,6 +3,8 @@
 A new backend is a line in BACKENDS.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,21 +18,52 @@ Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tenso
 
 
 class Backend(NamedTuple):
-    """A backend's two scans, and what stands in its way for given values (None: nothing)."""
+    """A backend's two scans, what stands in its way for given gates and values (None: nothing), and where
+    `auto` may
+    choose it (device types; None: anywhere)."""
 
     block_diagonal: Scan
     higher_order: Scan
-    obstacle: Callable[[Tensor], str | None]
+    obstacle: Callable[[Tensor, Tensor], str | None]
+    devices: tuple[str, ...] | None = None
 
 
-def _no_obstacle(values: Tensor) -> str | None:
+def _no_obstacle(gates: Tensor, values: Tensor) -> str | None:
     return None
+
+
+TRITON_MOST = 16  # largest block size or order: a row of gates lives in a lane's registers
+
+
+def _triton_obstacle(gates: Tensor, values: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {values.device.type}, and triton compiles for GPUs"
+    if torch.float64 in (gates.dtype, values.dtype):
+        return "its state is fp32, too coarse for fp64 inputs"
+    if (M := gates.shape[-1] - 1) > TRITON_MOST:
+        return f"block size or order {M} is above {TRITON_MOST}"
+    return None
+
+
+def _triton_block_diagonal(*inputs) -> tuple[Tensor, Tensor]:
+    from . import block_diagonal  # triton is imported only where it runs
+
+    return block_diagonal.block_diagonal_scan(*inputs)
+
+
+def _triton_higher_order(*inputs) -> tuple[Tensor, Tensor]:
+    from . import higher_order
+
+    return higher_order.higher_order_scan(*inputs)
 
 
 # The slowest first: `auto` takes the last one that can run.
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference.block_diagonal_scan, reference.higher_order_scan, _no_obstacle),
     "torch": Backend(torch_scan.block_diagonal_scan, torch_scan.higher_order_scan, _no_obstacle),
+    "triton": Backend(_triton_block_diagonal, _triton_higher_order, _triton_obstacle, devices=("cuda",)),
 }
 
 
@@ -60,7 +93,7 @@ def block_diagonal_scan(
     B, T, N, M = _shape("values", values, 4)
     _expect("gates", gates, (B, T, N, M, M + 1))
     _check(h0, reset, (B, N, M), (B, T), T, gate)
-    return _choose(backend, values).block_diagonal(gates, values, h0, reset, gate)
+    return _choose(backend, gates, values).block_diagonal(gates, values, h0, reset, gate)
 
 
 def higher_order_scan(
@@ -91,16 +124,18 @@ def higher_order_scan(
     if M < 1:
         raise ValueError("gates need at least two entries a row: one tap and the input gate")
     _check(h0, reset, (B, N, M), (B, T), T, gate)
-    return _choose(backend, values).higher_order(gates, values, h0, reset, gate)
+    return _choose(backend, gates, values).higher_order(gates, values, h0, reset, gate)
 
 
-def _choose(backend: str, values: Tensor) -> Backend:
+def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
     if backend == "auto":
-        return next(b for b in reversed(BACKENDS.values()) if b.obstacle(values) is None)
+        here = values.device.type
+        candidates = (b for b in reversed(BACKENDS.values()) if b.devices is None or here in b.devices)
+        return next(b for b in candidates if b.obstacle(gates, values) is None)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if reason := BACKENDS[backend].obstacle(values):
+    if reason := BACKENDS[backend].obstacle(gates, values):
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return BACKENDS[backend]
 

@@ -1,0 +1,295 @@
+"""`lrnn bench kernels`: every scan beside the machine's ceilings and beside its peers, in one run.
+
+On a GPU: forward and backward of the Triton scans at the paper's sizes in bf16, as a share of the speed of a
+device copy that moves the same bytes (each input read once, each output written once); whole mixer layers
+against their floor (GEMM FLOPs at the matmul ceiling plus scan bytes at copy speed); and peers. On a CPU: the
+reference loop beside the torch backend.
+
+Legend: B batch, T time, N blocks or channels, M block size or order, D model width.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import block_diagonal_scan, higher_order_scan
+from ..mixers import SequenceContext, build_mixer
+from . import measure
+from .kernel_peers import Peer, associative_peer, fla_obstacle, fla_peers
+
+WIDTH = 768  # D of the paper's language models
+LAYER_BATCH, LAYER_LENGTH = 8, 2048
+PEER_BATCH, PEER_LENGTH = 8, 2048
+TOGETHER = "fwd + bwd together"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A scan: `family` is a mixer's registry name."""
+
+    family: str
+    M: int
+    N: int
+
+    def label(self) -> str:
+        return f"{'BD' if self.family == 'bd_lru' else 'H'}-LRU M={self.M} N={self.N}"
+
+    def values_shape(self, B: int, T: int) -> tuple[int, ...]:
+        return (B, T, self.N, self.M) if self.family == "bd_lru" else (B, T, self.N)
+
+    def scan(self, gates: Tensor, values: Tensor, backend: str) -> Tensor:
+        run = block_diagonal_scan if self.family == "bd_lru" else higher_order_scan
+        return run(gates, values, backend=backend)[0]
+
+    def moved_bytes(self, B: int, T: int, itemsize: int) -> tuple[int, int]:
+        """Least bytes of a forward pass (gates, values, h) and of a backward one (these, dh, dgates,
+        dvalues)."""
+        values = torch.Size(self.values_shape(B, T)).numel() * itemsize
+        gates = values * (self.M + 1)
+        return gates + 2 * values, 2 * gates + 4 * values
+
+    def mixer(self) -> dict[str, Any]:
+        size = "block_size" if self.family == "bd_lru" else "order"
+        return {"type": self.family, "num_blocks": self.N, size: self.M}
+
+
+PAPER_SHAPES = (
+    *(Shape("bd_lru", M, N) for M, N in ((1, 2112), (2, 844), (4, 302), (8, 96), (16, 28))),
+    *(Shape("h_lru", M, N) for M, N in ((2, 2112), (4, 1024), (8, 512), (16, 242))),
+)
+CPU_SHAPES = (Shape("bd_lru", 4, 64), Shape("h_lru", 4, 64))
+
+
+@dataclass
+class Row:
+    """One measurement. Times in seconds, shares of the ceilings measured in the same run; None: not
+    measured."""
+
+    what: str
+    B: int
+    T: int
+    forward: float | None = None
+    backward: float | None = None
+    forward_share: float | None = None
+    backward_share: float | None = None
+    floor: float | None = None
+    tokens_per_second: float | None = None
+    ratio: float | None = None
+    note: str = ""
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+def make_inputs(
+    shape: Shape, B: int, T: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random gates in planes (the kernels' fast layout), values, and dL/dh."""
+    values_shape = shape.values_shape(B, T)
+    planes = torch.randn(B, T, shape.M + 1, *values_shape[2:], device=device, dtype=dtype)
+    gates = planes.movedim(2, -1)
+    values, grad = (torch.randn(values_shape, device=device, dtype=dtype) for _ in range(2))
+    return gates.requires_grad_(), values.requires_grad_(), grad
+
+
+def time_pair(forward: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[float, float]:
+    """Seconds of a forward pass that records no graph, and of a backward pass alone, on a GPU."""
+
+    def without_graph() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    forward_seconds = measure.gpu_seconds(without_graph)
+    out = forward()
+    grad = torch.randn_like(out)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    return forward_seconds, measure.gpu_seconds(backward, graph=False)
+
+
+def scan_backward(shape: Shape, gates: Tensor, values: Tensor, h: Tensor, grad: Tensor) -> Callable[[], Any]:
+    """The backward op by itself, so that a CUDA graph can hold it and Python costs nothing."""
+    last = torch.zeros(values.shape[0], shape.N, shape.M, device=values.device)
+    name = "bd_scan_triton_backward" if shape.family == "bd_lru" else "h_scan_triton_backward"
+    operator = getattr(torch.ops.lrnn_lm, name)
+    return lambda: operator(grad, last, gates, values, None, h, None, "softmax")
+
+
+def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: torch.device) -> Row:
+    """A Triton scan, forward and backward, in bf16."""
+    gates, values, grad = (x.detach() for x in make_inputs(shape, B, T, torch.bfloat16, device))
+    h = shape.scan(gates, values, "triton")
+    forward = measure.gpu_seconds(lambda: shape.scan(gates, values, "triton"))
+    backward = measure.gpu_seconds(scan_backward(shape, gates, values, h, grad))
+    least = [moved / limits["copy_bytes_per_second"] for moved in shape.moved_bytes(B, T, 2)]
+    return Row(
+        shape.label(), B, T, forward, backward, least[0] / forward, least[1] / backward,
+        floor=sum(least), tokens_per_second=B * T / (forward + backward), shape=asdict(shape),
+    )  # fmt: skip
+
+
+def bench_layer(shape: Shape, limits: dict[str, float], device: torch.device) -> Row:
+    """A whole mixer, projections included, forward and backward, bf16 parameters; share = floor / time."""
+    B, T = LAYER_BATCH, LAYER_LENGTH
+    mixer = build_mixer(shape.mixer(), WIDTH).to(device, torch.bfloat16)
+    x = torch.randn(B, T, WIDTH, device=device, dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn_like(x)
+    wanted = [x, *mixer.parameters()]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(mixer(x, None, SequenceContext())[0], wanted, grad)
+
+    taken = measure.gpu_seconds(step)
+    weights = sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
+    floor = 6 * B * T * weights / limits["matmul_flops_per_second"]
+    floor += sum(shape.moved_bytes(B, T, 2)) / limits["copy_bytes_per_second"]
+    return Row(
+        f"layer {shape.label()}", B, T, taken, floor=floor, ratio=taken / floor,
+        tokens_per_second=B * T / taken, note=TOGETHER, shape=asdict(shape),
+    )  # fmt: skip
+
+
+def _peer_failures() -> tuple[type[Exception], ...]:
+    """What a foreign kernel raises on a machine, version or shape that it does not support."""
+    from triton.errors import TritonError
+
+    return ImportError, RuntimeError, ValueError, TypeError, AssertionError, TritonError
+
+
+def bench_peer(build: Callable[[], Peer], B: int, T: int) -> Row:
+    """A peer, or why it did not run: a peer that fails must not end the run."""
+    name = build.func.__name__ if isinstance(build, partial) else build.__name__
+    try:
+        peer = build()
+        name = peer.name
+        forward, backward = time_pair(peer.forward, peer.inputs)
+    except _peer_failures() as error:
+        said = str(error).strip().splitlines() or [""]
+        return Row(name, B, T, note=f"{type(error).__name__}: {said[0][:100]}")
+    return Row(name, B, T, forward, backward, tokens_per_second=B * T / (forward + backward))
+
+
+def bench_cpu_scan(shape: Shape, B: int, T: int) -> list[Row]:
+    """The reference loop and the torch backend on a CPU in fp32; ratio is against the reference."""
+    device = torch.device("cpu")
+    gates, values, grad = make_inputs(shape, B, T, torch.float32, device)
+
+    def step(backend: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(shape.scan(gates, values, backend), [gates, values], grad)
+
+    backends = ("reference", "torch")
+    times = measure.cpu_seconds([partial(step, backend) for backend in backends])
+    return [
+        Row(
+            f"{shape.label()} {backend}",
+            B,
+            T,
+            taken,
+            tokens_per_second=B * T / taken,
+            ratio=times[0] / taken,
+            note=TOGETHER,
+            shape=asdict(shape),
+        )
+        for backend, taken in zip(backends, times, strict=True)
+    ]
+
+
+def run(
+    device: str = "auto",
+    output: Path | None = None,
+    tokens: int = 65_536,
+    length: int = 2048,
+    long_length: int = 32_768,
+    peers: bool = True,
+    layers: bool = True,
+) -> dict[str, Any]:
+    """Measure, print tables, and write JSON rows to `output` if given.
+
+    Args:
+        device: auto, cpu or cuda.
+        tokens, length: B * T and T of the scans on a GPU.
+        long_length: T of the scans at B 1.
+        peers, layers: also measure these.
+    Returns:
+        {"about", "ceilings", "rows"}: what is written.
+    """
+    where = measure.pick_device(device)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
+    if where.type == "cpu":
+        rows = [row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256)]
+    else:
+        limits = result["ceilings"] = measure.ceilings(where)
+        print(
+            f"{result['about']['device']}: copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"bf16 matmul {limits['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
+        )
+        rows = gpu_rows(limits, where, tokens, length, long_length, peers, layers)
+    _print(rows)
+    result["rows"] = [{k: v for k, v in asdict(row).items() if v not in (None, "", {})} for row in rows]
+    if output is not None:
+        measure.write_json(output, result)
+    return result
+
+
+def gpu_rows(
+    limits: dict[str, float],
+    device: torch.device,
+    tokens: int,
+    length: int,
+    long_length: int,
+    peers: bool,
+    layers: bool,
+) -> list[Row]:
+    """Scans at full batch and at B 1, layers, peers."""
+    rows = [bench_scan(shape, tokens // length, length, limits, device) for shape in PAPER_SHAPES]
+    rows += [bench_scan(shape, 1, long_length, limits, device) for shape in PAPER_SHAPES]
+    if layers:
+        rows += [bench_layer(shape, limits, device) for shape in PAPER_SHAPES]
+    if peers:
+        B, T = PEER_BATCH, PEER_LENGTH
+        for shape in PAPER_SHAPES:
+            if shape.M in (1, 4):
+                rows.append(bench_scan(shape, B, T, limits, device))
+                gates, values, _ = make_inputs(shape, B, T, torch.bfloat16, device)
+                rows.append(bench_peer(partial(associative_peer, shape.family, gates, values), B, T))
+        if reason := fla_obstacle():
+            rows.append(Row("fla", B, T, note=reason))
+        else:
+            rows += [bench_peer(build, B, T) for build in fla_peers(B, T, 2112, device)]
+    return rows
+
+
+def _print(rows: list[Row]) -> None:
+    def milliseconds(x: float | None) -> str:
+        return "" if x is None else f"{1e3 * x:.3f}"
+
+    def share(x: float | None) -> str:
+        return "" if x is None else f"{x:.2f}"
+
+    cells = []
+    for row in rows:
+        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        times = [milliseconds(x) for x in (row.forward, row.backward, row.floor)]
+        shares = [share(x) for x in (row.forward_share, row.backward_share, row.ratio)]
+        cells.append([row.what, str(row.B), str(row.T), *times, *shares, speed, row.note])
+    titles = [
+        "",
+        "B",
+        "T",
+        "fwd ms",
+        "bwd ms",
+        "floor ms",
+        "fwd/copy",
+        "bwd/copy",
+        "ratio",
+        "tokens/s",
+        "note",
+    ]
+    used = [i for i in range(len(titles)) if any(row[i] for row in cells)]
+    measure.print_table("kernels", [titles[i] for i in used], [[row[i] for i in used] for row in cells])

@@ -1,0 +1,291 @@
+"""BD-LRU in Triton: fused forward and analytic backward, gate function inside, no A and no dA in memory.
+
+One lane owns one row i of one block n of one sequence, one warp a program. A lane normalises its row by
+itself; the block's state is exchanged between its M lanes by warp shuffles; steps are taken in order, and the
+loads of the next STEPS steps are in flight while the present ones are computed. See README.md beside this for
+the derivation, the bytes moved, and why time is not cut into chunks unless the batch is small.
+
+Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
+one.
+
+Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, K = M + 1; z gate
+logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are
+[BLOCK].
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunk_transfer import block_transfer
+from .triton_launch import Launch, register, steps_in_flight, time_chunks
+from .triton_rows import coefficients, load_rows, logit_gradient, row, sum_over_rows, where_also, wide
+
+
+@triton.jit
+def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr):
+    """Where this program's lanes are: (b, chunk, n, i, lane, valid); lanes past the end repeat the last
+    row."""
+    pid = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    place = (pid % tiles) * BLOCK + lane
+    n, i = place // MP, place % MP
+    valid = (n < N) & (i < M)
+    outer = pid // tiles
+    b = wide(outer // n_chunks)
+    return b, outer % n_chunks, tl.minimum(n, N - 1), tl.minimum(i, M - 1), lane, valid
+
+
+@triton.jit
+def _advance(h, z, v, started, first, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
+    """h_t from h_{t-1} of all lanes; `first` is the lane of the block's row 0."""
+    f, scale = coefficients(z, M + 1, GATE)
+    if HAS_RESET:
+        h = tl.where(started != 0, 0.0, h)
+    even = f[M] * v
+    odd = tl.zeros_like(even)  # two sums: half the latency where M is large
+    for k in tl.static_range(M):
+        x = h if M == 1 else tl.gather(h, first + k, 0)
+        if k % 2 == 0:
+            even += f[k] * x
+        else:
+            odd += f[k] * x
+    return (even + odd) * scale
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b"])
+def forward_kernel(
+    gates, values, start, reset, h_out, last, T, chunk, n_chunks, tiles,
+    g_b, g_n, g_i, v_b, v_n, v_i, r_b,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, R_T: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """h of one chunk of time from the state before it.
+
+    gates (B, T, N, M, K), values (B, T, N, M), reset (B, T) of any strides; start (B, n_chunks, N, M) fp32;
+    out: h_out (B, T, N, M), last (B, N, M) fp32, both contiguous.
+    """
+    K: tl.constexpr = M + 1
+    b, c, n, i, lane, valid = _place(tiles, n_chunks, N, M, MP, BLOCK)
+    first = lane - lane % MP
+    t = c * chunk
+    end = tl.minimum(t + chunk, T)
+    spot = n * M + i
+    z_at = gates + (b * g_b + wide(n) * g_n + wide(i) * g_i)
+    v_at = values + (b * v_b + wide(n) * v_n + wide(i) * v_i)
+    h_at = h_out + b * T * (N * M) + spot
+    h = tl.zeros([BLOCK], tl.float32)
+    if HAS_START:
+        h = tl.load(start + (b * n_chunks + c) * (N * M) + spot)
+
+    full = (end - t) // STEPS * STEPS + t
+    t64 = wide(t)
+    some = where_also(valid, full > t)
+    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
+    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
+    for t_group in range(t, full, STEPS):
+        z_now, v_now = z_next, v_next
+        t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
+        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
+        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
+        t64 = wide(t_group)
+        for u in tl.static_range(STEPS):
+            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
+            h = _advance(h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, M, GATE, HAS_RESET)
+            tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
+    for t_one in range(full, end):
+        t64 = wide(t_one)
+        z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
+        v = tl.load(v_at + t64 * V_T).to(tl.float32)
+        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
+        h = _advance(h, row(z, 0, K), v, started, first, M, GATE, HAS_RESET)
+        tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
+    if end == T:
+        tl.store(last + b * (N * M) + spot, h, mask=valid)
+
+
+@triton.jit
+def _retreat(
+    u, z, v, g, h, before, started, dz_at, dv_at, first, lane, valid,
+    D_K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """One step back: stores dz and dv of step t and returns u = A_t^T s_t."""
+    f, scale = coefficients(z, M + 1, GATE)
+    s = g + u
+    if M < MP:
+        s = tl.where(valid, s, 0.0)  # the padding lanes must not be summed over
+    if HAS_RESET:
+        before = tl.where(started != 0, 0.0, before)
+    scaled = s * scale
+    q = ()
+    for k in tl.static_range(M):
+        x = before if M == 1 else tl.gather(before, first + k, 0)
+        q = q + (scaled * f[k],)
+        dz = logit_gradient(z[k], f[k], x, h, scaled, GATE)
+        tl.store(dz_at + k * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
+    dz = logit_gradient(z[M], f[M], v, h, scaled, GATE)
+    tl.store(dz_at + M * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
+    tl.store(dv_at, (scaled * f[M]).to(dv_at.dtype.element_ty), mask=valid)
+    u = sum_over_rows(q, lane, M, MP)
+    if HAS_RESET:
+        u = tl.where(started != 0, 0.0, u)
+    return u
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b", "o_b", "d_b"])
+def backward_kernel(
+    gates, values, h_in, grad, start, stop, reset, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
+    g_b, g_n, g_i, v_b, v_n, v_i, o_b, o_n, o_i, d_b, d_n, d_i, r_b,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, R_T: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
+
+    gates, values, reset as in the forward pass, grad (B, T, N, M) of any strides (o_), h_in (B, T, N, M)
+    contiguous, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
+    (B, T, N, M, K) of any strides (d_), d_values (B, T, N, M) contiguous, d_start (B, N, M) fp32 = dL/dh0.
+    """
+    K: tl.constexpr = M + 1
+    NM: tl.constexpr = N * M
+    b, c, n, i, lane, valid = _place(tiles, n_chunks, N, M, MP, BLOCK)
+    first = lane - lane % MP
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, T)
+    spot = n * M + i
+    n64, i64 = wide(n), wide(i)
+    z_at = gates + (b * g_b + n64 * g_n + i64 * g_i)
+    v_at = values + (b * v_b + n64 * v_n + i64 * v_i)
+    o_at = grad + (b * o_b + n64 * o_n + i64 * o_i)
+    dz_at = d_gates + (b * d_b + n64 * d_n + i64 * d_i)
+    h_at, dv_at = h_in + (b * T * NM + spot), d_values + (b * T * NM + spot)
+    u = tl.load(stop + (b * n_chunks + c) * NM + spot)
+    h = tl.load(h_at + wide(end - 1) * NM).to(tl.float32)
+    h_start = tl.load(start + b * NM + spot) if HAS_START else tl.zeros([BLOCK], tl.float32)
+
+    groups = (end - begin) // STEPS
+    t64 = wide(end - STEPS)
+    some = where_also(valid, groups > 0)
+    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
+    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
+    o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, some)
+    # h_{t-1} for each step; before t = 0 it is h0, patched in below
+    h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, some)
+    h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, some)
+    for group in range(groups):
+        z_now, v_now, o_now, h_now = z_next, v_next, o_next, h_next
+        t = end - (group + 1) * STEPS
+        t64 = wide(tl.maximum(t - STEPS, end - groups * STEPS))
+        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
+        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
+        o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, None)
+        h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, None)
+        h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, None)
+        t64 = wide(t)
+        for j in tl.static_range(STEPS - 1, -1, -1):
+            before = h_now[j].to(tl.float32)
+            if j == 0:
+                before = tl.where(t == 0, h_start, before)
+            started = tl.load(reset + b * r_b + (t64 + j) * R_T) if HAS_RESET else 0
+            u = _retreat(
+                u, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), h, before, started,
+                dz_at + t64 * D_T + j * D_T, dv_at + t64 * NM + j * NM, first, lane, valid,
+                D_K, M, MP, GATE, HAS_RESET,
+            )  # fmt: skip
+            h = before
+    for back in range((end - begin) % STEPS):
+        t = begin + (end - begin) % STEPS - 1 - back
+        t64 = wide(t)
+        z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
+        v = tl.load(v_at + t64 * V_T).to(tl.float32)
+        g = tl.load(o_at + t64 * O_T).to(tl.float32)
+        before = tl.load(h_at + tl.maximum(t64 - 1, 0) * NM).to(tl.float32)
+        before = tl.where(t == 0, h_start, before)
+        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
+        u = _retreat(
+            u, row(z, 0, K), v, g, h, before, started,
+            dz_at + t64 * D_T, dv_at + t64 * NM, first, lane, valid, D_K, M, MP, GATE, HAS_RESET,
+        )  # fmt: skip
+        h = before
+    tl.store(d_start + b * NM + spot, u, mask=where_also(valid, begin == 0))
+
+
+def _forward(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    B, T, N, M = values.shape
+    h, last = values.new_empty(values.shape), values.new_empty(B, N, M, dtype=torch.float32)
+    chunk, n_chunks = time_chunks(B * N, M, T, values.device)
+    if n_chunks > 1:
+        transfer = block_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
+        h0 = chunk_starts(transfer, h0)
+    _launch_forward(gates, values, h0, reset, gate, h, last, chunk, n_chunks)
+    return h, last
+
+
+def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:
+    B, T, N, M = values.shape
+    padded = triton.next_power_of_2(M)
+    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=False))
+    with launch.device:
+        forward_kernel[launch.grid(B * n_chunks)](
+            gates, values, start, reset, h, last, T, chunk, n_chunks, launch.tiles,
+            gates.stride(0), gates.stride(2), gates.stride(3),
+            values.stride(0), values.stride(2), values.stride(3),
+            reset.stride(0) if reset is not None else 0,
+            G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1),
+            R_T=reset.stride(1) if reset is not None else 0,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None,
+            **launch.options,
+        )  # fmt: skip
+
+
+def chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
+    """The state before each chunk, (B, C, N, M) fp32: a scan over the chunks, by the same kernel,
+    unnormalised.
+
+    transfer (B, C, N, M, M+1) fp32: a chunk takes the state x to transfer[..., :M] x + transfer[..., M].
+    """
+    B, C, N, M, _ = transfer.shape
+    after, last = transfer.new_empty(B, C, N, M), transfer.new_empty(B, N, M)
+    ones = transfer.new_ones(()).expand(B, C, N, M)
+    _launch_forward(transfer, ones, initial, None, "none", after, last, C, 1)
+    first = transfer.new_zeros(B, 1, N, M) if initial is None else initial.unsqueeze(1)
+    return torch.cat([first, after[:, :-1]], dim=1)
+
+
+def _backward(
+    grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
+    reset: Tensor | None, gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, N, M = values.shape
+    d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
+    d_start = values.new_empty(B, N, M, dtype=torch.float32)
+    stop = grad_last.contiguous()
+    chunk, n_chunks = time_chunks(B * N, M, T, values.device)
+    if n_chunks > 1:
+        transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
+        stop = chunk_starts(transfer, stop).flip(1).contiguous()
+    padded = triton.next_power_of_2(M)
+    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=True))
+    with launch.device:
+        backward_kernel[launch.grid(B * n_chunks)](
+            gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
+            T, chunk, n_chunks, launch.tiles,
+            gates.stride(0), gates.stride(2), gates.stride(3),
+            values.stride(0), values.stride(2), values.stride(3),
+            grad.stride(0), grad.stride(2), grad.stride(3),
+            d_gates.stride(0), d_gates.stride(2), d_gates.stride(3),
+            reset.stride(0) if reset is not None else 0,
+            G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1), O_T=grad.stride(1),
+            D_T=d_gates.stride(1), D_K=d_gates.stride(4), R_T=reset.stride(1) if reset is not None else 0,
+            N=N, M=M, MP=padded, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None,
+            **launch.options,
+        )  # fmt: skip
+    return d_gates, d_values, d_start
+
+
+block_diagonal_scan = register("bd_scan_triton", _forward, _backward)

@@ -1,0 +1,175 @@
+"""What both Triton kernels are made of: rows of gates, their derivative, and exchanges between the lanes of a
+warp.
+
+A row is a Python tuple of K tensors, one lane a row: unrolled at compile time, so it lives in registers and K
+need not be a power of two. This is the Triton side of the one gate table, `gates.py`; the tests hold the two
+against each other for every gate function.
+
+Legend: z gate logits, f = f(z), S the row's normaliser, p = f / S, x_k what gate k multiplies, h the row's
+new state, s = dL/dh, K = M + 1 gates a row. Blocks are [BLOCK], one row a lane.
+"""
+
+import triton
+import triton.language as tl
+
+from .gates import EPS as _EPS
+
+EPS = tl.constexpr(_EPS)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def where_also(valid, condition):
+    """valid & condition of a block and a scalar, in words that the interpreter broadcasts too."""
+    return tl.where(condition, valid.to(tl.int32), 0) != 0
+
+
+@triton.jit
+def wide(t):
+    """t as int64; a loop variable is a plain int in the interpreter."""
+    return t + tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def load_rows(
+    pointer, STEPS: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, STRIDE_K: tl.constexpr, mask
+):
+    """STEPS * K loads at compile-time offsets of one pointer a lane, all in flight together; step-major.
+
+    mask is None in the steady state: lanes past the end read a valid row again and only their stores are
+    masked.
+    """
+    rows = ()
+    for u in tl.static_range(STEPS):
+        for k in tl.static_range(K):
+            # Inputs stream through once: leave the L2 to what is read again.
+            offset = u * STEP + k * STRIDE_K
+            if mask is None:
+                rows = rows + (tl.load(pointer + offset, eviction_policy="evict_first"),)
+            else:
+                rows = rows + (tl.load(pointer + offset, mask=mask, other=0),)
+    return rows
+
+
+@triton.jit
+def row(rows, u: tl.constexpr, K: tl.constexpr):
+    """Row u of `load_rows`, in fp32."""
+    z = ()
+    for k in tl.static_range(K):
+        z = z + (rows[u * K + k].to(tl.float32),)
+    return z
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur
+    here."""
+    r = tl.rsqrt(x)
+    return r * r
+
+
+@triton.jit
+def _sigmoid(z):
+    return reciprocal(1.0 + tl.exp2(z * -LOG2E))
+
+
+@triton.jit
+def _tanh(z):
+    e = tl.exp2(tl.abs(z) * (-2 * LOG2E))
+    far = (1.0 - e) * reciprocal(1.0 + e)
+    far = tl.where(z < 0, -far, far)
+    q = z * z  # near zero 1 - e loses digits: the Taylor series, whose next term is 1e-9 z at |z| = 1/4
+    near = z * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
+    return tl.where(tl.abs(z) < 0.25, near, far)
+
+
+@triton.jit
+def _f(z, GATE: tl.constexpr):
+    if GATE == "sigmoid":
+        return _sigmoid(z)
+    elif GATE == "relu":
+        return tl.maximum(z, 0.0)
+    elif GATE == "silu":
+        return z * _sigmoid(z)
+    elif GATE == "tanh":
+        return _tanh(z)
+    else:
+        tl.static_assert(GATE == "identity" or GATE == "none")
+        return z
+
+
+@triton.jit
+def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
+    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients."""
+    f = ()
+    if GATE == "softmax":
+        top = z[0]
+        for k in tl.static_range(1, K):
+            top = tl.maximum(top, z[k])
+        shift = top * LOG2E
+        for k in tl.static_range(K):
+            f = f + (tl.exp2(z[k] * LOG2E - shift),)
+        total = f[0]
+        for k in tl.static_range(1, K):
+            total += f[k]
+        return f, reciprocal(total)
+    elif GATE == "none":
+        return z, tl.full(z[0].shape, 1.0, tl.float32)
+    else:
+        for k in tl.static_range(K):
+            f = f + (_f(z[k], GATE),)
+        total = tl.abs(f[0])
+        for k in tl.static_range(1, K):
+            total += tl.abs(f[k])
+        return f, reciprocal(total + EPS)
+
+
+@triton.jit
+def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
+    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h); softmax: f' = f, sign = 1; none: s x_k. `scaled` is s
+    / S."""
+    if GATE == "softmax":
+        return scaled * f * (x - h)
+    elif GATE == "none":
+        return scaled * x
+    elif GATE == "sigmoid":
+        return scaled * f * (1.0 - f) * (x - h)
+    elif GATE == "relu":
+        return tl.where(z > 0, scaled * (x - h), 0.0)
+    else:
+        signed = tl.where(f > 0, h, tl.where(f < 0, -h, 0.0))
+        if GATE == "silu":
+            g = _sigmoid(z)
+            return scaled * g * (1.0 + z * (1.0 - g)) * (x - signed)
+        elif GATE == "tanh":
+            return scaled * (1.0 - f * f) * (x - signed)
+        else:
+            return scaled * (x - signed)
+
+
+@triton.jit
+def _halve(q, lane, HALF: tl.constexpr):
+    """A lane keeps the half of q that its bit HALF names, adds its partner's, and hands over the other
+    half."""
+    upper = (lane & HALF) != 0
+    left = ()
+    for j in tl.static_range(HALF):
+        sent = tl.where(upper, q[j], q[j + HALF])
+        kept = tl.where(upper, q[j + HALF], q[j])
+        left = left + (kept + tl.gather(sent, lane ^ HALF, 0),)
+    return left
+
+
+@triton.jit
+def sum_over_rows(q, lane, M: tl.constexpr, MP: tl.constexpr):
+    """Lane j of each group of MP lanes receives the sum over the group's lanes i of their q[j].
+
+    Recursive halving: every exchange halves what is left to send, MP - 1 shuffles in log2(MP) rounds. MP is M
+    rounded up to a power of two; lanes M .. MP-1 must hold zeros.
+    """
+    for _ in tl.static_range(M, MP):
+        q = q + (tl.zeros_like(q[0]),)
+    for stage in tl.static_range(4):
+        if (MP >> stage) > 1:
+            q = _halve(q, lane, MP >> (stage + 1))
+    return q[0]

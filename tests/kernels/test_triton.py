@@ -1,0 +1,309 @@
+"""The Triton scans against the specification: in the interpreter at small shapes, natively on a GPU over the
+full grid.
+
+Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten fails its comparison.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from scans import LENGTHS, SCANS, SIZES, TOLERANCE, make_inputs, relative_error, run
+
+from lrnn_lm.kernels import BACKENDS, GATES, block_diagonal_scan, higher_order_scan
+
+pytest.importorskip("triton")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+interpreted = pytest.mark.skipif(
+    GPU, reason="small shapes for the interpreter; the gpu tests run the full grid"
+)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+
+# The interpreter cuts fp32 to bf16 by truncation where a GPU rounds to nearest: twice the error of one cast.
+TOLERANCES = TOLERANCE if GPU else {**TOLERANCE, torch.bfloat16: 2 * TOLERANCE[torch.bfloat16]}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """`torch.empty` returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[0, 5], ids=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """Runs a test without and with time cut into chunks of five steps."""
+    if request.param:
+        cut_time(monkeypatch, request.param)
+
+
+def cut_time(monkeypatch, chunk: int) -> None:
+    from lrnn_lm.kernels import block_diagonal, higher_order
+
+    for module in (block_diagonal, higher_order):
+        monkeypatch.setattr(module, "time_chunks", lambda groups, M, T, device: (chunk, -(-T // chunk)))
+
+
+def to_device(inputs):
+    return [x.to(DEVICE) if x is not None else None for x in inputs]
+
+
+def compare(scan, dtype=torch.float32, gate="softmax", inputs=None, baseline="reference", **shape):
+    inputs = make_inputs(scan, dtype=dtype, **shape) if inputs is None else inputs
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    wanted = run(scan, exact, gate, baseline)
+    got = run(scan, to_device(inputs), gate, "triton")
+    for name, x, want in zip(("h", "h_last", "gates", "values", "h0"), got, wanted, strict=True):
+        error = relative_error(x.cpu(), want)
+        assert error <= TOLERANCES[dtype], f"{name}: relative error {error:.1e}"
+
+
+# In the interpreter -----------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize(
+    ("T", "N", "M"),
+    [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16)],
+)
+def test_small_shapes(scan, T, N, M):
+    compare(scan, T=T, N=N, M=M, B=1 if M > 5 else 2)
+
+
+@interpreted
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize(("T", "M"), [(11, 1), (12, 3), (10, 4)])
+def test_chunks_of_time(scan, T, M, monkeypatch):
+    cut_time(monkeypatch, 5)
+    compare(scan, T=T, N=2, M=M)
+
+
+@interpreted
+def test_chunks_with_columns_over_several_programs(monkeypatch):
+    cut_time(monkeypatch, 4)
+    compare(higher_order_scan, T=7, N=2, M=9, B=1)
+
+
+@interpreted
+@pytest.mark.parametrize("scan", SCANS)
+def test_several_programs_a_sequence(scan, monkeypatch):
+    from lrnn_lm.kernels import triton_launch
+
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)  # blocks of one warp, as on a GPU
+    compare(scan, T=3, N=43, M=3, B=1)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("gate", GATES)
+def test_gate_functions(scan, gate):
+    compare(scan, gate=gate, T=5, N=3, M=3)
+    for z in (80.0, 0.0, -80.0):  # saturated, all equal, closed
+        gates, values, h0, reset = make_inputs(scan, T=3, N=2, M=2)
+        for x in run(scan, to_device([z * gates.sign(), values, h0, reset]), gate, "triton")[:3]:
+            assert x.isfinite().all()
+
+
+def test_small_logits_keep_their_digits():
+    """tanh near zero: 1 - exp(-2z) would lose them."""
+    gates, values, h0, reset = make_inputs(higher_order_scan, T=4, N=3, M=2)
+    compare(higher_order_scan, gate="tanh", inputs=[1e-3 * gates, values, h0, reset])
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(scan, dtype):
+    compare(scan, dtype, T=10, N=3, M=3)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_resets_everywhere_and_nowhere(scan, chunks):
+    for probability in (0.0, 1.0):
+        compare(scan, T=6, N=2, M=2, reset_probability=probability)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_without_initial_state_or_resets(scan, chunks):
+    gates, values, h0, _ = make_inputs(scan, T=12, N=3, M=2)
+    gates, values = to_device([gates, values])
+    wanted = scan(gates.double(), values.double(), backend="reference")
+    leaves = [gates.clone().requires_grad_(), values.clone().requires_grad_()]
+    got = scan(*leaves, backend="triton")
+    explicit = run(scan, [gates, values, torch.zeros_like(h0, device=DEVICE), None], "softmax", "triton")
+    for x, want in zip(got, wanted, strict=True):
+        assert relative_error(x.detach().cpu(), want.cpu()) <= TOLERANCE[torch.float32]
+    torch.testing.assert_close(got[0].detach(), explicit[0])
+    got[0].square().sum().backward()
+    exact = [x.double().requires_grad_() for x in (gates, values)]
+    scan(*exact, backend="reference")[0].square().sum().backward()
+    for x, want in zip(leaves, exact, strict=True):
+        assert relative_error(x.grad.cpu(), want.grad.cpu()) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_any_strides(scan, chunks):
+    """Planes of gates with n fastest, time outermost, a slice of a wider projection, an expanded gradient."""
+    gates, values, h0, reset = to_device(make_inputs(scan, T=12, N=4, M=2))
+    wanted = run(scan, [gates, values, h0, reset], "softmax", "triton")
+    planes = gates.movedim(-1, 2).contiguous().movedim(2, -1)
+    time_first = gates.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.stack([values, values], dim=-1)[..., 1]
+    for layout in (planes, time_first):
+        for x, want in zip(run(scan, [layout, wide, h0, reset], "softmax", "triton"), wanted, strict=True):
+            torch.testing.assert_close(x, want)
+    leaf = planes.clone().requires_grad_()
+    scan(leaf, values, h0, reset, backend="triton")[0].sum().backward()  # the gradient has strides of zero
+    exact = planes.double().requires_grad_()
+    scan(exact, values.double(), h0.double(), reset, backend="reference")[0].sum().backward()
+    assert relative_error(leaf.grad.cpu(), exact.grad.cpu()) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_single_steps_are_the_scan(scan):
+    gates, values, h0, reset = to_device(make_inputs(scan, T=5, N=3, M=3))
+    whole, last = scan(gates, values, h0, reset, backend="triton")
+    state = h0
+    for t in range(5):
+        now = slice(t, t + 1)
+        h, state = scan(gates[:, now], values[:, now], state, reset[:, now], backend="triton")
+        torch.testing.assert_close(h, whole[:, now])
+    torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_two_runs_same_bits(scan, chunks):
+    inputs = to_device(make_inputs(scan, T=12, N=3, M=2, dtype=torch.bfloat16))
+    for a, b in zip(*(run(scan, inputs, "softmax", "triton") for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_compiles_without_a_graph_break(scan):
+    inputs = to_device(make_inputs(scan, T=4, N=3, M=2))
+    wanted = run(scan, inputs, "softmax", "triton")
+    compiled = torch.compile(lambda *x: scan(*x, backend="triton"), fullgraph=True, backend="aot_eager")
+    gates, values, h0, reset = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    h, last = compiled(gates, values, h0, reset)
+    (h.sum() + last.sum()).backward()
+    torch.testing.assert_close(h, wanted[0])
+    torch.testing.assert_close(last, wanted[1])
+    assert gates.grad.isfinite().all()
+
+
+def test_operators_keep_torch_library_rules():
+    """Schema, fake shapes and strides, and autograd registration of both ops."""
+    from lrnn_lm.kernels import block_diagonal, higher_order  # noqa: F401 registers them
+
+    for scan, op in ((block_diagonal_scan, "bd_scan_triton"), (higher_order_scan, "h_scan_triton")):
+        gates, values, h0, reset = to_device(make_inputs(scan, B=1, T=2, N=2, M=2))
+        gates = gates.movedim(-1, 2).contiguous().movedim(2, -1).requires_grad_()
+        operator = getattr(torch.ops.lrnn_lm, op).default
+        torch.library.opcheck(
+            operator,
+            (gates, values.requires_grad_(), h0.requires_grad_(), reset, "softmax"),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
+def test_refusals_say_why(monkeypatch):
+    gates, values, _, _ = make_inputs(block_diagonal_scan, T=2, N=2, M=2)
+    with pytest.raises(ValueError, match="fp64"):
+        block_diagonal_scan(gates.double().to(DEVICE), values.double().to(DEVICE), backend="triton")
+    wide = torch.zeros(1, 2, 3, 18, device=DEVICE)
+    with pytest.raises(ValueError, match="order 17"):
+        higher_order_scan(wide, wide[..., 0], backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="tensors are on cpu"):
+        block_diagonal_scan(gates, values, backend="triton")
+    assert BACKENDS["triton"].obstacle(gates, values) is not None
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    code = (
+        "import sys, types, lrnn_lm.kernels as k, torch; before = 'triton' in sys.modules;"
+        "k.block_diagonal_scan(torch.zeros(1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1));"
+        "assert not any(m.startswith('lrnn_lm.kernels.triton') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------
+
+PARAMETERS = [pytest.param(scan, marks=gpu) for scan in SCANS]
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+@pytest.mark.parametrize("M", SIZES)
+def test_grid(scan, M):
+    for T in LENGTHS:
+        compare(scan, T=T, N=7, M=M)
+        compare(scan, torch.bfloat16, T=T, N=7, M=M)
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+@pytest.mark.parametrize("M", range(1, 17))
+def test_every_size_with_chunks(scan, M, monkeypatch):
+    cut_time(monkeypatch, 16)
+    if scan is block_diagonal_scan and M > 8:
+        pytest.skip("blocks above 8 are never cut in time")
+    compare(scan, T=70, N=37, M=M)
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+@pytest.mark.parametrize("T", [4096, 65_537])
+def test_long_sequences(scan, T):
+    for M in (2, 4):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_inputs(scan, B=1, T=T, N=9, M=M, dtype=dtype, reset_probability=1e-3)
+            compare(scan, dtype, inputs=inputs, baseline="torch")
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_function(scan, gate):
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(scan, dtype, gate, T=33, N=5, M=4)
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
+def test_state_is_bounded_at_100k_steps(scan, gate):
+    """Prop. 1: max |h_t| <= max(max |h_0|, max |v|)."""
+    gates, values, h0, _ = to_device(make_inputs(scan, B=1, T=100_000, N=8, M=4, dtype=torch.bfloat16))
+    bound = max(values.abs().max(), h0.abs().max())
+    h, last = scan(3 * gates, values, h0, gate=gate, backend="triton")
+    assert max(h.abs().max(), last.abs().max()) <= bound * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+def test_offsets_beyond_32_bits(scan):
+    """A batch whose gates pass 2^31 elements equals its last sequences scanned alone."""
+    B, T, N, M = (530, 1024, 199, 4) if scan is block_diagonal_scan else (530, 1024, 796, 4)
+    block = (N, M) if scan is block_diagonal_scan else (N,)
+    gates = torch.randn(B, T, M + 1, *block, device=DEVICE, dtype=torch.bfloat16).movedim(2, -1)
+    assert gates.numel() > 2**31
+    values = torch.randn(B, T, *block, device=DEVICE, dtype=torch.bfloat16)
+    gates.requires_grad_()
+    h, _ = scan(gates, values, backend="triton")
+    h.backward(values)
+    tail = gates[-2:].detach().clone().requires_grad_()
+    alone, _ = scan(tail, values[-2:], backend="triton")
+    alone.backward(values[-2:])
+    torch.testing.assert_close(h[-2:], alone, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(gates.grad[-2:], tail.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scan", PARAMETERS)
+def test_large_batches_agree_with_chunked_small_ones(scan):
+    """The rule that cuts time must not change results beyond rounding."""
+    gates, values, h0, _ = to_device(make_inputs(scan, B=1, T=8192, N=300, M=4))
+    alone, last = scan(gates, values, h0, backend="triton")
+    many = [x.expand(32, *x.shape[1:]) for x in (gates, values, h0)]
+    together, lasts = scan(*many, backend="triton")
+    torch.testing.assert_close(together[5:6], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lasts[5:6], last, rtol=1e-4, atol=1e-5)
