@@ -222,6 +222,8 @@ def run(
     torch.manual_seed(0)
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
     if where.type == "cpu":
+        torch.set_num_threads(1)  # a step is too small to share; a busy core would be what is measured
+        result["about"]["threads"] = 1
         rows = [row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256)]
     else:
         limits = result["ceilings"] = measure.ceilings(where)

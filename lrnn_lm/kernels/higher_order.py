@@ -20,7 +20,7 @@ from torch import Tensor
 from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
 from .triton_launch import Launch, register, steps_in_flight, time_chunks
-from .triton_rows import coefficients, load_rows, logit_gradient, row, where_also, wide
+from .triton_rows import coefficients, load_flags, load_rows, logit_gradient, row, where_also, wide
 
 
 @triton.jit
@@ -81,14 +81,19 @@ def forward_kernel(
     some = where_also(valid, full > t)
     z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
     v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
+    if HAS_RESET:
+        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, full > t)
     for t_group in range(t, full, STEPS):
         z_now, v_now = z_next, v_next
         t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
         z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
-            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
+            started = r_now[u] if HAS_RESET else 0
             past = _advance(past, row(z_now, u, K), v_now[u].to(tl.float32), started, M, GATE, HAS_RESET)
             tl.store(h_at + t64 * N + u * N, past[0].to(h_out.dtype.element_ty), mask=valid)
     for t_one in range(full, end):
@@ -192,6 +197,8 @@ def backward_kernel(
     h_next = ()
     for j in tl.static_range(STEPS):
         h_next = h_next + (_earlier(h_at, start_at, t + j - 1 - M, N, M, False, valid),)
+    if HAS_RESET:
+        age_next = load_flags(ages + b * T + t64, STEPS, 1, groups > 0)
     for group in range(groups):
         z_now, v_now, o_now, h_now = z_next, v_next, o_next, h_next
         t = tl.maximum(end - (group + 2) * STEPS, end - groups * STEPS)
@@ -202,9 +209,12 @@ def backward_kernel(
         h_next = ()
         for j in tl.static_range(STEPS):
             h_next = h_next + (_earlier(h_at, start_at, t + j - 1 - M, N, M, False, valid),)
+        if HAS_RESET:
+            age_now = age_next
+            age_next = load_flags(ages + b * T + t64, STEPS, 1, True)
         t64 = wide(end - (group + 1) * STEPS)
         for j in tl.static_range(STEPS - 1, -1, -1):
-            age = tl.load(ages + b * T + t64 + j) if HAS_RESET else 0
+            age = age_now[j] if HAS_RESET else 0
             r = _retreat(
                 r, window, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), age,
                 dz_at + t64 * D_T + j * D_T, dv_at + t64 * N + j * N, valid, D_K, M, GATE, HAS_RESET,

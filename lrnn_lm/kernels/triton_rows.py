@@ -52,6 +52,15 @@ def load_rows(
 
 
 @triton.jit
+def load_flags(pointer, STEPS: tl.constexpr, STEP: tl.constexpr, condition):
+    """STEPS scalars ahead of their use, like the rows: a flag read at its step would cost its latency."""
+    flags = ()
+    for u in tl.static_range(STEPS):
+        flags = flags + (tl.load(pointer + u * STEP, mask=condition, other=0),)
+    return flags
+
+
+@triton.jit
 def row(rows, u: tl.constexpr, K: tl.constexpr):
     """Row u of `load_rows`, in fp32."""
     z = ()
