@@ -95,7 +95,7 @@ def test_memory_estimate(name):
 
 
 def test_h_lru_keeps_no_window_of_states():
-    """What a higher order keeps for the backward pass is its gates; (B, T, N, M) of states were as much again."""
+    """What a higher order keeps for the backward pass is its gates, not (B, T, N, M) of states."""
     B, T, N = 2, 64, 7
     low, high = (
         saved_bytes(small_config("h_lru", mixer=MIXER_ROWS["h_lru"] | {"order": M}), 0, B, T, torch.float32)
