@@ -1,8 +1,8 @@
 """The command line: `lrnn prepare | train | eval | generate | bench | info | report`.
 
-Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong arrives here
-as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK=1 to see where it
-came from.
+Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong arrives
+here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK=1 to see
+where it came from.
 """
 
 import errno
@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-bench_app = typer.Typer(help="Measure speed, contenders side by side in one run.", no_args_is_help=True)
+bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
@@ -85,7 +85,9 @@ def evaluate_checkpoint(
     suite: Annotated[Path | None, typer.Option(help="a suite file of tasks (YAML)")] = None,
     limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the JSON; default: the run's eval/")] = None,
-    data: Annotated[Path | None, typer.Option(help="held-out documents (JSONL) for the heldout tasks")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="held-out documents (JSONL) for the heldout tasks")
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
     max_length: Annotated[int | None, typer.Option(help="longest window in tokens")] = None,
@@ -138,6 +140,19 @@ def generate(
 
 
 @app.command()
+def info(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="a recipe or a checkpoint folder")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Tell what a recipe or a checkpoint costs: parameters, FLOPs a token, state, memory, steps."""
+    from .train.info import print_info
+
+    print_info(target, overrides)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
     output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
@@ -146,6 +161,26 @@ def report(
     from .evaluate import report as draw
 
     draw(runs, output)
+
+
+@bench_app.command()
+def kernels(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows")] = None,
+    tokens: Annotated[int, typer.Option(help="B * T of a scan on a GPU")] = 65_536,
+    length: Annotated[int, typer.Option(help="T of a scan on a GPU")] = 2048,
+    peers: Annotated[bool, typer.Option(help="measure other formulations beside ours")] = True,
+    layers: Annotated[bool, typer.Option(help="measure whole mixer layers")] = True,
+) -> None:
+    """Time the scans against the reference on a CPU, against copy speed and peers on a GPU."""
+    from .bench.kernels import run
+
+    run(device, output, tokens=tokens, length=length, peers=peers, layers=layers)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure speed, contenders side by side in one run."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,8 +1,10 @@
 """Makes transformers' Auto classes know LRNN models, without importing transformers before the user does.
 
-If transformers' auto modules are loaded already, our classes are imported and register; otherwise an import
-hook waits for them. So `import lrnn_lm` stays quick, and whoever then imports `AutoModelForCausalLM` finds
-`model_type: lrnn` in it.
+If transformers' table of configurations is loaded already, ours is imported and registers; otherwise an
+import hook waits for it. So `import lrnn_lm` stays quick, and whoever then uses the Auto classes finds
+`model_type: lrnn` in them. The model classes follow with the first LRNNConfig that is made, see
+model/config.py: importing them from the hook, in the middle of transformers' own imports, would run into
+half-made modules.
 """
 
 import importlib
@@ -13,11 +15,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Importing one of ours registers it (see the ends of these modules); each waits for transformers' own.
-_AFTER_IMPORT = {
-    "transformers.models.auto.configuration_auto": "lrnn_lm.model.config",
-    "transformers.models.auto.modeling_auto": "lrnn_lm.model.modeling",
-}
+# Importing ours registers it (see the end of that module); it waits for transformers' own.
+_AFTER_IMPORT = {"transformers.models.auto.configuration_auto": "lrnn_lm.model.config"}
 
 
 class _NotifyingLoader(Loader):
@@ -57,7 +56,7 @@ class _AutoFinder(MetaPathFinder):
 
 
 def register() -> None:
-    """Register with the auto modules that are there, and wait for the others. Safe to call twice."""
+    """Register with the auto module if it is there, else wait for it. Safe to call twice."""
     waiting = False
     for name, ours in _AFTER_IMPORT.items():
         if name in sys.modules:

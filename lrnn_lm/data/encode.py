@@ -57,7 +57,7 @@ def encode_documents(
     A few batches are under way at a time, so memory does not grow with the text. Raises DataError if a
     process dies.
     """
-    workers = num_proc or len(os.sched_getaffinity(0))
+    workers = num_proc or _cores()
     if workers == 1:
         encoder = Encoder(folder, facts)
         for text, tag in documents:
@@ -83,6 +83,12 @@ def encode_documents(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores this process may use (a job's share, where the system can tell), at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 32)
 
 
 def _collect(

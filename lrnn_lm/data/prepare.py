@@ -36,8 +36,7 @@ class PreparedData:
     """What `prepare` leaves in `folder`.
 
     `heldout_path` holds the held-out documents, one {"text": ..} a line, in the order of `validation`'s
-    tokens. `vocab_size` is the tokenizer's largest id + 1. `manifest["content_hash"]` tells whether two
-    folders hold the same tokens.
+    tokens. `vocab_size` is the tokenizer's largest id + 1.
     """
 
     folder: Path
@@ -48,6 +47,11 @@ class PreparedData:
     validation: TokenShards
     heldout_path: Path
     manifest: dict[str, Any]
+
+    @property
+    def content_hash(self) -> str:
+        """Equal for two folders that hold the same shards and the same tokenizer, wherever they lie."""
+        return self.manifest["content_hash"]
 
     def check_tokenizer(self, folder: str | Path) -> None:
         """Raise DataError unless the tokenizer in `folder` (a checkpoint's, say) is the one that made the
@@ -197,11 +201,11 @@ def _build_split(
     aside: Path,
 ) -> None:
     with Progress(progress) as bar:
-        bar.stage(f"tokenizer {Path(spec.tokenizer).stem}")
+        bar.stage("tokenizer")
         storage.build_folder(tokenizer, partial(_build_tokenizer, spec, recipe, held_out))
         facts = tokenize.read_facts(tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
-        bar.stage(f"tokenising {sources.describe(spec.source)}")
+        bar.stage("tokenising")
         writers = {
             split: ShardWriter(aside, split, token_dtype(facts.vocab_size), spec.shard_tokens)
             for split in ("train", "validation")
@@ -213,7 +217,7 @@ def _build_split(
                 size = len(text.encode())
                 writers[split].add(ids, size)
                 if split == "validation":
-                    heldout_file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+                    heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
                 bar.advance(len(ids), size)
     for split, writer in writers.items():
         writer.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import python_docs
+from .hub import hub_is_reachable
 from .specs import DataError, SourceSpec
 
 _SUFFIXES = {
@@ -250,6 +251,11 @@ def _load_hf(spec: SourceSpec) -> Any:
     path = Path(spec.path or "").expanduser()
     if str(spec.path).startswith(("/", ".", "~")) and not path.exists():
         raise DataError(f"{spec.path}: no such file or folder (data.source.path)")
+    if not path.exists() and not hub_is_reachable():
+        raise DataError(
+            f"dataset {describe(spec)} is not here and the hub cannot be reached; "
+            "without a network give the folder of a local copy"
+        )
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         if not saved:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .hub import hub_is_reachable
 from .specs import DataError
 
 if TYPE_CHECKING:
@@ -123,11 +124,10 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
 
 
 def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
-    """The `tokenizers` twin of a SentencePiece model trained by `train`: same ids for every text without
-    U+2581.
+    """The `tokenizers` twin of a model made by `train`: the same ids for any text without U+2581.
 
-    In unigram two segmentations of nearly equal probability may change places in long texts, where
-    SentencePiece's single-precision sums round.
+    Of two unigram segmentations with the same probability (`=` `==` and `==` `=`) each may choose another:
+    their sums round differently.
     """
     import sentencepiece
 
@@ -239,7 +239,8 @@ def import_tokenizer(name: str, folder: Path) -> None:
 
     local = Path(name).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # without a network the hub's cache may still hold it
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local or not hub_is_reachable())
     except (OSError, ValueError, KeyError, ImportError) as error:
         why = " ".join(str(error).split())[:200]
         advice = (

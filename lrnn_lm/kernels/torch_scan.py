@@ -22,7 +22,7 @@ from torch import Tensor
 from .gates import EPS, L1_GATES, normalise
 from .reference import compute_dtype
 
-SLAB_BYTES = 1 << 20  # a slab's gates should stay in a core's cache
+SLAB_BYTES = 1 << 22  # gates of a slab: small beside the sequence, large beside the cost of a parallel region
 
 
 def _slabs(gates: Tensor) -> list[slice]:

@@ -8,12 +8,14 @@ from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
+from .mamba2 import Mamba2
 
 MIXERS: dict[str, type[Mixer]] = {
     "bd_lru": BlockDiagonalLRU,
     "h_lru": HigherOrderLRU,
     "attention": Attention,
     "lstm": LSTM,
+    "mamba2": Mamba2,
 }
 
 
@@ -27,7 +29,17 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def mixer_options(spec: dict[str, Any]) -> dict[str, Any]:
-    """A mixer's `type` and the options that this type reads, out of a larger table of options."""
+    """A mixer's `type` and the options that this type reads, out of a table that may hold other types' too.
+
+    Raises:
+        ValueError: an unknown type, or an option that no type reads; either names the nearest.
+    """
+    known = {option: None for mixer in MIXERS.values() for option in mixer.options}
+    for key in spec:
+        if key != "type" and key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown mixer option {key!r}; {hint}")
     cls = mixer_class(spec.get("type", "bd_lru"))
     return {"type": spec.get("type", "bd_lru"), **{key: spec[key] for key in cls.options if key in spec}}
 
@@ -44,6 +56,7 @@ __all__ = [
     "Attention",
     "BlockDiagonalLRU",
     "HigherOrderLRU",
+    "Mamba2",
     "Mixer",
     "MixerCost",
     "ResidualOutput",

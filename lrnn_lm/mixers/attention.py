@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
 class Attention(Mixer):
@@ -25,6 +25,7 @@ class Attention(Mixer):
 
     def __init__(self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0):
         super().__init__()
+        check_sizes(num_heads=num_heads)
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads of even width")
         self.num_heads = num_heads
@@ -42,7 +43,7 @@ class Attention(Mixer):
             proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, d)
-        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta, x.dtype)
+        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is not None:
             k, v = state.update(k, v)  # (B, H, S, d)
@@ -60,16 +61,14 @@ class Attention(Mixer):
         return 2 * self.num_heads * self.head_dim * context_length
 
 
-def rotary_angles(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., arXiv 2104.09864)."""
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin in fp32, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., 2104.09864)."""
     index = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.unsqueeze(-1).float() * theta ** (-index / head_dim)
-    return angles.cos().unsqueeze(1).to(dtype), angles.sin().unsqueeze(1).to(dtype)
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles."""
+    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles; the dtype stays that of x."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

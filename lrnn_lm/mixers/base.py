@@ -20,25 +20,36 @@ class SequenceContext:
     reset: (B, T) bool, true where a document starts; None if none does.
     attention_mask: (B, 1, T, S) bool over the S keys, as SDPA takes it; None for plain causal.
     positions: (B or 1, T) index of each token in its sequence.
+    keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
     """
 
     reset: Tensor | None = None
     attention_mask: Tensor | None = None
     positions: Tensor | None = None
+    keep_state: bool = True
 
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Forward floating-point operations a token beyond the projections (a multiply-add counts as two).
+    """Forward floating-point operations a token beyond the nn.Linear modules (a multiply-add is two).
 
+    products: products with weights that no nn.Linear holds.
     scan: work of a linear recurrence, parallel over time.
     sequential: work that must wait for the step before (a nonlinear recurrence's matrix product).
     attention: work that grows with the context.
     """
 
+    products: int = 0
     scan: int = 0
     sequential: int = 0
     attention: int = 0
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise ValueError, naming it, for a size that is given and below 1."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
 
 
 class Mixer(nn.Module):
@@ -57,6 +68,10 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""
         raise NotImplementedError
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""
+        return {}
 
     def cost(self, context_length: int) -> MixerCost:
         """Work a token at this context length, projections aside."""

@@ -7,8 +7,8 @@ Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v
 
 from torch import Tensor, nn
 
-from ..kernels import block_diagonal_scan
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from ..kernels import block_diagonal_scan, check_gate
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
 class BlockDiagonalLRU(Mixer):
@@ -27,6 +27,8 @@ class BlockDiagonalLRU(Mixer):
         self, hidden_size: int, num_blocks: int | None = None, block_size: int = 4, gate: str = "softmax"
     ):
         super().__init__()
+        check_sizes(num_blocks=num_blocks, block_size=block_size)
+        check_gate(gate)
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
 class LSTM(Mixer):
@@ -22,6 +22,7 @@ class LSTM(Mixer):
 
     def __init__(self, hidden_size: int, width: int | None = None):
         super().__init__()
+        check_sizes(width=width)
         self.width = width or hidden_size
         self.cell = nn.LSTM(hidden_size, self.width, batch_first=True)
         self.out_proj = ResidualOutput(self.width, hidden_size, bias=False)
@@ -30,7 +31,7 @@ class LSTM(Mixer):
         """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
         if state is None:
             state = x.new_zeros(x.shape[0], 2, self.width)
-        if context.reset is None or not bool(context.reset[:, 1:].any() | context.reset[:, 0].any()):
+        if context.reset is None or not bool(context.reset.any()):
             h, state = self._run(x, state)
         else:
             h, state = self._run_documents(x, state, context.reset)
@@ -68,9 +69,21 @@ class LSTM(Mixer):
         out, last = self.cell(packed, tuple(initial.transpose(0, 1).unsqueeze(1).contiguous().unbind(0)))
         return pad_packed_sequence(out, batch_first=True)[0], torch.stack(last, dim=2).squeeze(0)
 
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """Orthogonal recurrence and a forget gate that starts open, as is the custom for LSTMs."""
+        W = self.width
+        return {
+            "cell.weight_ih_l0": std * torch.randn(4 * W, self.cell.input_size),
+            "cell.weight_hh_l0": torch.cat([nn.init.orthogonal_(torch.empty(W, W)) for _ in range(4)]),
+            "cell.bias_ih_l0": torch.cat([torch.zeros(W), torch.ones(W), torch.zeros(2 * W)]),
+            "cell.bias_hh_l0": torch.zeros(4 * W),
+        }
+
     def cost(self, context_length: int) -> MixerCost:
-        """Four gates' recurrent product, about 12 operations a unit; all of it waits for the step before."""
-        return MixerCost(sequential=2 * 4 * self.width**2 + 12 * self.width)
+        """Four gates: the product with the input, for all steps at once; the product with the state and about
+        12 operations a unit, where a step waits for the one before."""
+        W = self.width
+        return MixerCost(products=2 * 4 * W * self.cell.input_size, sequential=2 * 4 * W * W + 12 * W)
 
     def state_elements(self, context_length: int) -> int:
         return 2 * self.width

@@ -1,2 +1,241 @@
-from types import SimpleNamespace
-def account(c,t): return SimpleNamespace(flops_per_token_training=1e6)
+"""What a model costs: parameters, operations a token, state, memory. Nothing is allocated for it.
+
+A multiply-add counts as two operations. A product with a weight counts where it is computed, so a tied head
+is work but no parameters; looking up an embedding is no work. Norms, activations and residual sums are left
+out, as is the custom. Training costs three forward passes (the backward pass is two); recomputation is not
+counted.
+
+Legend: B rows, T time, D model width, V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..mixers import SequenceContext
+from .config import LRNNConfig
+from .layers import LRNNBlock
+from .modeling import LRNNForCausalLM
+
+STATE_BYTES = 4  # recurrent states are kept in fp32
+TRAINING_PASSES = 3  # forward, and twice that backward
+OPTIMIZER_BYTES = 8  # AdamW's two moments in fp32
+
+
+@dataclass(frozen=True)
+class Work:
+    """Forward floating-point operations a token, by kind.
+
+    products: with weights, parallel over tokens. scan: linear recurrences. sequential: nonlinear recurrences,
+    where a step waits for the one before. attention: scores and weighted sums, on average over the context.
+    """
+
+    products: int
+    scan: int
+    sequential: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.products + self.scan + self.sequential + self.attention
+
+
+@dataclass(frozen=True)
+class Account:
+    """The costs of one model at one context length.
+
+    parameters: count by part; a tied head has none of its own.
+    work: a token's forward operations, averaged over a context of `context_length`.
+    recurrent_state_bytes: of one sequence, at any length.
+    attention_state_bytes: of one sequence after `context_length` tokens; it grows in proportion.
+    """
+
+    context_length: int
+    parameters: dict[str, int]
+    work: Work
+    recurrent_state_bytes: int
+    attention_state_bytes: int
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward operations a token."""
+        return self.work.total
+
+    @property
+    def flops_per_token_training(self) -> int:
+        """Forward and backward operations a token: what MFU is measured in."""
+        return TRAINING_PASSES * self.work.total
+
+    @property
+    def state_bytes(self) -> int:
+        """State of one sequence after `context_length` tokens."""
+        return self.recurrent_state_bytes + self.attention_state_bytes
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device that holds the whole model: weights, gradients and AdamW moments in fp32.
+
+    activations: what autograd keeps of every layer for the backward pass of one micro-batch, as measured on
+    fake tensors; with checkpointing, each layer's input and one layer whole.
+    loss: the final hidden states, and the logits of one chunk with their gradient.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Account:
+    """Count a model's costs.
+
+    Args:
+        config: the model.
+        context_length: tokens in a context; matters where there is attention.
+        cache_bytes: bytes a number of attention's keys and values (2: bf16).
+    Raises:
+        ValueError: a context length below 1, or a model that cannot be built.
+    """
+    if context_length < 1:
+        raise ValueError(f"context_length must be at least 1, not {context_length}")
+    model = meta_model(config)
+    mixers = [layer.mixer for layer in model.model.layers]
+    costs = [mixer.cost(context_length) for mixer in mixers]
+    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    state = {"linear_attention": 0, "full_attention": 0}
+    for mixer in mixers:
+        state[mixer.layer_type] += mixer.state_elements(context_length)
+    return Account(
+        context_length=context_length,
+        parameters=_parameters_by_part(model),
+        work=Work(
+            products=linear + sum(cost.products for cost in costs),
+            scan=sum(cost.scan for cost in costs),
+            sequential=sum(cost.sequential for cost in costs),
+            attention=sum(cost.attention for cost in costs),
+        ),
+        recurrent_state_bytes=state["linear_attention"] * STATE_BYTES,
+        attention_state_bytes=state["full_attention"] * cache_bytes,
+    )
+
+
+def meta_model(config: LRNNConfig) -> LRNNForCausalLM:
+    """The model without memory: shapes only."""
+    with torch.device("meta"):
+        return LRNNForCausalLM(config)
+
+
+def check_parameters(config: LRNNConfig, expected: int | None) -> None:
+    """Raise ValueError, naming both numbers, if a model has another parameter count than a recipe says."""
+    if expected is None:
+        return
+    actual = sum(_parameters_by_part(meta_model(config)).values())
+    if actual != expected:
+        raise ValueError(
+            f"model.parameters says {expected:,}, but this model has {actual:,}; "
+            "correct the model, or the number (model.parameters=null takes any)"
+        )
+
+
+def _parameters_by_part(model: LRNNForCausalLM) -> dict[str, int]:
+    """Embedding, head, each mixer's projections, MLP, norms; parameters that are shared count once."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[_part(name, model)] += parameter.numel()
+    return dict(counts)
+
+
+def _part(name: str, model: LRNNForCausalLM) -> str:
+    """The part that a parameter belongs to, by its name: `model.layers.3.mixer.gate_proj.weight`."""
+    keys = name.split(".")
+    if keys[0] == "lm_head":
+        return "head"
+    if keys[1] == "embed_tokens":
+        return "embedding"
+    if keys[1] == "norm" or keys[3].endswith("norm"):
+        return "norms"
+    if keys[3] == "mlp":
+        return "mlp"
+    kind = model.config.layer_mixers[int(keys[2])]["type"]
+    return f"{kind}.{keys[4]}"
+
+
+def training_memory(
+    config: LRNNConfig,
+    micro_batch: int,
+    sequence_length: int,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+) -> TrainingMemory:
+    """Estimate the memory of a training step on a device that holds the whole model.
+
+    Args:
+        config: the model.
+        micro_batch, sequence_length: B and T.
+        dtype: of activations; bfloat16 under autocast.
+        checkpointing: whether layers are recomputed in the backward pass.
+    """
+    parameters = sum(_parameters_by_part(meta_model(config)).values())
+    kinds = Counter(tuple(sorted(spec.items())) for spec in config.layer_mixers)
+    layers = {}
+    for layer_idx, spec in enumerate(config.layer_mixers):
+        kind = tuple(sorted(spec.items()))
+        if kind not in layers:
+            layers[kind] = saved_bytes(config, layer_idx, micro_batch, sequence_length, dtype)
+    hidden = micro_batch * sequence_length * config.hidden_size * dtype.itemsize
+    if checkpointing:
+        activations = config.num_hidden_layers * hidden + max(layers.values())
+    else:
+        activations = sum(layers[kind] * count for kind, count in kinds.items())
+    chunk = min(config.loss_chunk, micro_batch * sequence_length)
+    return TrainingMemory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=OPTIMIZER_BYTES * parameters,
+        activations=activations,
+        loss=2 * hidden + chunk * config.vocab_size * (4 + dtype.itemsize),
+    )
+
+
+def saved_bytes(config: LRNNConfig, layer_idx: int, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one layer's forward pass over (rows, length), the weights aside."""
+    saved: dict[int, torch.UntypedStorage] = {}  # the storages are held, so that no address is used twice
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        saved[storage._cdata] = storage
+        return x
+
+    with FakeTensorMode(), _default_dtype(dtype):
+        layer = LRNNBlock(config, layer_idx)
+        weights = {p.untyped_storage()._cdata for p in layer.parameters()}
+        x = torch.empty(rows, length, config.hidden_size, requires_grad=True)
+        context = SequenceContext(positions=torch.arange(length).unsqueeze(0))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            layer(x, context)
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,5 +1,6 @@
 """LRNNConfig: what config.json holds, in Hugging Face's names."""
 
+import importlib
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -53,6 +54,9 @@ class LRNNConfig(PreTrainedConfig):
             entries = [{"type": e} if isinstance(e, str) else e for e in self.layer_pattern]
             self.layer_pattern = [mixer_options({**options, **entry}) for entry in entries]
         super().__post_init__(**kwargs)
+        # The Auto classes look a model up by the type of a config that exists: now is early enough to
+        # register ours, and late enough that transformers has been imported as a whole.
+        importlib.import_module("lrnn_lm.model.modeling")
 
     @property
     def layer_mixers(self) -> list[dict[str, Any]]:

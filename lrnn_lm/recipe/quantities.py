@@ -1,5 +1,6 @@
 """Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`)."""
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from pydantic import (
 
 SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmbt]?)", re.IGNORECASE)
+_DECIMAL = re.compile(r"\d+(?:\.\d+)?")
 
 
 def parse_count(value: object) -> int:
@@ -27,17 +29,23 @@ def parse_count(value: object) -> int:
         number = float(match[1]) * SUFFIX[match[2].lower()]
     else:
         number = float(value)
-    if number != int(number) or number < 0:
+    if not math.isfinite(number) or number != int(number) or number < 0:
         raise ValueError(f"a count must be a whole number of at least 0, not {value!r}")
     return int(number)
 
 
 def format_count(number: int) -> str | int:
-    """The shortest exact way to write a count: 2000000 -> `2M`; 524288 stays the number that it is."""
+    """A short exact way to write a count: 2000000 -> `2M`; 524288 stays the number that it is."""
     for suffix, scale in sorted(SUFFIX.items(), key=lambda item: -item[1]):
         if scale > 1 and number >= scale and number % (scale // 10) == 0:
-            return f"{number / scale:g}{suffix.upper()}"
+            whole, tenths = divmod(number // (scale // 10), 10)
+            return f"{whole}.{tenths}{suffix.upper()}" if tenths else f"{whole}{suffix.upper()}"
     return number
+
+
+def _decimal(number: float) -> str:
+    """A number without an exponent, to twelve places."""
+    return f"{number:.12f}".rstrip("0").rstrip(".")
 
 
 TokenCount = Annotated[int, BeforeValidator(parse_count), PlainSerializer(format_count, when_used="json")]
@@ -64,7 +72,7 @@ class Every(BaseModel):
             ("tokens", r"(?:\s*tokens?)?"),
         ):
             match = re.fullmatch(rf"(.*?\d[kmbt]?){pattern}", text)
-            if match:
+            if match and (unit != "minutes" or _DECIMAL.fullmatch(match[1])):
                 amount = float(match[1]) if unit == "minutes" else parse_count(match[1])
                 if amount <= 0:
                     break
@@ -79,7 +87,7 @@ class Every(BaseModel):
 
     def __str__(self) -> str:
         if self.unit == "minutes":
-            return f"{self.amount:g} min"
+            return f"{_decimal(self.amount)} min"
         return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
 
 
@@ -120,7 +128,7 @@ class Span(BaseModel):
 
     def __str__(self) -> str:
         if self.unit == "fraction":
-            return f"{self.amount * 100:g}%"
+            return f"{_decimal(self.amount * 100)}%"
         return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
 
     def steps(self, total_steps: int, tokens_per_step: int) -> int:

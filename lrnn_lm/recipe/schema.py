@@ -37,6 +37,12 @@ class MixerSection(Section):
     num_heads: int = Field(8, ge=1, description="attention heads")
     rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
+    expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
+    head_dim: int = Field(64, ge=1, description="head width of mamba2")
+    state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
+    n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")
+    conv_kernel: int = Field(4, ge=1, description="reach of mamba2's convolution")
+    chunk_size: int = Field(256, ge=1, description="steps that mamba2's scan takes at once")
 
 
 class ModelSection(Section):
@@ -78,6 +84,11 @@ class ModelSection(Section):
                 raise ValueError(
                     f"hidden_size {self.hidden_size} does not split into "
                     f"{mixer.num_heads} heads of even width"
+                )
+            if mixer.type == "mamba2" and mixer.expand * self.hidden_size % mixer.head_dim:
+                raise ValueError(
+                    f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
+                    f"heads of width {mixer.head_dim}"
                 )
         return self
 

@@ -4,18 +4,17 @@ import json
 import random
 from pathlib import Path
 
-WORDS = (
-    "the state of a linear recurrence mixes what it has read with what it reads now and so the block keeps values "
-    "gates tokens documents in order while rows cross from one shard to another without a seam"
-).split()
+TEXT = """the state of a linear recurrence mixes what it has read with what it reads now and so the block
+keeps values gates tokens documents in order while rows cross from one shard to another without a seam"""
 
 
 def make_texts(count: int, seed: int = 0, words: int = 80) -> list[str]:
     """Different little English-like texts, with the white space that tokenizers tend to lose."""
     rng = random.Random(seed)
+    words_of_text = TEXT.split()
     texts = []
     for k in range(count):
-        body = " ".join(rng.choice(WORDS) for _ in range(rng.randint(words // 4, words)))
+        body = " ".join(rng.choice(words_of_text) for _ in range(rng.randint(words // 4, words)))
         texts.append(f"Document {seed}.{k}\n\n    {body}.\n\tindented {rng.random():.6f}\n")
     return texts
 

@@ -25,8 +25,8 @@ HARD = [
     "", " ", "   ", "\n", "\n\n\n", "\t", " \t \n ", "  leading", "trailing  ", "two  spaces", "a\r\nb\r\n",
     "tabs\t\tand   runs of     spaces", "emoji 🙂👩‍👩‍👧 and ünïcödé, 漢字, عربى", "\x01\x02\x1b[0m\x7f",
     "text that looks like tokens: <s> </s> <pad> <unk> <0x0A> <0x41>", "\u2581already \u2581marked\u2581",
-    "\u2585", "is n't it ? yes , it is . do not 'clean up'", "\ufeffbom", "a\u00a0b\u3000c\u200bd", "e\u0301 é",
-    "x" * 500,
+    "\u2585", "is n't it ? yes , it is . do not 'clean up'", "\ufeffbom", "a\u00a0b\u3000c\u200bd", 
+    "e\u0301 é", "x" * 500,
 ]  # fmt: skip
 
 

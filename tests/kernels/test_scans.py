@@ -198,3 +198,20 @@ def test_mistakes_are_told():
     ):
         with pytest.raises(ValueError, match=words):
             block_diagonal_scan(*arguments)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("scan", SCANS)
+def test_what_is_kept_for_the_backward_is_the_inputs_and_h(scan, backend):
+    """Memory is linear in T, with no M^2 term beyond the gates: nothing of A or its products is kept."""
+    kept = {}
+    gates, values, h0, reset = make_inputs(scan, T=40, N=3, M=8)
+    gates.requires_grad_()
+
+    def pack(x):
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        h, _ = scan(gates, values, h0, reset, backend=backend)
+    assert sum(kept.values()) <= sum(x.numel() for x in (gates, values, h0, reset, h))

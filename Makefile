@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $@
+
+demo: install
+	$(BIN)/lrnn info recipes/demo.yaml
+	$(BIN)/lrnn prepare recipes/demo.yaml
+	$(BIN)/lrnn train recipes/demo.yaml
+	$(BIN)/lrnn report runs/demo
+	$(BIN)/lrnn generate runs/demo/checkpoints/latest --prompt "Return the" --max-new-tokens 60 --seed 0
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,178 @@
+"""What `lrnn info` prints: the costs of a recipe's or a checkpoint's model, before anything runs."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from ..model import LRNNConfig
+from ..model.accounting import (
+    OPTIMIZER_BYTES,
+    TRAINING_PASSES,
+    Account,
+    TrainingMemory,
+    account,
+    check_parameters,
+    training_memory,
+)
+from ..recipe import Recipe, load_recipe, resolve_path
+from .build import model_config
+
+
+def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
+    """Print the costs of a recipe, or of a checkpoint folder if `target` holds a config.json.
+
+    Raises:
+        ValueError: no such recipe or checkpoint, overrides on a checkpoint, an unknown vocabulary size, or a
+            parameter count other than the recipe says.
+    """
+    console = console or Console()
+    folder = Path(target)
+    if not (folder / "config.json").is_file():
+        if folder.is_dir():
+            raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")
+        console.print(describe(load_recipe(target, overrides)))
+        return
+    if overrides:
+        raise ValueError(f"{target} is a checkpoint: overrides such as {overrides[0]!r} belong to a recipe")
+    config = LRNNConfig.from_pretrained(folder)
+    if config.model_type != "lrnn":
+        raise ValueError(f"{target}: model_type is {config.model_type!r}, not 'lrnn'")
+    console.print(describe_config(target, config))
+
+
+def describe(recipe: Recipe) -> RenderableType:
+    """Tables of a recipe's model, its costs and its budget; ValueError as in `print_info`."""
+    config = model_config(recipe, vocabulary(recipe))
+    check_parameters(config, recipe.model.parameters)
+    length = recipe.data.sequence_length
+    costs = account(config, length)
+    full = recipe.train.precision == "fp32" or (recipe.train.precision, recipe.train.device) == (
+        "auto",
+        "cpu",
+    )
+    dtype = torch.float32 if full else torch.bfloat16
+    memory = training_memory(
+        config, recipe.train.micro_batch, length, dtype, recipe.train.activation_checkpointing
+    )
+    return Group(
+        _parameters(recipe.name, costs),
+        _work(costs),
+        _state(costs),
+        _memory(memory, recipe, dtype),
+        _budget(recipe, costs),
+    )
+
+
+def describe_config(name: str, config: LRNNConfig) -> RenderableType:
+    """Tables of a model's costs at the context it was trained on."""
+    costs = account(config, config.max_position_embeddings)
+    return Group(_parameters(name, costs), _work(costs), _state(costs))
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """The vocabulary's size, from the recipe or from its tokenizer's SentencePiece recipe.
+
+    Raises:
+        ValueError: only the tokenizer itself would know.
+    """
+    if recipe.model.vocab_size is not None:
+        return recipe.model.vocab_size
+    path = resolve_path(recipe.data.tokenizer)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        size = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("vocab_size")
+        if isinstance(size, int):
+            return size
+    raise ValueError(
+        f"the vocabulary of tokenizer {recipe.data.tokenizer!r} is not known before it is loaded; "
+        "give its size as model.vocab_size"
+    )
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(min_width=28)
+    table.add_column(justify="right", min_width=16)
+    table.add_column(style="dim")
+    return table
+
+
+def _parameters(name: str, costs: Account) -> Table:
+    table = _table(f"{name}: parameters")
+    total = costs.total_parameters
+    for part, count in costs.parameters.items():
+        table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    if "head" not in costs.parameters:
+        table.add_row("head", "0", "tied to the embedding")
+    table.add_row("total", f"{total:,}")
+    return table
+
+
+def _work(costs: Account) -> Table:
+    """Rows that are zero are left out: no attention term where there is no attention."""
+    table = _table("\nfloating-point operations a token, forward")
+    work = costs.work
+    for label, count, note in (
+        ("matrix products", work.products, "head included"),
+        ("scan", work.scan, "linear recurrence, parallel over time"),
+        ("sequential", work.sequential, "nonlinear recurrence: each step waits for the one before"),
+        ("attention", work.attention, f"average over a context of {costs.context_length:,}"),
+    ):
+        if count:
+            table.add_row(label, f"{count:,}", note)
+    table.add_row("forward", f"{costs.flops_per_token:,}")
+    table.add_row("training", f"{costs.flops_per_token_training:,}", f"{TRAINING_PASSES} x forward")
+    return table
+
+
+def _state(costs: Account) -> Table:
+    table = _table("\nstate of one sequence")
+    if costs.recurrent_state_bytes:
+        table.add_row("recurrent", _bytes(costs.recurrent_state_bytes), "fp32, the same at any length")
+    if costs.attention_state_bytes:
+        each = costs.attention_state_bytes // costs.context_length
+        table.add_row(
+            "keys and values",
+            _bytes(costs.attention_state_bytes),
+            f"bf16, after {costs.context_length:,} tokens: {each:,} bytes a token",
+        )
+    return table
+
+
+def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table:
+    table = _table("\ntraining memory, estimated for one device that holds the whole model")
+    kind = str(dtype).removeprefix("torch.")
+    kind += " (auto, on a GPU)" if recipe.train.precision == "auto" and dtype != torch.float32 else ""
+    shape = f"micro-batch {recipe.train.micro_batch} x {recipe.data.sequence_length:,} tokens in {kind}"
+    if recipe.train.activation_checkpointing:
+        shape += ", layers recomputed"
+    table.add_row("weights", _bytes(memory.weights), "fp32")
+    table.add_row("gradients", _bytes(memory.gradients), "fp32")
+    table.add_row("optimiser", _bytes(memory.optimizer), f"AdamW, {OPTIMIZER_BYTES} bytes a parameter")
+    table.add_row("activations", _bytes(memory.activations), shape)
+    table.add_row("loss", _bytes(memory.loss), f"logits of {recipe.train.loss_chunk:,} tokens at once")
+    table.add_row("total", _bytes(memory.total))
+    return table
+
+
+def _budget(recipe: Recipe, costs: Account) -> Table:
+    table = _table("\nbudget")
+    tokens = recipe.total_steps * recipe.train.tokens_per_step
+    left = recipe.train.tokens - tokens
+    table.add_row("tokens", f"{tokens:,}", f"{left:,} of the budget are less than a step" if left else "")
+    table.add_row("steps", f"{recipe.total_steps:,}")
+    table.add_row("tokens a step", f"{recipe.train.tokens_per_step:,}")
+    table.add_row("rows a step", f"{recipe.rows_per_step:,}", f"of {recipe.data.sequence_length:,} tokens")
+    table.add_row("tokens a parameter", f"{tokens / costs.total_parameters:.1f}")
+    table.add_row("operations in all", f"{tokens * costs.flops_per_token_training:.2e}")
+    return table
+
+
+def _bytes(count: int) -> str:
+    """A size as people read it: 1536 -> `1.5 KiB`."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} B"
