@@ -47,9 +47,9 @@ def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, 
 
 
 @triton.jit
-def _advance(h, z, v, started, first, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
+def _advance(h, z, v, started, first, lane, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
     """h_t from h_{t-1} of all lanes; `first` is the lane of the block's row 0."""
-    f, scale = coefficients(z, M + 1, GATE)
+    f, scale = coefficients(z, M + 1, GATE, lane, 1)
     if HAS_RESET:
         h = tl.where(started != 0, 0.0, h)
     even = f[M] * v
@@ -107,14 +107,16 @@ def forward_kernel(
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
             started = r_now[u] if HAS_RESET else 0
-            h = _advance(h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, M, GATE, HAS_RESET)
+            h = _advance(
+                h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, lane, M, GATE, HAS_RESET
+            )
             tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     for t_one in range(full, end):
         t64 = wide(t_one)
         z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
         started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        h = _advance(h, row(z, 0, K), v, started, first, M, GATE, HAS_RESET)
+        h = _advance(h, row(z, 0, K), v, started, first, lane, M, GATE, HAS_RESET)
         tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     if end == T:
         tl.store(last + b * (N * M) + spot, h, mask=valid)
@@ -126,7 +128,7 @@ def _retreat(
     D_K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """One step back: stores dz and dv of step t and returns u = A_t^T s_t."""
-    f, scale = coefficients(z, M + 1, GATE)
+    f, scale = coefficients(z, M + 1, GATE, lane, 1)
     s = g + u
     if M < MP:
         s = tl.where(valid, s, 0.0)  # the padding lanes must not be summed over
