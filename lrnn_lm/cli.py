@@ -1,20 +1,26 @@
 """The command line: `lrnn prepare | train | eval | generate | bench | info | report`.
 
-Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong arrives
-here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK=1 to see
-where it came from.
+Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
+arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK
+to see where it came from.
 """
 
 import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from .train.stop import StopSignal
+
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 85
+_USERS_ERRNO = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 app = typer.Typer(
     name="lrnn",
@@ -52,21 +58,30 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train a recipe, or go on with its run where that stopped; then score it on eval.tasks."""
+    from .train.stop import Stopped, StopSignal
+
+    try:
+        with StopSignal() as stop:
+            _train(recipe, overrides, stop)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.code) from None
+
+
+def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> None:
     from .recipe import load_recipe
     from .train.build import build_trainer
-    from .train.loop import Stopped
 
     loaded = load_recipe(recipe, overrides)
     trainer = build_trainer(loaded)
-    try:
-        checkpoint = trainer.run()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(EXIT_STOPPED) from None
+    before = trainer.position.step
+    checkpoint = trainer.run(stop)
     if not trainer.accelerator.is_main_process:
         return
-    print(f"trained {loaded.name}: {loaded.total_steps} steps, checkpoint {checkpoint}")
+    what = "was trained already" if before >= loaded.total_steps else "is trained"
+    print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
     if loaded.eval.tasks:
+        stop.leave_if_asked()
         from .evaluate import evaluate
 
         evaluate(
@@ -198,7 +213,7 @@ def _is_users(mistake: ValueError | OSError) -> bool:
     """A ValueError is a message to the user; of the system's errors, those that a user can mend."""
     if isinstance(mistake, ValueError):
         return True
-    return mistake.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT)
+    return mistake.errno in _USERS_ERRNO
 
 
 def _message(mistake: ValueError | OSError) -> str:

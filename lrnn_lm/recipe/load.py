@@ -42,6 +42,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them."""
+    return _flatten(recipe.model_dump(mode="json"), "")
+
+
+def _flatten(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def resolve_path(path: str, base: Path | None = None) -> Path:
     """A path of a recipe on disk: as given, else below `base`, else among the files that the project ships.
 
