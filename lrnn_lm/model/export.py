@@ -63,7 +63,11 @@ def export(
     try:
         _load(checkpoint, dtype).save_pretrained(aside)
         shutil.copytree(
-            checkpoint, aside, ignore=_other_files(checkpoint), dirs_exist_ok=True, copy_function=shutil.copyfile
+            checkpoint,
+            aside,
+            ignore=_other_files(checkpoint),
+            dirs_exist_ok=True,
+            copy_function=shutil.copyfile,
         )
         write_remote_code(aside)
         if write_card is not None:
@@ -87,7 +91,9 @@ def _other_files(checkpoint: Path) -> Callable[[str, list[str]], set[str]]:
 
 def _load(checkpoint: Path, dtype: str | None) -> LRNNForCausalLM:
     try:
-        return LRNNForCausalLM.from_pretrained(checkpoint, dtype=DTYPES.get(dtype, "auto"), local_files_only=True)
+        return LRNNForCausalLM.from_pretrained(
+            checkpoint, dtype=DTYPES.get(dtype, "auto"), local_files_only=True
+        )
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
