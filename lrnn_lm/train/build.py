@@ -3,6 +3,7 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,11 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
-    """recipe.yaml and the held-out documents, which evaluation looks for in the run."""
+    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    manifest = json.dumps(prepared.manifest, indent=1) + "\n"
+    (folder / "data.json").write_text(manifest, encoding="utf-8")
     heldout = folder / "heldout.jsonl"
     if not heldout.exists() or heldout.stat().st_size != prepared.heldout_path.stat().st_size:
         heldout.write_bytes(prepared.heldout_path.read_bytes())

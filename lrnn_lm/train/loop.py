@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..data import PreparedData, TrainLoader, validation_batches
 from ..model.accounting import account
+from ..model.export import write_remote_code
 from ..model.loss import IGNORE
 from ..recipe import Recipe
 from . import checkpoint
@@ -229,11 +230,16 @@ class Trainer:
                 self.position,
                 self.bare_model,
                 self.optimizer,
-                self.tokenizer.save_pretrained,
+                self._write_extras,
                 self.recipe.checkpoint.keep_last,
             )
         self.accelerator.wait_for_everyone()
         self._saved_step = self.position.step
+
+    def _write_extras(self, folder: Path) -> None:
+        """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
+        self.tokenizer.save_pretrained(folder)
+        write_remote_code(folder)
 
     def _stop_if_asked(self) -> None:
         if self.stop.requested():
