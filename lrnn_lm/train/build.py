@@ -3,8 +3,12 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+<<<<<<< HEAD
 import os
 import shutil
+=======
+import json
+>>>>>>> export
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +174,19 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 
 
 def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
-    """recipe.yaml and the held-out documents, which evaluation looks for in the run."""
+    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
     aside = folder / ".aside.tmp"  # a kill may come while either is written
     aside.write_text(dump_recipe(recipe), encoding="utf-8")
     os.replace(aside, folder / "recipe.yaml")
     shutil.copyfile(prepared.heldout_path, aside)
     os.replace(aside, folder / "heldout.jsonl")
+=======
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    manifest = json.dumps(prepared.manifest, indent=1) + "\n"
+    (folder / "data.json").write_text(manifest, encoding="utf-8")
+    heldout = folder / "heldout.jsonl"
+    if not heldout.exists() or heldout.stat().st_size != prepared.heldout_path.stat().st_size:
+        heldout.write_bytes(prepared.heldout_path.read_bytes())
+>>>>>>> export
