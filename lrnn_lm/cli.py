@@ -1,13 +1,8 @@
 """The command line: `lrnn prepare | train | eval | generate | bench | export | info | report`.
 
 Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
-<<<<<<< HEAD
-arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK
-to see where it came from.
-=======
 arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set
 LRNN_TRACEBACK=1 to see where it came from.
->>>>>>> export
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand: a tiny run takes the place of the demo's, nothing else is changed."""
+"""The README's commands, run as they stand; a tiny run takes the place of the demo's, nothing else changes."""
 
 import re
 import shlex
@@ -11,11 +11,11 @@ from lrnn_lm.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TINY = (
-    "model.hidden_size=32 model.num_hidden_layers=1 model.mixer.num_blocks=8 model.intermediate_size=32 "
-    "data.source.limit=40 data.sequence_length=64 train.tokens=2560 train.tokens_per_step=512 train.micro_batch=8 "
-    "eval.tokens=1K eval.tasks=[] model.vocab_size=400"
-).split()
+TINY = [
+    "model.hidden_size=32", "model.num_hidden_layers=1", "model.mixer.num_blocks=8", "model.intermediate_size=32",
+    "model.vocab_size=400", "data.source.limit=40", "data.sequence_length=64", "train.tokens=2560",
+    "train.tokens_per_step=512", "train.micro_batch=8", "eval.tokens=1K", "eval.tasks=[]",
+]  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:

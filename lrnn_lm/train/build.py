@@ -3,12 +3,8 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
-<<<<<<< HEAD
-import os
-import shutil
-=======
 import json
->>>>>>> export
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +172,12 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
     """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-    aside = folder / ".aside.tmp"  # a kill may come while either is written
-    aside.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(aside, folder / "recipe.yaml")
-    shutil.copyfile(prepared.heldout_path, aside)
-    os.replace(aside, folder / "heldout.jsonl")
-=======
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    manifest = json.dumps(prepared.manifest, indent=1) + "\n"
-    (folder / "data.json").write_text(manifest, encoding="utf-8")
-    heldout = folder / "heldout.jsonl"
-    if not heldout.exists() or heldout.stat().st_size != prepared.heldout_path.stat().st_size:
-        heldout.write_bytes(prepared.heldout_path.read_bytes())
->>>>>>> export
+    contents = {
+        "recipe.yaml": dump_recipe(recipe).encode(),
+        "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
+        "heldout.jsonl": prepared.heldout_path.read_bytes(),
+    }
+    aside = folder / ".aside.tmp"  # a kill may come while one of them is written
+    for name, content in contents.items():
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)
