@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand; a tiny run takes the place of the demo's, nothing else changes."""
+"""The README's commands, run as they stand; a tiny run takes the place of the demo's."""
 
 import re
 import shlex
@@ -12,8 +12,9 @@ from lrnn_lm.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = [
-    "model.hidden_size=32", "model.num_hidden_layers=1", "model.mixer.num_blocks=8", "model.intermediate_size=32",
-    "model.vocab_size=400", "data.source.limit=40", "data.sequence_length=64", "train.tokens=2560",
+    "model.hidden_size=32", "model.num_hidden_layers=1", "model.mixer.num_blocks=8",
+    "model.intermediate_size=32", "model.vocab_size=400", "data.source.limit=40", "data.sequence_length=64",
+    "train.tokens=2560",
     "train.tokens_per_step=512", "train.micro_batch=8", "eval.tokens=1K", "eval.tasks=[]",
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats a target token over the global step, gradient norm before clipping, whether applied."""
+    """Mean loss in nats a target over the global step, gradient norm before clipping, whether applied."""
 
     loss: float
     grad_norm: float

@@ -31,9 +31,9 @@ class Stopped(SystemExit):
 class StopSignal:
     """Handlers of the three signals, as a context manager; the old ones come back at its end.
 
-    A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is half-made
-    is removed on the way out). Inside `held()` it only becomes a wish that the loop reads at step boundaries. A
-    second SIGINT ends the process at once.
+    A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
+    half-made is removed on the way out). Inside `held()` it only becomes a wish that the loop reads at step
+    boundaries. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
