@@ -1,4 +1,4 @@
-"""A run of seconds for the trainer's tests: a little text, a SentencePiece recipe, 12 steps of 8 rows of 64 tokens.
+"""A run of seconds for the trainer's tests: a little text, a tokenizer, 12 steps of 8 rows of 64 tokens.
 
 Also: running it as a process of its own, and looking at what it left.
 """
@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,20 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
 TOKENS_PER_STEP = 512
-WORDS = (
+TEXT = (
     "the state of a linear recurrence mixes what it has read with what it reads now and so the block keeps "
     "values gates tokens documents in order while rows cross from one shard to another without a seam"
-).split()
+)
 
 
-def write_recipe(folder: Path, **sections: Any) -> Path:
+def write_recipe(folder: Path, documents: int = 150, **sections: Any) -> Path:
     """A text, a tokenizer recipe and a run recipe in `folder`; `sections` are merged into the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     text, tokenizer = folder / "text.jsonl", folder / "tokenizer.yaml"
     if not text.exists():
         rng = random.Random(0)
-        documents = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) for _ in range(150)]
-        text.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+        texts = (" ".join(rng.choices(TEXT.split(), k=rng.randint(20, 120))) for _ in range(documents))
+        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         tokenizer.write_text("{model_type: bpe, vocab_size: 320}\n")
     recipe: dict[str, Any] = {
         "name": "tiny",
@@ -72,11 +73,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(recipe: Path, *overrides: str, preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
     """`lrnn train` as a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "lrnn_lm.cli", "train", str(recipe), *overrides],
         env=environment(),
+        preexec_fn=preexec,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

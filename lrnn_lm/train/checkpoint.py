@@ -74,6 +74,7 @@ def save(
         checkpoints / folder_name(position.step),
         checkpoints / f".{folder_name(position.step)}.tmp",
     )
+    before = latest_name(checkpoints)
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         clear_leftovers(checkpoints)
@@ -89,11 +90,20 @@ def save(
             f"could not save {final}: {_reason(error)}; last good checkpoint: {latest_name(checkpoints)}. "
             "Free some space and run the same command again to go on from it."
         ) from None
-    saved = list_checkpoints(checkpoints)
-    newer = saved[saved.index(final) + 1 :]  # damaged, else this run would have begun there
-    for old in [*saved[: saved.index(final) + 1][:-keep_last], *newer]:
-        _remove(old)
+    _prune(checkpoints, before, final, keep_last)
     return final
+
+
+def _prune(checkpoints: Path, before: str, final: Path, keep_last: int) -> None:
+    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`."""
+    saved = list_checkpoints(checkpoints)
+    names = [folder.name for folder in saved]
+    good = names.index(before) + 1 if before in names else 0
+    damaged = [folder for folder in saved[good:] if folder != final]  # else the run would have begun there
+    keep = [folder for folder in saved if folder not in damaged][-keep_last:]
+    for folder in saved:
+        if folder not in keep:
+            _remove(folder)
 
 
 def latest_name(checkpoints: Path) -> str:
