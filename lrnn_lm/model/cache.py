@@ -7,6 +7,7 @@ kept on the first layer, where every view of the cache finds it, and `RecurrentC
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .config import LRNNConfig
@@ -62,7 +63,10 @@ def load_state(cache: Cache | None, layer_idx: int) -> Any:
     layer = cache.layers[layer_idx]
     if not is_recurrent(layer):
         return layer
-    return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    if not layer.has_previous_state[0]:
+        return None
+    state = layer.recurrent_states[0]
+    return state.clone() if torch.is_grad_enabled() else state  # the cache will write over its own
 
 
 def store_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:

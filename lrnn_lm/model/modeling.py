@@ -49,7 +49,8 @@ class LRNNPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """False: `_init_weights` leaves loaded parameters alone, as transformers' own models do.
 
-        Were it true, modules that hold their parameters in children (an LSTM mixer) would never be initialised.
+        Were it true, modules that hold their parameters in children (an LSTM mixer) would stay as torch made
+        them.
         """
         return False
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import NAMES, small_config, small_model, tokens
+from small_models import MIXER_ROWS, NAMES, small_config, small_model, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
@@ -92,6 +92,17 @@ def test_memory_estimate(name):
     half = training_memory(config, 4, 16, torch.bfloat16)
     assert half.activations < 0.9 * memory.activations
     assert memory.total > memory.activations + memory.loss
+
+
+def test_h_lru_keeps_no_window_of_states():
+    """What a higher order keeps for the backward pass is its gates, not (B, T, N, M) of states."""
+    B, T, N = 2, 64, 7
+    low, high = (
+        saved_bytes(small_config("h_lru", mixer=MIXER_ROWS["h_lru"] | {"order": M}), 0, B, T, torch.float32)
+        for M in (2, 16)
+    )
+    gates = 4 * B * T * N * (16 - 2)
+    assert gates <= high - low <= 1.2 * gates
 
 
 def test_expected_parameter_count():

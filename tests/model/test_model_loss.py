@@ -5,6 +5,7 @@ import torch
 from small_models import NAMES, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrnn_lm.model.loss import IGNORE, linear_cross_entropy, shift_labels
 
@@ -79,8 +80,9 @@ def test_frozen_parts_and_no_gradients():
     linear_cross_entropy(hidden.detach(), weight, labels, None, 4).backward()
     assert hidden.grad is None
     assert weight.grad.abs().sum() > 0
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         close(linear_cross_entropy(hidden, weight, labels, None, 4), want.detach(), 0.0)
+    assert counter.get_total_flops() == 2 * 21 * 8 * 19, "validation pays for the logits alone"
 
 
 @pytest.mark.parametrize("name", NAMES)

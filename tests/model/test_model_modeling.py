@@ -36,6 +36,20 @@ def test_checkpointing_gives_the_same_gradients(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_gradients_pass_through_a_cache(name):
+    model, ids = small_model(name).train(), tokens()
+    whole = model(ids, use_cache=False).logits
+    whole.square().mean().backward()
+    want = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    first = model(ids[:, :9], use_cache=True)
+    second = model(ids[:, 9:], past_key_values=first.past_key_values, use_cache=True)
+    torch.cat([first.logits, second.logits], dim=1).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        close(parameter.grad, want[key], TOLERANCE["gradient"] * want[key].abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_and_loaded_model_is_the_same(name, tied, tmp_path):
     model, ids = small_model(name, tie_word_embeddings=tied), tokens()
