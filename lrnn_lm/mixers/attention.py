@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
+class AttentionWeights(nn.Module):
+    """softmax(q k^T / sqrt(d) + mask): a module, so that a hook can record what it returns."""
+
+    def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """q (B, H, T, d), k (B, H, S, d), mask (B, 1, T, S) to be added -> (B, H, T, S)."""
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask
+        return scores.float().softmax(dim=-1).to(q.dtype)
+
+
 class Attention(Mixer):
-    """Multi-head attention through SDPA.
+    """Multi-head attention through SDPA, or step by step where its weights are asked for.
 
     Args:
         hidden_size: D.
@@ -35,6 +44,7 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
+        self.weights = AttentionWeights()
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T."""
@@ -48,9 +58,11 @@ class Attention(Mixer):
         if state is not None:
             k, v = state.update(k, v)  # (B, H, S, d)
         mask = context.attention_mask
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
-        )
+        if context.attention_weights:
+            y = self.weights(q, k, mask) @ v
+        else:
+            causal = mask is None and T > 1
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 
     def cost(self, context_length: int) -> MixerCost:

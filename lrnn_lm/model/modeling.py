@@ -13,11 +13,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers import Mixer, ResidualOutput, SequenceContext
+from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext
 from .cache import check_cache, document_start, make_cache, tokens_seen
 from .config import LRNNConfig
 from .layers import LRNNBlock
@@ -35,7 +40,10 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
-    _can_record_outputs = {"hidden_states": LRNNBlock}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LRNNBlock,
+        "attentions": OutputRecorder(AttentionWeights),  # of attention layers, with attn_implementation="eager"
+    }
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -150,15 +158,17 @@ class LRNNModel(LRNNPreTrainedModel):
             and_mask_function=visible,
             layer_idx=layer_idx,
         )
-        return SequenceContext(reset, mask, position_ids, keep_state)
+        eager = self.config._attn_implementation == "eager"
+        return SequenceContext(reset, mask, position_ids, keep_state, attention_weights=eager)
 
 
-def _same_document(reset: Tensor | None, layer: Any, past: int, x: Tensor) -> Any:
+def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
     """A mask function, query and key lie in the same document; None if there is only one.
 
     The cache layer keeps where its last document began: keys before that are of no document that goes on.
     """
-    start = document_start(layer) if past else None  # (B,)
+    # A static cache tells its length by a tensor, on whose value a graph must not depend.
+    start = document_start(layer) if isinstance(past, Tensor) or past else None  # (B,)
     if reset is None and start is None:
         return None
     B, T, _ = x.shape
@@ -184,15 +194,18 @@ def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor |
         token_mask (B, T, 1) bool over the new tokens, false on padding, and first (B, T) bool, true on a
         sequence's first token where padding precedes it; each None where there is nothing to tell.
     """
-    if attention_mask is None or attention_mask.ndim != 2 or bool(attention_mask.all()):
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None, None
+    traced = torch.compiler.is_compiling()  # a graph must not depend on values: there the masks are always made
+    if not traced and bool(attention_mask.all()):
         return None, None
     mask = attention_mask.bool()
     new, earlier = mask[:, -T:], mask[:, :-T]
-    token_mask = None if bool(new.all()) else new.unsqueeze(-1)
-    if past and not earlier.shape[1]:  # a mask of the new tokens alone: the cache holds what came before
+    token_mask = None if not traced and bool(new.all()) else new.unsqueeze(-1)
+    if not earlier.shape[1] and past:  # a mask of the new tokens alone: the cache holds what came before
         return token_mask, None
     first = new & (new.cumsum(dim=1) == 1) & ~earlier.any(dim=1, keepdim=True)
-    return token_mask, first if bool(first.any()) else None
+    return token_mask, first if traced or bool(first.any()) else None
 
 
 class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
@@ -255,7 +268,7 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
         targets = _targets(labels, shift_labels)
@@ -288,3 +301,6 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
 
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
+# Tables of class names. The Trainer looks here for whether labels are to be shifted, as in its label smoothing.
+MODEL_MAPPING_NAMES[LRNNConfig.model_type] = LRNNModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LRNNConfig.model_type] = LRNNForCausalLM.__name__
