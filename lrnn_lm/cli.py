@@ -1,8 +1,8 @@
-"""The command line: `lrnn prepare | train | eval | generate | bench | info | report`.
+"""The command line: `lrnn prepare | train | eval | generate | bench | export | info | report`.
 
 Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
-arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK
-to see where it came from.
+arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set
+LRNN_TRACEBACK=1 to see where it came from.
 """
 
 import errno
@@ -91,6 +91,9 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
             model=trainer.bare_model,
             tokenizer=trainer.tokenizer,
         )
+    from .evaluate.card import write_run_card
+
+    write_run_card(trainer.folder)
 
 
 @app.command(name="eval")
@@ -152,6 +155,26 @@ def generate(
         greedy=greedy,
         device=device,
     )
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as the checkpoint has it")] = None,
+    license: Annotated[
+        str, typer.Option(help="the model's licence, for its card: apache-2.0, ..")
+    ] = "unknown",
+) -> None:
+    """Write a checkpoint as a folder that loads without lrnn-lm: weights, tokenizer, code and model card."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from .evaluate.card import write_export_card
+    from .model.export import export as write
+
+    disable_progress_bar()
+    write(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    print(f"exported to {folder}; it loads with torch and transformers alone")
 
 
 @app.command()

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from .chunk_transfer import block_transfer
 from .triton_launch import Launch, register, steps_in_flight, time_chunks
-from .triton_rows import coefficients, load_rows, logit_gradient, row, sum_over_rows, where_also, wide
+from .triton_rows import (
+    coefficients,
+    load_flags,
+    load_rows,
+    logit_gradient,
+    row,
+    sum_over_rows,
+    where_also,
+    wide,
+)
 
 
 @triton.jit
@@ -38,9 +47,9 @@ def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, 
 
 
 @triton.jit
-def _advance(h, z, v, started, first, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
+def _advance(h, z, v, started, first, lane, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
     """h_t from h_{t-1} of all lanes; `first` is the lane of the block's row 0."""
-    f, scale = coefficients(z, M + 1, GATE)
+    f, scale = coefficients(z, M + 1, GATE, lane, 1)
     if HAS_RESET:
         h = tl.where(started != 0, 0.0, h)
     even = f[M] * v
@@ -85,22 +94,29 @@ def forward_kernel(
     some = where_also(valid, full > t)
     z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
     v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
+    if HAS_RESET:
+        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, full > t)
     for t_group in range(t, full, STEPS):
         z_now, v_now = z_next, v_next
         t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
         z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
-            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
-            h = _advance(h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, M, GATE, HAS_RESET)
+            started = r_now[u] if HAS_RESET else 0
+            h = _advance(
+                h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, lane, M, GATE, HAS_RESET
+            )
             tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     for t_one in range(full, end):
         t64 = wide(t_one)
         z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
         started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        h = _advance(h, row(z, 0, K), v, started, first, M, GATE, HAS_RESET)
+        h = _advance(h, row(z, 0, K), v, started, first, lane, M, GATE, HAS_RESET)
         tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
     if end == T:
         tl.store(last + b * (N * M) + spot, h, mask=valid)
@@ -112,7 +128,7 @@ def _retreat(
     D_K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """One step back: stores dz and dv of step t and returns u = A_t^T s_t."""
-    f, scale = coefficients(z, M + 1, GATE)
+    f, scale = coefficients(z, M + 1, GATE, lane, 1)
     s = g + u
     if M < MP:
         s = tl.where(valid, s, 0.0)  # the padding lanes must not be summed over
@@ -175,6 +191,8 @@ def backward_kernel(
     # h_{t-1} for each step; before t = 0 it is h0, patched in below
     h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, some)
     h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, some)
+    if HAS_RESET:
+        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, groups > 0)
     for group in range(groups):
         z_now, v_now, o_now, h_now = z_next, v_next, o_next, h_next
         t = end - (group + 1) * STEPS
@@ -184,12 +202,15 @@ def backward_kernel(
         o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, None)
         h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, None)
         h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
         t64 = wide(t)
         for j in tl.static_range(STEPS - 1, -1, -1):
             before = h_now[j].to(tl.float32)
             if j == 0:
                 before = tl.where(t == 0, h_start, before)
-            started = tl.load(reset + b * r_b + (t64 + j) * R_T) if HAS_RESET else 0
+            started = r_now[j] if HAS_RESET else 0
             u = _retreat(
                 u, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), h, before, started,
                 dz_at + t64 * D_T + j * D_T, dv_at + t64 * NM + j * NM, first, lane, valid,

@@ -52,6 +52,15 @@ def load_rows(
 
 
 @triton.jit
+def load_flags(pointer, STEPS: tl.constexpr, STEP: tl.constexpr, condition):
+    """STEPS scalars ahead of their use, like the rows: a flag read at its step would cost its latency."""
+    flags = ()
+    for u in tl.static_range(STEPS):
+        flags = flags + (tl.load(pointer + u * STEP, mask=condition, other=0),)
+    return flags
+
+
+@triton.jit
 def row(rows, u: tl.constexpr, K: tl.constexpr):
     """Row u of `load_rows`, in fp32."""
     z = ()
@@ -99,29 +108,46 @@ def _f(z, GATE: tl.constexpr):
 
 
 @triton.jit
-def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
-    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients."""
+def sum_of_lanes(x, lane, LANES: tl.constexpr):
+    """The sum over groups of 1, 2 or 4 neighbouring lanes, the same bits in each."""
+    if LANES > 1:
+        x += tl.gather(x, lane ^ 1, 0)
+    if LANES > 2:
+        x += tl.gather(x, lane ^ 2, 0)
+    return x
+
+
+@triton.jit
+def coefficients(z, K: tl.constexpr, GATE: tl.constexpr, lane, LANES: tl.constexpr):
+    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients.
+
+    LANES neighbouring lanes share a row: each has its own first K - 1 entries, and all the same last one.
+    """
     f = ()
     if GATE == "softmax":
         top = z[0]
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             top = tl.maximum(top, z[k])
-        shift = top * LOG2E
+        if LANES > 1:
+            top = tl.maximum(top, tl.gather(top, lane ^ 1, 0))
+        if LANES > 2:
+            top = tl.maximum(top, tl.gather(top, lane ^ 2, 0))
+        shift = tl.maximum(top, z[K - 1]) * LOG2E
         for k in tl.static_range(K):
             f = f + (tl.exp2(z[k] * LOG2E - shift),)
         total = f[0]
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             total += f[k]
-        return f, reciprocal(total)
+        return f, reciprocal(sum_of_lanes(total, lane, LANES) + f[K - 1])
     elif GATE == "none":
         return z, tl.full(z[0].shape, 1.0, tl.float32)
     else:
         for k in tl.static_range(K):
             f = f + (_f(z[k], GATE),)
         total = tl.abs(f[0])
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             total += tl.abs(f[k])
-        return f, reciprocal(total + EPS)
+        return f, reciprocal(sum_of_lanes(total, lane, LANES) + tl.abs(f[K - 1]) + EPS)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from .attention import Attention
+from .attention import Attention, AttentionWeights
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .h_lru import HigherOrderLRU
@@ -54,6 +54,7 @@ __all__ = [
     "LSTM",
     "MIXERS",
     "Attention",
+    "AttentionWeights",
     "BlockDiagonalLRU",
     "HigherOrderLRU",
     "Mamba2",

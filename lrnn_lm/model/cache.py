@@ -7,6 +7,7 @@ kept on the first layer, where every view of the cache finds it, and `RecurrentC
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from .config import LRNNConfig
@@ -19,8 +20,7 @@ class RecurrentCache(DynamicCache):
         """Tokens seen so far."""
         if any(not is_recurrent(layer) for layer in self.layers):
             return super().get_seq_length(layer_idx)
-        first = self.layers[0]
-        return first.seen_tokens if first.has_previous_state[0] else 0
+        return tokens_seen(self)
 
 
 def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache:
@@ -31,6 +31,31 @@ def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache
     return view
 
 
+def check_cache(config: LRNNConfig, cache: Cache) -> None:
+    """Raise ValueError if a cache has not one layer of the right kind for each of the model's."""
+    kinds = ["linear_attention" if is_recurrent(layer) else "full_attention" for layer in cache.layers]
+    if kinds != config.layer_types:
+        raise ValueError(
+            f"past_key_values does not fit this model's {config.num_hidden_layers} layers; "
+            "use DynamicCache(config=model.config)"
+        )
+
+
+def tokens_seen(cache: Cache | None) -> int:
+    """Tokens that a cache has seen, whatever its layers are."""
+    if cache is None:
+        return 0
+    layer = cache.layers[0]
+    if not is_recurrent(layer):
+        return layer.get_seq_length()
+    return layer.seen_tokens if layer.has_previous_state[0] else 0
+
+
+def document_start(layer: Any) -> Any:
+    """(B,) where the last document begins among an attention layer's keys; None if there is only one."""
+    return layer.document_start if hasattr(layer, "document_start") else None
+
+
 def load_state(cache: Cache | None, layer_idx: int) -> Any:
     """A layer's state: the recurrent state, None at the beginning; for attention, the cache layer itself."""
     if cache is None:
@@ -38,7 +63,10 @@ def load_state(cache: Cache | None, layer_idx: int) -> Any:
     layer = cache.layers[layer_idx]
     if not is_recurrent(layer):
         return layer
-    return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    if not layer.has_previous_state[0]:
+        return None
+    state = layer.recurrent_states[0]
+    return state.clone() if torch.is_grad_enabled() else state  # the cache will write over its own
 
 
 def store_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:

@@ -43,10 +43,10 @@ class LRNNBlock(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden_states (B, T, D); token_mask (B, T, 1), 0 on padding. Returns (B, T, D)."""
+        """hidden_states (B, T, D); token_mask (B, T, 1), false on padding. Returns (B, T, D)."""
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
-            x = x * token_mask.to(x.dtype)
+            x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
         y, state = self.mixer(x, load_state(past_key_values, self.layer_idx), context)
         store_state(past_key_values, self.layer_idx, state, x.shape[1])
         hidden_states = hidden_states + y

@@ -3,8 +3,8 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,14 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 
 
 def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
-    """recipe.yaml and the held-out documents, which evaluation looks for in the run."""
+    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".aside.tmp"  # a kill may come while either is written
-    aside.write_text(dump_recipe(recipe), encoding="utf-8")
-    os.replace(aside, folder / "recipe.yaml")
-    shutil.copyfile(prepared.heldout_path, aside)
-    os.replace(aside, folder / "heldout.jsonl")
+    contents = {
+        "recipe.yaml": dump_recipe(recipe).encode(),
+        "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
+        "heldout.jsonl": prepared.heldout_path.read_bytes(),
+    }
+    aside = folder / ".aside.tmp"  # a kill may come while one of them is written
+    for name, content in contents.items():
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data import PreparedData, TrainLoader, validation_batches
 from ..model.accounting import account
+from ..model.export import write_remote_code
 from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from . import checkpoint
@@ -35,7 +36,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats a target token of the global step, gradient norm before clipping, if applied."""
+    """Mean loss in nats a target over the global step, gradient norm before clipping, whether applied."""
 
     loss: float
     grad_norm: float
@@ -258,11 +259,16 @@ class Trainer:
                 self.position,
                 self.bare_model,
                 self.optimizer,
-                lambda folder: shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True),
+                self._write_extras,
                 self.recipe.checkpoint.keep_last,
             )
         self.accelerator.wait_for_everyone()
         self._saved_step = self.position.step
+
+    def _write_extras(self, folder: Path) -> None:
+        """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
+        shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
+        write_remote_code(folder)
 
     def _stop_if_asked(self) -> None:
         if self.stop.requested(self.accelerator):

@@ -33,8 +33,7 @@ class StopSignal:
 
     A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
     half-made is removed on the way out). Inside `held()` it only becomes a wish that the loop reads at step
-    boundaries.
-    A second SIGINT ends the process at once.
+    boundaries. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
