@@ -69,9 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         lines = kill_and_resume(folder, options.kills, options.seed)
-    print(
-        f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; same end as undisturbed"
-    )
+    print(f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; same end as undisturbed")
 
 
 if __name__ == "__main__":
