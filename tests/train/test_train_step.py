@@ -62,6 +62,8 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
     """One rank stops after step 2; two processes under `accelerate launch` with gloo go on to the end.
 
     The losses, validations and weights are those of one rank. Saving by minutes takes the main rank's clock.
+    (--multi_gpu is what makes accelerate start processes itself; with --cpu it leaves that to mpirun and runs
+    one. The recipe says train.device=cpu.)
     """
     stopped = build("name=two")
     send_at(stopped, 2, signal.SIGTERM)
@@ -69,7 +71,7 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
         stopped.run()
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
         "--mixed_precision", "no", "--dynamo_backend", "no",
         "-m", "lrnn_lm.train", str(recipe), "name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2",
         "checkpoint.every=0.0005 min", f"data.cache_dir={tmp_path / 'cache'}",
@@ -77,6 +79,7 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("going on from step 2 of 12") == 1
+    assert "(2 ranks)" in done.stderr
     one = build("name=one")
     one.run()
     assert_close_losses(losses(tmp_path / "two"), losses(one.folder), 1e-5)
