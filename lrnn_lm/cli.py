@@ -199,6 +199,11 @@ def report(
     from .evaluate import report as draw
 
     draw(runs, output)
+    from .evaluate.card import write_run_card
+
+    for run in runs:
+        if (run / "README.md").is_file():  # training wrote it; now there may be a curve to show
+            write_run_card(run)
 
 
 @bench_app.command()
