@@ -133,6 +133,10 @@ def evaluate_checkpoint(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="text of any length before the prompt; not printed again")
+    ] = None,
+    segment: Annotated[int, typer.Option(help="tokens of a prompt file read at once")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest")] = None,
@@ -147,6 +151,8 @@ def generate(
     stream(
         checkpoint,
         prompt,
+        prompt_file=prompt_file,
+        segment=segment,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -199,6 +205,11 @@ def report(
     from .evaluate import report as draw
 
     draw(runs, output)
+    from .evaluate.card import write_run_card
+
+    for run in runs:
+        if (run / "README.md").is_file():  # training wrote it; now there may be a curve to show
+            write_run_card(run)
 
 
 @bench_app.command()

@@ -83,7 +83,7 @@ def block_transfer_kernel(
             p, q = kept, kept_q
         new_p, new_q = (), ()
         for i in tl.static_range(M):
-            f, scale = coefficients(row(z_now, i, K), K, GATE, 0, 1)
+            f, scale = coefficients(row(z_now, i, K), K, GATE, 0, 0)
             if not REVERSE:
                 total = f[M] * x[i]
                 for j in tl.static_range(M):
@@ -152,7 +152,7 @@ def channel_transfer_kernel(
         if HAS_RESET:
             r_now = r_next
             r_next = tl.load(reset + b * r_b + t64 * R_T)
-        f, scale = coefficients(row(z_now, 0, K), K, GATE, 0, 1)
+        f, scale = coefficients(row(z_now, 0, K), K, GATE, 0, 0)
         if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
             started = r_now != 0
             kept, kept_q = (), ()

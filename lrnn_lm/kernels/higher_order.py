@@ -20,14 +20,14 @@ from torch import Tensor
 
 from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
-from .triton_launch import Launch, register, steps_in_flight, time_chunks
+from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
 from .triton_rows import (
     coefficients,
     load_flags,
     load_rows,
     logit_gradient,
     row,
-    sum_of_lanes,
+    sum_of_pair,
     where_also,
     wide,
 )
@@ -51,7 +51,7 @@ def _advance(
     TAPS: tl.constexpr, LANES: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """h_t, and the window after the step (lane q holds its values q TAPS .. (q + 1) TAPS - 1)."""
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES)
+    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES - 1)
     if HAS_RESET:
         kept = ()
         for k in tl.static_range(TAPS):
@@ -62,7 +62,7 @@ def _advance(
         total = tl.where(q == 0, total, 0.0)
     for k in tl.static_range(TAPS):  # the newest value last: it is the one the chain waits for
         total += f[TAPS - 1 - k] * past[TAPS - 1 - k]
-    h = sum_of_lanes(total, lane, LANES) * scale
+    h = sum_of_pair(total, lane, LANES - 1) * scale
     entering = h
     if LANES > 1:  # a lane's oldest value moves on to the next lane
         entering = tl.where(q == 0, h, tl.gather(past[TAPS - 1], tl.maximum(lane - 1, 0), 0))
@@ -148,7 +148,7 @@ def _retreat(
     window is (h_{t - q TAPS}, .., h_{t - (q + 1) TAPS}): the state at the lane's place, and what its taps
     multiply.
     """
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES)
+    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES - 1)
     h, owed_now, owed_next = window[0], r[0], tl.zeros_like(g)
     if LANES > 1:
         h = tl.gather(window[0], lane - q, 0)
@@ -288,12 +288,6 @@ def backward_kernel(
         tl.store(d_start + (b * N + n) * M + lag + k, r[k], mask=where_also(valid, begin == 0))
 
 
-def lanes_per_channel(M: int) -> int:
-    """Long windows are shared by two lanes: channels are then few (242 at order 16), and one lane's row is
-    long."""
-    return 2 if M >= 12 and M % 2 == 0 else 1
-
-
 def _ages(reset: Tensor) -> Tensor:
     """(B, T) int32: steps since the document began; before the first start, older than any order."""
     steps = torch.arange(reset.shape[1], device=reset.device)
@@ -311,7 +305,7 @@ def _forward(
     if n_chunks > 1:
         transfer = channel_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
-    lanes = lanes_per_channel(M)
+    lanes = lanes_per_row(M)
     launch = Launch(values, N * lanes, steps_in_flight(M // lanes, T, backward=False))
     with launch.device:
         forward_kernel[launch.grid(B * n_chunks)](
@@ -339,7 +333,7 @@ def _backward(
     if n_chunks > 1:
         transfer = channel_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    lanes = lanes_per_channel(M)
+    lanes = lanes_per_row(M)
     launch = Launch(values, N * lanes, steps_in_flight(M // lanes, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](

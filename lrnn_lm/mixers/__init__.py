@@ -6,6 +6,7 @@ from typing import Any
 from .attention import Attention, AttentionWeights
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
 from .bd_lru import BlockDiagonalLRU
+from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
 from .mamba2 import Mamba2
@@ -16,6 +17,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "lstm": LSTM,
     "mamba2": Mamba2,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "gated_deltaproduct": GatedDeltaProduct,
+    "gla": GatedLinearAttention,
 }
 
 
@@ -56,6 +61,10 @@ __all__ = [
     "Attention",
     "AttentionWeights",
     "BlockDiagonalLRU",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedDeltaProduct",
+    "GatedLinearAttention",
     "HigherOrderLRU",
     "Mamba2",
     "Mixer",

@@ -34,15 +34,23 @@ class MixerSection(Section):
     block_size: int = Field(4, ge=1, le=64, description="M of bd_lru")
     order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
     gate: GateName = "softmax"
-    num_heads: int = Field(8, ge=1, description="attention heads")
+    num_heads: int = Field(8, ge=1, description="heads of attention, the delta rules and gla")
     rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
     expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
-    head_dim: int = Field(64, ge=1, description="head width of mamba2")
+    head_dim: int = Field(64, ge=1, description="head width of mamba2; key width of a head of gated_delta*")
     state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
     n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")
-    conv_kernel: int = Field(4, ge=1, description="reach of mamba2's convolution")
+    conv_kernel: int = Field(4, ge=1, description="reach of the convolution of mamba2 and the delta rules")
     chunk_size: int = Field(256, ge=1, description="steps that mamba2's scan takes at once")
+    expand_k: float = Field(1.0, gt=0, description="keys of deltanet and gla, over hidden_size")
+    expand_v: float = Field(
+        1.0, gt=0, description="values: of deltanet and gla over hidden_size, of gated_delta* over head_dim"
+    )
+    allow_neg_eigval: bool | None = Field(
+        None, description="delta rules with eigenvalues down to -1; none: gated_deltaproduct only"
+    )
+    num_householder: int = Field(2, ge=1, description="updates a token in gated_deltaproduct")
 
 
 class ModelSection(Section):
@@ -90,7 +98,22 @@ class ModelSection(Section):
                     f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
                     f"heads of width {mixer.head_dim}"
                 )
+            for key, base, parts in _expansions(mixer, self.hidden_size):
+                if (width := base * getattr(mixer, key)) % parts:
+                    raise ValueError(
+                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} does not split into "
+                        f"{parts} heads"
+                    )
         return self
+
+
+def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
+    """Fractional expansions of a mixer: the key, the width that it multiplies, what the product splits into."""
+    if mixer.type in ("deltanet", "gla"):
+        return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
+    if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
+        return [("expand_v", mixer.head_dim, 1)]
+    return []
 
 
 class SourceSection(Section):

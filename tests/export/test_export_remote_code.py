@@ -142,6 +142,38 @@ def test_package_and_two_copies_in_one_process(exported, make_checkpoint, read_e
     assert {file.name for file in again.glob("*.py")} == set(remote_code())
 
 
+TRITON = """
+import importlib, os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(arguments, trust_remote_code=True)
+loaded = lambda: any(name.endswith(".lrnn_kernels_triton_rows") for name in sys.modules)
+result["before"] = loaded()
+kernels = importlib.import_module(type(model).__module__.replace("modeling_lrnn", "lrnn_kernels"))
+for name, gates, values in (
+    ("block_diagonal", torch.randn(2, 7, 3, 2, 3), torch.randn(2, 7, 3, 2)),
+    ("higher_order", torch.randn(2, 7, 3, 3), torch.randn(2, 7, 3)),
+):
+    scan = getattr(kernels, name + "_scan")
+    one, other = (scan(gates, values, backend=backend)[0] for backend in ("triton", "torch"))
+    result[name] = (one - other).abs().max().item()
+result["after"] = loaded()
+"""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is chosen for machines without a GPU"
+)
+def test_triton_kernels_travel(exported, read_elsewhere):
+    """They are imported where they run, not before; here in Triton's interpreter."""
+    pytest.importorskip("triton")
+    got = read_elsewhere(TRITON, str(exported["bd_lru"]), absent=("lrnn_lm",))
+    assert not got["before"]
+    assert got["after"]
+    assert max(got["block_diagonal"], got["higher_order"]) <= LOGITS
+
+
 def test_code_is_generated_alike(exported, make_checkpoint):
     remote_code.cache_clear()
     files = remote_code()
