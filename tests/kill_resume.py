@@ -20,8 +20,8 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[int]:
     """Train twice in `folder`, once with `kills` kills; returns the lines of metrics.jsonl at each kill.
 
     A kill comes at a random moment, a few steps after a process has found its checkpoint: within a step, a
-    validation or a save (there is one after every step). Fewer kills if the run is done before. AssertionError if the two
-    ends differ.
+    validation or a save (there is one after every step). Fewer kills if the run is done before.
+    AssertionError if the two ends differ.
     """
     rng = random.Random(seed)
     total = 6 * max(1, kills)
@@ -37,7 +37,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[int]:
         process = start(recipe, *often)
         while process.poll() is None and _identity(run) == before:
             time.sleep(0.002)
-        begun, more = _lines(run), rng.randint(0, 4)
+        begun, more = _lines(run), rng.randint(0, 8)
         while process.poll() is None and _lines(run) < begun + more:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
