@@ -1,20 +1,26 @@
-"""The command line: `lrnn prepare | train | eval | generate | bench | info | report`.
+"""The command line: `lrnn prepare | train | eval | generate | bench | export | info | report`.
 
-Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong arrives
-here as a ValueError with a message of one or two lines, and leaves as exit code 2; set LRNN_TRACEBACK=1 to see
-where it came from.
+Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
+arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set
+LRNN_TRACEBACK=1 to see where it came from.
 """
 
 import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from .train.stop import StopSignal
+
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 85
+_USERS_ERRNO = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 app = typer.Typer(
     name="lrnn",
@@ -52,21 +58,30 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train a recipe, or go on with its run where that stopped; then score it on eval.tasks."""
+    from .train.stop import Stopped, StopSignal
+
+    try:
+        with StopSignal() as stop:
+            _train(recipe, overrides, stop)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.code) from None
+
+
+def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> None:
     from .recipe import load_recipe
     from .train.build import build_trainer
-    from .train.loop import Stopped
 
     loaded = load_recipe(recipe, overrides)
     trainer = build_trainer(loaded)
-    try:
-        checkpoint = trainer.run()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(EXIT_STOPPED) from None
+    before = trainer.position.step
+    checkpoint = trainer.run(stop)
     if not trainer.accelerator.is_main_process:
         return
-    print(f"trained {loaded.name}: {loaded.total_steps} steps, checkpoint {checkpoint}")
+    what = "was trained already" if before >= loaded.total_steps else "is trained"
+    print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
     if loaded.eval.tasks:
+        stop.leave_if_asked()
         from .evaluate import evaluate
 
         evaluate(
@@ -76,6 +91,9 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
             model=trainer.bare_model,
             tokenizer=trainer.tokenizer,
         )
+    from .evaluate.card import write_run_card
+
+    write_run_card(trainer.folder)
 
 
 @app.command(name="eval")
@@ -115,6 +133,10 @@ def evaluate_checkpoint(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="text of any length before the prompt; not printed again")
+    ] = None,
+    segment: Annotated[int, typer.Option(help="tokens of a prompt file read at once")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest")] = None,
@@ -129,6 +151,8 @@ def generate(
     stream(
         checkpoint,
         prompt,
+        prompt_file=prompt_file,
+        segment=segment,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -137,6 +161,26 @@ def generate(
         greedy=greedy,
         device=device,
     )
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as the checkpoint has it")] = None,
+    license: Annotated[
+        str, typer.Option(help="the model's licence, for its card: apache-2.0, ..")
+    ] = "unknown",
+) -> None:
+    """Write a checkpoint as a folder that loads without lrnn-lm: weights, tokenizer, code and model card."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from .evaluate.card import write_export_card
+    from .model.export import export as write
+
+    disable_progress_bar()
+    write(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    print(f"exported to {folder}; it loads with torch and transformers alone")
 
 
 @app.command()
@@ -161,6 +205,11 @@ def report(
     from .evaluate import report as draw
 
     draw(runs, output)
+    from .evaluate.card import write_run_card
+
+    for run in runs:
+        if (run / "README.md").is_file():  # training wrote it; now there may be a curve to show
+            write_run_card(run)
 
 
 @bench_app.command()
@@ -198,7 +247,7 @@ def _is_users(mistake: ValueError | OSError) -> bool:
     """A ValueError is a message to the user; of the system's errors, those that a user can mend."""
     if isinstance(mistake, ValueError):
         return True
-    return mistake.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT)
+    return mistake.errno in _USERS_ERRNO
 
 
 def _message(mistake: ValueError | OSError) -> str:

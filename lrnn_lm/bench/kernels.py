@@ -175,7 +175,10 @@ def bench_peer(build: Callable[[], Peer], B: int, T: int) -> Row:
 
 
 def bench_cpu_scan(shape: Shape, B: int, T: int) -> list[Row]:
-    """The reference loop and the torch backend on a CPU in fp32; ratio is against the reference."""
+    """The reference loop and the torch backend on a CPU in fp32; ratio is against the reference.
+
+    One thread: a step of a scan is too small to share, and a busy core would be what is measured.
+    """
     device = torch.device("cpu")
     gates, values, grad = make_inputs(shape, B, T, torch.float32, device)
 
@@ -183,7 +186,10 @@ def bench_cpu_scan(shape: Shape, B: int, T: int) -> list[Row]:
         return torch.autograd.grad(shape.scan(gates, values, backend), [gates, values], grad)
 
     backends = ("reference", "torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times = measure.cpu_seconds([partial(step, backend) for backend in backends])
+    torch.set_num_threads(threads)
     return [
         Row(
             f"{shape.label()} {backend}",
@@ -223,6 +229,7 @@ def run(
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
     if where.type == "cpu":
         rows = [row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256)]
+        result["about"]["threads"] = 1
     else:
         limits = result["ceilings"] = measure.ceilings(where)
         print(

@@ -1,9 +1,11 @@
 """Text from a checkpoint, printed as it comes."""
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import load_checkpoint
+from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -11,8 +13,10 @@ if TYPE_CHECKING:
 
 def generate(
     checkpoint: str | Path,
-    prompt: str,
+    prompt: str = "",
     *,
+    prompt_file: str | Path | None = None,
+    segment: int = 2048,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -23,50 +27,53 @@ def generate(
 ) -> str:
     """Print the prompt and its continuation to stdout, word by word, and return them.
 
-    The text starts at BOS, as documents did in training, so an empty prompt is allowed. Sampling divides
-    logits by temperature and keeps the top_k likeliest tokens and the likeliest that hold top_p of the
-    probability (None: all); temperature 0 is greedy. The same seed gives the same text on the same machine;
-    the caller's random state is left as it was. Raises ValueError for a number out of range or a checkpoint
-    that is not one.
+    The text starts at BOS, as documents did in training, so an empty prompt is allowed. A prompt file comes
+    before the prompt; it is read `segment` tokens at a time, in memory that does not grow with its length
+    (attention layers aside), and what is printed and returned is the continuation alone.
+
+    Sampling divides logits by temperature and keeps the top_k likeliest tokens and the likeliest that hold
+    top_p of the probability (None: all); temperature 0 is greedy. The same seed gives the same text on the
+    same machine; the caller's random state is left as it was. Raises ValueError for a number out of range, a
+    file that cannot be read or a checkpoint that is not one.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
+    _check(max_new_tokens, temperature, top_k, top_p, segment)
     model, tokenizer = load_checkpoint(checkpoint, device)
     import torch
     from transformers import TextStreamer
 
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
+    cache = None
+    if prompt_file is None:
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
+        length = ids.shape[1]
+    else:
+        texts = chain(read_text(prompt_file), [prompt] if prompt else [])
+        cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment)
     settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     ends = model.generation_config.eos_token_id  # one id or several; 0 is one too
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if seed is not None:
             torch.manual_seed(seed)
         else:
             torch.seed()
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer
+            ids,
+            attention_mask=torch.ones(1, length, dtype=torch.bool, device=model.device),
+            past_key_values=cache,
+            generation_config=settings,
+            streamer=streamer,
         )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return tokenizer.decode(out[0, 1 if prompt_file else 0 :], skip_special_tokens=True)
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """Token ids of a prompt after the document start: BOS, or EOS for a tokenizer that has no BOS.
-
-    Raises ValueError if the prompt is empty and the tokenizer has neither.
-    """
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
-    if start is not None and ids[:1] != [start]:
-        ids = [start, *ids]
-    if not ids:
-        raise ValueError("the tokenizer has no token to start a document with: pass a prompt")
-    return ids
-
-
-def _check(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, segment: int
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1, not {segment}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, not {temperature}")
     if top_k is not None and top_k < 1:

@@ -8,9 +8,9 @@ the derivation, the bytes moved, and why time is not cut into chunks unless the 
 Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
 one.
 
-Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, K = M + 1; z gate
-logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are
-[BLOCK].
+Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, q = a lane's place among
+the LANES lanes of its row, TAPS = M / LANES, GROUP = MP * LANES lanes a block; z gate logits, v values, h
+state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are [BLOCK].
 """
 
 import torch
@@ -19,39 +19,73 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_transfer import block_transfer
-from .triton_launch import Launch, register, steps_in_flight, time_chunks
-from .triton_rows import coefficients, load_rows, logit_gradient, row, sum_over_rows, where_also, wide
+from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
+from .triton_rows import (
+    coefficients,
+    load_flags,
+    load_rows,
+    logit_gradient,
+    row,
+    sum_of_pair,
+    sum_over_rows,
+    where_also,
+    wide,
+)
 
 
 @triton.jit
-def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr):
-    """Where this program's lanes are: (b, chunk, n, i, lane, valid); lanes past the end repeat the last
-    row."""
+def _place(
+    tiles,
+    n_chunks,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where this program's lanes are: (b, chunk, n, i, q, lane, valid); lanes past the end repeat a last row.
+
+    A group of GROUP lanes is a block: its MP rows, times the lanes a row, q.
+    """
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     place = (pid % tiles) * BLOCK + lane
-    n, i = place // MP, place % MP
+    n, i, q = place // GROUP, place % MP, place % GROUP // MP
     valid = (n < N) & (i < M)
     outer = pid // tiles
-    b = wide(outer // n_chunks)
-    return b, outer % n_chunks, tl.minimum(n, N - 1), tl.minimum(i, M - 1), lane, valid
+    return (
+        wide(outer // n_chunks),
+        outer % n_chunks,
+        tl.minimum(n, N - 1),
+        tl.minimum(i, M - 1),
+        q,
+        lane,
+        valid,
+    )
 
 
 @triton.jit
-def _advance(h, z, v, started, first, M: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr):
-    """h_t from h_{t-1} of all lanes; `first` is the lane of the block's row 0."""
-    f, scale = coefficients(z, M + 1, GATE)
+def _advance(
+    h, z, v, started, q, lane,
+    TAPS: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """h_t from h_{t-1} of all lanes."""
+    PARTNER: tl.constexpr = GROUP - MP
+    f, scale = coefficients(z, TAPS + 1, GATE, lane, PARTNER)
     if HAS_RESET:
         h = tl.where(started != 0, 0.0, h)
-    even = f[M] * v
+    even = f[TAPS] * v
+    if PARTNER > 0:
+        even = tl.where(q == 0, even, 0.0)
     odd = tl.zeros_like(even)  # two sums: half the latency where M is large
-    for k in tl.static_range(M):
-        x = h if M == 1 else tl.gather(h, first + k, 0)
+    taps_at = lane - lane % GROUP + q * TAPS  # the lane of the row that this lane's first tap multiplies
+    for k in tl.static_range(TAPS):
+        x = h if GROUP == 1 else tl.gather(h, taps_at + k, 0)
         if k % 2 == 0:
             even += f[k] * x
         else:
             odd += f[k] * x
-    return (even + odd) * scale
+    return sum_of_pair(even + odd, lane, PARTNER) * scale
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b"])
@@ -59,21 +93,22 @@ def forward_kernel(
     gates, values, start, reset, h_out, last, T, chunk, n_chunks, tiles,
     g_b, g_n, g_i, v_b, v_n, v_i, r_b,
     G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """h of one chunk of time from the state before it.
 
     gates (B, T, N, M, K), values (B, T, N, M), reset (B, T) of any strides; start (B, n_chunks, N, M) fp32;
     out: h_out (B, T, N, M), last (B, N, M) fp32, both contiguous.
     """
-    K: tl.constexpr = M + 1
-    b, c, n, i, lane, valid = _place(tiles, n_chunks, N, M, MP, BLOCK)
-    first = lane - lane % MP
+    TAPS: tl.constexpr = M // LANES
+    GROUP: tl.constexpr = MP * LANES
+    b, c, n, i, q, lane, valid = _place(tiles, n_chunks, N, M, MP, GROUP, BLOCK)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
     spot = n * M + i
-    z_at = gates + (b * g_b + wide(n) * g_n + wide(i) * g_i)
+    a_at = gates + (b * g_b + wide(n) * g_n + wide(i) * g_i + M * G_K)  # the input gate
+    z_at = a_at + wide(q * TAPS - M) * G_K  # this lane's taps
     v_at = values + (b * v_b + wide(n) * v_n + wide(i) * v_i)
     h_at = h_out + b * T * (N * M) + spot
     h = tl.zeros([BLOCK], tl.float32)
@@ -83,52 +118,67 @@ def forward_kernel(
     full = (end - t) // STEPS * STEPS + t
     t64 = wide(t)
     some = where_also(valid, full > t)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
+    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
+    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
     v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
+    if HAS_RESET:
+        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, full > t)
     for t_group in range(t, full, STEPS):
-        z_now, v_now = z_next, v_next
+        z_now, a_now, v_now = z_next, a_next, v_next
         t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
+        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
+        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
         t64 = wide(t_group)
         for u in tl.static_range(STEPS):
-            started = tl.load(reset + b * r_b + (t64 + u) * R_T) if HAS_RESET else 0
-            h = _advance(h, row(z_now, u, K), v_now[u].to(tl.float32), started, first, M, GATE, HAS_RESET)
-            tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
+            started = r_now[u] if HAS_RESET else 0
+            z = row(z_now, u, TAPS) + row(a_now, u, 1)
+            v = v_now[u].to(tl.float32)
+            h = _advance(h, z, v, started, q, lane, TAPS, MP, GROUP, GATE, HAS_RESET)
+            tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
     for t_one in range(full, end):
         t64 = wide(t_one)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
+        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
+        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
         started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        h = _advance(h, row(z, 0, K), v, started, first, M, GATE, HAS_RESET)
-        tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid)
+        z = row(z, 0, TAPS) + row(a, 0, 1)
+        h = _advance(h, z, v, started, q, lane, TAPS, MP, GROUP, GATE, HAS_RESET)
+        tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
     if end == T:
-        tl.store(last + b * (N * M) + spot, h, mask=valid)
+        tl.store(last + b * (N * M) + spot, h, mask=valid & (q == 0))
 
 
 @triton.jit
 def _retreat(
-    u, z, v, g, h, before, started, dz_at, dv_at, first, lane, valid,
-    D_K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+    u, z, v, g, h, before, started, dz_at, da_at, dv_at, i, q, lane, valid,
+    D_K: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr,
+    GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """One step back: stores dz and dv of step t and returns u = A_t^T s_t."""
-    f, scale = coefficients(z, M + 1, GATE)
+    f, scale = coefficients(z, TAPS + 1, GATE, lane, GROUP - MP)
     s = g + u
     if M < MP:
         s = tl.where(valid, s, 0.0)  # the padding lanes must not be summed over
     if HAS_RESET:
         before = tl.where(started != 0, 0.0, before)
     scaled = s * scale
-    q = ()
-    for k in tl.static_range(M):
-        x = before if M == 1 else tl.gather(before, first + k, 0)
-        q = q + (scaled * f[k],)
+    first = lane - lane % GROUP
+    owed = ()
+    for k in tl.static_range(TAPS):
+        x = before if GROUP == 1 else tl.gather(before, first + q * TAPS + k, 0)
+        owed = owed + (scaled * f[k],)
         dz = logit_gradient(z[k], f[k], x, h, scaled, GATE)
         tl.store(dz_at + k * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
-    dz = logit_gradient(z[M], f[M], v, h, scaled, GATE)
-    tl.store(dz_at + M * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
-    tl.store(dv_at, (scaled * f[M]).to(dv_at.dtype.element_ty), mask=valid)
-    u = sum_over_rows(q, lane, M, MP)
+    da = logit_gradient(z[TAPS], f[TAPS], v, h, scaled, GATE)
+    tl.store(da_at, da.to(da_at.dtype.element_ty), mask=valid & (q == 0))
+    tl.store(dv_at, (scaled * f[TAPS]).to(dv_at.dtype.element_ty), mask=valid & (q == 0))
+    u = sum_over_rows(owed, lane, TAPS, MP)
+    if TAPS < M:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
+        u = tl.gather(u, first + i // TAPS * MP + i % TAPS, 0)
     if HAS_RESET:
         u = tl.where(started != 0, 0.0, u)
     return u
@@ -140,8 +190,8 @@ def backward_kernel(
     g_b, g_n, g_i, v_b, v_n, v_i, o_b, o_n, o_i, d_b, d_n, d_i, r_b,
     G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr,
     D_T: tl.constexpr, D_K: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
+    GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
@@ -149,18 +199,20 @@ def backward_kernel(
     contiguous, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
     (B, T, N, M, K) of any strides (d_), d_values (B, T, N, M) contiguous, d_start (B, N, M) fp32 = dL/dh0.
     """
-    K: tl.constexpr = M + 1
+    TAPS: tl.constexpr = M // LANES
+    GROUP: tl.constexpr = MP * LANES
     NM: tl.constexpr = N * M
-    b, c, n, i, lane, valid = _place(tiles, n_chunks, N, M, MP, BLOCK)
-    first = lane - lane % MP
+    b, c, n, i, q, lane, valid = _place(tiles, n_chunks, N, M, MP, GROUP, BLOCK)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
     spot = n * M + i
     n64, i64 = wide(n), wide(i)
-    z_at = gates + (b * g_b + n64 * g_n + i64 * g_i)
+    a_at = gates + (b * g_b + n64 * g_n + i64 * g_i + M * G_K)
+    z_at = a_at + wide(q * TAPS - M) * G_K
     v_at = values + (b * v_b + n64 * v_n + i64 * v_i)
     o_at = grad + (b * o_b + n64 * o_n + i64 * o_i)
-    dz_at = d_gates + (b * d_b + n64 * d_n + i64 * d_i)
+    da_at = d_gates + (b * d_b + n64 * d_n + i64 * d_i + M * D_K)
+    dz_at = da_at + wide(q * TAPS - M) * D_K
     h_at, dv_at = h_in + (b * T * NM + spot), d_values + (b * T * NM + spot)
     u = tl.load(stop + (b * n_chunks + c) * NM + spot)
     h = tl.load(h_at + wide(end - 1) * NM).to(tl.float32)
@@ -169,48 +221,57 @@ def backward_kernel(
     groups = (end - begin) // STEPS
     t64 = wide(end - STEPS)
     some = where_also(valid, groups > 0)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, some)
+    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
+    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
     v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
     o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, some)
     # h_{t-1} for each step; before t = 0 it is h0, patched in below
     h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, some)
     h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, some)
+    if HAS_RESET:
+        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, groups > 0)
     for group in range(groups):
-        z_now, v_now, o_now, h_now = z_next, v_next, o_next, h_next
+        z_now, a_now, v_now, o_now, h_now = z_next, a_next, v_next, o_next, h_next
         t = end - (group + 1) * STEPS
         t64 = wide(tl.maximum(t - STEPS, end - groups * STEPS))
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, K, G_K, None)
+        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
+        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
         v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
         o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, None)
         h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, None)
         h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
         t64 = wide(t)
         for j in tl.static_range(STEPS - 1, -1, -1):
             before = h_now[j].to(tl.float32)
             if j == 0:
                 before = tl.where(t == 0, h_start, before)
-            started = tl.load(reset + b * r_b + (t64 + j) * R_T) if HAS_RESET else 0
+            started = r_now[j] if HAS_RESET else 0
             u = _retreat(
-                u, row(z_now, j, K), v_now[j].to(tl.float32), o_now[j].to(tl.float32), h, before, started,
-                dz_at + t64 * D_T + j * D_T, dv_at + t64 * NM + j * NM, first, lane, valid,
-                D_K, M, MP, GATE, HAS_RESET,
+                u, row(z_now, j, TAPS) + row(a_now, j, 1), v_now[j].to(tl.float32), o_now[j].to(tl.float32),
+                h, before, started, dz_at + t64 * D_T + j * D_T, da_at + t64 * D_T + j * D_T,
+                dv_at + t64 * NM + j * NM, i, q, lane, valid, D_K, TAPS, M, MP, GROUP, GATE, HAS_RESET,
             )  # fmt: skip
             h = before
     for back in range((end - begin) % STEPS):
         t = begin + (end - begin) % STEPS - 1 - back
         t64 = wide(t)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, K, G_K, None)
+        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
+        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
         v = tl.load(v_at + t64 * V_T).to(tl.float32)
         g = tl.load(o_at + t64 * O_T).to(tl.float32)
         before = tl.load(h_at + tl.maximum(t64 - 1, 0) * NM).to(tl.float32)
         before = tl.where(t == 0, h_start, before)
         started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
         u = _retreat(
-            u, row(z, 0, K), v, g, h, before, started,
-            dz_at + t64 * D_T, dv_at + t64 * NM, first, lane, valid, D_K, M, MP, GATE, HAS_RESET,
+            u, row(z, 0, TAPS) + row(a, 0, 1), v, g, h, before, started,
+            dz_at + t64 * D_T, da_at + t64 * D_T, dv_at + t64 * NM, i, q, lane, valid,
+            D_K, TAPS, M, MP, GROUP, GATE, HAS_RESET,
         )  # fmt: skip
         h = before
-    tl.store(d_start + b * NM + spot, u, mask=where_also(valid, begin == 0))
+    tl.store(d_start + b * NM + spot, u, mask=where_also(valid & (q == 0), begin == 0))
 
 
 def _forward(
@@ -228,8 +289,8 @@ def _forward(
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:
     B, T, N, M = values.shape
-    padded = triton.next_power_of_2(M)
-    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=False))
+    padded, lanes = triton.next_power_of_2(M), lanes_per_row(M)
+    launch = Launch(values, N * padded * lanes, steps_in_flight(M // lanes, T, backward=False))
     with launch.device:
         forward_kernel[launch.grid(B * n_chunks)](
             gates, values, start, reset, h, last, T, chunk, n_chunks, launch.tiles,
@@ -238,8 +299,8 @@ def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks)
             reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1),
             R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, GATE=gate, HAS_START=start is not None, HAS_RESET=reset is not None,
-            **launch.options,
+            N=N, M=M, MP=padded, LANES=lanes, GATE=gate,
+            HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
 
 
@@ -269,8 +330,8 @@ def _backward(
     if n_chunks > 1:
         transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    padded = triton.next_power_of_2(M)
-    launch = Launch(values, N * padded, steps_in_flight(M, T, backward=True))
+    padded, lanes = triton.next_power_of_2(M), lanes_per_row(M)
+    launch = Launch(values, N * padded * lanes, steps_in_flight(M // lanes, T, backward=True))
     with launch.device:
         backward_kernel[launch.grid(B * n_chunks)](
             gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
@@ -282,8 +343,8 @@ def _backward(
             reset.stride(0) if reset is not None else 0,
             G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1), O_T=grad.stride(1),
             D_T=d_gates.stride(1), D_K=d_gates.stride(4), R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, GATE=gate, HAS_START=h0 is not None, HAS_RESET=reset is not None,
-            **launch.options,
+            N=N, M=M, MP=padded, LANES=lanes, GATE=gate,
+            HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
     return d_gates, d_values, d_start
 

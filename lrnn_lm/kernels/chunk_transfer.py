@@ -60,6 +60,8 @@ def block_transfer_kernel(
     for i in tl.static_range(M):
         z_next = z_next + _block_rows(z_at + t64 * G_T, i, G_I, K, G_K)
     x_next = load_rows(x_at + t64 * X_T, 1, 1, M, X_I, None)
+    if HAS_RESET:
+        r_next = tl.load(reset + b * r_b + t64 * R_T)
     for t in range(begin, end):
         z_now, x_now = z_next, x_next
         t64 = wide(tl.minimum(t + 1, end - 1))
@@ -67,9 +69,12 @@ def block_transfer_kernel(
         for i in tl.static_range(M):
             z_next = z_next + _block_rows(z_at + t64 * G_T, i, G_I, K, G_K)
         x_next = load_rows(x_at + t64 * X_T, 1, 1, M, X_I, None)
+        if HAS_RESET:
+            r_now = r_next
+            r_next = tl.load(reset + b * r_b + t64 * R_T)
         x = row(x_now, 0, M)
         if HAS_RESET:
-            started = tl.load(reset + b * r_b + wide(t) * R_T) != 0
+            started = r_now != 0
             kept, kept_q = (), ()
             for j in tl.static_range(M * M):
                 kept = kept + (tl.where(started, 0.0, p[j]),)
@@ -78,7 +83,7 @@ def block_transfer_kernel(
             p, q = kept, kept_q
         new_p, new_q = (), ()
         for i in tl.static_range(M):
-            f, scale = coefficients(row(z_now, i, K), K, GATE)
+            f, scale = coefficients(row(z_now, i, K), K, GATE, 0, 0)
             if not REVERSE:
                 total = f[M] * x[i]
                 for j in tl.static_range(M):
@@ -137,15 +142,19 @@ def channel_transfer_kernel(
     t64 = begin.to(tl.int64)
     z_next = load_rows(z_at + t64 * G_T, 1, 1, K, G_K, None)
     x_next = tl.load(x_at + t64 * X_T)
+    if HAS_RESET:
+        r_next = tl.load(reset + b * r_b + t64 * R_T)
     for t in range(begin, end):
         z_now, x = z_next, x_next.to(tl.float32)
         t64 = wide(tl.minimum(t + 1, end - 1))
         z_next = load_rows(z_at + t64 * G_T, 1, 1, K, G_K, None)
         x_next = tl.load(x_at + t64 * X_T)
-        f, scale = coefficients(row(z_now, 0, K), K, GATE)
-        keep = scale
+        if HAS_RESET:
+            r_now = r_next
+            r_next = tl.load(reset + b * r_b + t64 * R_T)
+        f, scale = coefficients(row(z_now, 0, K), K, GATE, 0, 0)
         if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
-            started = tl.load(reset + b * r_b + wide(t) * R_T) != 0
+            started = r_now != 0
             kept, kept_q = (), ()
             for j in tl.static_range(COLUMNS * M):
                 kept = kept + (tl.where(started, 0.0, windows[j]),)
@@ -157,7 +166,7 @@ def channel_transfer_kernel(
             total = f[0] * windows[k * M]
             for i in tl.static_range(1, M):
                 total += f[i] * windows[k * M + i]
-            total *= keep
+            total *= scale
             new = new + (total,)
             for i in tl.static_range(M - 1):
                 new = new + (windows[k * M + i],)

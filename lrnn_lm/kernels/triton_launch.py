@@ -51,8 +51,14 @@ class Launch:
         return (self.tiles * count,)
 
 
-def steps_in_flight(M: int, T: int, backward: bool) -> int:
-    """Steps whose loads a lane issues together, a power of two.
+def lanes_per_row(M: int) -> int:
+    """Long rows are shared by two lanes: there are few of them (28 blocks of 16, 242 channels), and each is
+    long."""
+    return 2 if M >= 12 and M % 2 == 0 else 1
+
+
+def steps_in_flight(taps: int, T: int, backward: bool) -> int:
+    """Steps whose loads a lane with `taps` + 1 gates a step issues together, a power of two.
 
     More steps keep more bytes in flight, which is what covers HBM's latency. The limit is compile time:
     Triton's coalescing pass is cubic in the operations of the unrolled body, and these choices keep it to
@@ -61,8 +67,8 @@ def steps_in_flight(M: int, T: int, backward: bool) -> int:
     if T == 1:
         return 1
     if backward:
-        return 8 if M == 1 else 4 if M <= 8 else 2
-    return 16 if M <= 2 else 8 if M <= 8 else 4
+        return 8 if taps == 1 else 4 if taps <= 8 else 2
+    return 16 if taps <= 2 else 8 if taps <= 8 else 4
 
 
 def on_device(like: Tensor) -> AbstractContextManager:

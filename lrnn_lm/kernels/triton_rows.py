@@ -52,6 +52,15 @@ def load_rows(
 
 
 @triton.jit
+def load_flags(pointer, STEPS: tl.constexpr, STEP: tl.constexpr, condition):
+    """STEPS scalars ahead of their use, like the rows: a flag read at its step would cost its latency."""
+    flags = ()
+    for u in tl.static_range(STEPS):
+        flags = flags + (tl.load(pointer + u * STEP, mask=condition, other=0),)
+    return flags
+
+
+@triton.jit
 def row(rows, u: tl.constexpr, K: tl.constexpr):
     """Row u of `load_rows`, in fp32."""
     z = ()
@@ -99,29 +108,41 @@ def _f(z, GATE: tl.constexpr):
 
 
 @triton.jit
-def coefficients(z, K: tl.constexpr, GATE: tl.constexpr):
-    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients."""
+def sum_of_pair(x, lane, PARTNER: tl.constexpr):
+    """x, or where a row is shared by two lanes, the sum of both lanes' x: the same bits in each."""
+    return x + tl.gather(x, lane ^ PARTNER, 0) if PARTNER > 0 else x
+
+
+@triton.jit
+def coefficients(z, K: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.constexpr):
+    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients.
+
+    PARTNER > 0: this lane and lane ^ PARTNER share a row; z[:K-1] are its own entries, the last one is
+    both's.
+    """
     f = ()
     if GATE == "softmax":
         top = z[0]
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             top = tl.maximum(top, z[k])
-        shift = top * LOG2E
+        if PARTNER > 0:
+            top = tl.maximum(top, tl.gather(top, lane ^ PARTNER, 0))
+        shift = tl.maximum(top, z[K - 1]) * LOG2E
         for k in tl.static_range(K):
             f = f + (tl.exp2(z[k] * LOG2E - shift),)
         total = f[0]
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             total += f[k]
-        return f, reciprocal(total)
+        return f, reciprocal(sum_of_pair(total, lane, PARTNER) + f[K - 1])
     elif GATE == "none":
         return z, tl.full(z[0].shape, 1.0, tl.float32)
     else:
         for k in tl.static_range(K):
             f = f + (_f(z[k], GATE),)
         total = tl.abs(f[0])
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, K - 1):
             total += tl.abs(f[k])
-        return f, reciprocal(total + EPS)
+        return f, reciprocal(sum_of_pair(total, lane, PARTNER) + tl.abs(f[K - 1]) + EPS)
 
 
 @triton.jit
@@ -161,15 +182,17 @@ def _halve(q, lane, HALF: tl.constexpr):
 
 
 @triton.jit
-def sum_over_rows(q, lane, M: tl.constexpr, MP: tl.constexpr):
-    """Lane j of each group of MP lanes receives the sum over the group's lanes i of their q[j].
+def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr):
+    """Lane k of each group of MP lanes receives the sum over the group's lanes of their q[k].
 
-    Recursive halving: every exchange halves what is left to send, MP - 1 shuffles in log2(MP) rounds. MP is M
-    rounded up to a power of two; lanes M .. MP-1 must hold zeros.
+    Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
+    TP; where that is MP / 2, lanes k and k + TP both receive sum k. Lanes that own no row must hold zeros. MP
+    <= 16.
     """
-    for _ in tl.static_range(M, MP):
+    TP: tl.constexpr = MP if TAPS * 2 > MP else MP // 2
+    for _ in tl.static_range(TAPS, TP):
         q = q + (tl.zeros_like(q[0]),)
     for stage in tl.static_range(4):
-        if (MP >> stage) > 1:
-            q = _halve(q, lane, MP >> (stage + 1))
-    return q[0]
+        if (TP >> stage) > 1:
+            q = _halve(q, lane, TP >> (stage + 1))
+    return sum_of_pair(q[0], lane, TP if TP < MP else 0)

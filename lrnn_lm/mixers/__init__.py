@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from .attention import Attention
+from .attention import Attention, AttentionWeights
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
@@ -59,6 +59,7 @@ __all__ = [
     "LSTM",
     "MIXERS",
     "Attention",
+    "AttentionWeights",
     "BlockDiagonalLRU",
     "DeltaNet",
     "GatedDeltaNet",

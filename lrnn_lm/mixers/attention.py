@@ -11,8 +11,17 @@ from torch import Tensor, nn
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
+class AttentionWeights(nn.Module):
+    """softmax(q k^T / sqrt(d) + mask): a module, so that a hook can record what it returns."""
+
+    def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """q (B, H, T, d), k (B, H, S, d), mask (B, 1, T, S) to be added -> (B, H, T, S)."""
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask
+        return scores.float().softmax(dim=-1).to(q.dtype)
+
+
 class Attention(Mixer):
-    """Multi-head attention through SDPA.
+    """Multi-head attention through SDPA, or step by step where its weights are asked for.
 
     Args:
         hidden_size: D.
@@ -35,6 +44,7 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
+        self.weights = AttentionWeights()
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T."""
@@ -43,14 +53,16 @@ class Attention(Mixer):
             proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, d)
-        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta, x.dtype)
+        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is not None:
             k, v = state.update(k, v)  # (B, H, S, d)
         mask = context.attention_mask
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
-        )
+        if context.attention_weights:
+            y = self.weights(q, k, mask) @ v
+        else:
+            causal = mask is None and T > 1
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 
     def cost(self, context_length: int) -> MixerCost:
@@ -61,16 +73,14 @@ class Attention(Mixer):
         return 2 * self.num_heads * self.head_dim * context_length
 
 
-def rotary_angles(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., arXiv 2104.09864)."""
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin in fp32, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., 2104.09864)."""
     index = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.unsqueeze(-1).float() * theta ** (-index / head_dim)
-    return angles.cos().unsqueeze(1).to(dtype), angles.sin().unsqueeze(1).to(dtype)
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles."""
+    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles; the dtype stays that of x."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

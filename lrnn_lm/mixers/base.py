@@ -18,15 +18,17 @@ class SequenceContext:
     """What a mixer may need to know of its positions.
 
     reset: (B, T) bool, true where a document starts; None if none does.
-    attention_mask: (B, 1, T, S) bool over the S keys, as SDPA takes it; None for plain causal.
+    attention_mask: (B, 1, T, S) over the S keys, bool or to be added, as SDPA takes it; None for plain causal.
     positions: (B or 1, T) index of each token in its sequence.
     keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
+    attention_weights: whether attention is computed through its weights, so that they can be recorded.
     """
 
     reset: Tensor | None = None
     attention_mask: Tensor | None = None
     positions: Tensor | None = None
     keep_state: bool = True
+    attention_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,23 +50,28 @@ class HigherOrderLRU(Mixer):
         return self._filter(h, state, context.reset), new_state
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
-        """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros."""
+        """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
+
+        Time comes first in memory, so that a tap is a view of h and no (B, T, N, M) is made, nor kept for the
+        backward pass; a dead tap is masked after its product for the same reason.
+        """
         B, T, N = h.shape
-        weights = self.out_proj.weight.view(-1, self.order, N).unbind(1)  # M of (D, N), newest tap first
-        y = nn.functional.linear(h, weights[0])
-        if self.order == 1:
-            return y
-        past = h.new_zeros(B, N, self.order - 1) if state is None else state[..., :-1].to(h.dtype)
-        padded = torch.cat([past.flip(-1).transpose(1, 2), h], dim=1)  # (B, M-1+T, N), oldest first
+        M = self.order
+        past = h.new_zeros(M - 1, B, N) if state is None else state[..., :-1].permute(2, 0, 1).flip(0)
+        padded = torch.cat([past.to(h.dtype), h.transpose(0, 1)])  # (M-1+T, B, N), oldest first
+        if T == 1 and reset is None:  # a step of decoding is one product
+            return self.out_proj(padded.flip(0).transpose(0, 1).reshape(B, 1, M * N))
+        weights = self.out_proj.weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
+        y = nn.functional.linear(padded[M - 1 :], weights[0])  # (T, B, D)
         alive = None if reset is None else torch.ones_like(reset)
-        for lag in range(1, self.order):
-            tap = padded[:, self.order - 1 - lag : self.order - 1 - lag + T]
+        for lag in range(1, M):
+            product = nn.functional.linear(padded[M - 1 - lag : M - 1 - lag + T], weights[lag])
             if reset is not None:  # a tap of this lag lives while no document started in the last `lag` steps
                 shifted = nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
                 alive = alive & ~shifted
-                tap = tap * alive.unsqueeze(-1)
-            y = y + nn.functional.linear(tap, weights[lag])
-        return y
+                product = product * alive.t().unsqueeze(-1)
+            y = y + product
+        return y.transpose(0, 1)
 
     def cost(self, context_length: int) -> MixerCost:
         """A step is M + 1 multiply-adds a channel; normalising its M + 1 gates is about 3 operations each."""

@@ -90,8 +90,8 @@ class Mamba2(Mixer):
         """Documents as sequences of their own, put back in place.
 
         Those that begin here are padded on the left, where zeros leave a new state at zero. A row's first
-        segment, if it goes on from the given state, is padded on the right: its state after matters only if it
-        fills the row.
+        segment, if it goes on from the given state, is padded on the right: its state after matters only if
+        it fills the row.
         """
         B, T, D = x.shape
         goes_on = torch.zeros_like(reset)
@@ -117,7 +117,7 @@ class Mamba2(Mixer):
         return y.view(B, T, D), last
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As Mamba-2's authors start it: step sizes log-uniform between time_step_min and _max, A in 1 .. H."""
+        """As Mamba-2's authors start it: step sizes log-uniform in the config's range, A in 1 .. H."""
         H, config = self.inner.num_heads, self.config
         low, high = torch.tensor([config.time_step_min, config.time_step_max]).log()
         step = (low + (high - low) * torch.rand(H)).exp().clamp(min=config.time_step_floor)

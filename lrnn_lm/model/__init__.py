@@ -1,4 +1,4 @@
-"""The Hugging Face model: configuration, modelling, loss, accounting.
+"""The Hugging Face model: configuration, modelling, states, loss, accounting.
 
 Its classes are imported when first asked for: transformers' auto modules ask for the configuration while they
 are themselves being imported, when the modelling file could not be imported yet.
@@ -12,6 +12,11 @@ _HOMES = {
     "LRNNForCausalLM": "modeling",
     "LRNNModel": "modeling",
     "LRNNPreTrainedModel": "modeling",
+    "copy_states": "states",
+    "drop_states": "states",
+    "load_states": "states",
+    "prefill": "long_input",
+    "save_states": "states",
 }
 __all__ = list(_HOMES)
 

@@ -1,15 +1,21 @@
-"""Recurrent states in transformers' own cache, and the one thing it lacks: how many tokens they have seen.
+"""Recurrent states in transformers' own cache: their length, and what can be done with them as a whole.
 
 A cache layer of type `linear_attention` holds a state of constant size and counts nothing, while `generate`
 asks a cache for its length (to continue from it, or to cut the inputs to the new tokens). So the count is
 kept on the first layer, where every view of the cache finds it, and `RecurrentCache` answers with it.
+
+What is done with states as values, saving and copying, is in states.py.
 """
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .config import LRNNConfig
+
+_REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
 
 
 class RecurrentCache(DynamicCache):
@@ -19,8 +25,29 @@ class RecurrentCache(DynamicCache):
         """Tokens seen so far."""
         if any(not is_recurrent(layer) for layer in self.layers):
             return super().get_seq_length(layer_idx)
-        first = self.layers[0]
-        return first.seen_tokens if first.has_previous_state[0] else 0
+        return tokens_seen(self)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Make of each row `repeats` rows, next to each other."""
+        for layer in self.layers:
+            if is_recurrent(layer):
+                layer.recurrent_states = _each(layer, lambda s: s.repeat_interleave(repeats, dim=0))
+            else:
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        for layer in self.layers:
+            if is_recurrent(layer):
+                layer.recurrent_states = _each(layer, lambda s: s[indices.to(s.device)])
+            else:
+                layer.batch_select_indices(indices)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Always a ValueError: a state cannot be cut back to an earlier token."""
+        raise ValueError(
+            "a recurrent state cannot be cut back to an earlier token; copy it before, with lrnn_lm.model.copy_states"
+        )
 
 
 def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache:
@@ -31,17 +58,74 @@ def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache
     return view
 
 
-def load_state(cache: Cache | None, layer_idx: int) -> Any:
+def check_cache(config: LRNNConfig, cache: Any) -> None:
+    """Raise ValueError if a cache has not one layer of the right kind for each of the model's."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
+    kinds = ["linear_attention" if is_recurrent(layer) else "full_attention" for layer in cache.layers]
+    if kinds != config.layer_types:
+        raise ValueError(
+            f"past_key_values does not fit this model's {config.num_hidden_layers} layers; {_REMEDY}"
+        )
+
+
+def check_state(state: Any, batch_size: int, elements: int) -> None:
+    """Raise ValueError if a layer's state is not one of this many sequences and this size.
+
+    Args:
+        state: as `layer_state` returns it.
+        batch_size: sequences of the input.
+        elements: numbers a sequence: of the whole state, or of one token's key and value.
+    """
+    if state is None:
+        return
+    if isinstance(state, Tensor):
+        rows, size = state.shape[0], state[0].numel()
+    elif state.is_initialized and isinstance(state.keys, Tensor) and state.keys.ndim == 4:
+        rows, size = state.keys.shape[0], 2 * state.keys.shape[1] * state.keys.shape[3]
+    else:
+        return
+    if size != elements:
+        raise ValueError(
+            f"past_key_values is of another model: a layer's state has {size} numbers where this model has "
+            f"{elements}; {_REMEDY}"
+        )
+    if rows != batch_size:
+        raise ValueError(
+            f"past_key_values holds the states of {rows} sequences, the input has {batch_size}; "
+            "lrnn_lm.model.copy_states(cache, repeats) makes several of each"
+        )
+
+
+def tokens_seen(cache: Cache | None) -> int:
+    """Tokens that a cache has seen, whatever its layers are."""
+    if cache is None:
+        return 0
+    layer = cache.layers[0]
+    if not is_recurrent(layer):
+        return layer.get_seq_length()
+    return layer.seen_tokens if layer.has_previous_state[0] else 0
+
+
+def document_start(layer: Any) -> Any:
+    """(B,) where the last document begins among an attention layer's keys; None if there is only one."""
+    return layer.document_start if hasattr(layer, "document_start") else None
+
+
+def layer_state(cache: Cache | None, layer_idx: int) -> Any:
     """A layer's state: the recurrent state, None at the beginning; for attention, the cache layer itself."""
     if cache is None:
         return None
     layer = cache.layers[layer_idx]
     if not is_recurrent(layer):
         return layer
-    return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    if not layer.has_previous_state[0]:
+        return None
+    state = layer.recurrent_states[0]
+    return state.clone() if torch.is_grad_enabled() else state  # the cache will write over its own
 
 
-def store_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:
+def keep_layer_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:
     """Put a recurrent state back and count its tokens; attention has already written to its layer."""
     if cache is None or not is_recurrent(cache.layers[layer_idx]):
         return
@@ -54,3 +138,7 @@ def store_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int
 def is_recurrent(layer: Any) -> bool:
     """Whether a cache layer holds a recurrent state rather than keys and values."""
     return hasattr(layer, "recurrent_states")
+
+
+def _each(layer: Any, change: Any) -> dict[int, Tensor | None]:
+    return {i: None if s is None else change(s) for i, s in layer.recurrent_states.items()}

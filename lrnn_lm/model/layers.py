@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..mixers import ResidualOutput, SequenceContext, build_mixer
-from .cache import load_state, store_state
+from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
 
@@ -43,11 +43,13 @@ class LRNNBlock(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden_states (B, T, D); token_mask (B, T, 1), 0 on padding. Returns (B, T, D)."""
+        """hidden_states (B, T, D); token_mask (B, T, 1), false on padding. Returns (B, T, D)."""
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
-            x = x * token_mask.to(x.dtype)
-        y, state = self.mixer(x, load_state(past_key_values, self.layer_idx), context)
-        store_state(past_key_values, self.layer_idx, state, x.shape[1])
+            x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
+        state = layer_state(past_key_values, self.layer_idx)
+        check_state(state, x.shape[0], self.mixer.state_elements(1))
+        y, state = self.mixer(x, state, context)
+        keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1])
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))

@@ -16,11 +16,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """sum over tokens of -log softmax(W h)[label]."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        # hidden (B T, D), weight (V, D), labels (B T,)
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool) -> Tensor:
+        # hidden (B T, D), weight (V, D), labels (B T,); training: whether a backward pass may follow
+        wanted = [training and needed for needed in ctx.needs_input_grad]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, label = hidden[part], labels[part]
@@ -43,11 +44,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
             None,
         )
@@ -76,7 +78,8 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     labels = labels.reshape(-1)
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, labels, chunk)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp_min(1)
     return total / num_items

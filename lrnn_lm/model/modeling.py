@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers import Mixer, ResidualOutput, SequenceContext
-from .cache import make_cache
+from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext
+from .cache import check_cache, document_start, make_cache, tokens_seen
 from .config import LRNNConfig
 from .layers import LRNNBlock
 from .loss import linear_cross_entropy, shift_labels
@@ -35,7 +40,19 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
-    _can_record_outputs = {"hidden_states": LRNNBlock}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LRNNBlock,
+        "attentions": OutputRecorder(AttentionWeights),  # of attention layers, with attn_implementation="eager"
+    }
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: `_init_weights` leaves loaded parameters alone, as transformers' own models do.
+
+        Were it true, modules that hold their parameters in children (an LSTM mixer) would stay as torch made
+        them.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,17 +116,10 @@ class LRNNModel(LRNNPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
-        token_mask = create_recurrent_attention_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
-        context = self._context(
-            hidden_states, attention_mask, token_mask, position_ids, past_key_values, reset
-        )
-        if token_mask is not None:
-            token_mask = token_mask.unsqueeze(-1)
+        if past_key_values is not None:
+            check_cache(self.config, past_key_values)
+        token_mask, first = _padding(attention_mask, hidden_states.shape[1], tokens_seen(past_key_values))
+        context = self._context(hidden_states, attention_mask, first, position_ids, past_key_values, reset)
         for layer in self.layers:
             hidden_states = layer(hidden_states, context, token_mask, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
@@ -121,46 +131,81 @@ class LRNNModel(LRNNPreTrainedModel):
         self,
         x: Tensor,
         attention_mask: Tensor | None,
-        token_mask: Tensor | None,
+        first: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
         reset: Tensor | None,
     ) -> SequenceContext:
         """What the mixers need to know of positions; the attention parts only if there is attention."""
-        document_start = reset
-        if token_mask is not None:
-            # Padding before the first token must not show: the first token starts a document.
-            seen_before = attention_mask[:, : attention_mask.shape[1] - x.shape[1]].any(dim=1, keepdim=True)
-            mask = token_mask.bool()
-            first = mask & (mask.cumsum(dim=1) == 1) & ~seen_before
+        documents = reset
+        if first is not None:  # padding before the first token must not show: that token starts a document
             reset = first if reset is None else reset | first
         keep_state = cache is not None
         if "full_attention" not in self.config.layer_types:
             return SequenceContext(reset=reset, keep_state=keep_state)
         layer_idx = self.config.layer_types.index("full_attention")
-        past = 0 if cache is None else cache.layers[layer_idx].get_seq_length()
+        layer = None if cache is None else cache.layers[layer_idx]
+        past = 0 if layer is None else layer.get_seq_length()
         if position_ids is None:
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        visible = _same_document(documents, layer, past, x)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=cache,
-            position_ids=position_ids if document_start is None else None,
-            and_mask_function=None if document_start is None else _same_document(document_start, past),
+            position_ids=position_ids if visible is None else None,
+            and_mask_function=visible,
             layer_idx=layer_idx,
         )
-        return SequenceContext(reset, mask, position_ids, keep_state)
+        eager = self.config._attn_implementation == "eager"
+        return SequenceContext(reset, mask, position_ids, keep_state, attention_weights=eager)
 
 
-def _same_document(reset: Tensor, past: int) -> Any:
-    """A mask function: query and key in the same document; the `past` cached keys are in the one before."""
-    document = nn.functional.pad(reset.long().cumsum(dim=1), (past, 0))  # (B, past + T)
+def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
+    """A mask function, query and key lie in the same document; None if there is only one.
+
+    The cache layer keeps where its last document began: keys before that are of no document that goes on.
+    """
+    # A static cache tells its length by a tensor, on whose value a graph must not depend.
+    start = document_start(layer) if isinstance(past, Tensor) or past else None  # (B,)
+    if reset is None and start is None:
+        return None
+    B, T, _ = x.shape
+    keys = torch.arange(past + T, device=x.device)  # (past + T,)
+    new = torch.zeros(B, past + T, dtype=torch.long, device=x.device)
+    if reset is not None:
+        new[:, past:] = reset.long().cumsum(dim=1)
+    document = new if start is None else new - (keys < start.unsqueeze(1)).long()  # (B, past + T)
+    if layer is not None and reset is not None:
+        began = torch.where(new[:, past:].any(dim=1), (document != document[:, -1:]).sum(dim=1), 0)
+        layer.document_start = began if start is None else torch.maximum(began, start)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return document[batch, query] == document[batch, key]
 
     return visible
+
+
+def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor | None, Tensor | None]:
+    """What padding means for recurrent layers.
+
+    Returns:
+        token_mask (B, T, 1) bool over the new tokens, false on padding, and first (B, T) bool, true on a
+        sequence's first token where padding precedes it; each None where there is nothing to tell.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None, None
+    traced = torch.compiler.is_compiling()  # a graph must not depend on values: there the masks are always made
+    if not traced and bool(attention_mask.all()):
+        return None, None
+    mask = attention_mask.bool()
+    new, earlier = mask[:, -T:], mask[:, :-T]
+    token_mask = None if not traced and bool(new.all()) else new.unsqueeze(-1)
+    if not earlier.shape[1] and past:  # a mask of the new tokens alone: the cache holds what came before
+        return token_mask, None
+    first = new & (new.cumsum(dim=1) == 1) & ~earlier.any(dim=1, keepdim=True)
+    return token_mask, first if traced or bool(first.any()) else None
 
 
 class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
@@ -223,7 +268,7 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
         targets = _targets(labels, shift_labels)
@@ -256,3 +301,6 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
 
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
+# Tables of class names. The Trainer looks here for whether labels are to be shifted, as in its label smoothing.
+MODEL_MAPPING_NAMES[LRNNConfig.model_type] = LRNNModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LRNNConfig.model_type] = LRNNForCausalLM.__name__

@@ -42,6 +42,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them."""
+    return _flatten(recipe.model_dump(mode="json"), "")
+
+
+def _flatten(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def resolve_path(path: str, base: Path | None = None) -> Path:
     """A path of a recipe on disk: as given, else below `base`, else among the files that the project ships.
 
@@ -70,6 +82,10 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         data = yaml.load(found.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if data is None:
+        raise RecipeError(f"{path}: is empty")
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
     parent = data.pop("extends", None)
@@ -124,6 +140,11 @@ def _explain(detail: Any) -> str:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        known = re.findall(r"'([^']+)'", detail["ctx"]["expected"])
+        near = difflib.get_close_matches(detail["input"], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: {detail['input']!r} is not known; {hint}"
     if detail["type"] == "missing":
         return f"{where}: is missing"
     message = detail["msg"].removeprefix("Value error, ")

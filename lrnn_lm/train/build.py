@@ -3,16 +3,21 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
 from ..data import DataSpec, PreparedData, SourceSpec, prepare
 from ..model import LRNNConfig, LRNNForCausalLM
-from ..recipe import Recipe, dump_recipe, resolve_path
+from ..model.accounting import check_parameters
+from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
 from . import checkpoint
 from .loop import Trainer
@@ -21,6 +26,7 @@ from .runtime import make_accelerator, seed_everything
 
 # Changing one of these makes another model or another sequence of batches: a run cannot go on with it.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
+_VERIFIED_BYTES = 4_000_000_000  # hashed at every start; more would take minutes
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
 
 
@@ -70,11 +76,53 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     accelerator = make_accelerator(
         recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)
     )
-    if accelerator.is_main_process:
-        check_unchanged(recipe, folder)
+    newest = _find_checkpoint(recipe, folder, accelerator, console)
     with accelerator.main_process_first():  # the others find what the first has made
         prepared = prepare_data(recipe, progress=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            verify_shards(prepared)
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
+    model = _make_model(recipe, prepared, tokenizer).to(accelerator.device)
+    optimizer = make_optimizer(model, recipe.optim, accelerator.device)
+    position = checkpoint.Position(data=prepared.manifest["content_hash"])
+    if newest is not None:
+        prepared.check_tokenizer(newest)
+        position = checkpoint.load(newest, model, optimizer, accelerator.device)
+        if position.data != prepared.manifest["content_hash"]:
+            where = recipe.data.source.path or recipe.data.source.type
+            raise ValueError(
+                f"{newest} was trained on other text: {where} has changed since. "
+                "Give this run another name=.., or put the text back."
+            )
+    if accelerator.is_main_process:
+        _write_run_folder(folder, recipe, prepared)
+    return Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+
+
+def _find_checkpoint(recipe: Recipe, folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
+    """The checkpoint to go on from, looked for by the main rank, known to all."""
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        check_unchanged(recipe, folder)
+        found[0] = checkpoint.newest_valid(
+            folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
+        )
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def verify_shards(prepared: PreparedData) -> None:
+    """Check the shards' bytes; those of a large data set by their sizes only, which opening them has done.
+
+    Raises DataError naming a damaged file.
+    """
+    if sum(facts["bytes"] for facts in prepared.manifest["files"].values()) <= _VERIFIED_BYTES:
+        prepared.train.verify()
+        prepared.validation.verify()
+
+
+def _make_model(recipe: Recipe, prepared: PreparedData, tokenizer: Any) -> LRNNForCausalLM:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -82,6 +130,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    check_parameters(config, recipe.model.parameters)
     seed_everything(recipe.seed)
     model = LRNNForCausalLM(config)
     if recipe.train.activation_checkpointing:
@@ -89,16 +138,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     if recipe.train.compile:
         for block in model.model.layers:
             block.compile()
-    model.to(accelerator.device)
-    optimizer = make_optimizer(model, recipe.optim, accelerator.device)
-    position = checkpoint.Position()
-    newest = checkpoint.newest_valid(folder / "checkpoints", lambda text: console.print(f"[yellow]{text}"))
-    if newest is not None:
-        prepared.check_tokenizer(newest)
-        position = checkpoint.load(newest, model, optimizer, accelerator.device)
-    if accelerator.is_main_process:
-        _write_run_folder(folder, recipe, prepared)
-    return Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+    return model
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -108,11 +148,11 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def check_unchanged(recipe: Recipe, folder: Path) -> None:
-    """Raise ValueError, naming every difference, if a run with checkpoints was made by another model or other data."""
+    """Raise ValueError, naming every difference, if a run's checkpoints are of another model or data."""
     stored = folder / "recipe.yaml"
     if not stored.exists() or not checkpoint.list_checkpoints(folder / "checkpoints"):
         return
-    old, new = _flatten(yaml.safe_load(stored.read_text())), _flatten(yaml.safe_load(dump_recipe(recipe)))
+    old, new = flatten(load_recipe(stored)), flatten(recipe)
     differing = [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted({*old, *new})
@@ -129,17 +169,15 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
-    """recipe.yaml and the held-out documents, which evaluation looks for in the run."""
+    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    heldout = folder / "heldout.jsonl"
-    if not heldout.exists() or heldout.stat().st_size != prepared.heldout_path.stat().st_size:
-        heldout.write_bytes(prepared.heldout_path.read_bytes())
+    contents = {
+        "recipe.yaml": dump_recipe(recipe).encode(),
+        "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
+        "heldout.jsonl": prepared.heldout_path.read_bytes(),
+    }
+    aside = folder / ".aside.tmp"  # a kill may come while one of them is written
+    for name, content in contents.items():
+        aside.write_bytes(content)
+        os.replace(aside, folder / name)

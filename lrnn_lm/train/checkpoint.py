@@ -1,11 +1,13 @@
-"""Checkpoints: a plain Hugging Face folder plus `trainer/`, written aside, fsynced and renamed; checked on load.
+"""Checkpoints: a plain Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
 
     checkpoints/step-00001000/   config.json, model.safetensors, generation_config.json, the tokenizer's files
         trainer/                 state.json, optimizer.safetensors, rng-00000.json/.safetensors (a rank each),
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest           link to the newest
 
-Nothing is pickled. A folder whose manifest does not hold is damaged: it is skipped, with a warning, for the one before.
+Nothing is pickled. A folder whose manifest does not hold is damaged: it is skipped, with a warning, for the
+one before, and removed once the run has saved again; if all are damaged the run ends there rather than begin
+anew over what may still be of use. A folder leaves as it comes, by one rename, so that none ever shows half.
 """
 
 import hashlib
@@ -33,13 +35,17 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Position:
-    """Where a run stands: optimiser steps done, samples seen, steps skipped, and the last step that was validated."""
+    """Where a run stands: optimiser steps done, samples seen, steps skipped, the last step validated.
+
+    `data` is the content hash of the prepared text whose samples are counted.
+    """
 
     step: int = 0
     samples: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
     validated: int = -1
+    data: str = ""
 
 
 def folder_name(step: int) -> str:
@@ -64,26 +70,53 @@ def save(
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before stays.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(checkpoints)
-    final, aside = checkpoints / folder_name(position.step), checkpoints / f".{folder_name(position.step)}.tmp"
+    final, aside = (
+        checkpoints / folder_name(position.step),
+        checkpoints / f".{folder_name(position.step)}.tmp",
+    )
+    before = latest_name(checkpoints)
     try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(checkpoints)
         _write(aside, position, model, optimizer, write_extras)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # a damaged one that this run went back over
+            _remove(final)
         aside.rename(final)
         _fsync(checkpoints)
         _point_latest(checkpoints, final.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        last = next((c.name for c in reversed(list_checkpoints(checkpoints))), "none")
         raise CheckpointError(
-            f"could not save {final}: {_reason(error)}; last good checkpoint: {last}. "
+            f"could not save {final}: {_reason(error)}; last good checkpoint: {latest_name(checkpoints)}. "
             "Free some space and run the same command again to go on from it."
         ) from None
-    for old in list_checkpoints(checkpoints)[:-keep_last]:
-        shutil.rmtree(old)
+    _prune(checkpoints, before, final, keep_last)
     return final
+
+
+def _prune(checkpoints: Path, before: str, final: Path, keep_last: int) -> None:
+    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`."""
+    saved = list_checkpoints(checkpoints)
+    names = [folder.name for folder in saved]
+    good = names.index(before) + 1 if before in names else 0
+    damaged = [folder for folder in saved[good:] if folder != final]  # else the run would have begun there
+    keep = [folder for folder in saved if folder not in damaged][-keep_last:]
+    for folder in saved:
+        if folder not in keep:
+            _remove(folder)
+
+
+def latest_name(checkpoints: Path) -> str:
+    """The checkpoint last written or resumed from, for messages."""
+    link = checkpoints / "latest"
+    return os.readlink(link) if link.exists() else "none"
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint away at one stroke; what then lies aside is cleared now or at the next start."""
+    aside = folder.with_name(f".{folder.name}.old.tmp")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
@@ -107,7 +140,11 @@ def _write(
     (trainer / "rng-00000.json").write_text(json.dumps(plain))
     (trainer / "state.json").write_text(json.dumps(asdict(position), indent=1) + "\n")
     files = sorted(p for p in aside.rglob("*") if p.is_file())
-    manifest = {"format": FORMAT, "step": position.step, "files": {str(p.relative_to(aside)): _facts(p) for p in files}}
+    manifest = {
+        "format": FORMAT,
+        "step": position.step,
+        "files": {str(p.relative_to(aside)): _facts(p) for p in files},
+    }
     (trainer / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, trainer / "manifest.json", trainer, aside]:
         _fsync(path)
@@ -123,13 +160,12 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Position:
-    """Put a checkpoint that passed `verify` into model, optimiser and random generators; returns its position."""
+    """Put a checkpoint that passed `verify` into model, optimiser and random generators; its position.
+
+    Raises CheckpointError if its tensors are not those of this model.
+    """
     trainer = folder / "trainer"
-    # Tied weights are stored once: what is missing must be tied to something that is there.
-    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    assert set(missing) <= tied, missing
-    assert not unexpected, unexpected
+    _load_weights(folder, model)
     parameters = dict(model.named_parameters())
     for key, value in load_file(trainer / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
@@ -142,15 +178,44 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, devic
     return Position(**json.loads((trainer / "state.json").read_text()))
 
 
+def _load_weights(folder: Path, model: nn.Module) -> None:
+    """Tied weights are stored once: what is missing must be tied to something that is there."""
+    stored = load_file(folder / "model.safetensors")
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    wrong = sorted(
+        name
+        for name in {*stored, *wanted} - tied
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name]
+    )
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{folder} holds another model than the recipe's: {wrong[0]}{more} does not fit"
+        )
+    model.load_state_dict(stored, strict=False)
+
+
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose manifest holds; damaged ones are named through `warn`. None if there is none."""
+    """The newest checkpoint whose manifest holds, None if there are none; damaged ones go through `warn`.
+
+    Clears what a killed save left, so only one process may call it. Raises CheckpointError if all are
+    damaged.
+    """
     clear_leftovers(checkpoints)
-    for folder in reversed(list_checkpoints(checkpoints)):
+    folders = list_checkpoints(checkpoints)
+    for folder in reversed(folders):
         damage = verify(folder)
         if damage is None:
             _point_latest(checkpoints, folder.name)
             return folder
-        warn(f"checkpoint {folder} is damaged ({damage}); trying the one before")
+        before = "trying the one before" if folder != folders[0] else "there is none before"
+        warn(f"checkpoint {folder} is damaged ({damage}); {before}")
+    if folders:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is whole. Put one back from a copy, "
+            "or remove that folder to train from the beginning."
+        )
     return None
 
 
@@ -174,7 +239,8 @@ def verify(folder: Path) -> str | None:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Finished checkpoint folders, oldest first."""
-    return sorted(p for p in checkpoints.glob("step-*") if p.is_dir() and not p.is_symlink())
+    found = [p for p in checkpoints.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def clear_leftovers(checkpoints: Path) -> None:

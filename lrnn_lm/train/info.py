@@ -1,5 +1,6 @@
 """What `lrnn info` prints: the costs of a recipe's or a checkpoint's model, before anything runs."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -37,10 +38,18 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
         return
     if overrides:
         raise ValueError(f"{target} is a checkpoint: overrides such as {overrides[0]!r} belong to a recipe")
-    config = LRNNConfig.from_pretrained(folder)
-    if config.model_type != "lrnn":
-        raise ValueError(f"{target}: model_type is {config.model_type!r}, not 'lrnn'")
-    console.print(describe_config(target, config))
+    console.print(describe_config(target, _read_config(folder)))
+
+
+def _read_config(folder: Path) -> LRNNConfig:
+    path = folder / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON") from None
+    if kind != LRNNConfig.model_type:
+        raise ValueError(f"{path}: model_type is {kind!r}, not {LRNNConfig.model_type!r}")
+    return LRNNConfig.from_pretrained(folder)
 
 
 def describe(recipe: Recipe) -> RenderableType:

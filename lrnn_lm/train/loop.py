@@ -4,6 +4,7 @@ Legend: a step is one optimiser update over `tokens_per_step` tokens of all rank
 """
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,34 +14,33 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..data import PreparedData, TrainLoader, validation_batches
 from ..model.accounting import account
+from ..model.export import write_remote_code
 from ..model.loss import IGNORE
-from ..recipe import Recipe
+from ..recipe import Recipe, flatten
 from . import checkpoint
 from .checkpoint import Position
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .progress import ProgressLine
-from .runtime import StopSignal, peak_flops, peak_memory_bytes
+from .runtime import peak_flops, peak_memory_bytes
+from .stop import Stopped, StopSignal
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats a target token over the global step, gradient norm before clipping, whether it was applied."""
+    """Mean loss in nats a target over the global step, gradient norm before clipping, whether applied."""
 
     loss: float
     grad_norm: float
     applied: bool
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has saved."""
 
 
 class Trainer:
@@ -78,40 +78,66 @@ class Trainer:
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
         cost = account(model.config, recipe.data.sequence_length)
         self.flops_per_token = cost.flops_per_token_training
+        self.stop = StopSignal()
         self._saved_step = position.step if position.step else -1
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def run(self) -> Path:
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.position.step >= self.recipe.total_steps
+
+    def run(self, stop: StopSignal | None = None) -> Path:
         """Train to the end of the budget; returns the last checkpoint.
+
+        `stop` is the caller's, if handlers stand already.
 
         Raises:
             Stopped: a signal came; the run was saved at a step boundary.
             CheckpointError, ValueError: it could not be saved, or the loss stayed non-finite.
         """
-        self.metrics = Metrics(self.folder, self.accelerator, self.position.step)
-        if self.recipe.tracking.trackers:
-            self.accelerator.init_trackers(self.recipe.tracking.project, config=self.recipe.model_dump(mode="json"))
-        total = self.recipe.total_steps
-        try:
-            with (
-                StopSignal(self.accelerator) as self.stop,
-                ProgressLine(self.console, self.recipe, self.position.step, self.accelerator) as self.line,
-            ):
-                self._validate_if_due()  # a stop may have come before the validation of the step resumed from
-                batches = iter(self.loader)
-                while self.position.step < total:
-                    self._train_step(batches)
-                    self._validate_if_due()
-                    if self.save_cadence.due(self.position.step) or self.position.step == total:
-                        self._save()
-        finally:
-            self.metrics.close()
-            if self.recipe.tracking.trackers:
-                self.accelerator.end_training()
+        with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
+            self.metrics = Metrics(self.folder, self.accelerator, self.position)
+            try:
+                self._start_trackers()
+                with ProgressLine(
+                    self.console, self.recipe, self.position.step, self.accelerator
+                ) as self.line:
+                    self._train()
+            finally:
+                self.metrics.close()
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
         return self.checkpoints / checkpoint.folder_name(self.position.step)
+
+    def _train(self) -> None:
+        self._validate_if_due()  # a stop may have come before the validation of the step resumed from
+        if self.finished:
+            return
+        batches = iter(self.loader)
+        while not self.finished:
+            self._train_step(batches)
+            self._validate_if_due()
+            if self._due(self.save_cadence) or self.finished:
+                self._save()
+
+    def _start_trackers(self) -> None:
+        """Trackers take flat settings only, and TensorBoard numbers and texts only."""
+        if self.recipe.tracking.trackers:
+            settings = {
+                k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.recipe).items()
+            }
+            self.accelerator.init_trackers(self.recipe.tracking.project, config=settings)
+
+    def _due(self, cadence: Cadence) -> bool:
+        """Whether it is due after this step, by the main rank's clock where clocks decide."""
+        due = cadence.due(self.position.step)
+        if not cadence.by_clock or self.accelerator.num_processes == 1:
+            return due
+        return bool(broadcast(torch.tensor(int(due), device=self.accelerator.device)).item())
 
     def _train_step(self, batches: Iterator[list[Batch]]) -> None:
         """One step with everything around it: rate, measurement, the guard, the wish to stop."""
@@ -127,10 +153,10 @@ class Trainer:
         position.skipped += not result.applied
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
             self._log(result, lr, time.perf_counter() - started)
-        if position.bad_in_a_row > self.recipe.train.max_bad_steps:
+        if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
             raise ValueError(
-                f"the loss or its gradient was not finite for {position.bad_in_a_row} steps in a row, up to step "
-                f"{position.step}; lower optim.lr, then run again to go on from {self._last_name()}"
+                f"the loss or its gradient was not finite for {position.bad_in_a_row} steps in a row, up to "
+                f"step {position.step}; lower optim.lr, then run again to go on from {self._last_name()}"
             )
         self._stop_if_asked()
 
@@ -138,7 +164,7 @@ class Trainer:
         """Forward, backward and update over one global step; skipped on every rank if it is not finite."""
         self.model.train()
         targets = self._count_targets(micro_batches)
-        # Gradients are averaged over ranks, so each rank divides its sums by the mean number of targets a rank.
+        # Gradients are averaged over ranks, so each divides its sums by the mean number of targets a rank.
         share = max(1.0, targets / self.accelerator.num_processes)
         loss = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
@@ -177,12 +203,15 @@ class Trainer:
         total = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum")
         return int(total)
 
-    # Validation -------------------------------------------------------------------------------------------------
+    # Validation -------------------------------------------------------------------------------------
 
     def _validate_if_due(self) -> None:
         step = self.position.step
-        at_end = step == self.recipe.total_steps
-        if step == 0 or self.position.validated >= step or not (at_end or self.eval_cadence.due(step)):
+        if (
+            step == 0
+            or self.position.validated >= step
+            or not (self._due(self.eval_cadence) or self.finished)
+        ):
             return
         loss = self.validate()
         self.position.validated = step
@@ -217,26 +246,32 @@ class Trainer:
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
         return float(total[0] / total[1])
 
-    # Saving, stopping, telling ----------------------------------------------------------------------------------
+    # Saving, stopping, telling ----------------------------------------------------------------------
 
     def _save(self) -> None:
         if self._saved_step == self.position.step:
             return
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            self.metrics.sync()
             checkpoint.save(
                 self.checkpoints,
                 self.position,
                 self.bare_model,
                 self.optimizer,
-                self.tokenizer.save_pretrained,
+                self._write_extras,
                 self.recipe.checkpoint.keep_last,
             )
         self.accelerator.wait_for_everyone()
         self._saved_step = self.position.step
 
+    def _write_extras(self, folder: Path) -> None:
+        """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
+        shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
+        write_remote_code(folder)
+
     def _stop_if_asked(self) -> None:
-        if self.stop.requested():
+        if self.stop.requested(self.accelerator):
             self._save()
             raise Stopped(
                 f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
@@ -244,8 +279,8 @@ class Trainer:
             )
 
     def _last_name(self) -> str:
-        saved = checkpoint.list_checkpoints(self.checkpoints)
-        return str(saved[-1]) if saved else "the beginning"
+        name = checkpoint.latest_name(self.checkpoints)
+        return "the beginning" if name == "none" else str(self.checkpoints / name)
 
     def _log(self, result: StepResult, lr: float, seconds: float) -> None:
         tokens_per_step = self.recipe.train.tokens_per_step
@@ -265,4 +300,3 @@ class Trainer:
         }
         self.metrics.write(line)
         self.line.step(self.position.step, result.loss, speed, result.applied)
-

@@ -1,58 +1,80 @@
 """metrics.jsonl, the trackers beside it, and when something is due.
 
-Lines are flushed as they are written; a run that is resumed first cuts the lines that came after its checkpoint,
-so that every step stands there once.
+Lines are flushed as they are written, and on disk before a checkpoint is; a resumed run first cuts the lines
+that came after its checkpoint, so that every step stands there once.
 """
 
 import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..recipe.quantities import Every
+from .checkpoint import Position
 
 
 class Metrics:
-    """Appends one JSON object a line to metrics.jsonl on the main rank, and passes numbers on to the trackers."""
+    """Appends one JSON object a line to metrics.jsonl on the main rank; numbers go on to the trackers."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resume_step: int):
+    def __init__(self, folder: Path, accelerator: Accelerator, resumed: Position):
         self._accelerator = accelerator
+        self._path = folder / "metrics.jsonl"
         self._file = None
         if accelerator.is_main_process:
-            path = folder / "metrics.jsonl"
-            _cut_after(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
+            _cut_after(self._path, resumed)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line; numbers that are not finite become null, as JSON has no word for them."""
+        """Write a line; numbers that are not finite become null, as JSON has no word for them.
+
+        Raises ValueError if there is no room; the run can be continued from its last checkpoint.
+        """
         if self._file is not None:
-            self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise ValueError(
+                    f"could not write {self._path}: {error.strerror}. Free some space and run the same "
+                    "command again to go on from the last checkpoint."
+                ) from None
         if self._accelerator.trackers:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
             self._accelerator.log(numbers, step=line["step"])
 
+    def sync(self) -> None:
+        """Have the lines on disk, so that no checkpoint is ahead of them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a line that found no room was reported when it was written
+                self._file.close()
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines of steps after `step` and a torn last line; the file is replaced in one go."""
+def _cut_after(path: Path, resumed: Position) -> None:
+    """Drop what came after the position that the run goes on from, and a torn line; replaced in one go.
+
+    The validation of that very step goes too if the position does not know of it: it will be done again.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            facts = json.loads(line)
+            last = resumed.validated if "validation_loss" in facts else resumed.step
+            if facts["step"] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -69,9 +91,14 @@ class Cadence:
         self._tokens_per_step = tokens_per_step
         self._last = time.monotonic()
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether ranks may differ in their answers."""
+        return self._every.unit == "minutes"
+
     def due(self, step: int) -> bool:
-        """Whether it is due after `step` steps. By minutes, asking restarts the clock when the answer is yes."""
-        if self._every.unit == "minutes":
+        """Whether it is due after `step` steps. By minutes, a yes restarts the clock."""
+        if self.by_clock:
             if time.monotonic() - self._last < 60 * self._every.amount:
                 return False
             self._last = time.monotonic()

@@ -9,7 +9,7 @@ from ..recipe.schema import OptimSection
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: `weight_decay` on matrices, none on vectors (norms, biases); each parameter in exactly one.
+    """Parameter groups: `weight_decay` on matrices, none on vectors (norms, biases); each in exactly one.
 
     Embeddings count as matrices. A tied weight is listed once.
     """
@@ -33,8 +33,8 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
 def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: OptimSection) -> float:
     """The learning rate of optimiser step `step`, counted from 0.
 
-    Linear warm-up to `lr`; then a cosine down to `final_lr` at the last step (cosine), a plateau and a linear decay
-    to `final_lr` over the last `decay` (wsd), or `lr` for ever (constant).
+    Linear warm-up to `lr`; then a cosine down to `final_lr` at the last step (cosine), a plateau and a linear
+    decay to `final_lr` over the last `decay` (wsd), or `lr` for ever (constant).
     """
     warmup = optim.warmup.steps(total_steps, tokens_per_step)
     if step < warmup:

@@ -37,7 +37,7 @@ class ProgressLine:
         )
 
     def __enter__(self) -> "ProgressLine":
-        if self._speaks and self._first:
+        if self._speaks and 0 < self._first < self._total:
             self._console.print(f"going on from step {self._first} of {self._total}")
         self._bar.start()
         return self

@@ -28,8 +28,9 @@ DOCUMENTS = [_GARDEN, _COMPILER, "Short one.", _BYTES, *(_ROAD.format(i) for i i
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE with BOS and EOS that adds neither by itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -70,7 +70,7 @@ def compare(scan, dtype=torch.float32, gate="softmax", inputs=None, baseline="re
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(
     ("T", "N", "M"),
-    [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16)],
+    [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16), (6, 3, 12)],
 )
 def test_small_shapes(scan, T, N, M):
     compare(scan, T=T, N=N, M=M, B=1 if M > 5 else 2)

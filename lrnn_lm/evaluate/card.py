@@ -1,0 +1,223 @@
+"""The model card: a README.md that says what a model is, how it was trained, what it scores, how to load it.
+
+Everything in it is read from the checkpoint and its run: config.json, recipe.yaml, data.json (the data's
+manifest), metrics.jsonl, eval/*.json and plots/loss.png. What is not there is left out.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .checkpoint import describe
+from .report import to_markdown
+from .runs import Run, read_run
+
+UNKNOWN_LICENCE = "unknown"  # the hub's word for it: whose data it was decides, so nothing is assumed
+_PAPER = "https://arxiv.org/abs/2602.12021"
+_KINDS = {
+    "bd_lru": f"a block-diagonal linear recurrent unit (BD-LRU, {_PAPER})",
+    "h_lru": f"a higher-order linear recurrent unit (H-LRU, {_PAPER})",
+    "attention": "causal softmax attention",
+    "lstm": "an LSTM",
+    "mamba2": "Mamba-2",
+}
+
+
+def write_run_card(run: str | Path, licence: str = UNKNOWN_LICENCE) -> Path:
+    """Write RUN/README.md for the run's newest checkpoint; returns the file.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    run = Path(run).expanduser()
+    picture = "plots/loss.png" if (run / "plots" / "loss.png").is_file() else None
+    file = run / "README.md"
+    text = model_card(run / "checkpoints" / "latest", licence, picture, folder="checkpoints/latest")
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def write_export_card(checkpoint: str | Path, target: Path, licence: str = UNKNOWN_LICENCE) -> Path:
+    """Write TARGET/README.md, and the picture of the curve beside it, for an exported checkpoint."""
+    run = describe(checkpoint).run
+    curve = run / "plots" / "loss.png" if run is not None else None
+    picture = None
+    if curve is not None and curve.is_file():
+        picture = shutil.copyfile(curve, target / "loss.png").name
+    file = target / "README.md"
+    file.write_text(model_card(checkpoint, licence, picture), encoding="utf-8")
+    return file
+
+
+def model_card(
+    checkpoint: str | Path,
+    licence: str = UNKNOWN_LICENCE,
+    picture: str | None = None,
+    folder: str = ".",
+) -> str:
+    """The card's text.
+
+    Args:
+        checkpoint: a checkpoint folder; its run is looked for two folders above.
+        licence: the model's licence, as the hub abbreviates it (`apache-2.0`).
+        picture: path of the loss curve, as seen from where the card will lie.
+        folder: path of the model, likewise.
+    Raises:
+        ValueError: no checkpoint there.
+    """
+    info = describe(checkpoint)
+    config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
+    recipe = _yaml(info.run / "recipe.yaml") if info.run else {}
+    name = recipe.get("name") or info.path.name
+    mixers = _mixers(config)
+    parts = [
+        _front_matter(licence, mixers),
+        f"# {name}\n",
+        _model(info.path, mixers),
+        _training(recipe, info.step),
+        _data(info.run / "data.json") if info.run else "",
+        _results(info.run, picture),
+        _loading(folder),
+        _recipe_text(info.run / "recipe.yaml") if info.run else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _mixers(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mixers that take turns over depth, with their options."""
+    return config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
+
+
+def _front_matter(licence: str, mixers: list[dict[str, Any]]) -> str:
+    types = list(dict.fromkeys(mixer["type"] for mixer in mixers))
+    fields = {
+        "license": licence,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lrnn", "linear-recurrent-network", *types],
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+
+
+def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
+    from ..model import LRNNConfig
+    from ..model.accounting import account
+
+    config = LRNNConfig.from_pretrained(checkpoint)
+    costs = account(config, config.max_position_embeddings)
+    kinds = list(dict.fromkeys(_KINDS.get(mixer["type"], mixer["type"]) for mixer in mixers))
+    options = "; ".join(_mixer_options(mixer) for mixer in mixers)
+    text = (
+        f"A causal language model of {costs.total_parameters:,} parameters, trained with lrnn-lm. "
+        f"Its layers mix the sequence by {' and '.join(kinds)}, each followed by a SwiGLU.\n\n"
+    )
+    rows = [
+        ("layers", f"{config.num_hidden_layers}"),
+        ("width", f"{config.hidden_size}, SwiGLU {config.intermediate_size}"),
+        ("mixer", options),
+        ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
+        ("trained at", f"{config.max_position_embeddings:,} tokens"),
+        ("operations a token, forward", f"{costs.flops_per_token:,}"),
+        ("recurrent state of a sequence", f"{costs.recurrent_state_bytes:,} bytes, the same at any length"),
+    ]
+    return text + _table(rows)
+
+
+def _mixer_options(mixer: dict[str, Any]) -> str:
+    """`bd_lru (block_size 4, gate softmax, ..)`."""
+    options = ", ".join(f"{key} {value}" for key, value in mixer.items() if key != "type")
+    return mixer["type"] + (f" ({options})" if options else "")
+
+
+def _training(recipe: dict[str, Any], step: int | None) -> str:
+    if not recipe:
+        return ""
+    train, optim = recipe["train"], recipe["optim"]
+    steps = f", this is step {step:,}" if step is not None else ""
+    rows = [
+        ("budget", f"{train['tokens']} tokens, {train['tokens_per_step']} a step{steps}"),
+        ("optimiser", f"{optim['name']}, betas {optim['betas']}, weight decay {optim['weight_decay']}"),
+        ("learning rate", f"{optim['lr']}, {optim['schedule']}, warm-up {optim['warmup']}"),
+        ("gradient clipping", f"{optim['grad_clip']}"),
+        ("precision", f"{train['precision']}"),
+        ("seed", f"{recipe['seed']}"),
+    ]
+    return "## Training\n\n" + _table(rows)
+
+
+def _data(manifest: Path) -> str:
+    """What the data's manifest tells; nothing if the run has none."""
+    if not manifest.is_file():
+        return ""
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    source = {key: value for key, value in facts["source"].items() if value is not None}
+    rows = [("source", ", ".join(f"{key} {value}" for key, value in source.items()))]
+    for split, sizes in facts["splits"].items():
+        counts = (("tokens", "num_tokens"), ("documents", "num_documents"), ("bytes", "num_bytes"))
+        rows.append((split, ", ".join(f"{sizes[key]:,} {unit}" for unit, key in counts)))
+    tokenizer = facts["tokenizer"]
+    rows.append(("tokenizer", f"{Path(tokenizer['name']).name}, {tokenizer['vocab_size']:,} tokens"))
+    rows.append(("content hash", f"`{facts['content_hash'][:16]}`"))
+    return "## Data\n\n" + _table(rows)
+
+
+def _results(run: Path | None, picture: str | None) -> str:
+    found = _read_run(run)
+    if found is None:
+        return ""
+    text = f"## Results\n\n{to_markdown([found])}"
+    return text + (f"\n![Loss against tokens]({picture})\n" if picture else "")
+
+
+def _read_run(run: Path | None) -> Run | None:
+    """The run's curves and scores; None where there are none yet."""
+    if run is None:
+        return None
+    try:
+        return read_run(run)
+    except ValueError:
+        return None
+
+
+def _loading(folder: str) -> str:
+    return f"""## Use
+
+With torch and transformers only; the model's code lies beside the weights:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+With lrnn-lm installed, `import lrnn_lm` takes the place of `trust_remote_code=True`.
+
+Scores:
+
+```bash
+lm_eval --model hf --tasks lambada_openai \\
+    --model_args pretrained={folder},trust_remote_code=True,add_bos_token=True
+```
+"""
+
+
+def _recipe_text(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8").strip()
+    return f"## Recipe\n\n```yaml\n{text}\n```\n"
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "| | |\n| --- | --- |\n" + "".join(f"| {left} | {right} |\n" for left, right in rows)

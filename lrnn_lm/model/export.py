@@ -1,0 +1,126 @@
+"""Checkpoints for people without this package: the model's code beside its weights, and `lrnn export`.
+
+`write_remote_code` completes a checkpoint in place; `export` makes a folder to give away: the weights in a
+precision of choice, the tokenizer, the code and a model card, without the trainer's state.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .modeling import LRNNForCausalLM
+from .remote_code import AUTO_MAP, remote_code
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LEFT_OUT = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "config.json", "README.md")
+
+
+def write_remote_code(folder: str | Path) -> None:
+    """Let a folder that `save_pretrained` wrote load with `trust_remote_code=True` where this package is not.
+
+    Writes the generated files and names them in config.json (`auto_map`); safe to repeat.
+    """
+    folder = Path(folder)
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name, source in remote_code().items():
+        (folder / name).write_text(source, encoding="utf-8")
+    settings["auto_map"] = AUTO_MAP
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export(
+    checkpoint: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    write_card: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint as a folder of its own that needs torch and transformers only.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        target: where to; a folder that does not exist yet, or an empty one.
+        dtype: bf16 or fp32; None for what the checkpoint holds.
+        write_card: adds README.md to the finished folder that it is given (`evaluate.card` has one).
+    Returns:
+        The target.
+    Raises:
+        ValueError: no checkpoint of ours, a file of it missing or damaged, a target that is not empty, an
+            unknown dtype.
+    """
+    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
+    _check_checkpoint(checkpoint)
+    _check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        _load(checkpoint, dtype).save_pretrained(aside)
+        shutil.copytree(
+            checkpoint,
+            aside,
+            ignore=_other_files(checkpoint),
+            dirs_exist_ok=True,
+            copy_function=shutil.copyfile,
+        )
+        write_remote_code(aside)
+        if write_card is not None:
+            write_card(aside)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _other_files(checkpoint: Path) -> Callable[[str, list[str]], set[str]]:
+    """For copytree: what is not copied, because it is written anew or belongs to the trainer."""
+    patterns = shutil.ignore_patterns(*_LEFT_OUT)
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        folders = {name for name in names if (Path(folder) / name).is_dir()}
+        return patterns(folder, names) | folders
+
+    return ignore
+
+
+def _load(checkpoint: Path, dtype: str | None) -> LRNNForCausalLM:
+    try:
+        return LRNNForCausalLM.from_pretrained(
+            checkpoint, dtype=DTYPES.get(dtype, "auto"), local_files_only=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
+
+
+def _check_checkpoint(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    config = folder / "config.json"
+    if not config.is_file():
+        inner = folder / "checkpoints" / "latest"
+        hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
+        raise ValueError(f"{folder}: not a checkpoint folder{hint}")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{config}: not a JSON object") from None
+    if kind != LRNNForCausalLM.config_class.model_type:
+        raise ValueError(f"{folder}: its model_type is {kind!r}, and only 'lrnn' models can be exported")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder}: model.safetensors is missing; take another checkpoint of the run")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ValueError(f"{folder}: tokenizer_config.json is missing; save the tokenizer there first")
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file; give a folder to export to")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; give a new folder to export to")

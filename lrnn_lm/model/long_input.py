@@ -1,0 +1,66 @@
+"""Read a long input in segments: the memory is that of one segment, however long the text.
+
+Legend: B batch, T time, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+DEFAULT_SEGMENT = 2048
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor | Iterable[Tensor],
+    segment: int = DEFAULT_SEGMENT,
+    past_key_values: Cache | None = None,
+    attention_mask: Tensor | None = None,
+) -> CausalLMOutputWithPast:
+    """Feed tokens to a language model segment by segment, through one cache; gradients are not kept.
+
+    Gives what one pass over all of the tokens would give for the last of them. Attention layers keep keys and
+    values of every token, so only models without attention need constant memory.
+
+    Args:
+        input_ids: (B, T) token ids on any device, or a stream of such pieces, which is never held as a whole.
+        segment: tokens a pass.
+        past_key_values: a cache to go on from, written in place; None to start anew.
+        attention_mask: (B, S) with 0 on left padding, S = T or, after a cache, the length with what it saw;
+            not for a stream.
+    Returns:
+        the output for the last segment: `past_key_values`, and `logits` (B, 1, V) of the last token.
+    Raises:
+        ValueError: a segment below 1, an empty input, a stream with a mask, or a cache of another model.
+    """
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1, not {segment}")
+    if attention_mask is not None and not isinstance(input_ids, Tensor):
+        raise ValueError("attention_mask needs input_ids as one tensor")
+    pieces = [input_ids] if isinstance(input_ids, Tensor) else input_ids
+    output = None
+    masked = 0 if attention_mask is None else attention_mask.shape[1] - input_ids.shape[1]
+    for ids in _segments(pieces, segment):
+        masked += ids.shape[1]
+        output = model(
+            input_ids=ids.to(model.device),
+            attention_mask=None if attention_mask is None else attention_mask[:, :masked].to(model.device),
+            past_key_values=past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        past_key_values = output.past_key_values
+    if output is None:
+        raise ValueError("there are no tokens to read")
+    return output
+
+
+def _segments(pieces: Iterable[Tensor], segment: int) -> Iterator[Tensor]:
+    for piece in pieces:
+        if piece.shape[1]:
+            yield from piece.split(segment, dim=1)

@@ -1,0 +1,163 @@
+"""States as values: save them to disk and load them again, copy them, drop them.
+
+A state is all that a recurrent layer keeps of the text before; that of a whole model is its cache
+(`past_key_values`). Read a text once, keep the cache, and go on from it as often as wanted:
+
+    cache = prefill(model, document_ids).past_key_values
+    save_states(cache, "document.safetensors", model)
+    cache = load_states("document.safetensors", model)
+    model.generate(.., past_key_values=copy_states(cache))  # generate writes to the cache it is given
+
+A file holds one tensor a recurrent layer, keys and values for an attention layer, and what identifies the model:
+the sizes of its config and a digest of its weights.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+
+from .cache import RecurrentCache, check_cache, document_start, is_recurrent, tokens_seen
+
+_FORMAT = "lrnn-states-1"
+_DIGEST_ENTRIES = 64  # of each parameter
+
+
+def save_states(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
+    """Write a cache to a safetensors file, aside first and then renamed.
+
+    Raises ValueError for a cache that has seen no token or is of another model.
+    """
+    check_cache(model.config, cache)
+    metadata = {
+        "format": _FORMAT,
+        "tokens": str(int(tokens_seen(cache))),
+        "model": json.dumps(_identity(model)),
+        "weights": _digest(model),
+    }
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: t.contiguous() for name, t in _tensors(cache).items()}, aside, metadata)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_states(path: str | Path, model: PreTrainedModel) -> RecurrentCache:
+    """Read a cache that `save_states` wrote, onto the model's device.
+
+    Raises ValueError for a file that is missing, damaged, not of `save_states`, or of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of states; write one with save_states")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).to(model.device) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); write it again with save_states") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a file of states; write one with save_states")
+    wrote, here = json.loads(metadata["model"]), _identity(model)
+    for key in here:
+        if wrote.get(key) != here[key]:
+            raise ValueError(
+                f"{path}: states of a model with {key} {wrote.get(key)}, this one has {here[key]}; "
+                "load the checkpoint that they were made with, or read the text again"
+            )
+    if metadata["weights"] != _digest(model):
+        raise ValueError(
+            f"{path}: states of a model with other weights; load the checkpoint that they were made with, "
+            "or read the text again"
+        )
+    return _cache_of(tensors, int(metadata["tokens"]), model.dtype)
+
+
+def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
+    """A cache of its own memory, in which each row appears `repeats` times: one for each question, say.
+
+    Raises ValueError for a cache that has seen no token, or repeats below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in _tensors(cache).items()}
+    return _cache_of(tensors, int(tokens_seen(cache)))
+
+
+def drop_states(cache: Cache) -> None:
+    """Forget everything, in place, and free the memory (a static cache keeps its memory)."""
+    fresh = []
+    for layer in cache.layers:
+        if type(layer) in (LinearAttentionLayer, DynamicLayer):
+            fresh.append(type(layer)())
+        else:
+            layer.reset()
+            fresh.append(layer)
+    cache.layers[:] = fresh  # the list itself stays: views of the cache share it
+
+
+def _tensors(cache: Cache) -> dict[str, Tensor]:
+    """Every tensor that a cache holds, by layer and kind; rows are their first dimension."""
+    if not cache.layers or not tokens_seen(cache):
+        raise ValueError("the cache has seen no token yet: pass it to the model first")
+    tensors = {}
+    for i, layer in enumerate(cache.layers):
+        if is_recurrent(layer):
+            tensors[f"{i}.state"] = layer.recurrent_states[0]
+            continue
+        length = int(layer.get_seq_length())
+        tensors[f"{i}.keys"] = layer.keys[:, :, :length]
+        tensors[f"{i}.values"] = layer.values[:, :, :length]
+        if (start := document_start(layer)) is not None:
+            tensors[f"{i}.document_start"] = start
+    return tensors
+
+
+def _cache_of(tensors: dict[str, Tensor], tokens: int, dtype: torch.dtype | None = None) -> RecurrentCache:
+    """The inverse of `_tensors`; keys and values in `dtype`, None for their own."""
+    cache = RecurrentCache()
+    for i in range(1 + max(int(name.split(".")[0]) for name in tensors)):
+        if f"{i}.state" in tensors:
+            layer = LinearAttentionLayer()
+            layer.update_recurrent_state(tensors[f"{i}.state"])
+            layer.has_previous_state[0] = True
+            layer.seen_tokens = tokens
+        else:
+            layer = DynamicLayer()
+            layer.update(tensors[f"{i}.keys"].to(dtype), tensors[f"{i}.values"].to(dtype))
+            if f"{i}.document_start" in tensors:
+                layer.document_start = tensors[f"{i}.document_start"]
+        cache.layers.append(layer)
+    return cache
+
+
+def _identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a state's size and meaning depend on, weights aside."""
+    config = model.config
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers")
+    return {**{key: config.to_dict()[key] for key in sizes}, "layer_mixers": config.layer_mixers}
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """A digest of some entries of every weight that a state depends on, the same in fp32 and bf16.
+
+    Quantised and sharded weights, which are no plain tensors, are left out.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if name.endswith("lm_head.weight") or type(weight) is not torch.nn.Parameter:
+            continue
+        flat = weight.detach().flatten()
+        chosen = torch.linspace(0, flat.numel() - 1, min(_DIGEST_ENTRIES, flat.numel())).long()
+        digest.update(flat[chosen.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

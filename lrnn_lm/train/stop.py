@@ -1,0 +1,90 @@
+"""SIGTERM, SIGUSR1 and SIGINT: at once while there is nothing to save, at a step boundary while training.
+
+Only the standard library is imported here, so that the handlers stand before torch is loaded.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EXIT_STOPPED = 85  # stopped by a signal with nothing lost; SLURM requeues on it
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved what there was; ends in EXIT_STOPPED if nobody catches it."""
+
+    def __init__(self, message: str):
+        super().__init__(EXIT_STOPPED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class StopSignal:
+    """Handlers of the three signals, as a context manager; the old ones come back at its end.
+
+    A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
+    half-made is removed on the way out). Inside `held()` it only becomes a wish that the loop reads at step
+    boundaries. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._held = False
+        self._interrupts = 0
+        self._old: dict[int, Callable[..., Any] | int | None] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._old = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While training: signals wait for `requested` to be asked."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def leave_if_asked(self) -> None:
+        """Raise Stopped if a signal came that nobody has acted on, as one during the last save."""
+        if self._name is not None:
+            raise Stopped(f"stopped by {self._name}; run the same command again to go on")
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+        self._name = signal.Signals(number).name
+        if not self._held:
+            self.leave_if_asked()
+
+    @property
+    def name(self) -> str:
+        """The signal that came, or a word for one that came to another rank."""
+        return self._name or "a signal on another rank"
+
+    def requested(self, accelerator: "Accelerator") -> bool:
+        """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
+        if accelerator.num_processes == 1:
+            return self._name is not None
+        import torch
+
+        flag = torch.tensor(int(self._name is not None), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item())

@@ -1,0 +1,53 @@
+"""The kernel benchmark: what it compares is equal, what it counts is right, and it runs without a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from lrnn_lm.bench import kernel_peers, kernels
+from lrnn_lm.bench.kernels import Shape
+
+
+@pytest.mark.parametrize("family", ["bd_lru", "h_lru"])
+def test_the_associative_formulation_is_the_same_recurrence(family):
+    shape = Shape(family, M=2, N=3)
+    gates, values, _ = kernels.make_inputs(shape, 2, 8, torch.float32, torch.device("cpu"))
+    peer = kernel_peers.associative_peer(family, gates, values, compiled=False)
+    torch.testing.assert_close(peer.forward(), shape.scan(gates, values, "reference"))
+
+
+@pytest.mark.parametrize("family", ["bd_lru", "h_lru"])
+def test_the_timed_backward_is_the_scans_backward(family):
+    pytest.importorskip("triton")
+    shape = Shape(family, M=2, N=3)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gates, values, grad = kernels.make_inputs(shape, 2, 4, torch.float32, device)
+    h = shape.scan(gates, values, "triton")
+    wanted = torch.autograd.grad(h, [gates, values], grad)
+    got = kernels.scan_backward(shape, gates.detach(), values.detach(), h.detach(), grad)()
+    for x, want in zip(got, wanted, strict=False):
+        torch.testing.assert_close(x, want)
+
+
+def test_bytes_are_counted_once():
+    """BD M=4, one token: 4 rows of 5 gates, 4 values and 4 states in; gradients of all but h, and dh, the
+    other way."""
+    assert Shape("bd_lru", 4, 1).moved_bytes(1, 1, 2) == (2 * (20 + 4 + 4), 2 * (2 * 20 + 4 * 4))
+    assert Shape("h_lru", 4, 1).moved_bytes(1, 1, 2) == (2 * (5 + 2), 2 * (10 + 4))
+
+
+def test_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "CPU_SHAPES", (Shape("bd_lru", 2, 4), Shape("h_lru", 2, 4)))
+    result = kernels.run(device="cpu", output=tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == result["rows"]
+    assert [row["what"].split()[-1] for row in result["rows"]] == ["reference", "torch"] * 2
+    assert all(row["tokens_per_second"] > 0 for row in result["rows"])
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_an_absent_gpu_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        kernels.run(device="cuda")

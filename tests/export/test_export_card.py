@@ -1,0 +1,83 @@
+"""The model card tells what the run knows, and leaves out what it does not."""
+
+import json
+
+import pytest
+import yaml
+
+from lrnn_lm.evaluate.card import model_card, write_export_card, write_run_card
+from lrnn_lm.recipe import dump_recipe, load_recipe
+
+
+@pytest.fixture
+def run(make_checkpoint, tmp_path):
+    """A run with everything that a card is made of."""
+    checkpoint = make_checkpoint("hybrid")
+    run = checkpoint.parents[1]
+    (run / "checkpoints" / "latest").symlink_to(checkpoint.name)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: tiny\nmodel: {hidden_size: 16, num_hidden_layers: 2, intermediate_size: 24}\n"
+        "data: {source: {type: python-docs}, tokenizer: tokenizers/bpe-4k.yaml, sequence_length: 32}\n"
+        "train: {tokens: 2K, tokens_per_step: 64, micro_batch: 2}\n"
+    )
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe, [])))
+    split = {"num_tokens": 12345, "num_documents": 67, "num_bytes": 89012, "shards": []}
+    manifest = {
+        "source": {"type": "python-docs", "path": None},
+        "tokenizer": {"name": "some/folder/words.yaml", "vocab_size": 53},
+        "splits": {"train": split, "validation": split},
+        "content_hash": "0123456789abcdef" * 4,
+    }
+    (run / "data.json").write_text(json.dumps(manifest))
+    line = {"step": 7, "tokens": 448, "loss": 3.25, "tokens_per_second": 100.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    scores = {"results": {"heldout_cloze": {"acc,none": 0.4375, "acc_stderr,none": 0.03125}}}
+    (run / "eval").mkdir()
+    (run / "eval" / "step-00000007-heldout_cloze.json").write_text(json.dumps(scores))
+    return run
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_card_of_a_run(run):
+    text = write_run_card(run).read_text()
+    fields = front_matter(text)
+    assert fields["license"] == "unknown"
+    assert fields["library_name"] == "transformers"
+    assert {"bd_lru", "attention", "h_lru"} <= set(fields["tags"])
+    for told in (
+        "# tiny\n", "this is step 7", "12,345 tokens, 67 documents, 89,012 bytes", "words.yaml, 53 tokens",
+        "0.4375 ± 0.0312", "3.2500", "trust_remote_code=True", "checkpoints/latest", "sequence_length: 32",
+    ):  # fmt: skip
+        assert told in text, told
+    assert "loss.png" not in text
+
+
+def test_card_shows_the_curve_where_it_lies(run, tmp_path):
+    (run / "plots").mkdir()
+    (run / "plots" / "loss.png").write_bytes(b"picture")
+    assert "(plots/loss.png)" in write_run_card(run).read_text()
+    target = tmp_path / "export"
+    target.mkdir()
+    text = write_export_card(run / "checkpoints" / "latest", target, "mit").read_text()
+    assert front_matter(text)["license"] == "mit"
+    assert "(loss.png)" in text
+    assert (target / "loss.png").read_bytes() == b"picture"
+
+
+def test_card_of_a_checkpoint_without_a_run(make_checkpoint, tmp_path):
+    folder = make_checkpoint("bd_lru").rename(tmp_path / "model")
+    text = model_card(folder)
+    assert text.startswith("---\nlicense: unknown\n")
+    assert "# model\n" in text
+    assert "block_size 3" in text
+    assert "## Training" not in text
+    assert "## Results" not in text
+
+
+def test_card_of_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        write_run_card(tmp_path)

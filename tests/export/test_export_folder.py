@@ -1,0 +1,116 @@
+"""`lrnn export`: what the folder holds, in which precision, and what a user can get wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrnn_lm import cli
+from lrnn_lm.model.export import export
+from lrnn_lm.model.remote_code import remote_code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint("bd_lru")
+
+
+def test_folder_holds_the_model_and_nothing_of_the_trainer(checkpoint, tmp_path, capsys):
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", str(checkpoint), str(target), "--license", "apache-2.0"])
+    assert not stop.value.code
+    assert str(target) in capsys.readouterr().out
+    model = {"config.json", "model.safetensors", "generation_config.json", "README.md"}
+    words = {"tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in target.iterdir()} == model | words | set(remote_code())
+    assert "license: apache-2.0" in (target / "README.md").read_text()
+    assert not list(target.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_precision(checkpoint, tmp_path, name, dtype):
+    target = export(checkpoint, tmp_path / "out", dtype=name)
+    stored, given = load_file(target / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert all(torch.equal(stored[key], given[key].to(dtype)) for key in given)
+    assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_an_export_can_be_exported(checkpoint, tmp_path):
+    """Its own code and card are written anew, not carried over."""
+    first = export(checkpoint, tmp_path / "first")
+    (first / "lrnn_stale.py").write_text("")
+    second = export(first, tmp_path / "second")
+    assert {file.name for file in second.iterdir()} == {file.name for file in first.iterdir()} - {
+        "lrnn_stale.py"
+    }
+
+
+def test_targets_that_are_refused(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export(checkpoint, tmp_path / "empty")
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        export(checkpoint, tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        export(checkpoint, tmp_path / "file")
+    with pytest.raises(ValueError, match="dtype 'fp8': use bf16 or fp32"):
+        export(checkpoint, tmp_path / "new", dtype="fp8")
+    assert not (tmp_path / "new").exists()
+
+
+def test_checkpoints_that_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"there is no config\.json in it"):
+        export(tmp_path, tmp_path / "out")
+    (checkpoint.parent / "latest").symlink_to(checkpoint.name)
+    with pytest.raises(ValueError, match=r"not a checkpoint folder; did you mean .*latest\?"):
+        export(checkpoint.parents[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.safetensors", "model.safetensors is missing"),
+        ("tokenizer_config.json", "tokenizer_config.json is missing"),
+    ],
+)
+def test_missing_files_are_named(checkpoint, tmp_path, missing, message):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / missing).unlink()
+    with pytest.raises(ValueError, match=message) as error:
+        export(copy, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be loaded as a model") as error:
+        export(copy, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    (copy / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="model_type is 'llama', and only 'lrnn'"):
+        export(copy, tmp_path / "out")
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        export(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_missing_code_file_is_named_by_the_loader(checkpoint, tmp_path, read_elsewhere):
+    target = export(checkpoint, tmp_path / "out")
+    (target / "lrnn_mixers_base.py").unlink()
+    script = """
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(arguments, trust_remote_code=True)
+except OSError as error:
+    result["message"] = str(error)
+"""
+    assert "lrnn_mixers_base.py" in read_elsewhere(script, str(target))["message"]

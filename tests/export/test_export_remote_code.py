@@ -1,0 +1,234 @@
+"""The exported code is the package's own: the same logits and the same text, where the package is not."""
+
+import ast
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import NAMES, tokens
+
+from lrnn_lm.model.export import export, write_remote_code
+from lrnn_lm.model.remote_code import AUTO_MAP, OLDEST_TRANSFORMERS, remote_code
+
+ROOT = Path(__file__).parents[2]
+LOGITS = 1e-5  # largest absolute difference between package and exported folder, fp32
+PROMPT, NEW, PADDING = 9, 6, 4
+
+# What a reader asks of a model, as text: it runs here on the package's models, elsewhere on exported ones.
+ASK = """
+def ask(model, rows):
+    import torch
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        plain = model(ids).logits
+        start, cache = model(ids[:, :5], use_cache=True), None
+        steps, cache = [start.logits], start.past_key_values
+        for t in range(5, ids.shape[1], 2):
+            out = model(ids[:, t : t + 2], past_key_values=cache, use_cache=True)
+            steps.append(out.logits)
+            cache = out.past_key_values
+        padded = torch.nn.functional.pad(ids, (PADDING, 0))
+        mask = torch.ones_like(padded)
+        mask[:, :PADDING] = 0
+        left = model(padded, attention_mask=mask).logits[:, PADDING:]
+        text = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+        beams = model.generate(ids, max_new_tokens=NEW, do_sample=False, num_beams=2)
+    logits = [plain, torch.cat(steps, dim=1), left]
+    return {"logits": [x.tolist() for x in logits], "text": [text.tolist(), beams.tolist()]}
+""".replace("PADDING", str(PADDING)).replace("NEW", str(NEW))
+
+READ_ALL = (
+    ASK
+    + """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+for name, folder in arguments["folders"].items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    result[name] = ask(model, arguments["rows"])
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    result[name]["config"] = type(model.config) is type(config)
+    result[name]["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
+result["tokens"] = AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids
+result["ours"] = [name for name in sys.modules if name.split(".")[0] in ("lrnn_lm", "triton")]
+"""
+)
+
+
+def ask(model, rows):
+    scope = {}
+    exec(ASK, scope)
+    return scope["ask"](model, rows)
+
+
+def largest_difference(one, other) -> float:
+    return max(
+        (torch.tensor(a) - torch.tensor(b)).abs().max().item() for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(make_checkpoint, tmp_path_factory):
+    """Every small model, exported: folders by name."""
+    place = tmp_path_factory.mktemp("exported")
+    return {name: export(make_checkpoint(name), place / name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported, read_elsewhere):
+    """What readers without the package got of every model."""
+    folders = {name: str(folder) for name, folder in exported.items()}
+    return read_elsewhere(READ_ALL, {"folders": folders, "rows": tokens(2, PROMPT).tolist()})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_the_same_without_the_package(name, exported, elsewhere):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported[name])  # no remote code is needed here
+    assert type(model).__module__ == "lrnn_lm.model.modeling"
+    here, there = ask(model, tokens(2, PROMPT).tolist()), elsewhere[name]
+    assert largest_difference(here["logits"], there["logits"]) <= LOGITS
+    assert here["text"] == there["text"]
+    assert there["config"]
+    assert there["base"] == "LRNNModel"
+
+
+def test_reader_needs_neither_package_nor_triton(elsewhere, tokenizer):
+    assert elsewhere["ours"] == []
+    assert elsewhere["tokens"] == tokenizer("w5 w7").input_ids
+
+
+BOTH = (
+    ASK
+    + """
+from transformers import AutoConfig, AutoModelForCausalLM
+first, second = arguments["folders"]
+def read(folder, remote):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote)
+    result.setdefault("modules", []).append(type(model).__module__.split(".")[0])
+    return model
+models = [read(first, True), read(second, True)]
+import lrnn_lm
+models += [read(first, False), read(first, True)]
+result["answers"] = [ask(model, arguments["rows"]) for model in models]
+import torch
+for model in models:  # each with its own operators, forward and backward
+    model.train()
+    model(torch.tensor(arguments["rows"]), labels=torch.tensor(arguments["rows"])).loss.backward()
+result["gradients"] = [model.lm_head.weight.grad.norm().item() for model in models]
+models[0].save_pretrained(arguments["again"])
+"""
+)
+
+
+def test_package_and_two_copies_in_one_process(exported, make_checkpoint, read_elsewhere, tmp_path):
+    """Copies of the code from two folders, then the package: the same numbers; a copy saves its code too."""
+    second = export(make_checkpoint("bd_lru"), tmp_path / "other")
+    again = tmp_path / "again"
+    arguments = {
+        "folders": [str(exported["bd_lru"]), str(second)],
+        "rows": tokens(2, PROMPT).tolist(),
+        "again": str(again),
+    }
+    got = read_elsewhere(BOTH, arguments, absent=("triton",))
+    assert got["modules"] == ["transformers_modules", "transformers_modules", "lrnn_lm", "lrnn_lm"]
+    for answer in got["answers"][1:]:
+        assert largest_difference(got["answers"][0]["logits"], answer["logits"]) <= LOGITS
+        assert got["answers"][0]["text"] == answer["text"]
+    assert got["gradients"] == pytest.approx([got["gradients"][0]] * 4, rel=1e-5)
+    assert {file.name for file in again.glob("*.py")} == set(remote_code())
+
+
+TRITON = """
+import importlib, os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(arguments, trust_remote_code=True)
+loaded = lambda: any(name.endswith(".lrnn_kernels_triton_rows") for name in sys.modules)
+result["before"] = loaded()
+kernels = importlib.import_module(type(model).__module__.replace("modeling_lrnn", "lrnn_kernels"))
+for name, gates, values in (
+    ("block_diagonal", torch.randn(2, 7, 3, 2, 3), torch.randn(2, 7, 3, 2)),
+    ("higher_order", torch.randn(2, 7, 3, 3), torch.randn(2, 7, 3)),
+):
+    scan = getattr(kernels, name + "_scan")
+    one, other = (scan(gates, values, backend=backend)[0] for backend in ("triton", "torch"))
+    result[name] = (one - other).abs().max().item()
+result["after"] = loaded()
+"""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is chosen for machines without a GPU"
+)
+def test_triton_kernels_travel(exported, read_elsewhere):
+    """They are imported where they run, not before; here in Triton's interpreter."""
+    pytest.importorskip("triton")
+    got = read_elsewhere(TRITON, str(exported["bd_lru"]), absent=("lrnn_lm",))
+    assert not got["before"]
+    assert got["after"]
+    assert max(got["block_diagonal"], got["higher_order"]) <= LOGITS
+
+
+def test_code_is_generated_alike(exported, make_checkpoint):
+    remote_code.cache_clear()
+    files = remote_code()
+    for folder in exported.values():
+        assert {file.name: file.read_text() for file in folder.glob("*.py")} == files
+    checkpoint = make_checkpoint("bd_lru")
+    write_remote_code(checkpoint)
+    once = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
+    write_remote_code(checkpoint)
+    assert once == {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
+    assert json.loads(once["config.json"])["auto_map"] == AUTO_MAP
+
+
+def test_code_imports_only_what_lies_beside_it():
+    """No lrnn_lm, nothing by name, and every file is seen by the loader."""
+    files = remote_code()
+    for name, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1, name
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                assert {f"{module}.py" for module in names} <= set(files), name
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.module.startswith("lrnn"), name
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("lrnn") for alias in node.names), name
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                pytest.fail(f"{name} imports by name: {ast.unparse(node)}")
+        assert '"lrnn_lm::' not in source, name
+    seen = {"modeling_lrnn.py"}
+    for source in files.values():
+        seen |= {f"{match}.py" for match in re.findall(r"^\s*from\s+\.(\S+)\s+import", source, re.MULTILINE)}
+    assert seen == set(files)
+
+
+def test_loader_demands_torch_and_transformers_alone(exported):
+    from transformers.dynamic_module_utils import get_imports
+
+    wanted = {name for file in exported["bd_lru"].glob("*.py") for name in get_imports(file)}
+    assert wanted - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+def test_oldest_transformers_is_the_one_that_the_package_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"transformers>={'.'.join(map(str, OLDEST_TRANSFORMERS))}" in project["dependencies"]
+
+
+def test_older_transformers_are_told_so():
+    source = remote_code()["modeling_lrnn.py"]
+    check = source[source.index("if tuple") : source.index("import math")]
+
+    class Old:
+        __version__ = "5.16.2"
+
+    with pytest.raises(
+        ImportError, match=r"needs transformers 5\.17 or newer, not 5\.16\.2: run pip install"
+    ):
+        exec(check, {"transformers": Old})

@@ -1,0 +1,67 @@
+"""`generate`: with and without a cache, by every way of choosing, padded or continued."""
+
+import pytest
+import torch
+from small_models import NAMES, close, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import DynamicCache
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampled-beams": {"do_sample": True, "num_beams": 2},
+}
+
+
+def generate(model, ids, **options):
+    torch.manual_seed(5)
+    return model.generate(ids, max_new_tokens=7, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", WAYS)
+def test_with_and_without_a_cache(name, way):
+    model, ids = small_model(name), tokens(length=6)
+    cached = generate(model, ids, use_cache=True, **WAYS[way])
+    assert cached.shape == (2, 13)
+    assert torch.equal(cached, generate(model, ids, use_cache=False, **WAYS[way]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padded_prompts(name):
+    model, ids = small_model(name), tokens(length=6)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0  # one token is left
+    padded = generate(model, ids.masked_fill(mask == 0, 0), attention_mask=mask, do_sample=False)
+    assert torch.equal(padded[0, 5:], generate(model, ids[:1, 5:], do_sample=False)[0])
+    assert torch.equal(padded[1], generate(model, ids[1:], do_sample=False)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_given_cache_is_continued(name):
+    model, ids = small_model(name), tokens(length=12)
+    for cache in (DynamicCache(config=model.config), None):
+        with torch.no_grad():
+            cache = model(ids[:, :9], past_key_values=cache, use_cache=True).past_key_values
+        assert torch.equal(
+            generate(model, ids, past_key_values=cache, do_sample=False),
+            generate(model, ids, do_sample=False),
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_returned_cache_is_continued(name):
+    model, ids = small_model(name), tokens(length=6)
+    first = generate(model, ids, do_sample=False, return_dict_in_generate=True)
+    ids, mask = first.sequences, torch.ones_like(first.sequences)  # a generated 0 is a word, not padding
+    longer = generate(model, ids, attention_mask=mask, past_key_values=first.past_key_values, do_sample=False)
+    assert torch.equal(longer, generate(model, ids, attention_mask=mask, do_sample=False))
+
+
+def test_scores_are_the_logits_of_a_full_pass():
+    model, ids = small_model("hybrid"), tokens(length=6)
+    out = generate(model, ids, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        full = model(out.sequences).logits[:, 5:-1]
+    close(torch.stack(out.logits, dim=1), full, TOLERANCE["other order of sums"])

@@ -1,0 +1,113 @@
+"""The chunked cross-entropy is torch's cross-entropy, in value and in every gradient."""
+
+import pytest
+import torch
+from small_models import NAMES, VOCAB, close, small_model, tokens
+from tolerances import TOLERANCE
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrnn_lm.model.loss import IGNORE, linear_cross_entropy, shift_labels
+
+SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
+
+
+def case(ignored: float = 0.3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 7, 8, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(19, 8, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 19, (3, 7), generator=generator)
+    labels[torch.rand(3, 7, generator=generator) < ignored] = IGNORE
+    return hidden, weight, labels
+
+
+def both(hidden, weight, labels, num_items, chunk):
+    """[loss, d_hidden, d_weight] of ours and of torch's, with a factor behind the loss."""
+    results = []
+    for ours in (True, False):
+        hidden.grad = weight.grad = None
+        if ours:
+            loss = linear_cross_entropy(hidden, weight, labels, num_items, chunk)
+        else:
+            total = F.cross_entropy(
+                (hidden @ weight.t()).flatten(0, 1).float(), labels.flatten(), reduction="sum"
+            )
+            loss = total / (num_items if num_items is not None else (labels != IGNORE).sum().clamp_min(1))
+        (3 * loss).backward()
+        results.append([loss.detach(), hidden.grad.clone(), weight.grad.clone()])
+    return results
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 21, 1000])
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)], ids=str)
+def test_values_and_gradients(chunk, num_items):
+    for got, want in zip(*both(*case(), num_items, chunk), strict=True):
+        close(got, want, SUMS)
+
+
+def test_nothing_ignored_and_everything_ignored():
+    for ignored in (0.0, 1.0):
+        got, want = both(*case(ignored), None, 4)
+        for a, b in zip(got, want, strict=True):
+            close(a, b, SUMS)
+    assert got[0] == 0
+    assert not got[1].any()
+
+
+def test_large_logits_stay_finite():
+    hidden, weight, labels = case()
+    got, want = both((200 * hidden).detach().requires_grad_(), weight, labels, None, 4)
+    for a, b in zip(got, want, strict=True):
+        assert a.isfinite().all()
+        assert (a - b).norm() <= GRADIENT * b.norm()
+
+
+def test_bf16_autocast():
+    hidden, weight, labels = case()
+    _, want = both(hidden, weight, labels, None, 4)
+    hidden.grad = weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, None, 4)
+    (3 * loss).backward()
+    assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    for a, b in zip((loss, hidden.grad, weight.grad), want, strict=True):
+        assert (a - b).norm() <= TOLERANCE["bf16"] * b.norm()
+
+
+def test_frozen_parts_and_no_gradients():
+    hidden, weight, labels = case()
+    want = linear_cross_entropy(hidden, weight, labels, None, 4)
+    linear_cross_entropy(hidden.detach(), weight, labels, None, 4).backward()
+    assert hidden.grad is None
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        close(linear_cross_entropy(hidden, weight, labels, None, 4), want.detach(), 0.0)
+    assert counter.get_total_flops() == 2 * 21 * 8 * 19, "validation pays for the logits alone"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_models_loss_is_the_logits_cross_entropy(name):
+    model, ids = small_model(name), tokens()
+    out = model(ids, labels=ids)
+    close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), SUMS)
+    close(model(ids, shift_labels=shift_labels(ids)).loss, out.loss, 0.0)
+    close(model(ids, labels=ids, num_items_in_batch=10).loss, out.loss * 40 / 10, SUMS)
+
+
+def test_training_makes_no_logits_unless_asked():
+    model, ids = small_model("bd_lru").train(), tokens()
+    assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, return_logits=True).logits.shape == (2, 21, VOCAB)
+    assert model(ids).logits is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_the_whole_model(tied):
+    model, ids = small_model("hybrid", tie_word_embeddings=tied).train(), tokens()
+    model(ids, labels=ids).loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(ids).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for name, p in model.named_parameters():
+        assert (ours[name] - p.grad).abs().max() <= GRADIENT * p.grad.abs().max(), name

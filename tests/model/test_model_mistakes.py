@@ -1,0 +1,75 @@
+"""Mistakes in a mixer's table are ValueErrors that say what to write instead; the tables agree."""
+
+from typing import get_args
+
+import pytest
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.kernels import GATES
+from lrnn_lm.mixers import MIXERS, build_mixer, mixer_options
+from lrnn_lm.recipe import MixerSection
+from lrnn_lm.recipe.schema import MIXER_TYPES, GateName
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"type": "bd_lru", "block_size": 0}, "block_size must be at least 1"),
+        ({"type": "bd_lru", "num_blocks": 0}, "num_blocks must be at least 1"),
+        ({"type": "h_lru", "order": -1}, "order must be at least 1"),
+        ({"type": "h_lru", "num_blocks": -4}, "num_blocks must be at least 1"),
+        ({"type": "lstm", "width": 0}, "width must be at least 1"),
+        ({"type": "attention", "num_heads": 0}, "num_heads must be at least 1"),
+        ({"type": "attention", "num_heads": 3}, "does not split into 3 heads"),
+        ({"type": "mamba2", "head_dim": 5}, "does not split into heads"),
+        ({"type": "mamba2", "head_dim": 8, "n_groups": 3}, "do not split into n_groups"),
+        ({"type": "mamba2", "state_size": 0}, "state_size must be at least 1"),
+        ({"type": "bd_lru", "gate": "softmaxx"}, "unknown gate 'softmaxx'"),
+        ({"type": "h_lru", "gate": "exp"}, "unknown gate 'exp'"),
+        ({"type": "bd_lruu"}, "did you mean 'bd_lru'"),
+        ({"type": "transformer"}, "known: bd_lru"),
+        ({"type": "bd_lru", "blok_size": 2}, "did you mean 'block_size'"),
+    ],
+    ids=str,
+)
+def test_wrong_mixer(spec, words):
+    with pytest.raises(ValueError, match=words):
+        build_mixer(spec, 16)
+    with pytest.raises(ValueError, match=words):
+        LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, mixer=spec))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_wrong_size(key):
+    with pytest.raises(ValueError, match=f"{key} must be at least 1"):
+        LRNNConfig(**{key: 0})
+
+
+def test_other_types_options_are_left_out():
+    options = mixer_options({"type": "lstm", "width": 9, "block_size": 4, "gate": "tanh"})
+    assert options == {"type": "lstm", "width": 9}
+
+
+def test_pattern_repeats_and_takes_the_mixers_options():
+    config = LRNNConfig(
+        num_hidden_layers=5,
+        mixer={"type": "bd_lru", "block_size": 2, "num_heads": 4},
+        layer_pattern=["bd_lru", {"type": "attention"}],
+    )
+    assert [spec["type"] for spec in config.layer_mixers] == [
+        "bd_lru",
+        "attention",
+        "bd_lru",
+        "attention",
+        "bd_lru",
+    ]
+    assert config.layer_mixers[0] == {"type": "bd_lru", "block_size": 2}
+    assert config.layer_mixers[1] == {"type": "attention", "num_heads": 4}
+    assert config.layer_types[:2] == ["linear_attention", "full_attention"]
+
+
+def test_the_recipe_knows_what_the_code_knows():
+    assert set(get_args(GateName)) == set(GATES)
+    assert set(MIXERS) <= set(MIXER_TYPES)
+    options = {option for mixer in MIXERS.values() for option in mixer.options}
+    assert options == set(MixerSection.model_fields) - {"type"}

@@ -1,0 +1,183 @@
+"""The Hugging Face shell: inputs, outputs, embeddings, initialisation, saving, loading, checkpointing."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from small_models import MIXER_ROWS, NAMES, VOCAB, close, small_config, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
+from lrnn_lm.mixers import ResidualOutput
+
+SAME = TOLERANCE["same numbers"]
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_gives_the_same_gradients(name):
+    model, ids = small_model(name), tokens()
+    plain = gradients(model, ids)
+    with warnings.catch_warnings():  # newer releases of transformers give it another name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = gradients(model, ids)
+    for key, gradient in plain.items():
+        assert gradient.abs().max() > 0, f"{key} has no gradient"
+        close(checkpointed[key], gradient, SAME)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_pass_through_a_cache(name):
+    model, ids = small_model(name).train(), tokens()
+    whole = model(ids, use_cache=False).logits
+    whole.square().mean().backward()
+    want = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    first = model(ids[:, :9], use_cache=True)
+    second = model(ids[:, 9:], past_key_values=first.past_key_values, use_cache=True)
+    torch.cat([first.logits, second.logits], dim=1).square().mean().backward()
+    for key, parameter in model.named_parameters():
+        close(parameter.grad, want[key], TOLERANCE["gradient"] * want[key].abs().max().item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_and_loaded_model_is_the_same(name, tied, tmp_path):
+    model, ids = small_model(name, tie_word_embeddings=tied), tokens()
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, LRNNForCausalLM)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    close(loaded.eval()(ids).logits, model(ids).logits, SAME)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert loaded.config.to_dict()["mixer"] == model.config.mixer
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), LRNNConfig)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, LRNNModel)
+    close(base.eval()(ids).last_hidden_state, model.model(ids).last_hidden_state, SAME)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_in_bf16(name, tmp_path):
+    model, ids = small_model(name), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    want = model(ids).logits
+    assert (loaded(ids).logits.float() - want).norm() < TOLERANCE["bf16"] * want.norm()
+    assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 23)
+
+
+def test_tied_embeddings_are_one_parameter():
+    tied, untied = small_model("bd_lru", tie_word_embeddings=True), small_model("bd_lru")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.num_parameters() - tied.num_parameters() == VOCAB * 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resizing_embeddings(tied):
+    model, ids = small_model("bd_lru", tie_word_embeddings=tied), tokens()
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB + 11)
+    assert model.config.vocab_size == VOCAB + 11
+    after = model(ids).logits
+    assert after.shape[-1] == VOCAB + 11
+    close(after[..., :VOCAB], before, TOLERANCE["other order of sums"])
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+def test_embeddings_instead_of_ids():
+    model, ids = small_model("hybrid"), tokens()
+    close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits, SAME)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+
+
+def test_logits_to_keep():
+    model, ids = small_model("bd_lru"), tokens()
+    full = model(ids).logits
+    close(model(ids, logits_to_keep=3).logits, full[:, -3:], TOLERANCE["other order of sums"])
+    chosen = torch.tensor([0, 7])
+    close(model(ids, logits_to_keep=chosen).logits, full[:, chosen], TOLERANCE["other order of sums"])
+
+
+def test_hidden_states():
+    model, ids = small_model("hybrid"), tokens()
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    close(out.hidden_states[0], model.model.embed_tokens(ids), SAME)
+    assert all(h.shape == (2, 21, 16) for h in out.hidden_states)
+    assert model(ids).hidden_states is None
+
+
+def test_cache_only_where_asked_for():
+    model, ids = small_model("bd_lru"), tokens()
+    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
+    as_tuple = model(ids, use_cache=False, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    close(as_tuple[0], model(ids).logits, SAME)
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_initialisation_is_a_function_of_the_seed(name):
+    first, second, other = [], [], []
+    for seed, weights in ((3, first), (3, second), (4, other)):
+        torch.manual_seed(seed)
+        weights.extend(p.detach() for p in LRNNForCausalLM(small_config(name)).parameters())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_initialisation_has_the_right_spread(name):
+    torch.manual_seed(0)
+    spec = {**MIXER_ROWS[name]} | ({"num_blocks": 40} if "num_blocks" in MIXER_ROWS[name] else {})
+    model = LRNNForCausalLM(LRNNConfig(
+        vocab_size=500, hidden_size=64, num_hidden_layers=8, intermediate_size=192,
+        mixer=spec | ({"width": 64} if spec["type"] == "lstm" else {}),
+    ))  # fmt: skip
+    narrow = 0.02 / math.sqrt(2 * 8)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            expected = narrow if isinstance(module, ResidualOutput) else 0.02
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.1), path
+            assert isinstance(module, ResidualOutput) == path.endswith(("out_proj", "down_proj")), path
+            assert module.bias is None or not module.bias.any(), path
+        elif isinstance(module, torch.nn.RMSNorm):
+            assert (module.weight == 1).all()
+
+
+def test_lstm_starts_with_an_open_forget_gate_and_orthogonal_recurrence():
+    cell = LRNNForCausalLM(small_config("lstm")).model.layers[0].mixer.cell
+    forget = slice(9, 18)
+    assert (cell.bias_ih_l0[forget] == 1).all()
+    assert cell.bias_ih_l0.sum() == 9
+    assert not cell.bias_hh_l0.any()
+    block = cell.weight_hh_l0[forget].detach()
+    close(block @ block.t(), torch.eye(9), 1e-5)
+
+
+def test_mamba2_starts_with_its_authors_step_sizes():
+    mixer = LRNNForCausalLM(small_config("mamba2")).model.layers[0].mixer.inner
+    steps = torch.nn.functional.softplus(mixer.dt_bias)
+    assert ((steps >= 0.0009) & (steps <= 0.11)).all()
+    close(mixer.A_log.exp().detach(), torch.arange(1.0, 5.0), 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds_on_meta(name):
+    with torch.device("meta"):
+        model = LRNNForCausalLM(small_config(name))
+    assert all(p.is_meta for p in model.parameters())

@@ -1,0 +1,136 @@
+"""However a sequence is cut, padded or packed, the model computes the same; and its state matters."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from small_models import NAMES, RECURRENT, close, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import DynamicCache
+
+SUMS = TOLERANCE["other order of sums"]
+CUTS = [[3, 4, 13, 14], [1, 2, 20]]
+STARTS = ([5, 6, 18], [0, 17])  # of documents, a row each
+
+
+def reset_mask(length: int = 21) -> torch.Tensor:
+    reset = torch.zeros(len(STARTS), length, dtype=torch.bool)
+    for row, starts in zip(reset, STARTS, strict=True):
+        row[starts] = True
+    return reset
+
+
+def in_segments(model, ids, cuts, cache=None, **masks):
+    """Logits of a sequence fed in segments through one cache; masks are cut as the inputs are."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    logits = []
+    for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
+        part = {key: mask[:, start:stop] for key, mask in masks.items()}
+        logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **part).logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_segments_are_the_whole(name, cuts):
+    model, ids = small_model(name), tokens()
+    close(in_segments(model, ids, cuts), model(ids).logits, SUMS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_by_token_is_the_whole(name):
+    model, ids = small_model(name), tokens(length=9)
+    close(in_segments(model, ids, list(range(1, 9))), model(ids).logits, SUMS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_made_by_the_model_goes_on(name):
+    model, ids = small_model(name), tokens()
+    first = model(ids[:, :8], use_cache=True)
+    second = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True)
+    close(torch.cat([first.logits, second.logits], 1), model(ids).logits, SUMS)
+    assert second.past_key_values.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padding_leaves_no_trace(name):
+    model, ids = small_model(name), tokens(rows=3)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[1, :20] = 0
+    padded = model(ids.masked_fill(mask == 0, 0), attention_mask=mask).logits
+    close(padded[0, 4:], model(ids[:1, 4:]).logits[0], SUMS)
+    close(padded[1, 20:], model(ids[1:2, 20:]).logits[0], SUMS)
+    close(padded[2], model(ids[2:]).logits[0], SUMS)
+    other_words = model(ids.masked_fill(mask == 0, 7), attention_mask=mask).logits
+    close(other_words[mask.bool()], padded[mask.bool()], TOLERANCE["same numbers"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", [[1, 2, 3, 4, 5], [2, 10], [20]], ids=str)
+def test_left_padding_in_segments(name, cuts):
+    """The first token may come in a later segment than its padding, alone or not."""
+    model, ids = small_model(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache, logits = DynamicCache(config=model.config), []
+    for start, stop in zip([0, *cuts], [*cuts, 21], strict=True):
+        part = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        logits.append(part.logits)
+    close(torch.cat(logits, 1)[0, 4:], model(ids[:1, 4:]).logits[0], SUMS)
+    close(torch.cat(logits, 1)[1], model(ids[1:]).logits[0], SUMS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_documents_are_separate(name):
+    model, ids = small_model(name), tokens()
+    packed = model(ids, reset=reset_mask()).logits
+    for row, starts in enumerate(STARTS):
+        bounds = sorted({0, *starts, 21})
+        for start, stop in pairwise(bounds):
+            alone = model(ids[row : row + 1, start:stop]).logits
+            close(packed[row, start:stop], alone[0], SUMS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_packed_documents_in_segments(name, cuts):
+    model, ids, reset = small_model(name), tokens(), reset_mask()
+    close(in_segments(model, ids, cuts, reset=reset), model(ids, reset=reset).logits, SUMS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reset_everywhere_forgets_everything(name):
+    model, ids = small_model(name), tokens(length=5)
+    apart = model(ids, reset=torch.ones_like(ids, dtype=torch.bool)).logits
+    close(apart, model(ids.reshape(-1, 1)).logits.view(2, 5, -1), SUMS)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_the_state_matters(name):
+    model, ids = small_model(name), tokens()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :12], past_key_values=cache, use_cache=True)
+    with_state = model(ids[:, 12:], past_key_values=cache, use_cache=True).logits
+    assert (with_state[:, 0] - model(ids[:, 12:]).logits[:, 0]).abs().max() > 1e-2
+
+
+def test_a_cache_of_another_shape_is_refused():
+    model = small_model("bd_lru")
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(tokens(), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_autocast_is_near(name):
+    model, ids = small_model(name), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(ids, reset=reset_mask()).logits.float()
+    want = model(ids, reset=reset_mask()).logits
+    assert (got - want).norm() <= TOLERANCE["bf16"] * want.norm()

@@ -1,0 +1,230 @@
+"""Recipes: reading, extending, overriding, writing back, and errors that a person can act on."""
+
+import pytest
+import yaml
+
+from lrnn_lm.recipe import (
+    Every,
+    RecipeError,
+    Span,
+    dump_recipe,
+    format_count,
+    load_recipe,
+    parse_count,
+    recipe_from_dict,
+)
+
+BASE = {"data": {"sequence_length": 256}, "train": {"tokens": "2M", "tokens_per_step": 4096}}
+
+
+def recipe(**sections):
+    return recipe_from_dict({"name": "test", **BASE, **sections})
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_extends_and_overrides(tmp_path):
+    write(tmp_path, "base.yaml", "model: {hidden_size: 64, mixer: {type: bd_lru, block_size: 2}}\nseed: 3\n")
+    write(tmp_path, "middle.yaml", "extends: base.yaml\nmodel: {mixer: {block_size: 8}}\n")
+    top = write(tmp_path, "top-one.yaml", "extends: middle.yaml\nmodel: {num_hidden_layers: 2}\n")
+    got = load_recipe(top, ["model.mixer.gate=tanh", "train.tokens=20M", "optim.lr=1e-3", "eval.tasks=[]"])
+    assert (got.name, got.seed) == ("top-one", 3)
+    assert (got.model.hidden_size, got.model.num_hidden_layers) == (64, 2)
+    assert (got.model.mixer.block_size, got.model.mixer.gate) == (8, "tanh")
+    assert (got.train.tokens, got.optim.lr, got.eval.tasks) == (20_000_000, 1e-3, [])
+
+
+def test_override_makes_the_sections_that_are_not_there(tmp_path):
+    path = write(tmp_path, "r.yaml", "name: other\n")
+    got = load_recipe(path, ["name=renamed", "data.source.type=text", "data.source.path=a=b.txt"])
+    assert (got.name, got.data.source.path) == ("renamed", "a=b.txt")
+
+
+def test_recipes_are_found_by_their_short_names():
+    assert load_recipe("demo.yaml").name == "demo"
+    assert load_recipe("recipes/demo.yaml") == load_recipe("demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("2M", 2_000_000), ("1.5B", 1_500_000_000), ("524_288", 524_288), ("524,288", 524_288), (4096, 4096),
+     (1e6, 1_000_000), ("10k", 10_000), ("0", 0), ("2T", 2 * 10**12)],
+)  # fmt: skip
+def test_counts(written, number):
+    assert parse_count(written) == number
+    assert parse_count(format_count(number)) == number
+
+
+@pytest.mark.parametrize(
+    "number", [1, 999, 1000, 1100, 524_288, 9_882_828_800, 1_234_567_000, 10**13, 12_300]
+)
+def test_counts_are_written_exactly(number):
+    assert parse_count(format_count(number)) == number
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "many", "-2M", "2.5", "1.0001K", True, None, [1], float("inf"), float("nan")]
+)
+def test_wrong_counts(wrong):
+    with pytest.raises(ValueError, match="count"):
+        parse_count(wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "amount", "unit"),
+    [("100K", 100_000, "tokens"), ("200 steps", 200, "steps"), ("1 step", 1, "steps"),
+     ("30 min", 30, "minutes"), ("2.5 minutes", 2.5, "minutes"),
+     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens")],
+)  # fmt: skip
+def test_cadences(written, amount, unit):
+    every = Every.model_validate(written)
+    assert (every.amount, every.unit) == (amount, unit)
+    assert Every.model_validate(str(every)) == every
+
+
+@pytest.mark.parametrize("wrong", ["soon", "0 steps", "-5 steps", "x5 min", "0 min", True, None, "1.5 steps"])
+def test_wrong_cadences(wrong):
+    with pytest.raises(ValueError, match=r"cadence|count|valid"):
+        Every.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [("10%", 100), (0.1, 100), ("0.1", 100), ("409600", 100), ("200 steps", 200), (0, 0), ("100%", 1000)],
+)
+def test_spans(written, steps):
+    span = Span.model_validate(written)
+    assert span.steps(total_steps=1000, tokens_per_step=4096) == steps
+    assert Span.model_validate(str(span)) == span
+
+
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.07, 0.123456789, 1e-6])
+def test_shares_are_written_exactly(share):
+    span = Span(amount=share, unit="fraction")
+    assert Span.model_validate(str(span)).amount == pytest.approx(share, rel=1e-6)
+
+
+def test_resolved_recipe_reads_back(tmp_path):
+    first = recipe(
+        model={"hidden_size": 32, "mixer": {"type": "h_lru"}, "layer_pattern": ["h_lru", "attention"]},
+        train={"tokens": 9_882_828_800, "tokens_per_step": 524_288},
+        optim={"warmup": "3.5%", "decay": "200 steps", "final_lr": 1e-5, "grad_clip": None},
+        checkpoint={"every": "30 min"}, eval={"every": "1.5M"},
+    )  # fmt: skip
+    text = dump_recipe(first)
+    path = write(tmp_path, "resolved.yaml", text)
+    assert load_recipe(path) == first
+    assert dump_recipe(load_recipe(path)) == text
+    assert yaml.safe_load(text)["optim"]["warmup"] == "3.5%"
+
+
+def test_steps_and_rows():
+    got = recipe(train={"tokens": 10_000, "tokens_per_step": 4096})
+    assert (got.total_steps, got.rows_per_step) == (2, 16)
+
+
+def test_pattern_entries_take_the_mixers_options():
+    mixer = {"type": "bd_lru", "block_size": 2, "num_heads": 4}
+    model = recipe(model={"mixer": mixer, "layer_pattern": ["bd_lru", {"type": "attention"}]}).model
+    assert [m.type for m in model.layer_pattern] == ["bd_lru", "attention"]
+    assert (model.layer_pattern[0].block_size, model.layer_pattern[1].num_heads) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"modle": {}}, "modle: unknown key; did you mean 'model'?"),
+        (
+            {"model": {"mixer": {"blok_size": 2}}},
+            "model.mixer.blok_size: unknown key; did you mean 'block_size'?",
+        ),
+        ({"data": {"source": {"qqq": 2}}}, "data.source.qqq: unknown key; known here: type"),
+        ({"model": {"mixer": {"type": "bd_lruu"}}}, "'bd_lruu' is not known; did you mean 'bd_lru'?"),
+        ({"model": {"mixer": {"gate": "exp2"}}}, "known here: softmax"),
+        (
+            {"model": {"mixer": {"block_size": 0}}},
+            "model.mixer.block_size: input should be greater than or equal",
+        ),
+        ({"model": {"hidden_size": "wide"}}, "model.hidden_size: input should be a valid integer"),
+        ({"model": {"mixer": {"type": "attention"}, "hidden_size": 20}}, "20 does not split into 8 heads"),
+        (
+            {"model": {"mixer": {"type": "mamba2"}, "hidden_size": 20}},
+            "does not split into heads of width 64",
+        ),
+        ({"model": {"layer_pattern": []}}, "model.layer_pattern"),
+        ({"model": 3}, "model: input should be"),
+        ({"optim": {"betas": [0.9, 1.5]}}, "each beta lies in"),
+        ({"optim": {"final_lr": 1.0}}, "optim.final_lr 1.0 is above optim.lr"),
+        ({"optim": {"warmup": "150%"}}, "between 0% and 100%"),
+        ({"train": {"tokens": 100, "tokens_per_step": 256}}, "train.tokens 100 is less than one step"),
+        (
+            {"train": {"tokens_per_step": 1000}},
+            "not a multiple of data.sequence_length 256; the nearest below is 768",
+        ),
+        ({"train": {"tokens": "lots"}}, "train.tokens: a count such as 2M"),
+        ({"train": {"precision": "fp64"}}, "'fp64' is not known"),
+        ({"data": {"source": {"type": "text"}}}, "source type 'text' needs a path"),
+        ({"checkpoint": {"every": "sometimes"}}, "checkpoint.every"),
+        ({"tracking": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'?"),
+        ({"name": "a/b"}, "name: string should match"),
+        ({"seed": -1}, "seed: input should be greater"),
+        ({"seed": True, "seeed": 1}, "seeed: unknown key"),
+    ],
+    ids=str,
+)
+def test_each_mistake_is_one_plain_line(sections, words):
+    with pytest.raises(RecipeError) as error:
+        recipe(**sections)
+    message = str(error.value)
+    assert words in message
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "a recipe is a mapping of sections, not list"),
+        ("model: {hidden_size: [", "not valid YAML"),
+        ("extends: nowhere.yaml", "nowhere.yaml: no such recipe file"),
+        ("extends: r.yaml", "extends itself"),
+        ("extends: [a, b]", "extends takes one file name"),
+        ("1: 2", "1"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, text, words):
+    path = write(tmp_path, "r.yaml", text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_binary_missing_and_folder(tmp_path):
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(bytes(range(256)))
+    for path, words in ((binary, "not valid YAML"), (tmp_path / "no.yaml", "no such"), (tmp_path, "no such")):
+        with pytest.raises(RecipeError, match=words):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.tokens", "write section.key=value"),
+        ("=3", "write section.key=value"),
+        ("train..tokens=3", "write section.key=value"),
+        ("name.deep=3", "name holds a value, not a section"),
+        ("model.mixer=[", "not valid YAML"),
+        ("train.tokns=2M", "did you mean 'tokens'?"),
+    ],
+)
+def test_wrong_overrides(override, words):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("recipes/demo.yaml", [override])
+    assert words in str(error.value)

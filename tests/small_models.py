@@ -1,0 +1,55 @@
+"""One small model a mixer, and two hybrids: a new mixer is a row in MIXER_ROWS."""
+
+import torch
+from torch import Tensor
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+
+VOCAB = 53
+MIXER_ROWS = {
+    "bd_lru": {"type": "bd_lru", "num_blocks": 5, "block_size": 3},
+    "bd_lru-tanh": {"type": "bd_lru", "num_blocks": 4, "block_size": 2, "gate": "tanh"},
+    "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
+    "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},
+    "attention": {"type": "attention", "num_heads": 2},
+    "lstm": {"type": "lstm", "width": 9},
+    "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
+}
+HYBRIDS = {
+    "hybrid": ["bd_lru", "attention", "h_lru"],
+    "hybrid-attention-first": ["attention", "lstm"],
+}
+NAMES = [*MIXER_ROWS, *HYBRIDS]
+RECURRENT = [name for name in MIXER_ROWS if name != "attention"]
+
+
+def small_config(name: str, **changes) -> LRNNConfig:
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24,
+        "loss_chunk": 7, "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    if name in HYBRIDS:
+        settings["layer_pattern"] = [MIXER_ROWS[entry] for entry in HYBRIDS[name]]
+    else:
+        settings["mixer"] = MIXER_ROWS[name]
+    return LRNNConfig(**{**settings, **changes})
+
+
+def small_model(name: str, **changes) -> LRNNForCausalLM:
+    """A model in evaluation mode whose weights are large enough that every part shows in the logits."""
+    torch.manual_seed(0)
+    model = LRNNForCausalLM(small_config(name, **changes)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 21, seed: int = 2) -> Tensor:
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)

@@ -1,0 +1,95 @@
+"""The README's commands, run as they stand; a tiny run takes the place of the demo's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lrnn_lm.cli import main
+from lrnn_lm.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = [
+    "model.hidden_size=32", "model.num_hidden_layers=1", "model.mixer.num_blocks=8",
+    "model.intermediate_size=32", "model.vocab_size=400", "data.source.limit=40", "data.sequence_length=64",
+    "train.tokens=2560",
+    "train.tokens_per_step=512", "train.micro_batch=8", "eval.tokens=1K", "eval.tasks=[]",
+]  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """The words of every line in a bash block that starts `program`, comments dropped."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in lines if words and words[0] == program]
+
+
+def lrnn(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as done:
+        main(list(arguments))
+    return done.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder to work in, with a finished tiny run where the README expects the demo's."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert lrnn("train", "recipes/demo.yaml", *TINY) == 0
+        yield folder
+
+
+def test_there_is_something_to_test():
+    assert len(commands("lrnn")) >= 3
+    assert len(commands("make")) == 2
+
+
+@pytest.mark.parametrize("words", commands("lrnn"), ids=" ".join)
+def test_lrnn_command(words, demo, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if words[1] == "train":
+        words = [*words, *TINY]
+    code = lrnn(*words[1:])
+    if "standard" in words:  # its tasks come from the hub, which a test must not need
+        assert code == 2
+        assert "network" in capsys.readouterr().err
+    else:
+        assert code == 0
+
+
+@pytest.mark.parametrize("words", commands("accelerate"), ids=" ".join)
+def test_accelerate_command(words):
+    assert words[1:4] == ["launch", "-m", "lrnn_lm.train"]
+    assert load_recipe(words[4], words[5:]).model.parameters
+
+
+@pytest.mark.parametrize("words", commands("make"), ids=" ".join)
+def test_make_command(words):
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_example(code, demo, capsys):
+    exec(compile(code, "README.md", "exec"), {})
+    assert "Return the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_recipe_example(text, tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    assert load_recipe(path).model.layer_pattern[-1].num_heads == 4
+
+
+def test_every_file_is_in_the_tree():
+    """The README's tree has a line for every module and nothing else."""
+    tree = blocks("text")[-1]
+    listed = set(re.findall(r"^\s*(\w+\.py)\b", tree, flags=re.MULTILINE)) - {"__init__.py"}
+    there = {p.name for p in (ROOT / "lrnn_lm").rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert listed == there, listed ^ there

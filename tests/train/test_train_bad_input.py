@@ -1,0 +1,186 @@
+"""What a user can get wrong ends in exit code 2 and one or two plain lines; nothing is lost.
+
+A full disk is in test_train_checkpoint.py, as is a damaged checkpoint, which is no mistake of the user's.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import environment, fingerprint, finish, start, write_recipe
+from trainers import main_exits
+
+Prepare = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides, what is done to the run's folder before, and what the message must say."""
+
+    name: str
+    overrides: tuple[str, ...]
+    words: tuple[str, ...]
+    before: Prepare = field(default=lambda folder: None)
+    trained: bool = False  # after a first run of one step
+
+
+def write(name: str, data: bytes) -> Prepare:
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def shard(folder: Path) -> Path:
+    return next((folder / "cache/data").glob("*/train-00000.tokens.bin"))
+
+
+def flip_shard(folder: Path) -> None:
+    data = bytearray(shard(folder).read_bytes())
+    data[1000] ^= 255
+    shard(folder).write_bytes(data)
+
+
+def cut_shard(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-2])
+
+
+def swap_tokenizer(folder: Path) -> None:
+    path = next((folder / "cache/data").glob("*/tokenizer/tokenizer.json"))
+    data = json.loads(path.read_text())
+    data["model"]["merges"] = data["model"]["merges"][:-1]
+    path.write_text(json.dumps(data))
+
+
+def text(name: str) -> tuple[str, ...]:
+    """The source is this text file of the folder, with a tokenizer that needs little text."""
+    return ("data.source.type=text", f"data.source.path=FOLDER/{name}")
+
+
+CASES = [
+    Case("unknown key", ("model.hiden_size=4",), ("model.hiden_size", "unknown key", "'hidden_size'")),
+    Case("unknown section", ("optimizer.lr=1",), ("optimizer", "unknown key", "'optim'")),
+    Case("wrong type", ("optim.lr=fast",), ("optim.lr", "number", "'fast'")),
+    Case("not a count", ("train.tokens=many",), ("train.tokens", "2M", "'many'")),
+    Case("block size 0", ("model.mixer.block_size=0",), ("model.mixer.block_size", "1", "0")),
+    Case("no value", ("model.hidden_size",), ("model.hidden_size", "section.key=value")),
+    Case("budget below a step", ("train.tokens=100",), ("train.tokens 100", "one step", "512")),
+    Case("parameter count", ("model.parameters=7",), ("model.parameters", "7")),
+    Case("no such text", text("none.txt"), ("none.txt", "no such file")),
+    Case("empty text", text("empty.txt"), ("empty.txt", "empty"), write("empty.txt", b"")),
+    Case("binary text", text("a.bin"), ("a.bin", "binary"), write("a.bin", bytes(range(256)) * 40)),
+    Case("broken JSONL", ("data.source.path=FOLDER/b.jsonl",), ("b.jsonl:1", "JSON"), write("b.jsonl", b"{\n")),
+    Case("too short", ("data.sequence_length=65536", "train.tokens_per_step=65536", "train.tokens=65536"),
+         ("too short", "65537")),
+    Case("vocabulary", ("model.vocab_size=30000",), ("vocab_size 30000", "larger than", "largest that works")),
+    Case("hub data", ("data.source.type=hf", "data.source.path=no-such-owner/no-such-set"),
+         ("no-such-owner/no-such-set", "local copy")),
+    Case("hub tokenizer", ("data.tokenizer=no-such-owner/no-such-tokenizer",),
+         ("no-such-owner/no-such-tokenizer", "local copy")),
+    Case("bf16 on a CPU", ("train.precision=bf16",), ("train.precision", "bf16", "fp32")),
+    Case("no CUDA", ("train.device=cuda",), ("train.device", "no CUDA device")),
+    Case("runs_dir is a file", ("train.runs_dir=FOLDER/file",), ("file/tiny", "Not a directory"),
+         write("file", b"")),
+    Case("another model", ("model.hidden_size=40", "model.mixer.block_size=4"),
+         ("hidden_size: was 32, is 40", "block_size: was 2, is 4", "name=.."), trained=True),
+    Case("another seed", ("seed=3",), ("seed: was 0, is 3",), trained=True),
+    Case("flipped byte in a shard", (), ("train-00000.tokens.bin", "damaged", "lrnn prepare"), flip_shard, True),
+    Case("shard cut short", (), ("train-00000.tokens.bin", "damaged", "lrnn prepare"), cut_shard, True),
+    Case("another tokenizer", (), ("tokenizer", "did not make the shards", "lrnn prepare"), swap_tokenizer, True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data prepared and a run of one step. To be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    main_exits(0, "train", write_recipe(folder), "train.tokens=512")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(
+    case: Case,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if case.name == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "folder"
+    shutil.copytree(trained, folder, symlinks=True, copy_function=shutil.copy2)
+    recipe = write_recipe(folder)  # its paths are those of the copy
+    run = folder / "runs/tiny"
+    if not case.trained:
+        shutil.rmtree(run)
+    else:  # the copied run, as if made here
+        stored = run / "recipe.yaml"
+        stored.write_text(stored.read_text().replace(str(trained), str(folder)))
+    before = fingerprint(run / "checkpoints/latest") if case.trained else None
+    case.before(folder)
+    capsys.readouterr()
+    main_exits(
+        2, "train", recipe, "train.tokens=1024", *(o.replace("FOLDER", str(folder)) for o in case.overrides)
+    )
+    errors = capsys.readouterr().err
+    lines = [
+        line for line in errors.splitlines() if line.strip() and not line.startswith(("⠋", "⠙", "⠹", "⠸"))
+    ]
+    said = lines[-1].replace(str(folder), "")
+    assert said.startswith("lrnn: ")
+    assert len(lines) <= 2
+    assert len(said) <= 400
+    assert "Traceback" not in errors
+    for word in case.words:
+        assert word in said
+    assert not list(folder.rglob(".building-*"))
+    if case.trained:
+        assert fingerprint(run / "checkpoints/latest") == before
+    else:
+        assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["none.yaml", "folder", "list.yaml", "broken.yaml", "circle.yaml", "binary.yaml"]
+)
+def test_bad_recipe_files(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "list.yaml").write_text("[1, 2]\n")
+    (tmp_path / "broken.yaml").write_text("model: {hidden_size: 3\n")
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    main_exits(2, "train", tmp_path / recipe)
+    errors = capsys.readouterr().err
+    assert recipe in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_tracker_that_is_not_installed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lrnn_lm.train.runtime.find_spec", lambda name: None)
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", "tracking.trackers=[wandb]")
+    assert "pip install 'lrnn-lm[wandb]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "override", ["data.tokenizer=no-such-owner/no-such-one", "data.source={type: hf, path: no-such-owner/x}"]
+)
+def test_a_hub_that_refuses_is_given_up_on(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not offline, the name resolves, nobody answers: within a minute, not after retries without end."""
+    recipe = write_recipe(tmp_path)
+    surroundings = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    monkeypatch.setattr("tiny_run.environment", lambda: surroundings)
+    began = time.monotonic()
+    code, errors = finish(start(recipe, override), timeout=120)
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert "local copy" in errors
+    assert time.monotonic() - began < 60

@@ -1,0 +1,216 @@
+"""Checkpoints: what is in them, what happens to damaged ones, and a disk that fills up while saving."""
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import STEPS, fingerprint, finish, losses, start
+from trainers import Build, main_exits, send_at
+
+from lrnn_lm.train import checkpoint
+from lrnn_lm.train.checkpoint import CheckpointError
+from lrnn_lm.train.stop import Stopped
+
+LAST = f"checkpoints/step-{STEPS:08d}"
+
+
+def flip_byte(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_optimizer(folder: Path) -> None:
+    path = folder / "trainer/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def drop_manifest(folder: Path) -> None:
+    (folder / "trainer/manifest.json").unlink()
+
+
+def drop_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+DAMAGE = {
+    "model.safetensors is not as its checksum says": flip_byte,
+    "trainer/optimizer.safetensors is not as its checksum says": cut_optimizer,
+    "its manifest is missing or unreadable": drop_manifest,
+    "tokenizer.json is missing": drop_tokenizer,
+}
+
+
+@pytest.fixture
+def stopped(build: Build, tmp_path: Path) -> Path:
+    """A run stopped after step 10, with checkpoints 8 and 10."""
+    trainer = build()
+    send_at(trainer, 10, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run()
+    assert [c.name for c in checkpoint.list_checkpoints(trainer.checkpoints)] == [
+        "step-00000008", "step-00000010"
+    ]  # fmt: skip
+    return trainer.folder
+
+
+@pytest.mark.parametrize("what", list(DAMAGE))
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    build: Build, stopped: Path, straight: Path, what: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGE[what](stopped / "checkpoints/step-00000010")
+    (stopped / "checkpoints/.step-00000011.tmp/trainer").mkdir(parents=True)
+    main_exits(0, "train", recipe, f"train.runs_dir={stopped.parent}")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"step-00000010 is damaged ({what}); trying the one before" in said
+    assert "going on from step 8 of 12" in said
+    assert fingerprint(stopped / LAST) == fingerprint(straight / LAST)
+    assert losses(stopped) == losses(straight)
+    left = sorted(p.name for p in (stopped / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000008", "step-00000012"]  # the damaged one made room
+
+
+def test_pruning_keeps_whole_checkpoints(build: Build, stopped: Path) -> None:
+    """A damaged checkpoint of a later step counts for nothing when the oldest are dropped."""
+    flip_byte(stopped / "checkpoints/step-00000010")
+    trainer = build("checkpoint.keep_last=1")
+    send_at(trainer, 9, signal.SIGTERM)
+    with pytest.raises(Stopped, match="step-00000009"):
+        trainer.run()
+    assert [c.name for c in checkpoint.list_checkpoints(stopped / "checkpoints")] == ["step-00000009"]
+    assert build().position.step == 9
+
+
+def test_a_run_does_not_begin_anew_over_damaged_checkpoints(build: Build, stopped: Path) -> None:
+    for folder in checkpoint.list_checkpoints(stopped / "checkpoints"):
+        drop_manifest(folder)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints is whole.*remove that folder"):
+        build()
+    assert len(checkpoint.list_checkpoints(stopped / "checkpoints")) == 2
+    shutil.rmtree(stopped / "checkpoints")
+    assert build().position.step == 0
+
+
+def test_a_checkpoint_of_another_model_is_no_crash(build: Build, stopped: Path) -> None:
+    (stopped / "recipe.yaml").unlink()
+    with pytest.raises(CheckpointError, match="holds another model than the recipe's"):
+        build("model.hidden_size=40")
+
+
+def test_a_checkpoint_is_a_plain_model_folder(straight: Path, build: Build) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = straight / "checkpoints/latest"
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle")]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("a linear recurrence keeps values", return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    trainer = build(runs=straight.parent)
+    trainer.bare_model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trainer.bare_model(ids).logits, rtol=0, atol=0)
+
+
+def test_tied_weights_are_saved_once_and_come_back(build: Build) -> None:
+    overrides = ("model.tie_word_embeddings=true", "train.tokens=2048", "checkpoint.every=2 steps")
+    trainer = build(*overrides)
+    send_at(trainer, 3, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run()
+    resumed, whole = build(*overrides), build(*overrides, "name=whole")
+    resumed.run()
+    whole.run()
+    last = "checkpoints/step-00000004"
+    assert fingerprint(resumed.folder / last) == fingerprint(whole.folder / last)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 900 KiB: room for some checkpoints of this model, not for all."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    recipe: Path, small_disk: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_exits(2, "train", recipe, f"train.runs_dir={small_disk}", "checkpoint.keep_last=3")
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors
+    assert "Traceback" not in errors
+    checkpoints = small_disk / "tiny/checkpoints"
+    found = checkpoint.list_checkpoints(checkpoints)
+    assert found
+    assert f"last good checkpoint: {found[-1].name}" in errors
+    assert all(checkpoint.verify(folder) is None for folder in found)
+    assert not list(checkpoints.glob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    main_exits(0, "train", recipe, f"train.runs_dir={small_disk}", "checkpoint.keep_last=3")
+    assert fingerprint(small_disk / "tiny" / LAST) == fingerprint(straight / LAST)
+    assert losses(small_disk / "tiny") == losses(straight)
+
+
+@pytest.mark.parametrize("failing", ["model", "tokenizer", "fsync"])
+def test_whichever_write_finds_no_room(
+    build: Build, straight: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build()
+    full = OSError(28, "No space left on device")
+    calls = 0
+
+    def fail_later(original: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            if trainer.position.step == 8:
+                raise full
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if failing == "model":
+            patch.setattr(
+                trainer.bare_model, "save_pretrained", fail_later(trainer.bare_model.save_pretrained)
+            )
+        elif failing == "tokenizer":
+            patch.setattr(shutil, "copytree", fail_later(shutil.copytree))
+        else:
+            patch.setattr(checkpoint, "_fsync", fail_later(checkpoint._fsync))
+        with pytest.raises(
+            CheckpointError, match="No space left on device; last good checkpoint: step-00000004"
+        ):
+            trainer.run()
+    assert calls
+    assert not list(trainer.checkpoints.glob(".*"))
+    resumed = build()
+    assert resumed.position.step == 4
+    resumed.run()
+    assert fingerprint(resumed.folder / LAST) == fingerprint(straight / LAST)
+
+
+def test_a_process_that_may_not_write_large_files(recipe: Path, tmp_path: Path) -> None:
+    """A limit on the size of files, met by safetensors' own writing, in a process."""
+    import resource
+
+    limit = (60_000, resource.RLIM_INFINITY)
+    process = start(
+        recipe, f"train.runs_dir={tmp_path}", preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    code, errors = finish(process)
+    assert code == 2, errors
+    assert "could not save" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "tiny/checkpoints").iterdir())

@@ -1,0 +1,177 @@
+"""Stopped and resumed equals straight through, bit for bit; how signals end a run; finished runs."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import STEPS, fingerprint, finish, losses, metrics, start, validations, write_recipe
+from trainers import Build, main_exits, send_at
+
+from lrnn_lm.train.loop import Trainer
+from lrnn_lm.train.stop import Stopped, StopSignal
+
+LAST = f"checkpoints/step-{STEPS:08d}"
+
+
+def record_tokens(trainer: Trainer, seen: dict[int, str]) -> None:
+    """sha256 of the token ids of every step."""
+    original = trainer.step
+
+    def wrapped(batches: list) -> object:
+        digest = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches))
+        seen[trainer.position.step + 1] = digest.hexdigest()
+        return original(batches)
+
+    trainer.step = wrapped
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    assert losses(run) == losses(straight)
+    assert validations(run) == validations(straight)
+    assert fingerprint(run / LAST) == fingerprint(straight / LAST)
+
+
+def test_the_undisturbed_run(straight: Path) -> None:
+    assert [step for step, _ in losses(straight)] == list(range(1, STEPS + 1))
+    assert [step for step, _ in validations(straight)] == [5, 10, STEPS]
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000008", "step-00000012"]
+    assert os.readlink(straight / "checkpoints/latest") == "step-00000012"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_and_resumed_is_straight_through(build: Build, straight: Path, workers: int) -> None:
+    whole, parts = {}, {}
+    undisturbed = build("name=whole")
+    record_tokens(undisturbed, whole)
+    undisturbed.run()
+    first = build(f"data.num_workers={workers}")
+    record_tokens(first, parts)
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"SIGTERM after step 5 of 12; saved .*step-00000005"):
+        first.run()
+    second = build(f"data.num_workers={workers}")
+    assert second.position.step == 5
+    record_tokens(second, parts)
+    second.run()
+    assert_same_run(second.folder, straight)
+    assert parts == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("validating", [False, True])
+def test_a_signal_saves_at_that_step_and_exits_85(
+    build: Build, straight: Path, number: signal.Signals, validating: bool
+) -> None:
+    trainer = build()
+    send_at(trainer, 10, number, validating)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run()
+    assert stopped.value.code == 85
+    assert (trainer.folder / "checkpoints/step-00000010").is_dir()
+    assert signal.getsignal(number) == signal.SIG_DFL
+    resumed = build()
+    resumed.run()
+    assert_same_run(resumed.folder, straight)
+
+
+def test_killed_after_a_validation_that_was_redone(build: Build, straight: Path) -> None:
+    """Stopped within the validation of step 5, resumed, and killed right after that: no line stands twice."""
+    first = build()
+    send_at(first, 5, signal.SIGTERM, validating=True)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build()
+
+    def die(batches: list) -> None:
+        raise KeyboardInterrupt
+
+    second.step = die
+    with pytest.raises(KeyboardInterrupt):
+        second.run()
+    assert [step for step, _ in validations(second.folder)] == [5]
+    third = build()
+    third.run()
+    assert_same_run(third.folder, straight)
+
+
+def test_a_torn_line_and_lines_of_the_future_are_cut(build: Build, straight: Path) -> None:
+    trainer = build()
+    send_at(trainer, 6, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run()
+    with (trainer.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    resumed = build()
+    resumed.run()
+    assert_same_run(resumed.folder, straight)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    build: Build, recipe: Path, tmp_path: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(straight, tmp_path / "tiny", symlinks=True)
+    before = fingerprint(tmp_path / "tiny" / LAST), metrics(tmp_path / "tiny")
+    main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}")
+    said = capsys.readouterr()
+    assert "tiny was trained already: 12 steps" in said.out
+    assert (fingerprint(tmp_path / "tiny" / LAST), metrics(tmp_path / "tiny")) == before
+
+
+def test_a_larger_budget_goes_on(build: Build, tmp_path: Path) -> None:
+    build("train.tokens=2048", "optim.schedule=constant").run()
+    longer = build("train.tokens=4096", "optim.schedule=constant")
+    assert longer.position.step == 4
+    longer.run()
+    whole = build("train.tokens=4096", "optim.schedule=constant", "name=whole")
+    whole.run()
+    assert losses(longer.folder) == losses(whole.folder)
+    model = "checkpoints/step-00000008/model.safetensors"
+    assert (longer.folder / model).read_bytes() == (whole.folder / model).read_bytes()
+
+
+def test_a_text_that_changed_under_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    main_exits(0, "train", recipe, "train.tokens=512")
+    with (tmp_path / "text.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more document"}) + "\n")
+    main_exits(2, "train", recipe, "train.tokens=1024")
+    assert "has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_in_data_preparation_leaves_nothing_half_made(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe = write_recipe(tmp_path, documents=4000)
+    process = start(recipe, "train.tokens=512")
+    while not list((tmp_path / "cache/data").glob(".building-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, errors = finish(process)
+    assert code == 85, errors
+    assert errors.splitlines()[-1] == f"stopped by {number.name}; run the same command again to go on"
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob(".building-*"))
+
+
+def test_a_second_interrupt_quits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class QuitError(Exception):
+        pass
+
+    def quit_now(code: int) -> None:
+        assert code == 130
+        raise QuitError
+
+    monkeypatch.setattr(os, "_exit", quit_now)
+    with StopSignal() as stop, stop.held():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(QuitError):
+            signal.raise_signal(signal.SIGINT)

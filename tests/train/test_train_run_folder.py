@@ -1,0 +1,49 @@
+"""What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, and what trackers wrote."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import STEPS, TOKENS_PER_STEP, metrics
+from trainers import Build
+
+from lrnn_lm.recipe import load_recipe
+
+
+def test_the_stored_recipe_is_the_recipe(recipe: Path, straight: Path) -> None:
+    assert load_recipe(straight / "recipe.yaml") == load_recipe(recipe)
+    assert yaml.safe_load((straight / "recipe.yaml").read_text())["optim"]["betas"] == [0.9, 0.95]
+
+
+def test_the_held_out_text_is_there(build: Build, straight: Path) -> None:
+    held_out = build().prepared.heldout_path
+    assert (straight / "heldout.jsonl").read_bytes() == held_out.read_bytes()
+
+
+def test_metrics_have_their_fields(straight: Path) -> None:
+    lines = [line for line in metrics(straight) if "loss" in line]
+    assert len(lines) == STEPS
+    for step, line in enumerate(lines, 1):
+        assert line["step"] == step
+        assert line["tokens"] == step * TOKENS_PER_STEP
+        assert set(line) >= {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "skipped"}
+        assert line["memory_bytes"] > 10**7
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_log_every(build: Build) -> None:
+    trainer = build("train.log_every=4")
+    trainer.run()
+    assert [line["step"] for line in metrics(trainer.folder) if "loss" in line] == [4, 8, 12]
+
+
+def test_tensorboard_takes_the_recipe_and_the_numbers(build: Build) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = build("tracking.trackers=[tensorboard]", "train.tokens=2048")
+    trainer.run()
+    events = EventAccumulator(str(trainer.folder / "lrnn-lm"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert events.Scalars("validation_loss")

@@ -1,0 +1,183 @@
+"""One step: the loss it reports, accumulation, ranks, the guard against non-finite steps, golden losses."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import ROOT, environment, losses, metrics, validations
+from torch import Tensor
+from torch.nn import functional
+from trainers import Build, main_exits
+
+from lrnn_lm.data import validation_batches
+from lrnn_lm.data.pack import PackedRows, collate
+from lrnn_lm.train.loop import StepResult, Trainer
+
+GOLDEN = Path(__file__).with_name("golden.json")
+
+
+def plain_nats(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Nats and number of targets of a batch, from whole logits."""
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], reset=batch["reset"]).logits
+    labels = batch["labels"].flatten()
+    nats = functional.cross_entropy(logits.flatten(0, 1).double(), labels, ignore_index=-100, reduction="sum")
+    return float(nats), int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, micro_batch: int) -> None:
+    """Micro-batches with unequal numbers of targets, 3 + 3 + 2 rows: not the mean of their means."""
+    trainer = build(f"train.micro_batch={micro_batch}")
+    batches = next(iter(trainer.loader))
+    parts = [plain_nats(trainer.bare_model, batch) for batch in batches]
+    expected = sum(nats for nats, _ in parts) / sum(count for _, count in parts)
+    assert len(parts) == 1 or len({nats / count for nats, count in parts}) > 1 < len({c for _, c in parts})
+    assert trainer.step(batches).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_accumulation_changes_nothing(build: Build) -> None:
+    """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters."""
+    trained = {}
+    for rows in (4, 2, 1):
+        name = f"name=rows{rows}"
+        trainer = build(name, "train.tokens_per_step=256", "train.tokens=1536", f"train.micro_batch={rows}")
+        trainer.run()
+        trained[rows] = trainer
+    whole = torch.cat([p.detach().flatten() for p in trained[4].bare_model.parameters()])
+    for rows in (2, 1):
+        parts = torch.cat([p.detach().flatten() for p in trained[rows].bare_model.parameters()])
+        assert float((parts - whole).norm() / whole.norm()) < 1e-6
+        assert_close_losses(losses(trained[rows].folder), losses(trained[4].folder), 1e-6)
+
+
+def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
+    """Two processes under `accelerate launch` with gloo: the same losses, validations and weights."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+        "-m", "lrnn_lm.train", str(recipe), "name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one = build("name=one")
+    one.run()
+    assert_close_losses(losses(tmp_path / "two"), losses(one.folder), 1e-5)
+    assert_close_losses(validations(tmp_path / "two"), validations(one.folder), 1e-5)
+    two = build("name=two", "train.micro_batch=2", f"data.cache_dir={tmp_path / 'cache'}")
+    assert two.finished
+    ours = torch.cat([p.detach().flatten() for p in one.bare_model.parameters()])
+    theirs = torch.cat([p.detach().flatten() for p in two.bare_model.parameters()])
+    assert float((ours - theirs).norm() / ours.norm()) < 1e-5
+
+
+def poison(trainer: Trainer, steps: Sequence[int]) -> list[list[Tensor]]:
+    """Make the gradient of these steps not finite; collects the parameters before and after each."""
+    original, seen = trainer.step, []
+
+    def step(batches: list) -> StepResult:
+        if trainer.position.step + 1 not in steps:
+            return original(batches)
+        hook = trainer.bare_model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+        seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
+        result = original(batches)
+        hook.remove()
+        seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
+        return result
+
+    trainer.step = step
+    return seen
+
+
+def test_a_poisoned_step_is_skipped_and_counted(build: Build) -> None:
+    trainer = build("train.tokens=2048")
+    seen = poison(trainer, [3])
+    trainer.run()
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    assert moments
+    assert all(torch.isfinite(v).all() for v in moments)
+    before, after = seen
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    lines = [line for line in metrics(trainer.folder) if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1]
+    assert lines[2]["grad_norm"] is None
+    assert all(torch.isfinite(p).all() for p in trainer.bare_model.parameters())
+
+
+def test_too_many_poisoned_steps_end_the_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Trainer.run
+
+    def poisoned(trainer: Trainer, *arguments: object) -> Path:
+        poison(trainer, range(6, 100))
+        return run(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "run", poisoned)
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", "train.max_bad_steps=3")
+    errors = capsys.readouterr().err
+    assert "not finite for 3 steps in a row, up to step 8" in errors
+    assert f"go on from {tmp_path}/tiny/checkpoints/step-00000004" in errors
+    assert "Traceback" not in errors
+
+
+def test_bits_per_byte_by_hand(build: Build) -> None:
+    """Over the whole held-out text: nats of every token but each document's first, over its bytes.
+
+    Each document's part of each row goes through the model on its own.
+    """
+    trainer = build("eval.tokens=1M", "train.tokens=512")
+    trainer.run()
+    own = trainer.tokenizer
+    texts = [json.loads(line)["text"] for line in (trainer.folder / "heldout.jsonl").read_text().splitlines()]
+    stream, document = [], []
+    for number, text in enumerate(texts):
+        ids = [own.bos_token_id, *own(text, add_special_tokens=False).input_ids, own.eos_token_id]
+        stream += ids
+        document += [number] * len(ids)
+    nats = 0.0
+    for start in range(0, len(stream) - 1, 64):
+        row = range(start, min(start + 65, len(stream)))
+        for number in {document[i] for i in row}:
+            ids = torch.tensor([[stream[i] for i in row if document[i] == number]])
+            with torch.no_grad():
+                logits = trainer.bare_model(ids).logits[0, :-1].double()
+            nats += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    expected = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    line = next(line for line in metrics(trainer.folder) if "bits_per_byte" in line)
+    assert line["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_reads_at_most_eval_tokens(build: Build) -> None:
+    trainer = build("eval.tokens=512", "train.tokens=512")
+    trainer.run()
+    rows = PackedRows(trainer.prepared.validation, 64)
+    nats, count = plain_nats(trainer.bare_model, collate([rows[r] for r in range(8)]))
+    assert validations(trainer.folder) == [(1, pytest.approx(nats / count, rel=1e-6))]
+    assert sum(len(b["labels"]) for b in validation_batches(trainer.prepared.validation, 64, 3, 512)) == 8
+
+
+def test_golden_losses(build: Build) -> None:
+    """20 losses in fp32 on a CPU, so that numbers cannot drift unseen.
+
+    After a change that is meant to change them: delete golden.json, run this test, and say why in the commit.
+    """
+    trainer = build("train.tokens=10240", "optim.lr=0.003", "eval.tokens=512", "train.precision=fp32")
+    trainer.run()
+    found = [loss for _, loss in losses(trainer.folder)]
+    if not GOLDEN.exists():
+        GOLDEN.write_text(json.dumps({"losses": found}, indent=1) + "\n")
+        pytest.fail(f"wrote {GOLDEN.name}; run again")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text())["losses"], rel=1e-4)
+
+
+def assert_close_losses(found: list, expected: list, tolerance: float) -> None:
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=tolerance)
