@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrnn_lm.mixers.fla import FlaMixer
+from lrnn_lm.mixers.fla_layer import FlaMixer
 
 
 def reference(mixer: FlaMixer, x: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ class _Index(int):
 def interpreted_kernels() -> Iterator[None]:
     """fla's own Triton kernels in Triton's interpreter: the first of the tuned configurations, no timing.
 
-    Skips where there is no interpreter: without fla, with a GPU (whose tests run the kernels themselves), or where
-    triton was imported before TRITON_INTERPRET was set.
+    Skips where there is no interpreter: without fla, with a GPU (whose tests run the kernels themselves), or
+    where triton was imported before TRITON_INTERPRET was set.
     """
     pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     import triton

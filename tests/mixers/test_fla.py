@@ -1,7 +1,7 @@
-"""The baselines through flash-linear-attention: their own kernels, interpreted, against plain loops; state; recipes.
+"""The baselines through flash-linear-attention: fla's kernels against plain loops, state, documents, recipes.
 
-Without fla only the messages can be tested. With it but without a GPU, Triton's interpreter runs fla's kernels
-on tiny shapes. The tests marked gpu run them natively.
+Without fla only the messages can be tested. With it but without a GPU, Triton's interpreter runs fla's
+kernels on tiny shapes. The tests marked gpu run them natively.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.mixers import MIXERS, SequenceContext, build_mixer
-from lrnn_lm.mixers.fla import FlaMixer
+from lrnn_lm.mixers.fla_layer import FlaMixer
 from lrnn_lm.model.accounting import account, check_parameters, training_memory
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.schema import ModelSection
@@ -33,7 +33,7 @@ SPECS = {
         "type": "gated_deltaproduct", "num_heads": 1, "head_dim": 16, "expand_v": 2.0, "num_householder": 3,
         "allow_neg_eigval": False,
     },
-    "gla": {"type": "gla", "num_heads": 2, "expand_k": 0.5},
+    "gla": {"type": "gla", "num_heads": 2, "expand_v": 2.0},
 }  # fmt: skip
 TYPES = ("deltanet", "gated_deltanet", "gated_deltaproduct", "gla")
 FP32_CHUNKS = ("gated_deltanet", "gla")  # the others' chunked kernels take half precision only
@@ -232,7 +232,7 @@ def test_packed_documents_are_separate_ones(interpreted, name):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_chunked_kernels_take_state_and_documents(interpreted, name):
-    """In fp16, with gradients wanted: what training runs. The second segment goes on and then starts a document."""
+    """In fp16, with gradients wanted, as in training: a segment that goes on and then starts a document."""
     mixer, plain, x = make(name, torch.float16), make(name), noise(1, 140, D)
     _, state = mixer(x[:, :70].half(), None, KEEP)
     reset = torch.zeros(1, 70, dtype=torch.bool)
@@ -282,13 +282,13 @@ def test_native_output_and_state(name):
     assert (full.float() - expected).norm() < 0.03 * expected.norm()
     head, state = mixer(x[:, :100], None, KEEP)
     tail, state = mixer(x[:, 100:], state, KEEP)
-    assert (torch.cat([head, tail], dim=1) - full).norm() < 0.02 * full.norm()
-    assert (state - last).norm() < 0.02 * last.norm()
+    assert (torch.cat([head, tail], dim=1) - full).norm() < 0.03 * full.norm()
+    assert (state - last).norm() < 0.03 * last.norm()
     reset = torch.zeros(2, 150, dtype=torch.bool, device="cuda")
     reset[:, 90] = True
     packed, _ = mixer(x, None, SequenceContext(reset=reset))
     alone, _ = mixer(x[:, 90:], None, KEEP)
-    assert (packed[:, 90:] - alone).norm() < 0.02 * alone.norm()
+    assert (packed[:, 90:] - alone).norm() < 0.03 * alone.norm()
 
 
 @installed
@@ -298,7 +298,7 @@ def test_native_output_and_state(name):
 def test_native_training_lowers_the_loss(kind):
     model = model_of(kind).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ids = torch.randint(41, (4, 128), generator=torch.Generator().manual_seed(0)).cuda()
+    ids = (torch.arange(128) + 7 * torch.arange(4).unsqueeze(1)).cuda() % 41
     losses = []
     for _ in range(30):
         with torch.autocast("cuda", torch.bfloat16):
