@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,10 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..data import DataSpec, PreparedData, SourceSpec, prepare
-from ..model import LRNNConfig, LRNNForCausalLM
+from ..data import (
+    DataSpec,
+    PreparedData,
+    SourceSpec,
+    SyntheticData,
+    SyntheticSpec,
+    prepare,
+    prepare_synthetic,
+)
+from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
@@ -32,9 +42,11 @@ _VERIFIED_BYTES = 4_000_000_000  # hashed at every start; more would take minute
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
 
 
-def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData:
-    """The tokenizer and token shards of a recipe, made if they are not there."""
+def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | SyntheticData:
+    """The tokenizer and token shards of a recipe, made if they are not there; or its synthetic task."""
     data = recipe.data
+    if data.source.type == "synthetic":
+        return prepare_synthetic(synthetic_spec(recipe), recipe.model.vocab_size)
     spec = DataSpec(
         source=_source(data.source),
         validation_source=_source(data.validation_source) if data.validation_source else None,
@@ -51,7 +63,21 @@ def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData:
 
 
 def _source(section: SourceSection) -> SourceSpec:
-    return SourceSpec(**section.model_dump())
+    return SourceSpec(**section.model_dump(include={field.name for field in fields(SourceSpec)}))
+
+
+def synthetic_spec(recipe: Recipe) -> SyntheticSpec:
+    """The synthetic task of a recipe whose source is one."""
+    source = recipe.data.source
+    return SyntheticSpec(
+        task=source.task or "",
+        length=recipe.data.sequence_length,
+        options=source.options,
+        examples=source.examples,
+        validation_examples=source.validation_examples,
+        seed=recipe.seed,
+        cache_dir=recipe.data.cache_dir,
+    )
 
 
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
@@ -132,17 +158,19 @@ def _find_checkpoint(folder: Path, accelerator: Accelerator, console: Console) -
     return found[0]
 
 
-def verify_shards(prepared: PreparedData) -> None:
+def verify_shards(prepared: PreparedData | SyntheticData) -> None:
     """Check the shards' bytes; those of a large data set by their sizes only, which opening them has done.
 
     Raises DataError naming a damaged file.
     """
+    if isinstance(prepared, SyntheticData):
+        return
     if sum(facts["bytes"] for facts in prepared.manifest["files"].values()) <= _VERIFIED_BYTES:
         prepared.train.verify()
         prepared.validation.verify()
 
 
-def _make_model(recipe: Recipe, prepared: PreparedData, tokenizer: Any) -> LRNNForCausalLM:
+def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any) -> PreTrainedModel:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -152,7 +180,8 @@ def _make_model(recipe: Recipe, prepared: PreparedData, tokenizer: Any) -> LRNNF
     )
     check_parameters(config, recipe.model.parameters)
     seed_everything(recipe.seed)
-    model = LRNNForCausalLM(config)
+    encodes = isinstance(prepared, SyntheticData) and prepared.task.kind.head == "autoencoder"
+    model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
@@ -189,14 +218,15 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
+def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData) -> None:
     """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "recipe.yaml": dump_recipe(recipe).encode(),
         "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
-        "heldout.jsonl": prepared.heldout_path.read_bytes(),
     }
+    if prepared.heldout_path is not None:
+        contents["heldout.jsonl"] = prepared.heldout_path.read_bytes()
     aside = folder / ".aside.tmp"  # a kill may come while one of them is written
     for name, content in contents.items():
         aside.write_bytes(content)
