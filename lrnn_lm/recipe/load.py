@@ -80,7 +80,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
     try:
         data = yaml.load(found.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date with 13 months
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
@@ -117,7 +117,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: write section.key=value, as in train.tokens=2M")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
     for depth, key in enumerate(keys[:-1]):
         child = data.get(key)
@@ -137,7 +137,7 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
         known = _known_keys(detail["loc"][:-1])
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = _elsewhere(key, Recipe) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
@@ -147,6 +147,8 @@ def _explain(detail: Any) -> str:
         return f"{where}: {detail['input']!r} is not known; {hint}"
     if detail["type"] == "missing":
         return f"{where}: is missing"
+    if detail["type"] == "model_type":
+        return f"{where}: takes keys and values, not {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{where}: {message[0].lower() + message[1:]}" + (
         f" (got {detail['input']!r})" if isinstance(detail["input"], str | int | float | None) else ""
@@ -161,6 +163,17 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
             found = _section_in(model.model_fields[part].annotation)
             model = found if found is not None else model
     return list(model.model_fields)
+
+
+def _elsewhere(key: str, section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Where another section holds a key of this very name, as in `train.lr`: the first, in dots."""
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        if inner is not None and key in inner.model_fields:
+            return [f"{prefix}{name}.{key}"]
+        if inner is not None and (found := _elsewhere(key, inner, f"{prefix}{name}.")):
+            return found
+    return []
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

@@ -1,7 +1,7 @@
 """Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`)."""
 
-import math
 import re
+from decimal import Decimal
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -26,10 +26,10 @@ def parse_count(value: object) -> int:
         match = _COUNT.fullmatch(value.strip().replace("_", "").replace(",", ""))
         if not match:
             raise ValueError(f"a count such as 2M or 524288 is wanted, not {value!r}")
-        number = float(match[1]) * SUFFIX[match[2].lower()]
+        number = Decimal(match[1]) * SUFFIX[match[2].lower()]  # exact, as 64.1 * 1000 is not
     else:
-        number = float(value)
-    if not math.isfinite(number) or number != int(number) or number < 0:
+        number = Decimal(value)
+    if not number.is_finite() or number != int(number) or number < 0:
         raise ValueError(f"a count must be a whole number of at least 0, not {value!r}")
     return int(number)
 

@@ -52,7 +52,7 @@ def test_recipes_are_found_by_their_short_names():
 @pytest.mark.parametrize(
     ("written", "number"),
     [("2M", 2_000_000), ("1.5B", 1_500_000_000), ("524_288", 524_288), ("524,288", 524_288), (4096, 4096),
-     (1e6, 1_000_000), ("10k", 10_000), ("0", 0), ("2T", 2 * 10**12)],
+     (1e6, 1_000_000), ("10k", 10_000), ("0", 0), ("2T", 2 * 10**12), ("64.1K", 64_100), ("8.04k", 8040)],
 )  # fmt: skip
 def test_counts(written, number):
     assert parse_count(written) == number
@@ -60,7 +60,7 @@ def test_counts(written, number):
 
 
 @pytest.mark.parametrize(
-    "number", [1, 999, 1000, 1100, 524_288, 9_882_828_800, 1_234_567_000, 10**13, 12_300]
+    "number", [1, 999, 1000, 1100, 524_288, 9_882_828_800, 1_234_567_000, 10**13, 12_300, 64_100, 2**53 + 1]
 )
 def test_counts_are_written_exactly(number):
     assert parse_count(format_count(number)) == number
@@ -156,7 +156,7 @@ def test_pattern_entries_take_the_mixers_options():
             "does not split into heads of width 64",
         ),
         ({"model": {"layer_pattern": []}}, "model.layer_pattern"),
-        ({"model": 3}, "model: input should be"),
+        ({"model": 3}, "model: takes keys and values, not 3"),
         ({"optim": {"betas": [0.9, 1.5]}}, "each beta lies in"),
         ({"optim": {"final_lr": 1.0}}, "optim.final_lr 1.0 is above optim.lr"),
         ({"optim": {"warmup": "150%"}}, "between 0% and 100%"),
@@ -172,6 +172,10 @@ def test_pattern_entries_take_the_mixers_options():
         ({"tracking": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'?"),
         ({"name": "a/b"}, "name: string should match"),
         ({"seed": -1}, "seed: input should be greater"),
+        ({"seed": 2**64}, "seed: input should be less"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
+        ({"train": {"lr": 1e-3}}, "train.lr: unknown key; did you mean 'optim.lr'?"),
+        ({"model": {"block_size": 2}}, "did you mean 'model.mixer.block_size'?"),
         ({"seed": True, "seeed": 1}, "seeed: unknown key"),
     ],
     ids=str,
