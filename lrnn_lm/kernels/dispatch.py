@@ -129,6 +129,9 @@ def higher_order_scan(
 
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
+    for name, x in (("gates", gates), ("values", values)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; floating-point numbers are wanted")
     if backend == "auto":
         here = values.device.type
         candidates = (b for b in reversed(BACKENDS.values()) if b.devices is None or here in b.devices)

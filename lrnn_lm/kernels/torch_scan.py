@@ -26,8 +26,8 @@ SLAB_BYTES = 1 << 22  # gates of a slab: small beside the sequence, large beside
 
 
 def _slabs(gates: Tensor) -> list[slice]:
-    B, T = gates.shape[:2]
-    steps = max(1, min(T, SLAB_BYTES // (4 * B * gates[0, 0].numel())))
+    T = gates.shape[1]
+    steps = max(1, min(T, SLAB_BYTES * T // (4 * gates.numel() or 1)))
     return [slice(start, min(start + steps, T)) for start in range(0, T, steps)]
 
 

@@ -215,3 +215,21 @@ def test_what_is_kept_for_the_backward_is_the_inputs_and_h(scan, backend):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         h, _ = scan(gates, values, h0, reset, backend=backend)
     assert sum(kept.values()) <= sum(x.numel() for x in (gates, values, h0, reset, h))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("empty", ["B", "N"])
+def test_nothing_to_scan(scan, backend, empty):
+    inputs = make_inputs(scan, **{"B": 2, "N": 3, empty: 0}, T=5, M=2)
+    outputs = run(scan, inputs, "softmax", backend)
+    assert outputs[0].shape == inputs[1].shape
+    assert outputs[2].shape == inputs[0].shape
+
+
+def test_whole_numbers_are_refused():
+    gates, values = torch.zeros(1, 2, 1, 1, 2), torch.ones(1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"values has dtype torch.int64; floating-point"):
+        block_diagonal_scan(gates, values.long())
+    with pytest.raises(ValueError, match="gates has dtype"):
+        block_diagonal_scan(gates.long(), values)
