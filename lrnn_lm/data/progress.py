@@ -31,6 +31,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._show()
+            self._bar.live.transient = error is not None  # the message stands alone
             self._bar.stop()
 
     def stage(self, name: str) -> None:

@@ -30,6 +30,8 @@ MODEL_FILE = "sentencepiece.model"  # kept beside the fast tokenizer it was turn
 _NEVER = -1000.0  # a log-probability that no segmentation can afford
 _CHUNK = 4000  # characters of training text given to SentencePiece at once; it drops longer "sentences" whole
 _UNTRAINABLE = re.compile("[\0\t\u2581\u2585]+")  # SentencePiece reserves these; they become bytes
+_CONTROL = "<(?=(?:unk|s|/s|pad|0x[0-9A-F]{2})>)"  # the first character of what names a control token or byte
+_CONTROL_CHARACTERS = "<>/unkspadx0123456789ABCDEF"
 _WORD = " +[^ ]*|[^ ]+"  # no piece goes from a non-space on to a space, so a text may be cut there
 
 
@@ -146,7 +148,11 @@ def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
         tokenizer = Tokenizer(_bpe(pieces, scores, plain, byte_fallback))
     else:
         tokenizer = Tokenizer(_unigram(pieces, scores, byte_fallback))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    words = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    if model_type == "unigram" and not set(_CONTROL_CHARACTERS) <= set(pieces):
+        # An unknown character costs more than `_NEVER`, so a control token could be the cheaper way.
+        words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_CONTROL), "isolated"), words])
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 

@@ -174,3 +174,16 @@ def test_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.Mon
         DataError, match=r"'nobody/nothing' cannot be loaded; if there is no network here, give the folder"
     ):
         import_tokenizer("nobody/nothing", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seen", ["", "<", "<0x"])
+def test_names_of_control_tokens_are_text_where_their_characters_are_new(
+    kind: str, seen: str, tmp_path: Path
+) -> None:
+    train([text + seen for text in make_texts(40)], TokenizerRecipe(kind, 330), tmp_path)
+    tokenizer = load_backend(tmp_path)
+    for text in ("<s></s><pad><unk><0x0A>", "a<s>b", "<<s>", "<0x0A"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        assert not {0, 1, 2, 3} & set(ids)
