@@ -25,7 +25,7 @@ def pick_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("no CUDA device is visible to torch; use --device cpu")
-    if torch.device(device).type not in ("cpu", "cuda"):
+    if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not supported here; use auto, cpu or cuda")
     return torch.device(device)
 

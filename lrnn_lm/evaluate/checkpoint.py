@@ -65,12 +65,14 @@ def load_checkpoint(
     target = pick_device(device)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
 
     kinds = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     if "LRNNForReconstruction" in kinds:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
+    disable_progress_bar()  # it would stand between the user and a message, or the text
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)

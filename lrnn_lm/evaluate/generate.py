@@ -37,6 +37,9 @@ def generate(
     file that cannot be read or a checkpoint that is not one.
     """
     _check(max_new_tokens, temperature, top_k, top_p, segment)
+    _check_text(prompt)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
     model, tokenizer = load_checkpoint(checkpoint, device)
     import torch
     from transformers import TextStreamer
@@ -80,6 +83,13 @@ def _check(
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # how Python holds bytes of a command line that are not UTF-8
+        raise ValueError(f"the prompt is not UTF-8 text (character {error.start})") from None
 
 
 def _settings(

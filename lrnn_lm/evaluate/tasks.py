@@ -36,7 +36,7 @@ def read_suite(file: str | Path) -> Suite:
         raise ValueError(f"{file}: no such suite file; the project ships {known}")
     try:
         return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         wrong = [(".".join(map(str, detail["loc"])) or "suite", detail["msg"]) for detail in error.errors()]

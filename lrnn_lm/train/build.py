@@ -126,7 +126,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
                 "Give this run another name=.., or put the text back."
             )
     if accelerator.is_main_process:
-        _write_run_folder(folder, recipe, prepared)
+        _write_run_folder(folder, recipe, prepared, finished=position.step >= recipe.total_steps)
     trainer = Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
     trainer.lock = lock
     return trainer
@@ -218,8 +218,13 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData) -> None:
-    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
+def _write_run_folder(
+    folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData, finished: bool
+) -> None:
+    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run.
+
+    A finished run keeps its recipe: nothing is trained by the one that it is run again with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "recipe.yaml": dump_recipe(recipe).encode(),
@@ -227,6 +232,8 @@ def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData | Syn
     }
     if prepared.heldout_path is not None:
         contents["heldout.jsonl"] = prepared.heldout_path.read_bytes()
+    if finished and (folder / "recipe.yaml").exists():
+        del contents["recipe.yaml"]
     aside = folder / ".aside.tmp"  # a kill may come while one of them is written
     for name, content in contents.items():
         aside.write_bytes(content)

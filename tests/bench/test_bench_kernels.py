@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lrnn_lm.bench import kernel_peers, kernels
+from lrnn_lm.bench import kernel_peers, kernels, measure
 from lrnn_lm.bench.kernels import Shape
 
 
@@ -51,3 +51,8 @@ def test_an_absent_gpu_is_said():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="no CUDA device"):
         kernels.run(device="cuda")
+
+
+def test_an_unknown_device_is_told():
+    with pytest.raises(ValueError, match="'foo' is not supported"):
+        measure.pick_device("foo")

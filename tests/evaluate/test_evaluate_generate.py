@@ -53,6 +53,13 @@ def test_numbers_out_of_range_are_told(checkpoint, settings, message):
         generate(checkpoint, "x", **settings)
 
 
+def test_what_is_no_text_or_seed_is_told(checkpoint):
+    with pytest.raises(ValueError, match="not UTF-8"):
+        generate(checkpoint, "x\udcff")  # a byte 0xff on the command line
+    with pytest.raises(ValueError, match="seed"):
+        generate(checkpoint, "x", seed=2**64)
+
+
 def test_a_missing_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint"):
         generate(tmp_path / "gone", "x")
