@@ -224,15 +224,17 @@ def _columns(M: int) -> tuple[int, int]:
     return columns, triton.cdiv(M, columns)
 
 
-def block_transfer_cost(M: int) -> float:
+def block_transfer_cost(M: int, gate: str) -> float:
     """A transfer's instructions over a scan's: about 1.2 at M = 4; above 8, P does not fit a lane's
     registers."""
-    return 1.2 if M <= 4 else 1.7 if M <= 8 else float("inf")
+    if gate == "none" or M > 8:  # unnormalised products can overflow where the states do not
+        return float("inf")
+    return 1.2 if M <= 4 else 1.7
 
 
-def channel_transfer_cost(M: int) -> float:
+def channel_transfer_cost(M: int, gate: str) -> float:
     """A transfer's instructions over a scan's: each group of columns normalises the gates again."""
-    return 1 + 1.5 * _columns(M)[1]
+    return float("inf") if gate == "none" else 1 + 1.5 * _columns(M)[1]
 
 
 def block_transfer(
