@@ -42,7 +42,9 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LRNNBlock,
-        "attentions": OutputRecorder(AttentionWeights),  # of attention layers, with attn_implementation="eager"
+        "attentions": OutputRecorder(
+            AttentionWeights
+        ),  # of attention layers, with attn_implementation="eager"
     }
 
     @classmethod
@@ -196,7 +198,9 @@ def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor |
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None, None
-    traced = torch.compiler.is_compiling()  # a graph must not depend on values: there the masks are always made
+    traced = (
+        torch.compiler.is_compiling()
+    )  # a graph must not depend on values: there the masks are always made
     if not traced and bool(attention_mask.all()):
         return None, None
     mask = attention_mask.bool()

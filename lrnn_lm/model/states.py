@@ -159,5 +159,7 @@ def _digest(model: PreTrainedModel) -> str:
             continue
         flat = weight.detach().flatten()
         chosen = torch.linspace(0, flat.numel() - 1, min(_DIGEST_ENTRIES, flat.numel())).long()
-        digest.update(flat[chosen.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(
+            flat[chosen.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+        )
     return digest.hexdigest()
