@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
     "LRNNConfig": "config",
     "LRNNForCausalLM": "modeling",
+    "LRNNForReconstruction": "autoencoder",
     "LRNNModel": "modeling",
     "LRNNPreTrainedModel": "modeling",
     "copy_states": "states",
