@@ -50,10 +50,14 @@ def before_any_command() -> None:
 @app.command()
 def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train or fetch the tokenizer, and tokenise the text into shards."""
+    from .data import SyntheticData
     from .recipe import load_recipe
     from .train.build import prepare_data
 
     prepared = prepare_data(load_recipe(recipe, overrides))
+    if isinstance(prepared, SyntheticData):
+        print(f"task {prepared.task.name}: {prepared.vocab_size} symbols; rows are made as they are read")
+        return
     for split in (prepared.train, prepared.validation):
         print(
             f"{split.split}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, "

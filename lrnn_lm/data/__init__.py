@@ -5,18 +5,28 @@ loaders.
 from .loader import TrainLoader, validation_batches
 from .prepare import PreparedData, open_prepared, prepare
 from .shards import TokenShards
-from .specs import DataError, DataSpec, SourceSpec
+from .specs import DataError, DataSpec, SourceSpec, SyntheticSpec
+from .synthetic import MAD_TASKS, STATE_TASKS, SYNTHETIC_TASKS, SyntheticRows, SyntheticTask
+from .synthetic_prepare import SyntheticData, prepare_synthetic
 from .tokenize import tokenizer_hash
 
 __all__ = [
+    "MAD_TASKS",
+    "STATE_TASKS",
+    "SYNTHETIC_TASKS",
     "DataError",
     "DataSpec",
     "PreparedData",
     "SourceSpec",
+    "SyntheticData",
+    "SyntheticRows",
+    "SyntheticSpec",
+    "SyntheticTask",
     "TokenShards",
     "TrainLoader",
     "open_prepared",
     "prepare",
+    "prepare_synthetic",
     "tokenizer_hash",
     "validation_batches",
 ]

@@ -14,6 +14,7 @@ from .order import rows_of_samples
 from .pack import IGNORED, PackedRows, Row, collate
 from .shards import TokenShards
 from .specs import DataError
+from .synthetic import SyntheticRows
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -23,13 +24,14 @@ class TrainLoader:
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
     `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
-    loader to go on from there, on any number of ranks. Raises DataError if R does not split over the ranks,
+    loader to go on from there, on any number of ranks. `shards` are a split of text, or the rows of a
+    synthetic task. Raises DataError if R does not split over the ranks,
     or the text is too short.
     """
 
     def __init__(
         self,
-        shards: TokenShards,
+        shards: TokenShards | SyntheticRows,
         sequence_length: int,
         seed: int,
         rows_per_step: int,
@@ -40,7 +42,7 @@ class TrainLoader:
         position: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.rows = PackedRows(shards, sequence_length)
+        self.rows = _rows(shards, sequence_length)
         if not self.rows.num_rows:
             raise DataError(
                 f"the text is too short: {shards.num_tokens} {shards.split} tokens do not fill one row of "
@@ -119,8 +121,18 @@ def _leave_signals_to_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _rows(
+    source: TokenShards | SyntheticRows, sequence_length: int, keep_tail: bool = False
+) -> PackedRows | SyntheticRows:
+    """The rows of a split of text, or those that a synthetic task makes."""
+    if isinstance(source, SyntheticRows):
+        assert source.sequence_length == sequence_length
+        return source
+    return PackedRows(source, sequence_length, keep_tail)
+
+
 def validation_batches(
-    shards: TokenShards,
+    shards: TokenShards | SyntheticRows,
     sequence_length: int,
     batch_rows: int,
     max_tokens: int | None = None,
@@ -133,7 +145,7 @@ def validation_batches(
     Ranks take turns, batch by batch; every rank gets the same number of batches (collectives may run in
     each), the last of some with all targets masked.
     """
-    rows = PackedRows(shards, sequence_length, keep_tail=True)
+    rows = _rows(shards, sequence_length, keep_tail=True)
     count = rows.num_rows if max_tokens is None else min(rows.num_rows, max(1, max_tokens // sequence_length))
     for turn in range(0, count, batch_rows * world_size):
         first = turn + rank * batch_rows

@@ -29,7 +29,7 @@ def rows_of_samples(first: int, count: int, num_rows: int, seed: int) -> Indices
 def permuted(places: Indices, size: int, seed: int, epoch: int) -> Indices:
     """Images of `places` under the permutation of [0, size) that (seed, epoch) choose."""
     half = max(_MIN_BITS, -(-max(size - 1, 1).bit_length() // 2))
-    keys = _mix(np.arange(_ROUNDS, dtype=np.uint64) + _mix(_word(seed) + _mix(_word(epoch))))
+    keys = mix(np.arange(_ROUNDS, dtype=np.uint64) + mix(word(seed) + mix(word(epoch))))
     images = _feistel(places.astype(np.uint64), keys, half)
     while (outside := images >= size).any():
         images[outside] = _feistel(images[outside], keys, half)
@@ -40,15 +40,15 @@ def _feistel(x: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], half: int)
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = x >> bits, x & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (mix(right + key) & mask)
     return (left << bits) | right
 
 
-def _word(number: int) -> npt.NDArray[np.uint64]:
+def word(number: int) -> npt.NDArray[np.uint64]:
     return np.array([number % 2**64], np.uint64)
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64: each input bit flips about half of the output's (modulo 2^64)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -45,3 +45,20 @@ class DataSpec:
     num_proc: int | None = None
     vocab_size: int | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class SyntheticSpec:
+    """A synthetic task to train on: its name, T, its options, and how many rows there are of either split.
+
+    `examples` None takes the published number, or new rows without end where there is none. The rows are a
+    function of `seed` and their number. `cache_dir` receives a tokenizer of the task's symbols.
+    """
+
+    task: str
+    length: int | None = None
+    options: dict[str, int | float] = field(default_factory=dict)
+    examples: int | None = None
+    validation_examples: int = 1280
+    seed: int = 0
+    cache_dir: str = "cache"

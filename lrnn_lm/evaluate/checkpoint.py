@@ -68,6 +68,9 @@ def load_checkpoint(
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
 
+    kinds = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if "LRNNForReconstruction" in kinds:
+        raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)

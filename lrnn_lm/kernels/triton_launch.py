@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 LANES = 32  # one warp a program: the kernels exchange state by warp shuffles only
+PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defined
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
@@ -147,7 +148,13 @@ def register(name: str, forward: Forward, backward: Callable[..., tuple[Tensor, 
         gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
     ) -> tuple[Tensor, Tensor]:
         # h0 is small: the cast is autograd's, so its gradient comes back in its own dtype.
-        return scan(gates, values, None if h0 is None else h0.float().contiguous(), reset, gate)
+        h0 = None if h0 is None else h0.float().contiguous()
+        plain = type(gates) in PLAIN and type(values) in PLAIN
+        if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return forward(
+                gates, values, h0, reset, gate
+            )  # decoding: the op's bookkeeping costs 20 us a call
+        return scan(gates, values, h0, reset, gate)
 
     public.__doc__ = f"Triton `lrnn_lm::{name}`: see the function of the same shapes in `reference.py`."
     return public

@@ -14,6 +14,7 @@ check_transformers()
 _HOMES = {
     "LRNNConfig": "config",
     "LRNNForCausalLM": "modeling",
+    "LRNNForReconstruction": "autoencoder",
     "LRNNModel": "modeling",
     "LRNNPreTrainedModel": "modeling",
     "copy_states": "states",

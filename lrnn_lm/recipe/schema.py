@@ -101,14 +101,14 @@ class ModelSection(Section):
             for key, base, parts in _expansions(mixer, self.hidden_size):
                 if (width := base * getattr(mixer, key)) % parts:
                     raise ValueError(
-                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} does not split into "
-                        f"{parts} heads"
+                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} "
+                        f"does not split into {parts} heads"
                     )
         return self
 
 
 def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
-    """Fractional expansions of a mixer: the key, the width that it multiplies, what the product splits into."""
+    """Fractional expansions of a mixer: the key, the width that it multiplies, what it then splits into."""
     if mixer.type in ("deltanet", "gla"):
         return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
     if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
@@ -117,9 +117,9 @@ def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, i
 
 
 class SourceSection(Section):
-    """Where text comes from."""
+    """Where text comes from, or which synthetic task makes the rows."""
 
-    type: Literal["python-docs", "text", "jsonl", "parquet", "hf"] = "python-docs"
+    type: Literal["python-docs", "text", "jsonl", "parquet", "hf", "synthetic"] = "python-docs"
     path: str | None = Field(
         None, description="a file, a folder or a glob (text, jsonl, parquet), or a dataset (hf)"
     )
@@ -127,10 +127,26 @@ class SourceSection(Section):
     split: str = Field("train", description="split of an hf dataset")
     text_field: str = "text"
     limit: int | None = Field(None, ge=1, description="read at most this many documents")
+    task: str | None = Field(None, description="synthetic: s5, parity, in_context_recall, ..")
+    length: int | None = Field(None, ge=2, description="synthetic: T; none: data.sequence_length")
+    examples: TokenCount | None = Field(
+        None, ge=1, description="synthetic: rows to train on; none: as published, or without end"
+    )
+    validation_examples: TokenCount = Field(1280, ge=1, description="synthetic: held-out rows")
+    options: dict[str, int | float] = Field(
+        default_factory=dict, description="synthetic: what the task lets vary, as in {vocab_size: 32}"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "SourceSection":
-        if self.type != "python-docs" and not self.path:
+        synthetic = self.type == "synthetic"
+        if synthetic and not self.task:
+            raise ValueError("source type 'synthetic' needs a task, as in task: s5")
+        if not synthetic and (self.task or self.length or self.examples or self.options):
+            raise ValueError(
+                f"task, length, examples and options belong to type 'synthetic', not {self.type!r}"
+            )
+        if not synthetic and self.type != "python-docs" and not self.path:
             raise ValueError(f"source type {self.type!r} needs a path")
         return self
 
@@ -155,6 +171,24 @@ class DataSection(Section):
     shard_tokens: TokenCount = Field(100_000_000, ge=1)
     num_proc: int | None = Field(None, ge=1, description="tokenising processes; none: one a core")
     num_workers: int = Field(0, ge=0, description="loader processes a rank")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_length(cls, data: Any) -> Any:
+        """A synthetic row's length may be said once, at the task; rows of T tokens are what is trained on."""
+        source = data.get("source") if isinstance(data, dict) else None
+        if isinstance(source, dict) and source.get("type") == "synthetic" and source.get("length"):
+            return {"sequence_length": source["length"], **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSection":
+        if self.source.length not in (None, self.sequence_length):
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is not the task's length {self.source.length}; "
+                "give one of them"
+            )
+        return self
 
 
 class OptimSection(Section):

@@ -3,19 +3,31 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+import errno
+import fcntl
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..data import DataSpec, PreparedData, SourceSpec, prepare
-from ..model import LRNNConfig, LRNNForCausalLM
+from ..data import (
+    DataSpec,
+    PreparedData,
+    SourceSpec,
+    SyntheticData,
+    SyntheticSpec,
+    prepare,
+    prepare_synthetic,
+)
+from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
@@ -30,9 +42,11 @@ _VERIFIED_BYTES = 4_000_000_000  # hashed at every start; more would take minute
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
 
 
-def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData:
-    """The tokenizer and token shards of a recipe, made if they are not there."""
+def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | SyntheticData:
+    """The tokenizer and token shards of a recipe, made if they are not there; or its synthetic task."""
     data = recipe.data
+    if data.source.type == "synthetic":
+        return prepare_synthetic(synthetic_spec(recipe), recipe.model.vocab_size)
     spec = DataSpec(
         source=_source(data.source),
         validation_source=_source(data.validation_source) if data.validation_source else None,
@@ -49,7 +63,21 @@ def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData:
 
 
 def _source(section: SourceSection) -> SourceSpec:
-    return SourceSpec(**section.model_dump())
+    return SourceSpec(**section.model_dump(include={field.name for field in fields(SourceSpec)}))
+
+
+def synthetic_spec(recipe: Recipe) -> SyntheticSpec:
+    """The synthetic task of a recipe whose source is one."""
+    source = recipe.data.source
+    return SyntheticSpec(
+        task=source.task or "",
+        length=recipe.data.sequence_length,
+        options=source.options,
+        examples=source.examples,
+        validation_examples=source.validation_examples,
+        seed=recipe.seed,
+        cache_dir=recipe.data.cache_dir,
+    )
 
 
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
@@ -76,7 +104,8 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     accelerator = make_accelerator(
         recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)
     )
-    newest = _find_checkpoint(recipe, folder, accelerator, console)
+    if accelerator.is_main_process:
+        check_unchanged(recipe, folder)
     with accelerator.main_process_first():  # the others find what the first has made
         prepared = prepare_data(recipe, progress=accelerator.is_main_process)
         if accelerator.is_main_process:
@@ -84,6 +113,8 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
     model = _make_model(recipe, prepared, tokenizer).to(accelerator.device)
     optimizer = make_optimizer(model, recipe.optim, accelerator.device)
+    lock = _lock(folder) if accelerator.is_main_process else None
+    newest = _find_checkpoint(folder, accelerator, console)
     position = checkpoint.Position(data=prepared.manifest["content_hash"])
     if newest is not None:
         prepared.check_tokenizer(newest)
@@ -96,14 +127,29 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
             )
     if accelerator.is_main_process:
         _write_run_folder(folder, recipe, prepared)
-    return Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+    trainer = Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+    trainer.lock = lock
+    return trainer
 
 
-def _find_checkpoint(recipe: Recipe, folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
+def _lock(folder: Path) -> TextIO:
+    """Hold the run folder until the file is closed or the process gone; ValueError if another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
+            raise ValueError(
+                f"another process is training {folder}; wait for it, or give this run another name=.."
+            ) from None
+    return file
+
+
+def _find_checkpoint(folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
     """The checkpoint to go on from, looked for by the main rank, known to all."""
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
-        check_unchanged(recipe, folder)
         found[0] = checkpoint.newest_valid(
             folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
         )
@@ -112,17 +158,19 @@ def _find_checkpoint(recipe: Recipe, folder: Path, accelerator: Accelerator, con
     return found[0]
 
 
-def verify_shards(prepared: PreparedData) -> None:
+def verify_shards(prepared: PreparedData | SyntheticData) -> None:
     """Check the shards' bytes; those of a large data set by their sizes only, which opening them has done.
 
     Raises DataError naming a damaged file.
     """
+    if isinstance(prepared, SyntheticData):
+        return
     if sum(facts["bytes"] for facts in prepared.manifest["files"].values()) <= _VERIFIED_BYTES:
         prepared.train.verify()
         prepared.validation.verify()
 
 
-def _make_model(recipe: Recipe, prepared: PreparedData, tokenizer: Any) -> LRNNForCausalLM:
+def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any) -> PreTrainedModel:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -132,7 +180,8 @@ def _make_model(recipe: Recipe, prepared: PreparedData, tokenizer: Any) -> LRNNF
     )
     check_parameters(config, recipe.model.parameters)
     seed_everything(recipe.seed)
-    model = LRNNForCausalLM(config)
+    encodes = isinstance(prepared, SyntheticData) and prepared.task.kind.head == "autoencoder"
+    model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
@@ -169,14 +218,15 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData) -> None:
+def _write_run_folder(folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData) -> None:
     """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "recipe.yaml": dump_recipe(recipe).encode(),
         "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
-        "heldout.jsonl": prepared.heldout_path.read_bytes(),
     }
+    if prepared.heldout_path is not None:
+        contents["heldout.jsonl"] = prepared.heldout_path.read_bytes()
     aside = folder / ".aside.tmp"  # a kill may come while one of them is written
     for name, content in contents.items():
         aside.write_bytes(content)

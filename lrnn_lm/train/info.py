@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from ..data import SyntheticTask
 from ..model import LRNNConfig
 from ..model.accounting import (
     OPTIMIZER_BYTES,
@@ -19,7 +20,7 @@ from ..model.accounting import (
     training_memory,
 )
 from ..recipe import Recipe, load_recipe, resolve_path
-from .build import model_config
+from .build import model_config, synthetic_spec
 
 
 def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
@@ -89,6 +90,9 @@ def vocabulary(recipe: Recipe) -> int:
     """
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size
+    if recipe.data.source.type == "synthetic":
+        spec = synthetic_spec(recipe)
+        return SyntheticTask(spec.task, recipe.data.sequence_length, spec.options).vocab_size
     path = resolve_path(recipe.data.tokenizer)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         size = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("vocab_size")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,8 @@ from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data import PreparedData, TrainLoader, validation_batches
+from ..data import PreparedData, SyntheticData, TrainLoader, validation_batches
+from ..model import LRNNForCausalLM
 from ..model.accounting import account
 from ..model.export import write_remote_code
 from ..model.loss import IGNORE
@@ -54,7 +55,7 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer: Any,
-        prepared: PreparedData,
+        prepared: PreparedData | SyntheticData,
         position: Position,
         console: Console,
     ):
@@ -79,6 +80,7 @@ class Trainer:
         cost = account(model.config, recipe.data.sequence_length)
         self.flops_per_token = cost.flops_per_token_training
         self.stop = StopSignal()
+        self.lock: TextIO | None = None  # held to the end of `run`
         self._saved_step = position.step if position.step else -1
 
     @property
@@ -111,6 +113,8 @@ class Trainer:
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
+                if self.lock is not None:
+                    self.lock.close()
         return self.checkpoints / checkpoint.folder_name(self.position.step)
 
     def _train(self) -> None:
@@ -182,6 +186,9 @@ class Trainer:
         return StepResult(mean_loss, grad_norm, applied)
 
     def _loss(self, batch: Batch, num_items: float | None) -> Tensor:
+        return self._forward(batch, num_items, return_logits=False).loss
+
+    def _forward(self, batch: Batch, num_items: float | None, return_logits: bool) -> Any:
         device = self.accelerator.device
         input_ids, reset, labels = (
             batch[key].to(device, non_blocking=True) for key in ("input_ids", "reset", "labels")
@@ -191,9 +198,9 @@ class Trainer:
             reset=reset,
             shift_labels=labels,
             num_items_in_batch=num_items,
-            return_logits=False,
+            return_logits=return_logits,
             use_cache=False,
-        ).loss
+        )
 
     def _count_targets(self, micro_batches: list[Batch]) -> int:
         """Valid target tokens of the whole global step."""
@@ -213,25 +220,29 @@ class Trainer:
             or not (self._due(self.eval_cadence) or self.finished)
         ):
             return
-        loss = self.validate()
+        loss, accuracy = self.validate()
         self.position.validated = step
-        tokens = self.prepared.validation.num_tokens - self.prepared.validation.num_documents
-        bits_per_byte = loss * tokens / self.prepared.validation.num_bytes / math.log(2)
-        self.metrics.write(
-            {
-                "step": step,
-                "tokens": step * self.recipe.train.tokens_per_step,
-                "validation_loss": loss,
-                "bits_per_byte": bits_per_byte,
-            }
-        )
-        self.line.validation(step, loss, bits_per_byte)
+        line = {
+            "step": step,
+            "tokens": step * self.recipe.train.tokens_per_step,
+            "validation_loss": loss,
+        }
+        if accuracy is None:
+            held_out = self.prepared.validation
+            tokens = held_out.num_tokens - held_out.num_documents
+            line["bits_per_byte"] = loss * tokens / held_out.num_bytes / math.log(2)
+        else:
+            line["accuracy"] = accuracy
+        self.metrics.write(line)
+        self.line.validation(step, loss, line.get("bits_per_byte"), accuracy)
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss in nats a target token over the first `eval.tokens` of the held-out text."""
+    def validate(self) -> tuple[float, float | None]:
+        """Mean loss in nats a target over the first `eval.tokens` held out, and of a synthetic task the share
+        of targets that are the likeliest token (None for text, whose logits never exist as a whole)."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64)  # nats, targets
+        synthetic = isinstance(self.prepared, SyntheticData)
+        total = torch.zeros(3, dtype=torch.float64)  # nats, targets, hits
         for batch in validation_batches(
             self.prepared.validation,
             self.recipe.data.sequence_length,
@@ -241,10 +252,17 @@ class Trainer:
             self.accelerator.num_processes,
         ):
             targets = int((batch["labels"] != IGNORE).sum())
-            total += torch.tensor([float(self._loss(batch, 1.0)), targets], dtype=torch.float64)
+            loss, hits = self._score(batch) if synthetic else (self._loss(batch, 1.0), 0)
+            total += torch.tensor([float(loss), targets, hits], dtype=torch.float64)
             self._stop_if_asked()
         total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
-        return float(total[0] / total[1])
+        return float(total[0] / total[1]), float(total[2] / total[1]) if synthetic else None
+
+    def _score(self, batch: Batch) -> tuple[Tensor, int]:
+        """Summed loss, and how many targets are the likeliest token."""
+        outputs = self._forward(batch, 1.0, return_logits=True)
+        labels = batch["labels"].to(outputs.logits.device)
+        return outputs.loss, int((outputs.logits.argmax(dim=-1) == labels).sum())
 
     # Saving, stopping, telling ----------------------------------------------------------------------
 
@@ -268,7 +286,8 @@ class Trainer:
     def _write_extras(self, folder: Path) -> None:
         """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
         shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
-        write_remote_code(folder)
+        if isinstance(self.bare_model, LRNNForCausalLM):
+            write_remote_code(folder)
 
     def _stop_if_asked(self) -> None:
         if self.stop.requested(self.accelerator):

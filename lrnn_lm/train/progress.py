@@ -21,6 +21,8 @@ class ProgressLine:
         self._tokens_per_step = recipe.train.tokens_per_step
         self._speaks = accelerator.is_main_process
         self._draws = self._speaks and console.is_terminal
+        ranks = accelerator.num_processes
+        self._ranks = f" ({ranks} ranks)" if ranks > 1 else ""
         self._first, self._step, self._loss, self._speed = first_step, first_step, math.nan, math.nan
         self._spoke = self._began = time.monotonic()
         self._bar = Progress(
@@ -38,7 +40,7 @@ class ProgressLine:
 
     def __enter__(self) -> "ProgressLine":
         if self._speaks and 0 < self._first < self._total:
-            self._console.print(f"going on from step {self._first} of {self._total}")
+            self._console.print(f"going on from step {self._first} of {self._total}{self._ranks}")
         self._bar.start()
         return self
 
@@ -62,10 +64,12 @@ class ProgressLine:
             left = (self._total - step) * (self._spoke - self._began) / max(1, step - self._first)
             self._console.print(f"{self._where(step)}  {self._speed:,.0f} tokens/s  {left:.0f} s left")
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """After each validation; loss in nats a token."""
+    def validation(self, step: int, loss: float, bits_per_byte: float | None, accuracy: float | None) -> None:
+        """After each validation; loss in nats a token, accuracy the share of targets hit."""
         if self._speaks:
-            text = f"validation loss {loss:.3f}  {bits_per_byte:.3f} bits/byte"
+            text = f"validation loss {loss:.3f}"
+            text += f"  {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
+            text += f"  accuracy {accuracy:.3f}" if accuracy is not None else ""
             self._console.print(f"step {step}: {text}")
 
     def _where(self, step: int) -> str:

@@ -1,0 +1,280 @@
+"""The synthetic tasks by name: their options, their rows at any index, and the checks that a recipe needs.
+
+A task is a function that makes rows from draws, and a row of the one table `SYNTHETIC_TASKS`.
+
+Legend: b rows, T time.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import mad, state_tracking
+from .draws import Draws, Integers
+from .pack import Row
+from .specs import DataError
+
+Option = int | float
+KEPT_NUMBERS = 50_000_000  # a finite set with no more numbers than this is made once and kept
+ENDLESS = 2**40  # rows of a set without a number of examples: no run sees one twice
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task: `make(draws, length, train, **options)` -> inputs and labels, each (b, T).
+
+    options: the published baseline. symbols: how many ids inputs and labels take, from the options.
+    check: raises DataError for a length and options that cannot be. examples: training rows of the published
+    baseline, None for new ones without end. head: what the model ends in. sweep: the values that the
+    published benchmark varies, one at a time, away from its baseline.
+    """
+
+    make: Callable[..., tuple[Integers, Integers]]
+    symbols: Callable[[dict[str, Option]], int]
+    length: int
+    options: dict[str, Option] = field(default_factory=dict)
+    check: Callable[[int, dict[str, Option]], None] = lambda length, options: None
+    examples: int | None = None
+    head: str = "causal"
+    sweep: dict[str, list[Option]] = field(default_factory=dict)
+
+
+def _no_split(make: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """A generator whose training and held-out rows are alike."""
+
+    def rows(draws: Draws, length: int, train: bool, **options: Option) -> tuple[Integers, Integers]:
+        return make(draws, length, **fixed, **options)
+
+    return rows
+
+
+def _group(name: str) -> TaskKind:
+    size = len(state_tracking.composition_table(name)) if name != "s5" else 120
+    return TaskKind(_no_split(state_tracking.products, group=name), lambda options: size, length=32)
+
+
+def _vocabulary(options: dict[str, Option]) -> int:
+    return int(options["vocab_size"])
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise DataError(message)
+
+
+def _check_modulus(length: int, options: dict[str, Option]) -> None:
+    _need(options["modulus"] >= 2, f"modulus must be at least 2, not {options['modulus']}")
+
+
+def _check_depth(length: int, options: dict[str, Option]) -> None:
+    _need(options["max_depth"] >= 1, f"max_depth must be at least 1, not {options['max_depth']}")
+
+
+def _check_recall(length: int, options: dict[str, Option]) -> None:
+    _need(length % 2 == 0 and length >= 4, f"length {length}: pairs need an even length of at least 4")
+    noise, share = options.get("noise_vocab_size", 0), options.get("noise", 0.0)
+    plain = options["vocab_size"] - noise
+    _need(plain >= 4, f"vocab_size {options['vocab_size']} is too small: 2 keys, 2 values and {noise} noise")
+    _need(0 <= share < 1, f"noise is a share of at least 0 and below 1, not {share}")
+    _need(not share or noise >= 1, "noise needs a noise_vocab_size of at least 1")
+
+
+def _check_fuzzy(length: int, options: dict[str, Option]) -> None:
+    key, value, size = options["key_size"], options["value_size"], options["vocab_size"]
+    _need(key >= 1 and value >= 1, "key_size and value_size must be at least 1")
+    half = (size - 1) // 2
+    least = 2 * max(key, value) + 1
+    _need(half >= max(key, value), f"vocab_size {size} is too small for runs that long: at least {least}")
+    _need(length >= 2 * (key + value), f"length {length} is too short: at least {2 * (key + value)}")
+
+
+def _check_copying(length: int, options: dict[str, Option]) -> None:
+    copies, size = options["copies"], options["vocab_size"]
+    _need(size >= 3, f"vocab_size {size} is too small: a token, the blank and the one that asks")
+    _need(copies >= 1, f"copies must be at least 1, not {copies}")
+    _need(length > 2 * copies, f"length {length} is too short for {copies} copies: at least {2 * copies + 1}")
+
+
+def _check_memorisation(length: int, options: dict[str, Option]) -> None:
+    _need(length % 2 == 0, f"length {length}: pairs need an even length")
+    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
+
+
+def _check_compression(length: int, options: dict[str, Option]) -> None:
+    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
+
+
+_MAD = partial(TaskKind, symbols=_vocabulary, examples=12_800)
+_SIZES: list[Option] = [32, 64, 128]
+_FEWER: list[Option] = [6400, 3200, 1600, 800]
+_LONGER: list[Option] = [256, 512, 1024]
+
+SYNTHETIC_TASKS: dict[str, TaskKind] = {
+    **{name: _group(name) for name in state_tracking.GROUPS},
+    "parity": TaskKind(_no_split(state_tracking.counts, modulus=2), lambda options: 2, length=32),
+    "modular_counting": TaskKind(
+        _no_split(state_tracking.counts),
+        lambda options: int(options["modulus"]),
+        length=32,
+        options={"modulus": 5},
+        check=_check_modulus,
+    ),
+    "aa_star": TaskKind(_no_split(state_tracking.even_words), lambda options: 2, length=32),
+    "dyck1_depth": TaskKind(
+        _no_split(state_tracking.depths),
+        lambda options: int(options["max_depth"]) + 1,
+        length=32,
+        options={"max_depth": 8},
+        check=_check_depth,
+    ),
+    "in_context_recall": _MAD(
+        mad.recall,
+        length=128,
+        options={"vocab_size": 16},
+        check=_check_recall,
+        sweep={"vocab_size": _SIZES, "length": _LONGER, "examples": _FEWER},
+    ),
+    "noisy_in_context_recall": _MAD(
+        mad.recall,
+        length=128,
+        options={"vocab_size": 32, "noise_vocab_size": 16, "noise": 0.2},
+        check=_check_recall,
+        sweep={
+            "vocab_size": [48, 80, 144],
+            "length": _LONGER,
+            "examples": _FEWER,
+            "noise": [0.4, 0.6, 0.8],
+        },
+    ),
+    "fuzzy_in_context_recall": _MAD(
+        mad.fuzzy_recall,
+        length=128,
+        options={"vocab_size": 16, "key_size": 3, "value_size": 3},
+        check=_check_fuzzy,
+        sweep={"vocab_size": _SIZES, "length": _LONGER, "examples": _FEWER},
+    ),
+    "selective_copying": _MAD(
+        mad.selective_copying,
+        length=256,
+        options={"vocab_size": 16, "copies": 16},
+        check=_check_copying,
+        sweep={"vocab_size": _SIZES, "length": [512, 1024], "examples": _FEWER, "copies": [32, 64, 96]},
+    ),
+    "memorisation": TaskKind(
+        mad.memorisation,
+        _vocabulary,
+        length=32,
+        options={"vocab_size": 256, "map_seed": 0},
+        check=_check_memorisation,
+        examples=256,
+        sweep={"vocab_size": [512, 1024, 2048, 4096, 8192]},
+    ),
+    "compression": _MAD(
+        mad.compression,
+        length=32,
+        options={"vocab_size": 16},
+        check=_check_compression,
+        head="autoencoder",
+        sweep={"vocab_size": _SIZES, "length": [64, 128, 256], "examples": _FEWER},
+    ),
+}
+STATE_TASKS = (*state_tracking.GROUPS, "parity", "modular_counting", "aa_star", "dyck1_depth")
+MAD_TASKS = tuple(name for name in SYNTHETIC_TASKS if name not in STATE_TASKS)
+
+
+@dataclass(frozen=True)
+class SyntheticTask:
+    """A task with its options: what a recipe's source describes. Checked when it is made.
+
+    Raises:
+        DataError: an unknown task or option (naming the nearest), or a length or option that cannot be.
+    """
+
+    name: str
+    length: int
+    options: dict[str, Option] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kind = task_kind(self.name)
+        for key, value in self.options.items():
+            if key not in kind.options:
+                known = ", ".join(kind.options) or "none"
+                raise DataError(
+                    f"task {self.name} has no option {key!r}{_nearest(key, kind.options)} ({known})"
+                )
+            if isinstance(value, bool) or not isinstance(value, type(kind.options[key]) | int):
+                raise DataError(f"task {self.name}: option {key} takes a number, not {value!r}")
+        object.__setattr__(self, "options", {**kind.options, **self.options})
+        _need(self.length >= 2, f"task {self.name}: length must be at least 2, not {self.length}")
+        try:
+            kind.check(self.length, self.options)
+        except DataError as error:
+            raise DataError(f"task {self.name}: {error}") from None
+
+    @property
+    def kind(self) -> TaskKind:
+        return SYNTHETIC_TASKS[self.name]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that inputs and labels take."""
+        return self.kind.symbols(self.options)
+
+    def rows(self, seed: int, split: str, indices: Any) -> tuple[Integers, Integers]:
+        """Inputs and labels, each (b, T) int64, of rows by number: a function of these arguments alone."""
+        draws = Draws(seed, f"{self.name}/{split}", indices)
+        return self.kind.make(draws, self.length, split == "train", **self.options)
+
+
+def task_kind(name: str) -> TaskKind:
+    """A row of the table; DataError with the nearest names if there is none."""
+    if name not in SYNTHETIC_TASKS:
+        known = ", ".join(SYNTHETIC_TASKS)
+        raise DataError(f"unknown synthetic task {name!r}{_nearest(name, SYNTHETIC_TASKS)} (known: {known})")
+    return SYNTHETIC_TASKS[name]
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+class SyntheticRows(torch.utils.data.Dataset[Row]):
+    """A split of a task as rows: `input_ids`, aligned `labels`, `reset` (never set), each (T,).
+
+    num_rows: how many there are; a small set is made at once and kept.
+    """
+
+    def __init__(self, task: SyntheticTask, seed: int, split: str, num_rows: int) -> None:
+        self.task, self.seed, self.split, self.num_rows = task, seed, split, num_rows
+        self.sequence_length = task.length
+        self._kept: tuple[Integers, Integers] | None = None
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: int) -> Row:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Row]:
+        """Rows by number; torch's loader asks for a batch at once."""
+        inputs, labels = self._read(np.asarray(rows, np.int64))
+        pairs = zip(torch.from_numpy(inputs).long(), torch.from_numpy(labels).long(), strict=True)
+        reset = torch.zeros(self.sequence_length, dtype=torch.bool)
+        return [{"input_ids": x, "labels": y, "reset": reset} for x, y in pairs]
+
+    def _read(self, rows: Integers) -> tuple[Integers, Integers]:
+        if self.num_rows * self.sequence_length > KEPT_NUMBERS:
+            return self.task.rows(self.seed, self.split, rows)
+        if self._kept is None:
+            inputs, labels = self.task.rows(self.seed, self.split, np.arange(self.num_rows))
+            self._kept = inputs.astype(np.int32), labels.astype(np.int32)
+        return self._kept[0][rows], self._kept[1][rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a worker makes its own
