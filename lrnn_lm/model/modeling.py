@@ -247,7 +247,6 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
@@ -256,13 +255,15 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T) the inputs themselves, -100 where there is no target; shifted here.
-            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
             num_items_in_batch: how many targets the loss is averaged over; None for those in this batch.
             logits_to_keep: compute logits of the last so many positions (0: all), or of these positions.
             return_logits: whether logits are wanted; None: always, but when training with labels, where the
                 loss is computed in chunks and the logits never exist as a whole.
+            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
+                Among the kwargs, as the Trainer takes every named argument with "label" for one to be given.
             The rest: as in LRNNModel.
         """
+        targets = _targets(labels, kwargs.pop("shift_labels", None))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -273,7 +274,6 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        targets = _targets(labels, shift_labels)
         loss = None
         if targets is not None:
             loss = self._loss(hidden, targets, num_items_in_batch)

@@ -5,7 +5,7 @@ import torch
 
 TEXT = (
     "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
-    "rose the water was still cold.\n\nA compiler reads a program and writes another: naïve façade, 数学, 🙂.\n"
+    "rose the water was still cold.\n\nA compiler reads a program and writes: naïve façade, 数学, 🙂.\n"
 )
 
 
