@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import check_gate, higher_order_scan
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, plain_weight
 
 
 class HigherOrderLRU(Mixer):
@@ -61,16 +61,17 @@ class HigherOrderLRU(Mixer):
         padded = torch.cat([past.to(h.dtype), h.transpose(0, 1)])  # (M-1+T, B, N), oldest first
         if T == 1 and reset is None:  # a step of decoding is one product
             return self.out_proj(padded.flip(0).transpose(0, 1).reshape(B, 1, M * N))
-        weights = self.out_proj.weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
-        y = nn.functional.linear(padded[M - 1 :], weights[0])  # (T, B, D)
-        alive = None if reset is None else torch.ones_like(reset)
+        taps = [padded[M - 1 - lag : M - 1 - lag + T] for lag in range(M)]  # each (T, B, N)
+        alive = [None] * M if reset is None else _alive_taps(reset, M)
+        weight = plain_weight(self.out_proj)
+        if weight is None:
+            taps = [tap if a is None else tap * a for tap, a in zip(taps, alive, strict=True)]
+            return self.out_proj(torch.cat(taps, dim=-1).transpose(0, 1))
+        weights = weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
+        y = nn.functional.linear(taps[0], weights[0])  # (T, B, D)
         for lag in range(1, M):
-            product = nn.functional.linear(padded[M - 1 - lag : M - 1 - lag + T], weights[lag])
-            if reset is not None:  # a tap of this lag lives while no document started in the last `lag` steps
-                shifted = nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
-                alive = alive & ~shifted
-                product = product * alive.t().unsqueeze(-1)
-            y = y + product
+            product = nn.functional.linear(taps[lag], weights[lag])
+            y = y + (product if alive[lag] is None else product * alive[lag])
         return y.transpose(0, 1)
 
     def cost(self, context_length: int) -> MixerCost:
@@ -79,3 +80,14 @@ class HigherOrderLRU(Mixer):
 
     def state_elements(self, context_length: int) -> int:
         return self.num_blocks * self.order
+
+
+def _alive_taps(reset: Tensor, order: int) -> list[Tensor | None]:
+    """For each lag, (T, B, 1) bool: whether no document started in the last `lag` steps; None for lag 0."""
+    T = reset.shape[1]
+    alive: list[Tensor | None] = [None]
+    living = torch.ones_like(reset)
+    for lag in range(1, order):
+        living = living & ~nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
+        alive.append(living.t().unsqueeze(-1))
+    return alive

@@ -85,6 +85,14 @@ def linear_cross_entropy(
     return total / num_items
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """The same from logits (B, T, V), where the head is no plain matrix (adapted, quantised)."""
+    labels = labels.reshape(-1)
+    logits = logits.reshape(labels.shape[0], -1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
+
+
 def shift_labels(labels: Tensor) -> Tensor:
     """Labels as transformers passes them (the inputs themselves), moved to where they are predicted."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
