@@ -19,9 +19,9 @@ from tiny_run import TOKENS_PER_STEP, fingerprint, finish, losses, start, valida
 def kill_and_resume(folder: Path, kills: int, seed: int) -> list[int]:
     """Train twice in `folder`, once with `kills` kills; returns the lines of metrics.jsonl at each kill.
 
-    A kill comes at a random moment after a process has found its checkpoint: within a step, a validation or
-    a save (there is one after every step). Fewer kills if the run is done before. AssertionError if the two
-    ends differ.
+    A kill comes at a random moment, a few steps after a process has found its checkpoint: within a step, a
+    validation or a save (there is one after every step). Fewer kills if the run is done before.
+    AssertionError if the two ends differ.
     """
     rng = random.Random(seed)
     total = 6 * max(1, kills)
@@ -37,13 +37,16 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[int]:
         process = start(recipe, *often)
         while process.poll() is None and _identity(run) == before:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))
+        begun, more = _lines(run), rng.randint(0, 8)
+        while process.poll() is None and _lines(run) < begun + more:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         code, errors = finish(process)
         assert code in (-9, 0), errors
         if code == 0:  # it was done before the blow fell
             break
-        lines.append((run / "metrics.jsonl").read_text().count("\n"))
+        lines.append(_lines(run))
     code, errors = finish(start(recipe, *often))
     assert code == 0, errors
     straight = folder / "runs/straight"
@@ -60,6 +63,10 @@ def _identity(run: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
+def _lines(run: Path) -> int:
+    return (run / "metrics.jsonl").read_text().count("\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
@@ -69,9 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         lines = kill_and_resume(folder, options.kills, options.seed)
-    print(
-        f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; same end as undisturbed"
-    )
+    print(f"killed {len(lines)} times, at lines {lines} of metrics.jsonl; same end as undisturbed")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@ import socket
 import urllib.parse
 import urllib.request
 
+_PATIENCE = 5.0  # seconds for a connection
+
 
 def hub_is_reachable() -> bool:
-    """False in offline mode or if the hub's name does not resolve; behind a proxy nobody can tell: True."""
+    """False in offline mode or if nothing answers at the hub's address; True behind a proxy: who can tell."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies():
         return True
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
-        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname, port), _PATIENCE).close()
     except OSError:
         return False
     return True

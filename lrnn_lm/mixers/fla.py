@@ -1,175 +1,17 @@
-"""DeltaNet, Gated DeltaNet, Gated DeltaProduct and GLA: the layers of flash-linear-attention behind our interface.
+"""The baselines through flash-linear-attention: DeltaNet, Gated DeltaNet, Gated DeltaProduct, GLA.
 
-Their kernels are Triton's and need a GPU; a model can be built, counted and estimated anywhere. Documents are
-sequences of their own in one ragged batch, which the kernels take as they are. See docs/baselines.md.
+What they share, and where they run, is in `fla_layer.py`.
 
-Legend: B batch, T time, D model width, H heads, K key width of a head, V its value width, C channels of a
-convolution, W its kernel, N sequences of a ragged batch.
+Legend: D model width, H heads, K key width of a head, V its value width, W kernel of a convolution, S state.
 """
 
-import importlib
-import importlib.util
 import math
-import warnings
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from .base import MixerCost, check_sizes
+from .fla_layer import FlaMixer
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
-
-INSTALL = "pip install 'lrnn-lm[baselines]'"
-STREAMS = ("q", "k", "v")
-CHUNK = 64  # steps that the chunked kernels take at once
 LARGEST_KEY = 256  # the delta rule's kernels hold one head's keys in one program
-
-
-class FlaMixer(Mixer):
-    """A layer of fla, with its convolutions' and its recurrence's state packed into one tensor.
-
-    A subclass names the layer (`layer`) and gives, an element of the recurrent state and a token, the operations
-    of its recurrence (`operations`).
-    """
-
-    layer: ClassVar[str]
-    operations: ClassVar[int]
-    value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
-    chunk_takes_fp32: ClassVar[bool] = True
-    gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
-    updates: int = 1  # of the state, a token
-
-    def __init__(self, hidden_size: int, keys: int, values: int, num_heads: int, **settings: Any):
-        """keys, values: H K and H V; `settings` go to fla's layer as they are."""
-        super().__init__()
-        if keys % num_heads or values % num_heads:
-            raise ValueError(f"widths {keys} (keys) and {values} (values) do not split into {num_heads} heads")
-        self.head_shape = (num_heads, keys // num_heads, values // num_heads)
-        cls = _layer_class(self.layer)
-        self.inner = cls(hidden_size=hidden_size, num_heads=num_heads, layer_idx=0, **settings)
-        self.inner.o_proj = ResidualOutput(values, hidden_size, bias=False)
-        streams = STREAMS if self.inner.use_short_conv else ()
-        convolutions = [getattr(self.inner, f"{stream}_conv1d").weight.shape for stream in streams]
-        H, K, V = self.head_shape
-        recurrence = (H, V, K) if self.value_first else (H, K, V)
-        self.shapes = [*((C, W) for C, _, W in convolutions), recurrence]
-
-    def forward(
-        self, x: Tensor, state: Tensor | None, context: SequenceContext
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), state (B, sum of C W over q, k, v + H K V) -> y (B, T, D), such a state in fp32, or None.
-
-        Raises:
-            ValueError: a device or a precision that fla's kernels cannot run.
-        """
-        if isinstance(x, FakeTensor) or x.is_meta:
-            return self._outline(x)
-        self.check_device(x.device)
-        self._choose_kernel(x)
-        if context.reset is None or not bool(context.reset.any()):
-            return self._run(x, state, None, context.keep_state)
-        return self._run_documents(x, state, context.reset)
-
-    def _run(
-        self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, keep_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One pass of fla's layer over B sequences, or over the N sequences that cu_seqlens (N + 1,) cuts x into."""
-        if state is None and not keep_state:
-            return self.inner(x, cu_seqlens=cu_seqlens)[0], None
-        cache = _LayerCache()
-        if state is not None:
-            *convs, recurrent = self._unpack(state)
-            dtype = _compute_dtype(x)
-            # Copies: with one new token fla writes the convolution's state in place.
-            cache.update(0, conv_state=[c.to(dtype, copy=True) for c in convs], recurrent_state=recurrent)
-        y = self.inner(x, past_key_values=cache, use_cache=True, cu_seqlens=cu_seqlens)[0]
-        after = [*(cache[0]["conv_state"] or ()), cache[0]["recurrent_state"]]
-        return y, torch.cat([part.flatten(1).float() for part in after], dim=1)
-
-    def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """The B rows as one ragged batch, cut where a document starts; a row's first segment may go on."""
-        B, T, D = x.shape
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (N,) in B * T tokens
-        cu_seqlens = torch.cat([starts, starts.new_tensor([B * T])])
-        given = None
-        if state is not None:
-            goes_on = (starts % T == 0) & ~reset.flatten()[starts]
-            given = state[torch.div(starts, T, rounding_mode="floor")] * goes_on.unsqueeze(1)
-        y, after = self._run(x.reshape(1, B * T, D), given, cu_seqlens, keep_state=True)
-        return y.view(B, T, D), after[cu_seqlens[1:] % T == 0]
-
-    def _unpack(self, state: Tensor) -> list[Tensor]:
-        """The parts of a packed state (B, ..): (B, C, W) for each convolution, then the heads' matrices."""
-        parts = state.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-    def check_device(self, device: torch.device) -> None:
-        """Raise ValueError where fla's kernels cannot run."""
-        utils = importlib.import_module("fla.utils")
-        if device.type == "cpu" or device.type != utils.device_name:
-            raise ValueError(
-                f"the kernels of {self.layer} (flash-linear-attention) need a GPU that Triton supports; "
-                f"this model is on {device.type!r} (bd_lru, h_lru, attention, lstm and mamba2 run there)"
-            )
-        hopper = utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_4_0 and not utils.TRITON_ABOVE_3_7_1
-        if self.gated_rule and hopper and torch.is_grad_enabled() and not importlib.util.find_spec("tilelang"):
-            raise ValueError(
-                f"{self.layer} cannot be trained on this GPU with this Triton: from 3.4 to 3.7.0 its gradients are "
-                "wrong on Hopper; install triton >= 3.7.1 or tilelang"
-            )
-
-    def _choose_kernel(self, x: Tensor) -> None:
-        """Chunked, or step by step in fp32 where the chunked kernels take half precision only."""
-        needs_steps = not self.chunk_takes_fp32 and _compute_dtype(x) == torch.float32
-        if needs_steps and (torch.is_grad_enabled() or self.training):
-            raise ValueError(
-                f"the training kernels of {self.layer} (flash-linear-attention) take no fp32: set "
-                "train.precision=bf16 (or run under torch.no_grad(), which they do in fp32 step by step)"
-            )
-        self.inner.mode = "fused_recurrent" if needs_steps else "chunk"
-
-    def _outline(self, x: Tensor) -> tuple[Tensor, None]:
-        """A pass on tensors without data: the shape of y, and what the kernels keep for the backward pass."""
-        B, T, _ = x.shape
-        inner, (H, _, V) = self.inner, self.head_shape
-        kept = [x.new_empty(B, T * self.updates, H, CHUNK)]  # products of the keys within a chunk
-        for stream in STREAMS:
-            projected = getattr(inner, f"{stream}_proj")(x)
-            kept += [projected, torch.empty_like(projected)] if inner.use_short_conv else [projected]
-        if self.layer == "GatedLinearAttention":
-            decay = inner.gk_proj(x)
-            kept += [decay, torch.empty_like(decay), decay.new_empty(decay.shape, dtype=torch.float32)]
-        y = _Kept.apply(H * V, *kept)
-        gate = [inner.g_proj(x)] if self.layer != "DeltaNet" else []
-        return inner.o_proj(_Kept.apply(H * V, y, *gate)), None
-
-    def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As fla starts its layers: step sizes log-uniform in 0.001 .. 0.1, decay rates uniform in 0 .. 16."""
-        values = {}
-        for name, parameter in self.named_parameters():
-            shape, kind = parameter.shape, name.split(".")[-1]
-            if "conv1d" in name:
-                values[name] = (2 * torch.rand(shape) - 1) * shape[-1] ** -0.5
-            elif "norm" in name:
-                values[name] = torch.ones(shape)
-            elif kind == "A_log":
-                values[name] = (16 * (1 - torch.rand(shape))).log()
-            elif kind == "dt_bias":
-                low, high = math.log(0.001), math.log(0.1)
-                step = (low + (high - low) * torch.rand(shape)).exp()
-                values[name] = step + torch.log(-torch.expm1(-step))  # softplus of it is the step
-        return values
-
-    def cost(self, context_length: int) -> MixerCost:
-        """The convolutions; the recurrence as it is written, step by step (chunks trade operations for speed)."""
-        H, K, V = self.head_shape
-        taps = sum(math.prod(shape) for shape in self.shapes[:-1])
-        return MixerCost(products=2 * taps, scan=self.operations * H * K * V)
-
-    def state_elements(self, context_length: int) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
 
 
 class DeltaNet(FlaMixer):
@@ -208,7 +50,7 @@ class DeltaNet(FlaMixer):
 
 
 class GatedDeltaNet(FlaMixer):
-    """Gated DeltaNet (Yang, Kautz and Hatamizadeh, arXiv 2412.06464): DeltaNet whose state decays, output gated.
+    """Gated DeltaNet (Yang, Kautz, Hatamizadeh, arXiv 2412.06464): DeltaNet with decay and an output gate.
 
     Args:
         hidden_size: D.
@@ -267,9 +109,7 @@ class GatedDeltaProduct(GatedDeltaNet):
     ):
         check_sizes(num_householder=num_householder)
         negative = True if allow_neg_eigval is None else allow_neg_eigval
-        super().__init__(
-            hidden_size, num_householder=num_householder, allow_neg_eigval=negative, **options
-        )
+        super().__init__(hidden_size, num_householder=num_householder, allow_neg_eigval=negative, **options)
         self.updates = num_householder
 
     def cost(self, context_length: int) -> MixerCost:
@@ -292,62 +132,13 @@ class GatedLinearAttention(FlaMixer):
     operations = 5  # decay, write (2), read (2)
     value_first = True
 
-    def __init__(
-        self, hidden_size: int, num_heads: int = 8, expand_k: float = 1.0, expand_v: float = 1.0
-    ):
+    def __init__(self, hidden_size: int, num_heads: int = 8, expand_k: float = 1.0, expand_v: float = 1.0):
         check_sizes(num_heads=num_heads)
         keys, values = _width(hidden_size, expand_k), _width(hidden_size, expand_v)
         super().__init__(
             hidden_size, keys, values, num_heads,
             expand_k=keys / hidden_size, expand_v=values / hidden_size,
         )  # fmt: skip
-
-
-class _LayerCache:
-    """What fla's layers take for a cache, of one layer."""
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, layer_idx: int) -> dict[str, Any]:
-        return self.entries[layer_idx]
-
-    def update(self, layer_idx: int, **entry: Any) -> None:
-        self.entries = [entry]
-
-
-class _Kept(torch.autograd.Function):
-    """Keeps the given tensors (B, T, ..) for a backward pass that never comes; returns (B, T, width)."""
-
-    @staticmethod
-    def forward(ctx: Any, width: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return tensors[-1].new_empty(*tensors[-1].shape[:2], width)
-
-
-def _layer_class(name: str) -> type[torch.nn.Module]:
-    """A layer of fla by name. Imported late: only models with this mixer should pay for it.
-
-    Raises:
-        ValueError: fla, or something that it needs, is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Without a GPU the import warns that Triton has none; to count parameters needs none.
-            warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
-            return getattr(importlib.import_module("fla.layers"), name)
-    except ImportError as error:
-        raise ValueError(f"{name} needs flash-linear-attention ({error}); {INSTALL}") from error
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision that projections of x come out in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _width(base: int, expand: float) -> int:

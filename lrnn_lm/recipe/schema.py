@@ -101,14 +101,14 @@ class ModelSection(Section):
             for key, base, parts in _expansions(mixer, self.hidden_size):
                 if (width := base * getattr(mixer, key)) % parts:
                     raise ValueError(
-                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} does not split into "
-                        f"{parts} heads"
+                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} "
+                        f"does not split into {parts} heads"
                     )
         return self
 
 
 def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
-    """Fractional expansions of a mixer: the key, the width that it multiplies, what the product splits into."""
+    """Fractional expansions of a mixer: the key, the width that it multiplies, what it then splits into."""
     if mixer.type in ("deltanet", "gla"):
         return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
     if mixer.type in ("gated_deltanet", "gated_deltaproduct"):

@@ -3,11 +3,13 @@
 Everything that can be wrong with a recipe on this machine is found here, before the first step.
 """
 
+import errno
+import fcntl
 import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -102,7 +104,8 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     accelerator = make_accelerator(
         recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)
     )
-    newest = _find_checkpoint(recipe, folder, accelerator, console)
+    if accelerator.is_main_process:
+        check_unchanged(recipe, folder)
     with accelerator.main_process_first():  # the others find what the first has made
         prepared = prepare_data(recipe, progress=accelerator.is_main_process)
         if accelerator.is_main_process:
@@ -110,6 +113,8 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
     model = _make_model(recipe, prepared, tokenizer).to(accelerator.device)
     optimizer = make_optimizer(model, recipe.optim, accelerator.device)
+    lock = _lock(folder) if accelerator.is_main_process else None
+    newest = _find_checkpoint(folder, accelerator, console)
     position = checkpoint.Position(data=prepared.manifest["content_hash"])
     if newest is not None:
         prepared.check_tokenizer(newest)
@@ -122,14 +127,29 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
             )
     if accelerator.is_main_process:
         _write_run_folder(folder, recipe, prepared)
-    return Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+    trainer = Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+    trainer.lock = lock
+    return trainer
 
 
-def _find_checkpoint(recipe: Recipe, folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
+def _lock(folder: Path) -> TextIO:
+    """Hold the run folder until the file is closed or the process gone; ValueError if another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
+            raise ValueError(
+                f"another process is training {folder}; wait for it, or give this run another name=.."
+            ) from None
+    return file
+
+
+def _find_checkpoint(folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
     """The checkpoint to go on from, looked for by the main rank, known to all."""
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
-        check_unchanged(recipe, folder)
         found[0] = checkpoint.newest_valid(
             folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
         )

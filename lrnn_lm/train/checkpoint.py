@@ -98,7 +98,7 @@ def _prune(checkpoints: Path, before: str, final: Path, keep_last: int) -> None:
     """Keep the last few up to `before`, the checkpoint that was good until now, and `final`."""
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
-    good = names.index(before) + 1 if before in names else 0
+    good = names.index(before) + 1 if before in names else len(names)
     damaged = [folder for folder in saved[good:] if folder != final]  # else the run would have begun there
     keep = [folder for folder in saved if folder not in damaged][-keep_last:]
     for folder in saved:
@@ -109,7 +109,7 @@ def _prune(checkpoints: Path, before: str, final: Path, keep_last: int) -> None:
 def latest_name(checkpoints: Path) -> str:
     """The checkpoint last written or resumed from, for messages."""
     link = checkpoints / "latest"
-    return os.readlink(link) if link.exists() else "none"
+    return os.readlink(link) if link.is_symlink() else "none"
 
 
 def _remove(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -80,6 +80,7 @@ class Trainer:
         cost = account(model.config, recipe.data.sequence_length)
         self.flops_per_token = cost.flops_per_token_training
         self.stop = StopSignal()
+        self.lock: TextIO | None = None  # held to the end of `run`
         self._saved_step = position.step if position.step else -1
 
     @property
@@ -112,6 +113,8 @@ class Trainer:
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
+                if self.lock is not None:
+                    self.lock.close()
         return self.checkpoints / checkpoint.folder_name(self.position.step)
 
     def _train(self) -> None:

@@ -21,6 +21,8 @@ class ProgressLine:
         self._tokens_per_step = recipe.train.tokens_per_step
         self._speaks = accelerator.is_main_process
         self._draws = self._speaks and console.is_terminal
+        ranks = accelerator.num_processes
+        self._ranks = f" ({ranks} ranks)" if ranks > 1 else ""
         self._first, self._step, self._loss, self._speed = first_step, first_step, math.nan, math.nan
         self._spoke = self._began = time.monotonic()
         self._bar = Progress(
@@ -38,7 +40,7 @@ class ProgressLine:
 
     def __enter__(self) -> "ProgressLine":
         if self._speaks and 0 < self._first < self._total:
-            self._console.print(f"going on from step {self._first} of {self._total}")
+            self._console.print(f"going on from step {self._first} of {self._total}{self._ranks}")
         self._bar.start()
         return self
 

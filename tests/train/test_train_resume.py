@@ -161,6 +161,19 @@ def test_a_signal_in_data_preparation_leaves_nothing_half_made(
     assert not list(tmp_path.rglob(".building-*"))
 
 
+def test_two_processes_do_not_train_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    process = start(recipe, "train.tokens=10M")
+    while not (tmp_path / "runs/tiny/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    main_exits(2, "train", recipe, "train.tokens=10M")
+    assert "another process is training" in capsys.readouterr().err
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    main_exits(0, "train", recipe, "train.tokens=512")
+
+
 def test_a_second_interrupt_quits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class QuitError(Exception):
         pass

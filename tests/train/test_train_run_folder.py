@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, and what trackers wrote."""
+"""What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, the trackers' files."""
 
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import torch
 from tiny_run import ROOT, environment, losses, metrics, validations
 from torch import Tensor
 from torch.nn import functional
-from trainers import Build, main_exits
+from trainers import Build, main_exits, send_at
 
 from lrnn_lm.data import validation_batches
 from lrnn_lm.data.pack import PackedRows, collate
 from lrnn_lm.train.loop import StepResult, Trainer
+from lrnn_lm.train.stop import Stopped
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -57,21 +59,32 @@ def test_accumulation_changes_nothing(build: Build) -> None:
 
 
 def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
-    """Two processes under `accelerate launch` with gloo: the same losses, validations and weights."""
+    """One rank stops after step 2; two processes under `accelerate launch` with gloo go on to the end.
+
+    The losses, validations and weights are those of one rank. Saving by minutes takes the main rank's clock.
+    (--multi_gpu is what makes accelerate start processes itself; with --cpu it leaves that to mpirun and runs
+    one. The recipe says train.device=cpu.)
+    """
+    stopped = build("name=two")
+    send_at(stopped, 2, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        stopped.run()
     command = [
         sys.executable, "-m", "accelerate.commands.launch",
-        "--cpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
         "--mixed_precision", "no", "--dynamo_backend", "no",
         "-m", "lrnn_lm.train", str(recipe), "name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        "checkpoint.every=0.0005 min", f"data.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going on from step 2 of 12") == 1
+    assert "(2 ranks)" in done.stderr
     one = build("name=one")
     one.run()
     assert_close_losses(losses(tmp_path / "two"), losses(one.folder), 1e-5)
     assert_close_losses(validations(tmp_path / "two"), validations(one.folder), 1e-5)
-    two = build("name=two", "train.micro_batch=2", f"data.cache_dir={tmp_path / 'cache'}")
+    two = build("name=two")
     assert two.finished
     ours = torch.cat([p.detach().flatten() for p in one.bare_model.parameters()])
     theirs = torch.cat([p.detach().flatten() for p in two.bare_model.parameters()])

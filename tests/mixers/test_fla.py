@@ -1,0 +1,315 @@
+"""The baselines through flash-linear-attention: fla's kernels against plain loops, state, documents, recipes.
+
+Without fla only the messages can be tested. With it but without a GPU, Triton's interpreter runs fla's
+kernels on tiny shapes. The tests marked gpu run them natively.
+"""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from fla_reference import interpreted_kernels, reference
+from torch import Tensor
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.mixers import MIXERS, SequenceContext, build_mixer
+from lrnn_lm.mixers.fla_layer import FlaMixer
+from lrnn_lm.model.accounting import account, check_parameters, training_memory
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.recipe.schema import ModelSection
+from lrnn_lm.train.build import model_config
+
+D = 32
+SPECS = {
+    "deltanet": {"type": "deltanet", "num_heads": 2, "expand_v": 2.0},
+    "deltanet-negative": {"type": "deltanet", "num_heads": 2, "allow_neg_eigval": True},
+    "gated_deltanet": {"type": "gated_deltanet", "num_heads": 2, "head_dim": 16, "expand_v": 2.0},
+    "gated_deltanet-negative": {
+        "type": "gated_deltanet", "num_heads": 1, "head_dim": 16, "allow_neg_eigval": True,
+    },
+    "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 16},
+    "gated_deltaproduct-3": {
+        "type": "gated_deltaproduct", "num_heads": 1, "head_dim": 16, "expand_v": 2.0, "num_householder": 3,
+        "allow_neg_eigval": False,
+    },
+    "gla": {"type": "gla", "num_heads": 2, "expand_v": 2.0},
+}  # fmt: skip
+TYPES = ("deltanet", "gated_deltanet", "gated_deltaproduct", "gla")
+FP32_CHUNKS = ("gated_deltanet", "gla")  # the others' chunked kernels take half precision only
+KEEP = SequenceContext()
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
+)
+interpreted = pytest.fixture(interpreted_kernels)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> FlaMixer:
+    """A mixer with weights large enough that every part of it matters."""
+    torch.manual_seed(0)
+    mixer = build_mixer(SPECS[name], D)
+    with torch.no_grad():
+        for key, value in mixer.initial_values(0.02).items():
+            mixer.get_parameter(key).copy_(value)
+        for linear in (m for m in mixer.modules() if isinstance(m, torch.nn.Linear)):
+            torch.nn.init.normal_(linear.weight, std=0.3)
+    return mixer.to(device, dtype).eval()
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def model_of(name: str, layers: int = 2) -> LRNNForCausalLM:
+    torch.manual_seed(0)
+    config = LRNNConfig(
+        vocab_size=41, hidden_size=D, num_hidden_layers=layers, intermediate_size=48, mixer=SPECS[name],
+        initializer_range=0.2,
+    )  # fmt: skip
+    return LRNNForCausalLM(config).eval()
+
+
+# What can be said anywhere.
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_without_fla_the_message_names_the_extra(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla.layers", None)
+    with pytest.raises(ValueError, match=r"flash-linear-attention.*pip install 'lrnn-lm\[baselines\]'"):
+        build_mixer({"type": kind}, D)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("deltanet", {"num_heads": 3}, "do not split into 3 heads"),
+        ("deltanet", {"expand_k": 0.3}, "not a whole width"),
+        ("deltanet", {"num_heads": 1, "expand_k": 16.0}, "at most, not 512"),
+        ("gated_deltanet", {"head_dim": 5, "expand_v": 1.5}, "not a whole width"),
+        ("gated_deltanet", {"head_dim": 512}, "at most, not 512"),
+        ("gated_deltaproduct", {"num_householder": 0}, "num_householder must be at least 1"),
+        ("gla", {"num_heads": 0}, "num_heads must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_mixer({"type": kind, **options}, D)
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"type": "deltanet", "num_heads": 33},
+        {"type": "gla", "expand_v": 0.3},
+        {"type": "gated_deltanet", "head_dim": 5, "expand_v": 1.5},
+    ],
+)
+def test_a_recipe_of_such_sizes_is_refused(mixer):
+    with pytest.raises(ValueError, match="does not split"):
+        ModelSection(mixer=mixer)
+
+
+# What needs fla, but none of its kernels.
+
+
+@installed
+@pytest.mark.parametrize("kind", TYPES)
+def test_recipes_build_on_meta_with_the_parameters_they_say(kind):
+    recipe = load_recipe(f"recipes/paper/{kind.replace('_', '-')}.yaml")
+    config = model_config(recipe, recipe.model.vocab_size)
+    assert recipe.model.parameters == pytest.approx(211_875_360, rel=0.005)
+    check_parameters(config, recipe.model.parameters)
+
+
+@installed
+@pytest.mark.parametrize("name", SPECS)
+def test_costs_and_estimates_need_no_gpu(name):
+    config = LRNNConfig(hidden_size=D, num_hidden_layers=2, vocab_size=50, mixer=SPECS[name])
+    costs = account(config, 128)
+    H, K, V = make(name).head_shape
+    assert costs.work.scan >= 2 * 5 * H * K * V
+    assert costs.recurrent_state_bytes >= 2 * 4 * H * K * V
+    short, long = (training_memory(config, 2, T).activations for T in (64, 128))
+    assert long == pytest.approx(2 * short, rel=0.01)
+
+
+@installed
+@pytest.mark.parametrize("name", SPECS)
+def test_initial_values(name):
+    model = model_of(name)
+    assert all(p.isfinite().all() for p in model.parameters())
+    mixer = model.model.layers[0].mixer
+    narrow = mixer.inner.o_proj.weight.std() / mixer.inner.q_proj.weight.std()
+    assert narrow.item() == pytest.approx((2 * 2) ** -0.5, rel=0.2)
+    assert {n for n, p in mixer.named_parameters() if p.ndim == 1 and "gk_proj" not in n} <= set(
+        mixer.initial_values(0.02)
+    )
+
+
+@installed
+@pytest.mark.parametrize("kind", TYPES)
+def test_on_a_cpu_the_message_is_plain(kind):
+    with pytest.raises(ValueError, match=r"need a GPU .* 'cpu'"):
+        make(kind)(noise(1, 3, D), None, KEEP)
+
+
+@installed
+@pytest.mark.parametrize("kind", sorted(set(TYPES) - set(FP32_CHUNKS)))
+def test_training_in_fp32_is_refused_where_the_kernels_cannot(kind, monkeypatch):
+    monkeypatch.setattr(FlaMixer, "check_device", lambda self, device: None)
+    with pytest.raises(ValueError, match=r"train\.precision=bf16"):
+        make(kind).train()(noise(1, 3, D), None, KEEP)
+
+
+# fla's kernels in Triton's interpreter.
+
+
+@pytest.mark.parametrize("T", [1, 5, 70])
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_output_is_what_plain_loops_say(interpreted, name, T):
+    mixer, x = make(name), noise(2, T, D)
+    torch.testing.assert_close(mixer(x, None, KEEP)[0], reference(mixer, x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_are_those_of_plain_loops(interpreted, name):
+    """Chunked kernels, in fp16 where they take no fp32: the interpreter's bf16 is no arithmetic."""
+    whole = SPECS[name]["type"] in FP32_CHUNKS
+    dtype, tolerance = (torch.float32, 1e-4) if whole else (torch.float16, 0.03)
+    mixer, plain = make(name, dtype), make(name)
+    x, weights = noise(1, 70, D), noise(1, 70, D).flip(1)
+    ours, theirs = x.to(dtype, copy=True).requires_grad_(), x.clone().requires_grad_()
+    (mixer(ours, None, KEEP)[0].float() * weights).sum().backward()
+    (reference(plain, theirs) * weights).sum().backward()
+    expected = {"x": theirs.grad, **{n: p.grad for n, p in plain.named_parameters()}}
+    actual = {"x": ours.grad, **{n: p.grad for n, p in mixer.named_parameters()}}
+    for key, value in expected.items():
+        difference = (actual[key].float() - value).norm() / value.norm().clamp_min(1e-3)
+        assert difference < tolerance, f"{key}: off by {difference:.3g} of its norm"
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_cached_continuation_is_the_full_pass(interpreted, name):
+    mixer, x = make(name), noise(2, 72, D)
+    full, last = mixer(x, None, KEEP)
+    assert last.shape == (2, mixer.state_elements(72))
+    assert last.dtype == torch.float32
+    state, outputs = None, []
+    for begin, end in ((0, 66), (66, 67), (67, 70), (70, 72)):
+        before = None if state is None else state.clone()
+        y, after = mixer(x[:, begin:end], state, KEEP)
+        assert before is None or torch.equal(state, before), "a given state is not written to"
+        outputs, state = [*outputs, y], after
+    torch.testing.assert_close(torch.cat(outputs, dim=1), full, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(state, last, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_packed_documents_are_separate_ones(interpreted, name):
+    """Three rows: one goes on from a state and then starts a document, one starts anew, one only goes on."""
+    mixer, T = make(name), 8
+    x, (_, state) = noise(3, T, D), mixer(noise(3, 5, D), None, KEEP)
+    reset = torch.zeros(3, T, dtype=torch.bool)
+    reset[0, [3, 7]] = True
+    reset[1, [0, 5]] = True
+    y, last = mixer(x, state, SequenceContext(reset=reset))
+    segments = [(0, 0, 3, True), (0, 3, 7, False), (0, 7, 8, False), (1, 0, 5, False), (1, 5, 8, False),
+                (2, 0, 8, True)]  # fmt: skip
+    for row, begin, end, goes_on in segments:
+        given = state[row : row + 1] if goes_on else None
+        alone, after = mixer(x[row : row + 1, begin:end], given, KEEP)
+        torch.testing.assert_close(y[row : row + 1, begin:end], alone, atol=1e-5, rtol=1e-4)
+        if end == T:
+            torch.testing.assert_close(last[row : row + 1], after, atol=1e-5, rtol=1e-4)
+    y_new, _ = mixer(x, None, SequenceContext(reset=reset, keep_state=False))
+    torch.testing.assert_close(y_new[1], y[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_chunked_kernels_take_state_and_documents(interpreted, name):
+    """In fp16, with gradients wanted, as in training: a segment that goes on and then starts a document."""
+    mixer, plain, x = make(name, torch.float16), make(name), noise(1, 140, D)
+    _, state = mixer(x[:, :70].half(), None, KEEP)
+    reset = torch.zeros(1, 70, dtype=torch.bool)
+    reset[0, 40] = True
+    y, last = mixer(x[:, 70:].half(), state, SequenceContext(reset=reset))
+    expected = torch.cat([reference(plain, x[:, :110])[:, 70:], reference(plain, x[:, 110:])], dim=1)
+    assert (y.float() - expected).norm() < 0.01 * expected.norm()
+    _, alone = mixer(x[:, 110:].half(), None, KEEP)
+    assert (last - alone).norm() < 0.01 * alone.norm()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@torch.no_grad()
+def test_left_padding_does_not_show(interpreted, kind):
+    model = model_of(kind)
+    ids = torch.arange(1, 9).view(2, 4)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(7) >= 3).long().expand(2, -1)
+    out = model(padded, attention_mask=mask, use_cache=True)
+    expected = model(ids, use_cache=True)
+    torch.testing.assert_close(out.logits[:, 3:], expected.logits, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(out.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.recurrent_states[0], theirs.recurrent_states[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_generation_with_a_cache_is_that_without(interpreted, kind):
+    model, ids = model_of(kind, layers=1), torch.arange(1, 4).view(1, 3)
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    assert torch.equal(
+        model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options)
+    )
+
+
+# fla's kernels as they are meant to run.
+
+
+@installed
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_native_output_and_state(name):
+    mixer, x = make(name, torch.bfloat16, "cuda"), noise(2, 150, D, dtype=torch.bfloat16).cuda()
+    full, last = mixer(x, None, KEEP)
+    expected = reference(make(name).cuda(), x.float())
+    assert (full.float() - expected).norm() < 0.03 * expected.norm()
+    head, state = mixer(x[:, :100], None, KEEP)
+    tail, state = mixer(x[:, 100:], state, KEEP)
+    assert (torch.cat([head, tail], dim=1) - full).norm() < 0.03 * full.norm()
+    assert (state - last).norm() < 0.03 * last.norm()
+    reset = torch.zeros(2, 150, dtype=torch.bool, device="cuda")
+    reset[:, 90] = True
+    packed, _ = mixer(x, None, SequenceContext(reset=reset))
+    alone, _ = mixer(x[:, 90:], None, KEEP)
+    assert (packed[:, 90:] - alone).norm() < 0.03 * alone.norm()
+
+
+@installed
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TYPES)
+def test_native_training_lowers_the_loss(kind):
+    model = model_of(kind).cuda().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = (torch.arange(128) + 7 * torch.arange(4).unsqueeze(1)).cuda() % 41
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_table_names_every_type():
+    assert set(TYPES) == {name for name, cls in MIXERS.items() if issubclass(cls, FlaMixer)}
+    assert {spec["type"] for spec in SPECS.values()} == set(TYPES)
