@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, 
 def test_accumulation_changes_nothing(build: Build) -> None:
     """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters.
 
-    In fp64: AdamW divides small gradients by their own size, which makes fp32's rounding visible in parameters.
+    In fp64: AdamW divides small gradients by their own size, which shows fp32's rounding in parameters.
     """
     trained = {}
     for rows in (4, 2, 1):
