@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from small_models import NAMES
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPTIONAL = ("peft", "torchao")
@@ -40,13 +39,8 @@ def check_answers(names: dict) -> None:
     """Each answer is the one that the document and the question as one prompt would get."""
     import torch
 
-    model, tokenizer, document = names["model"], names["tokenizer"], names["document"]
-    questions = names["questions"]
+    model, document, questions = names["model"], names["document"], names["questions"]
     for row, padding, answer in zip(questions.input_ids, questions.attention_mask, names["out"], strict=True):
         whole = torch.cat([document, row[padding.bool()].unsqueeze(0)], dim=1)
         want = model.generate(whole, max_new_tokens=20, do_sample=False)[0, whole.shape[1] :]
         assert torch.equal(answer[len(row) :][: len(want)], want)
-
-
-def test_the_pages_name_what_is_tested():
-    assert {"bd_lru", "h_lru", "lstm", "hybrid"} <= set(NAMES)
