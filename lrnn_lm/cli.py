@@ -115,7 +115,7 @@ def evaluate_checkpoint(
     limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the JSON; default: the run's eval/")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="held-out documents (JSONL) for the heldout tasks")
+        Path | None, typer.Option(help="held-out documents (JSONL), or the folder of the offline tasks")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,

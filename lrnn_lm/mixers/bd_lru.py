@@ -41,11 +41,12 @@ class BlockDiagonalLRU(Mixer):
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
         B, T, _ = x.shape
         N, M = self.num_blocks, self.block_size
-        # Memory keeps n fastest, so that neighbouring lanes of a kernel read neighbouring addresses.
-        gates = self.gate_proj(x).view(B, T, M, M + 1, N).permute(0, 1, 4, 2, 3)  # (B, T, N, M, M+1)
-        values = self.value_proj(x).view(B, T, M, N).transpose(2, 3)  # (B, T, N, M)
+        # Memory holds M + 1 planes, each laid out like the values: a kernel's neighbouring lanes, a row each,
+        # read neighbouring addresses.
+        gates = self.gate_proj(x).view(B, T, M + 1, N, M).permute(0, 1, 3, 4, 2)  # (B, T, N, M, M+1)
+        values = self.value_proj(x).view(B, T, N, M)
         h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
-        return self.out_proj(h.transpose(2, 3).reshape(B, T, M * N)), state
+        return self.out_proj(h.flatten(2)), state
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""
