@@ -196,9 +196,7 @@ def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor |
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None, None
-    traced = (
-        torch.compiler.is_compiling()
-    )  # a graph must not depend on values: there the masks are always made
+    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
     if not traced and bool(attention_mask.all()):
         return None, None
     mask = attention_mask.bool()

@@ -57,10 +57,9 @@ def test_static_caches(name):
     assert torch.equal(model.generate(ids, past_key_values=given, disable_compile=True, **GREEDY), want)
 
 
-@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
-def test_compiled_decoding(name):
+def test_compiled_decoding():
     torch.compiler.reset()
-    model, ids = small_model(name), tokens(length=6)
+    model, ids = small_model("hybrid"), tokens(length=6)
     config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
     config._compile_all_devices = True  # transformers compiles on accelerators only, unless told so
     got = model.generate(ids, cache_implementation="static", compile_config=config, **GREEDY)

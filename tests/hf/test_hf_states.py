@@ -48,6 +48,22 @@ def test_a_copy_is_its_own(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_questions_of_unequal_length(name):
+    """Padding between a state and the tokens that go on from it leaves no trace."""
+    model, document, questions = small_model(name), tokens(rows=1, length=9), tokens(rows=3, length=6, seed=5)
+    mask = torch.ones(3, 15, dtype=torch.long)
+    mask[1, 9:12] = 0
+    mask[2, 9:14] = 0
+    cache = copy_states(prefill(model, document).past_key_values, 3)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    got = model.generate(questions, attention_mask=mask, past_key_values=cache, **options)
+    for row, padding in enumerate((0, 3, 5)):
+        whole = torch.cat([document, questions[row : row + 1, padding:]], dim=1)
+        want = model.generate(whole, attention_mask=torch.ones_like(whole), **options)
+        assert torch.equal(got[row, 6:], want[0, whole.shape[1] :])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_repeated_and_chosen(name):
     model, ids = small_model(name), tokens()
     cache = copy_states(prefill(model, ids[:, :10]).past_key_values)

@@ -72,7 +72,7 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
 @pytest.mark.parametrize("name", LINEAR)
 def test_lora_on_every_projection(name, tmp_path):
     """Every adapter is in the forward pass, cached or not, and learns; merged, it is the same model."""
-    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `peft`)")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
     model, ids = small_model(name), tokens()
     reset = torch.zeros_like(ids, dtype=torch.bool)
     reset[0, 5] = True
@@ -100,7 +100,7 @@ def test_lora_on_every_projection(name, tmp_path):
 
 
 def test_lora_on_the_head_is_in_the_loss():
-    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `peft`)")
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
     model, ids = small_model("bd_lru"), tokens()
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
     loss = model.train()(input_ids=ids, labels=ids, num_items_in_batch=40).loss
