@@ -49,11 +49,12 @@ def probe_length(
     output: Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Probe a checkpoint at rows of `length`, print a table, write JSON and a picture; returns the facts.
 
     length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
-    a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run).
+    a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). quiet: print nothing.
 
     Raises ValueError for a length that is none, that a model with limited positions cannot take, or that
     there is not text enough for.
@@ -96,7 +97,8 @@ def probe_length(
             path.parent.mkdir(parents=True, exist_ok=True)
         written[0].write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         draw_length(facts, written[1])
-    _show(facts, written)
+    if not quiet:
+        _show(facts, written)
     return facts
 
 
