@@ -43,12 +43,12 @@ class HigherOrderLRU(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.order
-        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1), n fastest in memory
-        values = self.value_proj(x)  # (B, T, N)
-        h, new_state = higher_order_scan(gates, values, state, context.reset, self.gate)
+        h, new_state = higher_order_scan(self._gates(x), self.value_proj(x), state, context.reset, self.gate)
         return self._filter(h, state, context.reset), new_state
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """Gate logits (B, T, N, M+1), n fastest in memory: neighbouring lanes read neighbouring addresses."""
+        return self.gate_proj(x).unflatten(-1, (self.order + 1, self.num_blocks)).transpose(2, 3)
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
         """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
@@ -77,11 +77,9 @@ class HigherOrderLRU(Mixer):
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.order
-        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1)
-        top = normalise(gates.float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
-        shift = torch.eye(M, device=x.device)[: M - 1].expand(B, T, N, M - 1, M)
+        M = self.order
+        top = normalise(self._gates(x).float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
+        shift = torch.eye(M, device=x.device)[: M - 1].expand(*top.shape[:3], M - 1, M)
         return torch.cat([top, shift], dim=3)
 
     def cost(self, context_length: int) -> MixerCost:
