@@ -47,7 +47,7 @@ class BlockDiagonalLRU(Mixer):
     def _gates(self, x: Tensor) -> Tensor:
         """Gate logits (B, T, N, M, M+1).
 
-        Memory holds M + 1 planes, each laid out like the values: a kernel's neighbouring lanes, a row each, read
+        Memory holds M + 1 planes, each laid out like the values: neighbouring lanes, a row each, read
         neighbouring addresses.
         """
         planes = self.gate_proj(x).unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
