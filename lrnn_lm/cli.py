@@ -120,11 +120,21 @@ def evaluate_checkpoint(
     num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
     max_length: Annotated[int | None, typer.Option(help="longest window in tokens")] = None,
+    length: Annotated[
+        str | None, typer.Option(help="probe rows this long: 16x the training length, or tokens")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Score a checkpoint on lm-eval tasks, those in eval/tasks included."""
+    """Score a checkpoint on lm-eval tasks, those in eval/tasks included; or probe it at a length."""
     from .evaluate import evaluate
 
+    if length is not None:
+        from .evaluate.length import probe_length
+
+        probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
+        if not tasks and suite is None:
+            return
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     evaluate(
         checkpoint,

@@ -37,7 +37,7 @@ def synthetic_dataset(
     """
     from datasets import Dataset
 
-    trained = _source(pretrained)
+    trained = run_source(pretrained)
     own = trained if trained.get("task") == task else {}
     options = {key: value for key, value in own.get("options", {}).items() if key != "seed"}
     lengths = lengths or [own.get("length") or SYNTHETIC_TASKS[task].length]
@@ -66,7 +66,7 @@ def score_answer(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float
     return {"acc": float(greedy), f"acc_{doc['length']}": float(greedy)}
 
 
-def _source(pretrained: str | None) -> dict[str, Any]:
+def run_source(pretrained: str | Path | None) -> dict[str, Any]:
     """The synthetic source of the run that a checkpoint lies in; empty if there is none."""
     if pretrained is None:
         return {}

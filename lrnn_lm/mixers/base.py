@@ -86,6 +86,13 @@ class Mixer(nn.Module):
         """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""
         return {}
 
+    def transitions(self, x: Tensor) -> Tensor | None:
+        """The matrices A_t (B, T, N, M, M) of h_t = A_t h_{t-1} + .. at inputs x (B, T, D), to look at.
+
+        None of mixers that have no such matrices, or none that are small.
+        """
+        return None
+
     def cost(self, context_length: int) -> MixerCost:
         """Work a token at this context length, projections aside."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v
 from torch import Tensor, nn
 
 from ..kernels import block_diagonal_scan, check_gate
+from ..kernels.gates import normalise
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 
 
@@ -47,6 +48,13 @@ class BlockDiagonalLRU(Mixer):
         values = self.value_proj(x).view(B, T, N, M)
         h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
         return self.out_proj(h.flatten(2)), state
+
+    def transitions(self, x: Tensor) -> Tensor:
+        """A_t (B, T, N, M, M) in fp32."""
+        B, T, _ = x.shape
+        N, M = self.num_blocks, self.block_size
+        gates = self.gate_proj(x).view(B, T, M, M + 1, N).permute(0, 1, 4, 2, 3)  # (B, T, N, M, M+1)
+        return normalise(gates.float(), self.gate)[..., :M]
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import check_gate, higher_order_scan
+from ..kernels.gates import normalise
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, plain_weight
 
 
@@ -73,6 +74,15 @@ class HigherOrderLRU(Mixer):
             product = nn.functional.linear(taps[lag], weights[lag])
             y = y + (product if alive[lag] is None else product * alive[lag])
         return y.transpose(0, 1)
+
+    def transitions(self, x: Tensor) -> Tensor:
+        """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
+        B, T, _ = x.shape
+        N, M = self.num_blocks, self.order
+        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1)
+        top = normalise(gates.float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
+        shift = torch.eye(M, device=x.device)[: M - 1].expand(B, T, N, M - 1, M)
+        return torch.cat([top, shift], dim=3)
 
     def cost(self, context_length: int) -> MixerCost:
         """A step is M + 1 multiply-adds a channel; normalising its M + 1 gates is about 3 operations each."""
