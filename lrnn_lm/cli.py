@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .requirements import UnmetRequirementError, check_transformers
+
 if TYPE_CHECKING:
     from .train.stop import StopSignal
 
@@ -24,7 +26,6 @@ _USERS_ERRNO = (
 
 app = typer.Typer(
     name="lrnn",
-    help="Pretrain, score and run language models built on linear recurrent networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -38,6 +39,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="dotted overrides")
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint folder")]
+
+
+@app.callback()
+def before_any_command() -> None:
+    """Pretrain, score and run language models built on linear recurrent networks."""
+    check_transformers()
 
 
 @app.command()
@@ -108,16 +115,26 @@ def evaluate_checkpoint(
     limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for the JSON; default: the run's eval/")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="held-out documents (JSONL) for the heldout tasks")
+        Path | None, typer.Option(help="held-out documents (JSONL), or the folder of the offline tasks")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
     max_length: Annotated[int | None, typer.Option(help="longest window in tokens")] = None,
+    length: Annotated[
+        str | None, typer.Option(help="probe rows this long: 16x the training length, or tokens")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Score a checkpoint on lm-eval tasks, those in eval/tasks included."""
+    """Score a checkpoint on lm-eval tasks, those in eval/tasks included; or probe it at a length."""
     from .evaluate import evaluate
 
+    if length is not None:
+        from .evaluate.length import probe_length
+
+        probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
+        if not tasks and suite is None:
+            return
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     evaluate(
         checkpoint,
@@ -240,21 +257,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
     try:
         app(args=arguments, prog_name="lrnn")
-    except (ValueError, OSError) as mistake:
+    except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
         print(f"lrnn: {_message(mistake)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
-def _is_users(mistake: ValueError | OSError) -> bool:
-    """A ValueError is a message to the user; of the system's errors, those that a user can mend."""
-    if isinstance(mistake, ValueError):
-        return True
-    return mistake.errno in _USERS_ERRNO
+def _is_users(mistake: Exception) -> bool:
+    """What we raise is a message to the user; of the system's errors, those that a user can mend."""
+    return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 
-def _message(mistake: ValueError | OSError) -> str:
+def _message(mistake: Exception) -> str:
     if isinstance(mistake, OSError) and mistake.strerror:
         return f"{mistake.filename or 'output'}: {mistake.strerror}"
     return str(mistake)

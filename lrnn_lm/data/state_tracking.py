@@ -22,7 +22,7 @@ from .draws import Draws, Integers
 
 Rows = tuple[Integers, Integers]  # inputs and states, each (b, T)
 
-GROUPS = ("s3", "s4", "s5", "a5", "z60")
+GROUPS = {"s3": 6, "s4": 24, "s5": 120, "a5": 60, "z60": 60}  # and their sizes
 WORD_END = 1 / 16  # chance of a separator in aa_star: words of 15 letters on average
 
 

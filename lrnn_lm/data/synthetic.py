@@ -16,7 +16,7 @@ import torch
 
 from . import mad, state_tracking
 from .draws import Draws, Integers
-from .pack import Row
+from .pack import IGNORED, Row
 from .specs import DataError
 
 Option = int | float
@@ -44,18 +44,44 @@ class TaskKind:
     sweep: dict[str, list[Option]] = field(default_factory=dict)
 
 
-def _no_split(make: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    """A generator whose training and held-out rows are alike."""
+def _state_task(
+    make: Callable[..., tuple[Integers, Integers]],
+    symbols: Callable[[dict[str, Option]], int],
+    options: dict[str, Option] | None = None,
+    check: Callable[[int, dict[str, Option]], None] = lambda length, options: None,
+) -> TaskKind:
+    """A task of state_tracking, whose training and held-out rows are alike.
 
-    def rows(draws: Draws, length: int, train: bool, **options: Option) -> tuple[Integers, Integers]:
-        return make(draws, length, **fixed, **options)
+    All take the option `start`: 1 puts a symbol of its own, without a label, before each row, as BOS does in
+    text. A recurrence whose state begins at zero has something to write there, and nothing later.
+    """
 
-    return rows
+    def rows(
+        draws: Draws, length: int, train: bool, start: Option, **rest: Option
+    ) -> tuple[Integers, Integers]:
+        if not start:
+            return make(draws, length, **rest)
+        inputs, labels = make(draws, length - 1, **rest)
+        pad = ((0, 0), (1, 0))
+        first = symbols(rest)
+        return np.pad(inputs, pad, constant_values=first), np.pad(labels, pad, constant_values=IGNORED)
+
+    def check_all(length: int, options: dict[str, Option]) -> None:
+        _need(options["start"] in (0, 1), f"start is 0 or 1, not {options['start']}")
+        check(length, options)
+
+    return TaskKind(
+        rows,
+        lambda options: symbols(options) + int(options["start"]),
+        length=32,
+        options={"start": 0, **(options or {})},
+        check=check_all,
+    )
 
 
 def _group(name: str) -> TaskKind:
-    size = len(state_tracking.composition_table(name)) if name != "s5" else 120
-    return TaskKind(_no_split(state_tracking.products, group=name), lambda options: size, length=32)
+    size = state_tracking.GROUPS[name]
+    return _state_task(partial(state_tracking.products, group=name), lambda options: size)
 
 
 def _vocabulary(options: dict[str, Option]) -> int:
@@ -116,21 +142,13 @@ _LONGER: list[Option] = [256, 512, 1024]
 
 SYNTHETIC_TASKS: dict[str, TaskKind] = {
     **{name: _group(name) for name in state_tracking.GROUPS},
-    "parity": TaskKind(_no_split(state_tracking.counts, modulus=2), lambda options: 2, length=32),
-    "modular_counting": TaskKind(
-        _no_split(state_tracking.counts),
-        lambda options: int(options["modulus"]),
-        length=32,
-        options={"modulus": 5},
-        check=_check_modulus,
+    "parity": _state_task(partial(state_tracking.counts, modulus=2), lambda options: 2),
+    "modular_counting": _state_task(
+        state_tracking.counts, lambda options: int(options["modulus"]), {"modulus": 5}, _check_modulus
     ),
-    "aa_star": TaskKind(_no_split(state_tracking.even_words), lambda options: 2, length=32),
-    "dyck1_depth": TaskKind(
-        _no_split(state_tracking.depths),
-        lambda options: int(options["max_depth"]) + 1,
-        length=32,
-        options={"max_depth": 8},
-        check=_check_depth,
+    "aa_star": _state_task(state_tracking.even_words, lambda options: 2),
+    "dyck1_depth": _state_task(
+        state_tracking.depths, lambda options: int(options["max_depth"]) + 1, {"max_depth": 8}, _check_depth
     ),
     "in_context_recall": _MAD(
         mad.recall,

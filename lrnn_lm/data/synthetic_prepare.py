@@ -76,7 +76,7 @@ def write_symbols(vocab_size: int, folder: Path) -> None:
 
     core = Tokenizer(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
 def _manifest(spec: SyntheticSpec, task: SyntheticTask, examples: int, symbols: str) -> dict[str, Any]:

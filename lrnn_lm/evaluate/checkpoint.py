@@ -126,6 +126,17 @@ def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
     return DEFAULT_LENGTH
 
 
+def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int | None = None) -> int:
+    """The window in tokens: `wanted` as far as the model goes, its `context_length` if None.
+
+    This project's models take any length; others end where their positions do.
+    """
+    usual = context_length(model, run)
+    if wanted is None or model.config.model_type == "lrnn":
+        return wanted or usual
+    return min(wanted, usual)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / "trainer" / "manifest.json"
     if not file.is_file():

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
-from .heldout import HELDOUT_NAME, heldout_path
+from .checkpoint import CheckpointInfo, describe, document_start, load_checkpoint, widest_window
+from .heldout import FOLDER_NAMES, HELDOUT_NAME, heldout_path
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
 
@@ -45,10 +45,11 @@ def evaluate(
 
     tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks. suite: a YAML file of such names,
     taken before `tasks`; what is passed here overrides its settings. limit: documents a task. data:
-    held-out documents for the heldout tasks (default: those of the run). output: a folder, or a .json file
+    held-out documents for the heldout tasks (default: those of the run), or the folder that the offline tasks
+    read. output: a folder, or a .json file
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
-    max_length: tokens a window (default: `context_length`).
+    max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
 
     The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
     a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
@@ -58,16 +59,17 @@ def evaluate(
     names = [*(chosen.tasks if chosen else []), *tasks]
     limit = chosen.limit if chosen and limit is None else limit
     num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
+    widest = chosen.max_length if chosen else None
     _check(names, limit, batch_size, num_fewshot, max_length)
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
     documents = _documents(info, data)
-    metadata = {"data": documents} if documents else {"pretrained": str(info.path)}
+    metadata = {"pretrained": str(info.path), **({"data": documents} if documents else {})}
     with _quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
             model, tokenizer = load_checkpoint(info.path, device)
-        window = max_length or context_length(model, info.run)
+        window = max_length or widest_window(model, info.run, widest)
         with hub_data(hub):
             results, truncated = _run(
                 model, tokenizer, manager, names, limit, batch_size, num_fewshot, window
@@ -108,7 +110,11 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
 
 
 def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
-    """The held-out file that is passed, or the run's if it has one."""
+    """The held-out file that is passed, or the run's if it has one; or a folder of other local files."""
+    if data is not None and Path(data).expanduser().is_dir():
+        folder = Path(data).expanduser()
+        if not any((folder / name).is_file() for name in FOLDER_NAMES):
+            return str(folder)  # the offline tasks' own; what is missing in it they will say
     if data is None and (info.run is None or not (info.run / HELDOUT_NAME).is_file()):
         return None  # which matters to the heldout tasks only: they will say what to pass
     return str(heldout_path(data, info.path))

@@ -31,6 +31,9 @@ class LiveLM(HFLM):
         start: int | None,
     ) -> None:
         self._start, self._rolling, self.truncated = start, False, 0
+        self._bare = (
+            tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
+        )  # nothing to begin with
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -48,7 +51,7 @@ class LiveLM(HFLM):
         **kwargs: Any,
     ) -> list[int]:
         """Token ids of a text, with the start token unless the caller says otherwise."""
-        if self._rolling:
+        if self._rolling or self._bare:
             add_special_tokens = (
                 False  # the prefix token is set before the ids, so it must not come with them
             )

@@ -9,8 +9,8 @@ from .runs import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _GREY = "#222222", "#8a8f98"
-_COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#3a8fb7", "#5d5d5d")
+INK, GREY = "#222222", "#8a8f98"
+COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#3a8fb7", "#5d5d5d")
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -20,7 +20,7 @@ def draw(runs: list[Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     bits = any(run.last("bits_per_byte") is not None for run in runs)
-    style = {"font.size": 10, "axes.edgecolor": _GREY, "text.color": _INK, "axes.labelcolor": _INK}
+    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11 if bits else 7, 4.2), layout="constrained")
         FigureCanvasAgg(figure)  # no pyplot: a notebook's or a caller's backend stays as it is
@@ -64,7 +64,7 @@ def _draw_loss(axes: "Axes", runs: list[Run]) -> None:
         if held:
             label = "validation" if alone else (None if losses else run.name)
             style: dict[str, Any] = {
-                "color": _INK if alone else colour,
+                "color": INK if alone else colour,
                 "markeredgecolor": "white",
                 "zorder": 4,
             }
@@ -90,7 +90,7 @@ def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
     ]
     bars = {round(score.value, 3) for score in gzip if score.limit is None}
     for value in sorted(bars):
-        axes.axhline(value, color=_GREY, linestyle="--", linewidth=1.2, label=f"gzip -9: {value:.3f}")
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"gzip -9: {value:.3f}")
     axes.set_title("Bits per byte of held-out text", fontsize=10, loc="left")
     axes.margins(y=0.12)
     _finish(axes, "bits per byte")
@@ -116,4 +116,4 @@ def _finish(axes: "Axes", ylabel: str) -> None:
 
 
 def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

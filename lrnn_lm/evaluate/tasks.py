@@ -25,6 +25,7 @@ class Suite(BaseModel):
     tasks: list[str] = Field(min_length=1)
     num_fewshot: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=1)
+    max_length: int | None = Field(None, ge=2, description="tokens a window, where the model has no limit")
 
 
 def read_suite(file: str | Path) -> Suite:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_transfer import block_transfer
+from .chunk_transfer import block_transfer_cost as transfer_cost
 from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
 from .triton_rows import (
     coefficients,
@@ -279,7 +280,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     B, T, N, M = values.shape
     h, last = values.new_empty(values.shape), values.new_empty(B, N, M, dtype=torch.float32)
-    chunk, n_chunks = time_chunks(B * N, M, T, values.device)
+    chunk, n_chunks = time_chunks(B * N, M, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = block_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
@@ -326,7 +327,7 @@ def _backward(
     d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop = grad_last.contiguous()
-    chunk, n_chunks = time_chunks(B * N, M, T, values.device)
+    chunk, n_chunks = time_chunks(B * N, M, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()

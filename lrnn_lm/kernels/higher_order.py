@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
+from .chunk_transfer import channel_transfer_cost as transfer_cost
 from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
 from .triton_rows import (
     coefficients,
@@ -301,7 +302,7 @@ def _forward(
     B, T, N = values.shape
     M = gates.shape[-1] - 1
     h, last = values.new_empty(values.shape), values.new_empty(B, N, M, dtype=torch.float32)
-    chunk, n_chunks = time_chunks(B * N, 1, T, values.device)
+    chunk, n_chunks = time_chunks(B * N, 1, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = channel_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
@@ -329,7 +330,7 @@ def _backward(
     d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop = grad_last.contiguous()
-    chunk, n_chunks = time_chunks(B * N, 1, T, values.device)
+    chunk, n_chunks = time_chunks(B * N, 1, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = channel_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()

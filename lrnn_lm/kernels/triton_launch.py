@@ -21,8 +21,8 @@ INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defin
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
-ROWS_PER_SM = 32  # with more rows than this an SM is busy without chunks
-LANES_PER_SM = 256  # with chunks, fill an SM to here
+ROWS_PER_SM = 64  # a scan of as many rows keeps an SM busy
+LANES_PER_SM = 256  # what chunks fill an SM to
 
 
 class Launch:
@@ -77,16 +77,17 @@ def on_device(like: Tensor) -> AbstractContextManager:
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
-def time_chunks(groups: int, M: int, T: int, device: torch.device) -> tuple[int, int]:
-    """(steps a chunk, chunks) for `groups` groups of M rows.
+def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.device) -> tuple[int, int]:
+    """(steps a chunk, chunks) for `groups` groups of `rows` rows, e.g. B * N blocks of M.
 
-    One chunk reads the gates once and is the choice wherever the rows alone fill the device. Cutting time
-    reads them twice, and a chunk's transfer is an M x M matrix, held in a lane's registers: only up to M = 8.
+    One chunk reads the gates once and is the choice wherever the rows alone fill the device. Cut time costs 1
+    + `cost` times the work: the chunks' transfers (instructions relative to the scan's; infinite: never cut),
+    then the scan.
     """
     multiprocessors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     )
-    if T < MIN_STEPS or M > 8 or groups * M >= ROWS_PER_SM * multiprocessors:
+    if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * multiprocessors:
         return T, 1
     wanted = LANES_PER_SM * multiprocessors // groups
     chunk = max(SHORTEST_CHUNK, triton.cdiv(T, max(1, wanted)))

@@ -100,6 +100,18 @@ def test_formal_languages():
     assert (labels.min(), labels.max()) == (0, 3)
 
 
+@pytest.mark.parametrize("name", STATE_TASKS)
+def test_a_start_symbol_goes_before_the_same_row(name):
+    plain, started = task(name, 12), task(name, 13, start=1)
+    assert started.vocab_size == plain.vocab_size + 1
+    inputs, labels = started.rows(0, "train", np.arange(4))
+    assert (inputs[:, 0] == plain.vocab_size).all()
+    assert (labels[:, 0] == -100).all()
+    want = plain.rows(0, "train", np.arange(4))
+    assert (inputs[:, 1:] == want[0]).all()
+    assert (labels[:, 1:] == want[1]).all()
+
+
 def test_recall_labels_are_what_was_read():
     for name, options in (("in_context_recall", {}), ("noisy_in_context_recall", {"noise": 0.5})):
         made = task(name, 64, **options)
@@ -194,6 +206,7 @@ def test_published_baselines_and_sweeps_can_be_made():
     (lambda: task("dyck1_depth", max_depth=0), "at least 1"),
     (lambda: task("dyck1_depth", max_depth=2.5), "takes a number"),
     (lambda: task("s3", 1), "at least 2"),
+    (lambda: task("s3", start=2), "0 or 1"),
 ])  # fmt: skip
 def test_mistakes(make, message):
     with pytest.raises(DataError, match=message):

@@ -220,7 +220,7 @@ def test_a_model_outside_a_run_needs_data(checkpoint, tmp_path, capsys, document
         (BOTH, {"device": "abacus"}, "abacus"),
         (BOTH, {"device": "cuda:99"}, "no such CUDA device"),
         (BOTH, {"data": "nowhere.jsonl"}, "no such file"),
-        (BOTH, {"suite": "nosuite"}, "ships demo, standard"),
+        (BOTH, {"suite": "nosuite"}, "ships demo, long"),
     ],
 )
 def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):

@@ -4,8 +4,10 @@ full grid.
 Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten fails its comparison.
 """
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def cut_time(monkeypatch, chunk: int) -> None:
     from lrnn_lm.kernels import block_diagonal, higher_order
 
     for module in (block_diagonal, higher_order):
-        monkeypatch.setattr(module, "time_chunks", lambda groups, M, T, device: (chunk, -(-T // chunk)))
+        monkeypatch.setattr(
+            module, "time_chunks", lambda groups, rows, cost, T, device: (chunk, -(-T // chunk))
+        )
 
 
 def to_device(inputs):
@@ -230,6 +234,16 @@ def test_importing_the_kernels_does_not_import_triton():
         "assert not any(m.startswith('lrnn_lm.kernels.triton') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_compiles_for_hopper_without_a_gpu():
+    """See compile_only.py: also, that a new T compiles nothing."""
+    script = Path(__file__).with_name("compile_only.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, env=environment)
 
 
 # On a GPU ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,329 @@
+"""What a checkpoint does far beyond its training length: `lrnn eval CHECKPOINT --length 16x`.
+
+    by position   loss and accuracy along long rows, in bins that grow with the position
+    states        root mean square of each recurrent layer's state as the row goes on
+    memory        total variation between the distributions of the last token with and without a change of
+                  the input d tokens before: how far back a change still moves the output
+    transitions   eigenvalues and absolute row sums of A_t, of each layer that has such matrices
+
+Rows are those of the run's synthetic task, made anew at the length asked for; or the run's held-out
+documents, one after the other. No state is reset within a row.
+
+Legend: b rows, N length in tokens, V vocabulary.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import SyntheticTask
+from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
+from .heldout import heldout_path, read_documents
+from .show import decimal, table_console
+from .synthetic_tasks import run_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BINS = 4  # an octave
+PIECE_LOGITS = 2**25  # logits that exist at once
+MEMORY_LENGTHS = 4  # the memory is probed up to so many training lengths
+MATRICES = 4096  # a layer, whose eigenvalues are taken
+MOVED = 0.01  # total variation from which on a change counts as seen
+
+
+def probe_length(
+    checkpoint: str | Path,
+    length: str = "16x",
+    *,
+    rows: int = 16,
+    data: Path | None = None,
+    output: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Probe a checkpoint at rows of `length`, print a table, write JSON and a picture; returns the facts.
+
+    length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
+    a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). quiet: print nothing.
+
+    Raises ValueError for a length that is none, that a model with limited positions cannot take, or that
+    there is not text enough for.
+    """
+    from .length_plot import draw_length
+
+    info = describe(checkpoint)
+    model, tokenizer = load_checkpoint(info.path, device)
+    trained = context_length(model, info.run)
+    N = parse_length(length, trained)
+    _check_limit(model, N, trained)
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows}")
+    inputs, labels = _rows(info, model, tokenizer, N, rows, data, seed)
+    with torch.no_grad(), _mixer_inputs(model) as seen:
+        bins, states = _by_position(model, inputs, labels)
+        transitions = _transitions(model, seen)
+        memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed)
+    facts = {
+        "checkpoint": {"path": str(info.path), "step": info.step},
+        "settings": {
+            "length": N,
+            "trained": trained,
+            "rows": rows,
+            "seed": seed,
+            "device": str(model.device),
+        },
+        "by_position": bins,
+        "states": states,
+        "memory": memory,
+        "effective_memory": max((m["distance"] for m in memory if m["moved"] > MOVED), default=0),
+        "transitions": transitions,
+    }
+    folders = _folders(info, output)
+    written = []
+    if folders is not None:
+        name = f"{info.name}-length-{N}"
+        written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
+        for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        written[0].write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        draw_length(facts, written[1])
+    if not quiet:
+        _show(facts, written)
+    return facts
+
+
+def parse_length(text: str, trained: int) -> int:
+    """Tokens from `16x` (training lengths) or `4096`; ValueError if it is neither, or below 2 tokens."""
+    number = text.strip().lower()
+    try:
+        N = round(float(number[:-1]) * trained) if number.endswith("x") else int(number.replace("_", ""))
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"length {text!r}: give training lengths, as in 16x, or tokens, as in 4096"
+        ) from None
+    if N < 2:
+        raise ValueError(f"length {text!r} is {N} tokens; at least 2 are wanted")
+    return N
+
+
+def _check_limit(model: "PreTrainedModel", N: int, trained: int) -> None:
+    """Models of others end where their positions do; ours take any length."""
+    if model.config.model_type != "lrnn" and trained < N:
+        raise ValueError(f"{N} tokens are longer than this {model.config.model_type} takes: {trained}")
+
+
+def _rows(
+    info: CheckpointInfo,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    N: int,
+    rows: int,
+    data: Path | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (b, N), on the CPU."""
+    source = run_source(info.path)
+    if source and data is None:
+        task = SyntheticTask(source["task"], N, source["options"])
+        inputs, labels = task.rows(seed, "length", np.arange(rows))
+        return torch.from_numpy(inputs), torch.from_numpy(labels)
+    start = document_start(model, tokenizer)
+    ids: list[int] = []
+    for text in read_documents(heldout_path(data, info.path)):
+        ids += [] if start is None else [start]
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > rows * N:
+            break
+    whole = (len(ids) - 1) // N
+    if not whole:
+        raise ValueError(f"the held-out text has {len(ids)} tokens, which do not fill one row of {N} + 1")
+    stream = torch.tensor(ids[: whole * N + 1])
+    return stream[:-1].view(-1, N)[:rows], stream[1:].view(-1, N)[:rows]
+
+
+def bin_edges(N: int) -> list[int]:
+    """0, 1, 2, .. N: about BINS edges an octave."""
+    grid = {min(N, round(2 ** (i / BINS))) for i in range(BINS * math.ceil(math.log2(N)) + 1)}
+    return [0, *sorted(grid | {N})]
+
+
+def _by_position(
+    model: "PreTrainedModel", inputs: Tensor, labels: Tensor
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Loss and accuracy of each bin of positions, and the states' norms at its end.
+
+    The row is read piece by piece through the cache, so that memory does not grow with N.
+    """
+    b, N = inputs.shape
+    piece = max(1, PIECE_LOGITS // (b * model.config.vocab_size))
+    cache: Any = None
+    bins, states = [], []
+    for first, last in pairwise(bin_edges(N)):
+        sums = np.zeros(3)  # nats, hits, targets
+        for start in range(first, last, piece):
+            part = slice(start, min(start + piece, last))
+            outputs = model(inputs[:, part].to(model.device), past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            target = labels[:, part].to(model.device)
+            valid = target >= 0
+            logits = outputs.logits.float()
+            loss = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), target.where(valid, -100), ignore_index=-100, reduction="sum"
+            )
+            hits = (logits.argmax(dim=-1) == target) & valid
+            sums += [float(loss), int(hits.sum()), int(valid.sum())]
+        count = sums[2]
+        bins.append({
+            "from": first, "to": last, "targets": int(count),
+            "loss": float(sums[0] / count) if count else None,
+            "accuracy": float(sums[1] / count) if count else None,
+        })  # fmt: skip
+        states.append({"position": last, "rms": _state_norms(model, cache)})
+    return bins, states
+
+
+def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
+    """Root mean square of each recurrent layer's state, by layer; empty for models of others."""
+    if model.config.model_type != "lrnn":
+        return {}
+    from ..model.cache import layer_state
+
+    found = {}
+    for layer in range(model.config.num_hidden_layers):
+        state = layer_state(cache, layer)
+        if isinstance(state, Tensor):
+            found[str(layer)] = float(state.float().square().mean().sqrt())
+    return found
+
+
+@contextlib.contextmanager
+def _mixer_inputs(model: "PreTrainedModel") -> Iterator[dict[int, list[Tensor]]]:
+    """The inputs of each layer's mixer while the context lasts, by layer, as far as they are needed."""
+    seen: dict[int, list[Tensor]] = {}
+    hooks = []
+
+    def keep(layer: int, x: Tensor) -> None:
+        kept = seen.setdefault(layer, [])
+        if sum(part.shape[0] * part.shape[1] for part in kept) < MATRICES:
+            kept.append(x.detach())
+
+    if model.config.model_type == "lrnn":
+        for layer, block in enumerate(model.model.layers):
+            hooks.append(block.mixer.register_forward_pre_hook(lambda _, args, i=layer: keep(i, args[0])))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
+    """Of each layer with such matrices: quantiles of |eigenvalue| and row sums, and a sample to draw."""
+    found = []
+    for layer, parts in sorted(seen.items()):
+        x = torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts], dim=1)
+        A = model.model.layers[layer].mixer.transitions(x)
+        if A is None:
+            continue
+        A = A.flatten(0, 2).cpu()  # (tokens x N, M, M)
+        chosen = torch.linspace(0, len(A) - 1, min(len(A), MATRICES)).long()
+        A = A[chosen]
+        eigenvalues = torch.linalg.eigvals(A).flatten()
+        sample = eigenvalues[torch.linspace(0, len(eigenvalues) - 1, min(len(eigenvalues), 1000)).long()]
+        found.append({
+            "layer": layer,
+            "block_size": A.shape[-1],
+            "eigenvalue_magnitude": _quantiles(eigenvalues.abs()),
+            "spectral_radius": _quantiles(torch.linalg.eigvals(A).abs().amax(dim=-1)),
+            "row_sum": _quantiles(A.abs().sum(dim=-1).flatten()),
+            "complex_share": float((eigenvalues.imag.abs() > 1e-4).float().mean()),
+            "negative_share": float((eigenvalues.real < -1e-4).float().mean()),
+            "sample": [[round(float(z.real), 4), round(float(z.imag), 4)] for z in sample],
+        })  # fmt: skip
+    return found
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Minimum, quartiles, maximum and mean."""
+    ordered = values.double().sort().values
+    at = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
+    picked = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
+    return {**picked, "mean": float(ordered.mean())}
+
+
+def _memory(model: "PreTrainedModel", inputs: Tensor, seed: int) -> list[dict[str, float]]:
+    """Total variation at the last position after a change d tokens before it, mean over rows."""
+    b, N = inputs.shape
+    distances = sorted({N - 1, *(edge for edge in bin_edges(N)[:-1])})
+    V = model.config.vocab_size
+    shifts = torch.randint(1, V, (b, len(distances)), generator=torch.Generator().manual_seed(seed))
+    plain = _last_distribution(model, inputs)
+    found = []
+    for i, distance in enumerate(distances):
+        changed = inputs.clone()
+        place = N - 1 - distance
+        changed[:, place] = (changed[:, place] + shifts[:, i]) % V
+        moved = (_last_distribution(model, changed) - plain).abs().sum(dim=-1) / 2
+        found.append({"distance": distance, "moved": float(moved.mean())})
+    return found
+
+
+def _last_distribution(model: "PreTrainedModel", inputs: Tensor) -> Tensor:
+    """(b, V) in fp32."""
+    outputs = model(inputs.to(model.device), logits_to_keep=1, use_cache=False)
+    return outputs.logits[:, -1].float().softmax(dim=-1)
+
+
+def _folders(info: CheckpointInfo, output: Path | None) -> tuple[Path, Path] | None:
+    if output is not None:
+        return Path(output).expanduser(), Path(output).expanduser()
+    return None if info.run is None else (info.run / "eval", info.run / "plots")
+
+
+def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """(positions, loss, accuracy) between successive doublings of the training length."""
+    N, trained = facts["settings"]["length"], facts["settings"]["trained"]
+    edges = [0, *(trained * 2**i for i in range(64) if trained * 2**i < N), N]
+    rows = []
+    for low, high in pairwise(edges):
+        inside = [bin for bin in facts["by_position"] if low < bin["to"] <= high and bin["targets"]]
+        count = sum(bin["targets"] for bin in inside)
+        if count:
+            loss = sum(bin["loss"] * bin["targets"] for bin in inside) / count
+            hits = sum(bin["accuracy"] * bin["targets"] for bin in inside) / count
+            rows.append((f"{low + 1:,} - {high:,}", loss, hits))
+    return rows
+
+
+def _show(facts: dict[str, Any], written: list[Path]) -> None:
+    from rich.table import Table
+
+    console = table_console()
+    trained = facts["settings"]["trained"]
+    table = Table(title=f"{Path(facts['checkpoint']['path']).name}, trained at {trained:,} tokens")
+    for title in ("positions", "loss", "accuracy"):
+        table.add_column(title, justify="right")
+    for positions, loss, accuracy in by_multiple(facts):
+        table.add_row(positions, decimal(loss), decimal(accuracy))
+    console.print(table)
+    probed = facts["memory"][-1]["distance"]
+    console.print(f"effective memory: {facts['effective_memory']:,} tokens, of {probed:,} probed")
+    for layer in facts["transitions"]:
+        radius, sums = layer["spectral_radius"], layer["row_sum"]
+        console.print(
+            f"layer {layer['layer']}: spectral radius of A_t {radius['50%']:.3f} (median), "
+            f"{radius['max']:.3f} (largest); row sums up to {sums['max']:.3f}; "
+            f"{layer['complex_share']:.0%} of eigenvalues complex"
+        )
+    for path in written:
+        console.print(f"written to {path}", soft_wrap=True, highlight=False)

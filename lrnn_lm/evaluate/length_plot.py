@@ -1,0 +1,119 @@
+"""The picture of a length probe: loss, accuracy, memory, states and eigenvalues, a panel each."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .plot import COLOURS, GREY, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw_length(facts: dict[str, Any], path: Path) -> None:
+    """Write the picture of what `probe_length` found (PNG, SVG or PDF by the suffix)."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(14, 7.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, 3)
+        _by_position(axes[0][0], facts, "loss", "Loss by position", "nats a token")
+        _by_position(axes[0][1], facts, "accuracy", "Accuracy by position", "share of targets")
+        axes[0][1].set_ylim(-0.02, 1.04)
+        _memory(axes[0][2], facts)
+        _states(axes[1][0], facts)
+        _eigenvalues(axes[1][1], facts)
+        _row_sums(axes[1][2], facts)
+        settings = facts["settings"]
+        title = f"{Path(facts['checkpoint']['path']).name}: trained at {settings['trained']:,} tokens, "
+        figure.suptitle(title + f"probed to {settings['length']:,}", fontweight="bold")
+        figure.savefig(path, dpi=140)
+
+
+def _by_position(axes: "Axes", facts: dict[str, Any], key: str, title: str, label: str) -> None:
+    bins = [bin for bin in facts["by_position"] if bin["targets"]]
+    axes.plot([bin["to"] for bin in bins], [bin[key] for bin in bins], "o-", color=COLOURS[0], markersize=3.5)
+    _trained(axes, facts)
+    _finish(axes, title, "position (tokens)", label)
+
+
+def _memory(axes: "Axes", facts: dict[str, Any]) -> None:
+    points = [point for point in facts["memory"] if point["distance"]]
+    distances = [point["distance"] for point in points]
+    floor = 1e-5
+    axes.plot(distances, [max(p["moved"], floor) for p in points], "o-", color=COLOURS[1], markersize=3.5)
+    axes.set_yscale("log")
+    axes.set_ylim(floor / 2, 1.5)
+    _trained(axes, facts)
+    title = f"Memory: a change reaches {facts['effective_memory']:,} tokens"
+    _finish(axes, title, "tokens between the change and the output", "total variation")
+
+
+def _states(axes: "Axes", facts: dict[str, Any]) -> None:
+    layers = list(facts["states"][-1]["rms"])
+    for i, layer in enumerate(layers):
+        values = [point["rms"][layer] for point in facts["states"]]
+        positions = [point["position"] for point in facts["states"]]
+        axes.plot(positions, values, "-", color=COLOURS[i % len(COLOURS)], label=f"layer {layer}")
+    if layers and len(layers) <= len(COLOURS):
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(bottom=0)
+    _trained(axes, facts)
+    _finish(
+        axes, "State by position", "position (tokens)", "root mean square" if layers else "no recurrent state"
+    )
+
+
+def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
+    from matplotlib.patches import Circle
+
+    axes.add_patch(Circle((0, 0), 1, fill=False, color=GREY, linewidth=1))
+    for i, layer in enumerate(facts["transitions"]):
+        real, imaginary = zip(*layer["sample"], strict=True)
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(
+            real, imaginary, ".", color=colour, markersize=3, alpha=0.5, label=f"layer {layer['layer']}"
+        )
+    axes.set_xlim(-1.15, 1.15)
+    axes.set_ylim(-1.15, 1.15)
+    axes.set_aspect("equal")
+    if 0 < len(facts["transitions"]) <= len(COLOURS):
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    _finish(axes, "Eigenvalues of A_t, in the unit circle", "real", "imaginary", log=False)
+
+
+def _row_sums(axes: "Axes", facts: dict[str, Any]) -> None:
+    """For each layer a box from quartile to quartile, lines to the extremes, a dot at the median."""
+    marks = (("row_sum", -0.15, COLOURS[2]), ("spectral_radius", 0.15, COLOURS[3]))
+    for key, offset, colour in marks:
+        for layer in facts["transitions"]:
+            x, found = layer["layer"] + offset, layer[key]
+            label = key.replace("_", " ") if layer is facts["transitions"][0] else None
+            axes.vlines(x, found["min"], found["max"], color=colour, linewidth=1)
+            axes.vlines(x, found["25%"], found["75%"], color=colour, linewidth=6, alpha=0.6, label=label)
+            axes.plot(x, found["50%"], "o", color="white", markeredgecolor=colour, markersize=5)
+    axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axes.set_ylim(-0.02, 1.1)
+    axes.set_xticks([layer["layer"] for layer in facts["transitions"]])
+    if facts["transitions"]:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    _finish(axes, "Row sums of |A_t| and spectral radius", "layer", "", log=False)
+
+
+def _trained(axes: "Axes", facts: dict[str, Any]) -> None:
+    axes.axvline(facts["settings"]["trained"], color=GREY, linestyle="--", linewidth=1.2)
+
+
+def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str, log: bool = True) -> None:
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

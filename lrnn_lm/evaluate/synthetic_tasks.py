@@ -1,0 +1,82 @@
+"""State tracking, formal languages and MAD as lm-eval tasks: what eval/tasks/synthetic names.
+
+A row's ids are written as numbers between blanks; asked is the label of its last position that has one. A
+checkpoint that was trained on the task meets its own symbols, options and labels: its tokenizer reads each
+number as one id. Any other language model meets a text of numbers.
+
+Rows come from the split `eval` of the task's seed, which training never sees.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data import SYNTHETIC_TASKS, SyntheticTask
+
+if TYPE_CHECKING:
+    import datasets
+
+EXAMPLES = 500  # rows a length
+
+
+def synthetic_dataset(
+    task: str,
+    lengths: Sequence[int] | None = None,
+    examples: int = EXAMPLES,
+    seed: int = 0,
+    pretrained: str | None = None,
+    **_metadata: Any,
+) -> "dict[str, datasets.Dataset]":
+    """Rows of context, answer and length, the lengths taking turns.
+
+    lengths: None for the task's own. pretrained: a checkpoint; if its run was on this task, its options and,
+    where `lengths` is None, its length are taken. Raises ValueError for a task that cannot be made so.
+    """
+    from datasets import Dataset
+
+    trained = run_source(pretrained)
+    own = trained if trained.get("task") == task else {}
+    options = {key: value for key, value in own.get("options", {}).items() if key != "seed"}
+    lengths = lengths or [own.get("length") or SYNTHETIC_TASKS[task].length]
+    rows = []
+    for length in lengths:
+        made = SyntheticTask(task, int(length), options)
+        if trained and made.vocab_size > _vocabulary(pretrained):
+            raise ValueError(
+                f"task {task} has {made.vocab_size} symbols, and {pretrained} was trained on "
+                f"{_vocabulary(pretrained)} (task {trained['task']})"
+            )
+        inputs, labels = made.rows(seed, "eval", np.arange(examples))
+        rows.append([_question(*pair, int(length)) for pair in zip(inputs, labels, strict=True)])
+    return {"test": Dataset.from_list([row for turn in zip(*rows, strict=True) for row in turn])}
+
+
+def _question(inputs: Any, labels: Any, length: int) -> dict[str, Any]:
+    last = int(np.nonzero(labels >= 0)[0][-1])
+    context = " ".join(map(str, inputs[: last + 1]))
+    return {"context": context, "answer": f" {labels[last]}", "length": length}
+
+
+def score_answer(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """Whether the answer is the likeliest continuation, over all lengths and for its own."""
+    _, greedy = results[0] if isinstance(results[0], tuple | list) else results
+    return {"acc": float(greedy), f"acc_{doc['length']}": float(greedy)}
+
+
+def run_source(pretrained: str | Path | None) -> dict[str, Any]:
+    """The synthetic source of the run that a checkpoint lies in; empty if there is none."""
+    if pretrained is None:
+        return {}
+    file = Path(pretrained).expanduser().resolve().parent.parent / "data.json"
+    if not file.is_file():
+        return {}
+    source = json.loads(file.read_text(encoding="utf-8")).get("source", {})
+    return source if source.get("type") == "synthetic" else {}
+
+
+def _vocabulary(pretrained: str | None) -> int:
+    config = Path(str(pretrained)).expanduser() / "config.json"
+    return int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])

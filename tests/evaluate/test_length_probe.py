@@ -1,0 +1,140 @@
+"""The length probe: pieces equal one pass, memory is causal, transitions are bounded, mistakes are told."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from small_models import MIXER_ROWS, small_model
+
+from lrnn_lm.cli import main
+from lrnn_lm.evaluate import length as probe
+from lrnn_lm.evaluate.length import bin_edges, by_multiple, parse_length, probe_length
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint that has seen two steps of s3 at length 8."""
+    folder = tmp_path_factory.mktemp("length")
+    recipe = load_recipe("recipes/synthetic/s3.yaml", [
+        "model.hidden_size=16", "model.intermediate_size=16", "train.tokens=512", "train.tokens_per_step=256",
+        "data.source.length=8", "data.source.validation_examples=8", "train.device=cpu",
+        f"train.runs_dir={folder}", f"data.cache_dir={folder / 'cache'}",
+    ])  # fmt: skip
+    return build_trainer(recipe, Console(quiet=True)).run()
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("16x", 512), ("4096", 4096), ("0.5x", 16), ("1_000", 1000)])
+def test_lengths(text, tokens):
+    assert parse_length(text, 32) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "x", "16 times", "-4x", "0", "1", "nanx", "infx"])
+def test_lengths_that_are_none(text):
+    with pytest.raises(ValueError, match="length"):
+        parse_length(text, 32)
+
+
+@pytest.mark.parametrize("N", [2, 3, 7, 64, 1000])
+def test_bins_cover_every_position_once(N):
+    edges = bin_edges(N)
+    assert (edges[0], edges[-1]) == (0, N)
+    assert edges == sorted(set(edges))
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "attention", "mamba2", "lstm"])
+def test_pieces_equal_one_pass(name, monkeypatch):
+    model = small_model(name)
+    inputs = torch.randint(1, 53, (2, 40), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(inputs % 5 == 0, -100, inputs)
+    monkeypatch.setattr(probe, "PIECE_LOGITS", 2 * 53 * 3)  # three tokens at once
+    with torch.no_grad():
+        bins, states = probe._by_position(model, inputs, labels)
+        logits = model(inputs).logits
+    for bin in bins:
+        part = slice(bin["from"], bin["to"])
+        valid = labels[:, part] >= 0
+        assert bin["targets"] == valid.sum()
+        if bin["targets"]:
+            want = torch.nn.functional.cross_entropy(logits[:, part][valid], labels[:, part][valid])
+            assert bin["loss"] == pytest.approx(float(want), abs=1e-4)
+    layers = 0 if name == "attention" else 3
+    assert len(states[-1]["rms"]) == layers
+
+
+@pytest.mark.parametrize("name", [n for n in MIXER_ROWS if n.startswith(("bd_lru", "h_lru"))])
+def test_transitions_are_those_of_the_scan(name):
+    """h_t = A_t h_{t-1} when nothing is put in: the change of the state between two starts follows A_t."""
+    mixer = small_model(name).model.layers[0].mixer
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    A = mixer.transitions(x)[0]  # (T, N, M, M)
+    N, M = A.shape[1:3]
+    assert (A.abs().sum(dim=-1) <= 1 + 1e-5).all()
+    from lrnn_lm.mixers import SequenceContext
+
+    starts = torch.randn(2, 1, N, M, generator=torch.Generator().manual_seed(1))
+    ends = [mixer(x, start.clone(), SequenceContext())[1] for start in starts]
+    moved = (starts[0] - starts[1])[0]
+    for t in range(5):
+        moved = (A[t] @ moved.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close((ends[0] - ends[1])[0], moved, rtol=0, atol=1e-5)
+
+
+def test_of_a_run(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(
+            ["eval", str(run), "--length", "64x", "--rows", "2", "--device", "cpu", "--output", str(tmp_path)]
+        )
+    assert not left.value.code
+    assert "effective memory" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    facts = json.loads(file.read_text())
+    assert facts["by_position"][-1]["to"] == facts["settings"]["length"] == 512
+    assert [layer["layer"] for layer in facts["transitions"]] == [0, 1]
+    assert all(layer["row_sum"]["max"] <= 1 + 1e-5 for layer in facts["transitions"])
+    assert facts["memory"][0]["distance"] == 0
+    assert facts["memory"][0]["moved"] > 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
+    rows = by_multiple(facts)
+    assert rows[0][0] == "1 - 8"
+    assert len(rows) == 7
+    assert np.isfinite([loss for _, loss, _ in rows]).all()
+
+
+def test_a_change_is_not_seen_before_it_happens_nor_past_a_memory():
+    model = small_model("bd_lru")
+    inputs = torch.randint(1, 53, (2, 16))
+    with torch.no_grad():
+        found = probe._memory(model, inputs, 0)
+    assert [m["distance"] for m in found][-1] == 15
+    assert all(0 <= m["moved"] <= 1 for m in found)
+
+
+def test_of_another_model_and_its_text(checkpoint, tmp_path):
+    facts = probe_length(checkpoint, "1x", rows=2, output=tmp_path, device="cpu")
+    assert facts["transitions"] == []
+    assert facts["states"][-1]["rms"] == {}
+    with pytest.raises(ValueError, match="longer than this llama takes: 48"):
+        probe_length(checkpoint, "2x", rows=2, output=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--length", "long"], "give training lengths, as in 16x"),
+    (["--length", "2x", "--rows", "0"], "rows must be at least 1"),
+    (["--length", "2x", "--data", "/no/such.jsonl"], "no such file"),
+])  # fmt: skip
+def test_mistakes_leave_with_2(run, arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(run), "--device", "cpu", *arguments])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_too_little_text(run, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "1 2 3"}\n')
+    with pytest.raises(ValueError, match="do not fill one row of 16"):
+        probe_length(run, "2x", data=text, device="cpu")

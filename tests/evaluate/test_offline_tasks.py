@@ -1,0 +1,147 @@
+"""The offline tasks give lm-eval's own numbers on the same files, for a tiny GPT-2; mistakes are told."""
+
+import json
+
+import datasets
+import pytest
+
+from lrnn_lm.cli import main
+from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate.harness import flatten
+from lrnn_lm.evaluate.offline import blimp_dataset, pages
+
+ARTICLE = (
+    " \n = {0} = \n \n {0} is a river @-@ town , and {0} 's bridge ( old ) has 1 @,@ 000 stones . \n \n"
+    ' = = Later = = \n \n In N years it grew ; people said " so be it " . \n\n'
+)
+PARADIGMS = {
+    "adjunct_island": [("The tall man walks near the river.", "The tall man walk near river the.")] * 3
+    + [("She waters roses.", "She roses waters.")],
+    "causative": [
+        ("A compiler reads the source.", "A compiler read the source source."),
+        ("b b", "a a and so on and on"),
+    ],
+}
+UPSTREAM = ["lambada_openai", "wikitext", *(f"blimp_{name}" for name in PARADIGMS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Small files of the same form as the real ones."""
+    path = tmp_path_factory.mktemp("files")
+    passages = [
+        f"The gardener carried {n} buckets to the river. When she came back the water was in the bucket{s}"
+        for n, s in ((1, ""), (2, "s"), (12, "s"), (7, "."))
+    ]
+    lines = [json.dumps({"text": text}) for text in passages]
+    (path / "lambada_openai.jsonl").write_text("\n".join(lines) + "\n")
+    (path / "blimp").mkdir()
+    for name, pairs in PARADIGMS.items():
+        rows = [{"sentence_good": good, "sentence_bad": bad, "UID": name} for good, bad in pairs]
+        (path / "blimp" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "wikitext2_test.txt").write_text(
+        "".join(ARTICLE.format(name) for name in ("Elbe", "Rhine Falls"))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, tokenizer):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    path = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64,
+                        bos_token_id=0, eos_token_id=1, initializer_range=0.5)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def upstream(gpt2, folder, monkeypatch):
+    """lm-eval's own tasks and model class, their data sets replaced by the files."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(path, name=None, **_):
+        if "lambada" in path:
+            rows = [json.loads(x) for x in (folder / "lambada_openai.jsonl").read_text().splitlines()]
+            return datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
+        if "wikitext" in path:
+            text = (folder / "wikitext2_test.txt").read_text()
+            half = text.index(" \n = Rhine")
+            rows = datasets.Dataset.from_list([{"page": text[2:half] + " "}, {"page": text[half + 2 :]}])
+            return datasets.DatasetDict(train=rows, validation=rows, test=rows)
+        rows = [json.loads(x) for x in (folder / "blimp" / f"{name}.jsonl").read_text().splitlines()]
+        return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    model = HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(gpt2),
+        tokenizer=AutoTokenizer.from_pretrained(gpt2),
+        batch_size=4,
+        max_length=64,
+    )
+    results = lm_eval.simple_evaluate(
+        model, tasks=list(UPSTREAM), task_manager=TaskManager(), bootstrap_iters=100, log_samples=False
+    )
+    return {(task, metric): value for task, metric, value, _ in flatten(results)}
+
+
+def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
+    ours = evaluate(gpt2, [], suite="offline", data=folder, output=tmp_path, batch_size=4, device="cpu")
+    got = {(task, metric): value for task, metric, value, _ in flatten(ours)}
+    want = upstream(gpt2, folder, monkeypatch)
+    for metric in ("perplexity", "acc"):
+        assert got["offline_lambada", metric] == pytest.approx(
+            want["lambada_openai", metric], abs=1e-6, rel=1e-6
+        )
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert got["offline_wikitext", metric] == pytest.approx(want["wikitext", metric], rel=1e-6)
+    each = [want[f"blimp_{name}", "acc"] for name in PARADIGMS]
+    assert [got["offline_blimp", f"acc_{name}"] for name in PARADIGMS] == pytest.approx(each, abs=1e-6)
+    assert got["offline_blimp", "acc"] == pytest.approx(sum(each) / len(each), abs=1e-6)
+    assert 0 < got["offline_blimp", "acc"] < 1, "a score that tells something"
+
+
+def test_pages_are_cut_at_titles_only():
+    text = "".join(ARTICLE.format(name) for name in ("A", "B of C", "D"))
+    cut = list(pages(text))
+    assert len(cut) == 3
+    assert all(page.lstrip().startswith("= ") and "= = Later = =" in page for page in cut)
+    assert list(pages("")) == []
+    assert list(pages("no title\n")) == ["no title\n"]
+
+
+def test_paradigms_take_turns(folder):
+    rows = blimp_dataset(str(folder))["validation"]
+    turns = ["adjunct_island", "causative"] * 2 + ["adjunct_island"] * 2
+    assert rows["paradigm"] == turns or list(rows["paradigm"]) == turns
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--tasks", "offline_lambada"], "pass --data DIR"),
+    (["--tasks", "offline_lambada", "--data", "{empty}"], "lambada_openai.jsonl: no such file"),
+    (["--tasks", "offline_blimp", "--data", "{empty}"], "no such file"),
+    (["--tasks", "offline_wikitext", "--data", "{empty}/no"], "no such file"),
+    (["--tasks", "offline_lambda", "--data", "{empty}"], "offline_lambada"),
+    (["--tasks", "heldout_cloze", "--data", "{empty}"], "no such file of held-out documents"),
+])  # fmt: skip
+def test_mistakes_leave_with_2(gpt2, tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(gpt2), *(argument.format(empty=tmp_path) for argument in arguments)])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_line_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "blimp").mkdir()
+    with pytest.raises(ValueError, match=r"holds no PARADIGM.jsonl"):
+        blimp_dataset(str(tmp_path))
+    (tmp_path / "blimp" / "x.jsonl").write_text('{"sentence_good": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 1 is not .*sentence_bad"):
+        blimp_dataset(str(tmp_path))

@@ -1,0 +1,90 @@
+"""State, MAD and long-context tasks through lm-eval; a checkpoint trained on a task meets its own symbols."""
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lrnn_lm.cli import main
+from lrnn_lm.data import STATE_TASKS, SyntheticTask
+from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate.harness import flatten
+from lrnn_lm.evaluate.long_context import needle_dataset, passkey_dataset
+from lrnn_lm.evaluate.synthetic_tasks import synthetic_dataset
+from lrnn_lm.evaluate.tasks import own_tasks_path, read_suite
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """A checkpoint that knows parity at length 8."""
+    folder = tmp_path_factory.mktemp("parity")
+    recipe = load_recipe("recipes/synthetic/parity.yaml", [
+        "model.hidden_size=16", "model.intermediate_size=16", "train.tokens=81920",
+        "train.tokens_per_step=1024",
+        "train.micro_batch=128", "data.source.length=8", "optim.lr=2e-2", "model.mixer.gate=tanh",
+        "data.source.validation_examples=64", "eval.every=80 steps", "train.device=cpu",
+        f"train.runs_dir={folder}", f"data.cache_dir={folder / 'cache'}",
+    ])  # fmt: skip
+    return build_trainer(recipe, Console(quiet=True)).run()
+
+
+def scores(results):
+    return {(task, metric): value for task, metric, value, _ in flatten(results)}
+
+
+def test_a_trained_checkpoint_scores_on_its_task(parity, tmp_path):
+    got = scores(evaluate(parity, ["state_parity"], limit=100, output=tmp_path, max_length=512, device="cpu"))
+    assert got["state_parity", "acc"] == pytest.approx(
+        np.mean([got["state_parity", f"acc_{n}"] for n in (32, 64, 128, 256, 512)])
+    )
+    assert got["state_parity", "acc_32"] > 0.6
+
+
+def test_any_language_model_can_be_asked(checkpoint, tmp_path):
+    names = ["state_s5", "mad_selective_copying", "mad_fuzzy_in_context_recall", "long_passkey"]
+    got = scores(evaluate(checkpoint, names, limit=4, output=tmp_path, device="cpu"))
+    assert {task for task, _ in got} == set(names)
+
+
+def test_suites_name_tasks_that_are_there():
+    there = {path.stem for path in own_tasks_path().rglob("*.yaml")}
+    for suite in ("state", "mad", "long", "offline"):
+        assert set(read_suite(suite).tasks) <= there
+    assert {f"state_{name}" for name in STATE_TASKS} == set(read_suite("state").tasks)
+    assert len(read_suite("standard").tasks) == 11
+
+
+def test_the_question_is_the_last_label():
+    rows = synthetic_dataset("s3", lengths=[4, 8], examples=3)["test"]
+    assert rows["length"][:4] == [4, 8, 4, 8] or list(rows["length"])[:4] == [4, 8, 4, 8]
+    inputs, labels = SyntheticTask("s3", 4).rows(0, "eval", [0])
+    assert rows[0]["context"] == " ".join(map(str, inputs[0]))
+    assert rows[0]["answer"] == f" {labels[0, -1]}"
+    recall = synthetic_dataset("in_context_recall", examples=1)["test"][0]
+    assert len(recall["context"].split()) == 127
+
+
+@pytest.mark.parametrize("make", [passkey_dataset, needle_dataset])
+def test_long_texts(make):
+    rows = list(make([200, 1000], examples=6)["test"])
+    assert rows == list(make([200, 1000], examples=6)["test"])
+    assert rows != list(make([200, 1000], examples=6, seed=1)["test"])
+    for row in rows:
+        assert 0.9 * row["length"] < len(row["context"].split()) <= row["length"]
+        assert row["answer"].strip() in row["context"]
+        assert row["answer"].strip().isdigit()
+    places = [row["context"].index(row["answer"].strip()) / len(row["context"]) for row in rows[1::2]]
+    assert places == sorted(places)
+    with pytest.raises(ValueError, match="at least 100"):
+        make([10])
+
+
+def test_a_checkpoint_of_a_smaller_task(parity, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(parity), "--tasks", "state_s5", "--device", "cpu"])
+    assert left.value.code == 2
+    assert "task s5 has 120 symbols" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", str(parity), "--tasks", "state_s55"])
+    assert "did you mean state_s5" in capsys.readouterr().err
