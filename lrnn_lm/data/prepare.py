@@ -26,7 +26,7 @@ from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtyp
 from .specs import DataError, DataSpec
 from .split import HeldOut, OneSidedError, text_hash, training_sample
 
-FORMAT = 1  # raise it when the same spec would give other bytes
+FORMAT = 2  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
 HELDOUT = "validation.jsonl"
 

@@ -19,6 +19,8 @@ from . import python_docs
 from .hub import hub_is_reachable
 from .specs import DataError, SourceSpec
 
+# A lone text file is cut into about 50 parts of no fewer than 200 characters and no more than twice 5,000.
+_PARTS, _PART_CHARS = 50, (200, 5000)
 _SUFFIXES = {
     "text": (),  # every file of a folder
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json"),
@@ -66,7 +68,7 @@ def fingerprint(spec: SourceSpec) -> list[object]:
 def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
     readers = {
         "python-docs": python_docs.documents,
-        "text": lambda: map(_read_text, _files(spec)),
+        "text": lambda: _read_texts(_files(spec)),
         "jsonl": lambda: itertools.chain.from_iterable(_read_jsonl(f, spec.text_field) for f in _files(spec)),
         "parquet": lambda: itertools.chain.from_iterable(
             _read_parquet(f, spec.text_field) for f in _files(spec)
@@ -155,6 +157,30 @@ class _ZstdReader(io.RawIOBase):
         if self._frame.eof:
             self._packed, self._frame = self._frame.unused_data, None
         return True
+
+
+def _read_texts(files: list[Path]) -> Iterator[str]:
+    """Each file a document; one file alone is cut into parts, so that some of it can be held out."""
+    if len(files) > 1:
+        yield from map(_read_text, files)
+        return
+    text = _read_text(files[0])
+    size = min(max(len(text) // _PARTS, _PART_CHARS[0]), _PART_CHARS[1])
+    start = 0
+    while start < len(text):
+        stop = _part_end(text, start, size)
+        yield text[start:stop]
+        start = stop
+
+
+def _part_end(text: str, start: int, size: int) -> int:
+    """Where a part of at most 2 * size characters ends: after a blank line, a line or a word if it can."""
+    if len(text) - start <= 2 * size:
+        return len(text)
+    for mark in ("\n\n", "\n", " "):
+        if (at := text.rfind(mark, start + size, start + 2 * size)) >= 0:
+            return min(at + len(mark), start + 2 * size)
+    return start + 2 * size
 
 
 def _read_text(path: Path) -> str:

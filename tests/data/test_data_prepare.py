@@ -107,9 +107,24 @@ def test_small_corpus_gives_each_side_a_document(spec: DataSpec, fraction: float
     assert prepared.train.num_documents + prepared.validation.num_documents == 60
 
 
-def test_one_document_cannot_be_split(spec: DataSpec, tmp_path: Path) -> None:
+def test_a_lone_text_file_is_cut(spec: DataSpec, tmp_path: Path) -> None:
+    text = "\n\n".join(make_texts(60))
+    (tmp_path / "only.txt").write_text(text)
     source = SourceSpec(type="text", path=str(tmp_path / "only.txt"))
-    (tmp_path / "only.txt").write_text("".join(make_texts(60)))
+    parts = list(documents(source))
+    assert "".join(parts) == text
+    assert len(parts) > 20
+    assert sum(part.endswith("\n\n") for part in parts) > len(parts) // 2
+    prepared = prepare(replace(spec, source=source), progress=False)
+    assert prepared.train.num_documents + prepared.validation.num_documents == len(parts)
+    (tmp_path / "only.txt").write_text("x" * 1000)  # nowhere to cut, every part the same
+    assert "".join(documents(source)) == "x" * 1000
+
+
+def test_one_document_cannot_be_split(spec: DataSpec, tmp_path: Path) -> None:
+    source = SourceSpec(
+        type="jsonl", path=str(write_jsonl(tmp_path / "only.jsonl", ["".join(make_texts(60))]))
+    )
     with pytest.raises(DataError, match=r"at least two different documents; .*data.validation_source"):
         prepare(replace(spec, source=source), progress=False)
     assert leftovers(spec) == []
