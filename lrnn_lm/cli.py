@@ -84,6 +84,10 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     from .train.build import build_trainer
 
     loaded = load_recipe(recipe, overrides)
+    if loaded.eval.tasks:
+        from .evaluate import check_tasks
+
+        check_tasks(loaded.eval.tasks)  # hours of training later is too late
     trainer = build_trainer(loaded)
     before = trainer.position.step
     checkpoint = trainer.run(stop)
@@ -91,20 +95,21 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
         return
     what = "was trained already" if before >= loaded.total_steps else "is trained"
     print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
-    if loaded.eval.tasks:
-        stop.leave_if_asked()
-        from .evaluate import evaluate
-
-        evaluate(
-            checkpoint,
-            loaded.eval.tasks,
-            limit=loaded.eval.limit,
-            model=trainer.bare_model,
-            tokenizer=trainer.tokenizer,
-        )
+    from .evaluate import evaluate
     from .evaluate.card import write_run_card
 
-    write_run_card(trainer.folder)
+    try:
+        if loaded.eval.tasks:
+            stop.leave_if_asked()
+            evaluate(
+                checkpoint,
+                loaded.eval.tasks,
+                limit=loaded.eval.limit,
+                model=trainer.bare_model,
+                tokenizer=trainer.tokenizer,
+            )
+    finally:  # the run is trained, whatever became of its scores
+        write_run_card(trainer.folder)
 
 
 @app.command(name="eval")

@@ -1,7 +1,7 @@
 """Judging a checkpoint: lm-eval tasks, offline held-out tasks, generated text, and reports over runs."""
 
 from .generate import generate
-from .harness import evaluate
+from .harness import check_tasks, evaluate
 from .report import report
 
-__all__ = ["evaluate", "generate", "report"]
+__all__ = ["check_tasks", "evaluate", "generate", "report"]

@@ -92,6 +92,12 @@ def evaluate(
     return results
 
 
+def check_tasks(names: list[str]) -> None:
+    """Raise ValueError, naming the nearest, for a task that nobody knows; nothing is loaded but the index."""
+    with _quiet_lm_eval():
+        find_tasks(names, {})
+
+
 def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
     """Rows (task, metric, value, standard error or None) from an lm-eval results dictionary, in its order.
 

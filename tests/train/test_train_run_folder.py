@@ -15,6 +15,14 @@ def test_the_stored_recipe_is_the_recipe(recipe: Path, straight: Path) -> None:
     assert yaml.safe_load((straight / "recipe.yaml").read_text())["optim"]["betas"] == [0.9, 0.95]
 
 
+def test_a_finished_run_keeps_its_recipe(build: Build) -> None:
+    build("train.tokens=512").run()
+    folder = build("train.tokens=512", "optim.lr=0.5").folder
+    assert load_recipe(folder / "recipe.yaml").optim.lr == 0.01
+    build("train.tokens=1024", "optim.lr=0.5")
+    assert load_recipe(folder / "recipe.yaml").optim.lr == 0.5
+
+
 def test_the_held_out_text_is_there(build: Build, straight: Path) -> None:
     held_out = build().prepared.heldout_path
     assert (straight / "heldout.jsonl").read_bytes() == held_out.read_bytes()
