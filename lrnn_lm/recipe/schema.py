@@ -123,7 +123,9 @@ class SourceSection(Section):
 
     type: Literal["python-docs", "text", "jsonl", "parquet", "hf", "synthetic"] = "python-docs"
     path: str | None = Field(
-        None, description="a file, a folder or a glob (text, jsonl, parquet), or a dataset (hf)"
+        None,
+        description="a file, a folder or a glob (text, jsonl, parquet), or a dataset (hf); a text file is a "
+        "document, one alone is cut into many",
     )
     name: str | None = Field(None, description="configuration of an hf dataset")
     split: str = Field("train", description="split of an hf dataset")
