@@ -75,8 +75,8 @@ def study():
 def options(folder, **changes):
     settings = {
         "output": folder, "study": "states", "tasks": "parity", "models": "bd_lru-m4,attention",
-        "gates": "softmax", "hidden": 16, "steps": 2, "rows": 4, "lrs": "1e-3,1e-2", "seeds": "0,1", "start": 0, "minutes": 5.0,
-        "jobs": 1, "workers": 0, "device": "cpu",
+        "gates": "softmax", "hidden": 16, "steps": 2, "rows": 4, "lrs": "1e-3,1e-2", "seeds": "0,1",
+        "start": 0, "minutes": 5.0, "jobs": 1, "workers": 0, "device": "cpu",
     }  # fmt: skip
     return argparse.Namespace(**{**settings, **changes})
 
