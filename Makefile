@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-fresh lint clean
 
 install: .venv/.installed
 
@@ -22,6 +22,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
+test-fresh: install
+	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=100K eval.tasks=[]
+	tests/fresh_venv.sh runs/fresh/checkpoints/latest
 
 lint: install
 	$(BIN)/ruff check .

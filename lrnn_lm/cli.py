@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .requirements import UnmetRequirementError, check_transformers
+
 if TYPE_CHECKING:
     from .train.stop import StopSignal
 
@@ -24,7 +26,6 @@ _USERS_ERRNO = (
 
 app = typer.Typer(
     name="lrnn",
-    help="Pretrain, score and run language models built on linear recurrent networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -38,6 +39,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="dotted overrides")
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint folder")]
+
+
+@app.callback()
+def before_any_command() -> None:
+    """Pretrain, score and run language models built on linear recurrent networks."""
+    check_transformers()
 
 
 @app.command()
@@ -251,21 +258,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
     try:
         app(args=arguments, prog_name="lrnn")
-    except (ValueError, OSError) as mistake:
+    except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
         print(f"lrnn: {_message(mistake)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
-def _is_users(mistake: ValueError | OSError) -> bool:
-    """A ValueError is a message to the user; of the system's errors, those that a user can mend."""
-    if isinstance(mistake, ValueError):
-        return True
-    return mistake.errno in _USERS_ERRNO
+def _is_users(mistake: Exception) -> bool:
+    """What we raise is a message to the user; of the system's errors, those that a user can mend."""
+    return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 
-def _message(mistake: ValueError | OSError) -> str:
+def _message(mistake: Exception) -> str:
     if isinstance(mistake, OSError) and mistake.strerror:
         return f"{mistake.filename or 'output'}: {mistake.strerror}"
     return str(mistake)

@@ -54,7 +54,7 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Itera
     window, base = "", 0  # base: where the window begins in the whole text
     ids: list[int] = []  # of the window before, not given away yet
     starts: list[int] = []
-    for text in texts:
+    for text in _merged(texts, 2 * OVERLAP):
         end = base + len(window)
         tail = window[-OVERLAP:]
         new_ids, new_starts = _tokens(tokenizer, tail + text, end - len(tail))
@@ -69,6 +69,18 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Itera
         ids, starts = new_ids[first:], new_starts[first:]
         window, base = tail + text, end - len(tail)
     yield ids
+
+
+def _merged(texts: Iterable[str], length: int) -> Iterator[str]:
+    """The same text in pieces of at least this many characters, the last aside."""
+    whole = ""
+    for text in texts:
+        whole += text
+        if len(whole) >= length:
+            yield whole
+            whole = ""
+    if whole:
+        yield whole
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str, base: int) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from .attention import Attention, AttentionWeights
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, plain_weight
 from .bd_lru import BlockDiagonalLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
@@ -74,4 +74,5 @@ __all__ = [
     "build_mixer",
     "mixer_class",
     "mixer_options",
+    "plain_weight",
 ]

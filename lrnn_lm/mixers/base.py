@@ -7,10 +7,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class ResidualOutput(nn.Linear):
     """A projection that writes to the residual stream; initialised narrower by sqrt(2 * layers)."""
+
+
+def plain_weight(linear: nn.Module) -> Tensor | None:
+    """The weight of a Linear that does W x and no more, for code that does it another way.
+
+    None for one that an adapter, a quantiser or an offloader has taken over: that one has to be called.
+    """
+    adapted = type(linear) not in (nn.Linear, ResidualOutput)
+    offloaded = hasattr(linear, "_hf_hook")  # Accelerate's, which brings the weight when the module is called
+    return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,7 @@ class SequenceContext:
     """What a mixer may need to know of its positions.
 
     reset: (B, T) bool, true where a document starts; None if none does.
-    attention_mask: (B, 1, T, S) over the S keys, bool or to be added, as SDPA takes it; None for plain causal.
+    attention_mask: (B, 1, T, S) over the S keys, bool or to be added, as SDPA takes it; None for causal.
     positions: (B or 1, T) index of each token in its sequence.
     keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
     attention_weights: whether attention is computed through its weights, so that they can be recorded.

@@ -40,20 +40,22 @@ class BlockDiagonalLRU(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.block_size
-        # Memory keeps n fastest, so that neighbouring lanes of a kernel read neighbouring addresses.
-        gates = self.gate_proj(x).view(B, T, M, M + 1, N).permute(0, 1, 4, 2, 3)  # (B, T, N, M, M+1)
-        values = self.value_proj(x).view(B, T, M, N).transpose(2, 3)  # (B, T, N, M)
+        gates, values = self._gates(x), self.value_proj(x).unflatten(-1, (self.num_blocks, self.block_size))
         h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
-        return self.out_proj(h.transpose(2, 3).reshape(B, T, M * N)), state
+        return self.out_proj(h.flatten(2)), state
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """Gate logits (B, T, N, M, M+1).
+
+        Memory holds M + 1 planes, each laid out like the values: neighbouring lanes, a row each, read
+        neighbouring addresses.
+        """
+        planes = self.gate_proj(x).unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
+        return planes.permute(0, 1, 3, 4, 2)
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.block_size
-        gates = self.gate_proj(x).view(B, T, M, M + 1, N).permute(0, 1, 4, 2, 3)  # (B, T, N, M, M+1)
-        return normalise(gates.float(), self.gate)[..., :M]
+        return normalise(self._gates(x).float(), self.gate)[..., : self.block_size]
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""

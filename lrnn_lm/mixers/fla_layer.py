@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
 
-INSTALL = "pip install 'lrnn-lm[baselines]'"
+INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 STREAMS = ("q", "k", "v")
 CHUNK = 64  # steps that the chunked kernels take at once
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import check_gate, higher_order_scan
 from ..kernels.gates import normalise
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, plain_weight
 
 
 class HigherOrderLRU(Mixer):
@@ -43,12 +43,12 @@ class HigherOrderLRU(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.order
-        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1), n fastest in memory
-        values = self.value_proj(x)  # (B, T, N)
-        h, new_state = higher_order_scan(gates, values, state, context.reset, self.gate)
+        h, new_state = higher_order_scan(self._gates(x), self.value_proj(x), state, context.reset, self.gate)
         return self._filter(h, state, context.reset), new_state
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """Gate logits (B, T, N, M+1), n fastest in memory: neighbouring lanes read neighbouring addresses."""
+        return self.gate_proj(x).unflatten(-1, (self.order + 1, self.num_blocks)).transpose(2, 3)
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
         """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
@@ -62,25 +62,24 @@ class HigherOrderLRU(Mixer):
         padded = torch.cat([past.to(h.dtype), h.transpose(0, 1)])  # (M-1+T, B, N), oldest first
         if T == 1 and reset is None:  # a step of decoding is one product
             return self.out_proj(padded.flip(0).transpose(0, 1).reshape(B, 1, M * N))
-        weights = self.out_proj.weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
-        y = nn.functional.linear(padded[M - 1 :], weights[0])  # (T, B, D)
-        alive = None if reset is None else torch.ones_like(reset)
+        taps = [padded[M - 1 - lag : M - 1 - lag + T] for lag in range(M)]  # each (T, B, N)
+        alive = [None] * M if reset is None else _alive_taps(reset, M)
+        weight = plain_weight(self.out_proj)
+        if weight is None:
+            taps = [tap if a is None else tap * a for tap, a in zip(taps, alive, strict=True)]
+            return self.out_proj(torch.cat(taps, dim=-1).transpose(0, 1))
+        weights = weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
+        y = nn.functional.linear(taps[0], weights[0])  # (T, B, D)
         for lag in range(1, M):
-            product = nn.functional.linear(padded[M - 1 - lag : M - 1 - lag + T], weights[lag])
-            if reset is not None:  # a tap of this lag lives while no document started in the last `lag` steps
-                shifted = nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
-                alive = alive & ~shifted
-                product = product * alive.t().unsqueeze(-1)
-            y = y + product
+            product = nn.functional.linear(taps[lag], weights[lag])
+            y = y + (product if alive[lag] is None else product * alive[lag])
         return y.transpose(0, 1)
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
-        B, T, _ = x.shape
-        N, M = self.num_blocks, self.order
-        gates = self.gate_proj(x).view(B, T, M + 1, N).transpose(2, 3)  # (B, T, N, M+1)
-        top = normalise(gates.float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
-        shift = torch.eye(M, device=x.device)[: M - 1].expand(B, T, N, M - 1, M)
+        M = self.order
+        top = normalise(self._gates(x).float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
+        shift = torch.eye(M, device=x.device)[: M - 1].expand(*top.shape[:3], M - 1, M)
         return torch.cat([top, shift], dim=3)
 
     def cost(self, context_length: int) -> MixerCost:
@@ -89,3 +88,14 @@ class HigherOrderLRU(Mixer):
 
     def state_elements(self, context_length: int) -> int:
         return self.num_blocks * self.order
+
+
+def _alive_taps(reset: Tensor, order: int) -> list[Tensor | None]:
+    """For each lag, (T, B, 1) bool: whether no document started in the last `lag` steps; None for lag 0."""
+    T = reset.shape[1]
+    alive: list[Tensor | None] = [None]
+    living = torch.ones_like(reset)
+    for lag in range(1, order):
+        living = living & ~nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
+        alive.append(living.t().unsqueeze(-1))
+    return alive

@@ -7,6 +7,10 @@ are themselves being imported, when the modelling file could not be imported yet
 import importlib
 from typing import Any
 
+from ..requirements import check_transformers
+
+check_transformers()
+
 _HOMES = {
     "LRNNConfig": "config",
     "LRNNForCausalLM": "modeling",

@@ -46,7 +46,8 @@ class RecurrentCache(DynamicCache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Always a ValueError: a state cannot be cut back to an earlier token."""
         raise ValueError(
-            "a recurrent state cannot be cut back to an earlier token; copy it before, with lrnn_lm.model.copy_states"
+            "a recurrent state cannot be cut back to an earlier token; "
+            "keep a copy with lrnn_lm.model.copy_states"
         )
 
 

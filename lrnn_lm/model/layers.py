@@ -3,11 +3,12 @@
 Legend: B batch, T time, D model width.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..mixers import ResidualOutput, SequenceContext, build_mixer
+from ..mixers import Mixer, ResidualOutput, SequenceContext, build_mixer
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
@@ -49,7 +50,36 @@ class LRNNBlock(GradientCheckpointingLayer):
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
-        y, state = self.mixer(x, state, context)
+        if isinstance(state, Tensor) and token_mask is not None and not torch.compiler.is_compiling():
+            y, state = _mix_after_padding(self.mixer, x, state, context, token_mask)
+        else:
+            y, state = self.mixer(x, state, context)
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1])
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+def _mix_after_padding(
+    mixer: Mixer, x: Tensor, state: Tensor, context: SequenceContext, token_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A recurrent mixer on rows that go on from a state after some padding, which must leave the state alone.
+
+    No input makes a mixer keep its state, so rows of equal padding are cut and mixed together. x (B, T, D),
+    state (B, ..), token_mask (B, T, 1) -> y (B, T, D), zero on the padding, and the state after.
+    """
+    B, T, D = x.shape
+    padding = (token_mask.squeeze(-1).cumsum(dim=1) == 0).sum(dim=1)  # (B,)
+    lengths = padding.unique().tolist()
+    if lengths == [0]:
+        return mixer(x, state, context)
+    y, after = x.new_zeros(B, T, D), state.clone()
+    for length in lengths:
+        if length == T:
+            continue
+        rows = (padding == length).nonzero().squeeze(1)
+        reset = None if context.reset is None else context.reset[rows, length:]
+        part, last = mixer(x[rows, length:], state[rows], SequenceContext(reset=reset))
+        y = y.to(part.dtype)
+        y[rows, length:] = part
+        after[rows] = last
+    return y, after

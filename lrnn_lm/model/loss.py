@@ -19,13 +19,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool) -> Tensor:
         # hidden (B T, D), weight (V, D), labels (B T,); training: whether a backward pass may follow
         wanted = [training and needed for needed in ctx.needs_input_grad]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)  # fp64 for fp64 inputs, as in the scans
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, label = hidden[part], labels[part]
-            logits = (h @ weight.t()).float()
+            logits = (h @ weight.t()).to(dtype)
             valid = label != IGNORE
             target = label.where(valid, 0).unsqueeze(1)
             log_z = logits.logsumexp(dim=1)
@@ -71,7 +72,7 @@ def linear_cross_entropy(
         num_items: what to divide the sum by; None for the number of valid labels here.
         chunk: tokens whose logits exist at once.
     Returns:
-        a scalar in fp32.
+        a scalar in fp32 (fp64 for fp64 inputs).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -83,6 +84,14 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp_min(1)
     return total / num_items
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
+    """The same from logits (B, T, V), where the head is no plain matrix (adapted, quantised)."""
+    labels = labels.reshape(-1)
+    logits = logits.reshape(labels.shape[0], -1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
 
 
 def shift_labels(labels: Tensor) -> Tensor:

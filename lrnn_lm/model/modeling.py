@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext
+from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext, plain_weight
 from .cache import check_cache, document_start, make_cache, tokens_seen
 from .config import LRNNConfig
 from .layers import LRNNBlock
-from .loss import linear_cross_entropy, shift_labels
+from .loss import cross_entropy, linear_cross_entropy, shift_labels
 
 
 class LRNNPreTrainedModel(PreTrainedModel):
@@ -42,7 +42,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LRNNBlock,
-        "attentions": OutputRecorder(AttentionWeights),  # of attention layers, with attn_implementation="eager"
+        "attentions": OutputRecorder(AttentionWeights),  # where attn_implementation="eager"
     }
 
     @classmethod
@@ -196,7 +196,7 @@ def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor |
     """
     if attention_mask is None or attention_mask.ndim != 2:
         return None, None
-    traced = torch.compiler.is_compiling()  # a graph must not depend on values: there the masks are always made
+    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
     if not traced and bool(attention_mask.all()):
         return None, None
     mask = attention_mask.bool()
@@ -245,7 +245,6 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
@@ -254,13 +253,15 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, T) the inputs themselves, -100 where there is no target; shifted here.
-            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
             num_items_in_batch: how many targets the loss is averaged over; None for those in this batch.
             logits_to_keep: compute logits of the last so many positions (0: all), or of these positions.
             return_logits: whether logits are wanted; None: always, but when training with labels, where the
                 loss is computed in chunks and the logits never exist as a whole.
+            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
+                Among the kwargs, as the Trainer takes every named argument with "label" for one to be given.
             The rest: as in LRNNModel.
         """
+        targets = _targets(labels, kwargs.pop("shift_labels", None))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -271,12 +272,9 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        targets = _targets(labels, shift_labels)
         loss = None
         if targets is not None:
-            loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, targets, num_items_in_batch, self.config.loss_chunk
-            )
+            loss = self._loss(hidden, targets, num_items_in_batch)
         if return_logits is None:
             return_logits = targets is None or not self.training
         logits = None
@@ -291,6 +289,13 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Mean cross-entropy, in chunks where the head is a plain matrix."""
+        weight = plain_weight(self.lm_head)
+        if weight is None:
+            return cross_entropy(self.lm_head(hidden), targets, num_items)
+        return linear_cross_entropy(hidden, weight, targets, num_items, self.config.loss_chunk)
+
 
 def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
     """Targets aligned with hidden states, from either of the two ways to give them."""
@@ -301,6 +306,6 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
 
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
-# Tables of class names. The Trainer looks here for whether labels are to be shifted, as in its label smoothing.
+# Tables of class names, where the Trainer looks for whether label smoothing has to shift the labels.
 MODEL_MAPPING_NAMES[LRNNConfig.model_type] = LRNNModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LRNNConfig.model_type] = LRNNForCausalLM.__name__

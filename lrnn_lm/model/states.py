@@ -8,8 +8,8 @@ A state is all that a recurrent layer keeps of the text before; that of a whole 
     cache = load_states("document.safetensors", model)
     model.generate(.., past_key_values=copy_states(cache))  # generate writes to the cache it is given
 
-A file holds one tensor a recurrent layer, keys and values for an attention layer, and what identifies the model:
-the sizes of its config and a digest of its weights.
+A file holds one tensor a recurrent layer, keys and values for an attention layer, and what identifies the
+model: the sizes of its config and a digest of its weights.
 """
 
 import hashlib
@@ -159,5 +159,6 @@ def _digest(model: PreTrainedModel) -> str:
             continue
         flat = weight.detach().flatten()
         chosen = torch.linspace(0, flat.numel() - 1, min(_DIGEST_ENTRIES, flat.numel())).long()
-        digest.update(flat[chosen.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        entries = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+        digest.update(entries.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ kernels on tiny shapes. The tests marked gpu run them natively.
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.schema import ModelSection
 from lrnn_lm.train.build import model_config
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "paper"
 D = 32
 SPECS = {
     "deltanet": {"type": "deltanet", "num_heads": 2, "expand_v": 2.0},
@@ -117,7 +119,7 @@ def test_a_recipe_of_such_sizes_is_refused(mixer):
 @installed
 @pytest.mark.parametrize("kind", TYPES)
 def test_recipes_build_on_meta_with_the_parameters_they_say(kind):
-    recipe = load_recipe(f"recipes/paper/{kind.replace('_', '-')}.yaml")
+    recipe = load_recipe(RECIPES / f"{kind.replace('_', '-')}.yaml")
     config = model_config(recipe, recipe.model.vocab_size)
     assert recipe.model.parameters == pytest.approx(211_875_360, rel=0.005)
     check_parameters(config, recipe.model.parameters)
@@ -146,6 +148,17 @@ def test_initial_values(name):
     assert {n for n, p in mixer.named_parameters() if p.ndim == 1 and "gk_proj" not in n} <= set(
         mixer.initial_values(0.02)
     )
+
+
+@installed
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_saved_model_loads(kind, tmp_path):
+    model = model_of(kind)
+    model.save_pretrained(tmp_path)
+    loaded = LRNNForCausalLM.from_pretrained(tmp_path)
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
 
 
 @installed
@@ -231,17 +244,35 @@ def test_packed_documents_are_separate_ones(interpreted, name):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_chunked_kernels_take_state_and_documents(interpreted, name):
-    """In fp16, with gradients wanted, as in training: a segment that goes on and then starts a document."""
-    mixer, plain, x = make(name, torch.float16), make(name), noise(1, 140, D)
-    _, state = mixer(x[:, :70].half(), None, KEEP)
-    reset = torch.zeros(1, 70, dtype=torch.bool)
-    reset[0, 40] = True
-    y, last = mixer(x[:, 70:].half(), state, SequenceContext(reset=reset))
-    expected = torch.cat([reference(plain, x[:, :110])[:, 70:], reference(plain, x[:, 110:])], dim=1)
+def test_mixed_precision_with_documents(interpreted, name):
+    """As in training: fp32 weights under autocast, packed documents, all gradients."""
+    mixer, plain, x = make(name).train(), make(name), noise(1, 90, D)
+    reset = torch.zeros(1, 90, dtype=torch.bool)
+    reset[0, 65] = True
+    with torch.autocast("cpu", torch.float16):
+        y, last = mixer(x, None, SequenceContext(reset=reset))
+        tail, alone = mixer(x[:, 65:], None, KEEP)
+    expected = torch.cat([reference(plain, x[:, :65]), reference(plain, x[:, 65:])], dim=1)
     assert (y.float() - expected).norm() < 0.01 * expected.norm()
-    _, alone = mixer(x[:, 110:].half(), None, KEEP)
+    assert (tail.float() - expected[:, 65:]).norm() < 0.01 * expected[:, 65:].norm()
     assert (last - alone).norm() < 0.01 * alone.norm()
+    y.float().square().sum().backward()
+    expected.square().sum().backward()
+    for (key, ours), (_, theirs) in zip(mixer.named_parameters(), plain.named_parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 0.05 * theirs.grad.norm(), key
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_mixed_precision_goes_on_from_a_state(interpreted, name):
+    """Chunked kernels from a state, whose convolutions' part is kept in fp32 and given in half precision."""
+    mixer, plain, x = make(name), make(name), noise(1, 140, D)
+    with torch.autocast("cpu", torch.float16):
+        _, state = mixer(x[:, :70], None, KEEP)
+        y, _ = mixer(x[:, 70:], state, KEEP)
+    expected = reference(plain, x)[:, 70:]
+    assert state.dtype == torch.float32
+    assert (y.float() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", TYPES)

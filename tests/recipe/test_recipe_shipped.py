@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lrnn_lm.mixers import mixer_class
+from lrnn_lm.mixers.fla_layer import FlaMixer
 from lrnn_lm.model.accounting import account, check_parameters, meta_model
 from lrnn_lm.recipe import load_recipe, shipped
 from lrnn_lm.train.build import model_config
@@ -35,6 +37,8 @@ def info(*arguments) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=ids)
 def test_builds_with_its_parameter_count(path):
     recipe, config = config_of(path)
+    if issubclass(mixer_class(config.mixer["type"]), FlaMixer):
+        pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     model = meta_model(config)
     check_parameters(config, recipe.model.parameters)
     assert sum(p.numel() for p in model.parameters()) == account(config, 16).total_parameters

@@ -44,17 +44,21 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, 
 
 
 def test_accumulation_changes_nothing(build: Build) -> None:
-    """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters."""
+    """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters.
+
+    In fp64: AdamW divides small gradients by their own size, which shows fp32's rounding in parameters.
+    """
     trained = {}
     for rows in (4, 2, 1):
         name = f"name=rows{rows}"
         trainer = build(name, "train.tokens_per_step=256", "train.tokens=1536", f"train.micro_batch={rows}")
+        trainer.bare_model.double()
         trainer.run()
         trained[rows] = trainer
     whole = torch.cat([p.detach().flatten() for p in trained[4].bare_model.parameters()])
     for rows in (2, 1):
         parts = torch.cat([p.detach().flatten() for p in trained[rows].bare_model.parameters()])
-        assert float((parts - whole).norm() / whole.norm()) < 1e-6
+        assert float((parts - whole).norm() / whole.norm()) < 1e-9
         assert_close_losses(losses(trained[rows].folder), losses(trained[4].folder), 1e-6)
 
 

@@ -1,0 +1,99 @@
+"""What importing and `--help` may cost, and how a transformers that is too old is told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lrnn_lm.cli import main
+from lrnn_lm.requirements import MINIMUM_TRANSFORMERS
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments: str, first: str = "") -> subprocess.CompletedProcess:
+    path = os.pathsep.join([*([first] if first else []), str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def best_of(times: int, measure) -> float:
+    return min(measure() for _ in range(times))
+
+
+def test_import_takes_less_than_300_ms():
+    code = "import time; t = time.perf_counter(); import lrnn_lm; print(time.perf_counter() - t)"
+    assert best_of(5, lambda: float(python("-c", code).stdout)) < 0.3
+
+
+def test_help_takes_less_than_500_ms():
+    def measure() -> float:
+        start = time.perf_counter()
+        assert "Usage: lrnn" in python("-m", "lrnn_lm.cli", "--help").stdout
+        return time.perf_counter() - start
+
+    assert best_of(5, measure) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["train", "--help"]], ids=" ".join)
+def test_help_imports_no_libraries(arguments):
+    code = (
+        "import sys; from lrnn_lm.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def with_transformers(tmp_path):
+    """A function from a version to a folder where just the record of such a transformers is installed."""
+
+    def install(version: str) -> str:
+        record = tmp_path / f"transformers-{version}.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+        return str(tmp_path)
+
+    return install
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.2.0", "5.16.9"])
+def test_too_old_transformers(version, with_transformers):
+    folder = with_transformers(version)
+    done = python("-m", "lrnn_lm.cli", "info", "recipes/demo.yaml", first=folder)
+    needed = ".".join(map(str, MINIMUM_TRANSFORMERS))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"lrnn: lrnn-lm needs transformers {needed} or newer, {version} is installed: "
+        f"pip install 'transformers>={needed}'\n"
+    )
+    done = python("-c", "import lrnn_lm.model", first=folder)
+    assert done.stderr.splitlines()[-1].startswith(
+        "lrnn_lm.requirements.UnmetRequirementError: lrnn-lm needs"
+    )
+    assert "Usage" in python("-m", "lrnn_lm.cli", "--help", first=folder).stdout
+
+
+@pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "6.0.0", "5.100.1"])
+def test_new_enough_transformers(version, with_transformers):
+    code = "from lrnn_lm.requirements import check_transformers; check_transformers()"
+    assert python("-c", code, first=with_transformers(version)).returncode == 0
+
+
+def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mixer": {"type": "bd_lruu"}}))
+    for command in (["generate", str(folder)], ["info", str(folder)]):
+        with pytest.raises(SystemExit) as done:
+            main(command)
+        assert done.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("lrnn: ")
+        assert "unknown mixer type 'bd_lruu'; did you mean 'bd_lru'?" in error

@@ -1,0 +1,122 @@
+"""What transformers' common tests ask of a model, where tests/model does not hold it yet."""
+
+import pytest
+import torch
+from small_models import close, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+SUMS = TOLERANCE["other order of sums"]
+TRACEABLE = ["bd_lru", "h_lru", "hybrid"]  # torch.compile does not trace torch.nn.LSTM
+
+
+def test_outputs_as_tuples():
+    model, ids = small_model("bd_lru"), tokens()
+    want = model(ids, labels=ids, output_hidden_states=True, use_cache=False)
+    got = model(ids, labels=ids, output_hidden_states=True, use_cache=False, return_dict=False)
+    assert [type(part) for part in got] == [torch.Tensor, torch.Tensor, tuple]
+    close(got[0], want.loss, 0)
+    close(got[1], want.logits, 0)
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+
+
+def test_the_class_is_known_by_name():
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["lrnn"] == "LRNNForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid", "hybrid-attention-first"])
+def test_attention_weights(name):
+    """Eager attention gives the same logits as SDPA's, and one matrix of weights an attention layer."""
+    model, ids = small_model(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[1, 9] = True
+    want = model(ids, attention_mask=mask, reset=reset).logits
+    assert not model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("eager")
+    got = model(ids, attention_mask=mask, reset=reset, output_attentions=True)
+    close(got.logits[mask.bool()], want[mask.bool()], SUMS)
+    assert len(got.attentions) == model.config.layer_types.count("full_attention")
+    for weights in got.attentions:
+        assert weights.shape == (2, 2, 21, 21)
+        close(weights[1].sum(-1), torch.ones(2, 21), SUMS)
+        assert weights[1, :, 9:, :9].max() == 0
+        assert weights[0, :, 5:, :5].max() == 0
+
+
+def test_attention_weights_while_generating():
+    model, ids = small_model("hybrid"), tokens(length=6)
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("eager")
+    got = model.generate(
+        ids, max_new_tokens=4, do_sample=False, output_attentions=True, return_dict_in_generate=True
+    )
+    assert torch.equal(got.sequences, want)
+    assert [step[0].shape[-2:] for step in got.attentions] == [(6, 6), (1, 7), (1, 8), (1, 9)]
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_one_graph(name):
+    """torch.compile(fullgraph=True): alone, with a padding mask, and a step from a cache."""
+    torch.compiler.reset()
+    model, ids = small_model(name), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        close(compiled(ids).logits, model(ids).logits, SUMS)
+        close(compiled(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits, SUMS)
+        cache = model(ids, use_cache=True).past_key_values
+        longer = torch.cat([ids, ids[:, :1]], dim=1)
+        close(compiled(ids[:, :1], past_key_values=cache).logits, model(longer).logits[:, -1:], SUMS)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
+def test_exported_program(name):
+    model, ids = small_model(name), tokens()
+    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    close(program.module()(input_ids=ids, use_cache=False).logits, model(ids).logits, SUMS)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "hybrid"])
+def test_shards_precisions_and_offload(name, tmp_path):
+    model, ids = small_model(name), tokens()
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    close(again(ids).logits, model(ids).logits, 0)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.0": "cpu"}
+    parts |= {"model.layers.1": "disk", "model.layers.2": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=parts, offload_folder=tmp_path / "offload"
+    )
+    with torch.no_grad():
+        close(offloaded(ids).logits, model(ids).logits, SUMS)
+        close(offloaded(ids, labels=ids).loss, model(ids, labels=ids).loss, SUMS)
+        want = model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert torch.equal(offloaded.generate(ids, max_new_tokens=3, do_sample=False), want)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "hybrid"])
+def test_missing_weights_start_as_a_seed_says(name, tmp_path):
+    """What a checkpoint lacks is initialised when it is loaded: a function of the seed, as in a new model."""
+    from safetensors.torch import load_file, save_file
+
+    small_model(name).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if ".layers.1." not in key}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        loaded.append(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict())
+    for key, value in loaded[0].items():
+        assert value.isfinite().all()
+        assert torch.equal(value, loaded[1][key]), key
+        if key in kept:
+            assert torch.equal(value, kept[key])

@@ -1,0 +1,126 @@
+"""Training by others' loops: transformers' Trainer, LoRA through PEFT, int8 weights through torchao."""
+
+import pytest
+import torch
+from small_models import NAMES, VOCAB, close, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import Trainer, TrainingArguments
+
+SUMS = TOLERANCE["other order of sums"]
+LINEAR = [name for name in NAMES if name != "mamba2"]  # it reads its projections' weights, as in transformers
+
+
+def examples() -> list[dict[str, torch.Tensor]]:
+    """Rows with very different numbers of targets: averages of averages would be other numbers."""
+    rows = []
+    for i, ids in enumerate(tokens(rows=16, length=12)):
+        labels = ids.clone()
+        labels[: 11 - 10 * (i % 2)] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def trained(folder, model, **changes):
+    """A model after four optimizer steps of eight rows, and the losses that were logged."""
+    arguments = TrainingArguments(
+        **{
+            "output_dir": folder, "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
+            "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": 1,
+            "optim": "sgd", "disable_tqdm": True, **changes,
+        }
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples())
+    trainer.train()
+    return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "hybrid"])
+def test_accumulation_averages_over_targets(name, tmp_path):
+    whole, losses = trained(tmp_path, small_model(name))
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    parts, same = trained(tmp_path, small_model(name), **split)
+    assert losses == pytest.approx(same, abs=2e-4)  # the Trainer rounds what it logs
+    for (key, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=SUMS, msg=key)
+
+
+def test_loss_falls_with_checkpointing_and_evaluation(tmp_path):
+    model, losses = trained(
+        tmp_path, small_model("bd_lru"), max_steps=12, optim="adamw_torch", gradient_checkpointing=True
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    arguments = TrainingArguments(output_dir=tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    scores = Trainer(model=model, args=arguments, eval_dataset=examples()).evaluate()
+    assert scores["eval_loss"] < losses[0]
+
+
+def test_label_smoothing_shifts_the_labels(tmp_path):
+    """The Trainer takes the logits and does it itself, if it knows that this is a language model."""
+    rows = examples()[:4]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    model = small_model("bd_lru")
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with torch.no_grad():
+        got = Trainer(model=model, args=arguments).compute_loss(model, dict(batch))
+        logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    want = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    close(got, want, SUMS)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_lora_on_every_projection(name, tmp_path):
+    """Every adapter is in the forward pass, cached or not, and learns; merged, it is the same model."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
+    model, ids = small_model(name), tokens()
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, 5] = True
+    before, loss_before = model(ids, reset=reset).logits, model(ids, labels=ids).loss
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")).eval()
+    close(model(ids, reset=reset).logits, before, SUMS)
+    loss = model(input_ids=ids, labels=ids).loss
+    close(loss, loss_before, SUMS)
+    loss.backward()
+    adapters = {key: p for key, p in model.named_parameters() if p.requires_grad and "lora_B" in key}
+    assert len(adapters) >= 4 * 3
+    assert all(p.grad.abs().max() > 0 for p in adapters.values())
+    with torch.no_grad():
+        for p in adapters.values():
+            p.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        adapted = model(ids).logits
+        assert (adapted - before).abs().max() > 1e-2
+        options = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
+        cached = model.generate(**options)
+        assert torch.equal(cached, model.generate(**options, use_cache=False))
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(small_model(name), tmp_path)
+        close(again(ids).logits, adapted, SUMS)
+        close(model.merge_and_unload()(ids).logits, adapted, 1e-4)
+
+
+def test_lora_on_the_head_is_in_the_loss():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
+    model, ids = small_model("bd_lru"), tokens()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    loss = model.train()(input_ids=ids, labels=ids, num_items_in_batch=40).loss
+    loss.backward()
+    (adapter,) = [p for key, p in model.named_parameters() if "lora_B" in key]
+    assert adapter.grad.abs().max() > 0
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    close(loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()), SUMS)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_int8_weights(name):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model, ids = small_model(name), tokens()
+    with torch.no_grad():
+        want, loss = model(ids).logits, model(ids, labels=ids).loss
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        got = model(ids).logits
+        assert 0 < (got - want).norm() < 0.05 * want.norm()
+        close(model(ids, labels=ids).loss, loss, 0.05)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+    assert got.shape[-1] == VOCAB

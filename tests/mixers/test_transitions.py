@@ -1,0 +1,29 @@
+"""The transition matrices that a mixer reports are those that its state goes through."""
+
+import pytest
+import torch
+
+from lrnn_lm.mixers import SequenceContext, build_mixer
+
+MIXERS = [
+    {"type": "bd_lru", "num_blocks": 5, "block_size": 3},
+    {"type": "bd_lru", "num_blocks": 4, "block_size": 4, "gate": "tanh"},
+    {"type": "h_lru", "num_blocks": 6, "order": 1},
+    {"type": "h_lru", "num_blocks": 6, "order": 4, "gate": "identity"},
+]
+
+
+@pytest.mark.parametrize("spec", MIXERS, ids=str)
+@torch.no_grad()
+def test_the_state_is_their_product(spec):
+    """Without values, h_T = A_T .. A_1 h_0."""
+    torch.manual_seed(0)
+    mixer = build_mixer(spec, hidden_size=16)
+    mixer.value_proj.weight.zero_()
+    x = torch.randn(2, 7, 16)
+    M = spec.get("block_size", spec.get("order"))
+    h = torch.randn(2, spec["num_blocks"], M)
+    _, last = mixer(x, h, SequenceContext())
+    for A in mixer.transitions(x).unbind(1):
+        h = (A @ h.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(last, h)
