@@ -114,7 +114,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
 
 @app.command(name="eval")
 def evaluate_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoint folders")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas")] = "",
     suite: Annotated[Path | None, typer.Option(help="a suite file of tasks (YAML)")] = None,
     limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
@@ -131,18 +131,19 @@ def evaluate_checkpoint(
     rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Score a checkpoint on lm-eval tasks, those in eval/tasks included; or probe it at a length."""
-    from .evaluate import evaluate
-
+    """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
     if length is not None:
         from .evaluate.length import probe_length
 
-        probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
+        for checkpoint in checkpoints:
+            probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
         if not tasks and suite is None:
             return
+    from .evaluate.compare import evaluate_each
+
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    evaluate(
-        checkpoint,
+    evaluate_each(
+        checkpoints,
         names,
         suite=suite,
         limit=limit,

@@ -5,11 +5,11 @@
     python $S --output runs/study --study mad --minutes 20 --jobs 8
     python $S --output runs/study --tasks s3 --models bd_lru-m1,bd_lru-m4 --hidden 32 --steps 300
 
-Each (task, model) is trained once for every learning rate with the first seed; the other seeds train with the
-rate that was best for it. All models of a task have the parameters of the first (within a few per mille): the
-width of the recurrence is fitted, and where a mixer has no such width, that of the SwiGLU. Runs share the
-device, `--jobs` processes side by side. When the minutes are over no run is begun; run the command again to go
-on. State tasks are probed at 16 times the training length.
+Each (task, model) is trained once for every learning rate with the first seed; the other seeds train with
+the rate that was best for it. All models of a task have the parameters of the first (within a few per mille):
+the width of the recurrence is fitted, and where a mixer has no such width, that of the SwiGLU. Runs share the
+device, `--jobs` processes side by side. When the minutes are over no run is begun; run the command again to
+go on. State tasks are probed at 16 times the training length.
 
 Writes OUTPUT/results.jsonl (a line a run), OUTPUT/NAME.json and OUTPUT/NAME.md (the table).
 """
@@ -75,7 +75,8 @@ def recipe_of(job: dict[str, Any], parameters: int | None = None) -> Any:
 
     kind = job["mixer"]["type"]
     overrides = [
-        f"name={job['name']}", f"seed={job['seed']}", f"train.runs_dir={job['runs']}", f"optim.lr={job['lr']}",
+        f"name={job['name']}", f"seed={job['seed']}", f"train.runs_dir={job['runs']}",
+        f"optim.lr={job['lr']}",
         f"data.cache_dir={job['runs']}/cache", f"model.hidden_size={job['hidden']}",
         f"model.intermediate_size={4 * job['hidden']}", f"train.device={job['device']}",
         f"train.micro_batch={job['rows']}", f"data.num_workers={job['workers']}", "optim.warmup=5%",

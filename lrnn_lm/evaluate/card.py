@@ -80,10 +80,15 @@ def model_card(
         _training(recipe, info.step),
         _data(info.run / "data.json") if info.run else "",
         _results(info.run, picture),
-        _loading(folder),
+        _loading(folder) if _is_language_model(config) else "",
         _recipe_text(info.run / "recipe.yaml") if info.run else "",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _is_language_model(config: dict[str, Any]) -> bool:
+    """False of the auto-encoder that the synthetic task compression trains."""
+    return "LRNNForReconstruction" not in (config.get("architectures") or [])
 
 
 def _mixers(config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -126,6 +126,16 @@ def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
     return DEFAULT_LENGTH
 
 
+def check_window(model: "PreTrainedModel", tokens: int) -> None:
+    """Raise ValueError if a model with a learnt vector for each position has fewer than `tokens` of them."""
+    config = model.config.to_dict()
+    limits = [config[key] for key in ("n_positions", "n_ctx") if isinstance(config.get(key), int)]
+    if limits and tokens > min(limits):
+        raise ValueError(
+            f"{tokens} tokens are longer than this {model.config.model_type} takes: {min(limits)}"
+        )
+
+
 def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int | None = None) -> int:
     """The window in tokens: `wanted` as far as the model goes, its `context_length` if None.
 

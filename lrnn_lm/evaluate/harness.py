@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointInfo, describe, document_start, load_checkpoint, widest_window
+from .checkpoint import CheckpointInfo, check_window, describe, document_start, load_checkpoint, widest_window
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, heldout_path
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
@@ -70,6 +70,7 @@ def evaluate(
         if model is None or tokenizer is None:
             model, tokenizer = load_checkpoint(info.path, device)
         window = max_length or widest_window(model, info.run, widest)
+        check_window(model, window)
         with hub_data(hub):
             results, truncated = _run(
                 model, tokenizer, manager, names, limit, batch_size, num_fewshot, window

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from .runs import Run, Score, read_run
 from .show import decimal, table_console
+from .synthetic_report import synthetic_table
 
-_COLUMNS = ("run", "parameters", "tokens", "training loss", "validation loss", "bits per byte", "tokens/s")
+_COLUMNS = ("run", "parameters", "tokens", "training loss", "validation loss")
 
 
 def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
@@ -38,7 +39,9 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
 
 def to_markdown(runs: list[Run]) -> str:
     """The table of runs and, if any were scored, the table of scores, as Markdown."""
-    text = _markdown_table(list(_COLUMNS), [_row(run) for run in runs])
+    text = _markdown_table(*_table(runs))
+    if synthetic := synthetic_table(runs):
+        text += "\n" + _markdown_table(*synthetic)
     scores = _score_rows(runs)
     if scores:
         text += "\n" + _markdown_table(["task", "metric", *(run.name for run in runs)], scores)
@@ -63,16 +66,25 @@ def _targets(runs: list[Run], output: Path | None) -> tuple[Path, Path | None]:
     return output / "loss.png", output / "report.md"
 
 
-def _row(run: Run) -> list[str]:
-    return [
-        run.name,
-        _count(run.parameters),
-        _count(run.tokens),
-        decimal(run.training_loss),
-        decimal(run.last("validation_loss")),
-        decimal(run.last("bits_per_byte")),
-        _count(run.tokens_per_second),
+def _table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row a run; bits per byte of text, accuracy of synthetic tasks, where some run has them."""
+    measured = [
+        key for key in ("bits_per_byte", "accuracy") if any(run.last(key) is not None for run in runs)
     ]
+    header = [*_COLUMNS, *(key.replace("_", " ") for key in measured), "tokens/s"]
+    rows = [
+        [
+            run.name,
+            _count(run.parameters),
+            _count(run.tokens),
+            decimal(run.training_loss),
+            decimal(run.last("validation_loss")),
+            *(decimal(run.last(key)) for key in measured),
+            _count(run.tokens_per_second),
+        ]
+        for run in runs
+    ]
+    return header, rows
 
 
 def _score_rows(runs: list[Run]) -> list[list[str]]:
@@ -110,7 +122,9 @@ def _print(runs: list[Run], written: list[Path]) -> None:
     from rich.table import Table
 
     console = table_console()
-    tables = [(list(_COLUMNS), [_row(run) for run in runs], 1)]
+    tables = [(*_table(runs), 1)]
+    if synthetic := synthetic_table(runs):
+        tables.append((*synthetic, 1))
     if scores := _score_rows(runs):
         tables.append((["task", "metric", *(run.name for run in runs)], scores, 2))
     for header, rows, left in tables:

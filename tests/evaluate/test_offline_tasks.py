@@ -130,6 +130,7 @@ def test_paradigms_take_turns(folder):
     (["--tasks", "offline_wikitext", "--data", "{empty}/no"], "no such file"),
     (["--tasks", "offline_lambda", "--data", "{empty}"], "offline_lambada"),
     (["--tasks", "heldout_cloze", "--data", "{empty}"], "no such file of held-out documents"),
+    (["--tasks", "long_passkey", "--max-length", "128"], "128 tokens are longer than this gpt2 takes: 64"),
 ])  # fmt: skip
 def test_mistakes_leave_with_2(gpt2, tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as left:

@@ -1,0 +1,64 @@
+"""Several checkpoints on the same tasks: one after the other, then their scores beside each other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import describe
+from .harness import evaluate, flatten
+from .show import decimal, table_console
+
+
+def evaluate_each(
+    checkpoints: Sequence[str | Path], tasks: list[str], output: Path | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """`evaluate` for each checkpoint, and a table beside each other if there are several.
+
+    output: a folder; several checkpoints get one each below it, named after their run or folder. settings:
+    as `evaluate` takes them. Raises ValueError as it does, before any is scored if one is not there.
+    """
+    names = _names(checkpoints)
+    if len(names) > 1 and output is not None and Path(output).suffix == ".json":
+        raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")
+    results = []
+    for checkpoint, name in zip(checkpoints, names, strict=True):
+        where = output if output is None or len(names) == 1 else Path(output) / name
+        results.append(evaluate(checkpoint, tasks, output=where, **settings))
+    if len(results) > 1:
+        _show(names, results)
+    return results
+
+
+def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows of task, metric, and each checkpoint's value ± standard error."""
+    columns = [{(task, metric): rest for task, metric, *rest in flatten(found)} for found in results]
+    rows = []
+    for task, metric in dict.fromkeys(key for column in columns for key in column):
+        cells = [column.get((task, metric), [None, None]) for column in columns]
+        values = [decimal(value) + (f" ± {decimal(error)}" if error else "") for value, error in cells]
+        rows.append([task, metric, *values])
+    return rows
+
+
+def _names(checkpoints: Sequence[str | Path]) -> list[str]:
+    """A name for each that tells it from the others: its run, with its step if two are of one run."""
+    found = [describe(checkpoint) for checkpoint in checkpoints]
+    short = [info.run.name if info.run is not None else info.name for info in found]
+    if len(set(short)) == len(short):
+        return short
+    long = [f"{name}-{info.name}" for name, info in zip(short, found, strict=True)]
+    if len(set(long)) < len(long):
+        twice = next(name for name in long if long.count(name) > 1)
+        raise ValueError(f"two of the checkpoints are called {twice}; each is to be given once")
+    return long
+
+
+def _show(names: list[str], results: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="beside each other")
+    for i, title in enumerate(["task", "metric", *names]):
+        table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
+    for row in beside(results):
+        table.add_row(*row)
+    table_console().print(table)

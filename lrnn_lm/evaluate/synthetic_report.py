@@ -1,0 +1,76 @@
+"""Runs on synthetic tasks as one table: a row a model, a column a task, held-out accuracy.
+
+Runs that differ in the seed only are one entry, mean ± standard deviation; of those that differ in the
+learning rate or weight decay the best counts, as the published benchmark has it.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .runs import Run
+
+
+def synthetic_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows; None if fewer than two of the runs are on synthetic tasks."""
+    found: dict[tuple[str, str], dict[tuple[Any, ...], list[float]]] = {}
+    count = 0
+    for run in runs:
+        recipe, accuracy = _recipe(run.path), run.last("accuracy")
+        if recipe is None or accuracy is None:
+            continue
+        optim = recipe["optim"]
+        trials = found.setdefault((_model(recipe), _task(recipe)), {})
+        trials.setdefault((optim["lr"], optim["weight_decay"], recipe["train"]["tokens"]), []).append(
+            accuracy
+        )
+        count += 1
+    if count < 2:
+        return None
+    models = list(dict.fromkeys(model for model, _ in found))
+    tasks = list(dict.fromkeys(task for _, task in found))
+    rows = [[model, *(_best(found.get((model, task), {})) for task in tasks)] for model in models]
+    return ["model", *tasks], rows
+
+
+def _best(trials: dict[tuple[Any, ...], list[float]]) -> str:
+    if not trials:
+        return ""
+    seeds = max(trials.values(), key=statistics.fmean)
+    spread = f" ± {statistics.stdev(seeds):.4f}" if len(seeds) > 1 else ""
+    return f"{statistics.fmean(seeds):.4f}{spread}"
+
+
+def _recipe(run: Path) -> dict[str, Any] | None:
+    """The run's recipe, if its source is a synthetic task."""
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        return None
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return recipe if recipe["data"]["source"]["type"] == "synthetic" else None
+
+
+def _task(recipe: dict[str, Any]) -> str:
+    """`s5 x 64 (start 1)`: the task, its length, and options that were given."""
+    source = recipe["data"]["source"]
+    options = [f"{key} {value}" for key, value in source["options"].items()]
+    options += [f"{source['examples']} rows"] if source["examples"] else []
+    return f"{source['task']} x {recipe['data']['sequence_length']}" + (
+        f" ({', '.join(options)})" if options else ""
+    )
+
+
+def _model(recipe: dict[str, Any]) -> str:
+    """The mixers with the options that their types read, and the model's width."""
+    from ..model.config import LRNNConfig
+
+    section = recipe["model"]
+    config = LRNNConfig(mixer=section["mixer"], layer_pattern=section["layer_pattern"])
+    mixers = config.layer_pattern or [config.mixer]
+    names = []
+    for mixer in mixers:
+        shown = [f"{key} {value}" for key, value in mixer.items() if key != "type" and value is not None]
+        names.append(f"{mixer['type']} ({', '.join(shown)})" if shown else mixer["type"])
+    return f"{' + '.join(dict.fromkeys(names))}, width {section['hidden_size']}"
