@@ -89,6 +89,8 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
     trainer = build_trainer(loaded)
+    if loaded.eval.tasks and trainer.accelerator.is_main_process:
+        check_tasks(loaded.eval.tasks, trainer.folder / "heldout.jsonl")
     before = trainer.position.step
     checkpoint = trainer.run(stop)
     if not trainer.accelerator.is_main_process:

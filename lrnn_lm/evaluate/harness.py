@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CheckpointInfo, check_window, describe, document_start, load_checkpoint, widest_window
-from .heldout import FOLDER_NAMES, HELDOUT_NAME, heldout_path
+from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
 
@@ -93,10 +93,15 @@ def evaluate(
     return results
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError, naming the nearest, for a task that nobody knows; nothing is loaded but the index."""
+def check_tasks(names: list[str], data: Path | None = None) -> None:
+    """Raise ValueError for a task that nobody knows, naming the nearest, or a cloze that `data` cannot fill.
+
+    data: the held-out documents that the tasks will read, if they are there already.
+    """
     with _quiet_lm_eval():
-        find_tasks(names, {})
+        _, tasks, _ = find_tasks(names, {})
+    if data is not None and "heldout_cloze" in tasks:
+        cloze_dataset(data=str(data))
 
 
 def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from lrnn_lm.evaluate import heldout
+from lrnn_lm.evaluate import check_tasks, heldout
 
 
 def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write_documents):
@@ -115,3 +115,11 @@ def test_words_and_bytes_are_counted_as_upstream_counts_them():
     assert scores["bits_per_byte"] == (-3.0, len("naïve  words\n".encode()))
     assert scores["word_perplexity"] == (-3.0, 3)  # the part after the last white space counts, though empty
     json.dumps(scores)
+
+
+def test_a_cloze_that_the_documents_cannot_fill_is_told_before_training(tmp_path):
+    path = tmp_path / "heldout.jsonl"
+    path.write_text(json.dumps({"text": "one two three four " * 50}) + "\n")
+    check_tasks(["heldout_bits_per_byte"], path)
+    with pytest.raises(ValueError, match="leave heldout_cloze out"):
+        check_tasks(["heldout_bits_per_byte", "heldout_cloze"], path)
