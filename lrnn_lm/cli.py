@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import __version__
 from .requirements import UnmetRequirementError, check_transformers
 
 if TYPE_CHECKING:
@@ -45,6 +46,21 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkp
 def before_any_command() -> None:
     """Pretrain, score and run language models built on linear recurrent networks."""
     check_transformers()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lrnn-lm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lrnn(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Pretrain, score and run language models built on linear recurrent networks."""
 
 
 @app.command()

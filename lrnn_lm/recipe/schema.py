@@ -271,6 +271,8 @@ class LaunchSection(Section):
 class Recipe(Section):
     """One run, whole."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # `name=12` is a name
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSection = Field(default_factory=ModelSection)

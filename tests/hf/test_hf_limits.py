@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lrnn_lm import __version__
 from lrnn_lm.cli import main
 from lrnn_lm.requirements import MINIMUM_TRANSFORMERS
 
@@ -97,3 +98,10 @@ def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("lrnn: ")
         assert "unknown mixer type 'bd_lruu'; did you mean 'bd_lru'?" in error
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert not done.value.code
+    assert capsys.readouterr().out == f"lrnn-lm {__version__}\n"

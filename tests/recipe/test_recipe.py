@@ -232,3 +232,7 @@ def test_wrong_overrides(override, words):
     with pytest.raises(RecipeError) as error:
         load_recipe("recipes/demo.yaml", [override])
     assert words in str(error.value)
+
+
+def test_a_number_is_a_name():
+    assert load_recipe("recipes/demo.yaml", ["name=12"]).name == "12"
