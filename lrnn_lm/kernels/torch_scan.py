@@ -79,7 +79,9 @@ def _bd_scan(
     for part in _slabs(gates):
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
         # p becomes p x: the input's term now, the state's step by step.
-        p[:, M] *= _slab(values, part, h0.dtype)
+        p[:, M].mul_(
+            _slab(values, part, h0.dtype)
+        )  # p becomes p x: the input's term now, the state's step by step
         states = torch.empty(p.shape[0], M, B, N, dtype=h0.dtype, device=h0.device)
         for i, (step, out) in enumerate(zip(p.unbind(0), states.unbind(0), strict=True)):
             if keep is not None:
@@ -112,9 +114,11 @@ def _bd_scan_backward(
         z = _slab(gates, part, dtype)
         p = normalise(z, gate, dim=1)
         s = _slab(grad_h, part, dtype)  # (t, M, B, N)
-        for i in reversed(range(p.shape[0])):
-            s[i] += carry
-            torch.mul(p[i, :M], s[i].unsqueeze(0), out=product)
+        for i, (transition, s_now) in reversed(
+            list(enumerate(zip(p[:, :M].unbind(0), s.unbind(0), strict=True)))
+        ):
+            s_now.add_(carry)
+            torch.mul(transition, s_now.unsqueeze(0), out=product)
             torch.sum(product, 1, out=carry)
             if keep is not None:
                 carry *= keep[part.start + i]
@@ -145,7 +149,9 @@ def _h_scan(
     past = h0.permute(2, 0, 1)  # (M, B, N), newest first
     for part in _slabs(gates):
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
-        p[:, M] *= _slab(values, part, h0.dtype)
+        p[:, M].mul_(
+            _slab(values, part, h0.dtype)
+        )  # p becomes p x: the input's term now, the state's step by step
         steps = p.shape[0]
         # Filled from the back: the M states before a step are one slice, newest first, and nothing shifts.
         states = torch.empty(steps + M, B, N, dtype=h0.dtype, device=h0.device)
@@ -186,10 +192,10 @@ def _h_scan_backward(
         z = _slab(gates, part, dtype)
         p = normalise(z, gate, dim=1)
         s = _slab(grad_h, part, dtype)  # (t, B, N)
-        for i in reversed(range(p.shape[0])):
-            s[i] += owed[0]
-            following = p[i, :M] * s[i]
-            following[:-1] += owed[1:]
+        for i, (taps, s_now) in reversed(list(enumerate(zip(p[:, :M].unbind(0), s.unbind(0), strict=True)))):
+            s_now.add_(owed[0])
+            following = taps * s_now
+            following[:-1].add_(owed[1:])
             owed = following if keep is None else following.mul_(keep[part.start + i])
         d = torch.empty_like(p)  # holds x, then dz
         d[:, :M] = _windows(h, h0, part, age)
