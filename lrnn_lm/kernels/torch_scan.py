@@ -22,7 +22,7 @@ from torch import Tensor
 from .gates import EPS, L1_GATES, normalise
 from .reference import compute_dtype
 
-SLAB_BYTES = 1 << 22  # gates of a slab: small beside the sequence, large beside the cost of a parallel region
+SLAB_BYTES = 1 << 20  # gates of a slab: near a core's cache, and memory that the allocator gives out again
 
 
 def _slabs(gates: Tensor) -> list[slice]:
