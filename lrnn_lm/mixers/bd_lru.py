@@ -33,6 +33,7 @@ class BlockDiagonalLRU(Mixer):
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate
+        self.backend = "auto"  # of the scan
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
@@ -41,7 +42,7 @@ class BlockDiagonalLRU(Mixer):
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
         gates, values = self._gates(x), self.value_proj(x).unflatten(-1, (self.num_blocks, self.block_size))
-        h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
+        h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate, self.backend)
         return self.out_proj(h.flatten(2)), state
 
     def _gates(self, x: Tensor) -> Tensor:

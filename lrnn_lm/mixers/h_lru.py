@@ -37,13 +37,15 @@ class HigherOrderLRU(Mixer):
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate
+        self.backend = "auto"  # of the scan
         self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
         self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
         self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        h, new_state = higher_order_scan(self._gates(x), self.value_proj(x), state, context.reset, self.gate)
+        gates, values = self._gates(x), self.value_proj(x)
+        h, new_state = higher_order_scan(gates, values, state, context.reset, self.gate, self.backend)
         return self._filter(h, state, context.reset), new_state
 
     def _gates(self, x: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""`lrnn bench train | decode`, and `lrnn bench --compare`; `lrnn bench kernels` stands in cli.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(no_args_is_help=True)
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+Output = Annotated[Path | None, typer.Option(help="JSON lines for the rows; pictures go beside it")]
+Contenders = Annotated[str, typer.Option(help="names or recipes, separated by commas; the first come first")]
+Budget = Annotated[float | None, typer.Option(help="leave out what would end after so many seconds")]
+Width = Annotated[int | None, typer.Option(help="model width in place of the size's; the rest is scaled")]
+Layers = Annotated[int | None, typer.Option(help="layers of the reference in place of the size's")]
+Vocab = Annotated[int | None, typer.Option(help="vocabulary in place of the recipes'")]
+Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
+
+
+@bench_app.command()
+def train(
+    device: Device = "auto",
+    output: Output = None,
+    contenders: Contenders = "",
+    lengths: Annotated[str, typer.Option(help="tokens a row, separated by commas")] = "2048",
+    tokens: Annotated[str, typer.Option(help="tokens a step, separated by commas")] = "32768",
+    sizes: Annotated[
+        str, typer.Option(help="50M, 125M, 212M, 350M, 760M, 1.3B, separated by commas")
+    ] = "212M",
+    width: Width = None,
+    layers: Layers = None,
+    vocab: Vocab = None,
+    precision: Precision = "auto",
+    compile: Annotated[bool, typer.Option(help="compile the blocks")] = True,
+    steps: Annotated[int, typer.Option(help="steps that are timed")] = 10,
+    warmup: Annotated[int, typer.Option(help="steps before them, after the first")] = 3,
+    checkpointing: Annotated[bool, typer.Option(help="recompute layers in the backward pass")] = False,
+    loss_chunk: Annotated[int | None, typer.Option(help="tokens whose logits exist at once")] = None,
+    profile: Annotated[int, typer.Option(help="also list so many of a step's longest kernels")] = 0,
+    budget_seconds: Budget = None,
+) -> None:
+    """Time optimizer steps of whole models at equal parameters."""
+    from .train import DEFAULT, TrainSettings, run
+
+    settings = TrainSettings(
+        contenders=contenders or DEFAULT, lengths=lengths, tokens=tokens, sizes=sizes, width=width,
+        layers=layers, vocab=vocab, precision=precision, compile=compile, steps=steps, warmup=warmup,
+        checkpointing=checkpointing, loss_chunk=loss_chunk, profile=profile, budget_seconds=budget_seconds,
+    )  # fmt: skip
+    run(settings, device, output)
