@@ -1,7 +1,7 @@
 """Whole models that are timed beside each other: what they are, and how they come to equal sizes.
 
 A contender is a recipe of `recipes/paper`, some with another number of layers, so that all have the
-parameters of the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths, heads and blocks alike.
+parameters of the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths, heads and blocks.
 
 Legend: D model width, V vocabulary.
 """
@@ -149,7 +149,8 @@ def _changed(config: LRNNConfig, **changes: Any) -> LRNNConfig:
 
 _KEPT = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "rms_norm_eps",
-    "initializer_range",     "tie_word_embeddings", "mixer", "layer_pattern", "max_position_embeddings", "loss_chunk",
+    "initializer_range", "tie_word_embeddings", "mixer", "layer_pattern", "max_position_embeddings",
+    "loss_chunk",
 )  # fmt: skip
 
 
