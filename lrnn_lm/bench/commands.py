@@ -48,3 +48,32 @@ def train(
         checkpointing=checkpointing, loss_chunk=loss_chunk, profile=profile, budget_seconds=budget_seconds,
     )  # fmt: skip
     run(settings, device, output)
+
+
+@bench_app.command()
+def decode(
+    device: Device = "auto",
+    output: Output = None,
+    contenders: Contenders = "",
+    batches: Annotated[str, typer.Option(help="rows decoded at once, separated by commas")] = "1,64",
+    contexts: Annotated[
+        str, typer.Option(help="tokens before, separated by commas")
+    ] = "1024,8192,32768,1048576",
+    modes: Annotated[str, typer.Option(help="graph, compiled, generate")] = "graph,compiled,generate",
+    size: Annotated[str, typer.Option(help="50M, 125M, 212M, 350M, 760M or 1.3B")] = "212M",
+    width: Width = None,
+    layers: Layers = None,
+    vocab: Vocab = None,
+    precision: Precision = "auto",
+    tokens: Annotated[int, typer.Option(help="tokens that are timed")] = 64,
+    budget_seconds: Budget = None,
+) -> None:
+    """Time prefill and decoding, a token at a time, beside the limit of the device's memory."""
+    from .decode import DEFAULT, DecodeSettings, run
+
+    settings = DecodeSettings(
+        contenders=contenders or DEFAULT, batches=batches, contexts=contexts, modes=modes, size=size,
+        width=width, layers=layers, vocab=vocab, precision=precision, tokens=tokens,
+        budget_seconds=budget_seconds,
+    )  # fmt: skip
+    run(settings, device, output)

@@ -1,7 +1,7 @@
 """Whole models that are timed beside each other: what they are, and how they come to equal sizes.
 
 A contender is a recipe of `recipes/paper`, some with another number of layers, so that all have the
-parameters of the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths, heads and blocks.
+parameters of the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths and counts.
 
 Legend: D model width, V vocabulary.
 """
@@ -110,6 +110,11 @@ def pick_size(name: str, width: int | None, layers: int | None) -> Size:
             raise ValueError(f"layers must be at least 1, not {layers}")
         size = replace(size, layers=layers)
     return size
+
+
+def label_of(name: str, size: Size) -> str:
+    """The size's name, or width x layers where they were given otherwise."""
+    return name if size == SIZES[name] else f"{size.hidden_size}x{size.layers}"
 
 
 def build_config(contender: Contender, size: Size, vocab_size: int | None, length: int) -> LRNNConfig:

@@ -25,7 +25,16 @@ from ..recipe.schema import OptimSection
 from ..train.optim import make_optimizer
 from ..train.runtime import peak_flops
 from . import measure
-from .contenders import PAPER_SIZE, SIZES, Contender, Size, build_config, count, pick_contenders, pick_size
+from .contenders import (
+    PAPER_SIZE,
+    Contender,
+    Size,
+    build_config,
+    count,
+    label_of,
+    pick_contenders,
+    pick_size,
+)
 from .peers import associative_backend
 from .pictures import draw_training
 from .profile import kernel_times
@@ -120,7 +129,7 @@ def run(
     sizes = {}
     for name in settings.sizes.split(","):
         size = pick_size(name.strip(), settings.width, settings.layers)
-        sizes[_label(name.strip(), size)] = size
+        sizes[label_of(name.strip(), size)] = size
     lengths, tokens = numbers(settings.lengths, "--lengths"), numbers(settings.tokens, "--tokens")
     if settings.steps < 1 or settings.warmup < 0:
         raise ValueError("--steps must be at least 1, --warmup at least 0")
@@ -240,10 +249,6 @@ def time_calls(call: Callable[[], Any], times: int, device: torch.device) -> tup
         mark.record()
     torch.cuda.synchronize(device)
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], result
-
-
-def _label(name: str, size: Size) -> str:
-    return name if size == SIZES[name] else f"{size.hidden_size}x{size.layers}"
 
 
 def _summary(row: Row) -> str:
