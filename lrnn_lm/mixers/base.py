@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -35,6 +36,7 @@ class JointProjections:
     """
 
     joint: tuple[Tensor, Tensor | None] | None = None
+    joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
 
     def joint_projections(self) -> list[nn.Linear]:
         """The projections, in the order of their outputs."""
@@ -43,9 +45,20 @@ class JointProjections:
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each projection of x (.., D); views of one tensor where the weights are lent."""
         projections = self.joint_projections()
-        if self.joint is None:
+        joint = self.joint
+        if (
+            joint is None
+            and self.joint_gradients
+            and torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+        ):
+            # A compiler writes weights side by side as it casts them, and gradients as it computes them.
+            weights = [plain_weight(projection) for projection in projections]
+            if all(weight is not None for weight in weights) and all(p.bias is None for p in projections):
+                joint = torch.cat(weights), None
+        if joint is None:
             return tuple(projection(x) for projection in projections)
-        return functional.linear(x, *self.joint).split([p.out_features for p in projections], dim=-1)
+        return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from .config import LRNNConfig
 class SwiGLU(JointProjections, nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
+    joint_gradients = True
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)

@@ -148,9 +148,14 @@ class LRNNModel(LRNNPreTrainedModel):
         layer_idx = self.config.layer_types.index("full_attention")
         layer = None if cache is None else cache.layers[layer_idx]
         past = 0 if layer is None else layer.get_seq_length()
-        if position_ids is None:
+        counted = position_ids is None
+        if counted:
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
         visible = _same_document(documents, layer, past, x)
+        eager = self.config._attn_implementation == "eager"
+        if counted and visible is None and attention_mask is None and layer is None and not eager:
+            # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
+            return SequenceContext(reset, None, position_ids, keep_state)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -160,7 +165,6 @@ class LRNNModel(LRNNPreTrainedModel):
             and_mask_function=visible,
             layer_idx=layer_idx,
         )
-        eager = self.config._attn_implementation == "eager"
         return SequenceContext(reset, mask, position_ids, keep_state, attention_weights=eager)
 
 
