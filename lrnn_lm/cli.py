@@ -272,11 +272,6 @@ def kernels(
     run(device, output, tokens=tokens, length=length, peers=peers, layers=layers)
 
 
-@bench_app.callback()
-def bench() -> None:
-    """Measure speed, contenders side by side in one run."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
     try:

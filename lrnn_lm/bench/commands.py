@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 bench_app = typer.Typer(no_args_is_help=True)
+SLOWER = 1  # exit code of a comparison that finds something slower
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Output = Annotated[Path | None, typer.Option(help="JSON lines for the rows; pictures go beside it")]
@@ -15,6 +16,26 @@ Width = Annotated[int | None, typer.Option(help="model width in place of the siz
 Layers = Annotated[int | None, typer.Option(help="layers of the reference in place of the size's")]
 Vocab = Annotated[int | None, typer.Option(help="vocabulary in place of the recipes'")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    compare: Annotated[Path | None, typer.Option(help="an earlier run's file: run it again, compare")] = None,
+    against: Annotated[Path | None, typer.Option(help="compare with this file instead of running")] = None,
+    tolerance: Annotated[float, typer.Option(help="how much slower is no matter, as a share")] = 0.05,
+    device: Device = "auto",
+) -> None:
+    """Measure speed, contenders side by side in one run. --compare exits with 1 where something is slower."""
+    if compare is None:
+        return
+    if context.invoked_subcommand is not None:
+        raise ValueError("--compare runs the benchmark that its file names; leave the command out")
+    from .compare import compare_with
+
+    worse = compare_with(compare, against, device, tolerance)
+    print("\n".join(worse) or "nothing is slower")
+    raise typer.Exit(SLOWER if worse else 0)
 
 
 @bench_app.command()
@@ -35,6 +56,7 @@ def train(
     steps: Annotated[int, typer.Option(help="steps that are timed")] = 10,
     warmup: Annotated[int, typer.Option(help="steps before them, after the first")] = 3,
     checkpointing: Annotated[bool, typer.Option(help="recompute layers in the backward pass")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="the blocks' products in fp8, through torchao")] = False,
     loss_chunk: Annotated[int | None, typer.Option(help="tokens whose logits exist at once")] = None,
     profile: Annotated[int, typer.Option(help="also list so many of a step's longest kernels")] = 0,
     budget_seconds: Budget = None,
@@ -45,7 +67,8 @@ def train(
     settings = TrainSettings(
         contenders=contenders or DEFAULT, lengths=lengths, tokens=tokens, sizes=sizes, width=width,
         layers=layers, vocab=vocab, precision=precision, compile=compile, steps=steps, warmup=warmup,
-        checkpointing=checkpointing, loss_chunk=loss_chunk, profile=profile, budget_seconds=budget_seconds,
+        checkpointing=checkpointing, fp8=fp8, loss_chunk=loss_chunk, profile=profile,
+        budget_seconds=budget_seconds,
     )  # fmt: skip
     run(settings, device, output)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..model import LRNNConfig, LRNNForCausalLM
 from ..model.accounting import account, saved_bytes
+from ..model.fp8 import use_fp8
 from ..recipe.schema import OptimSection
 from ..train.optim import make_optimizer
 from ..train.runtime import peak_flops
@@ -64,6 +65,7 @@ class TrainSettings:
     steps: int = 10
     warmup: int = 3
     checkpointing: bool = False
+    fp8: bool = False
     loss_chunk: int | None = None
     profile: int = 0
     budget_seconds: float | None = None
@@ -76,6 +78,8 @@ class TrainingStep:
         torch.manual_seed(0)
         with torch.device(device):
             self.model = LRNNForCausalLM(config).train()
+        if settings.fp8:
+            use_fp8(self.model, device)
         if settings.checkpointing:
             options = {"use_reentrant": False}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
