@@ -3,10 +3,14 @@
 Legend: B batch, T time, D model width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -22,6 +26,51 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     adapted = type(linear) not in (nn.Linear, ResidualOutput)
     offloaded = hasattr(linear, "_hf_hook")  # Accelerate's, which brings the weight when the module is called
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
+
+
+class JointProjections:
+    """For a module with several projections of the same input: one product, where their weights lie together.
+
+    `joint` is (weight, bias or None) of all of them, for as long as `joined` lends it; the projections' own
+    weights are what is trained, saved and adapted.
+    """
+
+    joint: tuple[Tensor, Tensor | None] | None = None
+    joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
+
+    def joint_projections(self) -> list[nn.Linear]:
+        """The projections, in the order of their outputs."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each projection of x (.., D); views of one tensor where the weights are lent."""
+        projections = self.joint_projections()
+        joint = self.joint
+        if (
+            joint is None
+            and self.joint_gradients
+            and torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+        ):
+            # A compiler writes weights side by side as it casts them, and gradients as it computes them.
+            weights = [plain_weight(projection) for projection in projections]
+            if all(weight is not None for weight in weights) and all(p.bias is None for p in projections):
+                joint = torch.cat(weights), None
+        if joint is None:
+            return tuple(projection(x) for projection in projections)
+        return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)
+
+
+@contextmanager
+def joined(lent: list[tuple[JointProjections, tuple[Tensor, Tensor | None]]]) -> Iterator[None]:
+    """Lend modules their joint weights."""
+    for module, joint in lent:
+        module.joint = joint
+    try:
+        yield
+    finally:
+        for module, _ in lent:
+            module.joint = None
 
 
 @dataclass(frozen=True)
