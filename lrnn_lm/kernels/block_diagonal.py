@@ -228,7 +228,16 @@ def _backward_group(
             own = scaled[(STEPS - 1 - s) * P + p]
             h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
             dv = dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
-            da = da + (logit_gradient(z[(s * P + p) * (TAPS + 1) + TAPS], f[(s * P + p) * (TAPS + 1) + TAPS], v[s * P + p], h, own, GATE),)
+            da = da + (
+                logit_gradient(
+                    z[(s * P + p) * (TAPS + 1) + TAPS],
+                    f[(s * P + p) * (TAPS + 1) + TAPS],
+                    v[s * P + p],
+                    h,
+                    own,
+                    GATE,
+                ),
+            )
     tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
     tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
     from_lane = block + q * TAPS if SHARE > 1 else block
@@ -243,7 +252,16 @@ def _backward_group(
             for p in tl.static_range(P):
                 own = scaled[(STEPS - 1 - s) * P + p]
                 h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
-                dz = dz + (logit_gradient(z[(s * P + p) * (TAPS + 1) + k], f[(s * P + p) * (TAPS + 1) + k], _of_block(x_of, k, p, from_lane, M, P), h, own, GATE),)
+                dz = dz + (
+                    logit_gradient(
+                        z[(s * P + p) * (TAPS + 1) + k],
+                        f[(s * P + p) * (TAPS + 1) + k],
+                        _of_block(x_of, k, p, from_lane, M, P),
+                        h,
+                        own,
+                        GATE,
+                    ),
+                )
         tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
     earlier = ()
     for p in tl.static_range(P):
@@ -295,7 +313,11 @@ def backward_kernel(
 
     groups = (end - begin) // STEPS
     z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
-    o_many, h_many, dz_many = tile_of(o_at, O_T, STEPS), tile_of(h_at - H_T, H_T, STEPS), tile_of(dz_at, D_T, STEPS)
+    o_many, h_many, dz_many = (
+        tile_of(o_at, O_T, STEPS),
+        tile_of(h_at - H_T, H_T, STEPS),
+        tile_of(dz_at, D_T, STEPS),
+    )
     da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
     f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
     for group in tl.range(0, groups, num_stages=STAGES):
@@ -312,11 +334,20 @@ def backward_kernel(
             wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, first, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
-    tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=where_also(valid & first, begin == 0))
+    tl.store(
+        d_start + b * NM + spot[None, :],
+        stack(u, tl.float32, 1, WIDTH, P),
+        mask=where_also(valid & first, begin == 0),
+    )
 
 
 def _forward(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str, columns: int | None = None
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, T, N, M = values.shape
     h, last = rows_like(values, columns), values.new_empty(B, N, M, dtype=torch.float32)
@@ -395,5 +426,9 @@ def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
 
 block_diagonal_scan = register("bd_scan_triton", _forward, _backward)
 packed_block_diagonal_scan = register_packed(
-    "bd_packed_triton", _split, _forward, _backward, fills=lambda M: triton.next_power_of_2(M) * lanes_per_row(M) == M
+    "bd_packed_triton",
+    _split,
+    _forward,
+    _backward,
+    fills=lambda M: triton.next_power_of_2(M) * lanes_per_row(M) == M,
 )

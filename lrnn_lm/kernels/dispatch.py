@@ -212,7 +212,9 @@ def _split(planes: Tensor, rows: int, M: int) -> tuple[Tensor, Tensor]:
     """Gates (B, T, rows, M+1) and values (B, T, rows)."""
     _shape("planes", planes, 4)
     if planes.shape[2] != M + 2 or planes.shape[3] < rows:
-        raise ValueError(f"planes has shape {tuple(planes.shape)}; (B, T, {M + 2}, at least {rows}) is wanted")
+        raise ValueError(
+            f"planes has shape {tuple(planes.shape)}; (B, T, {M + 2}, at least {rows}) is wanted"
+        )
     return planes[:, :, : M + 1, :rows].transpose(2, 3), planes[:, :, M + 1, :rows]
 
 

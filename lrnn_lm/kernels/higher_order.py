@@ -25,7 +25,6 @@ from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
 from .triton_rows import gate_rows, logit_gradient, stack, step_flags, sum_of_pair, tile_of, unstack, wide
 
-
 HALF = tl.constexpr(16)
 
 
@@ -188,7 +187,9 @@ def forward_kernel(
 
 
 @triton.jit
-def _history(tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+def _history(
+    tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr
+):
     """h_{t + j - 1 - TAPS - lag}, t the group's first step: of its tile, or of the window after the group."""
     return tile[j * P + p] if j < STEPS else window[p * (TAPS + 1) + TAPS + STEPS - j]
 
@@ -230,7 +231,9 @@ def _backward_group(
             own = (g[s * P + p] + now) * scale[s * P + p]
             scaled = scaled + (own,)
             for k in tl.static_range(TAPS):
-                part = own * f[(s * P + p) * (TAPS + 1) + k] + (r[p * TAPS + k + 1] if k + 1 < TAPS else following)
+                part = own * f[(s * P + p) * (TAPS + 1) + k] + (
+                    r[p * TAPS + k + 1] if k + 1 < TAPS else following
+                )
                 owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
         r = owed
     hs, dv, da = (), (), ()
@@ -241,7 +244,16 @@ def _backward_group(
             if SHARE > 1:
                 h = tl.where(q == 0, h, _from_partner(h, lane))
             hs, dv = hs + (h,), dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
-            da = da + (logit_gradient(z[(s * P + p) * (TAPS + 1) + TAPS], f[(s * P + p) * (TAPS + 1) + TAPS], v[s * P + p], h, own, GATE),)
+            da = da + (
+                logit_gradient(
+                    z[(s * P + p) * (TAPS + 1) + TAPS],
+                    f[(s * P + p) * (TAPS + 1) + TAPS],
+                    v[s * P + p],
+                    h,
+                    own,
+                    GATE,
+                ),
+            )
     tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
     tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
     for k in tl.static_range(TAPS):
@@ -252,7 +264,16 @@ def _backward_group(
                 if HAS_RESET:
                     x = tl.where(ages[s] > q * TAPS + k if SHARE > 1 else ages[s] > k, x, 0.0)
                 own = scaled[(STEPS - 1 - s) * P + p]
-                dz = dz + (logit_gradient(z[(s * P + p) * (TAPS + 1) + k], f[(s * P + p) * (TAPS + 1) + k], x, hs[s * P + p], own, GATE),)
+                dz = dz + (
+                    logit_gradient(
+                        z[(s * P + p) * (TAPS + 1) + k],
+                        f[(s * P + p) * (TAPS + 1) + k],
+                        x,
+                        hs[s * P + p],
+                        own,
+                        GATE,
+                    ),
+                )
         tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
     earlier = ()
     for p in tl.static_range(P):
@@ -305,7 +326,9 @@ def backward_kernel(
         h = tl.load(h_at[None, :] + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
         if HAS_START:
             ago = lag[None, :] + (TAPS + 1) - t
-            h = tl.where(inside, h, tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0))
+            h = tl.where(
+                inside, h, tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
+            )
         columns = columns + unstack(h, 1, WIDTH, P)
     window = ()
     for p in tl.static_range(P):
@@ -345,7 +368,12 @@ def _ages(reset: Tensor) -> Tensor:
 
 
 def _forward(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str, columns: int | None = None
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, T, N = values.shape
     M = gates.shape[-1] - 1
@@ -401,4 +429,6 @@ def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
 
 
 higher_order_scan = register("h_scan_triton", _forward, _backward)
-packed_higher_order_scan = register_packed("h_packed_triton", _split, _forward, _backward, fills=lambda M: True)
+packed_higher_order_scan = register_packed(
+    "h_packed_triton", _split, _forward, _backward, fills=lambda M: True
+)

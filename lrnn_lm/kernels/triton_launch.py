@@ -19,7 +19,10 @@ INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defin
 
 # Bytes of loads in flight an SM: what covers HBM's latency. More is slower, not faster: copies then come from
 # too many places of memory at once.
-IN_FLIGHT = {False: 48_000, True: 40_000}  # by whether it is the backward pass, where stores are half of the traffic
+IN_FLIGHT = {
+    False: 48_000,
+    True: 40_000,
+}  # by whether it is the backward pass, where stores are half of the traffic
 MOST_STAGES = 8
 # Warps an SM from which two rows a lane pay: wider loads and fewer shuffles a row, but half of the warps.
 WARPS_FOR_PAIRS = {False: 2.8, True: 1.9}
@@ -79,9 +82,7 @@ class Launch:
         }
 
 
-def plan(
-    taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: bool
-) -> tuple[int, int, int]:
+def plan(taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
     """(rows a lane, steps a group, groups in flight and at work) for `warps` warps an SM of one row a lane with
     `taps` + 1 gates.
 
