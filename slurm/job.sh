@@ -99,9 +99,9 @@ case $code in
     85) say "stopped after saving $(newest)" ;;
     *) say "exit code $code; the ranks' last words are in $LRNN_LOGS" ;;
 esac
-# SLURM is ending the job already: by `scancel`, unless the time limit was near.
+# SLURM is ending the job itself: by `scancel` (or by preempting it without grace), unless the time limit was near.
 if [[ -z $warned ]] && scontrol show job "$job" | grep -qE 'JobState=(CANCELLED|COMPLETING)'; then
-    say "cancelled: not put back into the queue"
+    say "SLURM is ending this job itself: not put back into the queue"
     exit "$code"
 fi
 [[ $(newest) == "$found" ]] && fruitless=$((fruitless + 1)) || fruitless=0

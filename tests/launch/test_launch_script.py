@@ -171,7 +171,7 @@ def test_nothing_starts_uncounted(job):
 def test_cancelled(job, state):
     done = job.run("85 85 85 85", STATE=state)
     assert (done.code, done.requeued) == (85, [])
-    assert "cancelled: not put back into the queue" in done.told
+    assert "SLURM is ending this job itself: not put back into the queue" in done.told
 
 
 def test_elements_of_an_array(folder, python):
