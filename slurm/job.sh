@@ -99,8 +99,13 @@ case $code in
     85) say "stopped after saving $(newest)" ;;
     *) say "exit code $code; the ranks' last words are in $LRNN_LOGS" ;;
 esac
+record=$(scontrol show job "$job")
+if [[ $record != *" Restarts=$restart "* ]]; then # a node that was taken for dead comes back
+    say "the job was started anew meanwhile: left to that"
+    exit "$code"
+fi
 # SLURM is ending the job itself: by `scancel` (or by preempting it without grace), unless the time limit was near.
-if [[ -z $warned ]] && scontrol show job "$job" | grep -qE 'JobState=(CANCELLED|COMPLETING)'; then
+if [[ -z $warned && $record =~ JobState=(CANCELLED|COMPLETING) ]]; then
     say "SLURM is ending this job itself: not put back into the queue"
     exit "$code"
 fi

@@ -36,7 +36,9 @@ SCONTROL = """
 case "$*" in
     "show hostnames"*) printf 'node7\\nnode8\\n' ;;
     "--oneliner show node node7") echo 'NodeName=node7 Arch=x NodeAddr=10.1.2.3 NodeHostName=node7' ;;
-    "show job"*) echo "   JobState=${STATE:-RUNNING} Reason=None" ;;
+    "show job"*)
+        echo "   JobState=${STATE:-RUNNING} Reason=None"
+        echo "   Requeue=1 Restarts=${RESTARTS:-${SLURM_RESTART_COUNT:-0}} BatchFlag=1" ;;
     requeue*) echo "$2" >> "$REQUEUED" ;;
 esac
 """
@@ -172,6 +174,13 @@ def test_cancelled(job, state):
     done = job.run("85 85 85 85", STATE=state)
     assert (done.code, done.requeued) == (85, [])
     assert "SLURM is ending this job itself: not put back into the queue" in done.told
+
+
+def test_a_start_that_slurm_has_given_up(job):
+    """The script of a node that was taken for dead must not touch the job, which runs elsewhere by now."""
+    done = job.run("1 1 1 1", RESTARTS="1")
+    assert (done.code, done.requeued) == (1, [])
+    assert "started anew meanwhile" in done.told
 
 
 def test_elements_of_an_array(folder, python):

@@ -132,7 +132,7 @@ class Cluster:
         """A job's record: JobState, Restarts, ExitCode, .."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
 
-    def wait_for(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """A job's record once it is in one of the states; AssertionError if that takes longer."""
         assert self._wait(lambda: self.job(job)["JobState"] in states, seconds), self.job(job)
         return self.job(job)

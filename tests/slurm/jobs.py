@@ -3,6 +3,8 @@
 Not collected by `make test`. Jobs that only wait are submitted first and looked at last.
 """
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from tiny_run import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine
 STEPS = 400
 LAST = f"checkpoints/step-{STEPS:08d}"
 LONG = (f"train.tokens={STEPS * TOKENS_PER_STEP}", "checkpoint.every=1000 steps", "eval.every=150 steps")
@@ -102,7 +105,7 @@ def waiting(folder: Path, submit: Submit) -> dict[str, str]:
     }
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -145,24 +148,43 @@ def test_signalled_requeued_resumed(
     assert_same_end(run, folder / "runs/straight")
 
 
-def test_preempted_on_two_nodes(cluster: Cluster, submit: Submit, folder: Path) -> None:
-    """Two nodes of a rank each; a job of more priority takes them away, and they come back."""
+def test_preempted_and_killed_on_two_nodes(cluster: Cluster, submit: Submit, folder: Path) -> None:
+    """A rank on each of two nodes: a job of more priority takes them, they come back, one rank is killed."""
     two = (*LONG, "--nodes=2", "--gpus-per-node=1", "--partition=low")
     straight = submit("straight-two", *two)
     cluster.wait_for(straight, "COMPLETED")
-    job = submit("preempted", *two)
-    run = folder / "runs/preempted"
+    job = submit("harmed", *two)
+    run = folder / "runs/harmed"
     wait_until(lambda: steps(run) >= 20)
     urgent = cluster.run(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
         "--time=5", "--wrap=true",
     )  # fmt: skip
     cluster.wait_for(urgent, "COMPLETED")
-    assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "1"
-    first = run / f"logs/{job}-start0"
+    first, second = (run / f"logs/{job}-start{start}" for start in (0, 1))
     assert "stopped by SIGTERM after step" in (first / "rank-00000.log").read_text()
     assert [(first / f"exit-{rank}").read_text() for rank in (0, 1)] == ["85\n", "85\n"]
+    saved = int((run / "checkpoints/latest").resolve().name.removeprefix("step-"))
+    wait_until(lambda: second.exists() and steps(run) >= saved + 20)
+    os.kill(rank_process(job, 1), signal.SIGKILL)
+    assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "2"
+    assert (second / "exit-1").read_text() == "137\n"
+    assert f"from checkpoint step-{saved:08d}" in script_output(run, job).split("start 2")[1]
     assert_same_end(run, folder / "runs/straight-two")
+
+
+def rank_process(job: str, rank: int) -> int:
+    """The process id of a rank's trainer."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            around = set((process / "environ").read_bytes().split(b"\0"))
+        except OSError:  # it is gone
+            continue
+        if words[1:3] == [b"-m", b"lrnn_lm.train"] and wanted <= around:
+            return int(process.name)
+    raise AssertionError(f"no rank {rank} of job {job}")
 
 
 def test_an_array_leaves_out_what_is_finished(
