@@ -53,10 +53,13 @@ def submit(
         )
     todo = []
     for index, (made, run) in enumerate(zip(recipes, runs, strict=True)):
-        if reason := _needless(made, run, dry_run):
-            if sweep is None and "queue" in reason:
-                raise ValueError(f"{made.name} {reason}")
-            say(f"{made.name} {reason}")
+        job = None if dry_run else _queued(run)
+        if job and sweep is None:
+            raise ValueError(f"{made.name} is in the queue already, as job {job}")
+        if job:
+            say(f"{made.name} is in the queue already, as job {job}")
+        elif _finished(made, run):
+            say(f"{'# ' if dry_run else ''}{made.name} is trained already: {run}")  # in a script, a comment
         else:
             todo.append(index)
     if not todo:
@@ -101,21 +104,16 @@ def _check_ranks(recipe: Recipe) -> None:
         )
 
 
-def _needless(recipe: Recipe, run: Path, dry_run: bool) -> str | None:
-    """Why this run need not be submitted, or None."""
-    if _finished(recipe, run):
-        return f"is trained already: {run}"
+def _queued(run: Path) -> str | None:
+    """The job that a run waits or trains in."""
     file = run / "launch" / "job"
-    if dry_run or not file.is_file():
+    if not file.is_file():
         return None
     job = file.read_text().strip()
     asked = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False
     )
-    # squeue fails on a job that is long gone
-    return (
-        f"is in the queue already, as job {job}" if asked.returncode == 0 and asked.stdout.strip() else None
-    )
+    return job if asked.returncode == 0 and asked.stdout.strip() else None  # it fails on a job long gone
 
 
 def _finished(recipe: Recipe, run: Path) -> bool:
