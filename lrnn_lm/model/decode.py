@@ -40,6 +40,11 @@ class Decoder:
         self.model, self.compile_config = model, compile_config
         self._step: DecodeStep | None = None
 
+    @property
+    def settled(self) -> bool:
+        """Whether a step has been found: from then on masks are not looked at."""
+        return self._step is not None
+
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the model's forward pass: logits (B, 1, V), in memory that the next call writes to."""
         if self._step is None and _is_step(self.model, input_ids, kwargs):
