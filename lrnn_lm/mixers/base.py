@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..kernels import runs_fused
+
 
 class ResidualOutput(nn.Linear):
     """A projection that writes to the residual stream; initialised narrower by sqrt(2 * layers)."""
@@ -59,6 +61,33 @@ class JointProjections:
         if joint is None:
             return tuple(projection(x) for projection in projections)
         return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)
+
+
+def packs(mixer: "JointProjections", x: Tensor, M: int) -> bool:
+    """Whether the scan of a mixer with a `backend` is the fused one, for x (B, T, D) of more than a step."""
+    if mixer.joint is not None or x.shape[1] == 1:
+        return False
+    return mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
+
+
+def plane_weights(
+    gates: nn.Linear, values: nn.Linear, rows: int, columns: int
+) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'.
+
+    None where a projection is not plain. In the dtype that autocast computes in, so that the wide copies are
+    short; columns beyond the rows are zero.
+    """
+    weights, bias = [plain_weight(gates), plain_weight(values)], gates.bias
+    if weights[0] is None or weights[1] is None or bias is None:
+        return None
+    device = bias.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
+    planes = [w.to(dtype).view(-1, rows, w.shape[-1]) for w in weights]
+    biases = functional.pad(bias.to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
+    if columns > rows:
+        planes = [functional.pad(plane, (0, 0, 0, columns - rows)) for plane in planes]
+    return torch.cat(planes).flatten(0, 1), biases.flatten()
 
 
 @contextmanager

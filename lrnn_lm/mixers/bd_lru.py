@@ -6,10 +6,20 @@ Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v
 """
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..kernels import block_diagonal_scan, check_gate
+from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
 from ..kernels.gates import normalise
-from .base import JointProjections, Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import (
+    JointProjections,
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    check_sizes,
+    packs,
+    plane_weights,
+)
 
 
 class BlockDiagonalLRU(JointProjections, Mixer):
@@ -41,12 +51,25 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
-        gates, values = self.project(x)
-        values = values.unflatten(-1, (self.num_blocks, self.block_size))
-        h, state = block_diagonal_scan(
-            self._planes(gates), values, state, context.reset, self.gate, self.backend
-        )
+        N, M = self.num_blocks, self.block_size
+        if (planes := self._packed(x)) is not None:
+            h, state = block_diagonal_scan_packed(planes, N, M, state, context.reset, self.gate, self.backend)
+        else:
+            gates, values = self.project(x)
+            values = values.unflatten(-1, (N, M))
+            h, state = block_diagonal_scan(
+                self._planes(gates), values, state, context.reset, self.gate, self.backend
+            )
         return self.out_proj(h.flatten(2)), state
+
+    def _packed(self, x: Tensor) -> Tensor | None:
+        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        M, rows = self.block_size, self.num_blocks * self.block_size
+        if not packs(self, x, M):
+            return None
+        columns = plane_width(rows, M)
+        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
+        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.value_proj]

@@ -10,8 +10,9 @@ Legend: B batch, T time, D model width, N channels, M order; z gate logits, v va
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..kernels import check_gate, higher_order_scan
+from ..kernels import check_gate, higher_order_scan, higher_order_scan_packed, plane_width
 from ..kernels.gates import normalise
 from .base import (
     JointProjections,
@@ -20,7 +21,9 @@ from .base import (
     ResidualOutput,
     SequenceContext,
     check_sizes,
+    packs,
     plain_weight,
+    plane_weights,
 )
 
 
@@ -52,11 +55,26 @@ class HigherOrderLRU(JointProjections, Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        gates, values = self.project(x)
-        h, new_state = higher_order_scan(
-            self._planes(gates), values, state, context.reset, self.gate, self.backend
-        )
+        N, M = self.num_blocks, self.order
+        if (planes := self._packed(x)) is not None:
+            h, new_state = higher_order_scan_packed(
+                planes, N, M, state, context.reset, self.gate, self.backend
+            )
+        else:
+            gates, values = self.project(x)
+            h, new_state = higher_order_scan(
+                self._planes(gates), values, state, context.reset, self.gate, self.backend
+            )
         return self._filter(h, state, context.reset), new_state
+
+    def _packed(self, x: Tensor) -> Tensor | None:
+        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        M, rows = self.order, self.num_blocks
+        if not packs(self, x, M):
+            return None
+        columns = plane_width(rows)
+        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
+        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.value_proj]
@@ -85,9 +103,9 @@ class HigherOrderLRU(JointProjections, Mixer):
             taps = [tap if a is None else tap * a for tap, a in zip(taps, alive, strict=True)]
             return self.out_proj(torch.cat(taps, dim=-1).transpose(0, 1))
         weights = weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
-        y = nn.functional.linear(taps[0], weights[0])  # (T, B, D)
+        y = linear(taps[0], weights[0])  # (T, B, D)
         for lag in range(1, M):
-            product = nn.functional.linear(taps[lag], weights[lag])
+            product = linear(taps[lag], weights[lag])
             y = y + (product if alive[lag] is None else product * alive[lag])
         return y.transpose(0, 1)
 
