@@ -39,7 +39,7 @@ from .contenders import (
 from .peers import associative_backend
 from .pictures import draw_training
 from .profile import kernel_times
-from .results import Budget, JsonLines, Row, median_and_spread, numbers, show
+from .results import Budget, JsonLines, Row, median_and_spread, numbers, show, tabulate
 
 DEFAULT = "bd-m4,transformer,mamba2,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,bd-m16,h-m16,lstm"
 OPTIMIZER_BYTES = 28 + 4  # a parameter: AdamW reads w, g, m, v and writes w, m, v; the backward pass wrote g
@@ -153,7 +153,7 @@ def run(
                     row = shape | budget.run(work)
                     file.add(row)
                     print(f"  {_summary(row)}", flush=True)
-    _print(file.rows)
+    _print(file.rows, output)
     if output is not None:
         print(f"written: {output}")
         draw_training(file.rows, output.with_suffix(".png"), about)
@@ -267,7 +267,7 @@ def _summary(row: Row) -> str:
     )
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], output: Path | None) -> None:
     columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "spread", "tokens/s", "MFU",
                "least bytes/copy", "peak GB", "note"]  # fmt: skip
     cells = [
@@ -280,5 +280,4 @@ def _print(rows: list[Row]) -> None:
         ]
         for row in rows
     ]  # fmt: skip
-    used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
-    measure.print_table("training", [columns[i] for i in used], [[row[i] for i in used] for row in cells])
+    tabulate("training", columns, cells, output)

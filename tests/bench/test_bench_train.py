@@ -70,6 +70,7 @@ def test_rows_and_files(tmp_path, capsys):
     # The same weights, the same data, another formulation: the same loss.
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
     assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "tokens/s" in capsys.readouterr().out
 
 
