@@ -191,9 +191,9 @@ def _attention_token(
 
 
 def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: torch.device) -> list[float]:
-    """Seconds a token of three calls of `generate`: what more tokens take than one; after a call to warm up.
+    """Seconds a token of three calls of `generate`: what more tokens take than two; after a call to warm up.
 
-    Raises RuntimeError where more tokens took no longer than one.
+    Raises RuntimeError where more tokens took no longer.
     """
 
     def call(count: int) -> Tensor:
@@ -203,11 +203,11 @@ def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: to
         )  # fmt: skip
 
     call(3)
-    one, _ = time_calls(partial(call, 1), 3, device)
-    all_of_them, _ = time_calls(partial(call, tokens + 1), 3, device)
-    if min(all_of_them) <= min(one):
+    few, _ = time_calls(partial(call, 2), 3, device)  # the prefill, and finding the step
+    many, _ = time_calls(partial(call, tokens + 2), 3, device)
+    if min(many) <= min(few):
         raise RuntimeError(f"{tokens} tokens are too few to be told from noise; time more (--tokens)")
-    return [(seconds - min(one)) / tokens for seconds in all_of_them]
+    return [(seconds - min(few)) / tokens for seconds in many]
 
 
 def least_bytes(config: LRNNConfig, B: int, context: int, dtype: torch.dtype) -> int:

@@ -84,6 +84,18 @@ def test_a_contender_that_cannot_run_is_a_row(monkeypatch, tmp_path):
     assert {row["reason"] for row in rows} == {"RuntimeError: CUDA out of memory. Tried to allocate"}
 
 
+def test_what_does_not_compile_is_run_as_it_is(monkeypatch):
+    def fails(self):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(TrainingStep, "compile_blocks", fails)
+    rows = train.run(TrainSettings(contenders="bd-m4", **{**TINY, "lengths": "16"}), "cpu")
+    assert rows[0]["compiled"] is False
+    assert rows[0]["step_seconds"] > 0
+    assert not train.may_run_uncompiled({"reason": "OutOfMemoryError: CUDA out of memory. Tried"})
+    assert not train.may_run_uncompiled({"step_seconds": 1.0})
+
+
 def test_a_budget_leaves_out_what_no_longer_fits():
     settings = TrainSettings(contenders="bd-m4,bd-m1", compile=False, budget_seconds=1e-9, **TINY)
     assert all(row["reason"].startswith("skipped: ") for row in train.run(settings, "cpu"))

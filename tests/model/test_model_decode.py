@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import RECURRENT, close, small_model, tokens
 from tolerances import TOLERANCE
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from lrnn_lm.mixers import joined
@@ -234,6 +235,21 @@ def test_compiled_blocks():
     model, ids = small_model("bd_lru"), tokens(length=6)
     config = CompileConfig(backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), model.generate(ids, **GREEDY))
+
+
+@torch.no_grad()
+def test_compiled_blocks_with_joint_weights():
+    """What a GPU captures: one graph for all blocks, with the lent weights as its inputs."""
+    torch.compiler.reset()
+    model, ids = small_model("bd_lru", num_hidden_layers=10), tokens(length=9)
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    counters.clear()
+    step = decode_step(model, ours, CompileConfig(backend="aot_eager", fullgraph=True))
+    step.join(model)
+    with joined(step.joint):
+        got = step(model, ids[:, 8:], ours)
+    close(got, plain(model, ids[:, 8:], theirs), SUMS)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_given_cache_comes_back_continued():
