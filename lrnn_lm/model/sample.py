@@ -33,7 +33,14 @@ from .cache import RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
 
 _PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-_ARGUMENTS = {"past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
+_ARGUMENTS = {
+    "past_key_values",
+    "use_cache",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "logits_to_keep",
+}
 
 
 def is_usual(
