@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunk_transfer import block_transfer
+from .chunk_transfer import block_transfer, row_stride
 from .chunk_transfer import block_transfer_cost as transfer_cost
 from .triton_launch import Launch, lanes_per_row, time_chunks
 from .triton_ops import register, register_packed, rows_like
@@ -182,7 +182,7 @@ def _handed_back(
     scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     STEPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """u = A_t^T s_t of a lane's rows, (P,), from their s / S at step s; where rows are shared, of lane k's tap."""
+    """u = A_t^T s_t of a lane's rows, (P,), from s / S at step s; where rows are shared, of lane k's tap."""
     owed = ()
     if M == 1:
         for p in tl.static_range(P):
@@ -342,8 +342,7 @@ def _forward(
 
 def strides(prefix: str, x: Tensor) -> dict[str, int]:
     """Of time, blocks and rows, by their names in the kernels; a lone row keeps the order unbroken."""
-    row = x.stride(3) if x.shape[3] > 1 else x.stride(2)
-    return {f"{prefix}_T": x.stride(1), f"{prefix}_N": x.stride(2), f"{prefix}_I": row}
+    return {f"{prefix}_T": x.stride(1), f"{prefix}_N": x.stride(2), f"{prefix}_I": row_stride(x)}
 
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:

@@ -15,109 +15,156 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import INTERPRETED, LANES, on_device
-from .triton_rows import coefficients, load_rows, row, where_also, wide
+from .triton_launch import INTERPRETED, LANES, groups_in_flight, multiprocessors, on_device
+from .triton_rows import gate_rows, renewed, step_flags, tile_of, unstack, wide
 
 
 @triton.jit
-def _place(tiles, n_chunks, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Where this program's lanes are: (b, chunk, n, valid)."""
-    pid = tl.program_id(0)
-    n = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
-    outer = pid // tiles
-    return wide(outer // n_chunks), outer % n_chunks, tl.minimum(n, N - 1), n < N
+def _cleared(values, flag, count: tl.constexpr):
+    kept = ()
+    for j in tl.static_range(count):
+        kept = kept + (tl.where(flag != 0, 0.0, values[j]),)
+    return kept
 
 
 @triton.jit
-def _block_rows(z_at, i: tl.constexpr, G_I, K: tl.constexpr, G_K: tl.constexpr):
-    return load_rows(z_at + i * G_I, 1, 1, K, G_K, None)
+def _block_group(
+    pq, z_at, a_at, x_at, flags_at, t, valid, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """P, flat [i M + k], and after it q of the blocks' lanes, STEPS steps on."""
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, MP, GATE, 0)
+    x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, MP)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    for s in tl.static_range(STEPS):
+        if HAS_RESET:
+            before = _cleared(pq, flags[s], M * M if REVERSE else M * M + M)
+            pq = before + pq[M * M :] if REVERSE else before
+        new_p, new_q = (), ()
+        for i in tl.static_range(M):
+            for k in tl.static_range(M):
+                total = f[s * MP + i] * pq[k]
+                for j in tl.static_range(1, M):
+                    total += f[(j * STEPS + s) * MP + i] * pq[j * M + k]
+                new_p = new_p + (total * scale[s * MP + i],)
+        for i in tl.static_range(M):
+            if REVERSE:
+                total = pq[M * M + i]
+                for j in tl.static_range(M):
+                    total += new_p[j * M + i] * x[s * MP + j]
+                new_q = new_q + (total,)
+            else:
+                total = f[(M * STEPS + s) * MP + i] * x[s * MP + i]
+                for j in tl.static_range(M):
+                    total += f[(j * STEPS + s) * MP + i] * pq[M * M + j]
+                new_q = new_q + (total * scale[s * MP + i],)
+        pq = new_p + new_q
+    return pq
 
 
-@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b", "r_b"])
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b"])
 def block_transfer_kernel(
-    gates, x_in, reset, out, T, chunk, n_chunks, tiles, g_b, g_n, x_b, x_n, r_b,
-    G_T: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, X_I: tl.constexpr,
-    R_T: tl.constexpr, N: tl.constexpr, M: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+    gates, x_in, flags, out, T, chunk, n_chunks, tiles, g_b, x_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    X_T: tl.constexpr, X_N: tl.constexpr, X_I: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """BD-LRU: P and q of one chunk. x_in (B, T, N, M) is v, or g if REVERSE; out (B, C, K, N, M) fp32.
 
     REVERSE writes the chunks last first and P transposed: what a scan over `out` in order needs.
     """
-    K: tl.constexpr = M + 1
-    b, c, n, valid = _place(tiles, n_chunks, N, BLOCK)
+    pid = tl.program_id(0)
+    place = (pid % tiles) * (WIDTH * MP) + tl.arange(0, WIDTH * MP)
+    lane = tl.arange(0, WIDTH)
+    b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
+    n, i = place // MP, place % MP
+    spot = place if MP == M else n * M + i
+    valid = ((n < N) & (i < M))[None, :]
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    z_at = gates + (b * g_b + wide(n) * g_n)
-    x_at = x_in + (b * x_b + wide(n) * x_n)
-    p, q = (), ()
-    for i in tl.static_range(M):
-        q = q + (tl.zeros([BLOCK], tl.float32),)
-        for k in tl.static_range(M):
-            p = p + (tl.full([BLOCK], 1.0 if i == k else 0.0, tl.float32),)
-    t64 = begin.to(tl.int64)
-    z_next = ()
-    for i in tl.static_range(M):
-        z_next = z_next + _block_rows(z_at + t64 * G_T, i, G_I, K, G_K)
-    x_next = load_rows(x_at + t64 * X_T, 1, 1, M, X_I, None)
-    if HAS_RESET:
-        r_next = tl.load(reset + b * r_b + t64 * R_T)
-    for t in range(begin, end):
-        z_now, x_now = z_next, x_next
-        t64 = wide(tl.minimum(t + 1, end - 1))
-        z_next = ()
-        for i in tl.static_range(M):
-            z_next = z_next + _block_rows(z_at + t64 * G_T, i, G_I, K, G_K)
-        x_next = load_rows(x_at + t64 * X_T, 1, 1, M, X_I, None)
-        if HAS_RESET:
-            r_now = r_next
-            r_next = tl.load(reset + b * r_b + t64 * R_T)
-        x = row(x_now, 0, M)
-        if HAS_RESET:
-            started = r_now != 0
-            kept, kept_q = (), ()
-            for j in tl.static_range(M * M):
-                kept = kept + (tl.where(started, 0.0, p[j]),)
-            for j in tl.static_range(M):
-                kept_q = kept_q + (q[j] if REVERSE else tl.where(started, 0.0, q[j]),)
-            p, q = kept, kept_q
-        new_p, new_q = (), ()
-        for i in tl.static_range(M):
-            f, scales = coefficients(row(z_now, i, K), K, 1, GATE, 0, 0)
-            scale = scales[0]
-            if not REVERSE:
-                total = f[M] * x[i]
-                for j in tl.static_range(M):
-                    total += f[j] * q[j]
-                new_q = new_q + (total * scale,)
-            for k in tl.static_range(M):
-                total = f[0] * p[k]
-                for j in tl.static_range(1, M):
-                    total += f[j] * p[j * M + k]
-                new_p = new_p + (total * scale,)
-        p = new_p
-        if REVERSE:
-            for k in tl.static_range(M):
-                total = q[k]
-                for i in tl.static_range(M):
-                    total += p[i * M + k] * x[i]
-                new_q = new_q + (total,)
-        q = new_q
+    z_at = gates + b * g_b + (spot * G_I if G_N == G_I * M else n * G_N + i * G_I)
+    a_at = z_at + M * G_K
+    x_at = x_in + b * x_b + (spot * X_I if X_N == X_I * M else n * X_N + i * X_I)
+    flags_at = flags + b * T if HAS_RESET else flags
+    pq = ()
+    for j in tl.static_range(M * M + M):
+        pq = pq + (tl.full([WIDTH], 1.0 if j < M * M and j % (M + 1) == 0 else 0.0, tl.float32),)
+    full = (end - begin) // STEPS * STEPS + begin
+    z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
+    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
+    for t in tl.range(begin, full, STEPS, num_stages=STAGES):
+        pq = _block_group(
+            pq, z_many, a_many, x_many, f_many, wide(t), valid, lane,
+            G_T, G_K, X_T, M, MP, STEPS, WIDTH, GATE, REVERSE, HAS_RESET,
+        )  # fmt: skip
+    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
+    for t in range(full, end):
+        pq = _block_group(
+            pq, z_at[None, :], a_at[None, :], x_at[None, :], f_one, wide(t), valid, lane,
+            G_T, G_K, X_T, M, MP, 1, WIDTH, GATE, REVERSE, HAS_RESET,
+        )  # fmt: skip
+    block = (pid % tiles) * WIDTH + lane
     to = n_chunks - 1 - c if REVERSE else c
-    out_at = out + ((b * n_chunks + to) * (K * N * M) + n * M)
+    out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + block * M)
     for i in tl.static_range(M):
-        tl.store(out_at + M * (N * M) + i, q[i], mask=valid)
+        tl.store(out_at + M * (N * M) + i, pq[M * M + i], mask=block < N)
         for k in tl.static_range(M):
-            spot = i * (N * M) + k if REVERSE else k * (N * M) + i
-            tl.store(out_at + spot, p[i * M + k], mask=valid)
+            at = i * (N * M) + k if REVERSE else k * (N * M) + i
+            tl.store(out_at + at, pq[i * M + k], mask=block < N)
 
 
-@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b", "r_b"])
+@triton.jit
+def _channel_group(
+    windows, q, z_at, a_at, x_at, flags_at, t, valid, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The windows, flat [column M + i], and q of the channels' lanes, STEPS steps on."""
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, 1, GATE, 0)
+    x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, 1)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    for s in tl.static_range(STEPS):
+        if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
+            windows = _cleared(windows, flags[s], COLUMNS * M)
+            if not REVERSE:
+                q = _cleared(q, flags[s], M)
+        new, new_q = (), ()
+        for k in tl.static_range(COLUMNS):
+            total = f[s] * windows[k * M]
+            for i in tl.static_range(1, M):
+                total += f[i * STEPS + s] * windows[k * M + i]
+            total *= scale[s]
+            new = new + (total,)
+            for i in tl.static_range(M - 1):
+                new = new + (windows[k * M + i],)
+            if REVERSE:
+                new_q = new_q + (q[k] + total * x[s],)
+        if not REVERSE:
+            total = f[M * STEPS + s] * x[s]
+            for i in tl.static_range(M):
+                total += f[i * STEPS + s] * q[i]
+            new_q = (total * scale[s],)
+            for i in tl.static_range(M - 1):
+                new_q = new_q + (q[i],)
+        windows, q = new, new_q
+    windows = renewed(windows, M, STEPS, COLUMNS)
+    if not REVERSE:
+        q = renewed(q, M, STEPS, 1)
+    return windows, q
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b"])
 def channel_transfer_kernel(
-    gates, x_in, reset, out, T, chunk, n_chunks, tiles, g_b, g_n, x_b, x_n, r_b,
-    G_T: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    gates, x_in, flags, out, T, chunk, n_chunks, tiles, g_b, x_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, X_N: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows; program axis 1 =
     columns.
@@ -126,95 +173,74 @@ def channel_transfer_kernel(
     the window of the last M values, newest first; q is one more scan forward, and sum_t g_t h_t of each
     column backward.
     """
-    K: tl.constexpr = M + 1
-    b, c, n, valid = _place(tiles, n_chunks, N, BLOCK)
+    pid = tl.program_id(0)
+    lane = tl.arange(0, WIDTH)
+    n = (pid % tiles) * WIDTH + lane
+    b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
     group = tl.program_id(1)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    z_at = gates + (b * g_b + wide(n) * g_n)
-    x_at = x_in + (b * x_b + wide(n) * x_n)
+    inside = n < N
+    valid = inside[None, :]
+    z_at = gates + b * g_b + n * G_N
+    a_at = z_at + M * G_K
+    x_at = x_in + b * x_b + n * X_N
+    flags_at = flags + b * T if HAS_RESET else flags
     windows, q = (), ()  # windows[k * M + i]: column k's value i steps ago
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = tl.zeros([WIDTH], tl.float32)
     for k in tl.static_range(COLUMNS):
         for i in tl.static_range(M):
             windows = windows + (tl.where(group * COLUMNS + k == i, 1.0, zero),)
     for _ in tl.static_range(COLUMNS if REVERSE else M):
         q = q + (zero,)
-    t64 = begin.to(tl.int64)
-    z_next = load_rows(z_at + t64 * G_T, 1, 1, K, G_K, None)
-    x_next = tl.load(x_at + t64 * X_T)
-    if HAS_RESET:
-        r_next = tl.load(reset + b * r_b + t64 * R_T)
-    for t in range(begin, end):
-        z_now, x = z_next, x_next.to(tl.float32)
-        t64 = wide(tl.minimum(t + 1, end - 1))
-        z_next = load_rows(z_at + t64 * G_T, 1, 1, K, G_K, None)
-        x_next = tl.load(x_at + t64 * X_T)
-        if HAS_RESET:
-            r_now = r_next
-            r_next = tl.load(reset + b * r_b + t64 * R_T)
-        f, scales = coefficients(row(z_now, 0, K), K, 1, GATE, 0, 0)
-        scale = scales[0]
-        if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
-            started = r_now != 0
-            kept, kept_q = (), ()
-            for j in tl.static_range(COLUMNS * M):
-                kept = kept + (tl.where(started, 0.0, windows[j]),)
-            for j in tl.static_range(COLUMNS if REVERSE else M):
-                kept_q = kept_q + (q[j] if REVERSE else tl.where(started, 0.0, q[j]),)
-            windows, q = kept, kept_q
-        new, new_q = (), ()
-        for k in tl.static_range(COLUMNS):
-            total = f[0] * windows[k * M]
-            for i in tl.static_range(1, M):
-                total += f[i] * windows[k * M + i]
-            total *= scale
-            new = new + (total,)
-            for i in tl.static_range(M - 1):
-                new = new + (windows[k * M + i],)
-            if REVERSE:
-                new_q = new_q + (q[k] + total * x,)
-        windows = new
-        if not REVERSE:
-            total = f[M] * x
-            for i in tl.static_range(M):
-                total += f[i] * q[i]
-            new_q = (total * scale,)
-            for i in tl.static_range(M - 1):
-                new_q = new_q + (q[i],)
-        q = new_q
+    full = (end - begin) // STEPS * STEPS + begin
+    z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
+    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
+    for t in tl.range(begin, full, STEPS, num_stages=STAGES):
+        windows, q = _channel_group(
+            windows, q, z_many, a_many, x_many, f_many, wide(t), valid, lane,
+            G_T, G_K, X_T, M, STEPS, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
+        )  # fmt: skip
+    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
+    for t in range(full, end):
+        windows, q = _channel_group(
+            windows, q, z_at[None, :], a_at[None, :], x_at[None, :], f_one, wide(t), valid, lane,
+            G_T, G_K, X_T, M, 1, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
+        )  # fmt: skip
     to = n_chunks - 1 - c if REVERSE else c
-    out_at = out + ((b * n_chunks + to) * (K * N * M) + n * M)
+    out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + n * M)
     for k in tl.static_range(COLUMNS):
         column = group * COLUMNS + k
-        inside = where_also(valid, column < M)
+        own = (n < N) & (lane * 0 + column < M)
         if REVERSE:
-            tl.store(out_at + M * (N * M) + column, q[k], mask=inside)
+            tl.store(out_at + M * (N * M) + column, q[k], mask=own)
         for i in tl.static_range(M):
-            spot = i * (N * M) + column if REVERSE else column * (N * M) + i
-            tl.store(out_at + spot, windows[k * M + i], mask=inside)
+            at = i * (N * M) + column if REVERSE else column * (N * M) + i
+            tl.store(out_at + at, windows[k * M + i], mask=own)
     if not REVERSE:
         for i in tl.static_range(M):
-            tl.store(out_at + M * (N * M) + i, q[i], mask=where_also(valid, group == 0))
+            tl.store(out_at + M * (N * M) + i, q[i], mask=inside & (lane * 0 + group == 0))
 
 
 def _transfer(
-    kernel, gates, x, reset, gate, chunk, n_chunks, reverse, columns_axis: int, **strides
-) -> Tensor:
-    """Launch one of the two; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
+    kernel, gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int,
+    reverse: bool, rows: int, columns_axis: int, **options,
+) -> Tensor:  # fmt: skip
+    """Launch one of the two, `rows` rows a lane; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
     B, T, N = x.shape[:3]
     M = gates.shape[-1] - 1
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
-    block = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
-    tiles = triton.cdiv(N, block)
+    width = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
+    tiles = triton.cdiv(N, width)
+    steps = max(1, 8 // max(rows, triton.cdiv(M, 4)))
+    warps = tiles * B * n_chunks * columns_axis / multiprocessors(x.device)
+    stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.element_size(), backward=False)
     with on_device(x):
         kernel[(tiles * B * n_chunks, columns_axis)](
-            gates, x, reset, out, T, chunk, n_chunks, tiles,
-            gates.stride(0), gates.stride(2), x.stride(0), x.stride(2),
-            reset.stride(0) if reset is not None else 0,
-            G_T=gates.stride(1), G_K=gates.stride(-1), X_T=x.stride(1),
-            R_T=reset.stride(1) if reset is not None else 0, N=N, M=M, GATE=gate, REVERSE=reverse,
-            HAS_RESET=reset is not None, BLOCK=block, num_warps=1, enable_fp_fusion=True, **strides,
+            gates, x, None if reset is None else reset.to(torch.int32), out, T, chunk, n_chunks, tiles,
+            gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(-1),
+            X_T=x.stride(1), X_N=x.stride(2), N=N, M=M, STEPS=steps, STAGES=stages, WIDTH=width, GATE=gate,
+            REVERSE=reverse, HAS_RESET=reset is not None, num_warps=1, enable_fp_fusion=True, **options,
         )  # fmt: skip
     return out.permute(0, 1, 3, 4, 2)
 
@@ -243,8 +269,16 @@ def block_transfer(
     gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool
 ) -> Tensor:
     """(B, C, N, M, M+1) fp32, [P | q] of every chunk of a BD-LRU; `reverse`: [P^T | q], last chunk first."""
-    strides = {"G_I": gates.stride(3), "X_I": x.stride(3)}
-    return _transfer(block_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, 1, **strides)
+    rows = triton.next_power_of_2(x.shape[3])
+    return _transfer(
+        block_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, rows, 1,
+        MP=rows, G_I=row_stride(gates), X_I=row_stride(x),
+    )  # fmt: skip
+
+
+def row_stride(x: Tensor) -> int:
+    """Of the rows of a block, in (B, T, N, M, ..); of a lone row, what makes the order unbroken."""
+    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 
 def channel_transfer(
@@ -253,5 +287,5 @@ def channel_transfer(
     """The same for an H-LRU, whose state is the window of its last M values."""
     columns, groups = _columns(gates.shape[-1] - 1)
     return _transfer(
-        channel_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, groups, COLUMNS=columns
+        channel_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, 1, groups, COLUMNS=columns
     )

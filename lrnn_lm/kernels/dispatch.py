@@ -139,13 +139,13 @@ def block_diagonal_scan_packed(
     """`block_diagonal_scan` of gates and values that one projection has written side by side.
 
     Args:
-        planes: (B, T, M+2, columns), columns >= N M: plane k holds gate k of every row (n, i), n M + i, plane M+1
-            the values; what lies beyond the rows is not read. See `plane_width`.
+        planes: (B, T, M+2, columns), columns >= N M: plane k holds gate k of every row (n, i), at n M + i,
+            plane M+1 the values; what lies beyond the rows is not read. See `plane_width`.
         num_blocks, block_size: N, M.
         h0, reset, gate, backend: as in `block_diagonal_scan`.
     Returns:
-        h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes is one
-        tensor, zero beyond the rows.
+        h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes
+        is one tensor, zero beyond the rows.
     Raises:
         ValueError: as in `block_diagonal_scan`.
     """
@@ -193,10 +193,10 @@ def higher_order_scan_packed(
 
 
 def plane_width(rows: int, block_size: int = 1) -> int:
-    """Columns to give a plane of `rows` rows (N M, or N) so that loads of a step begin on a full line of memory.
+    """Columns to give a plane of `rows` rows (N M, or N) so that a step's loads begin on a line of memory.
 
-    128 bytes at two bytes a number. Rows that would grow by more than a fifteenth, and blocks whose rows are
-    not read as one run, stay as they are.
+    A line is 128 bytes, 64 numbers of two bytes. Rows that would grow by more than a fifteenth, and blocks
+    whose rows are not read as one run, stay as they are.
     """
     wanted = -(-rows // 64) * 64
     return wanted if block_size in (1, 2, 4, 8) and 15 * (wanted - rows) <= rows else rows

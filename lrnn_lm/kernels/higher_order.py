@@ -25,6 +25,7 @@ from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
 from .triton_rows import (
     gate_rows,
+    renewed,
     stack,
     step_flags,
     store_gradients,
@@ -57,20 +58,6 @@ def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def _from_partner(x, lane):
     return tl.gather(x, lane ^ HALF, 0)
-
-
-@triton.jit
-def _kept(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
-    """P windows of `count` values after a group; what only moved through it becomes a value of its own.
-
-    The compiler fetches loads ahead only in loops whose values are all new: x + 0 is one.
-    """
-    values = ()
-    for p in tl.static_range(P):
-        for k in tl.static_range(count):
-            x = window[p * count + k]
-            values = values + (x + 0.0 if k >= STEPS else x,)
-    return values
 
 
 @triton.jit
@@ -120,7 +107,7 @@ def _forward_group(
                 shifted = shifted + (kept[k],)
         past = shifted
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
-    return _kept(past, TAPS, STEPS, P)
+    return renewed(past, TAPS, STEPS, P)
 
 
 @triton.jit
@@ -260,9 +247,8 @@ def _backward_group(
     earlier = ()
     for p in tl.static_range(P):
         for k in tl.static_range(TAPS):
-            x = _history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P)
-            earlier = earlier + (x + 0.0 if TAPS - 1 - k >= STEPS else x,)  # see _kept
-    return r, earlier
+            earlier = earlier + (_history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P),)
+    return r, renewed(earlier, TAPS, 0 if TAPS > STEPS else TAPS, P)
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
@@ -333,8 +319,9 @@ def backward_kernel(
     for back in range(rest):
         r, window = _backward_group(
             r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], f_one,
-            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back),
-            valid, stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid,
+            stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE,
+            HAS_START, HAS_RESET,
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)

@@ -76,15 +76,16 @@ class Launch:
             "WIDTH": width,
             "ALIGN": align,
             "num_warps": 1,
-            # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so
-            # unasked.
+            # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does
+            # so unasked.
             "enable_fp_fusion": True,
         }
 
 
 def plan(taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
-    """(rows a lane, steps a group, groups in flight and at work) for `warps` warps an SM of one row a lane with
-    `taps` + 1 gates.
+    """(rows a lane, steps a group, groups in flight and at work) of lanes with `taps` + 1 gates a row.
+
+    `warps` is how many there would be an SM with one row a lane.
 
     Steps are as many as keep a group's gates in registers; groups as many as fill IN_FLIGHT.
     """
@@ -94,7 +95,12 @@ def plan(taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: 
     steps = 8 if taps * own <= (4 if backward and own == 2 else 8) else 4
     loads = taps + (4 if backward else 2)
     group_bytes = warps * LANES * steps * loads * itemsize
-    return own, steps, 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
+    return own, steps, groups_in_flight(group_bytes, backward)
+
+
+def groups_in_flight(group_bytes: float, backward: bool) -> int:
+    """Groups of steps whose loads are under way, and the one at work; `group_bytes`: of one group, an SM."""
+    return 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
 
 
 def lanes_per_row(M: int) -> int:

@@ -39,8 +39,8 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
     """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
 
     forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
-    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0, and fills the last
-    two.
+    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0, and fills the
+    last two.
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
@@ -105,8 +105,8 @@ def register_packed(
 ) -> PackedScan:
     """The same of planes (B, T, M + 2, columns): `lrnn_lm::name`.
 
-    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the planes' columns last;
-    fills(M): whether backward fills the columns beyond the rows too, with zeros.
+    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the planes' columns as
+    their last argument; fills(M): whether backward fills the columns beyond the rows too, with zeros.
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())

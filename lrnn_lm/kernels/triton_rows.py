@@ -19,54 +19,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def where_also(valid, condition):
-    """valid & condition of a block and a scalar, in words that the interpreter broadcasts too."""
-    return tl.where(condition, valid.to(tl.int32), 0) != 0
-
-
-@triton.jit
 def wide(t):
     """t as int64; a loop variable is a plain int in the interpreter."""
     return t + tl.full([], 0, tl.int64)
-
-
-@triton.jit
-def load_rows(
-    pointer, STEPS: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, STRIDE_K: tl.constexpr, mask
-):
-    """STEPS * K loads at compile-time offsets of one pointer a lane, all in flight together; step-major.
-
-    mask is None in the steady state: lanes past the end read a valid row again and only their stores are
-    masked.
-    """
-    rows = ()
-    for u in tl.static_range(STEPS):
-        for k in tl.static_range(K):
-            # Inputs stream through once: leave the L2 to what is read again.
-            offset = u * STEP + k * STRIDE_K
-            if mask is None:
-                rows = rows + (tl.load(pointer + offset, eviction_policy="evict_first"),)
-            else:
-                rows = rows + (tl.load(pointer + offset, mask=mask, other=0),)
-    return rows
-
-
-@triton.jit
-def load_flags(pointer, STEPS: tl.constexpr, STEP: tl.constexpr, condition):
-    """STEPS scalars ahead of their use, like the rows: a flag read at its step would cost its latency."""
-    flags = ()
-    for u in tl.static_range(STEPS):
-        flags = flags + (tl.load(pointer + u * STEP, mask=condition, other=0),)
-    return flags
-
-
-@triton.jit
-def row(rows, u: tl.constexpr, K: tl.constexpr):
-    """Row u of `load_rows`, in fp32."""
-    z = ()
-    for k in tl.static_range(K):
-        z = z + (rows[u * K + k].to(tl.float32),)
-    return z
 
 
 @triton.jit
@@ -112,6 +67,20 @@ def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, 
                 joined = joined + (pair,)
             parts = joined
     return tl.reshape(tl.permute(tl.reshape(parts[0], [LANES, STEPS, P]), [1, 0, 2]), [STEPS, LANES * P])
+
+
+@triton.jit
+def renewed(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+    """P windows of `count` values after a group of steps; what only moved becomes a value of its own.
+
+    The compiler fetches loads ahead only in loops whose values are all new: x + 0 is one.
+    """
+    values = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(count):
+            x = window[p * count + k]
+            values = values + (x + 0.0 if k >= STEPS else x,)
+    return values
 
 
 @triton.jit
@@ -162,9 +131,9 @@ def sum_of_pair(x, lane, PARTNER: tl.constexpr):
 def coefficients(z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.constexpr):
     """f, flat [gate E + row] like z, and 1 / S, [row], of E rows of K gates.
 
-    Dividing a row's sum once is cheaper than dividing K coefficients. Rows take turns at every operation: none
-    waits for the one before it. PARTNER > 0: this lane and lane ^ PARTNER share rows; the first K - 1 entries
-    are its own, the last one is both's.
+    Dividing a row's sum once is cheaper than dividing K coefficients. Rows take turns at every operation, so
+    that none waits for the one before. PARTNER > 0: this lane and lane ^ PARTNER share rows; the first K - 1
+    entries are its own, the last one is both's.
     """
     f, scales = (), ()
     if GATE == "none":
@@ -263,7 +232,7 @@ def store_gradients(
 ):  # fmt: skip
     """Stores dz and dv of a group of steps; what a row has once, where `own`.
 
-    z, f and x, what the taps multiply, are flat [(gate STEPS + step) P + row]; v, scale and scaled, s / S, are
+    z, f and x, what the taps multiply, are flat [(gate STEPS + step) P + row]; v, scale and scaled, s / S,
     flat [step P + row]. h is computed again from x: the stored one is rounded, and a difference x - h of two
     roundings is noise where a gate is closed or alone.
     """

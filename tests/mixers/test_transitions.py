@@ -27,3 +27,20 @@ def test_the_state_is_their_product(spec):
     for A in mixer.transitions(x).unbind(1):
         h = (A @ h.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(last, h)
+
+
+@pytest.mark.parametrize("spec", [*MIXERS, {"type": "bd_lru", "num_blocks": 16, "block_size": 4}], ids=str)
+def test_packed_projections_change_nothing(spec):
+    """One product into planes for the fused scan, against two projections and the plain one."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    mixer = build_mixer(spec, 8)
+    x, reset = torch.randn(2, 9, 8, requires_grad=True), torch.rand(2, 9) < 0.2
+    results = []
+    for backend in ("torch", "triton"):
+        mixer.backend = backend
+        y, state = mixer(x, None, SequenceContext(reset=reset))
+        loss = y.square().sum() + state.sum()
+        results.append([y, state, *torch.autograd.grad(loss, [x, *mixer.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
