@@ -63,7 +63,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return self.out_proj(h.flatten(2)), state
 
     def _packed(self, x: Tensor) -> Tensor | None:
-        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        """Gates and values of a fused scan by one product, planes (B, T, M+2, columns); None for others."""
         M, rows = self.block_size, self.num_blocks * self.block_size
         if not packs(self, x, M):
             return None

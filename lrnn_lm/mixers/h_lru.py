@@ -68,7 +68,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         return self._filter(h, state, context.reset), new_state
 
     def _packed(self, x: Tensor) -> Tensor | None:
-        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        """Gates and values of a fused scan by one product, planes (B, T, M+2, columns); None for others."""
         M, rows = self.order, self.num_blocks
         if not packs(self, x, M):
             return None
