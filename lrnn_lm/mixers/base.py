@@ -6,6 +6,7 @@ Legend: B batch, T time, D model width.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -22,6 +23,19 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     adapted = type(linear) not in (nn.Linear, ResidualOutput)
     offloaded = hasattr(linear, "_hf_hook")  # Accelerate's, which brings the weight when the module is called
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
+
+
+def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tensor]:
+    """Initial values of `gate_proj.weight` that give logits of standard deviation gate_std; none if None.
+
+    The input is normalised, so that its square sums to its width. Logits that spread by about 1 are what lets
+    a softmax start to select: near zero it averages all it reads (docs/results/synthetic.md).
+    """
+    if gate_std is None:
+        return {}
+    if gate_std <= 0:
+        raise ValueError(f"gate_std must be above 0, not {gate_std}")
+    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
 
 
 @dataclass(frozen=True)
