@@ -150,28 +150,32 @@ def evaluate_checkpoint(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
-    if length is not None:
+    from .evaluate.team import join, leave
+
+    team, device = join(device)
+    if length is not None and team.is_main:
         from .evaluate.length import probe_length
 
         for checkpoint in checkpoints:
             probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
-        if not tasks and suite is None:
-            return
-    from .evaluate.compare import evaluate_each
+    if tasks or suite is not None or length is None:
+        from .evaluate.compare import evaluate_each
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    evaluate_each(
-        checkpoints,
-        names,
-        suite=suite,
-        limit=limit,
-        output=output,
-        data=data,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-    )
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        evaluate_each(
+            checkpoints,
+            names,
+            suite=suite,
+            limit=limit,
+            output=output,
+            data=data,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=device,
+            team=team,
+        )
+    leave()
 
 
 @app.command()

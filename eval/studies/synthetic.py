@@ -106,6 +106,8 @@ def gates(options: argparse.Namespace) -> dict[str, Any]:
 def study_jobs(study: str, options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[Job]:
     """The first seed at every rate, and the other seeds of those whose rates have all been tried."""
     tasks = options.tasks.split(",") if options.tasks else TASKS[study]
+    if options.study == "final":
+        tasks = [task for task in tasks if task in TASKS[study]]
     seeds = [int(seed) for seed in options.seeds.split(",")]
     fit = _fitting(study, options)
     jobs = []
@@ -172,8 +174,9 @@ def jobs_now(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> l
     """All runs that can be named by now, in the order in which they should be done."""
     if options.study == "search":
         return search_jobs(options)
-    studies = ["states", "mad"] if options.study == "final" else [options.study]
-    return [job for study in studies for job in study_jobs(study, options, found)]
+    if options.study != "final":
+        return study_jobs(options.study, options, found)
+    return [job for study in TASKS for job in study_jobs(study, options, found)]
 
 
 def next_wave(waiting: list[Job], most: int) -> list[Job]:

@@ -7,10 +7,15 @@ from typing import Any
 from .checkpoint import describe
 from .harness import evaluate, flatten
 from .show import decimal, table_console
+from .team import ALONE, Team
 
 
 def evaluate_each(
-    checkpoints: Sequence[str | Path], tasks: list[str], output: Path | None = None, **settings: Any
+    checkpoints: Sequence[str | Path],
+    tasks: list[str],
+    output: Path | None = None,
+    team: Team = ALONE,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """`evaluate` for each checkpoint, and a table beside each other if there are several.
 
@@ -23,8 +28,8 @@ def evaluate_each(
     results = []
     for checkpoint, name in zip(checkpoints, names, strict=True):
         where = output if output is None or len(names) == 1 else Path(output) / name
-        results.append(evaluate(checkpoint, tasks, output=where, **settings))
-    if len(results) > 1:
+        results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))
+    if len(results) > 1 and team.is_main:
         _show(names, results)
     return results
 

@@ -17,6 +17,7 @@ from .checkpoint import CheckpointInfo, check_window, describe, document_start, 
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
+from .team import ALONE, Team
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     num_fewshot: int | None = None,
     max_length: int | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
 
@@ -50,6 +52,8 @@ def evaluate(
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
     max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
+    team: the processes that share the work, all of which call this; the main one prints and writes, the
+    others return {}.
 
     The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
     a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
@@ -73,8 +77,10 @@ def evaluate(
         check_window(model, window)
         with hub_data(hub):
             results, truncated = _run(
-                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window
+                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window, team
             )
+    if not team.is_main:
+        return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names,
@@ -86,6 +92,7 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "data": documents,
         "truncated_requests": truncated,
+        "processes": team.size,
     }
     results["software"] = _versions()
     written = _write(results, info, names, limit, suite, output)
@@ -158,6 +165,7 @@ def _run(
     batch_size: int,
     num_fewshot: int | None,
     max_length: int,
+    team: Team,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's results, and how many requests lost the beginning of their context."""
     import lm_eval
@@ -168,7 +176,9 @@ def _run(
     start = document_start(model, tokenizer)
     try:
         with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
-            lm = LiveLM(model, tokenizer, batch_size=batch_size, max_length=max_length, start=start)
+            lm = LiveLM(
+                model, tokenizer, batch_size=batch_size, max_length=max_length, start=start, team=team
+            )
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=names,
