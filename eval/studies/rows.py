@@ -7,6 +7,8 @@ tasks are made by `SyntheticTask.rows` itself, a finite set once, and are read i
 Legend: S steps, B rows a step, T time.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,8 +61,24 @@ def task_rows(
     """Inputs and labels, each (count, T) int64 on the device, of any task's rows from `first` on."""
     if task.name in GROUPS:
         return group_rows(task, seed, split, first, count, device)
+    made = _made(task.name, task.length, tuple(task.options.items()), seed, split, first, count)
+    return made[0].to(device), made[1].to(device)
+
+
+@lru_cache(maxsize=16)
+def _made(
+    name: str,
+    length: int,
+    options: tuple[tuple[str, float], ...],
+    seed: int,
+    split: str,
+    first: int,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows on the CPU, kept: other runs of this process want the same, and fuzzy recall takes seconds."""
+    task = SyntheticTask(name, length, dict(options))
     inputs, labels = task.rows(seed, split, np.arange(first, first + count))
-    return torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+    return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
 class TrainingRows:

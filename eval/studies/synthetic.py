@@ -61,6 +61,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--short", default="6:1200", help="states: length:steps to begin with; 0:0 for none")
     add("--steps", type=int, help="at the training length; default: 1800 for states, 3000 for mad")
     add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
+    add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
     add("--lrs", default="1e-3,3e-3,1e-2")
     add("--seeds", default="0,1,2")
     add("--minutes", type=float, default=5.0)
@@ -90,11 +91,12 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
     else:
         steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 3000
         stages, tested = ((kind.length, steps),), (kind.length,)
+    decay = (0.1 if states else 0.0) if options.weight_decay is None else options.weight_decay
     return Job(
         name="", task=task, model="", mixer={}, seed=0, lr=0.0, stages=stages, tested=tested,
         rows=options.rows or (256 if states else 128), hidden=options.hidden,
         layers=options.layers or (1 if states else 2), intermediate=2 * options.hidden,
-        options={"start": 1} if states else {}, study=study,
+        options={"start": 1} if states else {}, study=study, weight_decay=decay,
     )  # fmt: skip
 
 
@@ -136,27 +138,38 @@ def _fitting(study: str, options: argparse.Namespace) -> Fitting:
 
 
 def search_jobs(options: argparse.Namespace) -> list[Job]:
-    """Settings of bd_lru, the likeliest first: s5 at three block sizes, recall at block sizes 4 and 1.
-
-    Widths are what makes equal parameters; one seed, as the winner is then run with three.
+    """Settings of bd_lru, the likeliest first: s5 with blocks of five, two seeds; recall with blocks of four
+    and of one; then other sizes, depths and gates on s5. Widths are those of equal parameters.
     """
-    jobs = []
     base = base_job("search", "s5", options)
-    blocks = {4: 20, 5: 16, 8: 10}
-    plain = ((TRAINED, 2400),)
-    short = ((6, 1200), (TRAINED, 1200))
-    steps = ((4, 600), (8, 600), (16, 600), (TRAINED, 600))
-    for gate_std, lr, layers, stages, size in [
-        *product((1.0, 0.5, 2.0), (1e-2, 3e-3), (1, 2), (short, plain, steps), (5, 8, 4)),
-    ]:
-        mixer = {"gate": "softmax", "gate_std": gate_std, "num_blocks": blocks[size]}
-        job = contender(replace(base, stages=stages, layers=layers, lr=lr), f"bd_lru-m{size}", **mixer)
-        jobs.append(job)
-    for gate, lr in product(("silu", "identity", "tanh"), (1e-2, 3e-3)):
-        mixer = {"gate": gate, "gate_std": 1.0, "num_blocks": blocks[5]}
-        jobs.append(contender(replace(base, stages=short, layers=1, lr=lr), "bd_lru-m5", **mixer))
-    jobs[36:36] = _recall_jobs(options)
+    plain = ((TRAINED, 3000),)
+    short = ((6, 1200), (TRAINED, 1800))
+    steps = ((4, 800), (8, 800), (16, 600), (TRAINED, 800))
+    jobs = [
+        _settings(base, 5, gate_std=std, weight_decay=decay, lr=lr, layers=1, stages=stages, seed=seed)
+        for std, decay, lr, stages, seed in product(
+            (1.0, 0.5), (0.1, 0.01, 0.0), (1e-2, 5e-3), (short, plain, steps), (0, 1)
+        )
+    ]
+    jobs += [
+        _settings(base, size, weight_decay=decay, layers=layers, stages=stages)
+        for size, layers in ((8, 1), (5, 2), (8, 2), (4, 1))
+        for decay, stages in product((0.1, 0.0), (short, steps))
+    ]
+    jobs += [
+        _settings(base, 5, gate=gate, weight_decay=decay, stages=short)
+        for gate, decay in product(("silu", "identity", "tanh"), (0.1, 0.0))
+    ]
+    jobs[24:24] = _recall_jobs(options)
     return [named(job) for job in jobs]
+
+
+def _settings(
+    base: Job, size: int, gate: str = "softmax", gate_std: float = 1.0, layers: int = 1, lr: float = 1e-2,
+    **changes: Any,
+) -> Job:  # fmt: skip
+    mixer = {"gate": gate, "gate_std": gate_std, "num_blocks": {4: 20, 5: 16, 8: 10}[size]}
+    return contender(replace(base, layers=layers, lr=lr, **changes), f"bd_lru-m{size}", **mixer)
 
 
 def _recall_jobs(options: argparse.Namespace) -> list[Job]:
@@ -284,7 +297,10 @@ def spread(values: list[float]) -> str:
 
 def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a setting, by task, the best at four times the training length (or on recall) first."""
-    lines = ["| task | M | gate | std | layers | lr | stages | accuracy | by length |", "|" + " --- |" * 9]
+    lines = [
+        "| task | M | gate | std | layers | lr | decay | seed | stages | accuracy | by length |",
+        "|" + " --- |" * 11,
+    ]
     done = [found[job.name] for job in jobs if job.name in found and "error" not in found[job.name]]
 
     def merit(r: dict[str, Any]) -> tuple[str, int, float]:
@@ -294,7 +310,7 @@ def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
         mixer, stages = r["mixer"], " ".join(f"{length}:{steps}" for length, steps in r["stages"])
         lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
         cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["layers"],
-                 r["lr"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
+                 r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
