@@ -9,6 +9,7 @@ Legend: S steps filled at once, B rows a step, T time.
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -84,12 +85,30 @@ def rates(job: Job) -> Tensor:
     return job.lr * torch.tensor([(i + 1) / warmup for i in range(warmup)] + decay)[:total]
 
 
+def tune_nothing() -> int:
+    """Leave flash-linear-attention's kernels the first of their launch shapes; how many kernels there are.
+
+    It would time dozens of each for every shape of the model, minutes for runs of seconds.
+    """
+    kernels = [value for name, module in list(sys.modules.items()) if name.startswith("fla.")
+               for value in vars(module).values()]  # fmt: skip
+    count = 0
+    for kernel in kernels:
+        while kernel is not None and not hasattr(kernel, "configs"):
+            kernel = getattr(kernel, "fn", None)  # what heuristics are wrapped around
+        if kernel is not None and isinstance(kernel.configs, list):
+            kernel.configs = kernel.configs[:1]
+            count += 1
+    return count
+
+
 class Replica:
     """One model in training: its step reads its place in the run from the device, not from Python."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.device = job, device
         self.model = job.build().to(device).train()
+        tune_nothing()
         self.rates = torch.nn.functional.pad(rates(job), (0, WARMUP_STEPS)).to(device)
         self.rate = torch.zeros((), device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # steps taken
