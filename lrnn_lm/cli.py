@@ -146,6 +146,9 @@ def evaluate_checkpoint(
     length: Annotated[
         str | None, typer.Option(help="probe rows this long: 16x the training length, or tokens")
     ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="of the rows of state, mad and long tasks, separated by commas")
+    ] = "",
     rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
@@ -172,10 +175,19 @@ def evaluate_checkpoint(
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             max_length=max_length,
+            lengths=_numbers(lengths),
             device=device,
             team=team,
         )
     leave()
+
+
+def _numbers(text: str) -> list[int] | None:
+    """Whole numbers above zero, separated by commas; None for none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--lengths {text}: whole numbers are wanted, as in --lengths 32,512")
+    return [int(part) for part in parts] or None
 
 
 @app.command()

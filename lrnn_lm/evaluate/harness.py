@@ -41,6 +41,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     num_fewshot: int | None = None,
     max_length: int | None = None,
+    lengths: list[int] | None = None,
     team: Team = ALONE,
 ) -> dict[str, Any]:
     """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
@@ -52,6 +53,7 @@ def evaluate(
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
     max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
+    lengths: of the state, mad and long tasks' rows, in place of their own.
     team: the processes that share the work, all of which call this; the main one prints and writes, the
     others return {}.
 
@@ -68,7 +70,8 @@ def evaluate(
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
     documents = _documents(info, data)
-    metadata = {"pretrained": str(info.path), **({"data": documents} if documents else {})}
+    metadata: dict[str, Any] = {"pretrained": str(info.path)}
+    metadata |= {key: value for key, value in (("data", documents), ("lengths", lengths)) if value}
     with _quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
@@ -87,6 +90,7 @@ def evaluate(
         "limit": limit,
         "num_fewshot": num_fewshot,
         "max_length": window,
+        "lengths": lengths,
         "batch_size": batch_size,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -95,7 +99,7 @@ def evaluate(
         "processes": team.size,
     }
     results["software"] = _versions()
-    written = _write(results, info, names, limit, suite, output)
+    written = _write(results, info, names, limit, suite, output, lengths)
     _show(results, written)
     return results
 
@@ -244,6 +248,7 @@ def _write(
     limit: int | None,
     suite: Path | None,
     output: Path | None,
+    lengths: list[int] | None,
 ) -> Path | None:
     """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it."""
     folder = Path(output) if output is not None else info.run / "eval" if info.run is not None else None
@@ -255,6 +260,7 @@ def _write(
         what = Path(suite).stem if suite is not None else "+".join(names).replace("*", "_").replace("/", "_")
         if len(what) > 80:
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+        what += f"-lengths{'-'.join(map(str, lengths))}" if lengths else ""
         path = folder / f"{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
