@@ -33,7 +33,8 @@ EVALUATED_TOKENS = 16_384  # of one forward pass without gradients
 @dataclass(frozen=True)
 class Job:
     """One run, whole: what is written beside its result. `stages` are (length T, steps), one after the other;
-    `tested` the lengths up to which accuracy is measured. The state tasks' rows take `options`.
+    `tested` the lengths up to which accuracy is measured. options, examples: of the task, where they are not
+    its own; examples are the training rows of a finite set.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job:
     grad_clip: float = 1.0
     precision: str = "fp32"
     options: dict[str, float] = field(default_factory=dict)
+    examples: int | None = None
     study: str = ""
 
     @property
@@ -273,7 +275,7 @@ def _train_stage(
         job = replica.job
         key = (job.task, job.seed)
         if key not in data:
-            data[key] = TrainingRows(job.task_at(length), job.seed, job.rows, at_once, device)
+            data[key] = TrainingRows(job.task_at(length), job.seed, job.rows, at_once, device, job.examples)
             data[key].fill(done, at_once)
         try:
             replica.capture(data[key])

@@ -87,11 +87,19 @@ class TrainingRows:
     inputs, labels: (S, B, T) on the device, at addresses that never change, as a CUDA graph needs.
     """
 
-    def __init__(self, task: SyntheticTask, seed: int, rows: int, steps: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        task: SyntheticTask,
+        seed: int,
+        rows: int,
+        steps: int,
+        device: torch.device,
+        examples: int | None = None,
+    ) -> None:
         self.task, self.seed, self.rows, self.device = task, seed, rows, device
         self.inputs = torch.zeros(steps, rows, task.length, dtype=torch.long, device=device)
         self.labels = torch.zeros_like(self.inputs)
-        self.examples = SYNTHETIC_TASKS[task.name].examples
+        self.examples = examples or SYNTHETIC_TASKS[task.name].examples
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def fill(self, first_step: int, steps: int) -> None:

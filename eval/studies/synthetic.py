@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import statistics
 import sys
 import time
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from lrnn_lm.data import SYNTHETIC_TASKS
 
 from .contenders import MODELS, Fitting, contender
 from .replicas import Job, train_wave
+from .tables import rank, search_table, table
 
 TASKS = {
     "states": ["s5", "s4", "s3"],
@@ -56,6 +56,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--models", default=",".join(MODELS), help="separated by commas")
     add("--gate", default="softmax", help="of bd_lru and h_lru")
     add("--gate-std", type=float, default=1.0, help="spread of their logits at the start; 0: the model's own")
+    add("--sweep", action="store_true", help="mad: the published difficulties too, one at a time")
     add("--hidden", type=int, default=64)
     add("--layers", type=int, help="default: 1 for states, 2 for mad")
     add("--short", default="6:1200", help="states: length:steps to begin with; 0:0 for none")
@@ -100,6 +101,22 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
     )  # fmt: skip
 
 
+def variants(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is changed about a task: nothing, and with --sweep each published difficulty."""
+    sweep = SYNTHETIC_TASKS[task].sweep if options.sweep else {}
+    return [{}, *({key: value} for key, values in sweep.items() for value in values)]
+
+
+def varied(job: Job, change: dict[str, Any]) -> Job:
+    """`job` with one of the `variants` of its task: a length, a number of training rows, or an option."""
+    (key, value), *_ = change.items() or [("", None)]
+    if key == "length":
+        return replace(job, stages=((value, job.steps),), tested=(value,))
+    if key == "examples":
+        return replace(job, examples=value)
+    return replace(job, options={**job.options, **change})
+
+
 def gates(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of gates."""
     return {"gate": options.gate, **({"gate_std": options.gate_std} if options.gate_std else {})}
@@ -113,8 +130,9 @@ def study_jobs(study: str, options: argparse.Namespace, found: dict[str, dict[st
     seeds = [int(seed) for seed in options.seeds.split(",")]
     fit = _fitting(study, options)
     jobs = []
-    for task, model in product(tasks, options.models.split(",")):
-        job = fit(contender(base_job(study, task, options), model, **gates(options)))
+    each = [(task, change) for task in tasks for change in variants(task, options)]
+    for (task, change), model in product(each, options.models.split(",")):
+        job = fit(contender(varied(base_job(study, task, options), change), model, **gates(options)))
         tried = [named(replace(job, lr=float(lr), seed=seeds[0])) for lr in options.lrs.split(",")]
         jobs += tried
         if all(one.name in found for one in tried):
@@ -195,8 +213,11 @@ def jobs_now(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> l
 def next_wave(waiting: list[Job], most: int) -> list[Job]:
     """The first job and those that can run beside it: of equal task, rows and stages."""
     first = waiting[0]
-    alike = [j for j in waiting if (j.task, j.rows, j.stages) == (first.task, first.rows, first.stages)]
-    return alike[:most]
+    return [job for job in waiting if _data(job) == _data(first)][:most]
+
+
+def _data(job: Job) -> tuple[Any, ...]:
+    return job.task, job.rows, job.stages, job.options, job.examples
 
 
 def run_wave(jobs: list[Job], device: str, deadline: float) -> list[dict[str, Any]]:
@@ -259,60 +280,6 @@ def results(file: Path) -> dict[str, dict[str, Any]]:
     """The runs that are done, by name."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return {result["name"]: result for result in map(json.loads, lines)}
-
-
-def rank(result: dict[str, Any]) -> tuple[float, float]:
-    """What the best learning rate has most of: held-out accuracy at the training length, then a low loss."""
-    return round(result.get("accuracy", -1.0), 3), -result.get("loss", float("inf"))
-
-
-def table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row a task and model at its best rate, mean and spread over seeds; what did not run."""
-    lines = ["| task | model | parameters | lr | seeds | accuracy | by length |", "|" + " --- |" * 7]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for job in jobs:
-        if job.name in found and "error" not in found[job.name]:
-            groups.setdefault((job.task, job.model), []).append(found[job.name])
-    for (task, model), tried in groups.items():
-        first = [r for r in tried if r["seed"] == tried[0]["seed"]]
-        lr = max(first, key=rank)["lr"]
-        runs = [r for r in tried if r["lr"] == lr]
-        cells = [task, model, f"{runs[0]['parameters']:,}", f"{lr:g}", str(len(runs))]
-        lengths = [
-            f"{length}: {statistics.fmean(r['by_length'][length] for r in runs):.3f}"
-            for length in runs[0].get("by_length", {})
-        ]
-        cells += [spread([r["accuracy"] for r in runs]), "; ".join(lengths)]
-        lines.append("| " + " | ".join(cells) + " |")
-    failed = {f"{found[j.name]['model']}: {found[j.name]['error']}" for j in jobs
-              if "error" in found.get(j.name, {})}  # fmt: skip
-    return "\n".join([*lines, "", *(f"- did not run: {reason}" for reason in sorted(failed))]) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation}"
-
-
-def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row a setting, by task, the best at four times the training length (or on recall) first."""
-    lines = [
-        "| task | M | gate | std | layers | lr | decay | seed | stages | accuracy | by length |",
-        "|" + " --- |" * 11,
-    ]
-    done = [found[job.name] for job in jobs if job.name in found and "error" not in found[job.name]]
-
-    def merit(r: dict[str, Any]) -> tuple[str, int, float]:
-        return r["task"], r["mixer"]["block_size"], -r.get("by_length", {}).get("128", r["accuracy"])
-
-    for r in sorted(done, key=merit):
-        mixer, stages = r["mixer"], " ".join(f"{length}:{steps}" for length, steps in r["stages"])
-        lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
-        cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["layers"],
-                 r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main(given: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.studies import contenders, synthetic
+from eval.studies import contenders, synthetic, tables
 from eval.studies.replicas import Job, Replica, rates, train_wave
 from eval.studies.rows import TrainingRows, mix, task_rows
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
@@ -113,19 +113,35 @@ def test_study_goes_on_where_it_stopped(tmp_path, capsys):
     best = {line["model"]: line["lr"] for line in lines if line["seed"] == 1}
     for model, lr in best.items():
         tried = [line for line in lines if line["model"] == model and line["seed"] == 0]
-        assert max(tried, key=synthetic.rank)["lr"] == lr
+        assert max(tried, key=tables.rank)["lr"] == lr
     kept = (tmp_path / "results.jsonl").read_bytes()
     synthetic.main(given)
     assert (tmp_path / "results.jsonl").read_bytes() == kept
     facts = json.loads((tmp_path / "states.json").read_text())
     assert facts["complete"]
-    assert "| s3 | attention |" in (tmp_path / "states.md").read_text()
+    assert "| s3 x 32 (start 1) | attention |" in (tmp_path / "states.md").read_text()
 
 
 def test_every_setting_of_the_search_is_a_run_of_its_own(tmp_path):
     jobs = synthetic.search_jobs(synthetic.arguments(options(tmp_path, "--study", "search")))
     assert len({one.name for one in jobs}) == len(jobs)
     assert {one.task for one in jobs} == {"s5", "in_context_recall"}
+
+
+def test_the_published_difficulties(tmp_path):
+    given = options(tmp_path, "--study", "mad", "--tasks", "memorisation,selective_copying", "--sweep",
+                    "--models", "bd_lru-m2", "--lrs", "1e-3")  # fmt: skip
+    jobs = synthetic.study_jobs("mad", synthetic.arguments(given), {})
+    labels = [tables.label(one) for one in jobs]
+    assert len(set(labels)) == len(labels) == (1 + 5) + (1 + 3 + 2 + 4 + 3)
+    assert "selective_copying x 1024" in labels
+    assert "selective_copying x 256 (800 rows)" in labels
+    few = next(one for one in jobs if one.examples == 800)
+    rows = TrainingRows(few.task_at(256), 0, 8, 100, CPU, few.examples)
+    rows.fill(0, 100)
+    assert len(rows.inputs.view(800, 256).unique(dim=0)) == 800  # each once an epoch
+    rows.fill(100, 100)
+    assert len(rows.inputs.view(800, 256).unique(dim=0)) == 800
 
 
 def test_every_task_of_the_study(tmp_path):

@@ -1,0 +1,67 @@
+"""The study's runs as tables in Markdown."""
+
+import statistics
+from typing import Any
+
+from .replicas import Job
+
+
+def rank(result: dict[str, Any]) -> tuple[float, float]:
+    """What the best learning rate has most of: held-out accuracy at the training length, then a low loss."""
+    return round(result.get("accuracy", -1.0), 3), -result.get("loss", float("inf"))
+
+
+def table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row a task and model at its best rate, mean and spread over seeds; what did not run."""
+    lines = ["| task | model | parameters | lr | seeds | accuracy | by length |", "|" + " --- |" * 7]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for job in jobs:
+        if job.name in found and "error" not in found[job.name]:
+            groups.setdefault((label(job), job.model), []).append(found[job.name])
+    for (task, model), tried in groups.items():
+        first = [r for r in tried if r["seed"] == tried[0]["seed"]]
+        lr = max(first, key=rank)["lr"]
+        runs = [r for r in tried if r["lr"] == lr]
+        cells = [task, model, f"{runs[0]['parameters']:,}", f"{lr:g}", str(len(runs))]
+        lengths = [
+            f"{length}: {statistics.fmean(r['by_length'][length] for r in runs):.3f}"
+            for length in runs[0].get("by_length", {})
+        ]
+        cells += [spread([r["accuracy"] for r in runs]), "; ".join(lengths)]
+        lines.append("| " + " | ".join(cells) + " |")
+    failed = {f"{found[j.name]['model']}: {found[j.name]['error']}" for j in jobs
+              if "error" in found.get(j.name, {})}  # fmt: skip
+    return "\n".join([*lines, "", *(f"- did not run: {reason}" for reason in sorted(failed))]) + "\n"
+
+
+def label(job: Job) -> str:
+    """A task with its length and what is not its own about it."""
+    changed = [f"{key} {value}" for key, value in job.options.items()]
+    changed += [f"{job.examples} rows"] if job.examples else []
+    return f"{job.task} x {job.stages[-1][0]}" + (f" ({', '.join(changed)})" if changed else "")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row a setting, by task, the best at four times the training length (or on recall) first."""
+    lines = [
+        "| task | M | gate | std | layers | lr | decay | seed | stages | accuracy | by length |",
+        "|" + " --- |" * 11,
+    ]
+    done = [found[job.name] for job in jobs if job.name in found and "error" not in found[job.name]]
+
+    def merit(r: dict[str, Any]) -> tuple[str, int, float]:
+        return r["task"], r["mixer"]["block_size"], -r.get("by_length", {}).get("128", r["accuracy"])
+
+    for r in sorted(done, key=merit):
+        mixer, stages = r["mixer"], " ".join(f"{length}:{steps}" for length, steps in r["stages"])
+        lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
+        cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["layers"],
+                 r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
