@@ -162,16 +162,22 @@ class Replica:
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            saved = [t.clone() for t in self._state()]
-            for _ in range(WARMUP_STEPS):
-                self.step(rows)
-            fresh = len(saved) < len(self._state())  # the optimiser made its moments meanwhile: zeros
-            for i, kept in enumerate(self._state()):
-                kept.zero_() if fresh and i >= len(saved) else kept.copy_(saved[i])
+            self.rehearse(rows)
         torch.cuda.synchronize(self.device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.step(rows)
+
+    def rehearse(self, rows: TrainingRows) -> None:
+        """Some steps that leave no trace: libraries choose algorithms, the optimiser makes its moments."""
+        saved = [t.clone() for t in self._state()]
+        for _ in range(WARMUP_STEPS):
+            self.step(rows)
+        for i, kept in enumerate(self._state()):
+            if i < len(saved):
+                kept.copy_(saved[i])
+            else:  # moments that came into being meanwhile
+                kept.zero_()
 
     @torch.no_grad()
     def _state(self) -> list[Tensor]:

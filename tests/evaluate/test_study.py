@@ -71,6 +71,44 @@ def test_what_a_model_cannot_do_is_told_and_the_others_run():
     assert "error" not in results[1]
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_rehearsal_leaves_no_trace(after):
+    """Before the first step and amid a run; what follows is the same, bit for bit."""
+    found = []
+    for rehearsed in (True, False):
+        one = job(stages=((6, 8),), weight_decay=0.1)
+        replica, rows = Replica(one, CPU), TrainingRows(one.task_at(6), 0, 32, 8, CPU)
+        rows.fill(0, 8)
+        for step in range(8):
+            if rehearsed and step == after:
+                replica.rehearse(rows)
+            replica.run(rows)
+        replica.note(8)
+        found.append([replica.losses, *(p.detach().clone() for p in replica.model.parameters())])
+    assert found[0][0] == found[1][0]
+    for one, two in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("model", ["bd_lru-m5", "h_lru-m4", "lstm", "attention", "mamba2"])
+def test_a_graph_does_what_the_step_does(model):
+    """Losses of a captured run against those of the same steps as written, over two lengths."""
+    device = torch.device("cuda")
+    one = contenders.contender(job(stages=((6, 20), (12, 20))), model, num_blocks=6)
+    captured = train_wave([one, contenders.replace(one, name="y", seed=1)], device, float("inf"))
+    replica = Replica(one, device)
+    for length, first in ((6, 0), (12, 20)):
+        rows = TrainingRows(one.task_at(length), 0, 32, 20, device)
+        rows.fill(first, 20)
+        for _ in range(20):
+            replica.step(rows)
+        replica.note(20)
+    assert captured[0]["losses"] == pytest.approx(replica.losses, rel=1e-3)
+    assert captured[0]["losses"] != captured[1]["losses"]
+
+
 def test_rates_rise_and_fall_to_nothing():
     given = rates(job(warmup=0.1))
     assert len(given) == 300
