@@ -41,7 +41,7 @@ TASKS = {
 }  # fmt: skip
 TRAINED, TESTED = 32, (32, 64, 128, 256, 512)
 REFERENCE = {"states": "bd_lru-m5", "mad": "bd_lru-m4"}  # whose size the others are brought to
-BLOCKS = {"bd_lru-m5": 16, "bd_lru-m4": 20}
+BLOCKS = {"bd_lru-m5": 16, "bd_lru-m4": 20}  # at width 64
 MEMORISATION_STEPS = 400  # 200 times its 256 rows, as published
 
 
@@ -60,7 +60,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--hidden", type=int, default=64)
     add("--layers", type=int, help="default: 1 for states, 2 for mad")
     add("--short", default="6:1200", help="states: length:steps to begin with; 0:0 for none")
-    add("--steps", type=int, help="at the training length; default: 1800 for states, 3000 for mad")
+    add("--steps", type=int, help="at the training length; default: 1800 for states, 4000 for mad")
     add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
     add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
     add("--lrs", default="1e-3,3e-3,1e-2")
@@ -90,7 +90,7 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
         stages = ((length, steps),) if steps else ()
         stages, tested = (*stages, (TRAINED, options.steps or 1800)), TESTED
     else:
-        steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 3000
+        steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 4000
         stages, tested = ((kind.length, steps),), (kind.length,)
     decay = (0.1 if states else 0.0) if options.weight_decay is None else options.weight_decay
     return Job(
@@ -150,7 +150,9 @@ def _fitting(study: str, options: argparse.Namespace) -> Fitting:
     key = (study, options.hidden, options.layers)
     if key not in _fits:
         model = REFERENCE[study]
-        job = contender(base_job(study, TASKS[study][0], options), model, num_blocks=BLOCKS[model])
+        job = contender(
+            base_job(study, TASKS[study][0], options), model, num_blocks=BLOCKS[model] * options.hidden // 64
+        )
         _fits[key] = Fitting(job)
     return _fits[key]
 
@@ -186,18 +188,21 @@ def _settings(
     base: Job, size: int, gate: str = "softmax", gate_std: float = 1.0, layers: int = 1, lr: float = 1e-2,
     **changes: Any,
 ) -> Job:  # fmt: skip
-    mixer = {"gate": gate, "gate_std": gate_std, "num_blocks": {4: 20, 5: 16, 8: 10}[size]}
+    mixer = {"gate": gate, "gate_std": gate_std, "num_blocks": {4: 23, 5: 16, 8: 7}[size]}
     return contender(replace(base, layers=layers, lr=lr, **changes), f"bd_lru-m{size}", **mixer)
 
 
 def _recall_jobs(options: argparse.Namespace) -> list[Job]:
-    base = base_job("search", "in_context_recall", options)
+    """Blocks of four and of one at equal parameters, at two widths of the model."""
     jobs = []
-    for gate, gate_std, lr, (size, blocks) in product(
-        ("softmax", "identity"), (1.0, None, 2.0), (3e-3, 1e-3, 1e-2), ((4, 20), (1, 49))
+    for hidden, (gate, std), lr, size in product(
+        (64, 128), (("softmax", 1.0), ("softmax", None), ("identity", 1.0)), (3e-3, 1e-3), (4, 1)
     ):
-        mixer = {"gate": gate, "num_blocks": blocks, **({"gate_std": gate_std} if gate_std else {})}
-        jobs.append(contender(replace(base, lr=lr), f"bd_lru-m{size}", **mixer))
+        chosen = argparse.Namespace(**{**vars(options), "hidden": hidden, "layers": 2})
+        base = replace(base_job("mad", "in_context_recall", chosen), stages=((128, 8000),), lr=lr)
+        mixer = {"gate": gate, **({"gate_std": std} if std else {})}
+        job = _fitting("mad", chosen)(contender(base, f"bd_lru-m{size}", **mixer))
+        jobs.append(replace(job, study="search"))
     return jobs
 
 

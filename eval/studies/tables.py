@@ -50,8 +50,8 @@ def spread(values: list[float]) -> str:
 def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a setting, by task, the best at four times the training length (or on recall) first."""
     lines = [
-        "| task | M | gate | std | layers | lr | decay | seed | stages | accuracy | by length |",
-        "|" + " --- |" * 11,
+        "| task | M | gate | std | width | layers | lr | decay | seed | stages | accuracy | by length |",
+        "|" + " --- |" * 12,
     ]
     done = [found[job.name] for job in jobs if job.name in found and "error" not in found[job.name]]
 
@@ -61,7 +61,7 @@ def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
     for r in sorted(done, key=merit):
         mixer, stages = r["mixer"], " ".join(f"{length}:{steps}" for length, steps in r["stages"])
         lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
-        cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["layers"],
-                 r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
+        cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["hidden"],
+                 r["layers"], r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
