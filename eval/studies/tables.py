@@ -59,9 +59,10 @@ def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
         return r["task"], r["mixer"]["block_size"], -r.get("by_length", {}).get("128", r["accuracy"])
 
     for r in sorted(done, key=merit):
-        mixer, stages = r["mixer"], " ".join(f"{length}:{steps}" for length, steps in r["stages"])
+        mixer, accuracy = r["mixer"], f"{r['accuracy']:.4f}"
+        stages = " ".join(f"{length}:{steps}" for length, steps in r["stages"])
         lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
         cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["hidden"],
-                 r["layers"], r["lr"], r["weight_decay"], r["seed"], stages, f"{r['accuracy']:.4f}", lengths]  # fmt: skip
+                 r["layers"], r["lr"], r["weight_decay"], r["seed"], stages, accuracy, lengths]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
