@@ -168,7 +168,7 @@ def search_jobs(options: argparse.Namespace) -> list[Job]:
     jobs = [
         _settings(base, 5, gate_std=std, weight_decay=decay, lr=lr, layers=1, stages=stages, seed=seed)
         for std, decay, lr, stages, seed in product(
-            (1.0, 0.5), (0.1, 0.01, 0.0), (1e-2, 5e-3), (short, plain, steps), (0, 1)
+            (1.0, 0.5), (0.1, 0.03, 0.0), (1e-2, 5e-3), (short, plain, steps), (0, 1)
         )
     ]
     jobs += [
