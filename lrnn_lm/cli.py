@@ -179,7 +179,7 @@ def evaluate_checkpoint(
             device=device,
             team=team,
         )
-    leave()
+    leave(team)
 
 
 def _numbers(text: str) -> list[int] | None:

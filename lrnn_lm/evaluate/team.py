@@ -6,7 +6,9 @@ name afterwards: it needs a document a process in every task, drops a metric tha
 meet (an accuracy by length, say), and resamples in another order.
 """
 
+import os
 from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
 from typing import Any
 
 MINUTES = 120  # that a process may be behind another: its share is about as long as theirs
@@ -60,18 +62,17 @@ def join(device: str) -> tuple[Team, str]:
 
     device: auto, cpu, cuda or cuda:N; a process of several takes its own GPU unless it is cpu.
     """
-    from datetime import timedelta
-
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # what a launcher says; alone, accelerate is not needed
+        return ALONE, device
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu", timeout=timedelta(minutes=MINUTES))
-    if state.num_processes == 1:
-        return ALONE, device
     return Team(state.process_index, state.num_processes), str(state.device)
 
 
-def leave() -> None:
+def leave(team: Team) -> None:
     """End the processes' connection, where there is one."""
-    from accelerate import PartialState
+    if team.size > 1:
+        from accelerate import PartialState
 
-    PartialState().destroy_process_group()
+        PartialState().destroy_process_group()
