@@ -10,7 +10,8 @@ few per mille. `final` is both. `search` trains bd_lru on s5 and on recall under
 device: waves of them in each of some processes. When the minutes are over, no wave is begun and those under
 way are dropped; the same command goes on, and with `--minutes 0` writes the tables of what there is.
 
-Writes OUTPUT/results.jsonl (a line a run), OUTPUT/STUDY.json and OUTPUT/STUDY.md (the table).
+Writes OUTPUT/results.jsonl (a line a run), OUTPUT/STUDY.json, OUTPUT/STUDY.md (the table) and, of state
+tasks, OUTPUT/STUDY.png.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from lrnn_lm.data import SYNTHETIC_TASKS
 
 from .contenders import MODELS, Fitting, contender
+from .picture import draw_states
 from .replicas import Job, train_wave
 from .tables import rank, search_table, table
 
@@ -296,10 +298,13 @@ def main(given: list[str] | None = None) -> None:
     jobs = jobs_now(options, found)
     text = (search_table if options.study == "search" else table)(jobs, found)
     settings = {key: str(value) for key, value in vars(options).items()}
-    runs = [found[job.name] for job in jobs if job.name in found]
+    runs = [{key: value for key, value in found[job.name].items() if key != "losses"}
+            for job in jobs if job.name in found]  # fmt: skip
     facts = {"command": sys.argv, "settings": settings, "complete": whole, "runs": runs}
     (options.output / f"{options.study}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     (options.output / f"{options.study}.md").write_text(text, "utf-8")
+    if options.study != "search":
+        draw_states(jobs, found, options.output / f"{options.study}.png")
     print(text)
     print("complete" if whole else "the minutes are over; the same command goes on")
 

@@ -11,18 +11,24 @@ def rank(result: dict[str, Any]) -> tuple[float, float]:
     return round(result.get("accuracy", -1.0), 3), -result.get("loss", float("inf"))
 
 
+def groups(jobs: list[Job], found: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The runs of each (task, model) at its best learning rate, those of the first seed first."""
+    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for job in jobs:
+        if job.name in found and "error" not in found[job.name]:
+            tried.setdefault((label(job), job.model), []).append(found[job.name])
+    chosen = {}
+    for key, runs in tried.items():
+        best = max((run for run in runs if run["seed"] == runs[0]["seed"]), key=rank)
+        chosen[key] = [run for run in runs if run["lr"] == best["lr"]]
+    return chosen
+
+
 def table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a task and model at its best rate, mean and spread over seeds; what did not run."""
     lines = ["| task | model | parameters | lr | seeds | accuracy | by length |", "|" + " --- |" * 7]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for job in jobs:
-        if job.name in found and "error" not in found[job.name]:
-            groups.setdefault((label(job), job.model), []).append(found[job.name])
-    for (task, model), tried in groups.items():
-        first = [r for r in tried if r["seed"] == tried[0]["seed"]]
-        lr = max(first, key=rank)["lr"]
-        runs = [r for r in tried if r["lr"] == lr]
-        cells = [task, model, f"{runs[0]['parameters']:,}", f"{lr:g}", str(len(runs))]
+    for (task, model), runs in groups(jobs, found).items():
+        cells = [task, model, f"{runs[0]['parameters']:,}", f"{runs[0]['lr']:g}", str(len(runs))]
         lengths = [
             f"{length}: {statistics.fmean(r['by_length'][length] for r in runs):.3f}"
             for length in runs[0].get("by_length", {})

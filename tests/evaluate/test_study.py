@@ -157,6 +157,7 @@ def test_study_goes_on_where_it_stopped(tmp_path, capsys):
     assert (tmp_path / "results.jsonl").read_bytes() == kept
     facts = json.loads((tmp_path / "states.json").read_text())
     assert facts["complete"]
+    assert (tmp_path / "states.png").stat().st_size > 10_000
     assert "| s3 x 32 (start 1) | attention |" in (tmp_path / "states.md").read_text()
 
 
