@@ -46,7 +46,8 @@ def _draw_model(axes: Axes, i: int, model: str, runs: list[dict[str, Any]]) -> N
     values = [[run["by_length"][str(length)] for run in runs] for length in lengths]
     colour, mark = COLOURS[i % len(COLOURS)], MARKS[i // len(COLOURS) % len(MARKS)]
     mean = [statistics.fmean(at) for at in values]
-    axes.plot(lengths, mean, f"{mark}-", color=colour, markersize=4, linewidth=1.4, label=model)
+    line = "-" if i < len(COLOURS) else "--"
+    axes.plot(lengths, mean, f"{mark}{line}", color=colour, markersize=4, linewidth=1.4, label=model)
     axes.fill_between(lengths, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.12)
 
 

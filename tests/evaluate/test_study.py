@@ -1,13 +1,15 @@
 """The study's script at toy size: rows as the generator makes them, equal parameters, resuming."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
 from eval.studies import contenders, synthetic, tables
-from eval.studies.replicas import Job, Replica, rates, train_wave
+from eval.studies.replicas import Job, Replica, rates, train_wave, tune_nothing
 from eval.studies.rows import TrainingRows, mix, task_rows
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
 from lrnn_lm.data import order as row_order
@@ -107,6 +109,17 @@ def test_a_graph_does_what_the_step_does(model):
         replica.note(20)
     assert captured[0]["losses"] == pytest.approx(replica.losses, rel=1e-3)
     assert captured[0]["losses"] != captured[1]["losses"]
+
+
+def test_kernels_of_fla_are_left_one_launch_shape(monkeypatch):
+    """However heuristics are wrapped around them; nothing else is touched."""
+    tuner, other = types.SimpleNamespace(configs=[1, 2, 3]), types.SimpleNamespace(configs=[1, 2])
+    module = types.SimpleNamespace(kernel=types.SimpleNamespace(fn=tuner), number=3)
+    monkeypatch.setitem(sys.modules, "fla.made_up", module)
+    monkeypatch.setitem(sys.modules, "other.made_up", types.SimpleNamespace(kernel=other))
+    assert tune_nothing() >= 1
+    assert tuner.configs == [1]
+    assert other.configs == [1, 2]
 
 
 def test_rates_rise_and_fall_to_nothing():
