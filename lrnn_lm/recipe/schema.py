@@ -232,6 +232,7 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the device has it, else fp32"
     )
+    fp8: bool = Field(False, description="the blocks' products in fp8, through torchao; on top of bf16")
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -29,6 +30,7 @@ from ..data import (
 )
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
+from ..model.fp8 import use_fp8
 from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
 from . import checkpoint
@@ -111,7 +113,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
         if accelerator.is_main_process:
             verify_shards(prepared)
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
-    model = _make_model(recipe, prepared, tokenizer).to(accelerator.device)
+    model = _make_model(recipe, prepared, tokenizer, accelerator.device).to(accelerator.device)
     optimizer = make_optimizer(model, recipe.optim, accelerator.device)
     lock = _lock(folder) if accelerator.is_main_process else None
     newest = _find_checkpoint(folder, accelerator, console)
@@ -170,7 +172,9 @@ def verify_shards(prepared: PreparedData | SyntheticData) -> None:
         prepared.validation.verify()
 
 
-def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any) -> PreTrainedModel:
+def _make_model(
+    recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any, device: torch.device
+) -> PreTrainedModel:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -182,6 +186,8 @@ def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenize
     seed_everything(recipe.seed)
     encodes = isinstance(prepared, SyntheticData) and prepared.task.kind.head == "autoencoder"
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
+    if recipe.train.fp8:
+        use_fp8(model, device)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:

@@ -42,7 +42,7 @@ def test_gate_std_is_the_spread_of_the_logits_at_the_start(spec):
             mixer={**spec, "gate_std": gate_std},
         ))  # fmt: skip
         mixer = model.model.layers[0].mixer
-        logits = mixer._gates(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
+        logits = mixer.gate_proj(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
         assert abs(logits.std().item() / (gate_std or 0.02 * 64**0.5) - 1) < 0.1
         assert abs(mixer.value_proj.weight.std().item() / 0.02 - 1) < 0.1
     with pytest.raises(ValueError, match="gate_std must be above 0"):
