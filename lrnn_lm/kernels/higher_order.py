@@ -23,7 +23,17 @@ from .chunk_transfer import channel_transfer
 from .chunk_transfer import channel_transfer_cost as transfer_cost
 from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
-from .triton_rows import gate_rows, logit_gradient, stack, step_flags, sum_of_pair, tile_of, unstack, wide
+from .triton_rows import (
+    gate_rows,
+    row_gradients,
+    stack,
+    step_flags,
+    store_gradients,
+    sum_of_pair,
+    tile_of,
+    unstack,
+    wide,
+)
 
 HALF = tl.constexpr(16)
 
@@ -146,8 +156,8 @@ def forward_kernel(
     """h of one chunk of time from the window before it; M = TAPS * SHARE.
 
     gates (B, T, N, M + 1), values (B, T, N) of any strides; flags (B, T) int32, nonzero where a document
-    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32, newest
-    first, contiguous.
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32,
+    newest first, contiguous.
     """
     M: tl.constexpr = TAPS * SHARE
     b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
@@ -179,8 +189,8 @@ def forward_kernel(
     f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t_one in range(full, end):
         past = _forward_group(
-            past, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes,
-            q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+            past, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid,
+            writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
         _store_windows(last + b * (N * M) + n * M + q * TAPS, past, TAPS, WIDTH, P, valid)
@@ -189,22 +199,23 @@ def forward_kernel(
 @triton.jit
 def _history(
     tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr
-):
+):  # fmt: skip
     """h_{t + j - 1 - TAPS - lag}, t the group's first step: of its tile, or of the window after the group."""
-    return tile[j * P + p] if j < STEPS else window[p * (TAPS + 1) + TAPS + STEPS - j]
+    return tile[j * P + p] if j < STEPS else window[p * TAPS + TAPS + STEPS - 1 - j]
 
 
 @triton.jit
 def _backward_group(
-    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, first, q, lane,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
-    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
-    WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, own,
+    q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them.
 
-    r is flat [row TAPS + tap], window (h_{t' - q TAPS} .. h_{t' - (q + 1) TAPS}) of the last step t', flat
-    [row (TAPS + 1) + k]; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is read from h0.
+    r is flat [row TAPS + tap], window what the taps of the last step multiply, h_{t' - 1 - q TAPS} and on, in
+    the same order; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is in h0.
     """
     PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
     z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
@@ -228,58 +239,35 @@ def _backward_group(
                 other = _from_partner(now, lane)
                 following = tl.where(q == 0, other, 0.0)
                 now = tl.where(q == 0, now, other)
-            own = (g[s * P + p] + now) * scale[s * P + p]
-            scaled = scaled + (own,)
+            scaled = scaled + ((g[s * P + p] + now) * scale[s * P + p],)
             for k in tl.static_range(TAPS):
-                part = own * f[(s * P + p) * (TAPS + 1) + k] + (
-                    r[p * TAPS + k + 1] if k + 1 < TAPS else following
-                )
+                part = scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + k]
+                part += r[p * TAPS + k + 1] if k + 1 < TAPS else following
                 owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
         r = owed
-    hs, dv, da = (), (), ()
+    grads, dv = (), ()  # flat as z, and [step P + row]
     for s in tl.static_range(STEPS):
         for p in tl.static_range(P):
-            own = scaled[(STEPS - 1 - s) * P + p]
-            h = _history(tile, window, s + TAPS + 1, p, TAPS, STEPS, P)
-            if SHARE > 1:
-                h = tl.where(q == 0, h, _from_partner(h, lane))
-            hs, dv = hs + (h,), dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
-            da = da + (
-                logit_gradient(
-                    z[(s * P + p) * (TAPS + 1) + TAPS],
-                    f[(s * P + p) * (TAPS + 1) + TAPS],
-                    v[s * P + p],
-                    h,
-                    own,
-                    GATE,
-                ),
-            )
-    tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
-    tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
-    for k in tl.static_range(TAPS):
-        dz = ()
-        for s in tl.static_range(STEPS):
-            for p in tl.static_range(P):
+            xs = ()
+            for k in tl.static_range(TAPS):
                 x = _history(tile, window, s + TAPS - k, p, TAPS, STEPS, P)
                 if HAS_RESET:
-                    x = tl.where(ages[s] > q * TAPS + k if SHARE > 1 else ages[s] > k, x, 0.0)
-                own = scaled[(STEPS - 1 - s) * P + p]
-                dz = dz + (
-                    logit_gradient(
-                        z[(s * P + p) * (TAPS + 1) + k],
-                        f[(s * P + p) * (TAPS + 1) + k],
-                        x,
-                        hs[s * P + p],
-                        own,
-                        GATE,
-                    ),
-                )
-        tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
+                    x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
+                xs = xs + (x,)
+            grads = grads + row_gradients(
+                z, f, xs, v[s * P + p], scale[s * P + p], scaled[(STEPS - 1 - s) * P + p], s * P + p, q, lane,
+                TAPS, GATE, PARTNER,
+            )  # fmt: skip
+            dv = dv + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + TAPS],)
+    store_gradients(
+        grads, dv, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores, stores & own,
+        D_K, TAPS, STEPS, WIDTH, P,
+    )  # fmt: skip
     earlier = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS + 1):
-            x = _history(tile, window, TAPS - k, p, TAPS, STEPS, P)
-            earlier = earlier + (x + 0.0 if TAPS - k >= STEPS else x,)  # see _kept
+        for k in tl.static_range(TAPS):
+            x = _history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P)
+            earlier = earlier + (x + 0.0 if TAPS - 1 - k >= STEPS else x,)  # see _kept
     return r, earlier
 
 
@@ -290,8 +278,8 @@ def backward_kernel(
     G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
     O_T: tl.constexpr, O_N: tl.constexpr, D_T: tl.constexpr, D_N: tl.constexpr, D_K: tl.constexpr,
     E_T: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
-    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
 
@@ -317,22 +305,20 @@ def backward_kernel(
     start_at = (start + b * (N * M) + n * M)[None, :] if HAS_START else start
     ages_at = ages + b * T if HAS_RESET else ages
     # Channels past the end read zeros, which makes their gradients zero: what planes are padded with.
-    stores, first, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
+    stores, own, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
     r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
     columns = ()
-    for k in tl.static_range(TAPS + 1):  # h_{end - 1 - lag - k}
-        t = wide(end + (TAPS - k))
-        inside = t >= lag[None, :] + (TAPS + 1)
-        h = tl.load(h_at[None, :] + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(TAPS):  # h_{end - 2 - lag - k}
+        t = wide(end - 1 + (TAPS - k))
+        ago = lag[None, :] + (TAPS + 1) - t
+        h = tl.load(h_at[None, :] + t * H_T, mask=valid & (ago <= 0), other=0.0).to(tl.float32)
         if HAS_START:
-            ago = lag[None, :] + (TAPS + 1) - t
-            h = tl.where(
-                inside, h, tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
-            )
+            h0 = tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
+            h = tl.where(ago <= 0, h, h0)
         columns = columns + unstack(h, 1, WIDTH, P)
     window = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS + 1):
+        for k in tl.static_range(TAPS):
             window = window + (columns[k * P + p],)
 
     # With h0, full groups stop where a step would read before t = 0; single steps finish.
@@ -345,7 +331,7 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         r, window = _backward_group(
             r, window, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, start_at,
-            wide(end - (group + 1) * STEPS), valid, stores, first, q, lane,
+            wide(end - (group + 1) * STEPS), valid, stores, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
         )  # fmt: skip
     rest = end - begin - groups * STEPS
@@ -353,8 +339,8 @@ def backward_kernel(
     for back in range(rest):
         r, window = _backward_group(
             r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], f_one,
-            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid, stores, first, q, lane,
-            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back),
+            valid, stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)

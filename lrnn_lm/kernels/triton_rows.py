@@ -202,7 +202,7 @@ def gate_rows(
     G_T: tl.constexpr, G_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, GATE: tl.constexpr, PARTNER: tl.constexpr,
 ):  # fmt: skip
-    """Of STEPS steps from t: logits and f, both flat [(step P + row) (TAPS + 1) + gate], 1 / S [step P + row]."""
+    """Of STEPS steps from t: z and f, both flat [(step P + row) (TAPS + 1) + gate], and 1 / S, [step P + row]."""
     planes = ()
     for k in tl.static_range(TAPS):
         planes = planes + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
@@ -247,6 +247,47 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
+def row_gradients(
+    z, f, x, v, scale, scaled, e: tl.constexpr, q, lane, TAPS: tl.constexpr, GATE: tl.constexpr,
+    PARTNER: tl.constexpr,
+):  # fmt: skip
+    """dz of the e-th row of a group, TAPS + 1 of them; z, f flat as `gate_rows` has them, x what the taps multiply.
+
+    h is computed again from x: the stored one is rounded, and a difference x - h of two roundings is noise
+    where a gate is closed or alone.
+    """
+    h = f[e * (TAPS + 1) + TAPS] * v
+    if PARTNER > 0:
+        h = tl.where(q == 0, h, 0.0)
+    for k in tl.static_range(TAPS):
+        h += f[e * (TAPS + 1) + k] * x[k]
+    h = sum_of_pair(h, lane, PARTNER) * scale
+    grads = ()
+    for k in tl.static_range(TAPS):
+        grads = grads + (logit_gradient(z[e * (TAPS + 1) + k], f[e * (TAPS + 1) + k], x[k], h, scaled, GATE),)
+    return grads + (logit_gradient(z[e * (TAPS + 1) + TAPS], f[e * (TAPS + 1) + TAPS], v, h, scaled, GATE),)
+
+
+@triton.jit
+def store_gradients(
+    grads, dv, dz_at, da_at, dv_at, stores, own, D_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of a group of steps, `grads` flat [(step P + row) (TAPS + 1) + gate]; what a row has
+    once, where `own`."""
+    tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
+    for k in tl.static_range(TAPS + 1):
+        plane = ()
+        for e in tl.static_range(STEPS * P):
+            plane = plane + (grads[e * (TAPS + 1) + k],)
+        tile = stack(plane, da_at.dtype.element_ty, STEPS, WIDTH, P)
+        if k < TAPS:
+            tl.store(dz_at + k * D_K, tile, mask=stores)
+        else:
+            tl.store(da_at, tile, mask=own)
+
+
+@triton.jit
 def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
     """A lane keeps the half of q that its bit HALF / P names, adds its partner's, and hands over the other
     half."""
@@ -261,7 +302,7 @@ def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr):
-    """Lane k of each group of MP / P lanes receives the P sums over the group's lanes of q[k P .. k P + P - 1].
+    """Lane k of each group of MP / P lanes receives the P sums over its lanes of q[k P .. k P + P - 1].
 
     Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
     TP; where that is MP / 2 (P = 1), lanes k and k + TP both receive sum k. Lanes that own no row must hold
