@@ -62,7 +62,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--sweep", action="store_true", help="mad: the published difficulties too, one at a time")
     add("--hidden", type=int, default=64)
     add("--layers", type=int, help="default: 1 for states, 2 for mad")
-    add("--short", default="6:1200", help="states: length:steps to begin with; 0:0 for none")
+    add("--short", default="6:1200", help="states: length:steps to begin with, separated by commas, or empty")
     add("--steps", type=int, help="at the training length; default: 1800 for states, 4000 for mad")
     add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
     add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
@@ -89,9 +89,7 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
     kind = SYNTHETIC_TASKS[task]
     states = kind.examples is None
     if states:
-        length, steps = (int(part) for part in options.short.split(":"))
-        stages = ((length, steps),) if steps else ()
-        stages, tested = (*stages, (TRAINED, options.steps or 1800)), TESTED
+        stages, tested = (*_stages(options.short), (TRAINED, options.steps or 1800)), TESTED
     else:
         steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 4000
         stages, tested = ((kind.length, steps),), (kind.length,)
@@ -102,6 +100,16 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
         layers=options.layers or (1 if states else 2), intermediate=2 * options.hidden,
         options={"start": 1} if states else {}, study=study, weight_decay=decay,
     )  # fmt: skip
+
+
+def _stages(text: str) -> list[tuple[int, int]]:
+    """`4:600,8:400` as pairs of length and steps."""
+    pairs = [part.split(":") for part in text.split(",") if part]
+    if not all(
+        len(pair) == 2 and all(number.isdecimal() and int(number) for number in pair) for pair in pairs
+    ):
+        raise ValueError(f"--short {text}: pairs of length and steps are wanted, as in 4:600,8:400")
+    return [(int(length), int(steps)) for length, steps in pairs]
 
 
 def variants(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -180,6 +180,16 @@ def test_every_setting_of_the_search_is_a_run_of_its_own(tmp_path):
     assert {one.task for one in jobs} == {"s5", "in_context_recall"}
 
 
+def test_stages_are_read_from_the_command_line(tmp_path):
+    several = synthetic.arguments(options(tmp_path, "--short", "4:7,8:5"))
+    assert synthetic.base_job("states", "s3", several).stages == ((4, 7), (8, 5), (32, 3))
+    none = synthetic.arguments(options(tmp_path, "--short", ""))
+    assert synthetic.base_job("states", "s3", none).stages == ((32, 3),)
+    for wrong in ("6", "6:x", "0:5"):
+        with pytest.raises(ValueError, match="pairs of length and steps"):
+            synthetic.base_job("states", "s3", synthetic.arguments(options(tmp_path, "--short", wrong)))
+
+
 def test_the_published_difficulties(tmp_path):
     given = options(tmp_path, "--study", "mad", "--tasks", "memorisation,selective_copying", "--sweep",
                     "--models", "bd_lru-m2", "--lrs", "1e-3")  # fmt: skip
