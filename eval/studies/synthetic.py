@@ -62,7 +62,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--sweep", action="store_true", help="mad: the published difficulties too, one at a time")
     add("--hidden", type=int, default=64)
     add("--layers", type=int, help="default: 1 for states, 2 for mad")
-    add("--short", default="6:1200", help="states: length:steps to begin with, separated by commas, or empty")
+    add(
+        "--short",
+        default="4:800,8:600,16:400",
+        help="states: length:steps to begin with, separated by commas, or empty",
+    )
     add("--steps", type=int, help="at the training length; default: 1800 for states, 4000 for mad")
     add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
     add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
@@ -175,20 +179,20 @@ def search_jobs(options: argparse.Namespace) -> list[Job]:
     base = base_job("search", "s5", options)
     plain = ((TRAINED, 3000),)
     short = ((6, 1200), (TRAINED, 1800))
-    steps = ((4, 800), (8, 800), (16, 600), (TRAINED, 800))
+    steps = ((4, 800), (8, 600), (16, 400), (TRAINED, 1800))
     jobs = [
         _settings(base, 5, gate_std=std, weight_decay=decay, lr=lr, layers=1, stages=stages, seed=seed)
         for std, decay, lr, stages, seed in product(
-            (1.0, 0.5), (0.1, 0.03, 0.0), (1e-2, 5e-3), (short, plain, steps), (0, 1)
+            (1.0, 0.5), (0.1, 0.03, 0.0), (1e-2, 5e-3), (steps, short, plain), (0, 1)
         )
     ]
     jobs += [
         _settings(base, size, weight_decay=decay, layers=layers, stages=stages)
         for size, layers in ((8, 1), (5, 2), (8, 2), (4, 1))
-        for decay, stages in product((0.1, 0.0), (short, steps))
+        for decay, stages in product((0.1, 0.0), (steps, short))
     ]
     jobs += [
-        _settings(base, 5, gate=gate, weight_decay=decay, stages=short)
+        _settings(base, 5, gate=gate, weight_decay=decay, stages=steps)
         for gate, decay in product(("silu", "identity", "tanh"), (0.1, 0.0))
     ]
     jobs[24:24] = _recall_jobs(options)
