@@ -27,7 +27,6 @@ from .triton_launch import Launch, lanes_per_row, time_chunks
 from .triton_ops import register, register_packed, rows_like
 from .triton_rows import (
     gate_rows,
-    row_gradients,
     stack,
     step_flags,
     store_gradients,
@@ -103,22 +102,24 @@ def _forward_group(
     first = lane - lane % (MP * SHARE // P if M > 1 else 1)  # of the block's lanes
     if SHARE > 1:
         first += q * TAPS
+    entering = ()
+    for e in tl.static_range(STEPS * P):
+        a0v = f[TAPS * STEPS * P + e] * v[e]
+        entering = entering + (tl.where(q == 0, a0v, 0.0) if SHARE > 1 else a0v,)
     states = ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
             h = _cleared(h, flags[s], P)
         after = ()
         for p in tl.static_range(P):
-            even = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
-            if SHARE > 1:
-                even = tl.where(q == 0, even, 0.0)
+            even = entering[s * P + p]
             odd = tl.zeros_like(even)  # two sums: half the latency where M is large
             for k in tl.static_range(TAPS):
                 x = _of_block(h, k, p, first, M, P)
                 if k % 2 == 0:
-                    even += f[(s * P + p) * (TAPS + 1) + k] * x
+                    even += f[(k * STEPS + s) * P + p] * x
                 else:
-                    odd += f[(s * P + p) * (TAPS + 1) + k] * x
+                    odd += f[(k * STEPS + s) * P + p] * x
             after = after + (sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p],)
         h = after
         states = states + h
@@ -177,6 +178,26 @@ def forward_kernel(
 
 
 @triton.jit
+def _handed_back(
+    scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    STEPS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """u = A_t^T s_t of a lane's rows, (P,), from their s / S at step s; where rows are shared, of lane k's tap."""
+    owed = ()
+    if M == 1:
+        for p in tl.static_range(P):
+            owed = owed + (scaled[p] * f[s * P + p],)
+    else:
+        for k in tl.static_range(TAPS):
+            part = scaled[0] * f[(k * STEPS + s) * P]
+            for p in tl.static_range(1, P):
+                part += scaled[p] * f[(k * STEPS + s) * P + p]
+            owed = owed + (part,)
+        owed = sum_over_rows(owed, lane, TAPS, MP, P)
+    return owed
+
+
+@triton.jit
 def _backward_group(
     u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, own, i, q,
     lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
@@ -200,61 +221,37 @@ def _backward_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     block = lane - lane % (MP * SHARE // P if M > 1 else 1)  # the first lane of the block's
     row = tl.minimum(i, M - 1)  # of lanes without a row, any
-    scaled = ()  # s / S, the last step first
+    scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
+        now = ()
         for p in tl.static_range(P):
             total = g[s * P + p] + u[p]
             if M < MP:
                 total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
-            scaled = scaled + (total * scale[s * P + p],)
-        u = _handed_back(scaled, f, s, lane, TAPS, M, MP, STEPS, P)
+            now = now + (total * scale[s * P + p],)
+        scaled = now + scaled
+        u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
         if SHARE > 1:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
             u = (tl.gather(u[0], block + row // TAPS * MP + row % TAPS, 0),)
         if HAS_RESET:
             u = _cleared(u, flags[s], P)
     if SHARE > 1:
         block += q * TAPS
-    grads, dv = (), ()  # flat as z, and [step P + row]
-    for s in tl.static_range(STEPS):
-        x_of = ()
-        for p in tl.static_range(P):
-            x_of = x_of + (before[s * P + p],)
-        if HAS_RESET:
-            x_of = _cleared(x_of, flags[s], P)
-        for p in tl.static_range(P):
-            x = ()
-            for k in tl.static_range(TAPS):
-                x = x + (_of_block(x_of, k, p, block, M, P),)
-            grads = grads + row_gradients(
-                z, f, x, v[s * P + p], scale[s * P + p], scaled[(STEPS - 1 - s) * P + p], s * P + p, q, lane,
-                TAPS, GATE, PARTNER,
-            )  # fmt: skip
-            dv = dv + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + TAPS],)
+    x = ()  # flat as f
+    for k in tl.static_range(TAPS):
+        for s in tl.static_range(STEPS):
+            of = ()
+            for p in tl.static_range(P):
+                of = of + (before[s * P + p],)
+            if HAS_RESET:
+                of = _cleared(of, flags[s], P)
+            for p in tl.static_range(P):
+                x = x + (_of_block(of, k, p, block, M, P),)
     store_gradients(
-        grads, dv, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores, stores & own,
-        D_K, TAPS, STEPS, WIDTH, P,
+        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
     )  # fmt: skip
     return u
-
-
-@triton.jit
-def _handed_back(
-    scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    STEPS: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """u = A_t^T s_t of a lane's rows, (P,); where rows are shared, of lane k's tap."""
-    owed = ()
-    if M == 1:
-        for p in tl.static_range(P):
-            owed = owed + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * 2],)
-    else:
-        for k in tl.static_range(TAPS):
-            part = scaled[(STEPS - 1 - s) * P] * f[s * P * (TAPS + 1) + k]
-            for p in tl.static_range(1, P):
-                part += scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + k]
-            owed = owed + (part,)
-        owed = sum_over_rows(owed, lane, TAPS, MP, P)
-    return owed
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])

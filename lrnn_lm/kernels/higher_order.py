@@ -25,7 +25,6 @@ from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
 from .triton_rows import (
     gate_rows,
-    row_gradients,
     stack,
     step_flags,
     store_gradients,
@@ -90,34 +89,35 @@ def _forward_group(
     v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
+    entering = ()
+    for e in tl.static_range(STEPS * P):
+        a0v = f[TAPS * STEPS * P + e] * v[e]
+        entering = entering + (tl.where(q == 0, a0v, 0.0) if SHARE > 1 else a0v,)
     states = ()
     for s in tl.static_range(STEPS):
         shifted = ()
         for p in tl.static_range(P):
-            total = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
-            if SHARE > 1:
-                total = tl.where(q == 0, total, 0.0)
             if HAS_RESET:
-                entering = total
-                total = tl.zeros_like(entering)
-            for k in tl.static_range(TAPS):  # the newest value last: it is the one the chain waits for
-                total += f[(s * P + p) * (TAPS + 1) + TAPS - 1 - k] * past[p * TAPS + TAPS - 1 - k]
-            if HAS_RESET:
-                total = tl.where(flags[s] != 0, 0.0, total) + entering
-            h = sum_of_pair(total, lane, PARTNER) * scale[s * P + p]
+                kept = ()
+                for k in tl.static_range(TAPS):
+                    kept = kept + (tl.where(flags[s] != 0, 0.0, past[p * TAPS + k]),)
+            else:
+                kept = past[p * TAPS : (p + 1) * TAPS]
+            even = entering[s * P + p]
+            odd = tl.zeros_like(even)
+            for k in tl.static_range(TAPS - 1, -1, -1):  # the newest value last: the chain waits for it
+                if k % 2 == 0:
+                    even += f[(k * STEPS + s) * P + p] * kept[k]
+                else:
+                    odd += f[(k * STEPS + s) * P + p] * kept[k]
+            h = sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p]
             states = states + (h,)
             if SHARE > 1:  # a lane's oldest value moves on to the next lane
-                oldest = _from_partner(past[TAPS - 1], lane)
-                if HAS_RESET:
-                    oldest = tl.where(flags[s] != 0, 0.0, oldest)
-                shifted = shifted + (tl.where(q == 0, h, oldest),)
+                shifted = shifted + (tl.where(q == 0, h, _from_partner(kept[TAPS - 1], lane)),)
             else:
                 shifted = shifted + (h,)
             for k in tl.static_range(TAPS - 1):
-                if HAS_RESET:
-                    shifted = shifted + (tl.where(flags[s] != 0, 0.0, past[p * TAPS + k]),)
-                else:
-                    shifted = shifted + (past[p * TAPS + k],)
+                shifted = shifted + (kept[k],)
         past = shifted
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
     return _kept(past, TAPS, STEPS, P)
@@ -230,38 +230,32 @@ def _backward_group(
     tile = unstack(tile, STEPS, WIDTH, P)
     if HAS_RESET:
         ages = step_flags(ages_at, t, STEPS, WIDTH)
-    scaled = ()  # s / S, the last step first
+    scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
-        owed = ()
+        owed, done = (), ()
         for p in tl.static_range(P):
             now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
             if SHARE > 1:
                 other = _from_partner(now, lane)
                 following = tl.where(q == 0, other, 0.0)
                 now = tl.where(q == 0, now, other)
-            scaled = scaled + ((g[s * P + p] + now) * scale[s * P + p],)
+            done = done + ((g[s * P + p] + now) * scale[s * P + p],)
             for k in tl.static_range(TAPS):
-                part = scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + k]
+                part = done[p] * f[(k * STEPS + s) * P + p]
                 part += r[p * TAPS + k + 1] if k + 1 < TAPS else following
                 owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
-        r = owed
-    grads, dv = (), ()  # flat as z, and [step P + row]
-    for s in tl.static_range(STEPS):
-        for p in tl.static_range(P):
-            xs = ()
-            for k in tl.static_range(TAPS):
+        r, scaled = owed, done + scaled
+    xs = ()  # flat as f
+    for k in tl.static_range(TAPS):
+        for s in tl.static_range(STEPS):
+            for p in tl.static_range(P):
                 x = _history(tile, window, s + TAPS - k, p, TAPS, STEPS, P)
                 if HAS_RESET:
                     x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
                 xs = xs + (x,)
-            grads = grads + row_gradients(
-                z, f, xs, v[s * P + p], scale[s * P + p], scaled[(STEPS - 1 - s) * P + p], s * P + p, q, lane,
-                TAPS, GATE, PARTNER,
-            )  # fmt: skip
-            dv = dv + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + TAPS],)
     store_gradients(
-        grads, dv, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores, stores & own,
-        D_K, TAPS, STEPS, WIDTH, P,
+        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
     )  # fmt: skip
     earlier = ()
     for p in tl.static_range(P):
