@@ -177,32 +177,48 @@ def evaluate_checkpoint(
     length: Annotated[
         str | None, typer.Option(help="probe rows this long: 16x the training length, or tokens")
     ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="of the rows of state, mad and long tasks, separated by commas")
+    ] = "",
     rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
-    if length is not None:
+    from .evaluate.team import join, leave
+
+    team, device = join(device)
+    if length is not None and team.is_main:
         from .evaluate.length import probe_length
 
         for checkpoint in checkpoints:
             probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
-        if not tasks and suite is None:
-            return
-    from .evaluate.compare import evaluate_each
+    if tasks or suite is not None or length is None:
+        from .evaluate.compare import evaluate_each
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    evaluate_each(
-        checkpoints,
-        names,
-        suite=suite,
-        limit=limit,
-        output=output,
-        data=data,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=device,
-    )
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        evaluate_each(
+            checkpoints,
+            names,
+            suite=suite,
+            limit=limit,
+            output=output,
+            data=data,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            max_length=max_length,
+            lengths=_numbers(lengths),
+            device=device,
+            team=team,
+        )
+    leave(team)
+
+
+def _numbers(text: str) -> list[int] | None:
+    """Whole numbers above zero, separated by commas; None for none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--lengths {text}: whole numbers are wanted, as in --lengths 32,512")
+    return [int(part) for part in parts] or None
 
 
 @app.command()

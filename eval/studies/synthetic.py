@@ -1,294 +1,325 @@
 """The study of the paper's synthetic claims: tasks against mixers, at equal parameters, over seeds.
 
-    S=eval/studies/synthetic.py
-    python $S --output runs/study --study states --minutes 20 --jobs 8
-    python $S --output runs/study --study mad --minutes 20 --jobs 8
-    python $S --output runs/study --tasks s3 --models bd_lru-m1,bd_lru-m4 --hidden 32 --steps 300
+    python -m eval.studies.synthetic --study search --output runs/study --minutes 4 --processes 4
+    python -m eval.studies.synthetic --study final --output runs/study --minutes 5 --processes 4
+    python -m eval.studies.synthetic --study states --output runs/study --tasks s3 --models bd_lru-m4
 
-Each (task, model) is trained once for every learning rate with the first seed; the other seeds train with
-the rate that was best for it. All models of a task have the parameters of the first (within a few per mille):
-the width of the recurrence is fitted, and where a mixer has no such width, that of the SwiGLU. Runs share the
-device, `--jobs` processes side by side. When the minutes are over no run is begun; run the command again to
-go on. State tasks are probed at 16 times the training length.
+`states` and `mad` train each (task, model) once for every learning rate with the first seed; the other seeds
+train with the rate that was best for it. All models of a study have the parameters of the reference, within a
+few per mille. `final` is both. `search` trains bd_lru on s5 and on recall under many settings. Runs share the
+device: waves of them in each of some processes. When the minutes are over, no wave is begun and those under
+way are dropped; the same command goes on, and with `--minutes 0` writes the tables of what there is.
 
-Writes OUTPUT/results.jsonl (a line a run), OUTPUT/NAME.json and OUTPUT/NAME.md (the table).
+Writes OUTPUT/results.jsonl (a line a run), OUTPUT/STUDY.json, OUTPUT/STUDY.md (the table) and, of state
+tasks, OUTPUT/STUDY.png.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
-import statistics
 import sys
 import time
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-MODELS: dict[str, dict[str, Any]] = {
-    **{f"bd_lru-m{m}": {"type": "bd_lru", "block_size": m} for m in (1, 2, 4, 5, 8)},
-    **{f"h_lru-m{m}": {"type": "h_lru", "order": m} for m in (2, 4, 8)},
-    "lstm": {"type": "lstm"},
-    "attention": {"type": "attention", "num_heads": 8},
-    "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 32, "state_size": 16},
-    "deltanet": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": False},
-    "deltanet-negative": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": True},
-    "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 32},
-}
-STUDIES = {
-    "states": ["s3", "s4", "s5"],
+import torch
+
+from lrnn_lm.data import SYNTHETIC_TASKS
+
+from .contenders import MODELS, Fitting, contender
+from .picture import draw_states
+from .replicas import Job, train_wave
+from .tables import rank, search_table, table
+
+TASKS = {
+    "states": ["s5", "s4", "s3"],
     "mad": [
-        "in_context_recall", "fuzzy_in_context_recall", "noisy_in_context_recall", "selective_copying",
-        "compression", "memorisation",
+        "in_context_recall", "memorisation", "compression", "noisy_in_context_recall",
+        "selective_copying", "fuzzy_in_context_recall",
     ],
 }  # fmt: skip
-PROBED = 16  # training lengths
-FITTED = {"bd_lru": "num_blocks", "h_lru": "num_blocks", "lstm": "width"}  # else the SwiGLU
+TRAINED, TESTED = 32, (32, 64, 128, 256, 512)
+REFERENCE = {"states": "bd_lru-m5", "mad": "bd_lru-m4"}  # whose size the others are brought to
+BLOCKS = {"bd_lru-m5": 16, "bd_lru-m4": 20}  # at width 64
+GRACE = 10.0  # seconds after the deadline that a wave under way may take to look at the clock
+MEMORISATION_STEPS = 400  # 200 times its 256 rows, as published
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--study", choices=list(STUDIES), default="states")
-    parser.add_argument("--tasks", help="instead of the study's, separated by commas")
-    parser.add_argument(
-        "--models", default=",".join(MODELS), help="separated by commas; the first sets the size"
+    parser = argparse.ArgumentParser(prog="python -m eval.studies.synthetic",
+                                     description=(__doc__ or "").split("\n")[0])  # fmt: skip
+    add = parser.add_argument
+    add("--output", type=Path, required=True)
+    add("--study", choices=["search", "states", "mad", "final"], default="states")
+    add("--tasks", help="instead of the study's, separated by commas")
+    add("--models", default=",".join(MODELS), help="separated by commas")
+    add("--gate", default="softmax", help="of bd_lru and h_lru")
+    add("--gate-std", type=float, default=1.0, help="spread of their logits at the start; 0: the model's own")
+    add("--sweep", action="store_true", help="mad: the published difficulties too, one at a time")
+    add("--hidden", type=int, default=64)
+    add("--layers", type=int, help="default: 1 for states, 2 for mad")
+    add(
+        "--short",
+        default="4:800,8:600,16:400",
+        help="states: length:steps to begin with, separated by commas, or empty",
     )
-    parser.add_argument("--gates", default="softmax", help="of bd_lru and h_lru, separated by commas")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--steps", type=int, help="default: the recipe's")
-    parser.add_argument("--rows", type=int, default=128, help="a step")
-    parser.add_argument("--lrs", default="1e-3,3e-3,1e-2")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument(
-        "--start", type=int, default=0, help="1: a start symbol before each row of a state task"
-    )
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes of each run")
-    parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    add("--steps", type=int, help="at the training length; default: 1800 for states, 4000 for mad")
+    add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
+    add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
+    add("--lrs", default="1e-3,3e-3,1e-2")
+    add("--seeds", default="0,1,2")
+    add("--minutes", type=float, default=5.0)
+    add("--processes", type=int, default=0, help="0: in this one")
+    add("--wave", type=int, default=12, help="runs side by side in a process")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(given)
 
 
-def recipe_of(job: dict[str, Any], parameters: int | None = None) -> Any:
-    """The recipe of a run; with `parameters`, its widths fitted to that many."""
-    from lrnn_lm.recipe import load_recipe
-
-    kind = job["mixer"]["type"]
-    overrides = [
-        f"name={job['name']}", f"seed={job['seed']}", f"train.runs_dir={job['runs']}",
-        f"optim.lr={job['lr']}",
-        f"data.cache_dir={job['runs']}/cache", f"model.hidden_size={job['hidden']}",
-        f"model.intermediate_size={4 * job['hidden']}", f"train.device={job['device']}",
-        f"train.micro_batch={job['rows']}", f"data.num_workers={job['workers']}", "optim.warmup=5%",
-        *(f"model.mixer.{key}={json.dumps(value)}" for key, value in job["mixer"].items()),
-    ]  # fmt: skip
-    if job["start"]:
-        overrides.append(f"data.source.options.start={job['start']}")
-    path = f"recipes/synthetic/{job['task'].replace('_', '-')}.yaml"
-    length = load_recipe(path).data.sequence_length
-    overrides.append(f"train.tokens_per_step={job['rows'] * length}")
-    if job["steps"]:
-        overrides += [f"train.tokens={job['steps'] * job['rows'] * length}"]
-        overrides += [
-            f"eval.every={max(1, job['steps'] // 5)} steps",
-            f"checkpoint.every={job['steps']} steps",
-        ]
-    if parameters is not None:
-        overrides.append(fitted(path, overrides, kind, parameters))
-    return load_recipe(path, overrides)
+def named(job: Job) -> Job:
+    """`job` with a name that says what it is; equal settings give equal names."""
+    settings = asdict(replace(job, name="", seed=0, lr=0.0))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return replace(job, name=f"{job.study}-{job.task}-{job.model}-{digest}-lr{job.lr:g}-seed{job.seed}")
 
 
-def count(path: str, overrides: list[str]) -> int:
-    """Parameters of a recipe's model, as a language model (an auto-encoder's decoder is the same for all)."""
-    from lrnn_lm.model.accounting import account
-    from lrnn_lm.recipe import load_recipe
-    from lrnn_lm.train.build import model_config
-    from lrnn_lm.train.info import vocabulary
-
-    recipe = load_recipe(path, overrides)
-    return account(model_config(recipe, vocabulary(recipe)), 16).total_parameters
-
-
-def fitted(path: str, overrides: list[str], kind: str, parameters: int) -> str:
-    """The override of a width that brings the model nearest to `parameters`, by bisection."""
-    key = f"model.mixer.{FITTED[kind]}" if kind in FITTED else "model.intermediate_size"
-    low, high = 1, 2
-    while count(path, [*overrides, f"{key}={high}"]) < parameters and high < 2**16:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = count(path, [*overrides, f"{key}={middle}"]) < parameters
-        low, high = (middle, high) if below else (low, middle)
-    gaps = {width: abs(count(path, [*overrides, f"{key}={width}"]) - parameters) for width in (low, high)}
-    return f"{key}={min(gaps, key=gaps.__getitem__)}"
+def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
+    """A run of the study but for its model, rate and seed."""
+    if task not in SYNTHETIC_TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(SYNTHETIC_TASKS)}")
+    kind = SYNTHETIC_TASKS[task]
+    states = kind.examples is None
+    if states:
+        stages, tested = (*_stages(options.short), (TRAINED, options.steps or 1800)), TESTED
+    else:
+        steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 4000
+        stages, tested = ((kind.length, steps),), (kind.length,)
+    decay = (0.1 if states else 0.0) if options.weight_decay is None else options.weight_decay
+    return Job(
+        name="", task=task, model="", mixer={}, seed=0, lr=0.0, stages=stages, tested=tested,
+        rows=options.rows or (256 if states else 128), hidden=options.hidden,
+        layers=options.layers or (1 if states else 2), intermediate=2 * options.hidden,
+        options={"start": 1} if states else {}, study=study, weight_decay=decay,
+    )  # fmt: skip
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one run and measure it; what went wrong stands in `error`."""
-    import torch
-    from rich.console import Console
-
-    from lrnn_lm.data import STATE_TASKS
-    from lrnn_lm.evaluate.length import by_multiple, probe_length
-    from lrnn_lm.train.build import build_trainer
-
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    try:
-        trainer = build_trainer(recipe_of(job, job["parameters"]), Console(quiet=True))
-        checkpoint = trainer.run()
-    except ValueError as error:
-        return {**job, "error": str(error)}
-    lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [line["accuracy"] for line in lines if "accuracy" in line]
-    result = {
-        **job,
-        "parameters_had": sum(p.numel() for p in trainer.bare_model.parameters()),
-        "accuracy": accuracy[-1],
-        "best_accuracy": max(accuracy),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    if job["task"] in STATE_TASKS:
-        facts = probe_length(checkpoint, f"{PROBED}x", rows=64, device=job["device"], quiet=True)
-        result["by_length"] = [[where, hits] for where, _, hits in by_multiple(facts)]
-    return result
+def _stages(text: str) -> list[tuple[int, int]]:
+    """`4:600,8:400` as pairs of length and steps."""
+    pairs = [part.split(":") for part in text.split(",") if part]
+    if not all(
+        len(pair) == 2 and all(number.isdecimal() and int(number) for number in pair) for pair in pairs
+    ):
+        raise ValueError(f"--short {text}: pairs of length and steps are wanted, as in 4:600,8:400")
+    return [(int(length), int(steps)) for length, steps in pairs]
 
 
-def jobs_of(options: argparse.Namespace, lr_of: dict[tuple[str, str], float] | None) -> list[dict[str, Any]]:
-    """The runs of the first seed at every rate; or, with the best rates, those of the other seeds."""
+def variants(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is changed about a task: nothing, and with --sweep each published difficulty."""
+    sweep = SYNTHETIC_TASKS[task].sweep if options.sweep else {}
+    return [{}, *({key: value} for key, values in sweep.items() for value in values)]
+
+
+def varied(job: Job, change: dict[str, Any]) -> Job:
+    """`job` with one of the `variants` of its task: a length, a number of training rows, or an option."""
+    (key, value), *_ = change.items() or [("", None)]
+    if key == "length":
+        return replace(job, stages=((value, job.steps),), tested=(value,))
+    if key == "examples":
+        return replace(job, examples=value)
+    return replace(job, options={**job.options, **change})
+
+
+def gates(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of gates."""
+    return {"gate": options.gate, **({"gate_std": options.gate_std} if options.gate_std else {})}
+
+
+def study_jobs(study: str, options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[Job]:
+    """The first seed at every rate, and the other seeds of those whose rates have all been tried."""
+    tasks = options.tasks.split(",") if options.tasks else TASKS[study]
+    if options.study == "final":
+        tasks = [task for task in tasks if task in TASKS[study]]
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    tasks = options.tasks.split(",") if options.tasks else STUDIES[options.study]
-    gates = options.gates.split(",")
+    fit = _fitting(study, options)
     jobs = []
-    for task in tasks:
-        for model in options.models.split(","):
-            if model not in MODELS:
-                raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
-            gated = MODELS[model]["type"] in ("bd_lru", "h_lru")
-            for gate in gates if gated else [""]:
-                label = f"{model}-{gate}" if gate else model
-                mixer = {**MODELS[model], **({"gate": gate} if gate else {})}
-                if lr_of is None:
-                    pairs = [(float(lr), seeds[0]) for lr in options.lrs.split(",")]
-                else:
-                    pairs = [(lr_of[task, label], seed) for seed in seeds[1:] if (task, label) in lr_of]
-                for lr, seed in pairs:
-                    name = f"{task}-{label}-d{options.hidden}-s{options.start}-lr{lr:g}-seed{seed}"
-                    jobs.append({
-                        "name": name, "task": task, "model": label, "mixer": mixer, "lr": lr, "seed": seed,
-                        "hidden": options.hidden, "steps": options.steps, "rows": options.rows,
-                        "start": options.start, "runs": str(options.output), "workers": options.workers,
-                        "device": options.device, "parameters": None,
-                    })  # fmt: skip
+    each = [(task, change) for task in tasks for change in variants(task, options)]
+    for (task, change), model in product(each, options.models.split(",")):
+        job = fit(contender(varied(base_job(study, task, options), change), model, **gates(options)))
+        tried = [named(replace(job, lr=float(lr), seed=seeds[0])) for lr in options.lrs.split(",")]
+        jobs += tried
+        if all(one.name in found for one in tried):
+            best = max((found[one.name] for one in tried), key=rank)
+            if "error" not in best:
+                jobs += [named(replace(job, lr=best["lr"], seed=seed)) for seed in seeds[1:]]
     return jobs
 
 
-def set_parameters(jobs: list[dict[str, Any]]) -> None:
-    """Give each task's runs the parameters of its first."""
-    wanted: dict[str, int] = {}
-    for job in jobs:
-        if job["task"] not in wanted:
-            recipe = recipe_of(job)
-            from lrnn_lm.model.accounting import account
-            from lrnn_lm.train.build import model_config
-            from lrnn_lm.train.info import vocabulary
-
-            wanted[job["task"]] = account(model_config(recipe, vocabulary(recipe)), 16).total_parameters
-        job["parameters"] = wanted[job["task"]]
+_fits: dict[tuple[str, int, int | None], Fitting] = {}
 
 
-def work(jobs: list[dict[str, Any]], options: argparse.Namespace, deadline: float) -> bool:
-    """Run what is not done yet, side by side, until the deadline; whether all is done."""
+def _fitting(study: str, options: argparse.Namespace) -> Fitting:
+    """The widths of a study's models."""
+    key = (study, options.hidden, options.layers)
+    if key not in _fits:
+        model = REFERENCE[study]
+        job = contender(
+            base_job(study, TASKS[study][0], options), model, num_blocks=BLOCKS[model] * options.hidden // 64
+        )
+        _fits[key] = Fitting(job)
+    return _fits[key]
+
+
+def search_jobs(options: argparse.Namespace) -> list[Job]:
+    """Settings of bd_lru, the likeliest first: s5 with blocks of five, two seeds; recall with blocks of four
+    and of one; then other sizes, depths and gates on s5. Widths are those of equal parameters.
+    """
+    base = base_job("search", "s5", options)
+    plain = ((TRAINED, 3000),)
+    short = ((6, 1200), (TRAINED, 1800))
+    steps = ((4, 800), (8, 600), (16, 400), (TRAINED, 1800))
+    jobs = [
+        _settings(base, 5, gate_std=std, weight_decay=decay, lr=lr, layers=1, stages=stages, seed=seed)
+        for std, decay, lr, stages, seed in product(
+            (1.0, 0.5), (0.1, 0.03, 0.0), (1e-2, 5e-3), (steps, short, plain), (0, 1)
+        )
+    ]
+    jobs += [
+        _settings(base, size, weight_decay=decay, layers=layers, stages=stages)
+        for size, layers in ((8, 1), (5, 2), (8, 2), (4, 1))
+        for decay, stages in product((0.1, 0.0), (steps, short))
+    ]
+    jobs += [
+        _settings(base, 5, gate=gate, weight_decay=decay, stages=steps)
+        for gate, decay in product(("silu", "identity", "tanh"), (0.1, 0.0))
+    ]
+    jobs[24:24] = _recall_jobs(options)
+    return [named(job) for job in jobs]
+
+
+def _settings(
+    base: Job, size: int, gate: str = "softmax", gate_std: float = 1.0, layers: int = 1, lr: float = 1e-2,
+    **changes: Any,
+) -> Job:  # fmt: skip
+    mixer = {"gate": gate, "gate_std": gate_std, "num_blocks": {4: 23, 5: 16, 8: 7}[size]}
+    return contender(replace(base, layers=layers, lr=lr, **changes), f"bd_lru-m{size}", **mixer)
+
+
+def _recall_jobs(options: argparse.Namespace) -> list[Job]:
+    """Blocks of four and of one at equal parameters, at two widths of the model."""
+    jobs = []
+    for hidden, (gate, std), lr, size in product(
+        (64, 128), (("softmax", 1.0), ("softmax", None), ("identity", 1.0)), (3e-3, 1e-3), (4, 1)
+    ):
+        chosen = argparse.Namespace(**{**vars(options), "hidden": hidden, "layers": 2})
+        base = replace(base_job("mad", "in_context_recall", chosen), stages=((128, 8000),), lr=lr)
+        mixer = {"gate": gate, **({"gate_std": std} if std else {})}
+        job = _fitting("mad", chosen)(contender(base, f"bd_lru-m{size}", **mixer))
+        jobs.append(replace(job, study="search"))
+    return jobs
+
+
+def jobs_now(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[Job]:
+    """All runs that can be named by now, in the order in which they should be done."""
+    if options.study == "search":
+        return search_jobs(options)
+    if options.study != "final":
+        return study_jobs(options.study, options, found)
+    return [job for study in TASKS for job in study_jobs(study, options, found)]
+
+
+def next_wave(waiting: list[Job], most: int) -> list[Job]:
+    """The first job and those that can run beside it: of equal task, rows and stages."""
+    first = waiting[0]
+    return [job for job in waiting if _data(job) == _data(first)][:most]
+
+
+def _data(job: Job) -> tuple[Any, ...]:
+    return job.task, job.rows, job.stages, job.options, job.examples
+
+
+def run_wave(jobs: list[Job], device: str, deadline: float) -> list[dict[str, Any]]:
+    """A wave in this process, on one thread."""
+    torch.set_num_threads(1)
+    return train_wave(jobs, torch.device(device), deadline)
+
+
+class Here:
+    """What a pool is, in this process."""
+
+    def apply_async(self, function: Any, inputs: tuple) -> "Here":
+        self.value = function(*inputs)
+        return self
+
+    def ready(self) -> bool:
+        return True
+
+    def get(self) -> Any:
+        return self.value
+
+
+def work(options: argparse.Namespace, deadline: float) -> bool:
+    """Run what is not done yet until the deadline; whether all is done."""
     file = options.output / "results.jsonl"
-    done = {result["name"] for result in results(file)}
-    waiting = [job for job in jobs if job["name"] not in done]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(options.jobs, max(1, len(waiting)))) as pool:
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < options.jobs and time.monotonic() < deadline:
-                running.append(pool.apply_async(run, (waiting.pop(0),)))
-            if not running:
-                break
-            for ready in [future for future in running if future.ready()]:
-                running.remove(ready)
-                result = ready.get()
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(result) + "\n")
-                print(result["name"], result.get("error") or f"{result['best_accuracy']:.4f}", flush=True)
-            time.sleep(0.2)
+    pool: Any = Here()
+    if options.processes:
+        pool = multiprocessing.get_context("spawn").Pool(options.processes)
+    running: list[tuple[Any, list[Job]]] = []
+    while True:
+        found = results(file)
+        busy = {job.name for _, jobs in running for job in jobs}
+        waiting = [job for job in jobs_now(options, found) if job.name not in found and job.name not in busy]
+        while waiting and len(running) < max(1, options.processes) and time.monotonic() < deadline:
+            wave = next_wave(waiting, options.wave)
+            names = {job.name for job in wave}
+            waiting = [job for job in waiting if job.name not in names]
+            running.append((pool.apply_async(run_wave, (wave, options.device, deadline)), wave))
+        if not running or time.monotonic() > deadline + GRACE:
+            break
+        for future, wave in [pair for pair in running if pair[0].ready()]:
+            running.remove((future, wave))
+            _keep(file, future.get())
+        time.sleep(0.05 if options.processes else 0)
+    if options.processes:
+        pool.terminate()
     return not waiting
 
 
-def results(file: Path) -> list[dict[str, Any]]:
-    """The runs that are done."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def _keep(file: Path, made: list[dict[str, Any]]) -> None:
+    """Append results, a line a run."""
+    with file.open("a", encoding="utf-8") as lines:
+        for result in made:
+            lines.write(json.dumps(result) + "\n")
+            told = result.get("error") or f"{result['accuracy']:.4f} {result.get('by_length', '')}"
+            print(result["name"], told, flush=True)
 
 
-def score(result: dict[str, Any]) -> float:
-    """Held-out accuracy; of a run that failed, none."""
-    return result.get("best_accuracy", -1.0)
+def results(file: Path) -> dict[str, dict[str, Any]]:
+    """The runs that are done, by name."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {result["name"]: result for result in map(json.loads, lines)}
 
 
-def best_rates(found: list[dict[str, Any]], seed: int) -> dict[tuple[str, str], float]:
-    """The learning rate of the first seed's best run, by task and model."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in found:
-        key = result["task"], result["model"]
-        if result["seed"] == seed and (key not in best or score(result) > score(best[key])):
-            best[key] = result
-    return {key: result["lr"] for key, result in best.items() if score(result) >= 0}
-
-
-def table(found: list[dict[str, Any]], rates: dict[tuple[str, str], float]) -> str:
-    """Markdown: a row a task and model at its best rate, mean and spread over seeds."""
-    lines = ["| task | model | parameters | lr | seeds | accuracy | by length |", "|" + " --- |" * 7]
-    for (task, model), lr in rates.items():
-        runs = [r for r in found if (r["task"], r["model"], r["lr"]) == (task, model, lr) and score(r) >= 0]
-        hits = [score(r) for r in runs]
-        spread = f" ± {statistics.stdev(hits):.4f}" if len(hits) > 1 else ""
-        lengths = []
-        for i, (where, _) in enumerate(runs[0].get("by_length", [])):
-            lengths.append(f"{where}: {statistics.fmean(r['by_length'][i][1] for r in runs):.3f}")
-        cells = [task, model, f"{runs[0]['parameters_had']:,}", f"{lr:g}", str(len(runs))]
-        lines.append(
-            "| " + " | ".join([*cells, f"{statistics.fmean(hits):.4f}{spread}", "; ".join(lengths)]) + " |"
-        )
-    failed = sorted({f"{r['model']}: {r['error']}" for r in found if "error" in r})
-    return "\n".join([*lines, "", *(f"- did not run: {reason}" for reason in failed)]) + "\n"
-
-
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run the study as far as the minutes go, and write its table."""
-    options = arguments()
+    options = arguments(given)
     options.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes
-    file = options.output / "results.jsonl"
-    jobs = jobs_of(options, None)
-    set_parameters(jobs)
-    whole = work(jobs, options, deadline)
-    names = {job["name"] for job in jobs}
-    seed = int(options.seeds.split(",")[0])
-    rates = best_rates([r for r in results(file) if r["name"] in names], seed)
-    others = jobs_of(options, rates)
-    set_parameters_like(others, jobs)
-    whole = work(others, options, deadline) and whole
-    names |= {job["name"] for job in others}
-    found = [r for r in results(file) if r["name"] in names]
-    study = options.study if not options.tasks else options.tasks.replace(",", "-")
+    whole = work(options, time.monotonic() + 60 * options.minutes)
+    found = results(options.output / "results.jsonl")
+    jobs = jobs_now(options, found)
+    text = (search_table if options.study == "search" else table)(jobs, found)
     settings = {key: str(value) for key, value in vars(options).items()}
-    text = json.dumps({"command": sys.argv, "settings": settings, "complete": whole, "runs": found}, indent=1)
-    (options.output / f"{study}.json").write_text(text + "\n", encoding="utf-8")
-    (options.output / f"{study}.md").write_text(table(found, rates), encoding="utf-8")
-    print(table(found, rates))
+    runs = [{key: value for key, value in found[job.name].items() if key != "losses"}
+            for job in jobs if job.name in found]  # fmt: skip
+    facts = {"command": sys.argv, "settings": settings, "complete": whole, "runs": runs}
+    (options.output / f"{options.study}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    (options.output / f"{options.study}.md").write_text(text, "utf-8")
+    if options.study != "search":
+        draw_states(jobs, found, options.output / f"{options.study}.png")
+    print(text)
     print("complete" if whole else "the minutes are over; the same command goes on")
-
-
-def set_parameters_like(jobs: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-    """The same parameters a task as `others` have."""
-    wanted = {job["task"]: job["parameters"] for job in others}
-    for job in jobs:
-        job["parameters"] = wanted[job["task"]]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ class Draws:
         self._used = np.uint64(0)
 
     @property
+    def base(self) -> Integers:
+        """(b, 1) where each row's draws begin, as signed numbers: for those who mix elsewhere."""
+        return self._base.view(np.int64)
+
+    @property
     def rows(self) -> int:
         """b."""
         return len(self._base)

@@ -1,4 +1,6 @@
-"""Several checkpoints on the same tasks: one after the other, then their scores beside each other."""
+"""Several checkpoints on the same tasks: one after the other, then their scores beside each other, as a table
+and as a picture.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +8,19 @@ from typing import Any
 
 from .checkpoint import describe
 from .harness import evaluate, flatten
+from .score_plot import draw_scores
 from .show import decimal, table_console
+from .team import ALONE, Team
 
 
 def evaluate_each(
-    checkpoints: Sequence[str | Path], tasks: list[str], output: Path | None = None, **settings: Any
+    checkpoints: Sequence[str | Path],
+    tasks: list[str],
+    output: Path | None = None,
+    team: Team = ALONE,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
-    """`evaluate` for each checkpoint, and a table beside each other if there are several.
+    """`evaluate` for each checkpoint, and if there are several a table beside each other and a picture.
 
     output: a folder; several checkpoints get one each below it, named after their run or folder. settings:
     as `evaluate` takes them. Raises ValueError as it does, before any is scored if one is not there.
@@ -23,9 +31,13 @@ def evaluate_each(
     results = []
     for checkpoint, name in zip(checkpoints, names, strict=True):
         where = output if output is None or len(names) == 1 else Path(output) / name
-        results.append(evaluate(checkpoint, tasks, output=where, **settings))
-    if len(results) > 1:
+        results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))
+    if len(results) > 1 and team.is_main:
         _show(names, results)
+        picture = _picture(checkpoints[0], output)
+        if picture is not None:
+            draw_scores(names, results, picture)
+            table_console().print(f"drawn in {picture}", soft_wrap=True, highlight=False)
     return results
 
 
@@ -51,6 +63,13 @@ def _names(checkpoints: Sequence[str | Path]) -> list[str]:
         twice = next(name for name in long if long.count(name) > 1)
         raise ValueError(f"two of the checkpoints are called {twice}; each is to be given once")
     return long
+
+
+def _picture(first: str | Path, output: Path | None) -> Path | None:
+    """Where the picture goes: into `output`, else among the plots of the first one's run, if it has a run."""
+    run = describe(first).run
+    folder = Path(output) if output is not None else run / "plots" if run is not None else None
+    return None if folder is None else folder / "comparison.png"
 
 
 def _show(names: list[str], results: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from .checkpoint import CheckpointInfo, check_window, describe, document_start, 
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
+from .team import ALONE, Team
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,8 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     num_fewshot: int | None = None,
     max_length: int | None = None,
+    lengths: list[int] | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
 
@@ -50,6 +53,9 @@ def evaluate(
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
     max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
+    lengths: of the state, mad and long tasks' rows, in place of their own.
+    team: the processes that share the work, all of which call this; the main one prints and writes, the
+    others return {}.
 
     The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
     a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
@@ -64,7 +70,8 @@ def evaluate(
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
     documents = _documents(info, data)
-    metadata = {"pretrained": str(info.path), **({"data": documents} if documents else {})}
+    metadata: dict[str, Any] = {"pretrained": str(info.path)}
+    metadata |= {key: value for key, value in (("data", documents), ("lengths", lengths)) if value}
     with _quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
@@ -73,22 +80,26 @@ def evaluate(
         check_window(model, window)
         with hub_data(hub):
             results, truncated = _run(
-                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window
+                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window, team
             )
+    if not team.is_main:
+        return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names,
         "limit": limit,
         "num_fewshot": num_fewshot,
         "max_length": window,
+        "lengths": lengths,
         "batch_size": batch_size,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "data": documents,
         "truncated_requests": truncated,
+        "processes": team.size,
     }
     results["software"] = _versions()
-    written = _write(results, info, names, limit, suite, output)
+    written = _write(results, info, names, limit, suite, output, lengths)
     _show(results, written)
     return results
 
@@ -158,6 +169,7 @@ def _run(
     batch_size: int,
     num_fewshot: int | None,
     max_length: int,
+    team: Team,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's results, and how many requests lost the beginning of their context."""
     import lm_eval
@@ -168,7 +180,9 @@ def _run(
     start = document_start(model, tokenizer)
     try:
         with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
-            lm = LiveLM(model, tokenizer, batch_size=batch_size, max_length=max_length, start=start)
+            lm = LiveLM(
+                model, tokenizer, batch_size=batch_size, max_length=max_length, start=start, team=team
+            )
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=names,
@@ -234,6 +248,7 @@ def _write(
     limit: int | None,
     suite: Path | None,
     output: Path | None,
+    lengths: list[int] | None,
 ) -> Path | None:
     """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it."""
     folder = Path(output) if output is not None else info.run / "eval" if info.run is not None else None
@@ -245,6 +260,7 @@ def _write(
         what = Path(suite).stem if suite is not None else "+".join(names).replace("*", "_").replace("/", "_")
         if len(what) > 80:
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+        what += f"-lengths{'-'.join(map(str, lengths))}" if lengths else ""
         path = folder / f"{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .team import ALONE, Team
+
 
 class LiveLM(HFLM):
     """HFLM over a model in memory.
 
     start: the token put before every context (BOS), or None to leave that to the tokenizer. A rolling
     log-likelihood starts at BOS in any case, and exactly once. `truncated` counts the requests that did not
-    fit max_length tokens and lost the beginning of their context.
+    fit max_length tokens and lost the beginning of their context. team: those who share the requests;
+    each of them looks like a process alone to lm-eval.
     """
 
     def __init__(
@@ -29,8 +32,9 @@ class LiveLM(HFLM):
         batch_size: int,
         max_length: int,
         start: int | None,
+        team: Team = ALONE,
     ) -> None:
-        self._start, self._rolling, self.truncated = start, False, 0
+        self._start, self._rolling, self.truncated, self._team = start, False, 0, team
         self._bare = (
             tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
         )  # nothing to begin with
@@ -72,8 +76,22 @@ class LiveLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text given BOS, in windows of max_length tokens."""
+        texts = [request.args[0] for request in requests]
+
+        def score(share: list[Instance]) -> list[float]:
+            return super(LiveLM, self).loglikelihood_rolling(share, disable_tqdm=self._quiet(disable_tqdm))
+
         with self._without_start():
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of each context."""
+        contexts = [request.args[0] for request in requests]
+
+        def write(share: list[Instance]) -> list[str]:
+            return super(LiveLM, self).generate_until(share, disable_tqdm=self._quiet(disable_tqdm))
+
+        return self._team.share(requests, range(len(contexts)), list(map(len, contexts)), write)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -81,8 +99,20 @@ class LiveLM(HFLM):
         fits = self.max_length + 1  # the last token is only predicted
         self.truncated += sum(len(context) + len(target) > fits for _, context, target in requests)
         # A rolling request comes here once a batch: one progress bar each would be a wall of them.
-        quiet = disable_tqdm or override_bs is not None
-        return super()._loglikelihood_tokens(requests, disable_tqdm=quiet, override_bs=override_bs)
+        quiet = self._quiet(disable_tqdm) or override_bs is not None
+
+        def score(share: list[Any]) -> list[tuple[float, bool]]:
+            return super(LiveLM, self)._loglikelihood_tokens(share, quiet, override_bs)
+
+        if self._rolling:  # this process's share already
+            return score(requests)
+        contexts = [tuple(context) for _, context, _ in requests]
+        costs = [len(context) + len(target) for _, context, target in requests]
+        return self._team.share(requests, contexts, costs, score)
+
+    def _quiet(self, disable_tqdm: bool) -> bool:
+        """One progress bar is enough."""
+        return disable_tqdm or not self._team.is_main
 
     @contextmanager
     def _without_start(self) -> Iterator[None]:

@@ -30,6 +30,19 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
 
 
+def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tensor]:
+    """Initial values of `gate_proj.weight` that give logits of standard deviation gate_std; none if None.
+
+    The input is normalised, so that its square sums to its width. Logits that spread by about 1 are what lets
+    a softmax start to select: near zero it averages all it reads (docs/results/synthetic.md).
+    """
+    if gate_std is None:
+        return {}
+    if gate_std <= 0:
+        raise ValueError(f"gate_std must be above 0, not {gate_std}")
+    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
+
+
 class JointProjections:
     """For a module with several projections of the same input: one product, where their weights lie together.
 

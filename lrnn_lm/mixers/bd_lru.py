@@ -17,6 +17,7 @@ from .base import (
     ResidualOutput,
     SequenceContext,
     check_sizes,
+    gate_matrix,
     packs,
     plane_weights,
 )
@@ -30,16 +31,23 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         num_blocks: N; None for as many as make N M = D.
         block_size: M.
         gate: name of the gate function, see `kernels.gates`.
+        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
     """
 
-    options = ("num_blocks", "block_size", "gate")
+    options = ("num_blocks", "block_size", "gate", "gate_std")
 
     def __init__(
-        self, hidden_size: int, num_blocks: int | None = None, block_size: int = 4, gate: str = "softmax"
+        self,
+        hidden_size: int,
+        num_blocks: int | None = None,
+        block_size: int = 4,
+        gate: str = "softmax",
+        gate_std: float | None = None,
     ):
         super().__init__()
         check_sizes(num_blocks=num_blocks, block_size=block_size)
         check_gate(gate)
+        self.gate_std = gate_std
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate
@@ -86,6 +94,10 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
         return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """The gates' matrix, where `gate_std` asks for another spread than `std` gives."""
+        return gate_matrix(self.gate_proj, self.gate_std)
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""

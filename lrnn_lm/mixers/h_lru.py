@@ -21,6 +21,7 @@ from .base import (
     ResidualOutput,
     SequenceContext,
     check_sizes,
+    gate_matrix,
     packs,
     plain_weight,
     plane_weights,
@@ -35,16 +36,23 @@ class HigherOrderLRU(JointProjections, Mixer):
         num_blocks: N channels; None for D.
         order: M, how many past states a step reads.
         gate: name of the gate function, see `kernels.gates`.
+        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
     """
 
-    options = ("num_blocks", "order", "gate")
+    options = ("num_blocks", "order", "gate", "gate_std")
 
     def __init__(
-        self, hidden_size: int, num_blocks: int | None = None, order: int = 4, gate: str = "softmax"
+        self,
+        hidden_size: int,
+        num_blocks: int | None = None,
+        order: int = 4,
+        gate: str = "softmax",
+        gate_std: float | None = None,
     ):
         super().__init__()
         check_sizes(num_blocks=num_blocks, order=order)
         check_gate(gate)
+        self.gate_std = gate_std
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate
@@ -120,6 +128,10 @@ class HigherOrderLRU(JointProjections, Mixer):
         )  # (B, T, N, 1, M)
         shift = torch.eye(M, device=x.device)[: M - 1].expand(*top.shape[:3], M - 1, M)
         return torch.cat([top, shift], dim=3)
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """The gates' matrix, where `gate_std` asks for another spread than `std` gives."""
+        return gate_matrix(self.gate_proj, self.gate_std)
 
     def cost(self, context_length: int) -> MixerCost:
         """A step is M + 1 multiply-adds a channel; normalising its M + 1 gates is about 3 operations each."""

@@ -19,11 +19,11 @@ from .loss import linear_cross_entropy
 from .modeling import LRNNModel, LRNNPreTrainedModel
 
 
-def position_code(length: int, width: int) -> Tensor:
-    """(T, D): sines of the position in the first half, cosines in the second, at geometric frequencies."""
+def position_code(length: int, width: int, device: torch.device | None = None) -> Tensor:
+    """(T, D) fp32: sines of the position in the first half, cosines in the second, at geometric rates."""
     half = -(-width // 2)
-    rates = torch.exp(-math.log(10_000) * torch.arange(half) / max(1, half - 1))
-    angles = torch.arange(length).unsqueeze(1) * rates  # (T, half)
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=device) / max(1, half - 1))
+    angles = torch.arange(length, device=device).unsqueeze(1) * rates  # (T, half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
@@ -60,7 +60,7 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
             num_items_in_batch, return_logits: as in LRNNForCausalLM.
         """
         hidden = self.model(input_ids=input_ids, reset=reset, use_cache=False).last_hidden_state
-        code = position_code(input_ids.shape[1], hidden.shape[-1]).to(hidden)
+        code = position_code(input_ids.shape[1], hidden.shape[-1], hidden.device).to(hidden)
         written = self.decoder(hidden[:, -1:] + code)  # (B, T, D)
         loss = None
         if shift_labels is not None:

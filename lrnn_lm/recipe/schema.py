@@ -30,6 +30,9 @@ class MixerSection(Section):
     block_size: int = Field(4, ge=1, le=64, description="M of bd_lru")
     order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
     gate: GateName = "softmax"
+    gate_std: float | None = Field(
+        None, gt=0, description="spread of the gates' logits at the start; none: as of any other matrix"
+    )
     num_heads: int = Field(8, ge=1, description="heads of attention, the delta rules and gla")
     rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")

@@ -6,6 +6,7 @@ import pytest
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.compare import beside
+from lrnn_lm.evaluate.score_plot import arrange, draw_scores
 
 
 def evaluate(*arguments: object) -> int:
@@ -23,11 +24,38 @@ def test_beside_each_other(checkpoint, tmp_path, capsys):
     (tmp_path / "copy" / "heldout.jsonl").write_bytes(text)
     assert evaluate(checkpoint, copy, "--output", tmp_path / "out") == 0
     assert "beside each other" in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     files = [next((tmp_path / "out" / name).glob("*.json")) for name in ("tiny", "copy")]
     results = [json.loads(file.read_text()) for file in files]
     for row in beside(results):
         assert row[0] == "heldout_cloze"
         assert row[2] == row[3]
+
+
+def scores(**tasks) -> dict:
+    """Results as lm-eval gives them, each metric with a standard error."""
+    return {"results": {
+        task: {key: value for metric, score in metrics.items()
+               for key, value in ((f"{metric},none", score), (f"{metric}_stderr,none", 0.01))}
+        for task, metrics in tasks.items()
+    }}  # fmt: skip
+
+
+def test_the_picture_has_curves_by_length_and_a_panel_a_unit(tmp_path):
+    """Of a task's parts few are shown, many left out; a checkpoint without a score leaves its place empty."""
+    pairs = {f"acc_p{i}": 0.5 for i in range(13)}
+    one = scores(state_s3={"acc": 0.7, "acc_64": 0.5, "acc_32": 1.0}, blimp={"acc": 0.6, **pairs},
+                 few={"acc_a": 0.1, "acc_b": 0.2}, wiki={"word_perplexity": 30.0},
+                 arc={"acc": 0.3, "acc_norm": 0.4})  # fmt: skip
+    two = scores(blimp={"acc": 0.65, **pairs})
+    curves, panels = arrange([one, two])
+    assert curves == {"state_s3": {32: [(1.0, 0.01), None], 64: [(0.5, 0.01), None]}}
+    assert list(panels) == ["accuracy", "word_perplexity"]
+    assert list(panels["accuracy"]) == ["state_s3", "blimp", "few a", "few b", "arc", "arc (acc_norm)"]
+    assert panels["accuracy"]["blimp"] == [(0.6, 0.01), (0.65, 0.01)]
+    for results in ([one, two], [two, two], [scores(wiki={"word_perplexity": 3.0})] * 2):
+        draw_scores(["one", "two"], results, tmp_path / "new" / "scores.png")
+        assert (tmp_path / "new" / "scores.png").stat().st_size > 5000
 
 
 def test_mistakes(checkpoint, tmp_path, capsys):

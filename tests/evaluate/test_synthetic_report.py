@@ -1,21 +1,14 @@
-"""Reports of synthetic runs, and the study script at toy size."""
-
-import argparse
-import importlib.util
-from pathlib import Path
+"""Reports of synthetic runs."""
 
 import pytest
 from rich.console import Console
 
-from lrnn_lm.data import MAD_TASKS
 from lrnn_lm.evaluate.card import write_run_card
 from lrnn_lm.evaluate.report import report, to_markdown
 from lrnn_lm.evaluate.runs import read_run
 from lrnn_lm.evaluate.synthetic_report import synthetic_table
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -61,50 +54,3 @@ def test_cards(runs):
         card = write_run_card(path).read_text()
         assert ("AutoModelForCausalLM" in card) == ("parity" in path.name)
         assert "type synthetic" in card
-
-
-@pytest.fixture(scope="module")
-def study():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("study", ROOT / "eval/studies/synthetic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def options(folder, **changes):
-    settings = {
-        "output": folder, "study": "states", "tasks": "parity", "models": "bd_lru-m4,attention",
-        "gates": "softmax", "hidden": 16, "steps": 2, "rows": 4, "lrs": "1e-3,1e-2", "seeds": "0,1",
-        "start": 0, "minutes": 5.0, "jobs": 1, "workers": 0, "device": "cpu",
-    }  # fmt: skip
-    return argparse.Namespace(**{**settings, **changes})
-
-
-def test_study(study, tmp_path):
-    jobs = study.jobs_of(options(tmp_path), None)
-    assert [(job["model"], job["lr"], job["seed"]) for job in jobs] == [
-        ("bd_lru-m4-softmax", 1e-3, 0), ("bd_lru-m4-softmax", 1e-2, 0),
-        ("attention", 1e-3, 0), ("attention", 1e-2, 0),
-    ]  # fmt: skip
-    study.set_parameters(jobs)
-    done = [study.run(job) for job in (jobs[0], jobs[2])]
-    sizes = [result["parameters_had"] for result in done]
-    assert max(sizes) / min(sizes) < 1.02
-    assert all(len(result["by_length"]) == 5 for result in done)
-    rates = study.best_rates(done, 0)
-    assert rates == {("parity", "bd_lru-m4-softmax"): 1e-3, ("parity", "attention"): 1e-3}
-    others = study.jobs_of(options(tmp_path), rates)
-    assert [(job["lr"], job["seed"]) for job in others] == [(1e-3, 1), (1e-3, 1)]
-    assert "| parity | attention |" in study.table(done, rates)
-    failed = study.run({**jobs[0], "mixer": {"type": "bd_lru", "gate": "smoothmax"}, "name": "wrong"})
-    assert "smoothmax" in failed["error"]
-    with pytest.raises(ValueError, match="unknown model 'bd_lru-m3'"):
-        study.jobs_of(options(tmp_path, models="bd_lru-m3"), None)
-
-
-def test_every_model_and_task_of_the_study_has_a_recipe(study, tmp_path):
-    assert set(study.STUDIES["mad"]) == set(MAD_TASKS)
-    both = options(tmp_path, tasks="s3,memorisation", models=",".join(study.MODELS))
-    for job in study.jobs_of(both, None)[::2]:
-        assert study.recipe_of(job).model.mixer.type == job["mixer"]["type"]

@@ -1,5 +1,7 @@
 """State, MAD and long-context tasks through lm-eval; a checkpoint trained on a task meets its own symbols."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,25 @@ def test_long_texts(make):
     assert places == sorted(places)
     with pytest.raises(ValueError, match="at least 100"):
         make([10])
+
+
+def test_lengths_are_chosen_at_will(parity, tmp_path, capsys):
+    """On the command line too; the file is named after them. What is no length is a plain message."""
+
+    def evaluate(lengths: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(["eval", str(parity), "--tasks", "state_parity", "--device", "cpu", "--limit", "6",
+                  "--output", str(tmp_path), "--max-length", "100", "--lengths", lengths])  # fmt: skip
+        return left.value.code or 0
+
+    assert evaluate("5,11,70") == 0
+    file = next(tmp_path.glob("*lengths5-11-70*.json"))
+    scores = json.loads(file.read_text())["results"]["state_parity"]
+    assert {key.split(",")[0] for key in scores if key.endswith(",none")} >= {"acc_5", "acc_11", "acc_70"}
+    assert "acc_32,none" not in scores
+    for wrong in ("5,x", "0", "1"):
+        assert evaluate(wrong) == 2
+        assert "length" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_a_smaller_task(parity, capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.mixers import SequenceContext, build_mixer
 
 MIXERS = [
@@ -44,3 +45,22 @@ def test_packed_projections_change_nothing(spec):
         results.append([y, state, *torch.autograd.grad(loss, [x, *mixer.parameters()])])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec", [{"type": "bd_lru", "block_size": 3}, {"type": "h_lru", "order": 2}], ids=str
+)
+def test_gate_std_is_the_spread_of_the_logits_at_the_start(spec):
+    """Of the logits, whose input is normalised; without it they spread as any matrix makes them."""
+    for gate_std in (None, 1.5):
+        torch.manual_seed(0)
+        model = LRNNForCausalLM(LRNNConfig(
+            vocab_size=11, hidden_size=64, num_hidden_layers=1, intermediate_size=8,
+            mixer={**spec, "gate_std": gate_std},
+        ))  # fmt: skip
+        mixer = model.model.layers[0].mixer
+        logits = mixer.gate_proj(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
+        assert abs(logits.std().item() / (gate_std or 0.02 * 64**0.5) - 1) < 0.1
+        assert abs(mixer.value_proj.weight.std().item() / 0.02 - 1) < 0.1
+    with pytest.raises(ValueError, match="gate_std must be above 0"):
+        LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=8, mixer={**spec, "gate_std": 0.0}))

@@ -1,0 +1,86 @@
+"""The models of the study, brought to equal parameters by the width of the recurrence, or of the SwiGLU."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lrnn_lm import LRNNForCausalLM
+
+from .replicas import Job
+
+MODELS: dict[str, dict[str, Any]] = {
+    **{f"bd_lru-m{m}": {"type": "bd_lru", "block_size": m} for m in (1, 2, 4, 5, 8)},
+    **{f"h_lru-m{m}": {"type": "h_lru", "order": m} for m in (2, 4, 8)},
+    "lstm": {"type": "lstm"},
+    "attention": {"type": "attention", "num_heads": 4},
+    "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 32, "state_size": 16, "chunk_size": 32},
+    "deltanet": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": False},
+    "deltanet-negative": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": True},
+    "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 32},
+}
+GATED = ("bd_lru", "h_lru")
+HALF = ("deltanet", "gated_deltaproduct")  # whose kernels train in half precision only
+FITTED = {"bd_lru": "num_blocks", "h_lru": "num_blocks", "lstm": "width"}  # else the SwiGLU
+
+
+def contender(job: Job, model: str, **options: Any) -> Job:
+    """`job` with a model of the table; `options` are for the models that have gates.
+
+    Raises:
+        ValueError: a model that is not in the table.
+    """
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
+    kind = MODELS[model]["type"]
+    mixer = {**MODELS[model], **(options if kind in GATED else {})}
+    return replace(job, model=model, mixer=mixer, precision="bf16" if kind in HALF else "fp32")
+
+
+def count(job: Job) -> int:
+    """Parameters of a job's language model (an auto-encoder's head is the same for all); none are made."""
+    with torch.device("meta"):
+        model = LRNNForCausalLM(job.config())
+    return sum(p.numel() for p in model.parameters())
+
+
+def with_width(job: Job, key: str | None, width: int) -> Job:
+    """`job` with another width of its mixer, by name, or of its SwiGLU."""
+    return replace(job, mixer={**job.mixer, key: width}) if key else replace(job, intermediate=width)
+
+
+def fitted(job: Job, parameters: int, key: str | None) -> Job:
+    """`job` with the width (`key` of its mixer, or its SwiGLU's) that is nearest to `parameters`."""
+    low, high = 1, 2
+    while count(with_width(job, key, high)) < parameters and high < 2**16:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = count(with_width(job, key, middle)) < parameters
+        low, high = (middle, high) if below else (low, middle)
+    made = [with_width(job, key, width) for width in (low, high)]
+    return min(made, key=lambda one: abs(count(one) - parameters))
+
+
+class Fitting:
+    """Widths found once for each model: a task's vocabulary adds the same to all, so one task's serve all."""
+
+    def __init__(self, reference: Job) -> None:
+        """reference: the job whose parameters the others are brought to."""
+        self.reference, self.parameters = reference, count(reference)
+        self._found: dict[str, tuple[dict[str, Any], int]] = {}
+
+    def __call__(self, job: Job) -> Job:
+        """`job`, whose mixer may hold options that change no size, at the reference's parameters."""
+        if job.model not in self._found:
+            sized = replace(job, task=self.reference.task, stages=self.reference.stages,
+                            options=self.reference.options)  # fmt: skip
+            key = FITTED.get(job.mixer["type"])
+            try:
+                made = fitted(sized, self.parameters, key) if key else sized
+                made = fitted(made, self.parameters, None)  # a block is a coarse step, a channel a fine one
+            except ValueError:  # it cannot be built here, which its run will say
+                return job
+            self._found[job.model] = ({key: made.mixer[key]} if key else {}, made.intermediate)
+        widths, intermediate = self._found[job.model]
+        return replace(job, mixer={**job.mixer, **widths}, intermediate=intermediate)

@@ -1,0 +1,137 @@
+"""The picture of several checkpoints' scores beside each other, with their standard errors.
+
+Accuracies by length (`acc_512` of the state and long tasks) are curves; what is measured in one unit shares a
+panel, a line a task and a dot a checkpoint.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .harness import flatten
+from .plot import COLOURS, GREY, INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHARE = "accuracy"
+MANY = 12  # more parts of a score than this (BLiMP's paradigms) are left to the JSON
+Score = tuple[float, float | None]  # and its standard error
+Panel = dict[str, list[Score | None]]  # a label's score of each checkpoint
+
+
+def draw_scores(names: list[str], results: list[dict[str, Any]], path: Path) -> None:
+    """Write the picture (PNG, SVG or PDF by the suffix) of what `evaluate` returned for each."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    curves, panels = arrange(results)
+    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
+    with matplotlib.rc_context(style):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        tall, small = _places(figure, panels, len(curves))
+        for task, curve in curves.items():
+            _draw_curve(small.pop(0), task, curve)
+        for metric, panel in panels.items():
+            _draw_dots(tall if metric == SHARE and tall is not None else small.pop(0), metric, panel)
+        handles = [Line2D([], [], color=_colour(i), marker="o", linestyle="") for i in range(len(names))]
+        figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=140)
+
+
+def _places(figure: "Figure", panels: dict[str, Panel], curves: int) -> tuple["Axes | None", list["Axes"]]:
+    """Sizes the figure: a tall place on the left for accuracies, if there are any, small ones beside it."""
+    accuracies = len(panels.get(SHARE, {}))
+    others = curves + len(panels) - bool(accuracies)
+    columns = min(2, others)
+    rows = max(1, -(-others // 2))
+    height = max(1.4 + 0.34 * accuracies, 0.4 + 2.7 * rows)
+    wide = 1 if accuracies else 0
+    figure.set_size_inches(max(5.2, 5.6 * wide + 4.6 * columns), height)
+    grid = figure.add_gridspec(rows, wide + columns, width_ratios=[1.2] * wide + [1] * columns)
+    small = [figure.add_subplot(grid[i // 2, wide + i % 2]) for i in range(others)]
+    return figure.add_subplot(grid[:, 0]) if accuracies else None, small
+
+
+def arrange(
+    results: list[dict[str, Any]],
+) -> tuple[dict[str, dict[int, list[Score | None]]], dict[str, Panel]]:
+    """Curves (task: length: scores) and panels (metric: task: scores), scores in the checkpoints' order."""
+    columns = [{(task, metric): (value, error) for task, metric, value, error in flatten(found)}
+               for found in results]  # fmt: skip
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    parts = [task for task, metric in keys if re.fullmatch(r"acc_(?!norm).*", metric)]
+    curves: dict[str, dict[int, list[Score | None]]] = {}
+    panels: dict[str, Panel] = {}
+    for task, metric in keys:
+        scores = [column.get((task, metric)) for column in columns]
+        length = re.fullmatch(r"acc_(\d+)", metric)
+        part = re.fullmatch(r"acc_(?!norm).*", metric)
+        if length:
+            curves.setdefault(task, {})[int(length[1])] = scores
+        elif part and parts.count(task) > MANY:
+            continue
+        else:
+            label = f"{task} {metric.removeprefix('acc_')}" if part else task
+            unit = SHARE if metric.startswith(("acc", "exact_match")) else metric
+            panels.setdefault(unit, {})[_unique(panels.get(unit, {}), label, metric)] = scores
+    curves = {task: dict(sorted(curve.items())) for task, curve in curves.items() if len(curve) > 1}
+    return curves, panels
+
+
+def _unique(taken: Panel, label: str, metric: str) -> str:
+    return f"{label} ({metric})" if label in taken else label
+
+
+def _draw_curve(axes: "Axes", task: str, curve: dict[int, list[Score | None]]) -> None:
+    for i in range(len(next(iter(curve.values())))):
+        points = [(length, *scores[i]) for length, scores in curve.items() if scores[i] is not None]
+        if points:
+            lengths, values, errors = zip(*points, strict=True)
+            spread = [error or 0.0 for error in errors]
+            axes.errorbar(lengths, values, spread, fmt="o-", color=_colour(i), markersize=4, capsize=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(curve), [f"{length:,}" for length in curve])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_xlabel("length")
+    _finish(axes, f"{task}: accuracy")
+
+
+def _draw_dots(axes: "Axes", metric: str, panel: Panel) -> None:
+    count = len(next(iter(panel.values())))
+    step = min(0.16, 0.6 / count)  # dots of one line stand a little apart
+    for i in range(count):
+        points = [(scores[i], line) for line, scores in enumerate(panel.values()) if scores[i] is not None]
+        for (value, error), line in points:
+            height = line + step * (i - (count - 1) / 2)
+            axes.errorbar([value], [height], xerr=[error or 0.0], fmt="o", color=_colour(i), markersize=5,
+                          capsize=2)  # fmt: skip
+    axes.set_yticks(range(len(panel)), list(panel))
+    axes.set_ylim(len(panel) - 0.4, -0.6)  # the first line on top
+    if len(panel) == 1:
+        axes.set_ylim(0.8, -0.8)
+    values = [score[0] for scores in panel.values() for score in scores if score is not None]
+    if min(values) > 0 and max(values) > 30 * min(values) and metric != SHARE:
+        axes.set_xscale("log")
+    elif metric == SHARE:
+        axes.set_xlim(-0.03, 1.03)
+    else:
+        axes.margins(x=0.15)
+    _finish(axes, metric.replace("_", " "))
+
+
+def _finish(axes: "Axes", title: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]

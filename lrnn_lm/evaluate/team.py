@@ -1,0 +1,78 @@
+"""The processes that score together: requests dealt out to them, answers brought back to all.
+
+Every process builds all requests, scores its share and gets everyone's answers, so that each computes the
+same metrics from the same list in the same order. lm-eval's own way deals out documents and joins metrics by
+name afterwards: it needs a document a process in every task, drops a metric that the first process did not
+meet (an accuracy by length, say), and resamples in another order.
+"""
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from datetime import timedelta
+from typing import Any
+
+MINUTES = 120  # that a process may be behind another: its share is about as long as theirs
+
+
+class Team:
+    """This process's place among `size`, of which the first is the main one."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def owners(self, groups: Sequence[Hashable], costs: Sequence[int]) -> list[int]:
+        """Which process takes each request. Those of one group stay together (an answer may serve several);
+        groups are dealt out from the dearest, so that shares are alike.
+        """
+        cost: dict[Hashable, int] = {}
+        for group, more in zip(groups, costs, strict=True):
+            cost[group] = max(cost.get(group, 0), more)
+        order = sorted(cost, key=cost.__getitem__, reverse=True)  # stable: alike in all processes
+        owner = {group: place % self.size for place, group in enumerate(order)}
+        return [owner[group] for group in groups]
+
+    def share(
+        self,
+        requests: Sequence[Any],
+        groups: Sequence[Hashable],
+        costs: Sequence[int],
+        answer: Callable[[list[Any]], Sequence[Any]],
+    ) -> list[Any]:
+        """`answer(requests)`, each process answering its share of them."""
+        if self.size == 1:
+            return list(answer(list(requests)))
+        from accelerate.utils import gather_object
+
+        owners = self.owners(groups, costs)
+        mine = [i for i, owner in enumerate(owners) if owner == self.rank]
+        answers = answer([requests[i] for i in mine]) if mine else []
+        found = dict(gather_object(list(zip(mine, answers, strict=True))))
+        return [found[i] for i in range(len(requests))]
+
+
+ALONE = Team()
+
+
+def join(device: str) -> tuple[Team, str]:
+    """The team that `accelerate launch` (or torchrun) started this process in, and this process's device.
+
+    device: auto, cpu, cuda or cuda:N; a process of several takes its own GPU unless it is cpu.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # what a launcher says; alone, accelerate is not needed
+        return ALONE, device
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(minutes=MINUTES))
+    return Team(state.process_index, state.num_processes), str(state.device)
+
+
+def leave(team: Team) -> None:
+    """End the processes' connection, where there is one."""
+    if team.size > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()

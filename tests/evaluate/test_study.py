@@ -1,0 +1,216 @@
+"""The study's script at toy size: rows as the generator makes them, equal parameters, resuming."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from eval.studies import contenders, synthetic, tables
+from eval.studies.replicas import Job, Replica, rates, train_wave, tune_nothing
+from eval.studies.rows import TrainingRows, mix, task_rows
+from lrnn_lm.data import MAD_TASKS, SyntheticTask
+from lrnn_lm.data import order as row_order
+
+CPU = torch.device("cpu")
+
+
+def test_mixing_wraps_as_unsigned_numbers_do():
+    numbers = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
+    got = mix(torch.from_numpy(numbers.view(np.int64))).numpy().view(np.uint64)
+    np.testing.assert_array_equal(got, row_order.mix(numbers))
+
+
+@pytest.mark.parametrize("name", ["s3", "s5", "a5", "z60"])
+@pytest.mark.parametrize("start", [0, 1])
+def test_rows_of_groups_are_the_generators(name, start):
+    task = SyntheticTask(name, 19, {"start": start})
+    for split in ("train", "validation"):
+        inputs, labels = task_rows(task, 7, split, 100, 50, CPU)
+        want = task.rows(7, split, np.arange(100, 150))
+        np.testing.assert_array_equal(inputs.numpy(), want[0])
+        np.testing.assert_array_equal(labels.numpy(), want[1])
+
+
+def test_a_finite_set_is_read_in_the_trainers_order():
+    task = SyntheticTask("memorisation", 8, {})
+    rows = TrainingRows(task, 3, rows=16, steps=20, device=CPU)
+    rows.fill(10, 20)  # 256 rows: into the second epoch
+    order = row_order.rows_of_samples(160, 320, 256, 3)
+    np.testing.assert_array_equal(rows.inputs.view(320, 8).numpy(), task.rows(3, "train", order)[0])
+    address = rows.inputs.data_ptr()
+    rows.fill(0, 5)
+    assert rows.inputs.data_ptr() == address
+
+
+def job(**changes):
+    settings = {
+        "name": "x", "task": "s3", "model": "bd_lru-m3", "seed": 0, "lr": 1e-2, "rows": 32, "hidden": 32,
+        "mixer": {"type": "bd_lru", "block_size": 3, "num_blocks": 8, "gate_std": 1.0},
+        "stages": ((6, 200), (12, 100)), "tested": (12, 48), "layers": 1, "intermediate": 64,
+        "options": {"start": 1},
+    }  # fmt: skip
+    return Job(**{**settings, **changes})
+
+
+def test_replicas_learn_and_do_not_touch_each_other():
+    """s3 is learnt and kept to four times the training length; a run is the same in company and alone."""
+    alone = train_wave([job()], CPU, float("inf"))[0]
+    both = train_wave([job(name="y", lr=1e-4, seed=1), job()], CPU, float("inf"))
+    assert alone["losses"] == both[1]["losses"]
+    assert alone["losses"] != both[0]["losses"]
+    assert alone["by_length"]["12"] > 0.99
+    assert alone["by_length"]["48"] > 0.9
+    assert both[0]["by_length"]["12"] < 0.6
+
+
+def test_what_a_model_cannot_do_is_told_and_the_others_run():
+    wrong = job(name="wrong", mixer={"type": "attention", "num_heads": 5}, stages=((6, 4),), tested=(6,))
+    results = train_wave([wrong, job(stages=((6, 4),), tested=(6,))], CPU, float("inf"))
+    assert "heads" in results[0]["error"]
+    assert "error" not in results[1]
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_rehearsal_leaves_no_trace(after):
+    """Before the first step and amid a run; what follows is the same, bit for bit."""
+    found = []
+    for rehearsed in (True, False):
+        one = job(stages=((6, 8),), weight_decay=0.1)
+        replica, rows = Replica(one, CPU), TrainingRows(one.task_at(6), 0, 32, 8, CPU)
+        rows.fill(0, 8)
+        for step in range(8):
+            if rehearsed and step == after:
+                replica.rehearse(rows)
+            replica.run(rows)
+        replica.note(8)
+        found.append([replica.losses, *(p.detach().clone() for p in replica.model.parameters())])
+    assert found[0][0] == found[1][0]
+    for one, two in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("model", ["bd_lru-m5", "h_lru-m4", "lstm", "attention", "mamba2"])
+def test_a_graph_does_what_the_step_does(model):
+    """Losses of a captured run against those of the same steps as written, over two lengths."""
+    device = torch.device("cuda")
+    one = contenders.contender(job(stages=((6, 20), (12, 20))), model, num_blocks=6)
+    captured = train_wave([one, contenders.replace(one, name="y", seed=1)], device, float("inf"))
+    replica = Replica(one, device)
+    for length, first in ((6, 0), (12, 20)):
+        rows = TrainingRows(one.task_at(length), 0, 32, 20, device)
+        rows.fill(first, 20)
+        for _ in range(20):
+            replica.step(rows)
+        replica.note(20)
+    assert captured[0]["losses"] == pytest.approx(replica.losses, rel=1e-3)
+    assert captured[0]["losses"] != captured[1]["losses"]
+
+
+def test_kernels_of_fla_are_left_one_launch_shape(monkeypatch):
+    """However heuristics are wrapped around them; nothing else is touched."""
+    tuner, other = types.SimpleNamespace(configs=[1, 2, 3]), types.SimpleNamespace(configs=[1, 2])
+    module = types.SimpleNamespace(kernel=types.SimpleNamespace(fn=tuner), number=3)
+    monkeypatch.setitem(sys.modules, "fla.made_up", module)
+    monkeypatch.setitem(sys.modules, "other.made_up", types.SimpleNamespace(kernel=other))
+    assert tune_nothing() >= 1
+    assert tuner.configs == [1]
+    assert other.configs == [1, 2]
+
+
+def test_rates_rise_and_fall_to_nothing():
+    given = rates(job(warmup=0.1))
+    assert len(given) == 300
+    assert given.argmax() in (29, 30)
+    assert given[-1] < 1e-5
+    assert (given > 0).all()
+
+
+def test_equal_parameters():
+    reference = contenders.contender(job(hidden=64, intermediate=128), "bd_lru-m5", num_blocks=16)
+    fit = contenders.Fitting(reference)
+    for model in ("bd_lru-m1", "bd_lru-m8", "h_lru-m4", "lstm", "attention", "mamba2"):
+        made = fit(contenders.contender(job(task="s5", hidden=64, intermediate=128), model, gate_std=1.0))
+        built = sum(p.numel() for p in Replica(made, CPU).model.parameters())
+        want = sum(
+            p.numel() for p in Replica(contenders.replace(reference, task="s5"), CPU).model.parameters()
+        )
+        assert abs(built / want - 1) < 0.004, model
+    with pytest.raises(ValueError, match="unknown model 'bd_lru-m3'"):
+        contenders.contender(job(), "bd_lru-m3")
+
+
+def options(folder, *more):
+    given = ["--output", str(folder), "--hidden", "16", "--rows", "4", "--short", "6:2", "--steps", "3",
+             "--device", "cpu", *more]  # fmt: skip
+    return given
+
+
+def test_study_goes_on_where_it_stopped(tmp_path, capsys):
+    given = options(
+        tmp_path, "--tasks", "s3", "--models", "bd_lru-m4,attention", "--lrs", "1e-3,1e-2", "--seeds", "0,1"
+    )
+    synthetic.main([*given, "--minutes", "0"])
+    assert not (tmp_path / "results.jsonl").exists()
+    assert "the same command goes on" in capsys.readouterr().out
+    synthetic.main(given)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * (2 + 1)  # both rates, and the other seed at the better one
+    assert len({line["name"] for line in lines}) == 6
+    best = {line["model"]: line["lr"] for line in lines if line["seed"] == 1}
+    for model, lr in best.items():
+        tried = [line for line in lines if line["model"] == model and line["seed"] == 0]
+        assert max(tried, key=tables.rank)["lr"] == lr
+    kept = (tmp_path / "results.jsonl").read_bytes()
+    synthetic.main(given)
+    assert (tmp_path / "results.jsonl").read_bytes() == kept
+    facts = json.loads((tmp_path / "states.json").read_text())
+    assert facts["complete"]
+    assert (tmp_path / "states.png").stat().st_size > 10_000
+    assert "| s3 x 32 (start 1) | attention |" in (tmp_path / "states.md").read_text()
+
+
+def test_every_setting_of_the_search_is_a_run_of_its_own(tmp_path):
+    jobs = synthetic.search_jobs(synthetic.arguments(options(tmp_path, "--study", "search")))
+    assert len({one.name for one in jobs}) == len(jobs)
+    assert {one.task for one in jobs} == {"s5", "in_context_recall"}
+
+
+def test_stages_are_read_from_the_command_line(tmp_path):
+    several = synthetic.arguments(options(tmp_path, "--short", "4:7,8:5"))
+    assert synthetic.base_job("states", "s3", several).stages == ((4, 7), (8, 5), (32, 3))
+    none = synthetic.arguments(options(tmp_path, "--short", ""))
+    assert synthetic.base_job("states", "s3", none).stages == ((32, 3),)
+    for wrong in ("6", "6:x", "0:5"):
+        with pytest.raises(ValueError, match="pairs of length and steps"):
+            synthetic.base_job("states", "s3", synthetic.arguments(options(tmp_path, "--short", wrong)))
+
+
+def test_the_published_difficulties(tmp_path):
+    given = options(tmp_path, "--study", "mad", "--tasks", "memorisation,selective_copying", "--sweep",
+                    "--models", "bd_lru-m2", "--lrs", "1e-3")  # fmt: skip
+    jobs = synthetic.study_jobs("mad", synthetic.arguments(given), {})
+    labels = [tables.label(one) for one in jobs]
+    assert len(set(labels)) == len(labels) == (1 + 5) + (1 + 3 + 2 + 4 + 3)
+    assert "selective_copying x 1024" in labels
+    assert "selective_copying x 256 (800 rows)" in labels
+    few = next(one for one in jobs if one.examples == 800)
+    rows = TrainingRows(few.task_at(256), 0, 8, 100, CPU, few.examples)
+    rows.fill(0, 100)
+    assert len(rows.inputs.view(800, 256).unique(dim=0)) == 800  # each once an epoch
+    rows.fill(100, 100)
+    assert len(rows.inputs.view(800, 256).unique(dim=0)) == 800
+
+
+def test_every_task_of_the_study(tmp_path):
+    assert set(synthetic.TASKS["mad"]) == set(MAD_TASKS)
+    given = synthetic.arguments(options(tmp_path, "--study", "mad", "--models", "bd_lru-m2", "--lrs", "1e-3"))
+    for one in synthetic.study_jobs("mad", given, {}):
+        result = train_wave([contenders.replace(one, stages=((one.stages[0][0], 1),))], CPU, float("inf"))[0]
+        assert 0 <= result["accuracy"] <= 1
+    with pytest.raises(ValueError, match="unknown task 's9'"):
+        synthetic.study_jobs("states", synthetic.arguments(options(tmp_path, "--tasks", "s9")), {})
