@@ -91,7 +91,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         with StopSignal() as stop:
             _train(recipe, overrides, stop)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if stopped.tell:
+            print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.code) from None
 
 
@@ -104,7 +105,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
         from .evaluate import check_tasks
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
-    trainer = build_trainer(loaded)
+    trainer = build_trainer(loaded, stop=stop)
     if loaded.eval.tasks and trainer.accelerator.is_main_process:
         check_tasks(loaded.eval.tasks, trainer.folder / "heldout.jsonl")
     before = trainer.position.step
@@ -123,7 +124,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
                 checkpoint,
                 loaded.eval.tasks,
                 limit=loaded.eval.limit,
-                model=trainer.bare_model,
+                model=trainer.whole_model,
                 tokenizer=trainer.tokenizer,
             )
     finally:  # the run is trained, whatever became of its scores
@@ -284,7 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        print(f"lrnn: {_message(mistake)}", file=sys.stderr)
+        if message := _message(mistake):  # none where another rank tells it
+            print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

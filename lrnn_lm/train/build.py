@@ -11,8 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
@@ -34,7 +32,12 @@ from ..recipe.schema import SourceSection
 from . import checkpoint
 from .loop import Trainer
 from .optim import make_optimizer
+from .parallel import launch_plan, share
+from .rewind import merged, read_skips
 from .runtime import make_accelerator, seed_everything
+from .stop import StopSignal
+from .tensors import load
+from .together import Together, cpu_group
 
 # Changing one of these makes another model or another sequence of batches: a run cannot go on with it.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
@@ -92,42 +95,73 @@ def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LR
     )
 
 
-def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
+def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSignal | None = None) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
+    `stop` is the caller's, whose handlers stand already.
+
     Raises:
-        ValueError: whatever the recipe asks for that cannot be done here, in one or two lines.
+        ValueError: whatever the recipe asks for that cannot be done here, in one or two lines; on every rank,
+            whichever rank found it.
+        Stopped: any rank was asked to stop.
     """
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
+    plan = launch_plan(recipe.train.parallel)
     accelerator = make_accelerator(
-        recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)
+        recipe.train.device,
+        recipe.train.precision,
+        list(recipe.tracking.trackers),
+        str(folder),
+        recipe.train.timeout_minutes,
     )
-    if accelerator.is_main_process:
-        check_unchanged(recipe, folder)
-    with accelerator.main_process_first():  # the others find what the first has made
-        prepared = prepare_data(recipe, progress=accelerator.is_main_process)
-        if accelerator.is_main_process:
+    together = Together(accelerator, stop or StopSignal())
+    main = accelerator.is_main_process
+
+    def get_data() -> PreparedData | SyntheticData:
+        if main:
+            check_unchanged(recipe, folder)
+        prepared = prepare_data(recipe, progress=main)
+        if main:
             verify_shards(prepared)
+        return prepared
+
+    prepared = together.main_first(get_data)  # the others find what the first has made
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
-    model = _make_model(recipe, prepared, tokenizer).to(accelerator.device)
-    optimizer = make_optimizer(model, recipe.optim, accelerator.device)
-    lock = _lock(folder) if accelerator.is_main_process else None
-    newest = _find_checkpoint(folder, accelerator, console)
-    position = checkpoint.Position(data=prepared.manifest["content_hash"])
-    if newest is not None:
+    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer).to(accelerator.device))
+    model = share(bare_model, accelerator, plan)
+    optimizer = make_optimizer(bare_model, recipe.optim, accelerator.device)
+    lock = together.all(lambda: _lock(folder) if main else None)
+    found = together.all(lambda: _find_checkpoint(folder, console) if main else None)
+    newest = together.tell(found)
+    group = cpu_group(accelerator, recipe.train.timeout_minutes)
+
+    def resume() -> checkpoint.Position:
+        content = prepared.manifest["content_hash"]
+        if newest is None:
+            return checkpoint.Position(data=content)
         prepared.check_tokenizer(newest)
-        position = checkpoint.load(newest, model, optimizer, accelerator.device)
-        if position.data != prepared.manifest["content_hash"]:
+        position = load(newest, bare_model, optimizer, accelerator.process_index, group)
+        if position.data != content:
             where = recipe.data.source.path or recipe.data.source.type
             raise ValueError(
                 f"{newest} was trained on other text: {where} has changed since. "
                 "Give this run another name=.., or put the text back."
             )
-    if accelerator.is_main_process:
-        _write_run_folder(folder, recipe, prepared, finished=position.step >= recipe.total_steps)
-    trainer = Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+        position.skips = merged(position.skips, read_skips(folder))
+        return position
+
+    position = together.all(resume)
+    finished = position.step >= recipe.total_steps
+    trainer = together.all(
+        lambda: Trainer(
+            recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
+            group,
+        )
+    )  # fmt: skip
+    if main:
+        _write_run_folder(folder, recipe, prepared, finished)
     trainer.lock = lock
     return trainer
 
@@ -146,16 +180,11 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def _find_checkpoint(folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
-    """The checkpoint to go on from, looked for by the main rank, known to all."""
-    found: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        found[0] = checkpoint.newest_valid(
-            folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
-        )
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+def _find_checkpoint(folder: Path, console: Console) -> Path | None:
+    """The checkpoint to go on from."""
+    return checkpoint.newest_valid(
+        folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
+    )
 
 
 def verify_shards(prepared: PreparedData | SyntheticData) -> None:

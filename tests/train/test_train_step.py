@@ -99,12 +99,12 @@ def poison(trainer: Trainer, steps: Sequence[int]) -> list[list[Tensor]]:
     """Make the gradient of these steps not finite; collects the parameters before and after each."""
     original, seen = trainer.step, []
 
-    def step(batches: list) -> StepResult:
+    def step(batches: list, *rest: object) -> StepResult:
         if trainer.position.step + 1 not in steps:
-            return original(batches)
+            return original(batches, *rest)
         hook = trainer.bare_model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
         seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
-        result = original(batches)
+        result = original(batches, *rest)
         hook.remove()
         seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
         return result

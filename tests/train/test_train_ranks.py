@@ -1,0 +1,157 @@
+"""Ranks, accumulation, DDP and FSDP2 are one training; a run goes on on other ranks as if nothing had changed.
+
+Processes of gloo's on the CPU.
+"""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_runs import Prank, Ranks, recorded, weights
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_run import losses, metrics, validations, write_recipe
+
+from lrnn_lm.data.order import rows_of_samples
+from lrnn_lm.data.pack import PackedRows
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
+
+STEPS, ROWS = 50, 12
+LAST = f"checkpoints/step-{STEPS:08d}"
+# How the model is shared, ranks, rows of a micro-batch: of 12 rows a step, 1, 2 or 4 micro-batches a rank.
+LAYOUTS = [("ddp", 1, 3), ("ddp", 2, 3), ("ddp", 4, 2), ("fsdp2", 2, 3), ("fsdp2", 4, 3)]
+MORE_LAYOUTS = [("ddp", 1, 6), ("ddp", 2, 6), ("ddp", 4, 1), ("fsdp2", 2, 6), ("fsdp2", 4, 1)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 rows a step: they split over 1, 2, 3 and 4 ranks."""
+    return write_recipe(
+        tmp_path_factory.mktemp("ranks"),
+        train={"tokens": STEPS * ROWS * 64, "tokens_per_step": ROWS * 64, "micro_batch": 12},
+        checkpoint={"every": "20 steps"},
+        eval={"every": "25 steps"},
+        optim={"lr": 0.003},
+    )
+
+
+@pytest.fixture(scope="module")
+def one(recipe: Path) -> Path:
+    """The run of one process, whole steps at once."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer = build_trainer(load_recipe(recipe, ["name=one"]), Console(quiet=True))
+    trainer.run()
+    torch.set_num_threads(threads)
+    return trainer.folder
+
+
+def name(parallel: str, ranks: int, rows: int) -> str:
+    return f"{parallel}-{ranks}x{rows}"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
+    ids=lambda layout: name(*layout),
+)
+def test_layouts_agree(recipe: Path, one: Path, layout: tuple[str, int, int]) -> None:
+    parallel, ranks, rows = layout
+    Ranks(recipe, ranks, f"name={name(*layout)}", f"train.micro_batch={rows}", parallel=parallel).expect()
+    run = one.parent / name(*layout)
+    assert_agree(run, one)
+
+
+def assert_agree(run: Path, one: Path) -> None:
+    """The same losses to 1e-5 relative, and what comes of them."""
+    for found, expected in ((losses(run), losses(one)), (validations(run), validations(one))):
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-5)
+    ours, theirs = weights(one / LAST), weights(run / LAST)
+    assert float((ours - theirs).norm() / ours.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", [("ddp", 4, 3), ("fsdp2", 3, 2)], ids=lambda layout: name(*layout))
+def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str, int, int]) -> None:
+    parallel, ranks, rows = layout
+    short = (f"train.micro_batch={rows}", "train.tokens=9216", "checkpoint.every=5 steps")
+    Ranks(recipe, ranks, *short, f"name=straight-{parallel}", parallel=parallel).expect()
+    stop = Prank(rank=ranks - 1, step=7, signal=signal.SIGTERM)
+    said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel, prank=stop).expect(85)
+    assert said.count("stopped by a signal on another rank after step 7 of 12") == 1
+    said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel).expect()
+    assert "going on from step 7" in said
+    straight, parts = (recipe.parent / "runs" / f"{kind}-{parallel}" for kind in ("straight", "parts"))
+    assert losses(parts) == losses(straight)
+    assert validations(parts) == validations(straight)
+    for path in sorted((straight / "checkpoints/step-00000012").rglob("*.safetensors")):
+        assert path.read_bytes() == (parts / path.relative_to(straight)).read_bytes(), path.name
+
+
+def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_path: Path) -> None:
+    """4 ranks, then 2, then 3, whole and sharded: every row once, in the order of one process; its losses."""
+    seen = tmp_path / "seen"
+    stages = [("ddp", 4, 9), ("fsdp2", 2, 21), ("fsdp2", 3, 36), ("ddp", 3, None)]
+    for parallel, ranks, end in stages:
+        prank = Prank(rank=ranks - 1, step=end, signal=signal.SIGUSR1) if end else None
+        Ranks(
+            recipe, ranks, "name=elastic", "train.micro_batch=3", parallel=parallel, record=seen, prank=prank
+        ).expect(85 if end else 0)
+    steps = recorded(seen)
+    assert list(steps) == [ROWS * step for step in range(STEPS)]
+    trainer = build_trainer(load_recipe(recipe, ["name=fresh"]), Console(quiet=True))
+    rows = PackedRows(trainer.prepared.train, 64)
+    for samples, ids in steps.items():
+        order = rows_of_samples(samples, ROWS, len(rows), seed=0)
+        assert np.array_equal(ids, np.stack([rows[row]["input_ids"].numpy() for row in order]))
+    assert_agree(one.parent / "elastic", one)
+
+
+def test_the_optimiser_comes_back_on_other_ranks(recipe: Path, tmp_path: Path) -> None:
+    """What DDP saved, bit for bit, on shards of 3 ranks; what those save, on shards of 2, and whole."""
+    stop = Prank(rank=1, step=4, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=moving", prank=stop).expect(85)
+    folder = recipe.parent / "runs/moving/checkpoints/step-00000004"
+    saved = {f"model/{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    saved |= {f"optimizer/{k}": v for k, v in load_file(folder / "trainer/optimizer.safetensors").items()}
+    assert sum(key.endswith("/exp_avg_sq") for key in saved) == sum(key.startswith("model/") for key in saved)
+    assert_holds(recipe, "fsdp2", 3, saved, tmp_path / "three")
+    Ranks(
+        recipe, 3, "name=moving", parallel="fsdp2", prank=Prank(rank=0, step=6, signal=signal.SIGTERM)
+    ).expect(85)
+    assert not (recipe.parent / "runs/moving/checkpoints/step-00000006/model.safetensors").exists()
+    Ranks(recipe, 3, "name=moving", parallel="fsdp2", action=str(tmp_path / "sharded")).expect()
+    for parallel, ranks in (("fsdp2", 2), ("ddp", 2), ("ddp", 1)):
+        held = load_file(tmp_path / "sharded")
+        assert_holds(recipe, parallel, ranks, held, tmp_path / f"{parallel}{ranks}")
+
+
+def assert_holds(recipe: Path, parallel: str, ranks: int, tensors: dict, path: Path) -> None:
+    Ranks(recipe, ranks, "name=moving", parallel=parallel, action=str(path)).expect()
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def test_metrics_of_layers(recipe: Path) -> None:
+    """Looked at every 5 steps; the same under DDP and FSDP2, and training is not touched by it."""
+    looks = {}
+    for parallel in ("ddp", "fsdp2"):
+        Ranks(
+            recipe,
+            2,
+            f"name=looks-{parallel}",
+            "train.tokens=7680",
+            "train.inspect_every=5",
+            parallel=parallel,
+        ).expect()
+        lines = metrics(recipe.parent / f"runs/looks-{parallel}")
+        looks[parallel] = [line for line in lines if "state_norm" in line]
+        assert [line["step"] for line in looks[parallel]] == [5, 10]
+        assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in looks[parallel])
+        assert all(value > 0 for line in looks[parallel] for value in line["state_norm"])
+    for ddp, fsdp2 in zip(*looks.values(), strict=True):
+        assert ddp["state_norm"] == pytest.approx(fsdp2["state_norm"], rel=1e-5)
