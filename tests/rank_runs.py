@@ -1,10 +1,9 @@
-"""Runs of several gloo processes for the trainer's tests: through `accelerate launch`, or, in a second, forked
-from a server that has imported everything.
+"""Runs of several gloo processes: through `accelerate launch`, or forked from a server that has imported
+all.
 """
 
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys

@@ -1,9 +1,10 @@
-"""Checkpoints on disk: a Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
+"""Checkpoints: a Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
 
     checkpoints/step-00001000/   config.json, generation_config.json, the tokenizer's files, the model's code
         model.safetensors        the weights; of a sharded run, at its end only
         trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
-                                 optimizer.safetensors, or shards/*.safetensors (weights and optimiser, a rank each),
+                                 optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
+                                 weights and optimiser),
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest, best     links to the newest, and to that of lowest validation loss
 
@@ -85,7 +86,7 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Pa
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
-    """Have these files of a folder on disk, and their sizes and checksums beside them until it is published."""
+    """Have these files on disk, and their sizes and checksums beside them until the folder is published."""
     for path in files:
         fsync(path)
     facts = {str(path.relative_to(aside)): _facts(path) for path in files}
@@ -164,7 +165,10 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(folder: Path) -> str | None:
-    """None if every file is as the manifest says, else what is wrong; CheckpointError for another version's."""
+    """None if every file is as the manifest says, else what is wrong.
+
+    Raises CheckpointError for a checkpoint of another version.
+    """
     try:
         manifest = json.loads((folder / "trainer" / "manifest.json").read_text())
         files = manifest["files"].items()

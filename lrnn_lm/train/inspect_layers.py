@@ -1,8 +1,8 @@
-"""A look into the layers every so many steps: how large each state is, how many gates are at an end of their range.
+"""A look into the layers every so many steps: how large is each state, how many gates are at an end.
 
 state_norm       root mean square over the batch of the 2-norm of a layer's state after its last token
-gate_saturation  share of rows of A_t in which one gate takes more than 0.99 of the whole: the state is kept,
-                 moved or overwritten, and little gradient comes through
+gate_saturation  share of rows of A_t in which one gate takes more than 0.99 of the whole: the state is
+                 kept, moved or overwritten, and little gradient comes through
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def shortened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """While it lasts, each pass of each mixer adds what it shows: `layer`, `state` and `gates` where it has them."""
+    """While it lasts, each pass of each mixer adds its `layer`, and `state` and `gates` where it has them."""
     seen: list[dict[str, Tensor]] = []
 
     kinds = [spec["type"] for spec in model.config.layer_mixers]

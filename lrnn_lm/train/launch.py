@@ -1,10 +1,10 @@
 """`python -m lrnn_lm.train.launch` is `accelerate launch`, but for how it ends and what it does with signals.
 
 Accelerate's launcher turns every exit code of the ranks into 1, so a scheduler cannot tell a run that was
-stopped and saved (85) from a broken one; and it gives ranks that a signal ends half a minute. This one leaves with
-the code of the rank that ended first, and passes signals on to the ranks, which act on them at a step boundary.
-Options, configuration files and environment are Accelerate's. Where each task of srun is a rank, no launcher
-stands in between and none is needed.
+stopped and saved (85) from a broken one; and it gives ranks that a signal ends half a minute. This one
+leaves with the code of the rank that ended first, and passes signals on to the ranks, which act on them at a
+step boundary. Options, configuration files and environment are Accelerate's. Where each task of srun is a
+rank, no launcher stands in between and none is needed.
 """
 
 import os

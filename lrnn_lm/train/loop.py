@@ -1,7 +1,7 @@
 """The training loop: steps of the token budget, validation, checkpoints, and a clean stop when asked.
 
-Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches. Ranks
-speak once a step beyond the gradients, and the host waits for the device once: `_exchange`.
+Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
+Ranks speak once a step beyond the gradients, and the host waits for the device once: `_exchange`.
 """
 
 import math
@@ -181,7 +181,7 @@ class Trainer:
         self._beat("finished", now=True)
 
     def _empty_pass(self) -> None:
-        """Forward and backward over rows of nothing, in the shape of a micro-batch; the gradients are dropped."""
+        """Forward and backward over rows of nothing, shaped as a micro-batch; the gradients are dropped."""
         shape = (
             min(self.recipe.train.micro_batch, self.loader.share),
             self.recipe.data.sequence_length,

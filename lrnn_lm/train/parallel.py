@@ -1,8 +1,8 @@
 """How ranks share a model, and all that differs with it: a copy each (DDP) or a shard each (FSDP2).
 
-FSDP2 is torch's `fully_shard`, block by block and once around the rest, applied here and not by Accelerate: it
-then is the same on a GPU and on a CPU with gloo, and the head's weight is whole while the loss, which takes
-it straight, is computed.
+FSDP2 is torch's `fully_shard`, block by block and once around the rest, applied here and not by Accelerate:
+it then is the same on a GPU and on a CPU with gloo, and the head's weight is whole while the loss, which
+takes it straight, is computed.
 """
 
 import os

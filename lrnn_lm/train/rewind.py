@@ -1,7 +1,7 @@
 """Back to a good checkpoint after too many steps in a row that were not finite, and past the rows they read.
 
-The rows left out stand in the position, hence in every checkpoint from then on, and at once in skips.json of the
-run folder: a run that is killed in between replays the good steps, and steps over the same rows.
+The rows left out stand in the position, hence in every checkpoint from then on, and at once in skips.json of
+the run folder: a run that is killed in between replays the good steps, and steps over the same rows.
 """
 
 import json

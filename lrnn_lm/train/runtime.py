@@ -23,7 +23,8 @@ def make_accelerator(
 ) -> Accelerator:
     """An Accelerator on the device and in the precision that a recipe asks for.
 
-    A rank that waits for the others longer than the timeout ends with an error. Raises ValueError if there is no such device here, it does not do bf16, or a tracker is not installed.
+    A rank that waits for the others longer than the timeout ends with an error.
+    Raises ValueError if there is no such device here, it does not do bf16, or a tracker is not installed.
     """
     for tracker in trackers:  # Accelerate would leave it out without a word
         if find_spec(tracker) is None:

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a copy of the tensors at a step boundary, written by a thread, published later.
+"""Saving while training goes on: tensors copied at a step boundary, written by a thread, published later.
 
 begin    every rank copies its tensors to the CPU, and a thread writes, flushes and hashes its files aside
 written  asked at each step, without a word between ranks: is this rank's part on disk?
@@ -108,7 +108,7 @@ class Saver:
         self._agree(problem)
 
     def close(self) -> None:
-        """Stop writing: of a run that ends with an error; what is half-written is cleared at the next start."""
+        """Of a run that ends with an error; what is half-written is cleared at the next start."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _agree(self, problem: str | None) -> None:

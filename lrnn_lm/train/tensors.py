@@ -1,8 +1,8 @@
 """What a checkpoint holds of model and optimiser, into files and back, whole or sharded.
 
-Whole: model.safetensors and trainer/optimizer.safetensors, written by one rank. Sharded: trainer/shards, written
-by torch.distributed.checkpoint, each rank its own part. Either comes back on any number of ranks, whichever
-way they share the model. Keys are `model/NAME` and `optimizer/NAME/KEY`.
+Whole: model.safetensors and trainer/optimizer.safetensors, written by one rank. Sharded: trainer/shards,
+written by torch.distributed.checkpoint, each rank its own part. Either comes back on any number of ranks,
+whichever way they share the model. Keys are `model/NAME` and `optimizer/NAME/KEY`.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""How fast a run is against what its machine can do: tokens/s, MFU, share of memory bandwidth, waiting for data.
+"""How fast a run is against what its machine can do: tokens/s, MFU, memory bandwidth, waiting for data.
 
-MFU counts the operations of the model's mathematics, recomputation left out (`model.accounting`). Memory traffic
-is a floor that counts each byte once: activations kept for the backward pass are written and read; weights are
-read in both passes, in the precision of the passes; gradients are written; AdamW reads weights, gradients and
-two moments and writes three of them, in fp32.
+MFU counts the operations of the model's mathematics, recomputation left out (`model.accounting`). Memory
+traffic is a floor that counts each byte once: activations kept for the backward pass are written and read;
+weights are read in both passes, in the precision of the passes; gradients are written; AdamW reads weights,
+gradients and two moments and writes three of them, in fp32.
 """
 
 from dataclasses import dataclass

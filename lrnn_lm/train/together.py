@@ -1,8 +1,9 @@
 """Before the first step: ranks that wait for one another without hanging, and fail or stop as one.
 
-A rank in a collective hears no signal, and one that has failed leaves the others in theirs. So while the first
-rank prepares data the others ask the rendezvous store, a few times a second, how it stands; a stop on any of them
-comes to the first one by the same way; and what one rank cannot do ends all of them with its message.
+A rank in a collective hears no signal, and one that has failed leaves the others in theirs. So while the
+first rank prepares data the others ask the rendezvous store, a few times a second, how it stands; a stop on
+any of them comes to the first one by the same way; and what one rank cannot do ends all of them with its
+message.
 """
 
 import os
@@ -29,7 +30,7 @@ class Together:
     """The ranks of a run while it is being built."""
 
     def __init__(self, accelerator: Accelerator, stop: StopSignal):
-        """From now on, where there are several ranks, a signal waits for a step boundary; but see `main_first`."""
+        """From now on, among several ranks, a signal waits for a step boundary; but see `main_first`."""
         self._stop = stop
         self._alone = accelerator.num_processes == 1
         self._main = accelerator.is_main_process
@@ -41,7 +42,7 @@ class Together:
             stop.hold()
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """The main rank does it, however long that takes, then the others. Raises as `all` does, or Stopped."""
+        """The main rank does it, however long it takes, then the others. Raises as `all` does, or Stopped."""
         if self._alone:
             return work()
         self._round += 1
@@ -101,7 +102,7 @@ class Together:
                 return
 
     def _follow(self, done: str, stop: str) -> None:
-        """Wait for the main rank's verdict; a stop that comes here is passed on, and ends in that verdict too."""
+        """Wait for the main rank's verdict; a stop that comes here is passed on, and comes back in it."""
         passed_on = False
         while not self._store.check([done]):
             time.sleep(_POLL_SECONDS)

@@ -56,7 +56,7 @@ def _has_descriptor() -> bool:
 
 
 class Stopwatch:
-    """Seconds of a rank's own work: the forward pass of a step's first micro-batch, where it waits for nobody."""
+    """Seconds of a rank's own work: a step's first forward pass, in which it waits for nobody."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -69,7 +69,7 @@ class Stopwatch:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """Of the last pass that the device is done with; asked after a transfer that had to wait for it anyway."""
+        """Of the last pass; asked after a transfer that had to wait for the device anyway."""
         if len(self._marks) != 2:
             return 0.0
         first, last = self._marks
