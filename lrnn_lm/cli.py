@@ -223,9 +223,11 @@ def export(
 
     from .evaluate.card import write_export_card
     from .model.export import export as write
+    from .train.tensors import plain_folder
 
     disable_progress_bar()
-    write(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    with plain_folder(checkpoint) as plain:
+        write(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
     print(f"exported to {folder}; it loads with torch and transformers alone")
 
 

@@ -6,9 +6,12 @@ whichever way they share the model. Keys are `model/NAME` and `optimizer/NAME/KE
 """
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
@@ -18,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .checkpoint import CheckpointError, Position, read_position
+from .checkpoint import CheckpointError, Position, read_position, verify
 from .parallel import like_parameter
 from .runtime import restore_random_state
 
@@ -176,3 +179,22 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
     tensors = {key: torch.empty(size) for key, size in sizes.items() if key.startswith(f"{kind}/")}
     _load_shards(folder, tensors, None)
     return part(tensors, kind)
+
+
+@contextmanager
+def plain_folder(folder: Path) -> Iterator[Path]:
+    """A checkpoint with its weights in model.safetensors: itself, or while it lasts, a copy of a sharded one.
+
+    Raises ValueError if the shards are damaged.
+    """
+    if (folder / "model.safetensors").exists() or not is_sharded_folder(folder):
+        yield folder
+        return
+    damage = verify(folder)
+    if damage is not None:
+        raise ValueError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
+    with TemporaryDirectory(prefix=".plain-", dir=folder.parent) as scratch:
+        plain = Path(scratch) / folder.name
+        shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer"))
+        save_file(read_shards(folder), plain / "model.safetensors", metadata={"format": "pt"})
+        yield plain

@@ -13,6 +13,7 @@ from rank_runs import Prank, Ranks, recorded, weights
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import losses, metrics, validations, write_recipe
+from trainers import main_exits
 
 from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import PackedRows
@@ -167,3 +168,41 @@ def test_metrics_of_layers(recipe: Path) -> None:
         assert all(value > 0 for line in looks[parallel] for value in line["state_norm"])
     for ddp, fsdp2 in zip(*looks.values(), strict=True):
         assert ddp["state_norm"] == pytest.approx(fsdp2["state_norm"], rel=1e-5)
+
+
+def test_a_sharded_checkpoint_is_exported(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are those that one process would load from it; before that, scoring says what to do."""
+    from transformers import AutoModelForCausalLM
+
+    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=exported", parallel="fsdp2", prank=stop).expect(85)
+    folder = recipe.parent / "runs/exported/checkpoints/latest"
+    main_exits(2, "generate", folder, "--prompt", "the")
+    assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
+    main_exits(0, "export", folder, tmp_path / "plain")
+    Ranks(recipe, 1, "name=exported", action=str(tmp_path / "held")).expect()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    held = load_file(tmp_path / "held")
+    assert all(torch.equal(p, held[f"model/{name}"]) for name, p in model.named_parameters())
+    shard = next((folder / "trainer/shards").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    main_exits(2, "export", folder, tmp_path / "again")
+    assert f"{shard.name} is not as its checksum says" in capsys.readouterr().err
+    assert not list(folder.resolve().parent.glob(".plain-*"))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_recomputed_and_compiled_layers_train_alike(recipe: Path, parallel: str) -> None:
+    short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64")
+    found = {}
+    for switch in ("train.log_every=1", "train.activation_checkpointing=true", "train.compile=true"):
+        run = f"{parallel}-{switch.split('.')[1].split('=')[0]}"
+        Ranks(recipe, 2, f"name={run}", switch, *short, parallel=parallel).expect()
+        found[run] = [loss for _, loss in losses(recipe.parent / "runs" / run)]
+    plain, *others = found.values()
+    assert len(plain) == 4
+    assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
