@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -103,7 +103,7 @@ class Trainer:
         self.rewinds = 0
         self._batches: Iterator[list[Batch]] = iter(())
         self._ahead: list[Batch] | None = None
-        self._waited = self._worked = 0.0
+        self._waited = self._worked = self._stalled = 0.0
         self.saved_step = position.step if position.step else -1
 
     def make_loader(self) -> TrainLoader:
@@ -235,7 +235,8 @@ class Trainer:
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
             self._log(result, lr, spent, batches)
         if result.written == self.accelerator.num_processes:
-            self.saver.finish()
+            with self._stalling():
+                self.saver.finish()
         if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
             rewind(self)
         if result.stop:
@@ -345,12 +346,20 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         """Begin to save; at the end of the run, or if asked to, wait until it is done."""
         self._beat("saving", now=True)
-        if self.saved_step != self.position.step:
-            self.metrics.sync()
-            self.saved_step = self.position.step
-            self.saver.begin(self.position, last=self.finished)
-        if wait or self.finished:
-            self.saver.finish()
+        with self._stalling():
+            if self.saved_step != self.position.step:
+                self.metrics.sync()
+                self.saved_step = self.position.step
+                self.saver.begin(self.position, last=self.finished)
+            if wait or self.finished:
+                self.saver.finish()
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """Around what keeps training waiting for a checkpoint; the seconds stand in the next line."""
+        began = time.perf_counter()
+        yield
+        self._stalled += time.perf_counter() - began
 
     def _write_extras(self, folder: Path) -> None:
         """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
@@ -400,6 +409,8 @@ class Trainer:
             "skipped": self.position.skipped,
             **straggler(result.seconds),
         }
+        if self._stalled:
+            line["checkpoint_seconds"], self._stalled = self._stalled, 0.0
         every = self.recipe.train.inspect_every
         if every is not None and step % every == 0:
             line |= self._inspect(batches[0])

@@ -26,7 +26,15 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Position
 from .parallel import is_sharded
 from .runtime import random_state
-from .tensors import Group, training_tensors, write_config, write_random_state, write_shards, write_whole
+from .tensors import (
+    Group,
+    fill_state,
+    training_tensors,
+    write_config,
+    write_random_state,
+    write_shards,
+    write_whole,
+)
 
 _EXPECTED = (OSError, SafetensorError, CheckpointException)  # a disk that is full or away
 
@@ -67,6 +75,7 @@ class Saver:
     def warm_up(self) -> None:
         """Make the pinned buffers that copies go to: a second for gigabytes, better spent before training."""
         if self._accelerator.device.type == "cuda" and self._section.background:
+            fill_state(self._model, self._optimizer)
             self._stager.stage(self._tensors())
 
     def begin(self, position: Position, last: bool = False) -> None:

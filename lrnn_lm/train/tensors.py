@@ -8,7 +8,7 @@ whichever way they share the model. Keys are `model/NAME` and `optimizer/NAME/KE
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ from .parallel import like_parameter
 from .runtime import restore_random_state
 
 Group = dist.ProcessGroup | None
+_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -122,11 +123,17 @@ def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) ->
         )
 
 
-def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, torch.Size]) -> None:
-    """Room for the stored state, as the optimiser itself would make it."""
+def fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The state that AdamW would make of itself at its first step, where it has none yet."""
+    missing = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
+    _make_state(model, optimizer, [f"{name}/{key}" for name in missing for key in _ADAMW_STATE])
+
+
+def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keys: Iterable[str]) -> None:
+    """Zeros under these keys, `NAME/KEY`, as the optimiser itself would make them."""
     on_device = bool(optimizer.defaults.get("fused"))  # AdamW counts steps on the CPU unless it is fused
     parameters = dict(model.named_parameters())
-    for key in stored:
+    for key in keys:
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
         if kind == "step":
