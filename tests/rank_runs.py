@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,13 +42,15 @@ def launch(
 
 @dataclass(frozen=True)
 class Prank:
-    """What befalls a run: `rank` gets `signal` within step `step` (SIGKILL: it dies), or NaN in its loss in
-    `nan_steps`."""
+    """What befalls a run: `rank` gets `signal` within step `step`, or the validation after it; its loss is
+    NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer."""
 
     rank: int = 0
     step: int = 0
     signal: int = 0
+    validating: bool = False
     nan_samples: tuple[int, ...] = ()
+    sleep: float = 0.0
 
 
 class Ranks:
@@ -128,10 +131,10 @@ def _rank(
     os.dup2(descriptor, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    if count > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {key: str(value) for key, value in places.items()}
     torch.set_num_threads(1)
     _disturb(rank, prank)
     if record is not None:
@@ -154,11 +157,22 @@ def _disturb(rank: int, prank: Prank | None) -> None:
 
     if prank is None or rank != prank.rank:
         return
-    original = Trainer.step
+    original, forward = Trainer.step, Trainer.forward
+
+    def validating(trainer: Trainer, *arguments: object, **options: object) -> object:
+        if trainer.position.step == prank.step and not trainer.model.training:
+            os.kill(os.getpid(), prank.signal)
+        return forward(trainer, *arguments, **options)
+
+    if prank.validating:
+        Trainer.forward = validating
+        return
 
     def step(trainer: Trainer, batches: list, *rest: object) -> object:
-        if trainer.position.step + 1 == prank.step and prank.signal:
-            os.kill(os.getpid(), prank.signal)
+        if trainer.position.step + 1 == prank.step:
+            time.sleep(prank.sleep)
+            if prank.signal:
+                os.kill(os.getpid(), prank.signal)
         if trainer.position.samples not in prank.nan_samples:
             return original(trainer, batches, *rest)
         loss = trainer._loss

@@ -5,7 +5,7 @@ rank r of W takes the r-th of W equal shares of them, in micro-batches.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -79,7 +79,7 @@ class TrainLoader:
         """Micro-batches of this rank in each step."""
         return -(-self.share // self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Generator[list[Row], None, None]:
         loader = DataLoader(
             self.rows,
             batch_sampler=_Batches(self),

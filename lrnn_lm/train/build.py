@@ -140,7 +140,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
     def resume() -> checkpoint.Position:
         content = prepared.manifest["content_hash"]
         if newest is None:
-            return checkpoint.Position(data=content)
+            return checkpoint.Position(data=content, skips=read_skips(folder))
         prepared.check_tokenizer(newest)
         position = load(newest, bare_model, optimizer, accelerator.process_index, group)
         if position.data != content:

@@ -11,24 +11,25 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Launch as told; exits with 0, or the code of the first rank that ended with another."""
     options = launch_command_parser().parse_args(arguments)
-    # torch's agent would end the ranks on a signal; SIGHUP and SIGQUIT, which mean just that, stay with it
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     for number in _PASSED_ON:
         signal.signal(number, _pass_on)
+    # torch's agent takes the signals for itself, and ends the ranks on one, unless it is in another thread
+    launching = ThreadPoolExecutor(1).submit(launch_command, options)
     try:
-        launch_command(options)
+        launching.result()
     except ChildFailedError as failed:
         sys.exit(_code(failed.get_first_failure()[1].exitcode))
     except subprocess.CalledProcessError as failed:  # a single process

@@ -7,7 +7,7 @@ Ranks speak once a step beyond the gradients, and the host waits for the device 
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Trainer:
         self.stop = StopSignal()
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
-        self._batches: Iterator[list[Batch]] = iter(())
+        self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
         self._waited = self._worked = self._stalled = 0.0
         self.saved_step = position.step if position.step else -1
@@ -157,6 +157,7 @@ class Trainer:
                 self.saver.finish()
             finally:
                 self.heartbeat.stop()
+                self._close_batches()
                 self.saver.close()
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
@@ -192,8 +193,14 @@ class Trainer:
 
     def restart_batches(self) -> None:
         """Read from the position on."""
+        self._close_batches()
         self.loader = self.make_loader()
         self._batches, self._ahead = iter(self.loader), None
+
+    def _close_batches(self) -> None:
+        """Let the loader's workers go: they hear no signal, so the process would wait for them."""
+        if self._batches is not None:
+            self._batches.close()
 
     def _start_trackers(self) -> None:
         """Trackers take flat settings only, and TensorBoard numbers and texts only."""
@@ -215,6 +222,7 @@ class Trainer:
     def _train_step(self) -> None:
         """One step with everything around it: rate, rows, measurement, the guard, the wish to stop."""
         position = self.position
+        position.samples = past(position.samples, position.skips)
         started = time.perf_counter()
         lr = learning_rate(
             position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
@@ -228,7 +236,7 @@ class Trainer:
         last = position.step + 1 >= self.recipe.total_steps
         result = self.step(batches, None if last else self._fetch)
         position.step += 1
-        position.samples = past(position.samples, position.skips) + self.recipe.rows_per_step
+        position.samples += self.recipe.rows_per_step
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self._waited)

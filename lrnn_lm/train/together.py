@@ -21,6 +21,7 @@ from torch import distributed as dist
 from .stop import Stopped, StopSignal
 
 _POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 10.0
 _STOPPED = "stopped:"
 _MISTAKE = "mistake:"
 Result = TypeVar("Result")
@@ -33,7 +34,7 @@ class Together:
         """From now on, among several ranks, a signal waits for a step boundary; but see `main_first`."""
         self._stop = stop
         self._alone = accelerator.num_processes == 1
-        self._main = accelerator.is_main_process
+        self._ranks, self._main = accelerator.num_processes, accelerator.is_main_process
         self._round = 0
         if not self._alone:
             # The store that the process group met in; torch gives it no public name.
@@ -93,6 +94,14 @@ class Together:
             ended.set()
             ear.join()
             self._store.set(done, verdict)
+            if verdict != "ok":
+                self._wait_until_heard(f"{done}/heard")
+
+    def _wait_until_heard(self, heard: str) -> None:
+        """This process may hold the store, which the others still have to ask."""
+        patience = time.monotonic() + _PATIENCE_SECONDS
+        while self._store.add(heard, 0) < self._ranks - 1 and time.monotonic() < patience:
+            time.sleep(_POLL_SECONDS)
 
     def _listen(self, stop: str, ended: threading.Event) -> None:
         """Another rank's wish to stop becomes this one's, by the same signal."""
@@ -110,6 +119,7 @@ class Together:
                 self._store.set(stop, str(int(signal.Signals[self._stop.name])))
                 passed_on = True
         verdict = self._store.get(done).decode()
+        self._store.add(f"{done}/heard", 1)
         if verdict.startswith(_STOPPED):
             raise Stopped(verdict.removeprefix(_STOPPED), tell=False)
         if verdict.startswith(_MISTAKE):
