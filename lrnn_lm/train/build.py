@@ -109,6 +109,9 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
     disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
     plan = launch_plan(recipe.train.parallel)
+    stop = stop or StopSignal()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop.hold()  # a rank that left now would leave the others waiting for it
     accelerator = make_accelerator(
         recipe.train.device,
         recipe.train.precision,
@@ -116,7 +119,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
         str(folder),
         recipe.train.timeout_minutes,
     )
-    together = Together(accelerator, stop or StopSignal())
+    together = Together(accelerator, stop)
     main = accelerator.is_main_process
 
     def get_data() -> PreparedData | SyntheticData:

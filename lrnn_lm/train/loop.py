@@ -7,7 +7,7 @@ Ranks speak once a step beyond the gradients, and the host waits for the device 
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..data import PreparedData, SyntheticData, TrainLoader
+from ..data import PreparedData, SyntheticData
 from ..data.loader import past
 from ..model import LRNNForCausalLM
 from ..model.export import write_remote_code
@@ -34,14 +34,13 @@ from .optim import learning_rate
 from .parallel import accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .progress import ProgressLine
 from .rewind import rewind
+from .rows import Batch, Rows
 from .saver import Saver
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
-from .validate import validate
+from .validate import tell_validation, validate
 from .watch import Heartbeat, Stopwatch, slots, straggler
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Trainer:
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group = position, console, group
-        self.loader = self.make_loader()
+        self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
         self.throughput = Throughput(
@@ -101,27 +100,8 @@ class Trainer:
         self.stop = StopSignal()
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
-        self._batches: Generator[list[Batch], None, None] | None = None
-        self._ahead: list[Batch] | None = None
-        self._waited = self._worked = self._stalled = 0.0
+        self._worked = self._stalled = 0.0
         self.saved_step = position.step if position.step else -1
-
-    def make_loader(self) -> TrainLoader:
-        """Rows from the position on; ValueError if a step's rows do not split over the ranks."""
-        recipe, accelerator = self.recipe, self.accelerator
-        return TrainLoader(
-            self.prepared.train,
-            recipe.data.sequence_length,
-            recipe.seed,
-            recipe.rows_per_step,
-            recipe.train.micro_batch,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=recipe.data.num_workers,
-            position=self.position.samples,
-            pin_memory=accelerator.device.type == "cuda",
-            skips=self.position.skips,
-        )
 
     @property
     def checkpoints(self) -> Path:
@@ -157,7 +137,7 @@ class Trainer:
                 self.saver.finish()
             finally:
                 self.heartbeat.stop()
-                self._close_batches()
+                self.rows.close()
                 self.saver.close()
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
@@ -171,7 +151,7 @@ class Trainer:
         if self.finished:
             return
         self.saver.warm_up()
-        self.restart_batches()
+        self.rows.restart(self.position)
         settle_buckets(self.model, self._empty_pass)
         while not self.finished:
             self._train_step()
@@ -182,25 +162,9 @@ class Trainer:
         self._beat("finished", now=True)
 
     def _empty_pass(self) -> None:
-        """Forward and backward over rows of nothing, shaped as a micro-batch; the gradients are dropped."""
-        shape = (
-            min(self.recipe.train.micro_batch, self.loader.share),
-            self.recipe.data.sequence_length,
-        )
-        nothing = torch.zeros(shape, dtype=torch.long)
-        self._loss({"input_ids": nothing, "labels": nothing, "reset": nothing.bool()}, 1.0).backward()
+        """Forward and backward over nothing; the gradients are dropped."""
+        self._loss(self.rows.empty(), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def restart_batches(self) -> None:
-        """Read from the position on."""
-        self._close_batches()
-        self.loader = self.make_loader()
-        self._batches, self._ahead = iter(self.loader), None
-
-    def _close_batches(self) -> None:
-        """Let the loader's workers go: they hear no signal, so the process would wait for them."""
-        if self._batches is not None:
-            self._batches.close()
 
     def _start_trackers(self) -> None:
         """Trackers take flat settings only, and TensorBoard numbers and texts only."""
@@ -229,17 +193,14 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._waited = 0.0
-        if self._ahead is None:
-            self._fetch()
-        batches, self._ahead = self._ahead, None
+        batches = self.rows.take()
         last = position.step + 1 >= self.recipe.total_steps
-        result = self.step(batches, None if last else self._fetch)
+        result = self.step(batches, None if last else self.rows.fetch)
         position.step += 1
         position.samples += self.recipe.rows_per_step
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
-        spent = Spent(time.perf_counter() - started, self._waited)
+        spent = Spent(time.perf_counter() - started, self.rows.waited())
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
             self._log(result, lr, spent, batches)
         if result.written == self.accelerator.num_processes:
@@ -249,12 +210,6 @@ class Trainer:
             rewind(self)
         if result.stop:
             self._save_and_stop()
-
-    def _fetch(self) -> None:
-        """The next step's rows; called while the device is busy with this one's, where it can be."""
-        began = time.perf_counter()
-        self._ahead = next(self._batches)
-        self._waited += time.perf_counter() - began
 
     def step(self, micro_batches: list[Batch], meanwhile: Callable[[], None] | None = None) -> StepResult:
         """Forward, backward and update over one global step; skipped on every rank if it is not finite.
@@ -328,28 +283,11 @@ class Trainer:
 
     def _validate_if_due(self) -> None:
         step = self.position.step
-        if (
-            step == 0
-            or self.position.validated >= step
-            or not (self._due(self.eval_cadence) or self.finished)
-        ):
+        if step == 0 or self.position.validated >= step:
             return
-        self._beat("validating", now=True)
-        loss, accuracy = validate(self)
-        self.position.validated, self.position.validation_loss = step, loss
-        line = {
-            "step": step,
-            "tokens": step * self.recipe.train.tokens_per_step,
-            "validation_loss": loss,
-        }
-        if accuracy is None:
-            held_out = self.prepared.validation
-            tokens = held_out.num_tokens - held_out.num_documents
-            line["bits_per_byte"] = loss * tokens / held_out.num_bytes / math.log(2)
-        else:
-            line["accuracy"] = accuracy
-        self.metrics.write(line)
-        self.line.validation(step, loss, line.get("bits_per_byte"), accuracy)
+        if self._due(self.eval_cadence) or self.finished:
+            self._beat("validating", now=True)
+            tell_validation(self, *validate(self))
 
     def _save(self, wait: bool = False) -> None:
         """Begin to save; at the end of the run, or if asked to, wait until it is done."""

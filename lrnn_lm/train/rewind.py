@@ -56,7 +56,7 @@ def rewind(trainer: "Trainer") -> None:
          "left_out_samples": skip}
     )  # fmt: skip
     trainer.saved_step = good.step
-    trainer.restart_batches()
+    trainer.rows.restart(good)
     if trainer.accelerator.is_main_process:
         trainer.console.print(
             f"[yellow]not finite for {bad.bad_in_a_row} steps up to step {bad.step}: back to "

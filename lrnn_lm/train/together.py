@@ -31,7 +31,7 @@ class Together:
     """The ranks of a run while it is being built."""
 
     def __init__(self, accelerator: Accelerator, stop: StopSignal):
-        """From now on, among several ranks, a signal waits for a step boundary; but see `main_first`."""
+        """Among several ranks `stop` is held by now: a signal waits for a step boundary, but see `main_first`."""
         self._stop = stop
         self._alone = accelerator.num_processes == 1
         self._ranks, self._main = accelerator.num_processes, accelerator.is_main_process
@@ -40,7 +40,6 @@ class Together:
             # The store that the process group met in; torch gives it no public name.
             store = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("lrnn-start", store)
-            stop.hold()
 
     def main_first(self, work: Callable[[], Result]) -> Result:
         """The main rank does it, however long it takes, then the others. Raises as `all` does, or Stopped."""

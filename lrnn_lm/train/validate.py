@@ -1,5 +1,6 @@
 """The loss on held-out rows, shared out over the ranks."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,25 @@ def validate(trainer: "Trainer") -> tuple[float, float | None]:
         dist.all_reduce(total)
     nats, targets, hits = total.tolist()
     return nats / targets, hits / targets if synthetic else None
+
+
+def tell_validation(trainer: "Trainer", loss: float, accuracy: float | None) -> None:
+    """Into the position, metrics.jsonl and the eyes of whoever looks."""
+    position = trainer.position
+    position.validated, position.validation_loss = position.step, loss
+    line = {
+        "step": position.step,
+        "tokens": position.step * trainer.recipe.train.tokens_per_step,
+        "validation_loss": loss,
+    }
+    if accuracy is None:
+        held_out = trainer.prepared.validation
+        tokens = held_out.num_tokens - held_out.num_documents
+        line["bits_per_byte"] = loss * tokens / held_out.num_bytes / math.log(2)
+    else:
+        line["accuracy"] = accuracy
+    trainer.metrics.write(line)
+    trainer.line.validation(position.step, loss, line.get("bits_per_byte"), accuracy)
 
 
 def _score(trainer: "Trainer", batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
