@@ -206,3 +206,30 @@ def test_recomputed_and_compiled_layers_train_alike(recipe: Path, parallel: str)
     plain, *others = found.values()
     assert len(plain) == 4
     assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
+
+
+MODELS = {
+    "h_lru": "model.mixer={type: h_lru, num_blocks: 9, order: 3}",
+    "attention": "model.mixer={type: attention, num_heads: 2}",
+    "lstm": "model.mixer={type: lstm, width: 20}",
+    "mamba2": "model.mixer={type: mamba2, head_dim: 8, state_size: 4}",
+    "hybrid": "model.layer_pattern=[bd_lru, {type: attention, num_heads: 2}]",
+    "tied": "model.tie_word_embeddings=true",
+    "reconstruction": "data.source={type: synthetic, task: compression}",
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_model_is_sharded(recipe: Path, model: str) -> None:
+    """Two steps on two ranks, saved, and two more, against one process."""
+    short = (MODELS[model], "train.micro_batch=3", "train.tokens=3072", "eval.tokens=64")
+    stop = Prank(rank=1, step=2, signal=signal.SIGTERM)
+    Ranks(recipe, 2, f"name=shards-{model}", *short, parallel="fsdp2", prank=stop).expect(85)
+    Ranks(recipe, 2, f"name=shards-{model}", *short, parallel="fsdp2").expect()
+    trainer = build_trainer(load_recipe(recipe, [f"name=whole-{model}", *short]), Console(quiet=True))
+    trainer.run()
+    found = [loss for _, loss in losses(recipe.parent / f"runs/shards-{model}")]
+    assert found == pytest.approx([loss for _, loss in losses(trainer.folder)], rel=1e-5)
+    last = "checkpoints/step-00000004/model.safetensors"
+    ours, theirs = (load_file(recipe.parent / f"runs/{kind}-{model}" / last) for kind in ("shards", "whole"))
+    assert ours.keys() == theirs.keys()
