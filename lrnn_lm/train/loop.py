@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -48,7 +47,8 @@ class StepResult:
     """What a step came to, the same on every rank.
 
     Mean loss in nats a target over the global step, gradient norm before clipping, whether it was applied;
-    whether any rank was asked to stop, how many have written the checkpoint under way, each one's seconds.
+    whether any rank was asked to stop, how many have written the checkpoint under way, whether one could not
+    write its metrics, what is due by the main rank's clock (saving, validation), each one's seconds.
     """
 
     loss: float
@@ -56,6 +56,8 @@ class StepResult:
     applied: bool
     stop: bool = False
     written: int = 0
+    unwritten: bool = False
+    clocks: tuple[bool, bool] = (False, False)
     seconds: tuple[float, ...] = ()
 
 
@@ -98,6 +100,7 @@ class Trainer:
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
+        self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
         self._worked = self._stalled = 0.0
@@ -154,12 +157,15 @@ class Trainer:
         self.rows.restart(self.position)
         settle_buckets(self.model, self._empty_pass)
         while not self.finished:
-            self._train_step()
-            self._validate_if_due()
-            if self.finished or (self.position.bad_in_a_row == 0 and self._due(self.save_cadence)):
+            save_rang, eval_rang = self._train_step().clocks
+            self._validate_if_due(eval_rang)
+            due = self.position.bad_in_a_row == 0 and self.save_cadence.due(self.position.step, save_rang)
+            if self.finished or due:
                 self._save()
-            self._beat("training")
-        self._beat("finished", now=True)
+            self.beat("training")
+        if self.metrics.problem is not None:
+            self.metrics.check()
+        self.beat("finished", now=True)
 
     def _empty_pass(self) -> None:
         """Forward and backward over nothing; the gradients are dropped."""
@@ -174,16 +180,9 @@ class Trainer:
             }
             self.accelerator.init_trackers(self.recipe.tracking.project, config=settings)
 
-    def _due(self, cadence: Cadence) -> bool:
-        """Whether it is due after this step, by the main rank's clock where clocks decide."""
-        due = cadence.due(self.position.step)
-        if not cadence.by_clock or self.accelerator.num_processes == 1:
-            return due
-        return bool(broadcast(torch.tensor(int(due), device=self.accelerator.device)).item())
-
     # One step ---------------------------------------------------------------------------------------
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> StepResult:
         """One step with everything around it: rate, rows, measurement, the guard, the wish to stop."""
         position = self.position
         position.samples = past(position.samples, position.skips)
@@ -208,8 +207,11 @@ class Trainer:
                 self.saver.finish()
         if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
             rewind(self)
+        if result.unwritten:
+            self.metrics.check()
         if result.stop:
             self._save_and_stop()
+        return result
 
     def step(self, micro_batches: list[Batch], meanwhile: Callable[[], None] | None = None) -> StepResult:
         """Forward, backward and update over one global step; skipped on every rank if it is not finite.
@@ -241,14 +243,28 @@ class Trainer:
         """What ranks must agree on before the update, in one sum over them and one transfer to the host."""
         ranks, device = self.accelerator.num_processes, self.accelerator.device
         seconds = [] if ranks == 1 or is_sharded(self.model) else slots(self.accelerator, self._worked)
-        own = torch.tensor([self.stop.asked, self.saver.written, *seconds], dtype=torch.float64)
-        told = torch.cat([loss.double().view(1) / ranks, own.to(device, non_blocking=True)])
+        unwritten = self.metrics is not None and self.metrics.problem is not None
+        clocks = [
+            c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
+        ]
+        own = [self.stop.asked, self.saver.written, unwritten, *clocks, *seconds]
+        sent = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
+        told = torch.cat([loss.double().view(1) / ranks, sent])
         if ranks > 1:
             dist.all_reduce(told)
-        mean_loss, stop, written, *seconds, norm = torch.cat([told, grad_norm.double().view(1)]).tolist()
+        mean_loss, *flags, norm = torch.cat([told, grad_norm.double().view(1)]).tolist()
+        stop, written, unwritten, *clocks = flags[: len(flags) - len(seconds)]
         self._worked = self.stopwatch.seconds()  # told in the next step: the device is done with it now
-        finite = math.isfinite(mean_loss) and math.isfinite(norm)
-        return StepResult(mean_loss, norm, finite, stop > 0, int(written), tuple(seconds))
+        return StepResult(
+            mean_loss,
+            norm,
+            applied=math.isfinite(mean_loss) and math.isfinite(norm),
+            stop=stop > 0,
+            written=int(written),
+            unwritten=unwritten > 0,
+            clocks=(clocks[0] > 0, clocks[1] > 0),
+            seconds=tuple(flags[len(flags) - len(seconds) :]),
+        )
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
         return self.forward(batch, num_items, return_logits=False).loss
@@ -281,17 +297,17 @@ class Trainer:
 
     # Validation, saving, stopping, telling ----------------------------------------------------------
 
-    def _validate_if_due(self) -> None:
+    def _validate_if_due(self, rang: bool = False) -> None:
         step = self.position.step
         if step == 0 or self.position.validated >= step:
             return
-        if self._due(self.eval_cadence) or self.finished:
-            self._beat("validating", now=True)
+        if self.eval_cadence.due(step, rang) or self.finished:
+            self.beat("validating", now=True)
             tell_validation(self, *validate(self))
 
     def _save(self, wait: bool = False) -> None:
         """Begin to save; at the end of the run, or if asked to, wait until it is done."""
-        self._beat("saving", now=True)
+        self.beat("saving", now=True)
         with self._stalling():
             if self.saved_step != self.position.step:
                 self.metrics.sync()
@@ -326,7 +342,7 @@ class Trainer:
     def _save_and_stop(self) -> None:
         reshard(self.model)
         self._save(wait=True)
-        self._beat("stopped", now=True)
+        self.beat("stopped", now=True)
         raise Stopped(
             f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
             f"saved {self.last_name()}",
@@ -338,7 +354,7 @@ class Trainer:
         name = checkpoint.latest_name(self.checkpoints)
         return "the beginning" if name == "none" else str(self.checkpoints / name)
 
-    def _beat(self, doing: str, now: bool = False) -> None:
+    def beat(self, doing: str, now: bool = False) -> None:
         self.heartbeat.beat(
             self.position.step, self.position.step * self.recipe.train.tokens_per_step, doing, now
         )

@@ -37,6 +37,7 @@ def validate(trainer: "Trainer") -> tuple[float, float | None]:
         targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
         loss, hits = _score(trainer, batch) if synthetic else (trainer._loss(batch, 1.0), targets * 0)
         total += torch.stack([loss.double(), targets.double(), hits.double()])
+        trainer.beat("validating")
         trainer.stop_if_asked()
     reshard(trainer.model)
     if accelerator.num_processes > 1:

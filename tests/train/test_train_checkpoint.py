@@ -166,7 +166,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 def test_whichever_write_finds_no_room(
     build: Build, straight: Path, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = build()
+    trainer = build("checkpoint.background=false")
     full = OSError(28, "No space left on device")
     calls = 0
 
