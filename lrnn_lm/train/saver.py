@@ -163,13 +163,13 @@ class Saver:
         """In the thread: this rank's files, on disk, with their facts."""
         rank, main = self._accelerator.process_index, self._accelerator.is_main_process
         trainer = aside / "trainer"
-        files = write_random_state(trainer, rank, random)
-        if is_sharded(self._model):
+        files: list[Path] = []
+        if is_sharded(self._model):  # first: a rank that failed before it would leave the others in it
             write_shards(tensors, aside, self._group)
             files += sorted((trainer / "shards").glob(f"shard-{rank + 1:05d}-*"))
+        files += write_random_state(trainer, rank, random)
         if main:
-            others = self._write_main(aside, position, tensors, weights)
-            files += others
+            files += self._write_main(aside, position, tensors, weights)
         checkpoint.record_facts(aside, files, rank)
 
     def _write_main(

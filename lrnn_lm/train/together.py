@@ -31,7 +31,7 @@ class Together:
     """The ranks of a run while it is being built."""
 
     def __init__(self, accelerator: Accelerator, stop: StopSignal):
-        """Among several ranks `stop` is held by now: signals wait for a step boundary; but see `main_first`."""
+        """Among several ranks `stop` is held by now: signals wait for a step boundary; see `main_first`."""
         self._stop = stop
         self._alone = accelerator.num_processes == 1
         self._ranks, self._main = accelerator.num_processes, accelerator.is_main_process
