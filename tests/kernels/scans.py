@@ -37,7 +37,7 @@ def run(scan, inputs: list[Tensor], gate: str, backend: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = []
     for x in (h, h_last):  # numbers that every dtype holds exactly: all backends get the same gradient
-        weights.append(torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype))
+        weights.append(torch.randn(x.shape, generator=generator).bfloat16().to(x))
     ((h * weights[0]).sum() + (h_last * weights[1]).sum()).backward()
     return [h.detach(), h_last.detach(), gates.grad, values.grad, h0.grad]
 
