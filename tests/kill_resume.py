@@ -44,7 +44,7 @@ def harm_and_resume(
 
     A harm comes at a random moment, a few steps after the ranks have found their checkpoint: within a step, a
     validation or a save (there is one after every step). Fewer if the run is done before. AssertionError if
-    the two ends differ, or a run begins anew.
+    the two ends differ, or no whole checkpoint is left.
     """
     rng = random.Random(seed)
     total = 6 * max(1, kills)
@@ -71,11 +71,19 @@ def harm_and_resume(
             assert set(codes) <= _CODES[kind], f"{kind}: {codes}: {started.errors}"
             if codes == [0] * ranks:  # it was done before the blow fell
                 break
-            assert not saved or "going on from step" in started.errors, started.errors
+            _assert_whole(run, saved)
             done.append(f"{kind} at line {at}")
         Ranks(recipe, ranks, *options, parallel=parallel).expect()
         _assert_same_end(run, straight, total)
     return done
+
+
+def _assert_whole(run: Path, saved: bool) -> None:
+    """Once there has been a checkpoint, there is one whose files are all as its manifest says."""
+    from lrnn_lm.train.checkpoint import list_checkpoints, verify
+
+    folders = list_checkpoints(run / "checkpoints")
+    assert any(verify(folder) is None for folder in folders) or not saved, folders
 
 
 def _await_training(started: Ranks, run: Path, before: int, rng: random.Random) -> bool:

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ..recipe.schema import CheckpointSection
 from . import checkpoint
@@ -57,8 +57,8 @@ class Saver:
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, section
         self._write_extras, self._group = write_extras, group
-        pinned = accelerator.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        # Not its public face DefaultStager, which in torch 2.11 can be used once only and keeps no buffers.
+        self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = -1
@@ -76,7 +76,7 @@ class Saver:
         """Make the pinned buffers that copies go to: a second for gigabytes, better spent before training."""
         if self._accelerator.device.type == "cuda" and self._section.background:
             fill_state(self._model, self._optimizer)
-            self._stager.stage(self._tensors())
+            self._copied()
 
     def begin(self, position: Position, last: bool = False) -> None:
         """Save the run as it is now. `last`: of a sharded run, with the weights as one file too.
@@ -91,7 +91,7 @@ class Saver:
         if self._accelerator.is_main_process:
             problem = _reason_of(lambda: _make_room(self.checkpoints, aside))
         self._agree(problem)
-        tensors = self._stager.stage(self._tensors())
+        tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position, skips=[list(skip) for skip in position.skips])
         self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random_state())
@@ -136,6 +136,14 @@ class Saver:
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
             "Free some space and run the same command again to go on from it."
         )
+
+    def _copied(self) -> dict[str, Tensor]:
+        """`_tensors` on the CPU, in buffers that the next copy will go to as well."""
+        on_gpu = self._accelerator.device.type == "cuda"
+        copies = self._stager.stage(self._tensors(), non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
 
     def _tensors(self) -> dict[str, Tensor]:
         """What this rank has to write: its shards, or everything on the main rank."""
