@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
+from .bench.commands import bench_app
 from .requirements import UnmetRequirementError, check_transformers
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
@@ -273,11 +273,6 @@ def kernels(
     from .bench.kernels import run
 
     run(device, output, tokens=tokens, length=length, peers=peers, layers=layers)
-
-
-@bench_app.callback()
-def bench() -> None:
-    """Measure speed, contenders side by side in one run."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import block_diagonal_scan, higher_order_scan
+from ..kernels import (
+    block_diagonal_scan,
+    block_diagonal_scan_packed,
+    higher_order_scan,
+    higher_order_scan_packed,
+    plane_width,
+)
 from ..mixers import SequenceContext, build_mixer
 from . import measure
 from .kernel_peers import Peer, associative_peer, fla_obstacle, fla_peers
@@ -45,6 +51,16 @@ class Shape:
     def scan(self, gates: Tensor, values: Tensor, backend: str) -> Tensor:
         run = block_diagonal_scan if self.family == "bd_lru" else higher_order_scan
         return run(gates, values, backend=backend)[0]
+
+    def planes(self, B: int, T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Random gates and values as the mixers' projection writes them, (B, T, M + 2, columns)."""
+        bd = self.family == "bd_lru"
+        columns = plane_width(self.N * self.M, self.M) if bd else plane_width(self.N)
+        return torch.randn(B, T, self.M + 2, columns, device=device, dtype=dtype)
+
+    def scan_planes(self, planes: Tensor) -> Tensor:
+        run = block_diagonal_scan_packed if self.family == "bd_lru" else higher_order_scan_packed
+        return run(planes, self.N, self.M, backend="triton")[0]
 
     def moved_bytes(self, B: int, T: int, itemsize: int) -> tuple[int, int]:
         """Least bytes of a forward pass (gates, values, h) and of a backward one (these, dh, dgates,
@@ -112,20 +128,21 @@ def time_pair(forward: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[floa
     return forward_seconds, measure.gpu_seconds(backward, graph=False)
 
 
-def scan_backward(shape: Shape, gates: Tensor, values: Tensor, h: Tensor, grad: Tensor) -> Callable[[], Any]:
+def scan_backward(shape: Shape, planes: Tensor, h: Tensor, grad: Tensor) -> Callable[[], Any]:
     """The backward op by itself, so that a CUDA graph can hold it and Python costs nothing."""
-    last = torch.zeros(values.shape[0], shape.N, shape.M, device=values.device)
-    name = "bd_scan_triton_backward" if shape.family == "bd_lru" else "h_scan_triton_backward"
+    last = torch.zeros(planes.shape[0], shape.N, shape.M, device=planes.device)
+    name = "bd_packed_triton_backward" if shape.family == "bd_lru" else "h_packed_triton_backward"
     operator = getattr(torch.ops.lrnn_lm, name)
-    return lambda: operator(grad, last, gates, values, None, h, None, "softmax")
+    return lambda: operator(grad, last, planes, shape.N, shape.M, None, h, None, "softmax")
 
 
 def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: torch.device) -> Row:
-    """A Triton scan, forward and backward, in bf16."""
-    gates, values, grad = (x.detach() for x in make_inputs(shape, B, T, torch.bfloat16, device))
-    h = shape.scan(gates, values, "triton")
-    forward = measure.gpu_seconds(lambda: shape.scan(gates, values, "triton"))
-    backward = measure.gpu_seconds(scan_backward(shape, gates, values, h, grad))
+    """A Triton scan, forward and backward, in bf16, from planes as the mixers have them."""
+    planes = shape.planes(B, T, torch.bfloat16, device)
+    grad = torch.randn(shape.values_shape(B, T), device=device, dtype=torch.bfloat16)
+    h = shape.scan_planes(planes)
+    forward = measure.gpu_seconds(lambda: shape.scan_planes(planes))
+    backward = measure.gpu_seconds(scan_backward(shape, planes, h, grad))
     least = [moved / limits["copy_bytes_per_second"] for moved in shape.moved_bytes(B, T, 2)]
     return Row(
         shape.label(), B, T, forward, backward, least[0] / forward, least[1] / backward,

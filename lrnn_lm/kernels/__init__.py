@@ -1,6 +1,25 @@
 """Tensors in, tensors out: the two recurrences, from the specification to the fastest path."""
 
-from .dispatch import BACKENDS, block_diagonal_scan, higher_order_scan
+from .dispatch import (
+    BACKENDS,
+    block_diagonal_scan,
+    block_diagonal_scan_packed,
+    higher_order_scan,
+    higher_order_scan_packed,
+    plane_width,
+    runs_fused,
+)
 from .gates import GATES, check_gate, normalise
 
-__all__ = ["BACKENDS", "GATES", "block_diagonal_scan", "check_gate", "higher_order_scan", "normalise"]
+__all__ = [
+    "BACKENDS",
+    "GATES",
+    "block_diagonal_scan",
+    "block_diagonal_scan_packed",
+    "check_gate",
+    "higher_order_scan",
+    "higher_order_scan_packed",
+    "normalise",
+    "plane_width",
+    "runs_fused",
+]

@@ -1,16 +1,19 @@
 """BD-LRU in Triton: fused forward and analytic backward, gate function inside, no A and no dA in memory.
 
-One lane owns one row i of one block n of one sequence, one warp a program. A lane normalises its row by
-itself; the block's state is exchanged between its M lanes by warp shuffles; steps are taken in order, and the
-loads of the next STEPS steps are in flight while the present ones are computed. See README.md beside this for
-the derivation, the bytes moved, and why time is not cut into chunks unless the batch is small.
+One lane owns P rows of one block (or of P blocks, for M = 1) of one sequence, one warp a program. Steps go in
+groups: tiles [STEPS, rows] of gates and values arrive in shared memory some groups ahead, by asynchronous
+copies of 16 bytes; a lane takes its rows out, normalises them without speaking to anyone, and walks through
+the steps, where the block's state is exchanged by warp shuffles. See README.md beside this for the
+derivation, the bytes moved, and when time is cut into chunks.
 
 Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
 one.
 
-Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, q = a lane's place among
-the LANES lanes of its row, TAPS = M / LANES, GROUP = MP * LANES lanes a block; z gate logits, v values, h
-state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Blocks are [BLOCK].
+Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, P rows a lane, q = a
+lane's place among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program, GROUP = MP * SHARE
+positions a block; z gate logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of
+the step after. Lane blocks are [WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]; what is kept a
+step, a row or a gate is a flat tuple of lane blocks.
 """
 
 import torch
@@ -20,15 +23,17 @@ from torch import Tensor
 
 from .chunk_transfer import block_transfer
 from .chunk_transfer import block_transfer_cost as transfer_cost
-from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
+from .triton_launch import Launch, lanes_per_row, time_chunks
+from .triton_ops import register, register_packed, rows_like
 from .triton_rows import (
-    coefficients,
-    load_flags,
-    load_rows,
+    gate_rows,
     logit_gradient,
-    row,
+    stack,
+    step_flags,
     sum_of_pair,
     sum_over_rows,
+    tile_of,
+    unstack,
     where_also,
     wide,
 )
@@ -36,250 +41,316 @@ from .triton_rows import (
 
 @triton.jit
 def _place(
-    tiles,
-    n_chunks,
-    N: tl.constexpr,
-    M: tl.constexpr,
-    MP: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Where this program's lanes are: (b, chunk, n, i, q, lane, valid); lanes past the end repeat a last row.
+    tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Where this program's rows are: (b, chunk, place, n, i, q, spot, valid), the last six [WIDTH * P].
 
-    A group of GROUP lanes is a block: its MP rows, times the lanes a row, q.
+    spot = n M + i. Rows past the end are not valid; their indices stay inside the tensors.
     """
     pid = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    place = (pid % tiles) * BLOCK + lane
-    n, i, q = place // GROUP, place % MP, place % GROUP // MP
-    valid = (n < N) & (i < M)
+    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
     outer = pid // tiles
-    return (
-        wide(outer // n_chunks),
-        outer % n_chunks,
-        tl.minimum(n, N - 1),
-        tl.minimum(i, M - 1),
-        q,
-        lane,
-        valid,
-    )
+    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    if MP * SHARE == M:  # rows lie one after the other: their loads are wide
+        n, i, q, spot, valid = place // M, place % M, place * 0, place, place < N * M
+    else:
+        n, i, q = place // (MP * SHARE), place % MP, place % (MP * SHARE) // MP
+        spot, valid = n * M + i, (n < N) & (i < M)
+    return b, chunk, place, n, i, q, spot, valid
 
 
 @triton.jit
-def _advance(
-    h, z, v, started, q, lane,
-    TAPS: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+def _offsets(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
+    """Of rows in a tensor with these strides; in the unbroken order that the compiler can see to be so."""
+    return spot * S_I if S_N == S_I * M else n * S_N + i * S_I
+
+
+@triton.jit
+def _cleared(x, flag, P: tl.constexpr):
+    """P lane blocks, zero where a document starts."""
+    kept = ()
+    for p in tl.static_range(P):
+        kept = kept + (tl.where(flag != 0, 0.0, x[p]),)
+    return kept
+
+
+@triton.jit
+def _of_block(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl.constexpr):
+    """What tap k of a lane's row p multiplies; h is the state, P lane blocks."""
+    if M == 1:
+        return h[p]
+    elif M == P:
+        return h[k]
+    else:
+        return tl.gather(h[k % P], first + k // P, 0)
+
+
+@triton.jit
+def _forward_group(
+    h, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+    GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """h_t from h_{t-1} of all lanes."""
-    PARTNER: tl.constexpr = GROUP - MP
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, PARTNER)
+    """Stores h of STEPS steps from t and returns the state after them."""
+    TAPS: tl.constexpr = M // SHARE
+    PARTNER: tl.constexpr = MP * SHARE - MP
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
-        h = tl.where(started != 0, 0.0, h)
-    even = f[TAPS] * v
-    if PARTNER > 0:
-        even = tl.where(q == 0, even, 0.0)
-    odd = tl.zeros_like(even)  # two sums: half the latency where M is large
-    taps_at = lane - lane % GROUP + q * TAPS  # the lane of the row that this lane's first tap multiplies
-    for k in tl.static_range(TAPS):
-        x = h if GROUP == 1 else tl.gather(h, taps_at + k, 0)
-        if k % 2 == 0:
-            even += f[k] * x
-        else:
-            odd += f[k] * x
-    return sum_of_pair(even + odd, lane, PARTNER) * scale
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    first = lane - lane % (MP * SHARE // P if M > 1 else 1)  # of the block's lanes
+    if SHARE > 1:
+        first += q * TAPS
+    states = ()
+    for s in tl.static_range(STEPS):
+        if HAS_RESET:
+            h = _cleared(h, flags[s], P)
+        after = ()
+        for p in tl.static_range(P):
+            even = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
+            if SHARE > 1:
+                even = tl.where(q == 0, even, 0.0)
+            odd = tl.zeros_like(even)  # two sums: half the latency where M is large
+            for k in tl.static_range(TAPS):
+                x = _of_block(h, k, p, first, M, P)
+                if k % 2 == 0:
+                    even += f[(s * P + p) * (TAPS + 1) + k] * x
+                else:
+                    odd += f[(s * P + p) * (TAPS + 1) + k] * x
+            after = after + (sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p],)
+        h = after
+        states = states + h
+    tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
+    return h
 
 
-@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b"])
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b"])
 def forward_kernel(
-    gates, values, start, reset, h_out, last, T, chunk, n_chunks, tiles,
-    g_b, g_n, g_i, v_b, v_n, v_i, r_b,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-    GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+    gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr, H_T: tl.constexpr, ALIGN: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """h of one chunk of time from the state before it.
 
-    gates (B, T, N, M, K), values (B, T, N, M), reset (B, T) of any strides; start (B, n_chunks, N, M) fp32;
-    out: h_out (B, T, N, M), last (B, N, M) fp32, both contiguous.
+    gates (B, T, N, M, K), values (B, T, N, M) of any strides; flags (B, T) int32, nonzero where a document
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous, last
+    (B, N, M) fp32, contiguous.
     """
-    TAPS: tl.constexpr = M // LANES
-    GROUP: tl.constexpr = MP * LANES
-    b, c, n, i, q, lane, valid = _place(tiles, n_chunks, N, M, MP, GROUP, BLOCK)
+    NM: tl.constexpr = N * M
+    b, c, _, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
-    spot = n * M + i
-    a_at = gates + (b * g_b + wide(n) * g_n + wide(i) * g_i + M * G_K)  # the input gate
-    z_at = a_at + wide(q * TAPS - M) * G_K  # this lane's taps
-    v_at = values + (b * v_b + wide(n) * v_n + wide(i) * v_i)
-    h_at = h_out + b * T * (N * M) + spot
-    h = tl.zeros([BLOCK], tl.float32)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    z_at = a_at + (q * (M // SHARE) - M) * G_K  # this lane's taps
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
+    h_at = h_out + b * T * H_T + spot
+    flags_at = flags + b * T if HAS_RESET else flags
+    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
     if HAS_START:
-        h = tl.load(start + (b * n_chunks + c) * (N * M) + spot)
-
+        h = tl.load(start + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0)
+    else:
+        h = tl.zeros([1, WIDTH * P], tl.float32)
+    h = unstack(h, 1, WIDTH, P)
     full = (end - t) // STEPS * STEPS + t
-    t64 = wide(t)
-    some = where_also(valid, full > t)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
-    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
-    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
-    if HAS_RESET:
-        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, full > t)
-    for t_group in range(t, full, STEPS):
-        z_now, a_now, v_now = z_next, a_next, v_next
-        t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
-        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
-        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
-        if HAS_RESET:
-            r_now = r_next
-            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
-        t64 = wide(t_group)
-        for u in tl.static_range(STEPS):
-            started = r_now[u] if HAS_RESET else 0
-            z = row(z_now, u, TAPS) + row(a_now, u, 1)
-            v = v_now[u].to(tl.float32)
-            h = _advance(h, z, v, started, q, lane, TAPS, MP, GROUP, GATE, HAS_RESET)
-            tl.store(h_at + t64 * (N * M) + u * (N * M), h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    h_many = tile_of(h_at, H_T, STEPS)
+    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
+    for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
+        h = _forward_group(
+            h, z_many, a_many, v_many, f_many, h_many, wide(t_group), valid, writes, q, lane,
+            G_T, G_K, V_T, H_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t_one in range(full, end):
-        t64 = wide(t_one)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
-        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
-        v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        z = row(z, 0, TAPS) + row(a, 0, 1)
-        h = _advance(h, z, v, started, q, lane, TAPS, MP, GROUP, GATE, HAS_RESET)
-        tl.store(h_at + t64 * (N * M), h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
+        h = _forward_group(
+            h, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes, q, lane,
+            G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
     if end == T:
-        tl.store(last + b * (N * M) + spot, h, mask=valid & (q == 0))
+        tl.store(last + b * NM + spot[None, :], stack(h, tl.float32, 1, WIDTH, P), mask=writes)
 
 
 @triton.jit
-def _retreat(
-    u, z, v, g, h, before, started, dz_at, da_at, dv_at, i, q, lane, valid,
-    D_K: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, GROUP: tl.constexpr,
-    GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+def _backward_group(
+    u, later, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, first, i, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """One step back: stores dz and dv of step t and returns u = A_t^T s_t."""
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, GROUP - MP)
-    s = g + u
-    if M < MP:
-        s = tl.where(valid, s, 0.0)  # the padding lanes must not be summed over
+    """Stores dz and dv of STEPS steps from t, last to first; returns u before them, and h_{t-1}.
+
+    later is h of the last of these steps; h_at points to the step before the one that the others point to.
+    """
+    TAPS: tl.constexpr = M // SHARE
+    PARTNER: tl.constexpr = MP * SHARE - MP
+    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    inside = t + tl.arange(0, STEPS)[:, None] > 0
+    before = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    before = unstack(tl.where(inside, before, h_start), STEPS, WIDTH, P)
     if HAS_RESET:
-        before = tl.where(started != 0, 0.0, before)
-    scaled = s * scale
-    first = lane - lane % GROUP
-    owed = ()
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    block = lane - lane % (MP * SHARE // P if M > 1 else 1)  # the first lane of the block's
+    row = tl.minimum(i, M - 1)  # of lanes without a row, any
+    scaled = ()  # s / S, the last step first
+    for s in tl.static_range(STEPS - 1, -1, -1):
+        owed = ()
+        for p in tl.static_range(P):
+            total = g[s * P + p] + u[p]
+            if M < MP:
+                total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
+            scaled = scaled + (total * scale[s * P + p],)
+        if M == 1:
+            for p in tl.static_range(P):
+                owed = owed + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * 2],)
+            u = owed
+        else:
+            for k in tl.static_range(TAPS):
+                part = scaled[(STEPS - 1 - s) * P] * f[s * P * (TAPS + 1) + k]
+                for p in tl.static_range(1, P):
+                    part += scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + k]
+                owed = owed + (part,)
+            u = sum_over_rows(owed, lane, TAPS, MP, P)
+        if SHARE > 1:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
+            u = (tl.gather(u[0], block + row // TAPS * MP + row % TAPS, 0),)
+        if HAS_RESET:
+            u = _cleared(u, flags[s], P)
+    dv, da = (), ()
+    for s in tl.static_range(STEPS):
+        for p in tl.static_range(P):
+            own = scaled[(STEPS - 1 - s) * P + p]
+            h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
+            dv = dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
+            da = da + (
+                logit_gradient(
+                    z[(s * P + p) * (TAPS + 1) + TAPS],
+                    f[(s * P + p) * (TAPS + 1) + TAPS],
+                    v[s * P + p],
+                    h,
+                    own,
+                    GATE,
+                ),
+            )
+    tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
+    tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
+    from_lane = block + q * TAPS if SHARE > 1 else block
     for k in tl.static_range(TAPS):
-        x = before if GROUP == 1 else tl.gather(before, first + q * TAPS + k, 0)
-        owed = owed + (scaled * f[k],)
-        dz = logit_gradient(z[k], f[k], x, h, scaled, GATE)
-        tl.store(dz_at + k * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
-    da = logit_gradient(z[TAPS], f[TAPS], v, h, scaled, GATE)
-    tl.store(da_at, da.to(da_at.dtype.element_ty), mask=valid & (q == 0))
-    tl.store(dv_at, (scaled * f[TAPS]).to(dv_at.dtype.element_ty), mask=valid & (q == 0))
-    u = sum_over_rows(owed, lane, TAPS, MP)
-    if TAPS < M:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
-        u = tl.gather(u, first + i // TAPS * MP + i % TAPS, 0)
-    if HAS_RESET:
-        u = tl.where(started != 0, 0.0, u)
-    return u
+        dz = ()
+        for s in tl.static_range(STEPS):
+            x_of = ()
+            for p in tl.static_range(P):
+                x_of = x_of + (before[s * P + p],)
+            if HAS_RESET:
+                x_of = _cleared(x_of, flags[s], P)
+            for p in tl.static_range(P):
+                own = scaled[(STEPS - 1 - s) * P + p]
+                h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
+                dz = dz + (
+                    logit_gradient(
+                        z[(s * P + p) * (TAPS + 1) + k],
+                        f[(s * P + p) * (TAPS + 1) + k],
+                        _of_block(x_of, k, p, from_lane, M, P),
+                        h,
+                        own,
+                        GATE,
+                    ),
+                )
+        tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
+    earlier = ()
+    for p in tl.static_range(P):
+        earlier = earlier + (before[p],)
+    return u, earlier
 
 
-@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b", "o_b", "d_b"])
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
 def backward_kernel(
-    gates, values, h_in, grad, start, stop, reset, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
-    g_b, g_n, g_i, v_b, v_n, v_i, o_b, o_n, o_i, d_b, d_n, d_i, r_b,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr,
-    D_T: tl.constexpr, D_K: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-    GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
+    gates, values, h_in, grad, start, stop, flags, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
+    g_b, v_b, o_b, d_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr,
+    O_T: tl.constexpr, O_N: tl.constexpr, O_I: tl.constexpr,
+    D_T: tl.constexpr, D_N: tl.constexpr, D_I: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr,
+    H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
-    gates, values, reset as in the forward pass, grad (B, T, N, M) of any strides (o_), h_in (B, T, N, M)
-    contiguous, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
-    (B, T, N, M, K) of any strides (d_), d_values (B, T, N, M) contiguous, d_start (B, N, M) fp32 = dL/dh0.
+    gates, values, flags as in the forward pass, grad (B, T, N, M) of any strides (O_), h_in (B, T, N, M) as
+    h_out there, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
+    (B, T, N, M, K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start
+    (B, N, M) fp32 = dL/dh0. Where rows are whole, columns up to COLUMNS are written, zeros beyond N M.
     """
-    TAPS: tl.constexpr = M // LANES
-    GROUP: tl.constexpr = MP * LANES
     NM: tl.constexpr = N * M
-    b, c, n, i, q, lane, valid = _place(tiles, n_chunks, N, M, MP, GROUP, BLOCK)
+    b, c, place, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    spot = n * M + i
-    n64, i64 = wide(n), wide(i)
-    a_at = gates + (b * g_b + n64 * g_n + i64 * g_i + M * G_K)
-    z_at = a_at + wide(q * TAPS - M) * G_K
-    v_at = values + (b * v_b + n64 * v_n + i64 * v_i)
-    o_at = grad + (b * o_b + n64 * o_n + i64 * o_i)
-    da_at = d_gates + (b * d_b + n64 * d_n + i64 * d_i + M * D_K)
-    dz_at = da_at + wide(q * TAPS - M) * D_K
-    h_at, dv_at = h_in + (b * T * NM + spot), d_values + (b * T * NM + spot)
-    u = tl.load(stop + (b * n_chunks + c) * NM + spot)
-    h = tl.load(h_at + wide(end - 1) * NM).to(tl.float32)
-    h_start = tl.load(start + b * NM + spot) if HAS_START else tl.zeros([BLOCK], tl.float32)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    z_at = a_at + (q * (M // SHARE) - M) * G_K
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
+    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + _offsets(n, i, spot, O_N, O_I, M)
+    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (_offsets(n, i, spot, D_N, D_I, M) + M * D_K)
+    dz_at = da_at + (q * (M // SHARE) - M) * D_K
+    h_at, dv_at = h_in + b * T * H_T + spot, d_values + b * T * E_T + spot
+    flags_at = flags + b * T if HAS_RESET else flags
+    # Rows past the end read zeros, which makes their gradients zero: what planes are padded with.
+    stores = (place < COLUMNS if MP * SHARE == M else valid)[None, :]
+    first, valid = (q == 0)[None, :], valid[None, :]
+    u = unstack(tl.load(stop + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0), 1, WIDTH, P)
+    later = unstack(tl.load(h_at[None, :] + wide(end - 1) * H_T, mask=valid, other=0.0), 1, WIDTH, P)
+    if HAS_START:
+        h_start = tl.load(start + b * NM + spot[None, :], mask=valid, other=0.0)
+    else:
+        h_start = tl.zeros([1, WIDTH * P], tl.float32)
 
     groups = (end - begin) // STEPS
-    t64 = wide(end - STEPS)
-    some = where_also(valid, groups > 0)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
-    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
-    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
-    o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, some)
-    # h_{t-1} for each step; before t = 0 it is h0, patched in below
-    h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, some)
-    h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, some)
-    if HAS_RESET:
-        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, groups > 0)
-    for group in range(groups):
-        z_now, a_now, v_now, o_now, h_now = z_next, a_next, v_next, o_next, h_next
-        t = end - (group + 1) * STEPS
-        t64 = wide(tl.maximum(t - STEPS, end - groups * STEPS))
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
-        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
-        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
-        o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, None)
-        h_next = load_rows(h_at + tl.maximum(t64 - 1, 0) * NM, 1, NM, 1, 1, None)
-        h_next = h_next + load_rows(h_at + t64 * NM, STEPS - 1, NM, 1, 1, None)
-        if HAS_RESET:
-            r_now = r_next
-            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
-        t64 = wide(t)
-        for j in tl.static_range(STEPS - 1, -1, -1):
-            before = h_now[j].to(tl.float32)
-            if j == 0:
-                before = tl.where(t == 0, h_start, before)
-            started = r_now[j] if HAS_RESET else 0
-            u = _retreat(
-                u, row(z_now, j, TAPS) + row(a_now, j, 1), v_now[j].to(tl.float32), o_now[j].to(tl.float32),
-                h, before, started, dz_at + t64 * D_T + j * D_T, da_at + t64 * D_T + j * D_T,
-                dv_at + t64 * NM + j * NM, i, q, lane, valid, D_K, TAPS, M, MP, GROUP, GATE, HAS_RESET,
-            )  # fmt: skip
-            h = before
-    for back in range((end - begin) % STEPS):
-        t = begin + (end - begin) % STEPS - 1 - back
-        t64 = wide(t)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
-        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
-        v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        g = tl.load(o_at + t64 * O_T).to(tl.float32)
-        before = tl.load(h_at + tl.maximum(t64 - 1, 0) * NM).to(tl.float32)
-        before = tl.where(t == 0, h_start, before)
-        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        u = _retreat(
-            u, row(z, 0, TAPS) + row(a, 0, 1), v, g, h, before, started,
-            dz_at + t64 * D_T, da_at + t64 * D_T, dv_at + t64 * NM, i, q, lane, valid,
-            D_K, TAPS, M, MP, GROUP, GATE, HAS_RESET,
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    o_many, h_many, dz_many = (
+        tile_of(o_at, O_T, STEPS),
+        tile_of(h_at - H_T, H_T, STEPS),
+        tile_of(dz_at, D_T, STEPS),
+    )
+    da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
+    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
+    for group in tl.range(0, groups, num_stages=STAGES):
+        u, later = _backward_group(
+            u, later, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, h_start,
+            wide(end - (group + 1) * STEPS), valid, stores, first, i, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
-        h = before
-    tl.store(d_start + b * NM + spot, u, mask=where_also(valid & (q == 0), begin == 0))
+    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
+    for back in range((end - begin) % STEPS):
+        u, later = _backward_group(
+            u, later, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, f_one,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
+            wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, first, i, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    tl.store(
+        d_start + b * NM + spot[None, :],
+        stack(u, tl.float32, 1, WIDTH, P),
+        mask=where_also(valid & first, begin == 0),
+    )
 
 
 def _forward(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, T, N, M = values.shape
-    h, last = values.new_empty(values.shape), values.new_empty(B, N, M, dtype=torch.float32)
+    h, last = rows_like(values, columns), values.new_empty(B, N, M, dtype=torch.float32)
     chunk, n_chunks = time_chunks(B * N, M, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = block_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
@@ -288,19 +359,21 @@ def _forward(
     return h, last
 
 
+def strides(prefix: str, x: Tensor) -> dict[str, int]:
+    """Of time, blocks and rows, by their names in the kernels; a block's only row keeps the order unbroken."""
+    row = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    return {f"{prefix}_T": x.stride(1), f"{prefix}_N": x.stride(2), f"{prefix}_I": row}
+
+
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:
     B, T, N, M = values.shape
-    padded, lanes = triton.next_power_of_2(M), lanes_per_row(M)
-    launch = Launch(values, N * padded * lanes, steps_in_flight(M // lanes, T, backward=False))
+    launch = Launch(N * M, M, M, T, B * n_chunks, (gates, values))
     with launch.device:
-        forward_kernel[launch.grid(B * n_chunks)](
-            gates, values, start, reset, h, last, T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), gates.stride(3),
-            values.stride(0), values.stride(2), values.stride(3),
-            reset.stride(0) if reset is not None else 0,
-            G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1),
-            R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, LANES=lanes, GATE=gate,
+        forward_kernel[launch.grid](
+            gates, values, start, None if reset is None else reset.to(torch.int32), h, last,
+            T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
+            G_K=gates.stride(4), **strides("G", gates), **strides("V", values), H_T=h.stride(1),
+            N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate,
             HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
 
@@ -321,33 +394,41 @@ def chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
 
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
-    reset: Tensor | None, gate: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
+) -> Tensor:  # fmt: skip
     B, T, N, M = values.shape
-    d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
+    padded = triton.next_power_of_2(M)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop = grad_last.contiguous()
     chunk, n_chunks = time_chunks(B * N, M, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    padded, lanes = triton.next_power_of_2(M), lanes_per_row(M)
-    launch = Launch(values, N * padded * lanes, steps_in_flight(M // lanes, T, backward=True))
+    launch = Launch(columns or N * M, M, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
     with launch.device:
-        backward_kernel[launch.grid(B * n_chunks)](
-            gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
-            T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), gates.stride(3),
-            values.stride(0), values.stride(2), values.stride(3),
-            grad.stride(0), grad.stride(2), grad.stride(3),
-            d_gates.stride(0), d_gates.stride(2), d_gates.stride(3),
-            reset.stride(0) if reset is not None else 0,
-            G_T=gates.stride(1), G_K=gates.stride(4), V_T=values.stride(1), O_T=grad.stride(1),
-            D_T=d_gates.stride(1), D_K=d_gates.stride(4), R_T=reset.stride(1) if reset is not None else 0,
-            N=N, M=M, MP=padded, LANES=lanes, GATE=gate,
+        backward_kernel[launch.grid](
+            gates, values, h, grad, h0, stop, None if reset is None else reset.to(torch.int32),
+            d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
+            gates.stride(0), values.stride(0), grad.stride(0), d_gates.stride(0),
+            G_K=gates.stride(4), D_K=d_gates.stride(4), **strides("G", gates), **strides("V", values),
+            **strides("O", grad), **strides("D", d_gates), H_T=h.stride(1), E_T=d_values.stride(1),
+            COLUMNS=columns or N * M, N=N, M=M, MP=padded, GATE=gate,
             HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
-    return d_gates, d_values, d_start
+    return d_start
+
+
+def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, N, M, M+1) and values (B, T, N, M) of planes (B, T, M+2, columns)."""
+    rows = planes[..., : N * M].unflatten(-1, (N, M))
+    return rows[:, :, : M + 1].permute(0, 1, 3, 4, 2), rows[:, :, M + 1]
 
 
 block_diagonal_scan = register("bd_scan_triton", _forward, _backward)
+packed_block_diagonal_scan = register_packed(
+    "bd_packed_triton",
+    _split,
+    _forward,
+    _backward,
+    fills=lambda M: triton.next_power_of_2(M) * lanes_per_row(M) == M,
+)

@@ -127,6 +127,97 @@ def higher_order_scan(
     return _choose(backend, gates, values).higher_order(gates, values, h0, reset, gate)
 
 
+def block_diagonal_scan_packed(
+    planes: Tensor,
+    num_blocks: int,
+    block_size: int,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`block_diagonal_scan` of gates and values that one projection has written side by side.
+
+    Args:
+        planes: (B, T, M+2, columns), columns >= N M: plane k holds gate k of every row (n, i), n M + i, plane M+1
+            the values; what lies beyond the rows is not read. See `plane_width`.
+        num_blocks, block_size: N, M.
+        h0, reset, gate, backend: as in `block_diagonal_scan`.
+    Returns:
+        h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes is one
+        tensor, zero beyond the rows.
+    Raises:
+        ValueError: as in `block_diagonal_scan`.
+    """
+    gates, values = _split(planes, num_blocks * block_size, block_size)
+    gates = gates.unflatten(-2, (num_blocks, block_size))
+    values = values.unflatten(-1, (num_blocks, block_size))
+    if _choose(backend, gates, values) is not BACKENDS["triton"]:
+        return block_diagonal_scan(gates, values, h0, reset, gate, backend)
+    B, T, N, M = values.shape
+    _check(h0, reset, (B, N, M), (B, T), T, gate)
+    from .block_diagonal import packed_block_diagonal_scan
+
+    return packed_block_diagonal_scan(planes, N, M, h0, reset, gate)
+
+
+def higher_order_scan_packed(
+    planes: Tensor,
+    num_blocks: int,
+    order: int,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    gate: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`higher_order_scan` of gates and values that one projection has written side by side.
+
+    Args:
+        planes: (B, T, M+2, columns), columns >= N: planes a_1 .. a_M, a_0, then the values; as in
+            `block_diagonal_scan_packed`.
+        num_blocks, order: N, M.
+        h0, reset, gate, backend: as in `higher_order_scan`.
+    Returns:
+        h (B, T, N), a view of (B, T, columns) on a GPU, and h_last (B, N, M).
+    Raises:
+        ValueError: as in `higher_order_scan`.
+    """
+    gates, values = _split(planes, num_blocks, order)
+    if _choose(backend, gates, values) is not BACKENDS["triton"]:
+        return higher_order_scan(gates, values, h0, reset, gate, backend)
+    B, T, N = values.shape
+    _check(h0, reset, (B, N, order), (B, T), T, gate)
+    from .higher_order import packed_higher_order_scan
+
+    return packed_higher_order_scan(planes, N, order, h0, reset, gate)
+
+
+def plane_width(rows: int, block_size: int = 1) -> int:
+    """Columns to give a plane of `rows` rows (N M, or N) so that loads of a step begin on a full line of memory.
+
+    128 bytes at two bytes a number. Rows that would grow by more than a fifteenth, and blocks whose rows are
+    not read as one run, stay as they are.
+    """
+    wanted = -(-rows // 64) * 64
+    return wanted if block_size in (1, 2, 4, 8) and 15 * (wanted - rows) <= rows else rows
+
+
+def runs_fused(x: Tensor, M: int) -> bool:
+    """Whether `auto` would choose the fused kernels for tensors like x and rows of M + 1 gates."""
+    gates = torch.empty(0, M + 1, device="meta", dtype=x.dtype)
+    return x.is_cuda and _triton_obstacle(gates, x) is None
+
+
+def _split(planes: Tensor, rows: int, M: int) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, rows, M+1) and values (B, T, rows)."""
+    _shape("planes", planes, 4)
+    if planes.shape[2] != M + 2 or planes.shape[3] < rows:
+        raise ValueError(
+            f"planes has shape {tuple(planes.shape)}; (B, T, {M + 2}, at least {rows}) is wanted"
+        )
+    return planes[:, :, : M + 1, :rows].transpose(2, 3), planes[:, :, M + 1, :rows]
+
+
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
     for name, x in (("gates", gates), ("values", values)):

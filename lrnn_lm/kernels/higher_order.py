@@ -21,272 +21,343 @@ from torch import Tensor
 from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
 from .chunk_transfer import channel_transfer_cost as transfer_cost
-from .triton_launch import Launch, lanes_per_row, register, steps_in_flight, time_chunks
-from .triton_rows import (
-    coefficients,
-    load_flags,
-    load_rows,
-    logit_gradient,
-    row,
-    sum_of_pair,
-    where_also,
-    wide,
-)
+from .triton_launch import Launch, time_chunks
+from .triton_ops import register, register_packed, rows_like
+from .triton_rows import gate_rows, logit_gradient, stack, step_flags, sum_of_pair, tile_of, unstack, wide
+
+HALF = tl.constexpr(16)
 
 
 @triton.jit
-def _place(tiles, n_chunks, N: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """Where this program's lanes are: (b, chunk, n, q, lane, valid); lanes past the end repeat the last
-    channel."""
-    pid = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    place = (pid % tiles) * BLOCK + lane
-    n, q = place // LANES, place % LANES
-    outer = pid // tiles
-    return (outer // n_chunks).to(tl.int64), outer % n_chunks, tl.minimum(n, N - 1), q, lane, n < N
+def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
+    """Where this program's rows are: (b, chunk, n, q, valid), the last three [WIDTH * P].
 
-
-@triton.jit
-def _advance(
-    past, z, v, started, q, lane,
-    TAPS: tl.constexpr, LANES: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
-):  # fmt: skip
-    """h_t, and the window after the step (lane q holds its values q TAPS .. (q + 1) TAPS - 1)."""
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES - 1)
-    if HAS_RESET:
-        kept = ()
-        for k in tl.static_range(TAPS):
-            kept = kept + (tl.where(started != 0, 0.0, past[k]),)
-        past = kept
-    total = f[TAPS] * v
-    if LANES > 1:
-        total = tl.where(q == 0, total, 0.0)
-    for k in tl.static_range(TAPS):  # the newest value last: it is the one the chain waits for
-        total += f[TAPS - 1 - k] * past[TAPS - 1 - k]
-    h = sum_of_pair(total, lane, LANES - 1) * scale
-    entering = h
-    if LANES > 1:  # a lane's oldest value moves on to the next lane
-        entering = tl.where(q == 0, h, tl.gather(past[TAPS - 1], tl.maximum(lane - 1, 0), 0))
-    window = (entering,)
-    for k in tl.static_range(TAPS - 1):
-        window = window + (past[k],)
-    return h, window
-
-
-@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "r_b"])
-def forward_kernel(
-    gates, values, start, reset, h_out, last, T, chunk, n_chunks, tiles, g_b, g_n, v_b, v_n, r_b,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, R_T: tl.constexpr,
-    N: tl.constexpr, TAPS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """h of one chunk of time from the window before it; M = TAPS * LANES.
-
-    gates (B, T, N, M + 1), values (B, T, N), reset (B, T) of any strides; start (B, n_chunks, N, M) fp32;
-    out: h_out (B, T, N), last (B, N, M) fp32, newest first, both contiguous.
+    Two lanes that share a channel are HALF lanes apart, so that neighbours read neighbouring channels.
     """
-    M: tl.constexpr = TAPS * LANES
-    b, c, n, q, lane, valid = _place(tiles, n_chunks, N, LANES, BLOCK)
+    pid = tl.program_id(0)
+    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
+    outer = pid // tiles
+    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    if SHARE == 1:
+        n, q = place, place * 0
+    else:
+        n, q = place // (2 * HALF) * HALF + place % HALF, place % (2 * HALF) // HALF
+    return b, chunk, n, q, n < N
+
+
+@triton.jit
+def _from_partner(x, lane):
+    return tl.gather(x, lane ^ HALF, 0)
+
+
+@triton.jit
+def _kept(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+    """P windows of `count` values after a group; what only moved through it becomes a value of its own.
+
+    The compiler fetches loads ahead only in loops whose values are all new: x + 0 is one.
+    """
+    values = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(count):
+            x = window[p * count + k]
+            values = values + (x + 0.0 if k >= STEPS else x,)
+    return values
+
+
+@triton.jit
+def _forward_group(
+    past, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, TAPS: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores h of STEPS steps from t; returns the windows after them, flat [row TAPS + tap].
+
+    Lane q of a channel holds its values q TAPS .. (q + 1) TAPS - 1.
+    """
+    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    states = ()
+    for s in tl.static_range(STEPS):
+        shifted = ()
+        for p in tl.static_range(P):
+            total = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
+            if SHARE > 1:
+                total = tl.where(q == 0, total, 0.0)
+            if HAS_RESET:
+                entering = total
+                total = tl.zeros_like(entering)
+            for k in tl.static_range(TAPS):  # the newest value last: it is the one the chain waits for
+                total += f[(s * P + p) * (TAPS + 1) + TAPS - 1 - k] * past[p * TAPS + TAPS - 1 - k]
+            if HAS_RESET:
+                total = tl.where(flags[s] != 0, 0.0, total) + entering
+            h = sum_of_pair(total, lane, PARTNER) * scale[s * P + p]
+            states = states + (h,)
+            if SHARE > 1:  # a lane's oldest value moves on to the next lane
+                oldest = _from_partner(past[TAPS - 1], lane)
+                if HAS_RESET:
+                    oldest = tl.where(flags[s] != 0, 0.0, oldest)
+                shifted = shifted + (tl.where(q == 0, h, oldest),)
+            else:
+                shifted = shifted + (h,)
+            for k in tl.static_range(TAPS - 1):
+                if HAS_RESET:
+                    shifted = shifted + (tl.where(flags[s] != 0, 0.0, past[p * TAPS + k]),)
+                else:
+                    shifted = shifted + (past[p * TAPS + k],)
+        past = shifted
+    tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
+    return _kept(past, TAPS, STEPS, P)
+
+
+@triton.jit
+def _window_at(at, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, valid):
+    """P windows, flat [row TAPS + tap], from memory, newest first."""
+    columns = ()
+    for k in tl.static_range(TAPS):
+        columns = columns + unstack(tl.load(at[None, :] + k, mask=valid, other=0.0), 1, WIDTH, P)
+    windows = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS):
+            windows = windows + (columns[k * P + p],)
+    return windows
+
+
+@triton.jit
+def _store_windows(at, windows, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, mask):
+    for k in tl.static_range(TAPS):
+        column = ()
+        for p in tl.static_range(P):
+            column = column + (windows[p * TAPS + k],)
+        tl.store(at[None, :] + k, stack(column, tl.float32, 1, WIDTH, P), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b"])
+def forward_kernel(
+    gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    H_T: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """h of one chunk of time from the window before it; M = TAPS * SHARE.
+
+    gates (B, T, N, M + 1), values (B, T, N) of any strides; flags (B, T) int32, nonzero where a document
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32, newest
+    first, contiguous.
+    """
+    M: tl.constexpr = TAPS * SHARE
+    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
-    a_at = gates + (b * g_b + wide(n) * g_n + M * G_K)  # the input gate
-    z_at = a_at + wide(q * TAPS - M) * G_K  # this lane's taps
-    v_at = values + (b * v_b + wide(n) * v_n)
-    h_at = h_out + (b * T * N + n)
-    past = ()
-    for k in tl.static_range(TAPS):
-        if HAS_START:
-            past = past + (tl.load(start + ((b * n_chunks + c) * N + n) * M + q * TAPS + k),)
-        else:
-            past = past + (tl.zeros([BLOCK], tl.float32),)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (n * G_N + M * G_K)  # the input gate
+    z_at = a_at + (q * TAPS - M) * G_K  # this lane's taps
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + n * V_N
+    h_at = h_out + b * T * H_T + n
+    flags_at = flags + b * T if HAS_RESET else flags
+    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
+    if HAS_START:
+        past = _window_at(start + (b * n_chunks + c) * (N * M) + n * M + q * TAPS, TAPS, WIDTH, P, valid)
+    else:
+        past = ()
+        for _ in tl.static_range(TAPS * P):
+            past = past + (tl.zeros([WIDTH], tl.float32),)
 
     full = (end - t) // STEPS * STEPS + t
-    t64 = wide(t)
-    some = where_also(valid, full > t)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
-    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
-    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
-    if HAS_RESET:
-        r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, full > t)
-    for t_group in range(t, full, STEPS):
-        z_now, a_now, v_now = z_next, a_next, v_next
-        t64 = wide(tl.minimum(t_group + STEPS, full - STEPS))
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
-        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
-        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
-        if HAS_RESET:
-            r_now = r_next
-            r_next = load_flags(reset + b * r_b + t64 * R_T, STEPS, R_T, True)
-        t64 = wide(t_group)
-        for u in tl.static_range(STEPS):
-            z = row(z_now, u, TAPS) + row(a_now, u, 1)
-            started = r_now[u] if HAS_RESET else 0
-            h, past = _advance(
-                past, z, v_now[u].to(tl.float32), started, q, lane, TAPS, LANES, GATE, HAS_RESET
-            )
-            tl.store(h_at + t64 * N + u * N, h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    h_many = tile_of(h_at, H_T, STEPS)
+    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
+    for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
+        past = _forward_group(
+            past, z_many, a_many, v_many, f_many, h_many, wide(t_group), valid, writes, q, lane,
+            G_T, G_K, V_T, H_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t_one in range(full, end):
-        t64 = wide(t_one)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
-        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
-        v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        started = tl.load(reset + b * r_b + t64 * R_T) if HAS_RESET else 0
-        h, past = _advance(
-            past, row(z, 0, TAPS) + row(a, 0, 1), v, started, q, lane, TAPS, LANES, GATE, HAS_RESET
-        )
-        tl.store(h_at + t64 * N, h.to(h_out.dtype.element_ty), mask=valid & (q == 0))
-    for k in tl.static_range(TAPS):
-        tl.store(last + (b * N + n) * M + q * TAPS + k, past[k], mask=where_also(valid, end == T))
+        past = _forward_group(
+            past, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes,
+            q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    if end == T:
+        _store_windows(last + b * (N * M) + n * M + q * TAPS, past, TAPS, WIDTH, P, valid)
 
 
 @triton.jit
-def _retreat(
-    r, window, z, v, g, age, dz_at, da_at, dv_at, q, lane, valid,
-    D_K: tl.constexpr, TAPS: tl.constexpr, LANES: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+def _history(
+    tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr
+):
+    """h_{t + j - 1 - TAPS - lag}, t the group's first step: of its tile, or of the window after the group."""
+    return tile[j * P + p] if j < STEPS else window[p * (TAPS + 1) + TAPS + STEPS - j]
+
+
+@triton.jit
+def _backward_group(
+    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, first, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """One step back: stores dz and dv of step t, returns r before it.
+    """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them.
 
-    window is (h_{t - q TAPS}, .., h_{t - (q + 1) TAPS}): the state at the lane's place, and what its taps
-    multiply.
+    r is flat [row TAPS + tap], window (h_{t' - q TAPS} .. h_{t' - (q + 1) TAPS}) of the last step t', flat
+    [row (TAPS + 1) + k]; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is read from h0.
     """
-    f, scale = coefficients(z, TAPS + 1, GATE, lane, LANES - 1)
-    h, owed_now, owed_next = window[0], r[0], tl.zeros_like(g)
-    if LANES > 1:
-        h = tl.gather(window[0], lane - q, 0)
-        owed_now = tl.gather(r[0], lane - q, 0)
-        following = tl.gather(r[0], tl.minimum(lane + 1, lane - q + LANES - 1), 0)
-        owed_next = tl.where(q == LANES - 1, 0.0, following)
-    scaled = (g + owed_now) * scale
-    before = ()
-    for k in tl.static_range(TAPS):
-        x = window[k + 1]
-        owed = scaled * f[k] + (r[k + 1] if k + 1 < TAPS else owed_next)
-        if HAS_RESET:
-            x = tl.where(age > q * TAPS + k, x, 0.0)
-            owed = tl.where(age == 0, 0.0, owed)
-        before = before + (owed,)
-        dz = logit_gradient(z[k], f[k], x, h, scaled, GATE)
-        tl.store(dz_at + k * D_K, dz.to(dz_at.dtype.element_ty), mask=valid)
-    da = logit_gradient(z[TAPS], f[TAPS], v, h, scaled, GATE)
-    tl.store(da_at, da.to(da_at.dtype.element_ty), mask=valid & (q == 0))
-    tl.store(dv_at, (scaled * f[TAPS]).to(dv_at.dtype.element_ty), mask=valid & (q == 0))
-    return before
-
-
-@triton.jit
-def _shifted(window, oldest, TAPS: tl.constexpr):
-    """The window one step earlier: the newest value dropped, `oldest` appended."""
-    moved = ()
-    for k in tl.static_range(TAPS):
-        moved = moved + (window[k + 1],)
-    return moved + (oldest,)
-
-
-@triton.jit
-def _earlier(h_at, start_at, t, lag, N: tl.constexpr, M: tl.constexpr, HAS_START: tl.constexpr, valid):
-    """h_{t - lag} in fp32 for any t - lag >= -M: from memory, from h0 (h_{-1} its newest), zero without h0.
-
-    h_at points to h_{-lag}, so that no lane needs a product of its own.
-    """
-    h = tl.load(h_at + wide(t) * N, mask=valid & (lag <= t), other=0).to(tl.float32)
+    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
+    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    lag = q[None, :] * TAPS + (TAPS + 1)
+    inside = t + tl.arange(0, STEPS)[:, None] >= lag
+    tile = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
     if HAS_START:
-        early = (lag > t) & (lag <= t + M)
-        h = tl.where(lag > t, tl.load(start_at + (lag - 1 - t), mask=valid & early, other=0), h)
-    return h
+        early = (lag > t) & (lag <= t + TAPS * SHARE)
+        tile = tl.where(inside, tile, tl.load(start_at + (lag - 1 - t), mask=valid & early, other=0.0))
+    tile = unstack(tile, STEPS, WIDTH, P)
+    if HAS_RESET:
+        ages = step_flags(ages_at, t, STEPS, WIDTH)
+    scaled = ()  # s / S, the last step first
+    for s in tl.static_range(STEPS - 1, -1, -1):
+        owed = ()
+        for p in tl.static_range(P):
+            now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
+            if SHARE > 1:
+                other = _from_partner(now, lane)
+                following = tl.where(q == 0, other, 0.0)
+                now = tl.where(q == 0, now, other)
+            own = (g[s * P + p] + now) * scale[s * P + p]
+            scaled = scaled + (own,)
+            for k in tl.static_range(TAPS):
+                part = own * f[(s * P + p) * (TAPS + 1) + k] + (
+                    r[p * TAPS + k + 1] if k + 1 < TAPS else following
+                )
+                owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
+        r = owed
+    hs, dv, da = (), (), ()
+    for s in tl.static_range(STEPS):
+        for p in tl.static_range(P):
+            own = scaled[(STEPS - 1 - s) * P + p]
+            h = _history(tile, window, s + TAPS + 1, p, TAPS, STEPS, P)
+            if SHARE > 1:
+                h = tl.where(q == 0, h, _from_partner(h, lane))
+            hs, dv = hs + (h,), dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
+            da = da + (
+                logit_gradient(
+                    z[(s * P + p) * (TAPS + 1) + TAPS],
+                    f[(s * P + p) * (TAPS + 1) + TAPS],
+                    v[s * P + p],
+                    h,
+                    own,
+                    GATE,
+                ),
+            )
+    tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
+    tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
+    for k in tl.static_range(TAPS):
+        dz = ()
+        for s in tl.static_range(STEPS):
+            for p in tl.static_range(P):
+                x = _history(tile, window, s + TAPS - k, p, TAPS, STEPS, P)
+                if HAS_RESET:
+                    x = tl.where(ages[s] > q * TAPS + k if SHARE > 1 else ages[s] > k, x, 0.0)
+                own = scaled[(STEPS - 1 - s) * P + p]
+                dz = dz + (
+                    logit_gradient(
+                        z[(s * P + p) * (TAPS + 1) + k],
+                        f[(s * P + p) * (TAPS + 1) + k],
+                        x,
+                        hs[s * P + p],
+                        own,
+                        GATE,
+                    ),
+                )
+        tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
+    earlier = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS + 1):
+            x = _history(tile, window, TAPS - k, p, TAPS, STEPS, P)
+            earlier = earlier + (x + 0.0 if TAPS - k >= STEPS else x,)  # see _kept
+    return r, earlier
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
 def backward_kernel(
     gates, values, h_in, grad, start, stop, ages, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
-    g_b, g_n, v_b, v_n, o_b, o_n, d_b, d_n,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr,
-    D_T: tl.constexpr, D_K: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, LANES: tl.constexpr,
-    STEPS: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
-    BLOCK: tl.constexpr,
+    g_b, v_b, o_b, d_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    O_T: tl.constexpr, O_N: tl.constexpr, D_T: tl.constexpr, D_N: tl.constexpr, D_K: tl.constexpr,
+    E_T: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
+    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
 
-    gates, values as in the forward pass, grad (B, T, N) of any strides (o_), h_in (B, T, N) contiguous,
-    ages (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk;
-    out: d_gates (B, T, N, M + 1) of any strides (d_), d_values (B, T, N) contiguous, d_start (B, N, M) fp32 =
-    dL/dh0.
+    gates, values as in the forward pass, grad (B, T, N) of any strides (O_), h_in (B, T, N) as h_out
+    there, ages (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk;
+    out: d_gates (B, T, N, M + 1) of any strides (D_), d_values (B, T, N), a step E_T apart, d_start (B, N, M)
+    fp32 = dL/dh0. Columns up to COLUMNS of the gradients are written, zeros beyond N.
     """
-    M: tl.constexpr = TAPS * LANES
-    b, c, n, q, lane, valid = _place(tiles, n_chunks, N, LANES, BLOCK)
+    M: tl.constexpr = TAPS * SHARE
+    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    n64, lag = wide(n), q * TAPS
-    a_at = gates + (b * g_b + n64 * g_n + M * G_K)
-    z_at = a_at + wide(lag - M) * G_K
-    da_at = d_gates + (b * d_b + n64 * d_n + M * D_K)
-    dz_at = da_at + wide(lag - M) * D_K
-    v_at = values + (b * v_b + n64 * v_n)
-    o_at = grad + (b * o_b + n64 * o_n)
-    dv_at = d_values + (b * T * N + n)
-    h_at = h_in + (b * T * N + n - lag * N)
-    start_at = start + (b * N + n) * M if HAS_START else None
-    r, window = (), ()
-    for k in tl.static_range(TAPS):
-        r = r + (tl.load(stop + ((b * n_chunks + c) * N + n) * M + lag + k),)
-    for k in tl.static_range(TAPS + 1):
-        window = window + (_earlier(h_at, start_at, end - 1 - k, lag, N, M, HAS_START, valid),)
+    lag = q * TAPS
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (n * G_N + M * G_K)
+    z_at = a_at + (lag - M) * G_K
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + n * V_N
+    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + n * O_N
+    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (n * D_N + M * D_K)
+    dz_at = da_at + (lag - M) * D_K
+    dv_at = d_values + b * T * E_T + n
+    h_at = h_in + b * T * H_T + (n - (lag + TAPS + 1) * H_T)
+    start_at = (start + b * (N * M) + n * M)[None, :] if HAS_START else start
+    ages_at = ages + b * T if HAS_RESET else ages
+    # Channels past the end read zeros, which makes their gradients zero: what planes are padded with.
+    stores, first, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
+    r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
+    columns = ()
+    for k in tl.static_range(TAPS + 1):  # h_{end - 1 - lag - k}
+        t = wide(end + (TAPS - k))
+        inside = t >= lag[None, :] + (TAPS + 1)
+        h = tl.load(h_at[None, :] + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+        if HAS_START:
+            ago = lag[None, :] + (TAPS + 1) - t
+            h = tl.where(
+                inside, h, tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
+            )
+        columns = columns + unstack(h, 1, WIDTH, P)
+    window = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS + 1):
+            window = window + (columns[k * P + p],)
 
-    # Step t appends h_{t-1-TAPS-lag}. With h0, full groups stop where that lies before t = 0; single steps
-    # finish.
+    # With h0, full groups stop where a step would read before t = 0; single steps finish.
     low = tl.minimum(tl.maximum(begin, M + 1), end) if HAS_START else begin
     groups = (end - low) // STEPS
-    some = where_also(valid, groups > 0)
-    t = end - STEPS
-    t64 = wide(t)
-    z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, some)
-    a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, some)
-    v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, some)
-    o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, some)
-    h_next = ()
-    for j in tl.static_range(STEPS):
-        h_next = h_next + (_earlier(h_at, start_at, t + (j - 1 - TAPS), lag, N, M, False, valid),)
-    if HAS_RESET:
-        age_next = load_flags(ages + b * T + t64, STEPS, 1, groups > 0)
-    for group in range(groups):
-        z_now, a_now, v_now, o_now, h_now = z_next, a_next, v_next, o_next, h_next
-        t = tl.maximum(end - (group + 2) * STEPS, end - groups * STEPS)
-        t64 = wide(t)
-        z_next = load_rows(z_at + t64 * G_T, STEPS, G_T, TAPS, G_K, None)
-        a_next = load_rows(a_at + t64 * G_T, STEPS, G_T, 1, 1, None)
-        v_next = load_rows(v_at + t64 * V_T, STEPS, V_T, 1, 1, None)
-        o_next = load_rows(o_at + t64 * O_T, STEPS, O_T, 1, 1, None)
-        h_next = ()
-        for j in tl.static_range(STEPS):
-            h_next = h_next + (_earlier(h_at, start_at, t + (j - 1 - TAPS), lag, N, M, False, valid),)
-        if HAS_RESET:
-            age_now = age_next
-            age_next = load_flags(ages + b * T + t64, STEPS, 1, True)
-        t64 = wide(end - (group + 1) * STEPS)
-        for j in tl.static_range(STEPS - 1, -1, -1):
-            age = age_now[j] if HAS_RESET else 0
-            r = _retreat(
-                r, window, row(z_now, j, TAPS) + row(a_now, j, 1), v_now[j].to(tl.float32),
-                o_now[j].to(tl.float32), age, dz_at + t64 * D_T + j * D_T, da_at + t64 * D_T + j * D_T,
-                dv_at + t64 * N + j * N, q, lane, valid, D_K, TAPS, LANES, GATE, HAS_RESET,
-            )  # fmt: skip
-            window = _shifted(window, h_now[j], TAPS)
-    rest = end - begin - groups * STEPS
-    for back in range(rest):
-        t = begin + rest - 1 - back
-        t64 = wide(t)
-        z = load_rows(z_at + t64 * G_T, 1, G_T, TAPS, G_K, None)
-        a = load_rows(a_at + t64 * G_T, 1, G_T, 1, 1, None)
-        v = tl.load(v_at + t64 * V_T).to(tl.float32)
-        g = tl.load(o_at + t64 * O_T).to(tl.float32)
-        age = tl.load(ages + b * T + t64) if HAS_RESET else 0
-        r = _retreat(
-            r, window, row(z, 0, TAPS) + row(a, 0, 1), v, g, age,
-            dz_at + t64 * D_T, da_at + t64 * D_T, dv_at + t64 * N, q, lane, valid,
-            D_K, TAPS, LANES, GATE, HAS_RESET,
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    o_many, h_many, dz_many = tile_of(o_at, O_T, STEPS), tile_of(h_at, H_T, STEPS), tile_of(dz_at, D_T, STEPS)
+    da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
+    f_many = ages_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else ages
+    for group in tl.range(0, groups, num_stages=STAGES):
+        r, window = _backward_group(
+            r, window, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, start_at,
+            wide(end - (group + 1) * STEPS), valid, stores, first, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
         )  # fmt: skip
-        window = _shifted(window, _earlier(h_at, start_at, t - 1 - TAPS, lag, N, M, HAS_START, valid), TAPS)
-    for k in tl.static_range(TAPS):
-        tl.store(d_start + (b * N + n) * M + lag + k, r[k], mask=where_also(valid, begin == 0))
+    rest = end - begin - groups * STEPS
+    f_one = ages_at + tl.arange(0, 1)[:, None] if HAS_RESET else ages
+    for back in range(rest):
+        r, window = _backward_group(
+            r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], f_one,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid, stores, first, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
+        )  # fmt: skip
+    if begin == 0:
+        _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)
 
 
 def _ages(reset: Tensor) -> Tensor:
@@ -297,25 +368,28 @@ def _ages(reset: Tensor) -> Tensor:
 
 
 def _forward(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, T, N = values.shape
     M = gates.shape[-1] - 1
-    h, last = values.new_empty(values.shape), values.new_empty(B, N, M, dtype=torch.float32)
+    h, last = rows_like(values, columns), values.new_empty(B, N, M, dtype=torch.float32)
     chunk, n_chunks = time_chunks(B * N, 1, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = channel_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
-    lanes = lanes_per_row(M)
-    launch = Launch(values, N * lanes, steps_in_flight(M // lanes, T, backward=False))
+    launch = Launch(N, 1, M, T, B * n_chunks, (gates, values))
     with launch.device:
-        forward_kernel[launch.grid(B * n_chunks)](
-            gates, values, h0, reset, h, last, T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), values.stride(0), values.stride(2),
-            reset.stride(0) if reset is not None else 0,
-            G_T=gates.stride(1), G_K=gates.stride(3), V_T=values.stride(1),
-            R_T=reset.stride(1) if reset is not None else 0,
-            N=N, TAPS=M // lanes, LANES=lanes, GATE=gate,
+        forward_kernel[launch.grid](
+            gates, values, h0, None if reset is None else reset.to(torch.int32), h, last,
+            T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
+            G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(3),
+            V_T=values.stride(1), V_N=values.stride(2), H_T=h.stride(1),
+            N=N, TAPS=M // launch.options["SHARE"], GATE=gate,
             HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
     return h, last
@@ -323,31 +397,38 @@ def _forward(
 
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
-    reset: Tensor | None, gate: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
+) -> Tensor:  # fmt: skip
     B, T, N = values.shape
     M = gates.shape[-1] - 1
-    d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop = grad_last.contiguous()
     chunk, n_chunks = time_chunks(B * N, 1, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = channel_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
-    lanes = lanes_per_row(M)
-    launch = Launch(values, N * lanes, steps_in_flight(M // lanes, T, backward=True))
+    launch = Launch(columns or N, 1, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
     with launch.device:
-        backward_kernel[launch.grid(B * n_chunks)](
+        backward_kernel[launch.grid](
             gates, values, h, grad, h0, stop, None if reset is None else _ages(reset),
             d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
-            gates.stride(0), gates.stride(2), values.stride(0), values.stride(2),
-            grad.stride(0), grad.stride(2), d_gates.stride(0), d_gates.stride(2),
-            G_T=gates.stride(1), G_K=gates.stride(3), V_T=values.stride(1), O_T=grad.stride(1),
-            D_T=d_gates.stride(1), D_K=d_gates.stride(3),
-            N=N, TAPS=M // lanes, LANES=lanes, GATE=gate,
+            gates.stride(0), values.stride(0), grad.stride(0), d_gates.stride(0),
+            G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(3),
+            V_T=values.stride(1), V_N=values.stride(2), O_T=grad.stride(1), O_N=grad.stride(2),
+            D_T=d_gates.stride(1), D_N=d_gates.stride(2), D_K=d_gates.stride(3),
+            E_T=d_values.stride(1), H_T=h.stride(1), COLUMNS=columns or N,
+            N=N, TAPS=M // launch.options["SHARE"], GATE=gate,
             HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
-    return d_gates, d_values, d_start
+    return d_start
+
+
+def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, N, M+1) and values (B, T, N) of planes (B, T, M+2, columns)."""
+    return planes[:, :, : M + 1, :N].transpose(2, 3), planes[:, :, M + 1, :N]
 
 
 higher_order_scan = register("h_scan_triton", _forward, _backward)
+packed_higher_order_scan = register_packed(
+    "h_packed_triton", _split, _forward, _backward, fills=lambda M: True
+)

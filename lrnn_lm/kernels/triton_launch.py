@@ -1,13 +1,12 @@
-"""Host side of the Triton kernels: launch shapes, the rule for chunks of time, and the custom ops around
-them.
+"""How the Triton kernels are launched: rows a lane, steps a group, groups in flight, chunks of time.
 
-Nothing is autotuned: block and group sizes follow from the order M alone, so a new B or T neither compiles
-nor tunes.
+Nothing is autotuned: these follow from shapes and the device by rules whose numbers were measured once on an
+H100 (docs/performance.md). A new B or T compiles again only where a rule crosses one of its few steps.
 
 Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 gates a row.
 """
 
-from collections.abc import Callable
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,8 +15,17 @@ import triton
 from torch import Tensor
 
 LANES = 32  # one warp a program: the kernels exchange state by warp shuffles only
-PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defined
+
+# Bytes of loads in flight an SM: what covers HBM's latency. More is slower, not faster: copies then come from
+# too many places of memory at once.
+IN_FLIGHT = {
+    False: 48_000,
+    True: 40_000,
+}  # by whether it is the backward pass, where stores are half of the traffic
+MOST_STAGES = 8
+# Warps an SM from which two rows a lane pay: wider loads and fewer shuffles a row, but half of the warps.
+WARPS_FOR_PAIRS = {False: 2.8, True: 1.9}
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
@@ -26,30 +34,67 @@ LANES_PER_SM = 256  # what chunks fill an SM to
 
 
 class Launch:
-    """How a kernel with one lane a row is launched: tiles of lanes, one warp each, and the kernel's options.
+    """How a kernel is launched: how many programs of one warp, what a lane owns, and the kernel's options.
 
     Args:
-        like: a tensor on the device.
-        lanes: lanes of one sequence and one chunk.
-        steps: steps a group, i.e. whose loads are in flight together.
+        columns: rows of one sequence, with padding where that is to be written.
+        block: rows of one block: M, or 1 where a block is a channel.
+        M, T: block size or order, steps.
+        count: sequences times chunks.
+        inputs: tensors whose batches the kernel steps over.
+        backward: whether it is the backward kernel.
     """
 
-    def __init__(self, like: Tensor, lanes: int, steps: int) -> None:
+    def __init__(
+        self,
+        columns: int,
+        block: int,
+        M: int,
+        T: int,
+        count: int,
+        inputs: tuple[Tensor, ...],
+        backward: bool = False,
+    ) -> None:
+        share = lanes_per_row(M)
+        positions = triton.cdiv(columns, block) * triton.next_power_of_2(block) * share
+        like = inputs[0]
+        warps = positions * count / LANES / multiprocessors(like.device)
+        pairs = share == 1 and triton.next_power_of_2(block) == block
+        own, steps, stages = plan(M // share, warps, pairs, T, like.element_size(), backward)
         # The interpreter runs a program at a time: few and wide.
-        block = triton.next_power_of_2(max(LANES, lanes)) if INTERPRETED else LANES
-        self.tiles = triton.cdiv(lanes, block)
+        width = triton.next_power_of_2(max(LANES, triton.cdiv(positions, own))) if INTERPRETED else LANES
+        self.tiles = triton.cdiv(positions, width * own)
+        self.grid = (self.tiles * count,)
         self.device = on_device(like)
-        # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so
-        # unasked.
+        # What the compiler may know of batch strides; those of time and gates it sees.
+        align = math.gcd(8, *(x.stride(0) for x in inputs)) if like.shape[0] > 1 else 8
         self.options: dict[str, Any] = {
+            "SHARE": share,
+            "P": own,
             "STEPS": steps,
-            "BLOCK": block,
+            "STAGES": stages,
+            "WIDTH": width,
+            "ALIGN": align,
             "num_warps": 1,
+            # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does so
+            # unasked.
             "enable_fp_fusion": True,
         }
 
-    def grid(self, count: int) -> tuple[int]:
-        return (self.tiles * count,)
+
+def plan(taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
+    """(rows a lane, steps a group, groups in flight and at work) for `warps` warps an SM of one row a lane with
+    `taps` + 1 gates.
+
+    Steps are as many as keep a group's gates in registers; groups as many as fill IN_FLIGHT.
+    """
+    own = 2 if pairs and taps <= 8 and warps / 2 >= WARPS_FOR_PAIRS[backward] else 1
+    if T == 1:
+        return own, 1, 1
+    steps = 8 if taps * own <= (4 if backward and own == 2 else 8) else 4
+    loads = taps + (4 if backward else 2)
+    group_bytes = warps * LANES * steps * loads * itemsize
+    return own, steps, 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
 
 
 def lanes_per_row(M: int) -> int:
@@ -58,18 +103,8 @@ def lanes_per_row(M: int) -> int:
     return 2 if M >= 12 and M % 2 == 0 else 1
 
 
-def steps_in_flight(taps: int, T: int, backward: bool) -> int:
-    """Steps whose loads a lane with `taps` + 1 gates a step issues together, a power of two.
-
-    More steps keep more bytes in flight, which is what covers HBM's latency. The limit is compile time:
-    Triton's coalescing pass is cubic in the operations of the unrolled body, and these choices keep it to
-    seconds.
-    """
-    if T == 1:
-        return 1
-    if backward:
-        return 8 if taps == 1 else 4 if taps <= 8 else 2
-    return 16 if taps <= 2 else 8 if taps <= 8 else 4
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def on_device(like: Tensor) -> AbstractContextManager:
@@ -84,78 +119,9 @@ def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.devic
     + `cost` times the work: the chunks' transfers (instructions relative to the scan's; infinite: never cut),
     then the scan.
     """
-    multiprocessors = (
-        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    )
-    if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * multiprocessors:
+    processors = multiprocessors(device)
+    if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * processors:
         return T, 1
-    wanted = LANES_PER_SM * multiprocessors // groups
+    wanted = LANES_PER_SM * processors // groups
     chunk = max(SHORTEST_CHUNK, triton.cdiv(T, max(1, wanted)))
     return chunk, triton.cdiv(T, chunk)
-
-
-Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
-
-
-def register(name: str, forward: Forward, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Forward:
-    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
-
-    forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
-    backward(grad_h, grad_last, gates, values, h0, h, reset, gate) -> (d_gates, d_values, d_h0).
-    """
-
-    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
-    def scan(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        return forward(gates, values, h0, reset, gate)
-
-    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
-    def scan_backward(
-        grad_h: Tensor,
-        grad_last: Tensor,
-        gates: Tensor,
-        values: Tensor,
-        h0: Tensor | None,
-        h: Tensor,
-        reset: Tensor | None,
-        gate: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(grad_h, grad_last, gates, values, h0, h, reset, gate)
-
-    def state_like(gates: Tensor, values: Tensor) -> Tensor:
-        return values.new_empty(values.shape[0], values.shape[2], gates.shape[-1] - 1, dtype=torch.float32)
-
-    @scan.register_fake
-    def _(gates, values, h0, reset, gate):
-        return values.new_empty(values.shape), state_like(gates, values)
-
-    @scan_backward.register_fake
-    def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
-        return torch.empty_like(gates), values.new_empty(values.shape), state_like(gates, values)
-
-    def setup_context(ctx, inputs, output):
-        gates, values, h0, reset, ctx.gate = inputs
-        ctx.save_for_backward(gates, values, h0, output[0], reset)
-
-    def run_backward(ctx, grad_h, grad_last):
-        gates, values, h0, h, reset = ctx.saved_tensors
-        d_gates, d_values, d_h0 = scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
-        return d_gates, d_values, d_h0 if h0 is not None else None, None, None
-
-    scan.register_autograd(run_backward, setup_context=setup_context)
-
-    def public(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        # h0 is small: the cast is autograd's, so its gradient comes back in its own dtype.
-        h0 = None if h0 is None else h0.float().contiguous()
-        plain = type(gates) in PLAIN and type(values) in PLAIN
-        if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return forward(
-                gates, values, h0, reset, gate
-            )  # decoding: the op's bookkeeping costs 20 us a call
-        return scan(gates, values, h0, reset, gate)
-
-    public.__doc__ = f"Triton `lrnn_lm::{name}`: see the function of the same shapes in `reference.py`."
-    return public

@@ -70,6 +70,51 @@ def row(rows, u: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _halves(x, LANES: tl.constexpr, R: tl.constexpr):
+    """[LANES, R] as its first and its second half along R."""
+    return tl.split(tl.permute(tl.reshape(x, [LANES, 2, R // 2]), [0, 2, 1])) if R > 2 else tl.split(x)
+
+
+@triton.jit
+def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
+    """[STEPS, LANES * P] as STEPS * P blocks [LANES] in fp32, step-major: a lane's P rows at every step."""
+    R: tl.constexpr = STEPS * P
+    tile = tl.reshape(tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2]), [LANES, R])
+    parts = (tile if R > 1 else tl.reshape(tile, [LANES]),)
+    for level in tl.static_range(6):
+        if (R >> level) > 1:
+            halved = ()
+            for j in tl.static_range(1 << level):
+                first, second = _halves(parts[j], LANES, R >> level)
+                halved = halved + (first, second)
+            parts = halved
+    wide_parts = ()
+    for j in tl.static_range(R):
+        wide_parts = wide_parts + (parts[j].to(tl.float32),)
+    return wide_parts
+
+
+@triton.jit
+def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
+    """The tile [STEPS, LANES * P] of STEPS * P blocks [LANES]: the inverse of `unstack`."""
+    R: tl.constexpr = STEPS * P
+    cast = ()
+    for j in tl.static_range(R):
+        cast = cast + (parts[j].to(DTYPE),)
+    parts = cast
+    for level in tl.static_range(6):
+        if (R >> level) > 1:
+            joined = ()
+            for j in tl.static_range(R >> (level + 1)):
+                pair = tl.join(parts[2 * j], parts[2 * j + 1])
+                if level > 0:
+                    pair = tl.reshape(tl.permute(pair, [0, 2, 1]), [LANES, 2 << level])
+                joined = joined + (pair,)
+            parts = joined
+    return tl.reshape(tl.permute(tl.reshape(parts[0], [LANES, STEPS, P]), [1, 0, 2]), [STEPS, LANES * P])
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur
     here."""
@@ -146,6 +191,39 @@ def coefficients(z, K: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.const
 
 
 @triton.jit
+def tile_of(at, S_T: tl.constexpr, STEPS: tl.constexpr):
+    """Pointers [STEPS, WIDTH * P] to as many steps of the rows that `at` points to."""
+    return at[None, :] + tl.arange(0, STEPS)[:, None] * S_T
+
+
+@triton.jit
+def gate_rows(
+    z_at, a_at, t, mask, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, PARTNER: tl.constexpr,
+):  # fmt: skip
+    """Of STEPS steps from t: logits and f, both flat [(step P + row) (TAPS + 1) + gate], 1 / S [step P + row]."""
+    planes = ()
+    for k in tl.static_range(TAPS):
+        planes = planes + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
+    planes = planes + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
+    z, f, scales = (), (), ()
+    for e in tl.static_range(STEPS * P):
+        row = ()
+        for k in tl.static_range(TAPS + 1):
+            row = row + (planes[k * STEPS * P + e],)
+        coefficient, scale = coefficients(row, TAPS + 1, GATE, lane, PARTNER)
+        z, f, scales = z + row, f + coefficient, scales + (scale,)
+    return z, f, scales
+
+
+@triton.jit
+def step_flags(flags_at, t, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether a document starts, a step."""
+    return unstack(tl.broadcast_to(tl.load(flags_at + t), [STEPS, WIDTH]), STEPS, WIDTH, 1)
+
+
+@triton.jit
 def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
     """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h); softmax: f' = f, sign = 1; none: s x_k. `scaled` is s
     / S."""
@@ -169,30 +247,32 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
-def _halve(q, lane, HALF: tl.constexpr):
-    """A lane keeps the half of q that its bit HALF names, adds its partner's, and hands over the other
+def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
+    """A lane keeps the half of q that its bit HALF / P names, adds its partner's, and hands over the other
     half."""
-    upper = (lane & HALF) != 0
+    upper = (lane & (HALF // P)) != 0
     left = ()
     for j in tl.static_range(HALF):
         sent = tl.where(upper, q[j], q[j + HALF])
         kept = tl.where(upper, q[j + HALF], q[j])
-        left = left + (kept + tl.gather(sent, lane ^ HALF, 0),)
+        left = left + (kept + tl.gather(sent, lane ^ (HALF // P), 0),)
     return left
 
 
 @triton.jit
-def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr):
-    """Lane k of each group of MP lanes receives the sum over the group's lanes of their q[k].
+def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr):
+    """Lane k of each group of MP / P lanes receives the P sums over the group's lanes of q[k P .. k P + P - 1].
 
     Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
-    TP; where that is MP / 2, lanes k and k + TP both receive sum k. Lanes that own no row must hold zeros. MP
-    <= 16.
+    TP; where that is MP / 2 (P = 1), lanes k and k + TP both receive sum k. Lanes that own no row must hold
+    zeros. MP <= 16.
     """
     TP: tl.constexpr = MP if TAPS * 2 > MP else MP // 2
     for _ in tl.static_range(TAPS, TP):
         q = q + (tl.zeros_like(q[0]),)
     for stage in tl.static_range(4):
-        if (TP >> stage) > 1:
-            q = _halve(q, lane, TP >> (stage + 1))
-    return sum_of_pair(q[0], lane, TP if TP < MP else 0)
+        if (TP >> stage) > P:
+            q = _halve(q, lane, TP >> (stage + 1), P)
+    if TP < MP:
+        q = (sum_of_pair(q[0], lane, TP),)
+    return q

@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from .attention import Attention, AttentionWeights
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, plain_weight
+from .base import JointProjections, Mixer, MixerCost, ResidualOutput, SequenceContext, joined, plain_weight
 from .bd_lru import BlockDiagonalLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
@@ -66,12 +66,14 @@ __all__ = [
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "HigherOrderLRU",
+    "JointProjections",
     "Mamba2",
     "Mixer",
     "MixerCost",
     "ResidualOutput",
     "SequenceContext",
     "build_mixer",
+    "joined",
     "mixer_class",
     "mixer_options",
     "plain_weight",

@@ -3,11 +3,17 @@
 Legend: B batch, T time, D model width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..kernels import runs_fused
 
 
 class ResidualOutput(nn.Linear):
@@ -22,6 +28,78 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     adapted = type(linear) not in (nn.Linear, ResidualOutput)
     offloaded = hasattr(linear, "_hf_hook")  # Accelerate's, which brings the weight when the module is called
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
+
+
+class JointProjections:
+    """For a module with several projections of the same input: one product, where their weights lie together.
+
+    `joint` is (weight, bias or None) of all of them, for as long as `joined` lends it; the projections' own
+    weights are what is trained, saved and adapted.
+    """
+
+    joint: tuple[Tensor, Tensor | None] | None = None
+    joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
+
+    def joint_projections(self) -> list[nn.Linear]:
+        """The projections, in the order of their outputs."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each projection of x (.., D); views of one tensor where the weights are lent."""
+        projections = self.joint_projections()
+        joint = self.joint
+        if (
+            joint is None
+            and self.joint_gradients
+            and torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+        ):
+            # A compiler writes weights side by side as it casts them, and gradients as it computes them.
+            weights = [plain_weight(projection) for projection in projections]
+            if all(weight is not None for weight in weights) and all(p.bias is None for p in projections):
+                joint = torch.cat(weights), None
+        if joint is None:
+            return tuple(projection(x) for projection in projections)
+        return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)
+
+
+def packs(mixer: "JointProjections", x: Tensor, M: int) -> bool:
+    """Whether the scan of a mixer with a `backend` is the fused one, for x (B, T, D) of more than a step."""
+    if mixer.joint is not None or x.shape[1] == 1:
+        return False
+    return mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
+
+
+def plane_weights(
+    gates: nn.Linear, values: nn.Linear, rows: int, columns: int
+) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'.
+
+    None where a projection is not plain. In the dtype that autocast computes in, so that the wide copies are
+    short; columns beyond the rows are zero.
+    """
+    weights, bias = [plain_weight(gates), plain_weight(values)], gates.bias
+    if weights[0] is None or weights[1] is None or bias is None:
+        return None
+    device = bias.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
+    planes = [w.to(dtype).view(-1, rows, w.shape[-1]) for w in weights]
+    biases = functional.pad(bias.to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
+    if columns > rows:
+        planes = [functional.pad(plane, (0, 0, 0, columns - rows)) for plane in planes]
+    return torch.cat(planes).flatten(0, 1), biases.flatten()
+
+
+@contextmanager
+def joined(lent: list[tuple[JointProjections, tuple[Tensor, Tensor | None]]]) -> Iterator[None]:
+    """Lend modules their joint weights."""
+    for module, joint in lent:
+        module.joint = joint
+    try:
+        yield
+    finally:
+        for module, _ in lent:
+            module.joint = None
 
 
 @dataclass(frozen=True)

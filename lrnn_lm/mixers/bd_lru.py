@@ -6,13 +6,23 @@ Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v
 """
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..kernels import block_diagonal_scan, check_gate
+from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
 from ..kernels.gates import normalise
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import (
+    JointProjections,
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    check_sizes,
+    packs,
+    plane_weights,
+)
 
 
-class BlockDiagonalLRU(Mixer):
+class BlockDiagonalLRU(JointProjections, Mixer):
     """Block-diagonal linear recurrent unit.
 
     Args:
@@ -33,6 +43,7 @@ class BlockDiagonalLRU(Mixer):
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate
+        self.backend = "auto"  # of the scan
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
@@ -40,22 +51,41 @@ class BlockDiagonalLRU(Mixer):
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
-        gates, values = self._gates(x), self.value_proj(x).unflatten(-1, (self.num_blocks, self.block_size))
-        h, state = block_diagonal_scan(gates, values, state, context.reset, self.gate)
+        N, M = self.num_blocks, self.block_size
+        if (planes := self._packed(x)) is not None:
+            h, state = block_diagonal_scan_packed(planes, N, M, state, context.reset, self.gate, self.backend)
+        else:
+            gates, values = self.project(x)
+            values = values.unflatten(-1, (N, M))
+            h, state = block_diagonal_scan(
+                self._planes(gates), values, state, context.reset, self.gate, self.backend
+            )
         return self.out_proj(h.flatten(2)), state
 
-    def _gates(self, x: Tensor) -> Tensor:
-        """Gate logits (B, T, N, M, M+1).
+    def _packed(self, x: Tensor) -> Tensor | None:
+        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        M, rows = self.block_size, self.num_blocks * self.block_size
+        if not packs(self, x, M):
+            return None
+        columns = plane_width(rows, M)
+        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
+        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
+
+    def joint_projections(self) -> list[nn.Linear]:
+        return [self.gate_proj, self.value_proj]
+
+    def _planes(self, gates: Tensor) -> Tensor:
+        """Projected gate logits (B, T, (M+1) N M) as (B, T, N, M, M+1).
 
         Memory holds M + 1 planes, each laid out like the values: neighbouring lanes, a row each, read
         neighbouring addresses.
         """
-        planes = self.gate_proj(x).unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
+        planes = gates.unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
         return planes.permute(0, 1, 3, 4, 2)
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
-        return normalise(self._gates(x).float(), self.gate)[..., : self.block_size]
+        return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""

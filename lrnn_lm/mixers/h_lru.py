@@ -10,13 +10,24 @@ Legend: B batch, T time, D model width, N channels, M order; z gate logits, v va
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..kernels import check_gate, higher_order_scan
+from ..kernels import check_gate, higher_order_scan, higher_order_scan_packed, plane_width
 from ..kernels.gates import normalise
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, plain_weight
+from .base import (
+    JointProjections,
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    check_sizes,
+    packs,
+    plain_weight,
+    plane_weights,
+)
 
 
-class HigherOrderLRU(Mixer):
+class HigherOrderLRU(JointProjections, Mixer):
     """Higher-order linear recurrent unit.
 
     Args:
@@ -37,18 +48,41 @@ class HigherOrderLRU(Mixer):
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate
+        self.backend = "auto"  # of the scan
         self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
         self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
         self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        h, new_state = higher_order_scan(self._gates(x), self.value_proj(x), state, context.reset, self.gate)
+        N, M = self.num_blocks, self.order
+        if (planes := self._packed(x)) is not None:
+            h, new_state = higher_order_scan_packed(
+                planes, N, M, state, context.reset, self.gate, self.backend
+            )
+        else:
+            gates, values = self.project(x)
+            h, new_state = higher_order_scan(
+                self._planes(gates), values, state, context.reset, self.gate, self.backend
+            )
         return self._filter(h, state, context.reset), new_state
 
-    def _gates(self, x: Tensor) -> Tensor:
-        """Gate logits (B, T, N, M+1), n fastest in memory: neighbouring lanes read neighbouring addresses."""
-        return self.gate_proj(x).unflatten(-1, (self.order + 1, self.num_blocks)).transpose(2, 3)
+    def _packed(self, x: Tensor) -> Tensor | None:
+        """Gates and values of a fused scan, by one product: planes (B, T, M+2, columns); None for other scans."""
+        M, rows = self.order, self.num_blocks
+        if not packs(self, x, M):
+            return None
+        columns = plane_width(rows)
+        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
+        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
+
+    def joint_projections(self) -> list[nn.Linear]:
+        return [self.gate_proj, self.value_proj]
+
+    def _planes(self, gates: Tensor) -> Tensor:
+        """Projected gate logits (B, T, (M+1) N) as (B, T, N, M+1), n fastest in memory: neighbouring lanes
+        read neighbouring addresses."""
+        return gates.unflatten(-1, (self.order + 1, self.num_blocks)).transpose(2, 3)
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
         """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
@@ -69,16 +103,18 @@ class HigherOrderLRU(Mixer):
             taps = [tap if a is None else tap * a for tap, a in zip(taps, alive, strict=True)]
             return self.out_proj(torch.cat(taps, dim=-1).transpose(0, 1))
         weights = weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
-        y = nn.functional.linear(taps[0], weights[0])  # (T, B, D)
+        y = linear(taps[0], weights[0])  # (T, B, D)
         for lag in range(1, M):
-            product = nn.functional.linear(taps[lag], weights[lag])
+            product = linear(taps[lag], weights[lag])
             y = y + (product if alive[lag] is None else product * alive[lag])
         return y.transpose(0, 1)
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
         M = self.order
-        top = normalise(self._gates(x).float(), self.gate)[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
+        top = normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., :M].unsqueeze(
+            3
+        )  # (B, T, N, 1, M)
         shift = torch.eye(M, device=x.device)[: M - 1].expand(*top.shape[:3], M - 1, M)
         return torch.cat([top, shift], dim=3)
 

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..mixers import Mixer, ResidualOutput, SequenceContext, build_mixer
+from ..mixers import JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(JointProjections, nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    joint_gradients = True
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -23,7 +25,11 @@ class SwiGLU(nn.Module):
         self.down_proj = ResidualOutput(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+    def joint_projections(self) -> list[nn.Linear]:
+        return [self.gate_proj, self.up_proj]
 
 
 class LRNNBlock(GradientCheckpointingLayer):
@@ -57,6 +63,15 @@ class LRNNBlock(GradientCheckpointingLayer):
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1])
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+    def step(self, hidden_states: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` for one more token of every sequence after a recurrent state, and no more than that.
+
+        hidden_states (B, 1, D), state (B, ..) -> (B, 1, D) and the state after.
+        """
+        y, state = self.mixer(self.mixer_norm(hidden_states), state, SequenceContext())
+        hidden_states = hidden_states + y
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), state
 
 
 def _mix_after_padding(

@@ -6,10 +6,58 @@ is a multiplication. Peak memory is chunk x V instead of B T x V, at the same th
 Legend: B batch, T time, D model width, V vocabulary.
 """
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORE = -100  # label of a position without a target
+
+
+CACHED_LOGITS = 1 << 20  # of a chunk on a CPU: what stays in its caches
+_compiled: list[Callable[..., tuple[Tensor, Tensor]]] = []  # `_by_elements`, once it has been compiled
+
+
+def _by_elements(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed nats () of logits (t, V), and their gradient: softmax minus one-hot, nothing without a target.
+
+    Written for a compiler, which makes two passes over the logits of it: one for the sums, one that writes.
+    """
+    x = logits.float() if logits.dtype != torch.float64 else logits
+    valid = (labels != IGNORE).unsqueeze(1)
+    target = labels.unsqueeze(1)  # IGNORE is no column
+    log_z = x.logsumexp(dim=1, keepdim=True)
+    hit = torch.arange(x.shape[1], device=x.device) == target
+    nats = (torch.where(valid, log_z, 0) - torch.where(hit, x, 0).sum(dim=1, keepdim=True)).sum()
+    return nats, torch.where(valid, (x - log_z).exp() - hit.to(x.dtype), 0).to(logits.dtype)
+
+
+def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by few operators of torch: one exponential a logit, softmax's, a row at a time in cache."""
+    x = logits.float() if logits.dtype != torch.float64 else logits
+    valid = labels != IGNORE
+    target = labels.where(valid, 0).unsqueeze(1)
+    p = x.softmax(dim=1)
+    log_z = x.amax(dim=1) - p.amax(dim=1).log()  # the largest is at least 1 / V: its logarithm is exact
+    nats = ((log_z - x.gather(1, target).squeeze(1)) * valid).sum()
+    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+    p[~valid] = 0
+    return nats, p.to(logits.dtype)
+
+
+def _nats_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The faster of both: on a GPU the passes over the logits are what this loss costs."""
+    if not logits.is_cuda or importlib.util.find_spec("triton") is None:
+        return _by_operators(logits, labels)
+    if torch.compiler.is_compiling():
+        return _by_elements(logits, labels)
+    if not _compiled:
+        _compiled.append(torch.compile(_by_elements))
+    for x in (logits, labels):
+        torch._dynamo.maybe_mark_dynamic(x, 0)  # the last chunk is shorter
+    return _compiled[0](logits, labels)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -23,22 +71,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        w = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            h, label = hidden[part], labels[part]
-            logits = (h @ weight.t()).to(dtype)
-            valid = label != IGNORE
-            target = label.where(valid, 0).unsqueeze(1)
-            log_z = logits.logsumexp(dim=1)
-            total += ((log_z - logits.gather(1, target).squeeze(1)) * valid).sum()
+            h, label = hidden[start : start + chunk], labels[start : start + chunk]
+            logits = h @ w.t()
             if d_hidden is None and d_weight is None:
+                total += functional.cross_entropy(
+                    logits.to(dtype), label, ignore_index=IGNORE, reduction="sum"
+                )
                 continue
-            d_logits = logits.sub_(log_z.unsqueeze(1)).exp_()
-            d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=d_logits.dtype))
-            d_logits = d_logits.mul_(valid.unsqueeze(1)).to(h.dtype)
+            nats, d_logits = _nats_and_gradient(logits, label)
+            total += nats
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
-            if d_weight is not None:
+                d_hidden[start : start + chunk] = d_logits @ w
+            if d_weight is None:
+                continue
+            if d_logits.dtype == dtype:
+                d_weight.addmm_(d_logits.t(), h)
+            else:
                 d_weight += d_logits.t() @ h
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
@@ -70,13 +120,14 @@ def linear_cross_entropy(
         weight: (V, D).
         labels: (B, T) int64, aligned with hidden (already shifted); IGNORE where there is no target.
         num_items: what to divide the sum by; None for the number of valid labels here.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once, at most.
     Returns:
         a scalar in fp32 (fp64 for fp64 inputs).
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if torch.is_autocast_enabled(hidden.device.type):  # the weight keeps its dtype: so does its gradient
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if hidden.device.type == "cpu":
+        chunk = min(chunk, max(128, CACHED_LOGITS // weight.shape[0]))
     labels = labels.reshape(-1)
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -90,10 +141,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | No
     """The same from logits (B, T, V), where the head is no plain matrix (adapted, quantised)."""
     labels = labels.reshape(-1)
     logits = logits.reshape(labels.shape[0], -1).float()
-    total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    total = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
 
 
 def shift_labels(labels: Tensor) -> Tensor:
     """Labels as transformers passes them (the inputs themselves), moved to where they are predicted."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)

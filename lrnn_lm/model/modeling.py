@@ -4,11 +4,12 @@ Legend: B batch, T time, D model width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -25,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext, plain_weight
 from .cache import check_cache, document_start, make_cache, tokens_seen
 from .config import LRNNConfig
+from .decode import Decoder, can_decode
 from .layers import LRNNBlock
 from .loss import cross_entropy, linear_cross_entropy, shift_labels
 
@@ -146,9 +148,14 @@ class LRNNModel(LRNNPreTrainedModel):
         layer_idx = self.config.layer_types.index("full_attention")
         layer = None if cache is None else cache.layers[layer_idx]
         past = 0 if layer is None else layer.get_seq_length()
-        if position_ids is None:
+        counted = position_ids is None
+        if counted:
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
         visible = _same_document(documents, layer, past, x)
+        eager = self.config._attn_implementation == "eager"
+        if counted and visible is None and attention_mask is None and layer is None and not eager:
+            # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
+            return SequenceContext(reset, None, position_ids, keep_state)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -158,7 +165,6 @@ class LRNNModel(LRNNPreTrainedModel):
             and_mask_function=visible,
             layer_idx=layer_idx,
         )
-        eager = self.config._attn_implementation == "eager"
         return SequenceContext(reset, mask, position_ids, keep_state, attention_weights=eager)
 
 
@@ -233,6 +239,23 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):
             model_kwargs["past_key_values"] = make_cache(self.config, cache)
+
+    def _valid_auto_compile_criteria(
+        self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+    ) -> bool:
+        """Whether `generate` decodes through `get_compiled_call`; `disable_compile=True` is the way out."""
+        if not generation_config.disable_compile and can_decode(self):
+            return True
+        asked = generation_config.compile_config or generation_config.cache_implementation == "static"
+        if "full_attention" not in self.config.layer_types and not asked:
+            return False  # transformers would compile whatever decodes on a GPU without keys and values
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What decodes a token: our own step where every layer is recurrent, transformers' otherwise."""
+        return (
+            Decoder(self, compile_config) if can_decode(self) else super().get_compiled_call(compile_config)
+        )
 
     @can_return_tuple
     def forward(

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from ..data import (
 )
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
+from ..model.fp8 import use_fp8
 from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
 from . import checkpoint
@@ -132,7 +134,9 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
 
     prepared = together.main_first(get_data)  # the others find what the first has made
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
-    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer).to(accelerator.device))
+    bare_model = together.all(
+        lambda: _make_model(recipe, prepared, tokenizer, accelerator.device).to(accelerator.device)
+    )
     model = share(bare_model, accelerator, plan)
     optimizer = make_optimizer(bare_model, recipe.optim, accelerator.device)
     lock = together.all(lambda: _lock(folder) if main else None)
@@ -202,7 +206,9 @@ def verify_shards(prepared: PreparedData | SyntheticData) -> None:
         prepared.validation.verify()
 
 
-def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any) -> PreTrainedModel:
+def _make_model(
+    recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any, device: torch.device
+) -> PreTrainedModel:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -214,6 +220,8 @@ def _make_model(recipe: Recipe, prepared: PreparedData | SyntheticData, tokenize
     seed_everything(recipe.seed)
     encodes = isinstance(prepared, SyntheticData) and prepared.task.kind.head == "autoencoder"
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
+    if recipe.train.fp8:
+        use_fp8(model, device)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:

@@ -49,7 +49,9 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
         gates = torch.zeros(B, T, M + 1, *block, dtype=torch.bfloat16).movedim(2, -1)
         values = torch.zeros(B, T, *block, dtype=torch.bfloat16)
         h, last = module._forward(gates, values, h0, reset, gate)
-        module._backward(values, last, gates, values, h0, h, reset, gate)
+        module._backward(
+            values, last, gates, values, h0, h, reset, gate, torch.empty_like(gates), torch.empty_like(values)
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ import pytest
 import torch
 from scans import LENGTHS, SCANS, SIZES, TOLERANCE, make_inputs, relative_error, run
 
-from lrnn_lm.kernels import BACKENDS, GATES, block_diagonal_scan, higher_order_scan
+from lrnn_lm.kernels import (
+    BACKENDS,
+    GATES,
+    block_diagonal_scan,
+    block_diagonal_scan_packed,
+    higher_order_scan,
+    higher_order_scan_packed,
+    plane_width,
+)
 
 pytest.importorskip("triton")
 
@@ -101,6 +109,54 @@ def test_several_programs_a_sequence(scan, monkeypatch):
 
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)  # blocks of one warp, as on a GPU
     compare(scan, T=3, N=43, M=3, B=1)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize(("T", "N", "M"), [(19, 5, 1), (10, 3, 2), (9, 18, 4), (6, 2, 8)])
+def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
+    """What large batches run: here for small ones."""
+    from lrnn_lm.kernels import triton_launch
+
+    monkeypatch.setattr(triton_launch, "WARPS_FOR_PAIRS", {False: 0.0, True: 0.0})
+    compare(scan, T=T, N=N, M=M, B=1 if M > 4 else 2)
+    compare(scan, torch.bfloat16, T=T, N=N, M=M, B=1 if M > 4 else 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("M", [1, 3, 4, 12])
+def test_packed_planes(scan, M, backend):
+    """The same bits as from gates and values; padding is never read, and its gradient is zero."""
+    gates, values, h0, reset = to_device(make_inputs(scan, B=2, T=5, N=3, M=M))
+    wanted = run(scan, [gates, values, h0, reset], "softmax", backend)
+    rows = values[0, 0].numel()
+    planes = torch.full((2, 5, M + 2, rows + 5), torch.nan, device=DEVICE)
+    planes[:, :, : M + 1, :rows] = gates.flatten(2, -2).transpose(2, 3)
+    planes[:, :, M + 1, :rows] = values.flatten(2)
+    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
+
+    def from_planes(planes, values, h0, reset, gate, backend):
+        return packed(planes, 3, M, h0, reset, gate, backend=backend)
+
+    h, last, d_planes, _, d_h0 = run(from_planes, [planes, values, h0, reset], "softmax", backend)
+    d_gates = d_planes[:, :, : M + 1, :rows].transpose(2, 3).view(gates.shape)
+    d_values = d_planes[:, :, M + 1, :rows].view(values.shape)
+    for x, want in zip((h, last, d_gates, d_values, d_h0), wanted, strict=True):
+        torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
+    assert not d_planes[..., rows:].any()
+
+
+def test_widths_of_planes():
+    assert plane_width(302 * 4, 4) == 1216
+    assert plane_width(2112) == 2112
+    assert plane_width(242) == 256
+    assert plane_width(32, 4) == 32  # would double
+    assert plane_width(15, 3) == 15  # blocks of three are not read as one run
+
+
+def test_planes_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"at least 6"):
+        block_diagonal_scan_packed(torch.zeros(1, 2, 4, 5), 3, 2)
 
 
 @pytest.mark.parametrize("scan", SCANS)

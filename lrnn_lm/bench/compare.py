@@ -1,0 +1,90 @@
+"""`lrnn bench --compare OLD`: is it slower than it was?
+
+OLD is what a benchmark wrote. It is run again with the settings that it names, or compared with a file that
+is there; rows are matched by what they measured.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from . import measure
+from .results import Row, read_results
+
+KEY = ("contender", "size", "what", "B", "T", "mode", "context")
+# What is compared, in seconds: of each benchmark's rows, those that are there.
+TIMES = ("step_seconds", "token_seconds", "prefill_seconds", "forward", "backward")
+TOLERANCE = 0.05
+
+
+def compare_with(
+    old: Path, new: Path | None = None, device: str = "auto", tolerance: float = TOLERANCE
+) -> list[str]:
+    """Print every time of OLD beside the new one; returns what is slower by more than the tolerance.
+
+    Args:
+        old: JSON of an earlier run.
+        new: JSON of a later one; None runs the benchmark of `old` again here.
+        tolerance: share of the old time.
+    Raises:
+        ValueError: files that are no benchmark's, or not of the same kind and device.
+    """
+    if not 0 <= tolerance < 10:
+        raise ValueError(f"--tolerance is a share such as 0.05, not {tolerance:g}")
+    about, before = read_results(old)
+    if new is not None:
+        about_new, after = read_results(new)
+        if about_new.get("device") != about.get("device"):
+            raise ValueError(
+                f"{old} was measured on {about.get('device')}, {new} on {about_new.get('device')}: "
+                "times of two devices say nothing of a change"
+            )
+    else:
+        after = _run_again(about, old, device)
+    return judge(before, after, tolerance)
+
+
+def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
+    benchmark, settings = about.get("benchmark"), about.get("settings")
+    here = measure.describe(measure.pick_device(device)).get("device")
+    if benchmark not in ("train", "decode"):
+        raise ValueError(f"{old} does not say how it was made: run that again, pass its file as --against")
+    if here != about["device"]:
+        raise ValueError(f"{old} was measured on {about['device']}, here is {here}")
+    if benchmark == "train":
+        from .train import TrainSettings, run
+
+        return run(TrainSettings(**settings), device)
+    from .decode import DecodeSettings
+    from .decode import run as run_decode
+
+    return run_decode(DecodeSettings(**settings), device)
+
+
+def judge(before: list[Row], after: list[Row], tolerance: float) -> list[str]:
+    """Print a table; returns a line for each time that is slower, and each row that no longer runs."""
+    newer = {_key(row): row for row in after}
+    cells, worse = [], []
+    for row in before:
+        now, name = newer.get(_key(row)), ", ".join(str(row[key]) for key in KEY if key in row)
+        for time in TIMES:
+            if time not in row:
+                continue
+            if now is None or time not in now:
+                reason = "it is not there" if now is None else now.get("reason", "it was not measured")
+                worse.append(f"{name}: {time} was measured before; now {reason}")
+                cells.append([name, time, f"{1e3 * row[time]:.3f}", "", "", reason[:40]])
+                continue
+            ratio = now[time] / row[time]
+            slower = ratio > 1 + tolerance
+            if slower:
+                worse.append(f"{name}: {time} is {ratio:.2f} times what it was")
+            verdict = "slower" if slower else "faster" if ratio < 1 - tolerance else ""
+            cells.append(
+                [name, time, f"{1e3 * row[time]:.3f}", f"{1e3 * now[time]:.3f}", f"{ratio:.2f}", verdict]
+            )
+    measure.print_table("old and new, ms", ["", "time", "old", "new", "new/old", ""], cells)
+    return worse
+
+
+def _key(row: Row) -> tuple:
+    return tuple(row.get(key) for key in KEY)

@@ -1,0 +1,247 @@
+"""`lrnn bench decode`: prefill, and the time of a token at batch 1 and more, after short and long contexts.
+
+Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
+Each contender decodes as fast as it can here: recurrent models by `model/decode.py`'s step, attention by a
+static cache of the context's size; both replay a CUDA graph, and both with compiled blocks where asked. The
+mode `generate` is the time of a token in `model.generate`, transformers' loop included.
+
+A recurrent state is the same size after any text, so a long context is emulated by the count of tokens that
+the cache has seen, after a real prefill of 1k; attention's keys and values are all there.
+
+The limit is the time to read the weights that a token needs and the states (written too), or keys and values,
+at the rate of a device copy in the same run.
+
+Legend: B rows, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, StaticCache
+
+from ..model import LRNNConfig, LRNNForCausalLM, prefill
+from ..model.accounting import account
+from ..model.decode import decode_step
+from . import measure
+from .contenders import PAPER_SIZE, Contender, Size, build_config, count, label_of, pick_contenders, pick_size
+from .pictures import draw_decoding
+from .results import Budget, JsonLines, Row, median_and_spread, numbers, show
+from .train import is_half, time_calls
+
+DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
+PREFILL = 1024  # tokens that are really read before a recurrent model decodes
+SEGMENT = 2048
+LONGEST_ATTENTION = 65_536  # further, its prefill alone takes a benchmark's time
+MODES = ("graph", "compiled", "generate")
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What `lrnn bench decode` was asked for; with these it runs again.
+
+    contexts: tokens before the ones that are timed. modes: of `MODES`. tokens: how many are timed. The rest:
+    as in `bench train`.
+    """
+
+    contenders: str = DEFAULT
+    batches: str = "1,64"
+    contexts: str = "1024,8192,32768,1048576"
+    modes: str = "graph,compiled,generate"
+    size: str = PAPER_SIZE
+    width: int | None = None
+    layers: int | None = None
+    vocab: int | None = None
+    precision: str = "auto"
+    tokens: int = 64
+    budget_seconds: float | None = None
+
+
+def run(settings: DecodeSettings, device: str = "auto", output: Path | None = None) -> list[Row]:
+    """Measure, print a table, and write JSON lines and a picture to `output` and beside it if given.
+
+    Raises:
+        ValueError: settings that name nothing that there is.
+    """
+    where = measure.pick_device(device)
+    contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
+    size = pick_size(settings.size, settings.width, settings.layers)
+    batches, contexts = numbers(settings.batches, "--batches"), numbers(settings.contexts, "--contexts")
+    modes = [mode.strip() for mode in settings.modes.split(",")]
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+    if settings.tokens < 2:
+        raise ValueError("--tokens must be at least 2")
+    is_half(where, settings.precision)
+    budget = Budget(settings.budget_seconds)
+    limits = measure.ceilings(where) if where.type == "cuda" else {}
+    about = {"benchmark": "decode", **measure.describe(where), **limits, "settings": asdict(settings)}
+    file = JsonLines(output, about)
+    for contender in contenders:
+        for B in batches:
+            for mode in modes:
+                for context in contexts:
+                    shape = {"contender": contender.name, "size": label_of(settings.size, size), "B": B}
+                    shape |= {"mode": mode, "context": context}
+                    print(f"{contender.name}, batch {B}, {mode}, {context:,} tokens before ..", flush=True)
+                    work = partial(bench_one, contender, size, B, mode, context, settings, where, limits)
+                    row = shape | budget.run(work)
+                    file.add(row)
+                    print(f"  {_summary(row)}", flush=True)
+    _print(file.rows)
+    if output is not None:
+        print(f"written: {output}")
+        draw_decoding(file.rows, output.with_suffix(".png"), about)
+    return file.rows
+
+
+@torch.no_grad()
+def bench_one(
+    contender: Contender,
+    size: Size,
+    B: int,
+    mode: str,
+    context: int,
+    settings: DecodeSettings,
+    device: torch.device,
+    limits: dict[str, float],
+) -> Row:
+    """One model's row: seconds of a prefill and of a token, and what share of the limit that is."""
+    config = build_config(contender, size, settings.vocab, PREFILL)
+    dtype = torch.bfloat16 if is_half(device, settings.precision) else torch.float32
+    row: Row = {"parameters": count(config), "layers": config.num_hidden_layers}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LRNNForCausalLM(config).to(dtype).eval()
+    recurrent = "full_attention" not in config.layer_types
+    if not recurrent and context > LONGEST_ATTENTION:
+        state = account(config, context, cache_bytes=dtype.itemsize).attention_state_bytes
+        raise ValueError(
+            f"attention is timed up to {LONGEST_ATTENTION:,} tokens; here {state / 1e9:.1f} GB a row"
+        )
+    length = min(PREFILL, context) if recurrent else context
+    ids = torch.randint(config.vocab_size, (B, length), device=device)
+    taken, _ = time_calls(partial(_prefill, model, ids, None), 2, device)
+    row["prefill_tokens"], row["prefill_seconds"] = length, taken[-1]
+    if mode == "generate":
+        taken = _generate_times(model, ids, settings.tokens, taken[-1], device)
+    else:
+        setup = _recurrent_token if recurrent else _attention_token
+        token = setup(model, ids, context, settings.tokens, mode == "compiled")
+        for _ in range(2):
+            token()
+        taken, _ = time_calls(token, settings.tokens, device)
+    row["token_seconds"], row["spread"] = median_and_spread(taken)
+    row["tokens_per_second"] = B / row["token_seconds"]
+    row["least_bytes"] = least_bytes(config, B, context, dtype)
+    if copy := limits.get("copy_bytes_per_second"):
+        row["limit_seconds"] = row["least_bytes"] / copy
+        row["share_of_limit"] = row["limit_seconds"] / row["token_seconds"]
+    if device.type == "cuda":
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    return row
+
+
+def _prefill(model: LRNNForCausalLM, ids: Tensor, cache: Any) -> Any:
+    return prefill(model, ids, SEGMENT, cache)
+
+
+def _recurrent_token(
+    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, compiled: bool
+) -> Callable[[], Any]:
+    """A step of `model/decode.py`, after `context` tokens by the cache's count."""
+    output = _prefill(model, ids, None)
+    cache = output.past_key_values
+    for layer in cache.layers:
+        layer.seen_tokens = context
+    compile_config = CompileConfig(options=_INDUCTOR) if compiled and ids.is_cuda else None
+    step = decode_step(model, cache, compile_config)
+    newest = output.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
+
+    def token() -> Tensor:
+        return newest.copy_(step(model, newest, cache)[:, -1].argmax(dim=-1, keepdim=True))
+
+    return token
+
+
+# Products of one row become sums that fuse with what is around them.
+_INDUCTOR = {"coordinate_descent_tuning": True}
+
+
+def _attention_token(
+    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, compiled: bool
+) -> Callable[[], Any]:
+    """A forward pass on a static cache, as one CUDA graph."""
+    cache = StaticCache(config=model.config, max_cache_len=context + tokens + 8)
+    newest = _prefill(model, ids, cache).logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
+    if compiled and ids.is_cuda:
+        for block in model.model.layers:
+            block.compile(dynamic=False)
+
+    def token() -> Tensor:
+        logits = model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return newest.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
+
+    return (measure._captured(token) or token) if ids.is_cuda else token
+
+
+def _generate_times(
+    model: LRNNForCausalLM, ids: Tensor, tokens: int, prefill_seconds: float, device: torch.device
+) -> list[float]:
+    """Seconds a token of three calls of `generate`, without the prefill; after one that makes it ready."""
+    options = {"max_new_tokens": tokens + 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def call() -> Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    call()
+    taken, _ = time_calls(call, 3, device)
+    return [max(0.0, seconds - prefill_seconds) / tokens for seconds in taken]
+
+
+def least_bytes(config: LRNNConfig, B: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes that a token of B rows moves at least: the weights once, the embedding's rows aside; recurrent
+    states read and written; keys and values read."""
+    costs = account(config, context, cache_bytes=dtype.itemsize)
+    looked_up = 0 if config.tie_word_embeddings else costs.parameters["embedding"]
+    weights = (costs.total_parameters - looked_up) * dtype.itemsize
+    return weights + B * (2 * costs.recurrent_state_bytes + costs.attention_state_bytes)
+
+
+def _summary(row: Row) -> str:
+    if "reason" in row:
+        return row["reason"]
+    share = f", {row['share_of_limit']:.2f} of the limit" if "share_of_limit" in row else ""
+    return (
+        f"{1e3 * row['token_seconds']:.3f} ms a token{share}; prefill of {row['prefill_tokens']:,}: "
+        f"{1e3 * row['prefill_seconds']:.1f} ms"
+    )
+
+
+def _print(rows: list[Row]) -> None:
+    columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "tokens/s",
+               "limit ms", "of the limit", "note"]  # fmt: skip
+    cells = [
+        [
+            row["contender"],
+            show(row.get("parameters")),
+            str(row["B"]),
+            row["mode"],
+            show(row["context"]),
+            show(row.get("prefill_seconds"), ".1f", 1e3),
+            show(row.get("token_seconds"), ".3f", 1e3),
+            show(row.get("spread"), ".1%"),
+            show(row.get("tokens_per_second")),
+            show(row.get("limit_seconds"), ".3f", 1e3),
+            show(row.get("share_of_limit"), ".2f"),
+            row.get("reason", "")[:36],
+        ]
+        for row in rows
+    ]
+    used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
+    measure.print_table("decoding", [columns[i] for i in used], [[row[i] for i in used] for row in cells])

@@ -1,0 +1,168 @@
+"""The custom ops around the Triton scans: what autograd and torch.compile see of them.
+
+Two forms of each scan: one that takes gates and values, and a packed one that takes the planes of a single
+projection and gives their gradient as one tensor again, so that nothing is split, copied or padded around it.
+
+Legend: B batch, T time, N blocks or channels, M block size or order.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
+
+Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
+PackedScan = Callable[[Tensor, int, int, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
+
+
+def rows_like(values: Tensor, columns: int | None) -> Tensor:
+    """A new tensor of the shape of `values`, a step `columns` elements apart if given, else contiguous."""
+    if columns is None:
+        return values.new_empty(values.shape)
+    rows = values[0, 0].numel()
+    return values.new_empty(*values.shape[:2], columns)[..., :rows].view(values.shape)
+
+
+def _state_like(values: Tensor, M: int) -> Tensor:
+    return values.new_empty(values.shape[0], values.shape[2], M, dtype=torch.float32)
+
+
+def _runs_directly(*tensors: Tensor) -> bool:
+    """Decoding: without a gradient or a compiler the op's bookkeeping, 20 us a call, is for nothing."""
+    plain = all(type(x) in PLAIN for x in tensors)
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def register(name: str, forward: Callable, backward: Callable) -> Scan:
+    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
+
+    forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
+    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0, and fills the last
+    two.
+    """
+
+    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
+    def scan(
+        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+    ) -> tuple[Tensor, Tensor]:
+        return forward(gates, values, h0, reset, gate)
+
+    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
+    def scan_backward(
+        grad_h: Tensor,
+        grad_last: Tensor,
+        gates: Tensor,
+        values: Tensor,
+        h0: Tensor | None,
+        h: Tensor,
+        reset: Tensor | None,
+        gate: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
+        d_h0 = backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
+        return d_gates, d_values, d_h0
+
+    @scan.register_fake
+    def _(gates, values, h0, reset, gate):
+        return values.new_empty(values.shape), _state_like(values, gates.shape[-1] - 1)
+
+    @scan_backward.register_fake
+    def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
+        state = _state_like(values, gates.shape[-1] - 1)
+        return torch.empty_like(gates), values.new_empty(values.shape), state
+
+    def setup_context(ctx, inputs, output):
+        gates, values, h0, reset, ctx.gate = inputs
+        ctx.save_for_backward(gates, values, h0, output[0], reset)
+
+    def run_backward(ctx, grad_h, grad_last):
+        gates, values, h0, h, reset = ctx.saved_tensors
+        d_gates, d_values, d_h0 = scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
+        return d_gates, d_values, d_h0 if h0 is not None else None, None, None
+
+    scan.register_autograd(run_backward, setup_context=setup_context)
+
+    def public(
+        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+    ) -> tuple[Tensor, Tensor]:
+        # h0 is small: the cast is autograd's, so its gradient comes back in its own dtype.
+        h0 = None if h0 is None else h0.float().contiguous()
+        run = forward if _runs_directly(gates, values) else scan
+        return run(gates, values, h0, reset, gate)
+
+    public.__doc__ = f"Triton `lrnn_lm::{name}`: see the function of the same shapes in `reference.py`."
+    return public
+
+
+def register_packed(
+    name: str,
+    split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
+    forward: Callable,
+    backward: Callable,
+    fills: Callable[[int], bool],
+) -> PackedScan:
+    """The same of planes (B, T, M + 2, columns): `lrnn_lm::name`.
+
+    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the planes' columns last;
+    fills(M): whether backward fills the columns beyond the rows too, with zeros.
+    """
+
+    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
+    def scan(
+        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str
+    ) -> tuple[Tensor, Tensor]:
+        return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
+
+    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
+    def scan_backward(
+        grad_h: Tensor,
+        grad_last: Tensor,
+        planes: Tensor,
+        N: int,
+        M: int,
+        h0: Tensor | None,
+        h: Tensor,
+        reset: Tensor | None,
+        gate: str,
+    ) -> tuple[Tensor, Tensor]:
+        d_planes = planes.new_empty(planes.shape)
+        (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
+        columns, rows = planes.shape[-1], values[0, 0].numel()
+        if columns > rows and not fills(M):
+            d_planes[..., rows:].zero_()
+        d_h0 = backward(
+            grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
+            columns if fills(M) else None,
+        )  # fmt: skip
+        return d_planes, d_h0
+
+    @scan.register_fake
+    def _(planes, N, M, h0, reset, gate):
+        values = split(planes, N, M)[1]
+        return rows_like(values, planes.shape[-1]), _state_like(values, M)
+
+    @scan_backward.register_fake
+    def _(grad_h, grad_last, planes, N, M, h0, h, reset, gate):
+        return planes.new_empty(planes.shape), _state_like(split(planes, N, M)[1], M)
+
+    def setup_context(ctx, inputs, output):
+        planes, ctx.N, ctx.M, h0, reset, ctx.gate = inputs
+        ctx.save_for_backward(planes, h0, output[0], reset)
+
+    def run_backward(ctx, grad_h, grad_last):
+        planes, h0, h, reset = ctx.saved_tensors
+        d_planes, d_h0 = scan_backward(grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate)
+        return d_planes, None, None, d_h0 if h0 is not None else None, None, None
+
+    scan.register_autograd(run_backward, setup_context=setup_context)
+
+    def public(
+        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str
+    ) -> tuple[Tensor, Tensor]:
+        h0 = None if h0 is None else h0.float().contiguous()
+        return scan(planes, N, M, h0, reset, gate)
+
+    public.__doc__ = f"Triton `lrnn_lm::{name}`: the scan of planes, see `dispatch.py`."
+    return public

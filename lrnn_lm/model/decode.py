@@ -1,0 +1,235 @@
+"""One token for every sequence of a batch, fast: states that stay where they are, one CUDA graph to run.
+
+`generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and
+replayed, so that it costs its kernels and no Python; on a CPU the same code runs as it is written. What a
+cache holds stays exact after every step: its states *are* the tensors that the step writes, for as long as
+the cache is the one being continued; a cache that is put aside gets copies of its own.
+
+Prefill, beams, and whatever a step does not know (adapters, hooks, quantised weights, autocast, outputs of
+every layer) go the plain way, through the model's forward pass.
+
+Legend: B batch, D model width, V vocabulary.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..mixers import joined, plain_weight
+from .cache import is_recurrent
+from .layers import LRNNBlock
+
+KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
+         "output_attentions", "output_hidden_states")  # fmt: skip
+_OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose modules do what they say
+_steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
+KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
+
+
+class Decoder:
+    """What `generate` calls in place of the model for each new token; one for each call of `generate`."""
+
+    def __init__(self, model: PreTrainedModel, compile_config: Any = None):
+        self.model, self.compile_config = model, compile_config
+        self._step: DecodeStep | None = None
+
+    def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """As the model's forward pass: logits (B, 1, V), in memory that the next call writes to."""
+        if self._step is None and _is_step(self.model, input_ids, kwargs):
+            self._step = decode_step(self.model, kwargs["past_key_values"], self.compile_config)
+        if self._step is None or not _is_one_token(input_ids, kwargs):
+            return self.model(input_ids=input_ids, **kwargs)
+        cache = kwargs["past_key_values"]
+        return CausalLMOutputWithPast(logits=self._step(self.model, input_ids, cache), past_key_values=cache)
+
+
+class DecodeStep:
+    """A step of one model for one batch size, with the states that it continues."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, compile_config: Any, capture: bool):
+        self.key = _key(model, cache, compile_config)
+        self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
+        B = self.states[0].shape[0]
+        self.ids = torch.zeros(B, 1, dtype=torch.long, device=self.states[0].device)
+        self.block_step: Callable[..., tuple[Tensor, Tensor]] = LRNNBlock.step
+        if compile_config is not None:
+            self.block_step = torch.compile(LRNNBlock.step, **_options(compile_config))
+        self.capture = capture
+        self.joint: list[Any] = []  # weights that lie together, kept for as long as a graph reads them
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
+        self._owners: list[Callable[[], Any]] = []  # the cache layers that hold these states
+
+    def __call__(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+        """Feed ids (B, 1), write the states in place, count the token; returns logits (B, 1, V)."""
+        self._adopt(cache)
+        self.ids.copy_(ids)
+        if self.capture and self.graph is None:
+            self._capture(model)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.logits = self.forward(model)
+        for layer in cache.layers:
+            layer.seen_tokens += 1
+        return self.logits
+
+    def forward(self, model: PreTrainedModel) -> Tensor:
+        """The step as it is written: what is captured."""
+        x = model.model.embed_tokens(self.ids)  # (B, 1, D)
+        for block, state in zip(model.model.layers, self.states, strict=True):
+            x, after = self.block_step(block, x, state)
+            state.copy_(after)
+        return model.lm_head(model.model.norm(x))
+
+    def _adopt(self, cache: Cache) -> None:
+        """Make this cache the one that is continued; the one before, if it lives, gets its own copies."""
+        if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, self.states, strict=True)):
+            return
+        for owner, state in zip(self._owners, self.states, strict=False):
+            layer = owner()
+            if layer is not None and layer.recurrent_states[0] is state:
+                layer.recurrent_states[0] = state.clone()
+        for layer, state in zip(cache.layers, self.states, strict=True):
+            state.copy_(layer.recurrent_states[0])
+            layer.recurrent_states[0] = state
+        self._owners = [weakref.ref(layer) for layer in cache.layers]
+
+    def _capture(self, model: PreTrainedModel) -> None:
+        """Record the step as a CUDA graph; where that fails, it is run as it is written from then on."""
+        before = [state.clone() for state in self.states]
+        self.join(model)
+        try:
+            stream = torch.cuda.Stream(self.ids.device)
+            stream.wait_stream(torch.cuda.current_stream(self.ids.device))
+            with torch.cuda.stream(stream), joined(self.joint):
+                for _ in range(2):  # kernels are compiled and chosen here
+                    self.forward(model)
+            torch.cuda.current_stream(self.ids.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream), joined(self.joint):
+                self.logits = self.forward(model)
+            self.graph = graph
+        except RuntimeError as error:
+            said = str(error).strip().splitlines() or [""]
+            warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
+            self.capture = False
+        for state, value in zip(self.states, before, strict=True):
+            state.copy_(value)
+
+    def join(self, model: PreTrainedModel) -> None:
+        """Copy weights of projections of the same input side by side: one product in place of two."""
+        groups = [
+            module for block in model.model.layers for module in (block.mixer, block.mlp)
+            if hasattr(module, "joint_projections")
+        ]  # fmt: skip
+        self.joint = [(module, _side_by_side(module.joint_projections())) for module in groups]
+
+
+def decode_step(
+    model: PreTrainedModel, cache: Cache, compile_config: Any = None, capture: bool | None = None
+) -> DecodeStep:
+    """The step of a model for a cache's batch size: the one there is, or a new one.
+
+    capture: whether to record a CUDA graph; None: on a GPU.
+    """
+    key = _key(model, cache, compile_config)
+    steps = _steps.setdefault(model, [])
+    for step in steps:
+        if step.key == key:
+            return step
+    if capture is None:
+        capture = cache.layers[0].recurrent_states[0].is_cuda
+    step = DecodeStep(model, cache, compile_config, capture)
+    stale = [old for old in steps if old.key[1:] != key[1:]]  # of other weights: their copies are wrong now
+    steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
+    return step
+
+
+def can_decode(model: PreTrainedModel) -> bool:
+    """Whether a step does all that the model would: recurrent layers, modules as they were built."""
+    if any(kind != "linear_attention" for kind in model.config.layer_types) or model.training:
+        return False
+    for module in model.modules():
+        if type(module).__module__.split(".")[0] not in _OURS or hasattr(module, "_hf_hook"):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if isinstance(module, nn.Linear) and plain_weight(module) is None:
+            return False
+    return True
+
+
+def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the first call of a `generate` is for one token after a state, and nothing but that.
+
+    The masks of later calls only grow by ones, so what one of them says is read once.
+    """
+    if not _is_one_token(ids, kwargs) or set(kwargs) - set(KNOWN) or not can_decode(model):
+        return False
+    if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or ids.device != model.device:
+        return False
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if not isinstance(cache, Cache) or len(cache.layers) != model.config.num_hidden_layers:
+        return False
+    for layer in cache.layers:
+        if not is_recurrent(layer) or not layer.has_previous_state[0]:
+            return False
+        if (
+            layer.recurrent_states[0].shape[0] != ids.shape[0]
+            or layer.recurrent_states[0].device != ids.device
+        ):
+            return False
+    if mask is None:
+        return True
+    mask = mask.bool()
+    begun = mask[:, :-1].any(dim=1) if mask.shape[1] > 1 else mask[:, -1]
+    return mask.ndim == 2 and bool((mask[:, -1] & begun).all())
+
+
+def _is_one_token(ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    return ids is not None and ids.shape[1] == 1 and kwargs.get("use_cache", True) is not False
+
+
+def _key(model: PreTrainedModel, cache: Cache, compile_config: Any) -> tuple:
+    """The states' shapes, and what a step keeps of a model: where its weights lie, how often they changed."""
+    shapes = tuple(
+        (s.shape, s.dtype, s.device) for s in (layer.recurrent_states[0] for layer in cache.layers)
+    )
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return (
+        shapes,
+        weights,
+        None if compile_config is None else repr(sorted(_options(compile_config).items())),
+    )
+
+
+def _options(compile_config: Any) -> dict[str, Any]:
+    """torch.compile's options from transformers' CompileConfig; the CUDA graph is ours."""
+    options = {"dynamic": False, **compile_config.to_dict()}
+    if options.get("dynamic") is None:
+        options["dynamic"] = False
+    mode = options.pop("mode", None)
+    if mode == "max-autotune" and options.get("backend") == "inductor":
+        options["mode"] = "max-autotune-no-cudagraphs"
+    if options.get("options") is None:
+        options.pop("options", None)
+    return options
+
+
+def _side_by_side(projections: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """(sum of outputs, D) and, where one has a bias, (sum of outputs,)."""
+    weight = torch.cat([p.weight.detach() for p in projections])
+    if all(p.bias is None for p in projections):
+        return weight, None
+    biases = [p.weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in projections]
+    return weight, torch.cat(biases)

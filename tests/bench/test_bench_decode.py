@@ -1,0 +1,84 @@
+"""`lrnn bench decode` on a CPU: rows, what they count, what cannot be measured."""
+
+import pytest
+import torch
+
+from lrnn_lm.bench import decode, results
+from lrnn_lm.bench.contenders import CONTENDERS, build_config, pick_size
+from lrnn_lm.bench.decode import DecodeSettings
+from lrnn_lm.cli import main
+
+TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 3}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rows_and_files(tmp_path, capsys):
+    settings = DecodeSettings(
+        "bd-m4,transformer", batches="1,3", contexts="16,1M", modes="graph,generate", **TINY
+    )
+    rows = decode.run(settings, "cpu", tmp_path / "rows.jsonl")
+    about, stored = results.read_results(tmp_path / "rows.jsonl")
+    assert stored == rows
+    assert DecodeSettings(**about["settings"]) == settings
+    assert len(rows) == 16
+    for row in rows:
+        if row["contender"] == "transformer" and row["context"] == 1_000_000:
+            assert "up to 65,536 tokens" in row["reason"]
+            continue
+        assert row["token_seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["B"] / row["token_seconds"])
+        assert row["prefill_tokens"] == (16 if row["context"] == 16 else decode.PREFILL)
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert "ms a token" in capsys.readouterr().out
+
+
+def test_least_bytes_by_hand():
+    """Every weight but the embedding's; a state of 2 layers x 16 blocks x 4 in fp32, read and written."""
+    config = build_config(CONTENDERS["bd-m4"], pick_size("212M", 32, 2), 61, 16)
+    parameters = sum(p.numel() for p in decode.LRNNForCausalLM(config).parameters()) - 61 * 32
+    states = 2 * config.mixer["num_blocks"] * 4
+    got = decode.least_bytes(config, 3, 1 << 20, torch.bfloat16)
+    assert got == 2 * parameters + 3 * 2 * 4 * states
+    config = build_config(CONTENDERS["transformer"], pick_size("212M", 32, 2), 61, 16)
+    longer = [decode.least_bytes(config, 3, n, torch.bfloat16) for n in (10, 11)]
+    assert longer[1] - longer[0] == 3 * 2 * 2 * 32 * config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_a_token_is_the_models_next_token():
+    """Both ways to decode give what `generate` gives."""
+    for name, setup in (("bd-m4", decode._recurrent_token), ("transformer", decode._attention_token)):
+        torch.manual_seed(0)
+        config = build_config(CONTENDERS[name], pick_size("212M", 32, 2), 61, 16)
+        config.initializer_range = 0.5
+        model = decode.LRNNForCausalLM(config).eval()
+        ids = torch.randint(61, (2, 7))
+        want = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            :, 8:
+        ]
+        token = setup(model, ids, 7, 4, False)
+        assert torch.equal(torch.cat([token().clone() for _ in range(4)], dim=1), want), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modes", "fast"], "unknown mode 'fast'"),
+        (["--batches", "x"], "--batches"),
+        (["--contexts", ""], "--contexts"),
+        (["--tokens", "1"], "--tokens"),
+        (["--size", "huge"], "unknown size"),
+    ],
+)
+def test_mistakes_are_told(arguments, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "decode", "--device", "cpu", *arguments])
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err

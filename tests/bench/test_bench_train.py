@@ -1,0 +1,153 @@
+"""`lrnn bench train` on a CPU: equal models, honest rows, failures and budgets that are told."""
+
+import json
+
+import pytest
+import torch
+
+from lrnn_lm.bench import peers, results, train
+from lrnn_lm.bench.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
+from lrnn_lm.bench.profile import kind_of
+from lrnn_lm.bench.train import TrainingStep, TrainSettings
+from lrnn_lm.cli import main
+from lrnn_lm.kernels import block_diagonal_scan, higher_order_scan
+from lrnn_lm.kernels.dispatch import BACKENDS
+from lrnn_lm.model.accounting import account
+from lrnn_lm.recipe import load_recipe
+
+TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": "64", "lengths": "16,32", "steps": 2, "warmup": 0}
+LOCAL = [name for name, c in CONTENDERS.items() if name != "gated-deltanet"]  # fla may not be installed
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", ["50M", "212M", "1.3B"])
+def test_contenders_have_equal_parameters(size):
+    counts = {name: count(build_config(CONTENDERS[name], SIZES[size], None, 2048)) for name in LOCAL}
+    for name, parameters in counts.items():
+        assert parameters == pytest.approx(counts["bd-m4"], rel=0.02), name
+
+
+def test_the_papers_sizes_are_the_recipes():
+    for name in ("bd-m1", "bd-m4", "h-m16", "lstm"):
+        config = build_config(CONTENDERS[name], SIZES["212M"], None, 2048)
+        assert count(config) == load_recipe(CONTENDERS[name].recipe).model.parameters
+    assert build_config(CONTENDERS["transformer"], SIZES["212M"], None, 2048).num_hidden_layers == 19
+
+
+def test_a_recipe_is_taken_as_it_stands():
+    (contender,) = pick_contenders(["recipes/demo.yaml"])
+    config = build_config(contender, SIZES["1.3B"], 4096, 64)
+    assert (contender.name, config.hidden_size, config.num_hidden_layers) == ("demo", 128, 4)
+    with pytest.raises(ValueError, match="--vocab"):
+        build_config(contender, SIZES["1.3B"], None, 64)
+
+
+def test_rows_and_files(tmp_path, capsys):
+    settings = TrainSettings(contenders="bd-m4,transformer,paper-m4", compile=False, profile=3, **TINY)
+    rows = train.run(settings, "cpu", tmp_path / "rows.jsonl")
+    about, stored = results.read_results(tmp_path / "rows.jsonl")
+    assert stored == rows
+    assert len(rows) == 6
+    assert TrainSettings(**about["settings"]) == settings
+    assert [(row["contender"], row["B"], row["T"]) for row in rows[:4:3]] == [
+        ("bd-m4", 4, 16),
+        ("bd-m4", 2, 32),
+    ]
+    for row in rows:
+        config = build_config(CONTENDERS[row["contender"]], pick_size("212M", 32, 2), 61, row["T"])
+        assert row["flops_per_token"] == account(config, row["T"]).flops_per_token_training
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"])
+        assert 0 < row["loss"] < 6
+        assert row["profile"]["kinds"]
+        assert len(row["profile"]["kernels"]) == 3
+    # The same weights, the same data, another formulation: the same loss.
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
+    assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_contender_that_cannot_run_is_a_row(monkeypatch, tmp_path):
+    def fails(self):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(TrainingStep, "__call__", fails)
+    rows = train.run(TrainSettings(contenders="bd-m4,lstm", compile=False, **TINY), "cpu")
+    assert len(rows) == 4
+    assert {row["reason"] for row in rows} == {"RuntimeError: CUDA out of memory. Tried to allocate"}
+
+
+def test_a_budget_leaves_out_what_no_longer_fits():
+    settings = TrainSettings(contenders="bd-m4,bd-m1", compile=False, budget_seconds=1e-9, **TINY)
+    assert all(row["reason"].startswith("skipped: ") for row in train.run(settings, "cpu"))
+
+
+def test_the_step_is_an_optimizer_step():
+    """Losses fall on one batch, and no step leaves gradients behind."""
+    config = build_config(CONTENDERS["bd-m4"], pick_size("212M", 32, 1), 61, 32)
+    step = TrainingStep(config, torch.device("cpu"), TrainSettings(), 4, 32)
+    losses = [float(step()) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.3
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("scan", [block_diagonal_scan, higher_order_scan])
+def test_the_associative_backend_is_the_same_recurrence(scan):
+    torch.manual_seed(0)
+    values = torch.randn(2, 9, 3, 4) if scan is block_diagonal_scan else torch.randn(2, 9, 3)
+    gates = torch.randn(*values.shape, 5)
+    with peers.associative_backend("associative"):
+        got = scan(gates, values, backend="associative")
+        with pytest.raises(ValueError, match="from zero"):
+            scan(gates, values, h0=torch.zeros(2, 3, 4), backend="associative")
+    for x, want in zip(got, scan(gates, values, backend="reference"), strict=True):
+        torch.testing.assert_close(x, want)
+    assert "associative" not in BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contenders", "bd-m5"], "unknown contender 'bd-m5'"),
+        (["--sizes", "3M"], "unknown size '3M'"),
+        (["--lengths", "0"], "--lengths"),
+        (["--tokens", "many"], "--tokens"),
+        (["--width", "17"], "multiple of 16"),
+        (["--precision", "fp8"], "auto, bf16 or fp32"),
+        (["--steps", "0"], "--steps"),
+        (["--budget-seconds", "0"], "--budget-seconds"),
+    ],
+)
+def test_mistakes_are_told(arguments, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "train", "--device", "cpu", *arguments])
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_kinds_of_kernels():
+    names = {
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT": "products",
+        "forward_kernel": "scan", "backward_kernel": "scan",
+        "pytorch_flash::flash_fwd_kernel<...>": "attention",
+        "triton_red_fused__fused_rms_norm_3": "compiled elementwise",
+        "void at::native::multi_tensor_apply_kernel<...FusedAdam...>": "optimizer",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "void at::native::vectorized_elementwise_kernel<...>": "other elementwise",
+    }  # fmt: skip
+    assert {name: kind_of(name) for name in names} == names
+
+
+def test_files_of_other_kinds(tmp_path):
+    old = tmp_path / "kernels.json"
+    old.write_text(json.dumps({"about": {"device": "x"}, "rows": [{"what": "a", "B": 1, "T": 2}]}, indent=1))
+    assert results.read_results(old) == ({"device": "x"}, [{"what": "a", "B": 1, "T": 2}])
+    old.write_text("no")
+    with pytest.raises(ValueError, match="not a file that"):
+        results.read_results(old)

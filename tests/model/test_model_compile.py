@@ -1,0 +1,101 @@
+"""Blocks under torch.compile: one graph for all layers, without a break, that computes the same."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_models import MIXER_ROWS, close, small_model, tokens
+from tolerances import TOLERANCE
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lrnn_lm.mixers import SequenceContext
+
+SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
+WHOLE = ["bd_lru", "bd_lru-tanh", "h_lru", "attention"]
+
+
+def losses_and_gradients(model, ids, reset):
+    model.zero_grad()
+    loss = model(ids, shift_labels=ids, reset=reset, return_logits=False, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("documents", [False, True])
+def test_one_graph_for_all_blocks(name, documents):
+    torch.compiler.reset()
+    model, ids = small_model(name, num_hidden_layers=10).train(), tokens(length=17)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, 5] = True
+    reset = reset if documents else None
+    want, expected = losses_and_gradients(model, ids, reset)
+    graphs = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(backend=graphs, fullgraph=True, dynamic=False)
+    got, gradients = losses_and_gradients(model, ids, reset)
+    assert graphs.frame_count == 1
+    close(got, want, SUMS)
+    for key, gradient in gradients.items():
+        assert (gradient - expected[key]).abs().max() <= GRADIENT * expected[key].abs().max(), key
+
+
+def test_a_swiglu_is_one_product_when_compiled():
+    """Forward one product for gate and up; the same numbers, and gradients for the weights by name."""
+    torch.compiler.reset()
+    mlp = small_model("bd_lru").model.layers[0].mlp.train()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(2, 3, 16)
+    got = torch.compile(mlp, backend=look, fullgraph=True)(x)
+    close(got, mlp(x), SUMS)
+    (graph,) = graphs
+    products = [node for node in graph.graph.nodes if node.target is torch._C._nn.linear]
+    assert len(products) == 2
+    got.sum().backward()
+    assert set(dict(mlp.named_parameters())) == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    assert all(p.grad is not None for p in mlp.parameters())
+
+
+def test_the_triton_scans_compile_whole():
+    """In the interpreter, in a process of its own: it must be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from small_models import small_model, tokens
+for name in ("bd_lru", "h_lru"):
+    model, ids = small_model(name, num_hidden_layers=2).train(), tokens(length=9)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[1, 4] = True
+    want = float(model(ids, labels=ids, reset=reset, use_cache=False).loss.detach())
+    for block in model.model.layers:
+        block.mixer.backend = "triton"
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    loss = model(ids, labels=ids, reset=reset, use_cache=False).loss
+    loss.backward()
+    assert abs(float(loss.detach()) - want) < 1e-4
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_attention_without_documents_has_no_mask():
+    """One document a row is SDPA's causal case, which flash attention takes; packed documents have a mask."""
+    model, ids = small_model("attention").train(), tokens()
+    seen: list[SequenceContext] = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model(ids, use_cache=False)
+    assert all(context.attention_mask is None for context in seen)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, 3] = True
+    model(ids, reset=reset, use_cache=False)
+    assert seen[-1].attention_mask is not None
+    assert set(MIXER_ROWS) >= set(WHOLE)

@@ -1,0 +1,223 @@
+"""The decoding step: the same numbers as the forward pass, and caches that stay true whoever reads them."""
+
+import copy
+
+import pytest
+import torch
+from small_models import RECURRENT, close, small_model, tokens
+from tolerances import TOLERANCE
+from transformers import CompileConfig, DynamicCache
+
+from lrnn_lm.mixers import joined
+from lrnn_lm.model import copy_states
+from lrnn_lm.model.cache import tokens_seen
+from lrnn_lm.model.decode import Decoder, can_decode, decode_step
+
+SUMS = TOLERANCE["other order of sums"]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def states(cache) -> list[torch.Tensor]:
+    return [layer.recurrent_states[0] for layer in cache.layers]
+
+
+@torch.no_grad()
+def prefilled(model, ids):
+    return model(ids, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def plain(model, ids, cache):
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@torch.no_grad()
+def test_steps_are_the_forward_pass(name):
+    model, ids = small_model(name), tokens(length=12)
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    step = decode_step(model, ours)
+    for t in range(8, 12):
+        want = plain(model, ids[:, t : t + 1], theirs)
+        assert torch.equal(step(model, ids[:, t : t + 1], ours), want)
+        for a, b in zip(states(ours), states(theirs), strict=True):
+            assert torch.equal(a, b)
+        assert tokens_seen(ours) == tokens_seen(theirs) == t + 1
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_generate_decodes_through_it(name, monkeypatch):
+    model, ids = small_model(name), tokens(length=6)
+    calls = []
+    monkeypatch.setattr(type(model), "forward", _counting(type(model).forward, calls))
+    got = model.generate(ids, **GREEDY)
+    assert len(calls) == 1, "the prefill, and no more"
+    assert torch.equal(got, model.generate(ids, disable_compile=True, **GREEDY))
+    assert len(calls) == 1 + 6
+
+
+def _counting(forward, calls):
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    return counted
+
+
+@torch.no_grad()
+def test_caches_take_turns():
+    """One step, several caches: each goes on from its own text, and a copy is a copy."""
+    model, ids = small_model("bd_lru"), tokens(rows=3, length=10)
+    caches = [prefilled(model, ids[i : i + 1, :5]) for i in range(3)]
+    step = decode_step(model, caches[0])
+    kept = copy_states(caches[0])
+    for t in range(5, 9):
+        for i in (0, 1, 2):
+            if not (i == 1 and t == 8):
+                step(model, ids[i : i + 1, t : t + 1], caches[i])
+        if t == 7:
+            copied = copy_states(caches[1])
+    del caches[2]
+    step(model, ids[1:2, 8:9], caches[1])
+    for cache, upto, row in ((caches[0], 9, 0), (caches[1], 9, 1), (kept, 5, 0), (copied, 8, 1)):
+        assert tokens_seen(cache) == upto
+        for got, want in zip(states(cache), states(prefilled(model, ids[row : row + 1, :upto])), strict=True):
+            close(got, want, SUMS)
+    want = plain(model, ids[:1, 9:], prefilled(model, ids[:1, :9]))
+    close(plain(model, ids[:1, 9:], caches[0]), want, SUMS)  # and the forward pass goes on from any of them
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm"])
+@torch.no_grad()
+def test_a_graph_is_the_step(name, monkeypatch):
+    """With CUDA's graph replaced by calls: what warms up is undone, and joint weights change no number."""
+    model, ids = small_model(name), tokens(length=12)
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    step = decode_step(model, ours, capture=True)
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(1)
+            with joined(step.joint):
+                step.logits = step.forward(model)
+
+    fakes = {"Stream": _Stream, "stream": _Nothing, "graph": _Nothing, "CUDAGraph": Graph}
+    for attribute, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, attribute, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    for t in range(8, 12):
+        want = plain(model, ids[:, t : t + 1], theirs)
+        close(step(model, ids[:, t : t + 1], ours), want, SUMS)
+    for a, b in zip(states(ours), states(theirs), strict=True):
+        close(a, b, SUMS)
+    assert len(replayed) == 4
+    assert len(step.joint) == (3 if name == "lstm" else 6)
+    assert all(module.joint is None for module, _ in step.joint)
+
+
+class _Stream:
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, other):
+        assert isinstance(other, _Stream)
+
+
+class _Nothing:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+@torch.no_grad()
+def test_without_a_graph_it_still_decodes():
+    if torch.cuda.is_available():
+        pytest.skip("capturing works here")
+    model, ids = small_model("bd_lru"), tokens(length=8)
+    cache, other = prefilled(model, ids[:, :7]), prefilled(model, ids[:, :7])
+    step = decode_step(model, cache, capture=True)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        got = step(model, ids[:, 7:], cache)
+    assert torch.equal(got, plain(model, ids[:, 7:], other))
+
+
+@torch.no_grad()
+def test_other_weights_are_another_step():
+    model, ids = small_model("bd_lru"), tokens(length=6)
+    cache = prefilled(model, ids)
+    step = decode_step(model, cache)
+    assert decode_step(model, copy_states(cache)) is step
+    assert decode_step(model, copy_states(cache, 2)) is not step
+    model.lm_head.weight.mul_(2)
+    assert decode_step(model, cache) is not step
+    assert torch.equal(
+        model.generate(ids, **GREEDY), copy.deepcopy(model).generate(ids, disable_compile=True, **GREEDY)
+    )
+
+
+def test_what_a_step_does_not_know_goes_the_plain_way():
+    ids = tokens(length=6)
+    assert not can_decode(small_model("hybrid"))
+    assert not can_decode(small_model("bd_lru").train())
+    hooked = small_model("bd_lru")
+    seen = []
+    hooked.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert not can_decode(hooked)
+    hooked.generate(ids, **GREEDY)
+    assert len(seen) == 6
+    model = small_model("bd_lru")
+    out = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    assert len(out.hidden_states) == 6
+    assert all(len(layers) == 4 for layers in out.hidden_states)
+
+
+@torch.no_grad()
+def test_a_row_that_begins_late():
+    """A row of padding alone has no state yet: its first token starts it."""
+    model, ids = small_model("bd_lru"), tokens(length=5)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+    got = Decoder(model)(ids[:, 4:], past_key_values=cache, attention_mask=mask, use_cache=True).logits
+    close(got[0], model(ids[:1, 4:]).logits[0], SUMS)
+    close(got[1], model(ids[1:]).logits[0, -1:], SUMS)
+
+
+def test_compiled_blocks():
+    torch.compiler.reset()
+    model, ids = small_model("bd_lru"), tokens(length=6)
+    config = CompileConfig(backend="aot_eager", fullgraph=True)
+    assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_a_given_cache_comes_back_continued():
+    model, ids = small_model("h_lru"), tokens(length=6)
+    cache = DynamicCache(config=model.config)
+    out = model.generate(ids, past_key_values=cache, **GREEDY)
+    want = prefilled(model, out[:, :-1])
+    for got, state in zip(states(cache), states(want), strict=True):
+        close(got, state, SUMS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "mamba2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_cuda_graph(name, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, ids = small_model(name).to("cuda", dtype), tokens(length=12).cuda()
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    step = decode_step(model, ours)
+    for t in range(8, 12):
+        want = plain(model, ids[:, t : t + 1], theirs)
+        close(step(model, ids[:, t : t + 1], ours), want, SUMS if dtype == torch.float32 else 0.3)
+    assert step.graph is not None
+    if dtype == torch.float32:
+        assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, disable_compile=True, **GREEDY))
