@@ -127,7 +127,11 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
     def get_data() -> PreparedData | SyntheticData:
         if main:
             check_unchanged(recipe, folder)
-        prepared = prepare_data(recipe, progress=main)
+        try:
+            prepared = prepare_data(recipe, progress=main)
+        except ValueError:
+            stop.leave_if_asked()  # within a callback of SentencePiece's, Stopped comes out as an error of its own
+            raise
         if main:
             verify_shards(prepared)
         return prepared
