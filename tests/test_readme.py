@@ -65,8 +65,10 @@ def test_lrnn_command(words, demo, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", commands("accelerate"), ids=" ".join)
 def test_accelerate_command(words):
-    assert words[1:4] == ["launch", "-m", "lrnn_lm.train"]
-    assert load_recipe(words[4], words[5:]).model.parameters
+    assert words[1:3] == ["launch", "--config_file"]
+    assert (ROOT / words[3]).is_file()
+    assert words[4:6] == ["-m", "lrnn_lm.train"]
+    assert load_recipe(words[6], words[7:]).model.parameters
 
 
 @pytest.mark.parametrize("words", commands("make"), ids=" ".join)

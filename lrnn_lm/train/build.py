@@ -130,7 +130,7 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
         try:
             prepared = prepare_data(recipe, progress=main)
         except ValueError:
-            stop.leave_if_asked()  # within a callback of SentencePiece's, Stopped comes out as an error of its own
+            stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
             raise
         if main:
             verify_shards(prepared)
