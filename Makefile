@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fresh lint clean
+.PHONY: install demo test test-fresh test-slurm lint clean
 
 install: .venv/.installed
 
@@ -27,6 +27,10 @@ test: install
 test-fresh: install
 	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=100K eval.tasks=[]
 	tests/fresh_venv.sh runs/fresh/checkpoints/latest
+
+# `lrnn submit` on a SLURM of this machine alone, installed if root and apt-get are there; else skipped, saying why.
+test-slurm: install
+	$(BIN)/python -m pytest -rs tests/slurm/jobs.py
 
 lint: install
 	$(BIN)/ruff check .

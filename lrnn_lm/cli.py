@@ -1,4 +1,4 @@
-"""The command line: `lrnn prepare | train | eval | generate | bench | export | info | report`.
+"""The command line: `lrnn prepare | train | submit | eval | generate | bench | export | info | report`.
 
 Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
 arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set
@@ -129,6 +129,37 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
             )
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="machines")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each; 0 trains on its CPUs")] = None,
+    time: Annotated[str | None, typer.Option(help="SLURM's time limit, as in 24:00:00")] = None,
+    array: Annotated[Path | None, typer.Option(help="a sweep (YAML): one run for each of its lines")] = None,
+    array_limit: Annotated[int | None, typer.Option(help="runs of an array at one time")] = None,
+    partition: Annotated[str | None, typer.Option(help="where to run")] = None,
+    account: Annotated[str | None, typer.Option(help="who pays")] = None,
+    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
+    module: Annotated[list[str] | None, typer.Option(help="load a module; may be repeated")] = None,
+    container: Annotated[str | None, typer.Option(help="an image to run in")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="another option of sbatch; may be repeated")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script only")] = False,
+) -> None:
+    """Train a recipe as a SLURM job that saves, requeues and resumes by itself until it is done."""
+    from .launch import submit as submit_job
+
+    flags = {
+        "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "array_limit": array_limit,
+        "partition": partition, "account": account, "qos": qos, "modules": module, "container": container,
+        "sbatch": sbatch,
+    }  # fmt: skip
+    given = {key: value for key, value in flags.items() if value is not None}
+    submit_job(recipe, overrides, given, array, dry_run)
 
 
 @app.command(name="eval")

@@ -1,10 +1,21 @@
 """What to run, as pure data: the schema and its YAML loader."""
 
-from .load import RecipeError, dump_recipe, flatten, load_recipe, recipe_from_dict, resolve_path, shipped
-from .quantities import Every, Span, format_count, parse_count
+from .launch import LaunchSection
+from .load import (
+    RecipeError,
+    dump_recipe,
+    flatten,
+    load_recipe,
+    read_yaml,
+    recipe_from_dict,
+    resolve_path,
+    shipped,
+)
+from .quantities import Every, Span, format_count, parse_count, parse_time_limit
 from .schema import MixerSection, ModelSection, Recipe
 
 __all__ = [
-    "Every", "MixerSection", "ModelSection", "Recipe", "RecipeError", "Span", "dump_recipe", "flatten",
-    "format_count", "load_recipe", "parse_count", "recipe_from_dict", "resolve_path", "shipped",
+    "Every", "LaunchSection", "MixerSection", "ModelSection", "Recipe", "RecipeError", "Span", "dump_recipe",
+    "flatten", "format_count", "load_recipe", "parse_count", "parse_time_limit", "read_yaml",
+    "recipe_from_dict", "resolve_path", "shipped",
 ]  # fmt: skip

@@ -71,6 +71,20 @@ def shipped(name: str) -> Path:
     return installed if installed.exists() else package.parent / name
 
 
+def read_yaml(file: Path, called: Path | None = None) -> Any:
+    """What a YAML file holds, numbers read as people mean them; RecipeError names it as `called`."""
+    called = called or file
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date with 13 months
+        raise RecipeError(f"{called}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise RecipeError(f"{called}: cannot be read: {error.strerror}") from None
+    if data is None:
+        raise RecipeError(f"{called}: is empty")
+    return data
+
+
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     found = resolve_path(str(path))
     found = found if found.exists() else resolve_path(f"recipes/{path}")
@@ -78,14 +92,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe file")
     if found.resolve() in chain:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
-    try:
-        data = yaml.load(found.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date with 13 months
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    if data is None:
-        raise RecipeError(f"{path}: is empty")
+    data = read_yaml(found, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
     parent = data.pop("extends", None)
@@ -183,12 +190,18 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `6e-3` as text; people mean a number."""
+    """YAML 1.1 reads `6e-3` as text, where people mean a number, and `24:00:00` as the number 86400."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),

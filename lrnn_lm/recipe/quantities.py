@@ -1,4 +1,5 @@
-"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`)."""
+"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`),
+time limits of SLURM (`1-12:00:00`)."""
 
 import re
 from decimal import Decimal
@@ -16,6 +17,7 @@ from pydantic import (
 SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmbt]?)", re.IGNORECASE)
 _DECIMAL = re.compile(r"\d+(?:\.\d+)?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 def parse_count(value: object) -> int:
@@ -43,11 +45,38 @@ def format_count(number: int) -> str | int:
     return number
 
 
+def parse_time_limit(value: object) -> int | None:
+    """Seconds of a time limit in SLURM's forms: `90` (minutes), `90:00`, `24:00:00`, `2-12`, `2-12:30:00`.
+
+    None stands for no limit, written `UNLIMITED` or 0. Raises ValueError for anything else.
+    """
+    text = str(value).strip()
+    if text.upper() == "UNLIMITED":
+        return None
+    match = None if isinstance(value, bool) else _TIME.fullmatch(text)
+    if match:
+        days, *rest = match.groups()
+        numbers = [int(part) for part in rest if part is not None]
+        if days is not None or len(numbers) == 3:
+            hours, minutes, seconds = (*numbers, 0, 0)[:3]
+        else:
+            hours, minutes, seconds = 0, *(*numbers, 0)[:2]
+        if seconds < 60 and (minutes < 60 or (days is None and len(numbers) < 3)):
+            return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds or None
+    raise ValueError(f"a time such as 90 (minutes), 24:00:00 or 2-12:00:00 (days-) is wanted, not {value!r}")
+
+
+def _checked_time(value: object) -> str:
+    parse_time_limit(value)
+    return str(value).strip()
+
+
 def _decimal(number: float) -> str:
     """A number without an exponent, to twelve places."""
     return f"{number:.12f}".rstrip("0").rstrip(".")
 
 
+TimeLimit = Annotated[str, BeforeValidator(_checked_time)]
 TokenCount = Annotated[int, BeforeValidator(parse_count), PlainSerializer(format_count, when_used="json")]
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .launch import LaunchSection
 from .quantities import Every, Span, TokenCount
+from .section import Section
 
 MIXER_TYPES = (
     "bd_lru", "h_lru", "attention", "lstm", "mamba2",
@@ -16,14 +18,6 @@ MIXER_TYPES = (
 )  # fmt: skip
 MixerType = Literal[MIXER_TYPES]
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, numbers finite, values checked on assignment too."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False
-    )
 
 
 class MixerSection(Section):
@@ -276,14 +270,6 @@ class TrackingSection(Section):
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     project: str = "lrnn-lm"
-
-
-class LaunchSection(Section):
-    """How many machines a job takes; read by `lrnn submit`."""
-
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(1, ge=0)
-    time: str = Field("24:00:00", description="SLURM's time limit")
 
 
 class Recipe(Section):

@@ -1,0 +1,152 @@
+"""`lrnn submit`: a recipe, or a sweep over one, as a SLURM job that goes on until it is trained.
+
+runs/NAME/launch/recipe.yaml    what the job trains, whole: the recipe may be edited meanwhile
+runs/NAME/launch/job.sh         what sbatch got
+runs/NAME/launch/job            the id of the job, or `ID_INDEX` in an array
+runs/NAME/logs/                 what the job wrote, and a folder a start with a file a rank
+runs/NAME.sweep/                of an array: job.sh, and what each element wrote
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from .script import job_script
+from .sweep import read_sweep
+
+
+def submit(
+    recipe: Path,
+    overrides: list[str] | None = None,
+    launch: dict[str, Any] | None = None,
+    sweep: Path | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> str | None:
+    """Write the job script of a recipe and give it to sbatch; returns the job's id.
+
+    Args:
+        recipe: a recipe file; what it says of paths holds from the present folder on, in the job too.
+        overrides: `section.key=value`.
+        launch: values of the launch section in place of the recipe's; a list is added to the recipe's.
+        sweep: a file of `read_sweep`: an array of jobs, one a run, without those that are finished or queued.
+        dry_run: say the script and write nothing.
+    Returns None if nothing was submitted: a dry run, or all is finished.
+    Raises:
+        ValueError: the recipe, the sweep or the launch section cannot be used; there is no sbatch, or it
+            refuses; the run is queued already.
+    """
+    recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
+    recipes = [_with_launch(made, launch or {}) for made in recipes]
+    for made in recipes:
+        _check_ranks(made)
+    runs = [(Path(made.train.runs_dir).expanduser() / made.name).absolute() for made in recipes]
+    if not dry_run and shutil.which("sbatch") is None:
+        raise ValueError(
+            "there is no sbatch here: `lrnn submit` runs where SLURM's commands are, on a login node; "
+            "--dry-run prints the script"
+        )
+    todo = []
+    for index, (made, run) in enumerate(zip(recipes, runs, strict=True)):
+        job = None if dry_run else _queued(run)
+        if job and sweep is None:
+            raise ValueError(f"{made.name} is in the queue already, as job {job}")
+        if job:
+            say(f"{made.name} is in the queue already, as job {job}")
+        elif _finished(made, run):
+            say(f"{'# ' if dry_run else ''}{made.name} is trained already: {run}")  # in a script, a comment
+        else:
+            todo.append(index)
+    if not todo:
+        return None
+    if sweep is None:
+        name, folder, output = recipes[0].name, runs[0] / "launch", runs[0] / "logs" / "slurm-%j.out"
+    else:
+        name = load_recipe(recipe, overrides).name
+        folder = runs[0].parent / f"{name}.sweep"
+        output = folder / "slurm-%A_%a.out"
+    script = job_script(recipes[0].launch, name, runs, output, todo if sweep else None)
+    if dry_run:
+        say(script.removesuffix("\n"))
+        return None
+    for index in todo:
+        _write(runs[index] / "launch" / "recipe.yaml", dump_recipe(recipes[index]))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _write(folder / "job.sh", script)
+    job = _sbatch(folder / "job.sh")
+    for index in todo:
+        _write(runs[index] / "launch" / "job", f"{job}_{index}\n" if sweep else f"{job}\n")
+    where = output.parent if sweep else runs[0] / "logs"
+    say(f"{name} is job {job}" + (f", an array of {len(todo)} runs" if sweep else "") + f"; logs in {where}")
+    return job
+
+
+def _with_launch(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other launch keys; RecipeError as for one that was written so."""
+    data = recipe.model_dump(mode="json")
+    for key, value in changes.items():
+        data["launch"][key] = [*data["launch"][key], *value] if isinstance(value, list) else value
+    return recipe_from_dict(data, where="command line")
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    """What the trainer would say after hours in the queue."""
+    rows, ranks = recipe.rows_per_step, recipe.launch.ranks
+    if rows % ranks:
+        raise ValueError(
+            f"a step of {rows} rows does not split over {ranks} ranks (launch.nodes x launch.gpus_per_node); "
+            f"make train.tokens_per_step a multiple of {ranks * recipe.data.sequence_length}"
+        )
+
+
+def _queued(run: Path) -> str | None:
+    """The job that a run waits or trains in."""
+    file = run / "launch" / "job"
+    if not file.is_file():
+        return None
+    job = file.read_text().strip()
+    asked = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False
+    )
+    return job if asked.returncode == 0 and asked.stdout.strip() else None  # it fails on a job long gone
+
+
+def _finished(recipe: Recipe, run: Path) -> bool:
+    """Whether the newest checkpoint is the last of the budget, and scored if it is to be."""
+    newest = run / "checkpoints" / "latest"
+    step = os.readlink(newest).removeprefix("step-") if newest.is_symlink() else ""
+    if not step.isdecimal() or int(step) < recipe.total_steps:
+        return False
+    return not recipe.eval.tasks or any(_scored_step(file) == int(step) for file in run.glob("eval/*.json"))
+
+
+def _scored_step(file: Path) -> int | None:
+    """The step of the checkpoint that a file of scores is of."""
+    try:
+        checkpoint = json.loads(file.read_text(encoding="utf-8")).get("checkpoint", {})
+        return checkpoint.get("step")
+    except (ValueError, AttributeError):
+        return None  # another program's JSON
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _sbatch(script: Path) -> str:
+    """Submit; the job's id. ValueError with what sbatch said if it refuses."""
+    # Of a job that this may run in, sbatch would take the settings for those of the new one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        said = [line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip()]
+        raise ValueError(f"sbatch refuses {script}: {'; '.join(said[-2:]) or f'exit code {done.returncode}'}")
+    return done.stdout.strip().splitlines()[-1].split(";")[0]

@@ -1,0 +1,55 @@
+"""docs/scaling.md: its tables are what docs/scaling.py makes, and the formulas behave as they must."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    spec = importlib.util.spec_from_file_location("scaling", DOCS / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_script_makes(scaling):
+    page = (DOCS / "scaling.md").read_text(encoding="utf-8")
+    assert scaling.filled(page) == page
+
+
+def test_the_sizes_are_what_they_are_called(scaling):
+    for size, parameters in zip(scaling.SIZES, (2e8, 1.3e9, 7e9), strict=True):
+        assert scaling.costs(size).parameters == pytest.approx(parameters, rel=0.06)
+
+
+def test_ddp_by_hand(scaling):
+    """200M on 8 GPUs: 13 buckets of gradients, all but one of them behind the backward pass."""
+    step = scaling.ddp(scaling.SIZES[0], 8)
+    compute = 524_288 / 8 * 1_040_099_040 / 333e12
+    one_bucket = 2 * 7 / 8 * (4 * 211_875_360 / 13) / 360e9 + 2 * 7e-6
+    assert step.compute == pytest.approx(compute)
+    assert step.exposed == pytest.approx(one_bucket)
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 1024])
+def test_slower_networks_and_faster_gpus_scale_worse(scaling, monkeypatch, gpus):
+    size = scaling.SIZES[1]
+    before = scaling.ddp(size, gpus).efficiency, scaling.fsdp2(size, gpus).efficiency
+    assert all(0 < efficiency < 1 for efficiency in before)
+    for name, factor in (("bus_node", 0.1), ("bus_network", 0.1), ("compute_large", 2)):
+        monkeypatch.setitem(scaling.PIECES[name], "value", scaling.piece(name) * factor)
+    after = scaling.ddp(size, gpus).efficiency, scaling.fsdp2(size, gpus).efficiency
+    assert all(worse < better for worse, better in zip(after, before, strict=True))
+
+
+def test_what_bounds_a_save(scaling):
+    """A shard each: the stall falls with every GPU, the write only until the file system is busy."""
+    saves = [scaling.checkpoint(scaling.SIZES[2], gpus, sharded=True) for gpus in (8, 64, 1024)]
+    assert saves[0].stall == pytest.approx(8 * saves[1].stall)
+    assert saves[1].stall == pytest.approx(16 * saves[2].stall)
+    assert saves[2].background >= saves[2].bytes / scaling.piece("write_all")
+    assert scaling.checkpoint(scaling.SIZES[2], 64, sharded=False).stall == pytest.approx(64 * saves[1].stall)
