@@ -101,13 +101,16 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     from .train.build import build_trainer
 
     loaded = load_recipe(recipe, overrides)
+    check = None
     if loaded.eval.tasks:
         from .evaluate import check_tasks
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
-    trainer = build_trainer(loaded, stop=stop)
-    if loaded.eval.tasks and trainer.accelerator.is_main_process:
-        check_tasks(loaded.eval.tasks, trainer.folder / "heldout.jsonl")
+
+        def check(folder: Path) -> None:
+            check_tasks(loaded.eval.tasks, folder / "heldout.jsonl")
+
+    trainer = build_trainer(loaded, stop=stop, check=check)
     before = trainer.position.step
     checkpoint = trainer.run(stop)
     if not trainer.accelerator.is_main_process:
@@ -125,7 +128,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
                 loaded.eval.tasks,
                 limit=loaded.eval.limit,
                 model=trainer.whole_model,
-                tokenizer=trainer.tokenizer,
+                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
             )
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -97,10 +98,16 @@ def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LR
     )
 
 
-def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSignal | None = None) -> Trainer:
+def build_trainer(
+    recipe: Recipe,
+    console: Console | None = None,
+    stop: StopSignal | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
-    `stop` is the caller's, whose handlers stand already.
+    `stop` is the caller's, whose handlers stand already. `check` raises ValueError for what the caller does
+    not like in the run folder; the main rank asks it in the end.
 
     Raises:
         ValueError: whatever the recipe asks for that cannot be done here, in one or two lines; on every rank,
@@ -114,38 +121,16 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
     stop = stop or StopSignal()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop.hold()  # a rank that left now would leave the others waiting for it
-    accelerator = make_accelerator(
-        recipe.train.device,
-        recipe.train.precision,
-        list(recipe.tracking.trackers),
-        str(folder),
-        recipe.train.timeout_minutes,
-    )
+    accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
     together = Together(accelerator, stop)
-    main = accelerator.is_main_process
-
-    def get_data() -> PreparedData | SyntheticData:
-        if main:
-            check_unchanged(recipe, folder)
-        try:
-            prepared = prepare_data(recipe, progress=main)
-        except ValueError:
-            stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
-            raise
-        if main:
-            verify_shards(prepared)
-        return prepared
-
-    prepared = together.main_first(get_data)  # the others find what the first has made
+    main, device = accelerator.is_main_process, accelerator.device
+    prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
-    bare_model = together.all(
-        lambda: _make_model(recipe, prepared, tokenizer, accelerator.device).to(accelerator.device)
-    )
+    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
     model = share(bare_model, accelerator, plan)
-    optimizer = make_optimizer(bare_model, recipe.optim, accelerator.device)
+    optimizer = make_optimizer(bare_model, recipe.optim, device)
     lock = together.all(lambda: _lock(folder) if main else None)
-    found = together.all(lambda: _find_checkpoint(folder, console) if main else None)
-    newest = together.tell(found)
+    newest = together.tell(together.all(lambda: _find_checkpoint(folder, console) if main else None))
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
     def resume() -> checkpoint.Position:
@@ -154,27 +139,48 @@ def build_trainer(recipe: Recipe, console: Console | None = None, stop: StopSign
             return checkpoint.Position(data=content, skips=read_skips(folder))
         prepared.check_tokenizer(newest)
         position = load(newest, bare_model, optimizer, accelerator.process_index, group)
-        if position.data != content:
-            where = recipe.data.source.path or recipe.data.source.type
-            raise ValueError(
-                f"{newest} was trained on other text: {where} has changed since. "
-                "Give this run another name=.., or put the text back."
-            )
+        _check_text(recipe, newest, position, content)
         position.skips = merged(position.skips, read_skips(folder))
         return position
 
+    def write(finished: bool) -> None:
+        _write_run_folder(folder, recipe, prepared, finished)
+        if check is not None:
+            check(folder)
+
     position = together.all(resume)
-    finished = position.step >= recipe.total_steps
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
             group,
         )
     )  # fmt: skip
-    if main:
-        _write_run_folder(folder, recipe, prepared, finished)
+    together.all(lambda: write(trainer.finished) if main else None)
     trainer.lock = lock
     return trainer
+
+
+def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> PreparedData | SyntheticData:
+    """What the main rank makes, and the others find."""
+    if main:
+        check_unchanged(recipe, folder)
+    try:
+        prepared = prepare_data(recipe, progress=main)
+    except ValueError:
+        stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
+        raise
+    if main:
+        verify_shards(prepared)
+    return prepared
+
+
+def _check_text(recipe: Recipe, newest: Path, position: checkpoint.Position, content: str) -> None:
+    if position.data != content:
+        where = recipe.data.source.path or recipe.data.source.type
+        raise ValueError(
+            f"{newest} was trained on other text: {where} has changed since. "
+            "Give this run another name=.., or put the text back."
+        )
 
 
 def _lock(folder: Path) -> TextIO:

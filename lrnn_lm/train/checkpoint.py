@@ -134,6 +134,16 @@ def latest_name(checkpoints: Path) -> str:
     return os.readlink(link) if link.is_symlink() else "none"
 
 
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Take away the checkpoints of a future that the run has given up."""
+    for folder in list_checkpoints(checkpoints):
+        if int(folder.name.removeprefix("step-")) > step:
+            _remove(folder)
+    _point(checkpoints, "latest", folder_name(step))
+    if not (checkpoints / "best").exists():
+        (checkpoints / "best").unlink(missing_ok=True)
+
+
 def _remove(folder: Path) -> None:
     """Take a checkpoint away at one stroke; what then lies aside is cleared now or at the next start."""
     aside = folder.with_name(f".{folder.name}.old.tmp")

@@ -50,6 +50,7 @@ def rewind(trainer: "Trainer") -> None:
     trainer.position = good
     if trainer.accelerator.is_main_process:
         write_skips(trainer.folder, good.skips)
+        checkpoint.drop_after(trainer.checkpoints, good.step)
     trainer.metrics.cut_after(good)
     trainer.metrics.write(
         {"step": good.step, "tokens": good.step * recipe.train.tokens_per_step, "went_back_from": bad.step,

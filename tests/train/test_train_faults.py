@@ -44,8 +44,9 @@ def same(run: Path, straight: Path) -> None:
 # Stopping -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("validating", [False, True])
+@pytest.mark.parametrize(
+    ("number", "validating"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)]
+)
 def test_a_signal_on_one_rank_stops_all_within_the_step(
     recipe: Path, straight: Path, number: signal.Signals, validating: bool
 ) -> None:
@@ -129,6 +130,10 @@ def test_back_to_a_good_checkpoint_and_past_the_bad_rows(recipe: Path, tmp_path:
     ours, theirs = recorded(seen), recorded(clean)
     assert sorted(theirs) == [ROWS * i for i in range(14) if i not in (6, 7)]
     assert all(np.array_equal(ours[samples], theirs[samples]) for samples in theirs)
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
+        "step-00000008",
+        "step-00000012",
+    ]
     event = next(line for line in metrics(run) if "went_back_from" in line)
     assert (event["step"], event["went_back_from"]) == (4, 8)
     state = json.loads((run / "checkpoints/latest/trainer/state.json").read_text())
@@ -170,7 +175,7 @@ def test_a_dead_rank_ends_the_others_with_a_traceback(recipe: Path, parallel: st
 def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(recipe: Path) -> None:
     run = Ranks(
         recipe, 2, "name=hung", "train.timeout_minutes=0.05", "train.stall_minutes=0.02", "train.tokens=1M",
-        prank=Prank(rank=1, step=6, sleep=8),
+        prank=Prank(rank=1, step=6, sleep=6),
     )  # fmt: skip
     codes = run.wait(60)
     assert codes[0] == 1
@@ -187,6 +192,13 @@ def test_a_mistake_that_only_the_first_rank_sees(recipe: Path, straight: Path) -
         f"lrnn: {straight} holds checkpoints of another recipe (seed: was 0, is 3). "
         "Give this run another name=.., or remove that folder."
     ]
+    assert "Traceback" not in said
+
+
+def test_tasks_that_the_text_cannot_fill(recipe: Path) -> None:
+    said = Ranks(recipe, 2, "name=tasks", "eval.tasks=[heldout_cloze]").expect(2)
+    assert said.count("lrnn:") == 1
+    assert "leave heldout_cloze out" in said
     assert "Traceback" not in said
 
 

@@ -149,6 +149,20 @@ def assert_holds(recipe: Path, parallel: str, ranks: int, tensors: dict, path: P
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_the_first_rank_scores_the_model(recipe: Path, parallel: str) -> None:
+    short = (
+        f"name=scored-{parallel}",
+        "train.tokens=1536",
+        "eval.tasks=[heldout_bits_per_byte]",
+        "eval.limit=4",
+    )
+    Ranks(recipe, 2, *short, parallel=parallel).expect()
+    run = recipe.parent / f"runs/scored-{parallel}"
+    assert list((run / "eval").glob("*.json"))
+    assert (run / "README.md").exists()
+
+
 def test_metrics_of_layers(recipe: Path) -> None:
     """Looked at every 5 steps; the same under DDP and FSDP2, and training is not touched by it."""
     looks = {}
@@ -195,17 +209,24 @@ def test_a_sharded_checkpoint_is_exported(
     assert not list(folder.resolve().parent.glob(".plain-*"))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_recomputed_and_compiled_layers_train_alike(recipe: Path, parallel: str) -> None:
-    short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64")
-    found = {}
-    for switch in ("train.log_every=1", "train.activation_checkpointing=true", "train.compile=true"):
-        run = f"{parallel}-{switch.split('.')[1].split('=')[0]}"
-        Ranks(recipe, 2, f"name={run}", switch, *short, parallel=parallel).expect()
-        found[run] = [loss for _, loss in losses(recipe.parent / "runs" / run)]
-    plain, *others = found.values()
-    assert len(plain) == 4
-    assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
+@pytest.mark.parametrize(
+    ("parallel", "switch"),
+    [
+        ("ddp", "activation_checkpointing"),
+        ("fsdp2", "activation_checkpointing"),
+        pytest.param("ddp", "compile", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "compile", marks=pytest.mark.slow),
+    ],
+)
+def test_recomputed_and_compiled_layers_train_alike(recipe: Path, parallel: str, switch: str) -> None:
+    short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64", "train.inspect_every=2")
+    found = []
+    for value in ("false", "true"):
+        run = f"{parallel}-{switch}-{value}"
+        Ranks(recipe, 2, f"name={run}", f"train.{switch}={value}", *short, parallel=parallel).expect()
+        found.append([loss for _, loss in losses(recipe.parent / "runs" / run)])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 MODELS = {
@@ -219,7 +240,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, marks=[pytest.mark.slow] if model in ("attention", "lstm", "mamba2") else [])
+        for model in MODELS
+    ],
+)
 def test_every_kind_of_model_is_sharded(recipe: Path, model: str) -> None:
     """Two steps on two ranks, saved, and two more, against one process."""
     short = (MODELS[model], "train.micro_batch=3", "train.tokens=3072", "eval.tokens=64")
