@@ -30,7 +30,7 @@ from ..model.decode import decode_step
 from . import measure
 from .contenders import PAPER_SIZE, Contender, Size, build_config, count, label_of, pick_contenders, pick_size
 from .pictures import draw_decoding
-from .results import Budget, JsonLines, Row, median_and_spread, numbers, show
+from .results import Budget, JsonLines, Row, median_and_spread, numbers, show, tabulate
 from .train import is_half, time_calls
 
 DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
@@ -92,7 +92,7 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
                     row = shape | budget.run(work)
                     file.add(row)
                     print(f"  {_summary(row)}", flush=True)
-    _print(file.rows)
+    _print(file.rows, output)
     if output is not None:
         print(f"written: {output}")
         draw_decoding(file.rows, output.with_suffix(".png"), about)
@@ -128,7 +128,7 @@ def bench_one(
     taken, _ = time_calls(partial(_prefill, model, ids, None), 2, device)
     row["prefill_tokens"], row["prefill_seconds"] = length, taken[-1]
     if mode == "generate":
-        taken = _generate_times(model, ids, settings.tokens, taken[-1], device)
+        taken = _generate_times(model, ids[:, :16] if recurrent else ids, settings.tokens, device)
     else:
         setup = _recurrent_token if recurrent else _attention_token
         token = setup(model, ids, context, settings.tokens, mode == "compiled")
@@ -190,18 +190,24 @@ def _attention_token(
     return (measure._captured(token) or token) if ids.is_cuda else token
 
 
-def _generate_times(
-    model: LRNNForCausalLM, ids: Tensor, tokens: int, prefill_seconds: float, device: torch.device
-) -> list[float]:
-    """Seconds a token of three calls of `generate`, without the prefill; after one that makes it ready."""
-    options = {"max_new_tokens": tokens + 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: torch.device) -> list[float]:
+    """Seconds a token of three calls of `generate`: what more tokens take than two; after a call to warm up.
 
-    def call() -> Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    Raises RuntimeError where more tokens took no longer.
+    """
 
-    call()
-    taken, _ = time_calls(call, 3, device)
-    return [max(0.0, seconds - prefill_seconds) / tokens for seconds in taken]
+    def call(count: int) -> Tensor:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+
+    call(3)
+    few, _ = time_calls(partial(call, 2), 3, device)  # the prefill, and finding the step
+    many, _ = time_calls(partial(call, tokens + 2), 3, device)
+    if min(many) <= min(few):
+        raise RuntimeError(f"{tokens} tokens are too few to be told from noise; time more (--tokens)")
+    return [(seconds - min(few)) / tokens for seconds in many]
 
 
 def least_bytes(config: LRNNConfig, B: int, context: int, dtype: torch.dtype) -> int:
@@ -223,7 +229,7 @@ def _summary(row: Row) -> str:
     )
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], output: Path | None) -> None:
     columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "tokens/s",
                "limit ms", "of the limit", "note"]  # fmt: skip
     cells = [
@@ -243,5 +249,4 @@ def _print(rows: list[Row]) -> None:
         ]
         for row in rows
     ]
-    used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
-    measure.print_table("decoding", [columns[i] for i in used], [[row[i] for i in used] for row in cells])
+    tabulate("decoding", columns, cells, output)

@@ -8,9 +8,13 @@ reference loop beside the torch backend.
 Legend: B batch, T time, N blocks or channels, M block size or order, D model width.
 """
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +102,28 @@ class Row:
     ratio: float | None = None
     note: str = ""
     shape: dict[str, Any] = field(default_factory=dict)
+
+
+def compile_ahead(cases: Sequence[tuple[Shape, int, int]], workers: int) -> dict[str, float]:
+    """Seconds of the first call of each (shape, B, T), forward and backward, in processes of their own.
+
+    They fill Triton's cache on disk side by side, so that measuring waits for no compiler; a case alone on a
+    machine takes a half to a third of what it takes in this crowd.
+    """
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        seconds = pool.map(_first_call, *zip(*cases, strict=True))
+        return {f"{shape.label()}, B {B}": taken for (shape, B, _), taken in zip(cases, seconds, strict=True)}
+
+
+def _first_call(shape: Shape, B: int, T: int) -> float:
+    device = torch.device("cuda")
+    planes = shape.planes(B, T, torch.bfloat16, device).requires_grad_()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    h = shape.scan_planes(planes)
+    h.backward(torch.ones(h.shape, device=device, dtype=h.dtype))  # contiguous, as a projection's gradient is
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def make_inputs(
@@ -271,6 +297,15 @@ def gpu_rows(
     layers: bool,
 ) -> list[Row]:
     """Scans at full batch and at B 1, layers, peers."""
+    batches = {tokens // length: 64, LAYER_BATCH: 64, 1: long_length}  # as short as launches stay the same
+    cases = [(shape, B, T) for B, T in batches.items() for shape in PAPER_SHAPES]
+    started = time.perf_counter()
+    first = compile_ahead(cases, max(1, min(24, (os.cpu_count() or 2) - 2)))
+    slowest = max(first, key=lambda name: first[name])
+    print(
+        f"first calls, side by side: {time.perf_counter() - started:.0f} s in all, longest {slowest} "
+        f"{first[slowest]:.0f} s"
+    )
     rows = [bench_scan(shape, tokens // length, length, limits, device) for shape in PAPER_SHAPES]
     rows += [bench_scan(shape, 1, long_length, limits, device) for shape in PAPER_SHAPES]
     if layers:
@@ -281,7 +316,9 @@ def gpu_rows(
             if shape.M in (1, 4):
                 rows.append(bench_scan(shape, B, T, limits, device))
                 gates, values, _ = make_inputs(shape, B, T, torch.bfloat16, device)
-                rows.append(bench_peer(partial(associative_peer, shape.family, gates, values), B, T))
+                compiled = shape.M == 1  # compiling a product of 4 x 4 matrices takes minutes
+                peer = partial(associative_peer, shape.family, gates, values, compiled)
+                rows.append(bench_peer(peer, B, T))
         if reason := fla_obstacle():
             rows.append(Row("fla", B, T, note=reason))
         else:

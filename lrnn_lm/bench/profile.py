@@ -22,6 +22,8 @@ KINDS = (  # the first that fits
     ("compiled elementwise", r"^triton_"),
 )
 OTHER = "other elementwise"
+# Spans that programs name, on a GPU's timeline too: what is in them is counted by itself.
+NAMED = ("Optimizer.", "ProfilerStep", "## Call", "Torch-Compiled Region", "CompiledFunction", "nccl:")
 
 
 def kernel_times(call: Callable[[], Any], device: torch.device, most: int = 12) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def kernel_times(call: Callable[[], Any], device: torch.device, most: int = 12) 
     times: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in recorded.key_averages():
         on_device = event.device_type != DeviceType.CPU
-        if on_device != (device.type == "cuda"):
+        if on_device != (device.type == "cuda") or event.key.startswith(NAMED):
             continue
         taken = event.self_device_time_total if on_device else event.self_cpu_time_total  # us
         if taken > 0:

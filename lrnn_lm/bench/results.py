@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .measure import print_table
+
 Row = dict[str, Any]
 
 
@@ -129,6 +131,19 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
 def show(value: float | None, form: str = ",.0f", scale: float = 1.0) -> str:
     """A number for a table; nothing for None."""
     return "" if value is None else format(value * scale, form)
+
+
+def tabulate(title: str, columns: list[str], cells: list[list[str]], output: Path | None) -> None:
+    """Print a table without its empty columns; beside `output`, if given, the same in Markdown."""
+    used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
+    columns, cells = [columns[i] for i in used], [[row[i] for i in used] for row in cells]
+    print_table(title, columns, cells)
+    if output is None:
+        return
+    lines = [columns, ["---"] * len(columns), *cells]
+    path = output.with_suffix(".md")
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+    print(f"written: {path}")
 
 
 def numbers(text: str, what: str) -> list[int]:

@@ -10,7 +10,7 @@ Legend: B rows, T time, V vocabulary.
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +39,7 @@ from .contenders import (
 from .peers import associative_backend
 from .pictures import draw_training
 from .profile import kernel_times
-from .results import Budget, JsonLines, Row, median_and_spread, numbers, show
+from .results import Budget, JsonLines, Row, failures, median_and_spread, numbers, show, tabulate
 
 DEFAULT = "bd-m4,transformer,mamba2,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,bd-m16,h-m16,lstm"
 OPTIMIZER_BYTES = 28 + 4  # a parameter: AdamW reads w, g, m, v and writes w, m, v; the backward pass wrote g
@@ -151,9 +151,14 @@ def run(
                     print(f"{contender.name}, {size_name}, B {B}, T {T} ..", flush=True)
                     work = partial(bench_one, contender, size, B, T, settings, where, limits)
                     row = shape | budget.run(work)
+                    if settings.compile and may_run_uncompiled(row):
+                        plain = replace(settings, compile=False)
+                        print(f"  {row['reason']}; again without compiling ..", flush=True)
+                        work = partial(bench_one, contender, size, B, T, plain, where, limits)
+                        row = {**shape, "compiled": False, **budget.run(work)}
                     file.add(row)
                     print(f"  {_summary(row)}", flush=True)
-    _print(file.rows)
+    _print(file.rows, output)
     if output is not None:
         print(f"written: {output}")
         draw_training(file.rows, output.with_suffix(".png"), about)
@@ -199,6 +204,12 @@ def bench_one(
     return row | derived(config, B, T, row["step_seconds"], device, settings, limits)
 
 
+def may_run_uncompiled(row: Row) -> bool:
+    """Whether compiling may be to blame for a row's failure: not for memory, time or a wrong wish."""
+    reason = row.get("reason", "ValueError")
+    return not reason.startswith(("skipped", "ValueError")) and "out of memory" not in reason
+
+
 def derived(
     config: LRNNConfig,
     B: int,
@@ -211,7 +222,12 @@ def derived(
     """Tokens a second, model FLOPs utilisation, and the least memory traffic as a share of copy speed."""
     flops = account(config, T).flops_per_token_training
     peak = peak_flops(device)
-    least = least_bytes(config, B, T, is_half(device, settings.precision))
+    try:
+        least = least_bytes(config, B, T, is_half(device, settings.precision))
+    except (
+        failures()
+    ):  # layers of other packages that cannot be run without data: the times stand all the same
+        least = None
     copy = limits.get("copy_bytes_per_second")
     return {
         "tokens_per_second": B * T / seconds,
@@ -219,7 +235,7 @@ def derived(
         "flops_per_second": flops * B * T / seconds,
         "mfu": None if peak is None else flops * B * T / seconds / peak,
         "least_bytes": least,
-        "bandwidth_share": None if copy is None else least / seconds / copy,
+        "bandwidth_share": None if copy is None or least is None else least / seconds / copy,
     }
 
 
@@ -267,7 +283,7 @@ def _summary(row: Row) -> str:
     )
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], output: Path | None) -> None:
     columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "spread", "tokens/s", "MFU",
                "least bytes/copy", "peak GB", "note"]  # fmt: skip
     cells = [
@@ -276,9 +292,8 @@ def _print(rows: list[Row]) -> None:
             str(row["B"]), str(row["T"]), show(row.get("step_seconds"), ".1f", 1e3),
             show(row.get("spread"), ".1%"), show(row.get("tokens_per_second")), show(row.get("mfu"), ".3f"),
             show(row.get("bandwidth_share"), ".2f"), show(row.get("peak_memory_bytes"), ".1f", 1e-9),
-            row.get("reason", "")[:60],
+            row.get("reason", "" if row.get("compiled", True) else "not compiled")[:60],
         ]
         for row in rows
     ]  # fmt: skip
-    used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in cells)]
-    measure.print_table("training", [columns[i] for i in used], [[row[i] for i in used] for row in cells])
+    tabulate("training", columns, cells, output)

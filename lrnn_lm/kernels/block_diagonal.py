@@ -27,14 +27,13 @@ from .triton_launch import Launch, lanes_per_row, time_chunks
 from .triton_ops import register, register_packed, rows_like
 from .triton_rows import (
     gate_rows,
-    logit_gradient,
     stack,
     step_flags,
+    store_gradients,
     sum_of_pair,
     sum_over_rows,
     tile_of,
     unstack,
-    where_also,
     wide,
 )
 
@@ -103,22 +102,24 @@ def _forward_group(
     first = lane - lane % (MP * SHARE // P if M > 1 else 1)  # of the block's lanes
     if SHARE > 1:
         first += q * TAPS
+    entering = ()
+    for e in tl.static_range(STEPS * P):
+        a0v = f[TAPS * STEPS * P + e] * v[e]
+        entering = entering + (tl.where(q == 0, a0v, 0.0) if SHARE > 1 else a0v,)
     states = ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
             h = _cleared(h, flags[s], P)
         after = ()
         for p in tl.static_range(P):
-            even = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
-            if SHARE > 1:
-                even = tl.where(q == 0, even, 0.0)
+            even = entering[s * P + p]
             odd = tl.zeros_like(even)  # two sums: half the latency where M is large
             for k in tl.static_range(TAPS):
                 x = _of_block(h, k, p, first, M, P)
                 if k % 2 == 0:
-                    even += f[(s * P + p) * (TAPS + 1) + k] * x
+                    even += f[(k * STEPS + s) * P + p] * x
                 else:
-                    odd += f[(s * P + p) * (TAPS + 1) + k] * x
+                    odd += f[(k * STEPS + s) * P + p] * x
             after = after + (sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p],)
         h = after
         states = states + h
@@ -138,8 +139,8 @@ def forward_kernel(
     """h of one chunk of time from the state before it.
 
     gates (B, T, N, M, K), values (B, T, N, M) of any strides; flags (B, T) int32, nonzero where a document
-    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous, last
-    (B, N, M) fp32, contiguous.
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous,
+    last (B, N, M) fp32, contiguous.
     """
     NM: tl.constexpr = N * M
     b, c, _, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
@@ -169,23 +170,44 @@ def forward_kernel(
     f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t_one in range(full, end):
         h = _forward_group(
-            h, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes, q, lane,
-            G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+            h, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes,
+            q, lane, G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
         tl.store(last + b * NM + spot[None, :], stack(h, tl.float32, 1, WIDTH, P), mask=writes)
 
 
 @triton.jit
-def _backward_group(
-    u, later, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, first, i, q, lane,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
-    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+def _handed_back(
+    scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    STEPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Stores dz and dv of STEPS steps from t, last to first; returns u before them, and h_{t-1}.
+    """u = A_t^T s_t of a lane's rows, (P,), from their s / S at step s; where rows are shared, of lane k's tap."""
+    owed = ()
+    if M == 1:
+        for p in tl.static_range(P):
+            owed = owed + (scaled[p] * f[s * P + p],)
+    else:
+        for k in tl.static_range(TAPS):
+            part = scaled[0] * f[(k * STEPS + s) * P]
+            for p in tl.static_range(1, P):
+                part += scaled[p] * f[(k * STEPS + s) * P + p]
+            owed = owed + (part,)
+        owed = sum_over_rows(owed, lane, TAPS, MP, P)
+    return owed
 
-    later is h of the last of these steps; h_at points to the step before the one that the others point to.
+
+@triton.jit
+def _backward_group(
+    u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, own, i, q,
+    lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores dz and dv of STEPS steps from t, last to first; returns u before them.
+
+    h_at points to the step before the one that the other pointers point to.
     """
     TAPS: tl.constexpr = M // SHARE
     PARTNER: tl.constexpr = MP * SHARE - MP
@@ -199,74 +221,37 @@ def _backward_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     block = lane - lane % (MP * SHARE // P if M > 1 else 1)  # the first lane of the block's
     row = tl.minimum(i, M - 1)  # of lanes without a row, any
-    scaled = ()  # s / S, the last step first
+    scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
-        owed = ()
+        now = ()
         for p in tl.static_range(P):
             total = g[s * P + p] + u[p]
             if M < MP:
                 total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
-            scaled = scaled + (total * scale[s * P + p],)
-        if M == 1:
-            for p in tl.static_range(P):
-                owed = owed + (scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * 2],)
-            u = owed
-        else:
-            for k in tl.static_range(TAPS):
-                part = scaled[(STEPS - 1 - s) * P] * f[s * P * (TAPS + 1) + k]
-                for p in tl.static_range(1, P):
-                    part += scaled[(STEPS - 1 - s) * P + p] * f[(s * P + p) * (TAPS + 1) + k]
-                owed = owed + (part,)
-            u = sum_over_rows(owed, lane, TAPS, MP, P)
+            now = now + (total * scale[s * P + p],)
+        scaled = now + scaled
+        u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
         if SHARE > 1:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
             u = (tl.gather(u[0], block + row // TAPS * MP + row % TAPS, 0),)
         if HAS_RESET:
             u = _cleared(u, flags[s], P)
-    dv, da = (), ()
-    for s in tl.static_range(STEPS):
-        for p in tl.static_range(P):
-            own = scaled[(STEPS - 1 - s) * P + p]
-            h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
-            dv = dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
-            da = da + (
-                logit_gradient(
-                    z[(s * P + p) * (TAPS + 1) + TAPS],
-                    f[(s * P + p) * (TAPS + 1) + TAPS],
-                    v[s * P + p],
-                    h,
-                    own,
-                    GATE,
-                ),
-            )
-    tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
-    tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
-    from_lane = block + q * TAPS if SHARE > 1 else block
+    if SHARE > 1:
+        block += q * TAPS
+    x = ()  # flat as f
     for k in tl.static_range(TAPS):
-        dz = ()
         for s in tl.static_range(STEPS):
-            x_of = ()
+            of = ()
             for p in tl.static_range(P):
-                x_of = x_of + (before[s * P + p],)
+                of = of + (before[s * P + p],)
             if HAS_RESET:
-                x_of = _cleared(x_of, flags[s], P)
+                of = _cleared(of, flags[s], P)
             for p in tl.static_range(P):
-                own = scaled[(STEPS - 1 - s) * P + p]
-                h = before[(s + 1) * P + p] if s + 1 < STEPS else later[p]
-                dz = dz + (
-                    logit_gradient(
-                        z[(s * P + p) * (TAPS + 1) + k],
-                        f[(s * P + p) * (TAPS + 1) + k],
-                        _of_block(x_of, k, p, from_lane, M, P),
-                        h,
-                        own,
-                        GATE,
-                    ),
-                )
-        tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
-    earlier = ()
-    for p in tl.static_range(P):
-        earlier = earlier + (before[p],)
-    return u, earlier
+                x = x + (_of_block(of, k, p, block, M, P),)
+    store_gradients(
+        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+    )  # fmt: skip
+    return u
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
@@ -277,9 +262,9 @@ def backward_kernel(
     V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr,
     O_T: tl.constexpr, O_N: tl.constexpr, O_I: tl.constexpr,
     D_T: tl.constexpr, D_N: tl.constexpr, D_I: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr,
-    H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
@@ -303,9 +288,8 @@ def backward_kernel(
     flags_at = flags + b * T if HAS_RESET else flags
     # Rows past the end read zeros, which makes their gradients zero: what planes are padded with.
     stores = (place < COLUMNS if MP * SHARE == M else valid)[None, :]
-    first, valid = (q == 0)[None, :], valid[None, :]
+    own, valid = (q == 0)[None, :], valid[None, :]
     u = unstack(tl.load(stop + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0), 1, WIDTH, P)
-    later = unstack(tl.load(h_at[None, :] + wide(end - 1) * H_T, mask=valid, other=0.0), 1, WIDTH, P)
     if HAS_START:
         h_start = tl.load(start + b * NM + spot[None, :], mask=valid, other=0.0)
     else:
@@ -321,24 +305,21 @@ def backward_kernel(
     da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
     f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
     for group in tl.range(0, groups, num_stages=STAGES):
-        u, later = _backward_group(
-            u, later, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, h_start,
-            wide(end - (group + 1) * STEPS), valid, stores, first, i, q, lane,
+        u = _backward_group(
+            u, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, h_start,
+            wide(end - (group + 1) * STEPS), valid, stores, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for back in range((end - begin) % STEPS):
-        u, later = _backward_group(
-            u, later, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, f_one,
+        u = _backward_group(
+            u, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, f_one,
             dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
-            wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, first, i, q, lane,
+            wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
-    tl.store(
-        d_start + b * NM + spot[None, :],
-        stack(u, tl.float32, 1, WIDTH, P),
-        mask=where_also(valid & first, begin == 0),
-    )
+    if begin == 0:
+        tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=valid & own)
 
 
 def _forward(
@@ -360,7 +341,7 @@ def _forward(
 
 
 def strides(prefix: str, x: Tensor) -> dict[str, int]:
-    """Of time, blocks and rows, by their names in the kernels; a block's only row keeps the order unbroken."""
+    """Of time, blocks and rows, by their names in the kernels; a lone row keeps the order unbroken."""
     row = x.stride(3) if x.shape[3] > 1 else x.stride(2)
     return {f"{prefix}_T": x.stride(1), f"{prefix}_N": x.stride(2), f"{prefix}_I": row}
 
@@ -422,6 +403,11 @@ def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
     """Gates (B, T, N, M, M+1) and values (B, T, N, M) of planes (B, T, M+2, columns)."""
     rows = planes[..., : N * M].unflatten(-1, (N, M))
     return rows[:, :, : M + 1].permute(0, 1, 3, 4, 2), rows[:, :, M + 1]
+
+
+def _fills(M: int) -> bool:
+    """Whether rows lie one after the other, so that the kernel sees the columns beyond them."""
+    return triton.next_power_of_2(M) * lanes_per_row(M) == M
 
 
 block_diagonal_scan = register("bd_scan_triton", _forward, _backward)

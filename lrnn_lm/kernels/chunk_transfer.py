@@ -83,7 +83,8 @@ def block_transfer_kernel(
             p, q = kept, kept_q
         new_p, new_q = (), ()
         for i in tl.static_range(M):
-            f, scale = coefficients(row(z_now, i, K), K, GATE, 0, 0)
+            f, scales = coefficients(row(z_now, i, K), K, 1, GATE, 0, 0)
+            scale = scales[0]
             if not REVERSE:
                 total = f[M] * x[i]
                 for j in tl.static_range(M):
@@ -152,7 +153,8 @@ def channel_transfer_kernel(
         if HAS_RESET:
             r_now = r_next
             r_next = tl.load(reset + b * r_b + t64 * R_T)
-        f, scale = coefficients(row(z_now, 0, K), K, GATE, 0, 0)
+        f, scales = coefficients(row(z_now, 0, K), K, 1, GATE, 0, 0)
+        scale = scales[0]
         if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
             started = r_now != 0
             kept, kept_q = (), ()

@@ -23,7 +23,16 @@ from .chunk_transfer import channel_transfer
 from .chunk_transfer import channel_transfer_cost as transfer_cost
 from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
-from .triton_rows import gate_rows, logit_gradient, stack, step_flags, sum_of_pair, tile_of, unstack, wide
+from .triton_rows import (
+    gate_rows,
+    stack,
+    step_flags,
+    store_gradients,
+    sum_of_pair,
+    tile_of,
+    unstack,
+    wide,
+)
 
 HALF = tl.constexpr(16)
 
@@ -80,34 +89,35 @@ def _forward_group(
     v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
+    entering = ()
+    for e in tl.static_range(STEPS * P):
+        a0v = f[TAPS * STEPS * P + e] * v[e]
+        entering = entering + (tl.where(q == 0, a0v, 0.0) if SHARE > 1 else a0v,)
     states = ()
     for s in tl.static_range(STEPS):
         shifted = ()
         for p in tl.static_range(P):
-            total = f[(s * P + p) * (TAPS + 1) + TAPS] * v[s * P + p]
-            if SHARE > 1:
-                total = tl.where(q == 0, total, 0.0)
             if HAS_RESET:
-                entering = total
-                total = tl.zeros_like(entering)
-            for k in tl.static_range(TAPS):  # the newest value last: it is the one the chain waits for
-                total += f[(s * P + p) * (TAPS + 1) + TAPS - 1 - k] * past[p * TAPS + TAPS - 1 - k]
-            if HAS_RESET:
-                total = tl.where(flags[s] != 0, 0.0, total) + entering
-            h = sum_of_pair(total, lane, PARTNER) * scale[s * P + p]
+                kept = ()
+                for k in tl.static_range(TAPS):
+                    kept = kept + (tl.where(flags[s] != 0, 0.0, past[p * TAPS + k]),)
+            else:
+                kept = past[p * TAPS : (p + 1) * TAPS]
+            even = entering[s * P + p]
+            odd = tl.zeros_like(even)
+            for k in tl.static_range(TAPS - 1, -1, -1):  # the newest value last: the chain waits for it
+                if k % 2 == 0:
+                    even += f[(k * STEPS + s) * P + p] * kept[k]
+                else:
+                    odd += f[(k * STEPS + s) * P + p] * kept[k]
+            h = sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p]
             states = states + (h,)
             if SHARE > 1:  # a lane's oldest value moves on to the next lane
-                oldest = _from_partner(past[TAPS - 1], lane)
-                if HAS_RESET:
-                    oldest = tl.where(flags[s] != 0, 0.0, oldest)
-                shifted = shifted + (tl.where(q == 0, h, oldest),)
+                shifted = shifted + (tl.where(q == 0, h, _from_partner(kept[TAPS - 1], lane)),)
             else:
                 shifted = shifted + (h,)
             for k in tl.static_range(TAPS - 1):
-                if HAS_RESET:
-                    shifted = shifted + (tl.where(flags[s] != 0, 0.0, past[p * TAPS + k]),)
-                else:
-                    shifted = shifted + (past[p * TAPS + k],)
+                shifted = shifted + (kept[k],)
         past = shifted
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
     return _kept(past, TAPS, STEPS, P)
@@ -146,8 +156,8 @@ def forward_kernel(
     """h of one chunk of time from the window before it; M = TAPS * SHARE.
 
     gates (B, T, N, M + 1), values (B, T, N) of any strides; flags (B, T) int32, nonzero where a document
-    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32, newest
-    first, contiguous.
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32,
+    newest first, contiguous.
     """
     M: tl.constexpr = TAPS * SHARE
     b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
@@ -179,8 +189,8 @@ def forward_kernel(
     f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t_one in range(full, end):
         past = _forward_group(
-            past, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid, writes,
-            q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+            past, z_at[None, :], a_at[None, :], v_at[None, :], f_one, h_at[None, :], wide(t_one), valid,
+            writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
         _store_windows(last + b * (N * M) + n * M + q * TAPS, past, TAPS, WIDTH, P, valid)
@@ -189,22 +199,23 @@ def forward_kernel(
 @triton.jit
 def _history(
     tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr
-):
+):  # fmt: skip
     """h_{t + j - 1 - TAPS - lag}, t the group's first step: of its tile, or of the window after the group."""
-    return tile[j * P + p] if j < STEPS else window[p * (TAPS + 1) + TAPS + STEPS - j]
+    return tile[j * P + p] if j < STEPS else window[p * TAPS + TAPS + STEPS - 1 - j]
 
 
 @triton.jit
 def _backward_group(
-    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, first, q, lane,
-    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
-    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
-    WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, own,
+    q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them.
 
-    r is flat [row TAPS + tap], window (h_{t' - q TAPS} .. h_{t' - (q + 1) TAPS}) of the last step t', flat
-    [row (TAPS + 1) + k]; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is read from h0.
+    r is flat [row TAPS + tap], window what the taps of the last step multiply, h_{t' - 1 - q TAPS} and on, in
+    the same order; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is in h0.
     """
     PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
     z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
@@ -219,67 +230,38 @@ def _backward_group(
     tile = unstack(tile, STEPS, WIDTH, P)
     if HAS_RESET:
         ages = step_flags(ages_at, t, STEPS, WIDTH)
-    scaled = ()  # s / S, the last step first
+    scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
-        owed = ()
+        owed, done = (), ()
         for p in tl.static_range(P):
             now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
             if SHARE > 1:
                 other = _from_partner(now, lane)
                 following = tl.where(q == 0, other, 0.0)
                 now = tl.where(q == 0, now, other)
-            own = (g[s * P + p] + now) * scale[s * P + p]
-            scaled = scaled + (own,)
+            done = done + ((g[s * P + p] + now) * scale[s * P + p],)
             for k in tl.static_range(TAPS):
-                part = own * f[(s * P + p) * (TAPS + 1) + k] + (
-                    r[p * TAPS + k + 1] if k + 1 < TAPS else following
-                )
+                part = done[p] * f[(k * STEPS + s) * P + p]
+                part += r[p * TAPS + k + 1] if k + 1 < TAPS else following
                 owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
-        r = owed
-    hs, dv, da = (), (), ()
-    for s in tl.static_range(STEPS):
-        for p in tl.static_range(P):
-            own = scaled[(STEPS - 1 - s) * P + p]
-            h = _history(tile, window, s + TAPS + 1, p, TAPS, STEPS, P)
-            if SHARE > 1:
-                h = tl.where(q == 0, h, _from_partner(h, lane))
-            hs, dv = hs + (h,), dv + (own * f[(s * P + p) * (TAPS + 1) + TAPS],)
-            da = da + (
-                logit_gradient(
-                    z[(s * P + p) * (TAPS + 1) + TAPS],
-                    f[(s * P + p) * (TAPS + 1) + TAPS],
-                    v[s * P + p],
-                    h,
-                    own,
-                    GATE,
-                ),
-            )
-    tl.store(dv_at + t * E_T, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
-    tl.store(da_at + t * D_T, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores & first)
+        r, scaled = owed, done + scaled
+    xs = ()  # flat as f
     for k in tl.static_range(TAPS):
-        dz = ()
         for s in tl.static_range(STEPS):
             for p in tl.static_range(P):
                 x = _history(tile, window, s + TAPS - k, p, TAPS, STEPS, P)
                 if HAS_RESET:
-                    x = tl.where(ages[s] > q * TAPS + k if SHARE > 1 else ages[s] > k, x, 0.0)
-                own = scaled[(STEPS - 1 - s) * P + p]
-                dz = dz + (
-                    logit_gradient(
-                        z[(s * P + p) * (TAPS + 1) + k],
-                        f[(s * P + p) * (TAPS + 1) + k],
-                        x,
-                        hs[s * P + p],
-                        own,
-                        GATE,
-                    ),
-                )
-        tl.store(dz_at + (t * D_T + k * D_K), stack(dz, dz_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
+                    x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
+                xs = xs + (x,)
+    store_gradients(
+        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+    )  # fmt: skip
     earlier = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS + 1):
-            x = _history(tile, window, TAPS - k, p, TAPS, STEPS, P)
-            earlier = earlier + (x + 0.0 if TAPS - k >= STEPS else x,)  # see _kept
+        for k in tl.static_range(TAPS):
+            x = _history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P)
+            earlier = earlier + (x + 0.0 if TAPS - 1 - k >= STEPS else x,)  # see _kept
     return r, earlier
 
 
@@ -290,8 +272,8 @@ def backward_kernel(
     G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
     O_T: tl.constexpr, O_N: tl.constexpr, D_T: tl.constexpr, D_N: tl.constexpr, D_K: tl.constexpr,
     E_T: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
-    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
 
@@ -317,22 +299,20 @@ def backward_kernel(
     start_at = (start + b * (N * M) + n * M)[None, :] if HAS_START else start
     ages_at = ages + b * T if HAS_RESET else ages
     # Channels past the end read zeros, which makes their gradients zero: what planes are padded with.
-    stores, first, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
+    stores, own, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
     r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
     columns = ()
-    for k in tl.static_range(TAPS + 1):  # h_{end - 1 - lag - k}
-        t = wide(end + (TAPS - k))
-        inside = t >= lag[None, :] + (TAPS + 1)
-        h = tl.load(h_at[None, :] + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(TAPS):  # h_{end - 2 - lag - k}
+        t = wide(end - 1 + (TAPS - k))
+        ago = lag[None, :] + (TAPS + 1) - t
+        h = tl.load(h_at[None, :] + t * H_T, mask=valid & (ago <= 0), other=0.0).to(tl.float32)
         if HAS_START:
-            ago = lag[None, :] + (TAPS + 1) - t
-            h = tl.where(
-                inside, h, tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
-            )
+            h0 = tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
+            h = tl.where(ago <= 0, h, h0)
         columns = columns + unstack(h, 1, WIDTH, P)
     window = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS + 1):
+        for k in tl.static_range(TAPS):
             window = window + (columns[k * P + p],)
 
     # With h0, full groups stop where a step would read before t = 0; single steps finish.
@@ -345,7 +325,7 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         r, window = _backward_group(
             r, window, z_many, a_many, v_many, o_many, h_many, f_many, dz_many, da_many, dv_many, start_at,
-            wide(end - (group + 1) * STEPS), valid, stores, first, q, lane,
+            wide(end - (group + 1) * STEPS), valid, stores, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
         )  # fmt: skip
     rest = end - begin - groups * STEPS
@@ -353,8 +333,8 @@ def backward_kernel(
     for back in range(rest):
         r, window = _backward_group(
             r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], f_one,
-            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid, stores, first, q, lane,
-            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back),
+            valid, stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)

@@ -159,35 +159,50 @@ def sum_of_pair(x, lane, PARTNER: tl.constexpr):
 
 
 @triton.jit
-def coefficients(z, K: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.constexpr):
-    """(f_0 .. f_{K-1}) and 1 / S: dividing a row's sum once is cheaper than dividing K coefficients.
+def coefficients(z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.constexpr):
+    """f, flat [gate E + row] like z, and 1 / S, [row], of E rows of K gates.
 
-    PARTNER > 0: this lane and lane ^ PARTNER share a row; z[:K-1] are its own entries, the last one is
-    both's.
+    Dividing a row's sum once is cheaper than dividing K coefficients. Rows take turns at every operation: none
+    waits for the one before it. PARTNER > 0: this lane and lane ^ PARTNER share rows; the first K - 1 entries
+    are its own, the last one is both's.
     """
-    f = ()
-    if GATE == "softmax":
-        top = z[0]
-        for k in tl.static_range(1, K - 1):
-            top = tl.maximum(top, z[k])
-        if PARTNER > 0:
-            top = tl.maximum(top, tl.gather(top, lane ^ PARTNER, 0))
-        shift = tl.maximum(top, z[K - 1]) * LOG2E
-        for k in tl.static_range(K):
-            f = f + (tl.exp2(z[k] * LOG2E - shift),)
-        total = f[0]
-        for k in tl.static_range(1, K - 1):
-            total += f[k]
-        return f, reciprocal(sum_of_pair(total, lane, PARTNER) + f[K - 1])
-    elif GATE == "none":
-        return z, tl.full(z[0].shape, 1.0, tl.float32)
+    f, scales = (), ()
+    if GATE == "none":
+        f = z
+        for e in tl.static_range(E):
+            scales = scales + (tl.full(z[e].shape, 1.0, tl.float32),)
     else:
-        for k in tl.static_range(K):
-            f = f + (_f(z[k], GATE),)
-        total = tl.abs(f[0])
+        if GATE == "softmax":
+            top = ()
+            for e in tl.static_range(E):
+                top = top + (z[e],)
+            for k in tl.static_range(1, K - 1):
+                larger = ()
+                for e in tl.static_range(E):
+                    larger = larger + (tl.maximum(top[e], z[k * E + e]),)
+                top = larger
+            shift = ()
+            for e in tl.static_range(E):
+                most = tl.maximum(top[e], tl.gather(top[e], lane ^ PARTNER, 0)) if PARTNER > 0 else top[e]
+                shift = shift + (tl.maximum(most, z[(K - 1) * E + e]) * LOG2E,)
+            for k in tl.static_range(K):
+                for e in tl.static_range(E):
+                    f = f + (tl.exp2(z[k * E + e] * LOG2E - shift[e]),)
+        else:
+            for j in tl.static_range(K * E):
+                f = f + (_f(z[j], GATE),)
+        total = ()
+        for e in tl.static_range(E):
+            total = total + (tl.abs(f[e]),)
         for k in tl.static_range(1, K - 1):
-            total += tl.abs(f[k])
-        return f, reciprocal(sum_of_pair(total, lane, PARTNER) + tl.abs(f[K - 1]) + EPS)
+            more = ()
+            for e in tl.static_range(E):
+                more = more + (total[e] + tl.abs(f[k * E + e]),)
+            total = more
+        for e in tl.static_range(E):
+            whole = sum_of_pair(total[e], lane, PARTNER) + tl.abs(f[(K - 1) * E + e])
+            scales = scales + (reciprocal(whole if GATE == "softmax" else whole + EPS),)
+    return f, scales
 
 
 @triton.jit
@@ -202,19 +217,13 @@ def gate_rows(
     G_T: tl.constexpr, G_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, GATE: tl.constexpr, PARTNER: tl.constexpr,
 ):  # fmt: skip
-    """Of STEPS steps from t: logits and f, both flat [(step P + row) (TAPS + 1) + gate], 1 / S [step P + row]."""
-    planes = ()
+    """z and f of STEPS steps from t, both flat [(gate STEPS + step) P + row], and 1 / S, [step P + row]."""
+    z = ()
     for k in tl.static_range(TAPS):
-        planes = planes + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
-    planes = planes + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
-    z, f, scales = (), (), ()
-    for e in tl.static_range(STEPS * P):
-        row = ()
-        for k in tl.static_range(TAPS + 1):
-            row = row + (planes[k * STEPS * P + e],)
-        coefficient, scale = coefficients(row, TAPS + 1, GATE, lane, PARTNER)
-        z, f, scales = z + row, f + coefficient, scales + (scale,)
-    return z, f, scales
+        z = z + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
+    z = z + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
+    f, scale = coefficients(z, TAPS + 1, STEPS * P, GATE, lane, PARTNER)
+    return z, f, scale
 
 
 @triton.jit
@@ -247,6 +256,44 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
+def store_gradients(
+    z, f, x, v, scale, scaled, q, lane, dz_at, da_at, dv_at, stores, own,
+    D_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+    GATE: tl.constexpr, PARTNER: tl.constexpr,
+):  # fmt: skip
+    """Stores dz and dv of a group of steps; what a row has once, where `own`.
+
+    z, f and x, what the taps multiply, are flat [(gate STEPS + step) P + row]; v, scale and scaled, s / S, are
+    flat [step P + row]. h is computed again from x: the stored one is rounded, and a difference x - h of two
+    roundings is noise where a gate is closed or alone.
+    """
+    E: tl.constexpr = STEPS * P
+    dv, h = (), ()
+    for e in tl.static_range(E):
+        dv = dv + (scaled[e] * f[TAPS * E + e],)
+        entering = f[TAPS * E + e] * v[e]
+        h = h + (tl.where(q == 0, entering, 0.0) if PARTNER > 0 else entering,)
+    tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
+    for k in tl.static_range(TAPS):
+        more = ()
+        for e in tl.static_range(E):
+            more = more + (h[e] + f[k * E + e] * x[k * E + e],)
+        h = more
+    state = ()
+    for e in tl.static_range(E):
+        state = state + (sum_of_pair(h[e], lane, PARTNER) * scale[e],)
+    for k in tl.static_range(TAPS):
+        dz = ()
+        for e in tl.static_range(E):
+            dz = dz + (logit_gradient(z[k * E + e], f[k * E + e], x[k * E + e], state[e], scaled[e], GATE),)
+        tl.store(dz_at + k * D_K, stack(dz, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
+    da = ()
+    for e in tl.static_range(E):
+        da = da + (logit_gradient(z[TAPS * E + e], f[TAPS * E + e], v[e], state[e], scaled[e], GATE),)
+    tl.store(da_at, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
+
+
+@triton.jit
 def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
     """A lane keeps the half of q that its bit HALF / P names, adds its partner's, and hands over the other
     half."""
@@ -261,7 +308,7 @@ def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr):
-    """Lane k of each group of MP / P lanes receives the P sums over the group's lanes of q[k P .. k P + P - 1].
+    """Lane k of each group of MP / P lanes receives the P sums over its lanes of q[k P .. k P + P - 1].
 
     Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
     TP; where that is MP / 2 (P = 1), lanes k and k + TP both receive sum k. Lanes that own no row must hold

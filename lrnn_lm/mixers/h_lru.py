@@ -105,8 +105,11 @@ class HigherOrderLRU(JointProjections, Mixer):
         weights = weight.view(-1, M, N).unbind(1)  # M of (D, N), newest tap first
         y = linear(taps[0], weights[0])  # (T, B, D)
         for lag in range(1, M):
-            product = linear(taps[lag], weights[lag])
-            y = y + (product if alive[lag] is None else product * alive[lag])
+            if alive[lag] is None:  # added as it is computed: the product is never written by itself
+                rows = taps[lag].flatten(0, 1), weights[lag].t()
+                y = torch.addmm(y.flatten(0, 1), *rows).view(T, B, -1)
+            else:
+                y = y + linear(taps[lag], weights[lag]) * alive[lag]
         return y.transpose(0, 1)
 
     def transitions(self, x: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
 
 
 class RecurrentCache(DynamicCache):
-    """A DynamicCache that can tell its length though none of its layers keeps keys and values."""
+    """A DynamicCache that can tell its length though none of its layers keeps keys and values.
+
+    private: whether `generate` made it for itself, so that nobody looks at it after.
+    """
+
+    private = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far."""

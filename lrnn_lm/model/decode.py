@@ -27,7 +27,7 @@ from .cache import is_recurrent
 from .layers import LRNNBlock
 
 KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
-         "output_attentions", "output_hidden_states")  # fmt: skip
+         "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose modules do what they say
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
@@ -39,6 +39,11 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, compile_config: Any = None):
         self.model, self.compile_config = model, compile_config
         self._step: DecodeStep | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether a step has been found: from then on masks are not looked at."""
+        return self._step is not None
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the model's forward pass: logits (B, 1, V), in memory that the next call writes to."""

@@ -43,7 +43,12 @@ def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_z = x.amax(dim=1) - p.amax(dim=1).log()  # the largest is at least 1 / V: its logarithm is exact
     nats = ((log_z - x.gather(1, target).squeeze(1)) * valid).sum()
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-    p[~valid] = 0
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        p.index_fill_(
+            0, (~valid).nonzero().squeeze(1), 0
+        )  # few rows; elsewhere to find them would be to wait
+    else:
+        p.masked_fill_(~valid.unsqueeze(1), 0)
     return nats, p.to(logits.dtype)
 
 

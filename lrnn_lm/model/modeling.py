@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -29,6 +36,7 @@ from .config import LRNNConfig
 from .decode import Decoder, can_decode
 from .layers import LRNNBlock
 from .loss import cross_entropy, linear_cross_entropy, shift_labels
+from .sample import is_usual, sample
 
 
 class LRNNPreTrainedModel(PreTrainedModel):
@@ -235,10 +243,30 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
+        given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):
             model_kwargs["past_key_values"] = make_cache(self.config, cache)
+            model_kwargs["past_key_values"].private = not given
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: our own loop for what is usual, transformers' for the rest."""
+        chosen = (logits_processor, stopping_criteria, generation_config)
+        if synced_gpus or not is_usual(self, *chosen, model_kwargs):
+            return super()._sample(
+                input_ids, *chosen, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+            )
+        return sample(self, input_ids, *chosen, streamer, model_kwargs)
 
     def _valid_auto_compile_criteria(
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig

@@ -8,7 +8,7 @@ from lrnn_lm.bench.contenders import CONTENDERS, build_config, pick_size
 from lrnn_lm.bench.decode import DecodeSettings
 from lrnn_lm.cli import main
 
-TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 3}
+TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,7 @@ def test_rows_and_files(tmp_path, capsys):
         assert row["tokens_per_second"] == pytest.approx(row["B"] / row["token_seconds"])
         assert row["prefill_tokens"] == (16 if row["context"] == 16 else decode.PREFILL)
     assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "ms a token" in capsys.readouterr().out
 
 

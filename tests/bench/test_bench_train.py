@@ -70,6 +70,7 @@ def test_rows_and_files(tmp_path, capsys):
     # The same weights, the same data, another formulation: the same loss.
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
     assert (tmp_path / "rows.png").stat().st_size > 1000
+    assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -81,6 +82,18 @@ def test_a_contender_that_cannot_run_is_a_row(monkeypatch, tmp_path):
     rows = train.run(TrainSettings(contenders="bd-m4,lstm", compile=False, **TINY), "cpu")
     assert len(rows) == 4
     assert {row["reason"] for row in rows} == {"RuntimeError: CUDA out of memory. Tried to allocate"}
+
+
+def test_what_does_not_compile_is_run_as_it_is(monkeypatch):
+    def fails(self):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(TrainingStep, "compile_blocks", fails)
+    rows = train.run(TrainSettings(contenders="bd-m4", **{**TINY, "lengths": "16"}), "cpu")
+    assert rows[0]["compiled"] is False
+    assert rows[0]["step_seconds"] > 0
+    assert not train.may_run_uncompiled({"reason": "OutOfMemoryError: CUDA out of memory. Tried"})
+    assert not train.may_run_uncompiled({"step_seconds": 1.0})
 
 
 def test_a_budget_leaves_out_what_no_longer_fits():

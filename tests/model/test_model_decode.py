@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import RECURRENT, close, small_model, tokens
 from tolerances import TOLERANCE
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from lrnn_lm.mixers import joined
@@ -62,6 +63,46 @@ def _counting(forward, calls):
         return forward(self, *args, **kwargs)
 
     return counted
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "mamba2"])
+@pytest.mark.parametrize("way", ["greedy", "sampled", "top"])
+@pytest.mark.parametrize("ends", [None, [3, 11, 17, 29, 41, 44], [5]], ids=str)
+def test_our_loop_writes_what_transformers_does(name, way, ends):
+    """Rows that end at different times, padded prompts, streams: token for token, sampled ones too."""
+    options = {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True, "temperature": 1.7},
+        "top": {"do_sample": True, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+    }[way]
+    options |= {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": ends}
+    for rows, length in ((1, 6), (3, 4)):
+        model, ids = small_model(name), tokens(rows=rows, length=length)
+        mask = torch.ones_like(ids)
+        mask[0, : length - 2] = 0
+        texts, streams = [], []
+        for disable in (False, True):
+            streamer = TokenStream() if rows == 1 else None
+            torch.manual_seed(3)
+            texts.append(
+                model.generate(
+                    ids, attention_mask=mask, disable_compile=disable, streamer=streamer, **options
+                )
+            )
+            streams.append(streamer and streamer.seen)
+        assert torch.equal(*texts)
+        assert streams[0] == streams[1]
+
+
+class TokenStream:
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.append(value.flatten().tolist())
+
+    def end(self):
+        self.seen.append("end")
 
 
 @torch.no_grad()
@@ -194,6 +235,21 @@ def test_compiled_blocks():
     model, ids = small_model("bd_lru"), tokens(length=6)
     config = CompileConfig(backend="aot_eager", fullgraph=True)
     assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), model.generate(ids, **GREEDY))
+
+
+@torch.no_grad()
+def test_compiled_blocks_with_joint_weights():
+    """What a GPU captures: one graph for all blocks, with the lent weights as its inputs."""
+    torch.compiler.reset()
+    model, ids = small_model("bd_lru", num_hidden_layers=10), tokens(length=9)
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    counters.clear()
+    step = decode_step(model, ours, CompileConfig(backend="aot_eager", fullgraph=True))
+    step.join(model)
+    with joined(step.joint):
+        got = step(model, ids[:, 8:], ours)
+    close(got, plain(model, ids[:, 8:], theirs), SUMS)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_given_cache_comes_back_continued():

@@ -132,3 +132,24 @@ def test_gradients_of_the_whole_model(tied):
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     for name, p in model.named_parameters():
         assert (ours[name] - p.grad).abs().max() <= GRADIENT * p.grad.abs().max(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [4096, 5000])
+def test_compiled_on_a_gpu(rows):
+    """The compiled passes over bf16 logits against torch's loss in fp32; the last chunk is a short one."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    hidden = torch.randn(1, rows, 64, device="cuda", requires_grad=True)
+    weight = (0.3 * torch.randn(5003, 64, device="cuda")).requires_grad_()
+    labels = torch.randint(5003, (1, rows), device="cuda")
+    labels[0, ::7] = IGNORE
+    _, want = both(hidden, weight, labels, None, 1024)
+    hidden.grad = weight.grad = None
+    with torch.autocast("cuda", torch.bfloat16):
+        got = linear_cross_entropy(hidden, weight, labels, None, 1024)
+    (3 * got).backward()
+    assert weight.grad.dtype == torch.float32
+    for a, b in zip((got, hidden.grad, weight.grad), want, strict=True):
+        assert (a - b).norm() <= TOLERANCE["bf16"] * b.norm()

@@ -1,0 +1,153 @@
+"""`generate`'s loop for the usual case, without waiting: greedy or sampled text of recurrent models.
+
+transformers' loop asks after every token whether all rows have ended, so the device is idle while Python
+thinks. Here a token is read back while the next one is computed: the end is seen one step late, and that step
+is dropped. Every choice is made by the same operations in the same order, so the text is the same.
+
+What is not usual (a cache that the caller keeps, scores to return, other criteria, processors that look at
+the text) is left to transformers.
+
+Legend: B rows, V vocabulary.
+"""
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .cache import RecurrentCache, tokens_seen
+from .decode import Decoder, can_decode
+
+_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_ARGUMENTS = {
+    "past_key_values",
+    "use_cache",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "logits_to_keep",
+}
+
+
+def is_usual(
+    model: PreTrainedModel,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    arguments: dict[str, Any],
+) -> bool:
+    """Whether `sample` gives what transformers' loop would."""
+    cache = arguments.get("past_key_values")
+    return (
+        can_decode(model)
+        and not (config.return_dict_in_generate or config.disable_compile or config.prefill_chunk_size)
+        and all(type(processor) in _PROCESSORS for processor in processors)
+        and all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in criteria)
+        and arguments.get("use_cache") is True
+        and {key for key, value in arguments.items() if value is not None} <= _ARGUMENTS
+        and isinstance(cache, RecurrentCache)
+        and cache.private
+        and tokens_seen(cache) == 0
+    )
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+    arguments: dict[str, Any],
+) -> Tensor:
+    """input_ids (B, T) with what follows, (B, at most max_length); the arguments are those of `is_usual`."""
+    B, T = input_ids.shape
+    cache, mask = arguments["past_key_values"], arguments.get("attention_mask")
+    ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+    ends = [end.to(input_ids.device) for end in ends]
+    last = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+    tokens = torch.cat([input_ids, input_ids.new_zeros(B, max(0, last - T))], dim=1)
+    going = torch.ones(B, dtype=torch.bool, device=input_ids.device)
+    behind = _Behind(B, input_ids.device)
+    step = Decoder(model, config.compile_config)
+    logits = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True,
+                   logits_to_keep=1).logits  # fmt: skip
+    n, newest = T - 1, input_ids[:, -1:]
+    for n in range(T, last):
+        if n > T:
+            grown = None if step.settled or mask is None else pad(mask, (0, n - mask.shape[1]), value=1)
+            logits = step(newest, past_key_values=cache, attention_mask=grown, use_cache=True).logits
+        newest = _choose(logits[:, -1].float(), tokens[:, :n], processors, config.do_sample)
+        if ends:
+            newest = torch.where(going, newest, config._pad_token_tensor)
+            for end in ends:
+                going = going & ~torch.isin(newest, end)
+        tokens[:, n] = newest
+        if behind.ended(newest, going, streamer):
+            n -= 1
+            break
+        newest = newest.unsqueeze(1)
+    behind.finish(streamer)
+    return tokens[:, : n + 1]
+
+
+def _choose(scores: Tensor, tokens: Tensor, processors: LogitsProcessorList, draw: bool) -> Tensor:
+    """(B,) next tokens of scores (B, V)."""
+    scores = processors(tokens, scores)
+    if not draw:
+        return scores.argmax(dim=-1)
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+
+class _Behind:
+    """Reads tokens back one step late, while the device is at the next."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self._pinned = device.type == "cuda"
+        self._free = deque(torch.zeros(rows + 1, dtype=torch.long, pin_memory=self._pinned) for _ in range(2))
+        self._waiting: deque[tuple[Tensor, Any]] = deque()
+
+    def ended(self, newest: Tensor, going: Tensor, streamer: Any) -> bool:
+        """Note this step's tokens (B,), stream those before, and say whether all rows had ended with them."""
+        there = self._free.popleft()
+        there.copy_(torch.cat([newest, going.any().long().unsqueeze(0)]), non_blocking=True)
+        event = None
+        if self._pinned:
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((there, event))
+        return len(self._waiting) == 2 and not self._read(streamer)
+
+    def finish(self, streamer: Any) -> None:
+        """Stream what is left; a step beyond the end is dropped by then."""
+        if self._waiting and streamer is not None:
+            self._read(streamer)
+        if streamer is not None:
+            streamer.end()
+
+    def _read(self, streamer: Any) -> bool:
+        there, event = self._waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        if streamer is not None:
+            streamer.put(there[:-1].clone())
+        going = bool(there[-1])
+        self._free.append(there)
+        if not going:
+            self._waiting.clear()
+        return going
