@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/lrnn generate runs/demo/checkpoints/latest --prompt "Return the" --max-new-tokens 60 --seed 0
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
 # An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
 test-fresh: install

@@ -91,7 +91,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         with StopSignal() as stop:
             _train(recipe, overrides, stop)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if stopped.tell:
+            print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.code) from None
 
 
@@ -100,13 +101,16 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     from .train.build import build_trainer
 
     loaded = load_recipe(recipe, overrides)
+    check = None
     if loaded.eval.tasks:
         from .evaluate import check_tasks
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
-    trainer = build_trainer(loaded)
-    if loaded.eval.tasks and trainer.accelerator.is_main_process:
-        check_tasks(loaded.eval.tasks, trainer.folder / "heldout.jsonl")
+
+        def check(folder: Path) -> None:
+            check_tasks(loaded.eval.tasks, folder / "heldout.jsonl")
+
+    trainer = build_trainer(loaded, stop=stop, check=check)
     before = trainer.position.step
     checkpoint = trainer.run(stop)
     if not trainer.accelerator.is_main_process:
@@ -123,8 +127,8 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
                 checkpoint,
                 loaded.eval.tasks,
                 limit=loaded.eval.limit,
-                model=trainer.bare_model,
-                tokenizer=trainer.tokenizer,
+                model=trainer.whole_model,
+                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
             )
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
@@ -269,9 +273,11 @@ def export(
 
     from .evaluate.card import write_export_card
     from .model.export import export as write
+    from .train.tensors import plain_folder
 
     disable_progress_bar()
-    write(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    with plain_folder(checkpoint) as plain:
+        write(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
     print(f"exported to {folder}; it loads with torch and transformers alone")
 
 
@@ -326,7 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        print(f"lrnn: {_message(mistake)}", file=sys.stderr)
+        if message := _message(mistake):  # none where another rank tells it
+            print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

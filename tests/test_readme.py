@@ -68,8 +68,10 @@ def test_accelerate_command(words, demo):
     if words[3] == "lrnn_lm.evaluate":  # in one process here; in two: tests/evaluate/test_two_processes.py
         assert lrnn("eval", *words[4:]) == 0
         return
-    assert words[1:4] == ["launch", "-m", "lrnn_lm.train"]
-    assert load_recipe(words[4], words[5:]).model.parameters
+    assert words[1:3] == ["launch", "--config_file"]
+    assert (ROOT / words[3]).is_file()
+    assert words[4:6] == ["-m", "lrnn_lm.train"]
+    assert load_recipe(words[6], words[7:]).model.parameters
 
 
 @pytest.mark.parametrize("words", commands("make"), ids=" ".join)

@@ -5,7 +5,7 @@ rank r of W takes the r-th of W equal shares of them, in micro-batches.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,7 +24,8 @@ class TrainLoader:
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
     `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
-    loader to go on from there, on any number of ranks. `shards` are a split of text, or the rows of a
+    loader to go on from there, on any number of ranks. `skips` are ranges of samples to leave out, from the
+    first sample of a step to that of another. `shards` are a split of text, or the rows of a
     synthetic task. Raises DataError if R does not split over the ranks,
     or the text is too short.
     """
@@ -41,6 +42,7 @@ class TrainLoader:
         num_workers: int = 0,
         position: int = 0,
         pin_memory: bool = False,
+        skips: Sequence[Sequence[int]] = (),
     ) -> None:
         self.rows = _rows(shards, sequence_length)
         if not self.rows.num_rows:
@@ -64,6 +66,7 @@ class TrainLoader:
         self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
         self.rank, self.share = rank, rows_per_step // world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.skips = skips
         self.position = position
 
     @property
@@ -76,7 +79,7 @@ class TrainLoader:
         """Micro-batches of this rank in each step."""
         return -(-self.share // self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[Row]]:
+    def __iter__(self) -> Generator[list[Row], None, None]:
         loader = DataLoader(
             self.rows,
             batch_sampler=_Batches(self),
@@ -94,8 +97,16 @@ class TrainLoader:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         while True:
             step = [next(batches) for _ in range(self.micro_batches_per_step)]
-            self.position += self.rows_per_step
+            self.position = past(self.position, self.skips) + self.rows_per_step
             yield step
+
+
+def past(sample: int, skips: Sequence[Sequence[int]]) -> int:
+    """Where to read on from `sample`, if these ranges [first, end) are left out."""
+    for first, end in sorted(skips):
+        if first <= sample < end:
+            sample = end
+    return sample
 
 
 class _Batches:
@@ -108,6 +119,7 @@ class _Batches:
         own = self._loader
         step = own.position
         while True:
+            step = past(step, own.skips)
             first = step + own.rank * own.share
             rows = rows_of_samples(first, own.share, own.num_rows, own.seed).tolist()
             for start in range(0, own.share, own.micro_batch):

@@ -69,6 +69,10 @@ def load_checkpoint(
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
 
+    if not any(path.glob("*.safetensors")) and (path / "trainer" / "shards").is_dir():
+        raise ValueError(
+            f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
+        )
     kinds = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     if "LRNNForReconstruction" in kinds:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")

@@ -226,12 +226,25 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the device has it, else fp32"
     )
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto", description="how ranks share the model; auto: as Accelerate's config file says, else ddp"
+    )
     fp8: bool = Field(False, description="the blocks' products in fp8, through torchao; on top of bf16")
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")
-    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run stops")
+    max_bad_steps: int = Field(
+        10, ge=1, description="non-finite steps in a row after which it goes back to a good checkpoint"
+    )
+    max_rewinds: int = Field(3, ge=0, description="how often it may go back so; then the run ends")
+    timeout_minutes: float = Field(
+        10, gt=0, description="how long a rank waits for the others before the run ends"
+    )
+    stall_minutes: float = Field(5, gt=0, description="a step that takes longer has its stacks printed")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    inspect_every: int | None = Field(
+        100, ge=1, description="steps between looks at each layer's state and gates; null: never"
+    )
     runs_dir: str = Field("runs", description="the run lives in runs_dir/name")
 
 
@@ -240,6 +253,10 @@ class CheckpointSection(Section):
 
     every: Every = Every(amount=1000, unit="steps")
     keep_last: int = Field(2, ge=1)
+    keep_best: bool = Field(
+        True, description="keep the one of lowest validation loss too, among those validated at their step"
+    )
+    background: bool = Field(True, description="write while training goes on")
 
 
 class EvalSection(Section):

@@ -7,13 +7,12 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
@@ -36,7 +35,12 @@ from ..recipe.schema import SourceSection
 from . import checkpoint
 from .loop import Trainer
 from .optim import make_optimizer
+from .parallel import launch_plan, share
+from .rewind import merged, read_skips
 from .runtime import make_accelerator, seed_everything
+from .stop import StopSignal
+from .tensors import load
+from .together import Together, cpu_group
 
 # Changing one of these makes another model or another sequence of batches: a run cannot go on with it.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
@@ -94,44 +98,89 @@ def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LR
     )
 
 
-def build_trainer(recipe: Recipe, console: Console | None = None) -> Trainer:
+def build_trainer(
+    recipe: Recipe,
+    console: Console | None = None,
+    stop: StopSignal | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
+    `stop` is the caller's, whose handlers stand already. `check` raises ValueError for what the caller does
+    not like in the run folder; the main rank asks it in the end.
+
     Raises:
-        ValueError: whatever the recipe asks for that cannot be done here, in one or two lines.
+        ValueError: whatever the recipe asks for that cannot be done here, in one or two lines; on every rank,
+            whichever rank found it.
+        Stopped: any rank was asked to stop.
     """
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
-    accelerator = make_accelerator(
-        recipe.train.device, recipe.train.precision, list(recipe.tracking.trackers), str(folder)
-    )
-    if accelerator.is_main_process:
-        check_unchanged(recipe, folder)
-    with accelerator.main_process_first():  # the others find what the first has made
-        prepared = prepare_data(recipe, progress=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            verify_shards(prepared)
+    plan = launch_plan(recipe.train.parallel)
+    stop = stop or StopSignal()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop.hold()  # a rank that left now would leave the others waiting for it
+    accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
+    together = Together(accelerator, stop)
+    main, device = accelerator.is_main_process, accelerator.device
+    prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
     tokenizer = _load_tokenizer(prepared.tokenizer_dir)
-    model = _make_model(recipe, prepared, tokenizer, accelerator.device).to(accelerator.device)
-    optimizer = make_optimizer(model, recipe.optim, accelerator.device)
-    lock = _lock(folder) if accelerator.is_main_process else None
-    newest = _find_checkpoint(folder, accelerator, console)
-    position = checkpoint.Position(data=prepared.manifest["content_hash"])
-    if newest is not None:
+    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
+    model = share(bare_model, accelerator, plan)
+    optimizer = make_optimizer(bare_model, recipe.optim, device)
+    lock = together.all(lambda: _lock(folder) if main else None)
+    newest = together.tell(together.all(lambda: _find_checkpoint(folder, console) if main else None))
+    group = cpu_group(accelerator, recipe.train.timeout_minutes)
+
+    def resume() -> checkpoint.Position:
+        content = prepared.manifest["content_hash"]
+        if newest is None:
+            return checkpoint.Position(data=content, skips=read_skips(folder))
         prepared.check_tokenizer(newest)
-        position = checkpoint.load(newest, model, optimizer, accelerator.device)
-        if position.data != prepared.manifest["content_hash"]:
-            where = recipe.data.source.path or recipe.data.source.type
-            raise ValueError(
-                f"{newest} was trained on other text: {where} has changed since. "
-                "Give this run another name=.., or put the text back."
-            )
-    if accelerator.is_main_process:
-        _write_run_folder(folder, recipe, prepared, finished=position.step >= recipe.total_steps)
-    trainer = Trainer(recipe, folder, accelerator, model, optimizer, tokenizer, prepared, position, console)
+        position = load(newest, bare_model, optimizer, accelerator.process_index, group)
+        _check_text(recipe, newest, position, content)
+        position.skips = merged(position.skips, read_skips(folder))
+        return position
+
+    def write(finished: bool) -> None:
+        _write_run_folder(folder, recipe, prepared, finished)
+        if check is not None:
+            check(folder)
+
+    position = together.all(resume)
+    trainer = together.all(
+        lambda: Trainer(
+            recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
+            group,
+        )
+    )  # fmt: skip
+    together.all(lambda: write(trainer.finished) if main else None)
     trainer.lock = lock
     return trainer
+
+
+def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> PreparedData | SyntheticData:
+    """What the main rank makes, and the others find."""
+    if main:
+        check_unchanged(recipe, folder)
+    try:
+        prepared = prepare_data(recipe, progress=main)
+    except ValueError:
+        stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
+        raise
+    if main:
+        verify_shards(prepared)
+    return prepared
+
+
+def _check_text(recipe: Recipe, newest: Path, position: checkpoint.Position, content: str) -> None:
+    if position.data != content:
+        where = recipe.data.source.path or recipe.data.source.type
+        raise ValueError(
+            f"{newest} was trained on other text: {where} has changed since. "
+            "Give this run another name=.., or put the text back."
+        )
 
 
 def _lock(folder: Path) -> TextIO:
@@ -148,16 +197,11 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def _find_checkpoint(folder: Path, accelerator: Accelerator, console: Console) -> Path | None:
-    """The checkpoint to go on from, looked for by the main rank, known to all."""
-    found: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        found[0] = checkpoint.newest_valid(
-            folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
-        )
-    if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    return found[0]
+def _find_checkpoint(folder: Path, console: Console) -> Path | None:
+    """The checkpoint to go on from."""
+    return checkpoint.newest_valid(
+        folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
+    )
 
 
 def verify_shards(prepared: PreparedData | SyntheticData) -> None:

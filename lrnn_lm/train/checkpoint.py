@@ -1,32 +1,32 @@
-"""Checkpoints: a plain Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
+"""Checkpoints: a Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
 
-    checkpoints/step-00001000/   config.json, model.safetensors, generation_config.json, the tokenizer's files
-        trainer/                 state.json, optimizer.safetensors, rng-00000.json/.safetensors (a rank each),
+    checkpoints/step-00001000/   config.json, generation_config.json, the tokenizer's files, the model's code
+        model.safetensors        the weights; of a sharded run, at its end only
+        trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
+                                 optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
+                                 weights and optimiser),
                                  manifest.json (size and sha256 of every other file)
-    checkpoints/latest           link to the newest
+    checkpoints/latest, best     links to the newest, and to that of lowest validation loss
 
 Nothing is pickled. A folder whose manifest does not hold is damaged: it is skipped, with a warning, for the
 one before, and removed once the run has saved again; if all are damaged the run ends there rather than begin
 anew over what may still be of use. A folder leaves as it comes, by one rename, so that none ever shows half.
+What is in the files is `tensors.py`; when they are written, `saver.py`.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-
-from .runtime import random_state, restore_random_state
-
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
+_HASHING_THREADS = 8
 
 
 class CheckpointError(ValueError):
@@ -35,9 +35,10 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Position:
-    """Where a run stands: optimiser steps done, samples seen, steps skipped, the last step validated.
+    """Where a run stands: optimiser steps done, samples passed, steps skipped, the last validation.
 
-    `data` is the content hash of the prepared text whose samples are counted.
+    `data` is the content hash of the prepared text whose samples are counted; `skips` are the ranges of
+    samples [first, end) that are left out because they led nowhere.
     """
 
     step: int = 0
@@ -45,71 +46,102 @@ class Position:
     skipped: int = 0
     bad_in_a_row: int = 0
     validated: int = -1
+    validation_loss: float | None = None
     data: str = ""
+    skips: list[list[int]] = field(default_factory=list)
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(
-    checkpoints: Path,
-    position: Position,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    write_extras: Callable[[Path], None],
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint in full, then let it appear under its name, then drop the oldest.
+def aside_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of this step is written before it appears."""
+    return checkpoints / f".{folder_name(step)}.tmp"
 
-    Args:
-        checkpoints: the run's folder of checkpoints.
-        model: an unwrapped PreTrainedModel.
-        write_extras: writes what else belongs in the folder (tokenizer, recipe).
-        keep_last: how many to keep, this one included.
-    Raises:
-        CheckpointError: the disk is full or cannot be written; what was there before stays.
+
+def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Path:
+    """Let what was written aside, each file with its facts, appear under its name; then drop the oldest.
+
+    Raises OSError if the disk is full or cannot be written; what was there before stays.
     """
-    final, aside = (
-        checkpoints / folder_name(position.step),
-        checkpoints / f".{folder_name(position.step)}.tmp",
-    )
+    final, aside = checkpoints / folder_name(step), aside_of(checkpoints, step)
     before = latest_name(checkpoints)
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(checkpoints)
-        _write(aside, position, model, optimizer, write_extras)
-        if final.exists():  # a damaged one that this run went back over
-            _remove(final)
-        aside.rename(final)
-        _fsync(checkpoints)
-        _point_latest(checkpoints, final.name)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"could not save {final}: {_reason(error)}; last good checkpoint: {latest_name(checkpoints)}. "
-            "Free some space and run the same command again to go on from it."
-        ) from None
-    _prune(checkpoints, before, final, keep_last)
+    facts: dict[str, Any] = {}
+    for path in sorted((aside / "trainer").glob("facts-*.json")):
+        facts |= json.loads(path.read_text())
+        path.unlink()
+    manifest = {"format": FORMAT, "step": step, "files": dict(sorted(facts.items()))}
+    path = aside / "trainer" / "manifest.json"
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    for written in (path, aside / "trainer", aside):
+        fsync(written)
+    if final.exists():  # a damaged one, or one of a future that was given up, that this run went back over
+        _remove(final)
+    aside.rename(final)
+    fsync(checkpoints)
+    _point(checkpoints, "latest", final.name)
+    _prune(checkpoints, before, final, keep_last, keep_best)
     return final
 
 
-def _prune(checkpoints: Path, before: str, final: Path, keep_last: int) -> None:
-    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`."""
+def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
+    """Have these files on disk, and their sizes and checksums beside them until the folder is published."""
+    for path in files:
+        fsync(path)
+    facts = {str(path.relative_to(aside)): _facts(path) for path in files}
+    (aside / "trainer" / f"facts-{rank:05d}.json").write_text(json.dumps(facts))
+
+
+def read_position(folder: Path) -> Position:
+    """Where a checkpoint stands."""
+    return Position(**json.loads((folder / "trainer" / "state.json").read_text()))
+
+
+def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
+    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best."""
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
     good = names.index(before) + 1 if before in names else len(names)
     damaged = [folder for folder in saved[good:] if folder != final]  # else the run would have begun there
-    keep = [folder for folder in saved if folder not in damaged][-keep_last:]
+    whole = [folder for folder in saved if folder not in damaged]
+    best = _best(whole) if keep_best else None
+    if best is not None:
+        _point(checkpoints, "best", best.name)
     for folder in saved:
-        if folder not in keep:
+        if folder not in whole[-keep_last:] and folder != best:
             _remove(folder)
+    if not (checkpoints / "best").exists():
+        (checkpoints / "best").unlink(missing_ok=True)
+
+
+def _best(folders: Sequence[Path]) -> Path | None:
+    """The one of lowest validation loss, of those that were validated at their very step."""
+    found = []
+    for folder in folders:
+        try:
+            position = read_position(folder)
+        except (OSError, ValueError, TypeError):  # damaged since it was written
+            continue
+        if position.validated == position.step and position.validation_loss is not None:
+            found.append((position.validation_loss, -position.step, folder))
+    return min(found)[2] if found else None
 
 
 def latest_name(checkpoints: Path) -> str:
     """The checkpoint last written or resumed from, for messages."""
     link = checkpoints / "latest"
     return os.readlink(link) if link.is_symlink() else "none"
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Take away the checkpoints of a future that the run has given up."""
+    for folder in list_checkpoints(checkpoints):
+        if int(folder.name.removeprefix("step-")) > step:
+            _remove(folder)
+    _point(checkpoints, "latest", folder_name(step))
+    if not (checkpoints / "best").exists():
+        (checkpoints / "best").unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:
@@ -119,95 +151,18 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _write(
-    aside: Path,
-    position: Position,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    write_extras: Callable[[Path], None],
-) -> None:
-    trainer = aside / "trainer"
-    trainer.mkdir(parents=True)
-    model.save_pretrained(aside)
-    write_extras(aside)
-    save_file(_optimizer_tensors(model, optimizer), trainer / "optimizer.safetensors")
-    plain, tensors = random_state()
-    save_file(tensors, trainer / "rng-00000.safetensors")
-    (trainer / "rng-00000.json").write_text(json.dumps(plain))
-    (trainer / "state.json").write_text(json.dumps(asdict(position), indent=1) + "\n")
-    files = sorted(p for p in aside.rglob("*") if p.is_file())
-    manifest = {
-        "format": FORMAT,
-        "step": position.step,
-        "files": {str(p.relative_to(aside)): _facts(p) for p in files},
-    }
-    (trainer / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, trainer / "manifest.json", trainer, aside]:
-        _fsync(path)
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter name: `NAME/exp_avg`, .."""
-    return {
-        f"{name}/{key}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> Position:
-    """Put a checkpoint that passed `verify` into model, optimiser and random generators; its position.
-
-    Raises CheckpointError if its tensors are not those of this model.
-    """
-    trainer = folder / "trainer"
-    _load_weights(folder, model)
-    parameters = dict(model.named_parameters())
-    for key, value in load_file(trainer / "optimizer.safetensors").items():
-        name, _, kind = key.rpartition("/")
-        # AdamW keeps its step counter on the CPU unless it is fused.
-        on_cpu = kind == "step" and not optimizer.defaults.get("fused")
-        optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
-    restore_random_state(
-        json.loads((trainer / "rng-00000.json").read_text()), load_file(trainer / "rng-00000.safetensors")
-    )
-    return Position(**json.loads((trainer / "state.json").read_text()))
-
-
-def _load_weights(folder: Path, model: nn.Module) -> None:
-    """Tied weights are stored once: what is missing must be tied to something that is there."""
-    stored = load_file(folder / "model.safetensors")
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    wrong = sorted(
-        name
-        for name in {*stored, *wanted} - tied
-        if name not in stored or name not in wanted or stored[name].shape != wanted[name]
-    )
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(
-            f"{folder} holds another model than the recipe's: {wrong[0]}{more} does not fit"
-        )
-    model.load_state_dict(stored, strict=False)
-
-
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose manifest holds, None if there are none; damaged ones go through `warn`.
 
     Clears what a killed save left, so only one process may call it. Raises CheckpointError if all are
-    damaged.
+    damaged, or the newest was written by a version that this one does not know.
     """
     clear_leftovers(checkpoints)
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
         damage = verify(folder)
         if damage is None:
-            _point_latest(checkpoints, folder.name)
+            _point(checkpoints, "latest", folder.name)
             return folder
         before = "trying the one before" if folder != folders[0] else "there is none before"
         warn(f"checkpoint {folder} is damaged ({damage}); {before}")
@@ -220,20 +175,30 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(folder: Path) -> str | None:
-    """None if every file is as the manifest says, else what is wrong."""
+    """None if every file is as the manifest says, else what is wrong.
+
+    Raises CheckpointError for a checkpoint of another version.
+    """
     try:
         manifest = json.loads((folder / "trainer" / "manifest.json").read_text())
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
-    if manifest.get("format") != FORMAT:
-        return f"its format is {manifest.get('format')}, this version reads {FORMAT}"
-    for name, facts in files:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"] or _facts(path) != facts:
-            return f"{name} is not as its checksum says"
+    if manifest.get("format") not in _READABLE:
+        raise CheckpointError(
+            f"{folder} was written by another version of lrnn-lm (format {manifest.get('format')}; this one "
+            f"reads {' and '.join(map(str, _READABLE))}). Go on with that version, or move the folder away."
+        )
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves Python's lock to others
+        return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
+
+
+def _damage(folder: Path, name: str, facts: dict[str, Any]) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != facts["bytes"] or _facts(path) != facts:
+        return f"{name} is not as its checksum says"
     return None
 
 
@@ -247,15 +212,16 @@ def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
     for leftover in checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    (checkpoints / ".latest.tmp").unlink(missing_ok=True)
+    for link in ("latest", "best"):
+        (checkpoints / f".{link}.tmp").unlink(missing_ok=True)
 
 
-def _point_latest(checkpoints: Path, name: str) -> None:
-    aside = checkpoints / ".latest.tmp"
+def _point(checkpoints: Path, link: str, name: str) -> None:
+    aside = checkpoints / f".{link}.tmp"
     aside.unlink(missing_ok=True)
     aside.symlink_to(name)
-    os.replace(aside, checkpoints / "latest")
-    _fsync(checkpoints)
+    os.replace(aside, checkpoints / link)
+    fsync(checkpoints)
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -266,7 +232,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

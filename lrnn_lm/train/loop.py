@@ -1,47 +1,64 @@
 """The training loop: steps of the token budget, validation, checkpoints, and a clean stop when asked.
 
 Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
+Ranks speak once a step beyond the gradients, and the host waits for the device once: `_exchange`.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from rich.console import Console
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from ..data import PreparedData, SyntheticData, TrainLoader, validation_batches
+from ..data import PreparedData, SyntheticData
+from ..data.loader import past
 from ..model import LRNNForCausalLM
-from ..model.accounting import account
 from ..model.export import write_remote_code
 from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from . import checkpoint
 from .checkpoint import Position
+from .inspect_layers import shortened, summary, watched
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
+from .parallel import accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .progress import ProgressLine
-from .runtime import peak_flops, peak_memory_bytes
+from .rewind import rewind
+from .rows import Batch, Rows
+from .saver import Saver
 from .stop import Stopped, StopSignal
-
-Batch = dict[str, Tensor]
+from .tensors import Group
+from .throughput import Spent, Throughput
+from .validate import tell_validation, validate
+from .watch import Heartbeat, Stopwatch, slots, straggler
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats a target over the global step, gradient norm before clipping, whether applied."""
+    """What a step came to, the same on every rank.
+
+    Mean loss in nats a target over the global step, gradient norm before clipping, whether it was applied;
+    whether any rank was asked to stop, how many have written the checkpoint under way, whether one could not
+    write its metrics, what is due by the main rank's clock (saving, validation), each one's seconds.
+    """
 
     loss: float
     grad_norm: float
     applied: bool
+    stop: bool = False
+    written: int = 0
+    unwritten: bool = False
+    clocks: tuple[bool, bool] = (False, False)
+    seconds: tuple[float, ...] = ()
 
 
 class Trainer:
@@ -52,40 +69,51 @@ class Trainer:
         recipe: Recipe,
         folder: Path,
         accelerator: Accelerator,
+        bare_model: nn.Module,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer: Any,
         prepared: PreparedData | SyntheticData,
         position: Position,
         console: Console,
+        group: Group = None,
     ):
+        """`model` is what to call for a pass, `bare_model` what it wraps; `group` as in Saver."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
-        self.bare_model, self.tokenizer, self.prepared = model, tokenizer, prepared
-        self.position, self.console = position, console
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.loader = TrainLoader(
-            prepared.train,
-            recipe.data.sequence_length,
-            recipe.seed,
-            recipe.rows_per_step,
-            recipe.train.micro_batch,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=recipe.data.num_workers,
-            position=position.samples,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
+        self.tokenizer, self.prepared = tokenizer, prepared
+        self.position, self.console, self.group = position, console, group
+        self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
-        cost = account(model.config, recipe.data.sequence_length)
-        self.flops_per_token = cost.flops_per_token_training
+        self.throughput = Throughput(
+            recipe,
+            bare_model.config,
+            accelerator.num_processes,
+            is_sharded(bare_model),
+            accelerator.mixed_precision == "bf16",
+            accelerator.device,
+        )
+        self.saver = Saver(
+            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
+        )
+        self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
+        self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
+        self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
-        self._saved_step = position.step if position.step else -1
+        self.rewinds = 0
+        self._worked = self._stalled = 0.0
+        self.saved_step = position.step if position.step else -1
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def whole_model(self) -> nn.Module | None:
+        """The model, where this rank holds all of it; else it has to be read from the last checkpoint."""
+        return None if is_sharded(self.bare_model) else self.bare_model
 
     @property
     def finished(self) -> bool:
@@ -109,7 +137,11 @@ class Trainer:
                     self.console, self.recipe, self.position.step, self.accelerator
                 ) as self.line:
                     self._train()
+                self.saver.finish()
             finally:
+                self.heartbeat.stop()
+                self.rows.close()
+                self.saver.close()
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
@@ -121,12 +153,24 @@ class Trainer:
         self._validate_if_due()  # a stop may have come before the validation of the step resumed from
         if self.finished:
             return
-        batches = iter(self.loader)
+        self.saver.warm_up()
+        self.rows.restart(self.position)
+        settle_buckets(self.model, self._empty_pass)
         while not self.finished:
-            self._train_step(batches)
-            self._validate_if_due()
-            if self._due(self.save_cadence) or self.finished:
+            save_rang, eval_rang = self._train_step().clocks
+            self._validate_if_due(eval_rang)
+            due = self.position.bad_in_a_row == 0 and self.save_cadence.due(self.position.step, save_rang)
+            if self.finished or due:
                 self._save()
+            self.beat("training")
+        if self.metrics.problem is not None:
+            self.metrics.check()
+        self.beat("finished", now=True)
+
+    def _empty_pass(self) -> None:
+        """Forward and backward over nothing; the gradients are dropped."""
+        self._loss(self.rows.empty(), 1.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _start_trackers(self) -> None:
         """Trackers take flat settings only, and TensorBoard numbers and texts only."""
@@ -136,59 +180,97 @@ class Trainer:
             }
             self.accelerator.init_trackers(self.recipe.tracking.project, config=settings)
 
-    def _due(self, cadence: Cadence) -> bool:
-        """Whether it is due after this step, by the main rank's clock where clocks decide."""
-        due = cadence.due(self.position.step)
-        if not cadence.by_clock or self.accelerator.num_processes == 1:
-            return due
-        return bool(broadcast(torch.tensor(int(due), device=self.accelerator.device)).item())
+    # One step ---------------------------------------------------------------------------------------
 
-    def _train_step(self, batches: Iterator[list[Batch]]) -> None:
-        """One step with everything around it: rate, measurement, the guard, the wish to stop."""
-        position, optim = self.position, self.recipe.optim
+    def _train_step(self) -> StepResult:
+        """One step with everything around it: rate, rows, measurement, the guard, the wish to stop."""
+        position = self.position
+        position.samples = past(position.samples, position.skips)
         started = time.perf_counter()
-        lr = learning_rate(position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, optim)
+        lr = learning_rate(
+            position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        result = self.step(next(batches))
+        batches = self.rows.take()
+        last = position.step + 1 >= self.recipe.total_steps
+        result = self.step(batches, None if last else self.rows.fetch)
         position.step += 1
         position.samples += self.recipe.rows_per_step
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
+        spent = Spent(time.perf_counter() - started, self.rows.waited())
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
-            self._log(result, lr, time.perf_counter() - started)
+            self._log(result, lr, spent, batches)
+        if result.written == self.accelerator.num_processes:
+            with self._stalling():
+                self.saver.finish()
         if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
-            raise ValueError(
-                f"the loss or its gradient was not finite for {position.bad_in_a_row} steps in a row, up to "
-                f"step {position.step}; lower optim.lr, then run again to go on from {self._last_name()}"
-            )
-        self._stop_if_asked()
+            rewind(self)
+        if result.unwritten:
+            self.metrics.check()
+        if result.stop:
+            self._save_and_stop()
+        return result
 
-    def step(self, micro_batches: list[Batch]) -> StepResult:
-        """Forward, backward and update over one global step; skipped on every rank if it is not finite."""
+    def step(self, micro_batches: list[Batch], meanwhile: Callable[[], None] | None = None) -> StepResult:
+        """Forward, backward and update over one global step; skipped on every rank if it is not finite.
+
+        `meanwhile` is called when the device has been given its work and the host would only wait for it.
+        """
         self.model.train()
-        targets = self._count_targets(micro_batches)
-        # Gradients are averaged over ranks, so each divides its sums by the mean number of targets a rank.
-        share = max(1.0, targets / self.accelerator.num_processes)
+        share = self._targets_of_a_rank(micro_batches)
         loss = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
-            with self.accelerator.no_sync(self.model) if i + 1 < len(micro_batches) else nullcontext():
+            with accumulating(self.model, last=i + 1 == len(micro_batches)):
+                if i == 0:
+                    self.stopwatch.start()
                 part = self._loss(batch, share)
-                self.accelerator.backward(part)
+                if i == 0:
+                    self.stopwatch.stop()
+                part.backward()
             loss += part.detach()
-        limit = self.recipe.optim.grad_clip or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        mean_loss = float(self.accelerator.reduce(loss, reduction="mean"))
-        applied = math.isfinite(mean_loss) and math.isfinite(grad_norm)
-        if applied:
+        grad_norm = clip_gradients(self.model.parameters(), self.recipe.optim.grad_clip or math.inf)
+        if meanwhile is not None:
+            meanwhile()
+        result = self._exchange(loss, grad_norm)
+        if result.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean_loss, grad_norm, applied)
+        return result
 
-    def _loss(self, batch: Batch, num_items: float | None) -> Tensor:
-        return self._forward(batch, num_items, return_logits=False).loss
+    def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
+        """What ranks must agree on before the update, in one sum over them and one transfer to the host."""
+        ranks, device = self.accelerator.num_processes, self.accelerator.device
+        seconds = [] if ranks == 1 or is_sharded(self.model) else slots(self.accelerator, self._worked)
+        unwritten = self.metrics is not None and self.metrics.problem is not None
+        clocks = [
+            c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
+        ]
+        own = [self.stop.asked, self.saver.written, unwritten, *clocks, *seconds]
+        sent = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
+        told = torch.cat([loss.double().view(1) / ranks, sent])
+        if ranks > 1:
+            dist.all_reduce(told)
+        mean_loss, *flags, norm = torch.cat([told, grad_norm.double().view(1)]).tolist()
+        stop, written, unwritten, *clocks = flags[: len(flags) - len(seconds)]
+        self._worked = self.stopwatch.seconds()  # told in the next step: the device is done with it now
+        return StepResult(
+            mean_loss,
+            norm,
+            applied=math.isfinite(mean_loss) and math.isfinite(norm),
+            stop=stop > 0,
+            written=int(written),
+            unwritten=unwritten > 0,
+            clocks=(clocks[0] > 0, clocks[1] > 0),
+            seconds=tuple(flags[len(flags) - len(seconds) :]),
+        )
 
-    def _forward(self, batch: Batch, num_items: float | None, return_logits: bool) -> Any:
+    def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
+        return self.forward(batch, num_items, return_logits=False).loss
+
+    def forward(self, batch: Batch, num_items: Tensor | float, return_logits: bool) -> Any:
+        """The model's outputs of a micro-batch, its summed loss divided by `num_items`."""
         device = self.accelerator.device
         input_ids, reset, labels = (
             batch[key].to(device, non_blocking=True) for key in ("input_ids", "reset", "labels")
@@ -202,86 +284,44 @@ class Trainer:
             use_cache=False,
         )
 
-    def _count_targets(self, micro_batches: list[Batch]) -> int:
-        """Valid target tokens of the whole global step."""
+    def _targets_of_a_rank(self, micro_batches: list[Batch]) -> Tensor:
+        """() on the device: the mean number of valid targets a rank in the global step, at least 1.
+
+        Gradients are averaged over ranks, so each divides its sums by this.
+        """
         count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
-        if self.accelerator.num_processes == 1:
-            return count
-        total = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum")
-        return int(total)
+        total = torch.tensor(float(count), dtype=torch.float64).to(self.accelerator.device, non_blocking=True)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(total)
+        return (total / self.accelerator.num_processes).clamp_min(1).float()
 
-    # Validation -------------------------------------------------------------------------------------
+    # Validation, saving, stopping, telling ----------------------------------------------------------
 
-    def _validate_if_due(self) -> None:
+    def _validate_if_due(self, rang: bool = False) -> None:
         step = self.position.step
-        if (
-            step == 0
-            or self.position.validated >= step
-            or not (self._due(self.eval_cadence) or self.finished)
-        ):
+        if step == 0 or self.position.validated >= step:
             return
-        loss, accuracy = self.validate()
-        self.position.validated = step
-        line = {
-            "step": step,
-            "tokens": step * self.recipe.train.tokens_per_step,
-            "validation_loss": loss,
-        }
-        if accuracy is None:
-            held_out = self.prepared.validation
-            tokens = held_out.num_tokens - held_out.num_documents
-            line["bits_per_byte"] = loss * tokens / held_out.num_bytes / math.log(2)
-        else:
-            line["accuracy"] = accuracy
-        self.metrics.write(line)
-        self.line.validation(step, loss, line.get("bits_per_byte"), accuracy)
+        if self.eval_cadence.due(step, rang) or self.finished:
+            self.beat("validating", now=True)
+            tell_validation(self, *validate(self))
 
-    @torch.no_grad()
-    def validate(self) -> tuple[float, float | None]:
-        """Mean loss in nats a target over the first `eval.tokens` held out, and of a synthetic task the share
-        of targets that are the likeliest token (None for text, whose logits never exist as a whole)."""
-        self.model.eval()
-        synthetic = isinstance(self.prepared, SyntheticData)
-        total = torch.zeros(3, dtype=torch.float64)  # nats, targets, hits
-        for batch in validation_batches(
-            self.prepared.validation,
-            self.recipe.data.sequence_length,
-            self.recipe.train.micro_batch,
-            self.recipe.eval.tokens,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        ):
-            targets = int((batch["labels"] != IGNORE).sum())
-            loss, hits = self._score(batch) if synthetic else (self._loss(batch, 1.0), 0)
-            total += torch.tensor([float(loss), targets, hits], dtype=torch.float64)
-            self._stop_if_asked()
-        total = self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")
-        return float(total[0] / total[1]), float(total[2] / total[1]) if synthetic else None
+    def _save(self, wait: bool = False) -> None:
+        """Begin to save; at the end of the run, or if asked to, wait until it is done."""
+        self.beat("saving", now=True)
+        with self._stalling():
+            if self.saved_step != self.position.step:
+                self.metrics.sync()
+                self.saved_step = self.position.step
+                self.saver.begin(self.position, last=self.finished)
+            if wait or self.finished:
+                self.saver.finish()
 
-    def _score(self, batch: Batch) -> tuple[Tensor, int]:
-        """Summed loss, and how many targets are the likeliest token."""
-        outputs = self._forward(batch, 1.0, return_logits=True)
-        labels = batch["labels"].to(outputs.logits.device)
-        return outputs.loss, int((outputs.logits.argmax(dim=-1) == labels).sum())
-
-    # Saving, stopping, telling ----------------------------------------------------------------------
-
-    def _save(self) -> None:
-        if self._saved_step == self.position.step:
-            return
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.metrics.sync()
-            checkpoint.save(
-                self.checkpoints,
-                self.position,
-                self.bare_model,
-                self.optimizer,
-                self._write_extras,
-                self.recipe.checkpoint.keep_last,
-            )
-        self.accelerator.wait_for_everyone()
-        self._saved_step = self.position.step
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """Around what keeps training waiting for a checkpoint; the seconds stand in the next line."""
+        began = time.perf_counter()
+        yield
+        self._stalled += time.perf_counter() - began
 
     def _write_extras(self, folder: Path) -> None:
         """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
@@ -289,33 +329,59 @@ class Trainer:
         if isinstance(self.bare_model, LRNNForCausalLM):
             write_remote_code(folder)
 
-    def _stop_if_asked(self) -> None:
-        if self.stop.requested(self.accelerator):
-            self._save()
-            raise Stopped(
-                f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
-                f"saved {self._last_name()}"
-            )
+    def stop_if_asked(self) -> None:
+        """Between the batches of a validation: every rank must call it."""
+        asked = self.stop.asked
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(int(asked), device=self.accelerator.device)
+            dist.all_reduce(flag)
+            asked = bool(flag.item())
+        if asked:
+            self._save_and_stop()
 
-    def _last_name(self) -> str:
+    def _save_and_stop(self) -> None:
+        reshard(self.model)
+        self._save(wait=True)
+        self.beat("stopped", now=True)
+        raise Stopped(
+            f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
+            f"saved {self.last_name()}",
+            tell=self.accelerator.is_main_process,
+        )
+
+    def last_name(self) -> str:
+        """The checkpoint to go on from, for messages."""
         name = checkpoint.latest_name(self.checkpoints)
         return "the beginning" if name == "none" else str(self.checkpoints / name)
 
-    def _log(self, result: StepResult, lr: float, seconds: float) -> None:
-        tokens_per_step = self.recipe.train.tokens_per_step
-        speed = tokens_per_step / seconds
-        peak = peak_flops(self.accelerator.device)
-        used = speed * self.flops_per_token
+    def beat(self, doing: str, now: bool = False) -> None:
+        self.heartbeat.beat(
+            self.position.step, self.position.step * self.recipe.train.tokens_per_step, doing, now
+        )
+
+    def _log(self, result: StepResult, lr: float, spent: Spent, batches: list[Batch]) -> None:
+        step = self.position.step
         line = {
-            "step": self.position.step,
-            "tokens": self.position.step * tokens_per_step,
+            "step": step,
+            "tokens": step * self.recipe.train.tokens_per_step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": round(speed, 1),
-            "mfu": None if peak is None else used / (peak * self.accelerator.num_processes),
-            "memory_bytes": peak_memory_bytes(self.accelerator.device),
+            **self.throughput.line(spent),
             "skipped": self.position.skipped,
+            **straggler(result.seconds),
         }
+        if self._stalled:
+            line["checkpoint_seconds"], self._stalled = self._stalled, 0.0
+        every = self.recipe.train.inspect_every
+        if every is not None and step % every == 0:
+            line |= self._inspect(batches[0])
         self.metrics.write(line)
-        self.line.step(self.position.step, result.loss, speed, result.applied)
+        self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
+
+    def _inspect(self, batch: Batch) -> dict[str, list[float | None]]:
+        """Each layer's state and gates on the main rank's rows; every rank must pass through the model."""
+        with watched(self.bare_model) as seen:
+            self.forward(shortened(batch), 1.0, return_logits=False)
+        reshard(self.model)
+        return summary(seen)

@@ -25,6 +25,7 @@ class Metrics:
         self._accelerator = accelerator
         self._path = folder / "metrics.jsonl"
         self._file = None
+        self.problem: str | None = None
         if accelerator.is_main_process:
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
@@ -32,20 +33,32 @@ class Metrics:
     def write(self, line: dict[str, Any]) -> None:
         """Write a line; numbers that are not finite become null, as JSON has no word for them.
 
-        Raises ValueError if there is no room; the run can be continued from its last checkpoint.
+        If there is no room `problem` says so, and all ranks hear of it in the next step.
         """
         if self._file is not None:
             try:
                 self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise ValueError(
+                self.problem = (
                     f"could not write {self._path}: {error.strerror}. Free some space and run the same "
                     "command again to go on from the last checkpoint."
-                ) from None
+                )
         if self._accelerator.trackers:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
             self._accelerator.log(numbers, step=line["step"])
+
+    def check(self) -> None:
+        """Raise ValueError with the `problem`; without words on the ranks that write nothing."""
+        if self.problem is not None or self._file is None:
+            raise ValueError(self.problem or "")
+
+    def cut_after(self, position: Position) -> None:
+        """Drop the lines of steps that the run has gone back over."""
+        if self._file is not None:
+            self._file.close()
+            _cut_after(self._path, position)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def sync(self) -> None:
         """Have the lines on disk, so that no checkpoint is ahead of them."""
@@ -96,13 +109,17 @@ class Cadence:
         """Whether ranks may differ in their answers."""
         return self._every.unit == "minutes"
 
-    def due(self, step: int) -> bool:
-        """Whether it is due after `step` steps. By minutes, a yes restarts the clock."""
+    def rang(self) -> bool:
+        """By minutes: whether they have passed; a yes restarts the clock."""
+        if not self.by_clock or time.monotonic() - self._last < 60 * self._every.amount:
+            return False
+        self._last = time.monotonic()
+        return True
+
+    def due(self, step: int, rang: bool = False) -> bool:
+        """Whether it is due after `step` steps; by minutes that is what the main rank's clock said."""
         if self.by_clock:
-            if time.monotonic() - self._last < 60 * self._every.amount:
-                return False
-            self._last = time.monotonic()
-            return True
+            return rang
         amount = int(self._every.amount)
         if self._every.unit == "steps":
             return step % amount == 0

@@ -3,22 +3,30 @@
 import random
 import resource
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-# Dense bf16 rate in FLOP/s by datasheet, for model FLOPs utilisation.
+from ..recipe.schema import TrainSection
+
+# By datasheet: dense bf16 rate in FLOP/s, for model FLOPs utilisation; memory bandwidth in bytes/s.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+_PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12}
+_BUCKET_MB = 64  # of gradients that DDP exchanges at once, while the backward pass goes on
 
 
-def make_accelerator(device: str, precision: str, trackers: list[str], folder: str) -> Accelerator:
+def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> Accelerator:
     """An Accelerator on the device and in the precision that a recipe asks for.
 
+    A rank that waits for the others longer than the timeout ends with an error.
     Raises ValueError if there is no such device here, it does not do bf16, or a tracker is not installed.
     """
+    device, precision = train.device, train.precision
     for tracker in trackers:  # Accelerate would leave it out without a word
         if find_spec(tracker) is None:
             raise ValueError(
@@ -42,6 +50,10 @@ def make_accelerator(device: str, precision: str, trackers: list[str], folder: s
         mixed_precision="bf16" if use_bf16 else "no",
         log_with=trackers or None,
         project_dir=folder,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes)),
+            DistributedDataParallelKwargs(bucket_cap_mb=_BUCKET_MB, gradient_as_bucket_view=True),
+        ],
     )
 
 
@@ -87,7 +99,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by datasheet; None where it is not known."""
+    return _by_datasheet(device, _PEAK_FLOPS)
+
+
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second between the device and its memory by datasheet; None where it is not known."""
+    return _by_datasheet(device, _PEAK_BANDWIDTH)
+
+
+def _by_datasheet(device: torch.device, rates: dict[str, float]) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate for key, rate in _PEAK_FLOPS.items() if key in name), None)
+    return next((rate for key, rate in rates.items() if key in name), None)

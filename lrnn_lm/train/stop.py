@@ -8,21 +8,21 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from typing import Any
 
 EXIT_STOPPED = 85  # stopped by a signal with nothing lost; SLURM requeues on it
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has saved what there was; ends in EXIT_STOPPED if nobody catches it."""
+    """The run was asked to stop and has saved what there was; ends in EXIT_STOPPED if nobody catches it.
 
-    def __init__(self, message: str):
+    `tell`: whether this is the rank whose message a person should see.
+    """
+
+    def __init__(self, message: str, tell: bool = True):
         super().__init__(EXIT_STOPPED)
-        self.message = message
+        self.message, self.tell = message, tell
 
     def __str__(self) -> str:
         return self.message
@@ -32,8 +32,8 @@ class StopSignal:
     """Handlers of the three signals, as a context manager; the old ones come back at its end.
 
     A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
-    half-made is removed on the way out). Inside `held()` it only becomes a wish that the loop reads at step
-    boundaries. A second SIGINT ends the process at once.
+    half-made is removed on the way out). Inside `held()` it only becomes a wish, `asked`, on which the ranks
+    agree at step boundaries. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -52,9 +52,23 @@ class StopSignal:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
+    def hold(self) -> None:
+        """From now on signals wait until `asked` is read."""
+        self._held = True
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Among what is held, something that a signal may cut short: Stopped is raised where it hits."""
+        self._held = False
+        self.leave_if_asked()
+        try:
+            yield
+        finally:
+            self._held = True
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While training: signals wait for `requested` to be asked."""
+        """While training: signals wait until `asked` is read."""
         self._held = True
         try:
             yield
@@ -76,15 +90,11 @@ class StopSignal:
             self.leave_if_asked()
 
     @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._name is not None
+
+    @property
     def name(self) -> str:
         """The signal that came, or a word for one that came to another rank."""
         return self._name or "a signal on another rank"
-
-    def requested(self, accelerator: "Accelerator") -> bool:
-        """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
-        if accelerator.num_processes == 1:
-            return self._name is not None
-        import torch
-
-        flag = torch.tensor(int(self._name is not None), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())

@@ -1,9 +1,14 @@
-"""kill -9 at random moments: the run goes on from a whole checkpoint and ends as if nothing had happened."""
+"""Harm at random moments: the run goes on from a whole checkpoint and ends as if nothing had happened.
+
+The long version is `python tests/kill_resume.py`.
+"""
 
 from pathlib import Path
 
-from kill_resume import kill_and_resume
+import pytest
+from kill_resume import harm_and_resume
 
 
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    assert len(kill_and_resume(tmp_path, kills=3, seed=1)) == 3
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "fsdp2")])
+def test_harmed_at_random_moments(tmp_path: Path, ranks: int, parallel: str) -> None:
+    assert len(harm_and_resume(tmp_path, 3, seed=ranks, ranks=ranks, parallel=parallel)) == 3

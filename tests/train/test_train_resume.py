@@ -22,10 +22,10 @@ def record_tokens(trainer: Trainer, seen: dict[int, str]) -> None:
     """sha256 of the token ids of every step."""
     original = trainer.step
 
-    def wrapped(batches: list) -> object:
+    def wrapped(batches: list, *rest: object) -> object:
         digest = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches))
         seen[trainer.position.step + 1] = digest.hexdigest()
-        return original(batches)
+        return original(batches, *rest)
 
     trainer.step = wrapped
 
@@ -40,7 +40,7 @@ def test_the_undisturbed_run(straight: Path) -> None:
     assert [step for step, _ in losses(straight)] == list(range(1, STEPS + 1))
     assert [step for step, _ in validations(straight)] == [5, 10, STEPS]
     names = sorted(p.name for p in (straight / "checkpoints").iterdir())
-    assert names == ["latest", "step-00000008", "step-00000012"]
+    assert names == ["best", "latest", "step-00000008", "step-00000012"]
     assert os.readlink(straight / "checkpoints/latest") == "step-00000012"
 
 
@@ -88,7 +88,7 @@ def test_killed_after_a_validation_that_was_redone(build: Build, straight: Path)
         first.run()
     second = build()
 
-    def die(batches: list) -> None:
+    def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     second.step = die

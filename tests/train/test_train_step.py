@@ -36,7 +36,7 @@ def plain_nats(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[float,
 def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, micro_batch: int) -> None:
     """Micro-batches with unequal numbers of targets, 3 + 3 + 2 rows: not the mean of their means."""
     trainer = build(f"train.micro_batch={micro_batch}")
-    batches = next(iter(trainer.loader))
+    batches = next(iter(trainer.rows.loader))
     parts = [plain_nats(trainer.bare_model, batch) for batch in batches]
     expected = sum(nats for nats, _ in parts) / sum(count for _, count in parts)
     assert len(parts) == 1 or len({nats / count for nats, count in parts}) > 1 < len({c for _, c in parts})
@@ -99,12 +99,12 @@ def poison(trainer: Trainer, steps: Sequence[int]) -> list[list[Tensor]]:
     """Make the gradient of these steps not finite; collects the parameters before and after each."""
     original, seen = trainer.step, []
 
-    def step(batches: list) -> StepResult:
+    def step(batches: list, *rest: object) -> StepResult:
         if trainer.position.step + 1 not in steps:
-            return original(batches)
+            return original(batches, *rest)
         hook = trainer.bare_model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
         seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
-        result = original(batches)
+        result = original(batches, *rest)
         hook.remove()
         seen.append([p.detach().clone() for p in trainer.bare_model.parameters()])
         return result

@@ -1,0 +1,63 @@
+"""A look into the layers every so many steps: how large is each state, how many gates are at an end.
+
+state_norm       root mean square over the batch of the 2-norm of a layer's state after its last token
+gate_saturation  share of rows of A_t in which one gate takes more than 0.99 of the whole: the state is
+                 kept, moved or overwritten, and little gradient comes through
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SATURATED = 0.99
+_ROWS, _TOKENS = 1, 512  # looked at: enough for a share to two digits
+
+
+def shortened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a micro-batch that is looked at."""
+    return {key: value[:_ROWS, :_TOKENS] for key, value in batch.items()}
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """While it lasts, each pass of each mixer adds its `layer`, and `state` and `gates` where it has them."""
+    seen: list[dict[str, Tensor]] = []
+
+    kinds = [spec["type"] for spec in model.config.layer_mixers]
+
+    def look(layer: int, mixer: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Any]) -> None:
+        found: dict[str, Any] = {"layer": layer}
+        if isinstance(outputs[1], Tensor):
+            found["state"] = outputs[1].float().flatten(1).norm(dim=1).square().mean().sqrt()
+        transitions = mixer.transitions(inputs[0])
+        if transitions is not None:
+            rows = transitions[..., :1, :] if kinds[layer] == "h_lru" else transitions  # the rest is a shift
+            rows = rows.abs()
+            largest = torch.maximum(rows.amax(dim=-1), 1 - rows.sum(dim=-1))  # the last: of the input gate
+            found["gates"] = (largest > _SATURATED).float().mean()
+        seen.append(found)
+
+    hooks = [
+        block.mixer.register_forward_hook(lambda *seen_by, layer=i: look(layer, *seen_by))
+        for i, block in enumerate(model.model.layers)
+    ]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def summary(seen: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
+    """One list a measure, a number a layer; in one transfer from the device."""
+    found = [value for layer in seen for key in ("state", "gates") if (value := layer.get(key)) is not None]
+    numbers = iter(torch.stack(found).tolist()) if found else iter(())
+    lists: dict[str, list[float | None]] = {"state_norm": [], "gate_saturation": []}
+    for layer in seen:
+        lists["state_norm"].append(next(numbers) if "state" in layer else None)
+        lists["gate_saturation"].append(next(numbers) if "gates" in layer else None)
+    return lists

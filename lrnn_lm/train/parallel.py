@@ -1,0 +1,127 @@
+"""How ranks share a model, and all that differs with it: a copy each (DDP) or a shard each (FSDP2).
+
+FSDP2 is torch's `fully_shard`, block by block and once around the rest, applied here and not by Accelerate:
+it then is the same on a GPU and on a CPU with gloo, and the head's weight is whole while the loss, which
+takes it straight, is computed.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """ddp or fsdp2; reshard: whether a block's parameters are given up between forward and backward."""
+
+    kind: Literal["ddp", "fsdp2"] = "ddp"
+    reshard: bool = True
+
+
+def launch_plan(asked: str) -> Plan:
+    """The recipe's `train.parallel`, where that is auto what Accelerate's config file said to its launcher.
+
+    Takes FSDP out of Accelerate's hands (see above), so it must come before the Accelerator. ValueError for
+    kinds of FSDP that are not built.
+    """
+    launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    reshard = True
+    if launched:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError("the Accelerate config asks for FSDP 1; set fsdp_version: 2 in it")
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+            raise ValueError("fsdp_offload_params is not supported; set it to false in the Accelerate config")
+        reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    kind = ("fsdp2" if launched else "ddp") if asked == "auto" else asked
+    return Plan(kind, reshard)
+
+
+def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
+    """What to call for a forward pass. Under FSDP2 `model` itself changes: its parameters become shards.
+
+    Raises ValueError if this build of torch cannot shard here.
+    """
+    if accelerator.num_processes == 1 or plan.kind == "ddp":
+        return accelerator.prepare_model(model)
+    device = accelerator.device.type
+    if device == "cpu" and not dist.is_gloo_available():
+        raise ValueError("FSDP2 on a CPU needs gloo, which this build of torch lacks; use train.parallel=ddp")
+    mesh = init_device_mesh(device, (accelerator.num_processes,))
+    bf16 = accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32 if bf16 else None,
+        cast_forward_inputs=False,  # the number of targets, which the loss is divided by, stays exact
+    )
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around the passes of one micro-batch: ranks exchange gradients in the last one of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
+    """Let DDP lay out its gradient buckets for good, by a pass that counts for nothing.
+
+    It does so after its first backward pass, and a sum of three or more ranks depends on the layout: without
+    this, a resumed run's first step would not be, bit for bit, the step of a run that was not interrupted.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.train()
+        empty_pass()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients to a global norm of at most `limit`; the norm before, () on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def reshard(model: nn.Module) -> None:
+    """After passes without a backward: parameters are shards again, as saving and loading need them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank's parameter holds, on its device."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be a shard, on the CPU; every rank must ask."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -1,0 +1,71 @@
+"""How fast a run is against what its machine can do: tokens/s, MFU, memory bandwidth, waiting for data.
+
+MFU counts the operations of the model's mathematics, recomputation left out (`model.accounting`). Memory
+traffic is a floor that counts each byte once: activations kept for the backward pass are written and read;
+weights are read in both passes, in the precision of the passes; gradients are written; AdamW reads weights,
+gradients and two moments and writes three of them, in fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..model.accounting import account, training_memory
+from ..recipe import Recipe
+from .runtime import peak_bandwidth, peak_flops, peak_memory_bytes
+
+_ADAMW_PASSES = 7  # reads weight, gradient, two moments; writes weight and two moments
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a step as the host saw them: in all, and waiting for rows."""
+
+    seconds: float
+    waiting: float
+
+
+class Throughput:
+    """Turns a step's seconds into the numbers of a line of metrics.jsonl."""
+
+    def __init__(
+        self, recipe: Recipe, config: PreTrainedConfig, ranks: int, sharded: bool, bf16: bool, device
+    ):
+        self._ranks, self._device = ranks, device
+        self._tokens = recipe.train.tokens_per_step
+        length = recipe.data.sequence_length
+        cost = account(config, length)
+        self.flops_per_token = cost.flops_per_token_training
+        self._flops, self._bandwidth = peak_flops(device), peak_bandwidth(device)
+        self.bytes_per_step = 0.0
+        if self._bandwidth is not None:
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            rows = -(-recipe.rows_per_step // ranks)
+            memory = training_memory(
+                config,
+                min(recipe.train.micro_batch, rows),
+                length,
+                dtype,
+                recipe.train.activation_checkpointing,
+            )
+            passes = -(-rows // recipe.train.micro_batch)
+            weights = cost.total_parameters * (2 * dtype.itemsize + 4)
+            update = _ADAMW_PASSES * 4 * cost.total_parameters / (ranks if sharded else 1)
+            self.bytes_per_step = passes * (2 * memory.activations + weights) + update
+
+    def line(self, spent: Spent) -> dict[str, float | int | None]:
+        """The fields: null where the machine's ceiling is not known."""
+        speed = self._tokens / spent.seconds
+        mfu = share = None
+        if self._flops is not None:
+            mfu = speed * self.flops_per_token / (self._flops * self._ranks)
+        if self._bandwidth is not None:
+            share = self.bytes_per_step / spent.seconds / self._bandwidth
+        return {
+            "tokens_per_second": round(speed, 1),
+            "mfu": mfu,
+            "memory_bandwidth": share,
+            "data_wait": spent.waiting / spent.seconds,
+            "memory_bytes": peak_memory_bytes(self._device),
+        }

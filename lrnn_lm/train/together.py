@@ -1,0 +1,138 @@
+"""Before the first step: ranks that wait for one another without hanging, and fail or stop as one.
+
+A rank in a collective hears no signal, and one that has failed leaves the others in theirs. So while the
+first rank prepares data the others ask the rendezvous store, a few times a second, how it stands; a stop on
+any of them comes to the first one by the same way; and what one rank cannot do ends all of them with its
+message.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed as dist
+
+from .stop import Stopped, StopSignal
+
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 10.0
+_STOPPED = "stopped:"
+_MISTAKE = "mistake:"
+Result = TypeVar("Result")
+
+
+class Together:
+    """The ranks of a run while it is being built."""
+
+    def __init__(self, accelerator: Accelerator, stop: StopSignal):
+        """Among several ranks `stop` is held by now: signals wait for a step boundary; see `main_first`."""
+        self._stop = stop
+        self._alone = accelerator.num_processes == 1
+        self._ranks, self._main = accelerator.num_processes, accelerator.is_main_process
+        self._round = 0
+        if not self._alone:
+            # The store that the process group met in; torch gives it no public name.
+            store = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("lrnn-start", store)
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """The main rank does it, however long it takes, then the others. Raises as `all` does, or Stopped."""
+        if self._alone:
+            return work()
+        self._round += 1
+        done, stop = f"{self._round}/done", f"{self._round}/stop"
+        if self._main:
+            result = self._lead(work, done, stop)
+        else:
+            self._follow(done, stop)
+        return self.all(lambda: result if self._main else work())
+
+    def all(self, work: Callable[[], Result]) -> Result:
+        """Every rank does it. A mistake of any ends all: ValueError, with its message on the main rank."""
+        if self._alone:
+            return work()
+        problem, result = None, None
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            problem = _words(error)
+        told = next((text for text in gather_object([problem]) if text is not None), None)
+        if told is not None:
+            raise ValueError(told if self._main else "") from None
+        return result
+
+    def tell(self, value: Result) -> Result:
+        """The main rank's value, on every rank."""
+        if self._alone:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def _lead(self, work: Callable[[], Result], done: str, stop: str) -> Result:
+        ended = threading.Event()
+        ear = threading.Thread(target=self._listen, args=(stop, ended), daemon=True)
+        ear.start()
+        verdict = "ok"
+        try:
+            with self._stop.released():
+                return work()
+        except Stopped as stopped:
+            verdict = _STOPPED + str(stopped)
+            raise
+        except (ValueError, OSError) as error:
+            verdict = _MISTAKE + _words(error)
+            raise
+        finally:
+            ended.set()
+            ear.join()
+            self._store.set(done, verdict)
+            if verdict != "ok":
+                self._wait_until_heard(f"{done}/heard")
+
+    def _wait_until_heard(self, heard: str) -> None:
+        """This process may hold the store, which the others still have to ask."""
+        patience = time.monotonic() + _PATIENCE_SECONDS
+        while self._store.add(heard, 0) < self._ranks - 1 and time.monotonic() < patience:
+            time.sleep(_POLL_SECONDS)
+
+    def _listen(self, stop: str, ended: threading.Event) -> None:
+        """Another rank's wish to stop becomes this one's, by the same signal."""
+        while not ended.wait(_POLL_SECONDS):
+            if self._store.check([stop]):
+                os.kill(os.getpid(), int(self._store.get(stop)))
+                return
+
+    def _follow(self, done: str, stop: str) -> None:
+        """Wait for the main rank's verdict; a stop that comes here is passed on, and comes back in it."""
+        passed_on = False
+        while not self._store.check([done]):
+            time.sleep(_POLL_SECONDS)
+            if self._stop.asked and not passed_on:
+                self._store.set(stop, str(int(signal.Signals[self._stop.name])))
+                passed_on = True
+        verdict = self._store.get(done).decode()
+        self._store.add(f"{done}/heard", 1)
+        if verdict.startswith(_STOPPED):
+            raise Stopped(verdict.removeprefix(_STOPPED), tell=False)
+        if verdict.startswith(_MISTAKE):
+            raise ValueError("")
+
+
+def _words(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error)
+
+
+def cpu_group(accelerator: Accelerator, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """A group of gloo's over all ranks, for threads that write checkpoints beside the training's own."""
+    if accelerator.num_processes == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))

@@ -1,0 +1,255 @@
+"""Training on two GPUs against one, with the numbers that docs/scaling.md tells:
+
+    python tests/gpu/scaling.py --output docs/results/scaling.json      # about 3 minutes on two H100
+    python tests/gpu/scaling.py --table docs/results/scaling.json       # its Markdown
+    python tests/gpu/scaling.py --device cpu --output /tmp/scaling.json # a rehearsal, with a tiny model
+
+Rows are random words, so no corpus is needed. One process measures one GPU; then two, started by our launcher
+with recipes/accelerate/ddp.yaml, train by DDP and by FSDP2 in turn. Before that, a small model in fp32 shows
+that the three agree, and that a run saved and resumed under FSDP2 is the run that was not.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+WORDS = 50_000
+BIG = [
+    "model.vocab_size=50280",
+    "data.sequence_length=2048",
+    "train.tokens_per_step=524288",
+    "train.micro_batch=16",
+]
+SMALL = [
+    "model.hidden_size=64", "model.num_hidden_layers=2", "model.intermediate_size=96",
+    "model.mixer.num_blocks=16", "model.vocab_size=50280", "model.parameters=null",
+    "data.sequence_length=128", "train.tokens_per_step=2048", "train.micro_batch=4", "train.precision=fp32",
+    "optim.schedule=constant", "optim.warmup=0", "checkpoint.every=100 steps",
+]  # fmt: skip
+TINY = [
+    *SMALL[:4], "model.vocab_size=50280", "model.parameters=null", "data.sequence_length=128",
+    "train.tokens_per_step=2048", "train.micro_batch=2",
+]  # fmt: skip
+
+
+def write_words(folder: Path, documents: int) -> list[str]:
+    """A tokenizer of whole words and random text in them; the overrides that name both."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder / "tokenizer")
+    rng = random.Random(0)
+    with (folder / "text.jsonl").open("w") as file:
+        for _ in range(documents):
+            words = " ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(200, 2000)))
+            file.write(json.dumps({"text": words}) + "\n")
+    return [
+        f"data.source={{type: jsonl, path: {folder / 'text.jsonl'}}}",
+        f"data.tokenizer={folder / 'tokenizer'}",
+        "data.validation_fraction=0.02", f"data.cache_dir={folder / 'cache'}", "data.num_proc=4",
+        f"train.runs_dir={folder / 'runs'}", "eval.every=100000 steps", "eval.tokens=2048", "eval.tasks=[]",
+        "train.inspect_every=null",
+    ]  # fmt: skip
+
+
+def run(name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train the paper's BD M=4 with these overrides, in this process; its lines."""
+    import torch
+    from accelerate.state import AcceleratorState
+    from rich.console import Console
+
+    from lrnn_lm.recipe import load_recipe
+    from lrnn_lm.train.build import build_trainer
+
+    AcceleratorState._reset_state()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    recipe = load_recipe(ROOT / "recipes/paper/bd-lru-m4.yaml", [f"name={name}", *overrides])
+    began = time.time()
+    trainer = build_trainer(recipe, Console(quiet=True))
+    trainer.run()
+    if trainer.accelerator.is_main_process:
+        print(f"{name}: {time.time() - began:.1f} s", flush=True)
+    folder = trainer.folder
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tokens(base: list[str], steps: int) -> str:
+    a_step = next(o for o in base if o.startswith("train.tokens_per_step=")).split("=")[1]
+    return f"train.tokens={steps * int(a_step)}"
+
+
+def small_losses(name: str, steps: int, common: list[str], *more: str) -> list[float]:
+    lines = run(name, [*SMALL, tokens(SMALL, steps), *common, *more])
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def speed(lines: list[dict[str, Any]], warm: int) -> dict[str, Any]:
+    """Medians over the steps after the first few; what a checkpoint cost in between."""
+    steps = [line for line in lines if "loss" in line]
+    steady = steps[warm:]
+    stalls = [line["checkpoint_seconds"] for line in steps if "checkpoint_seconds" in line]
+    return {
+        "steps": len(steady),
+        "tokens_per_second": median(line["tokens_per_second"] for line in steady),
+        "tokens_per_second_min": min(line["tokens_per_second"] for line in steady),
+        "mfu": steady[-1]["mfu"] and median(line["mfu"] for line in steady),
+        "memory_bandwidth": steady[-1]["memory_bandwidth"]
+        and median(line["memory_bandwidth"] for line in steady),
+        "data_wait": mean(line["data_wait"] for line in steady),
+        "memory_bytes": steps[-1]["memory_bytes"],
+        "checkpoint_stalls_seconds": stalls,
+    }
+
+
+def work(options: argparse.Namespace) -> None:
+    """In every rank: the runs of this number of ranks, into a file of the first one's."""
+    ranks, common = options.ranks, json.loads(options.common)
+    big = TINY if options.device == "cpu" else BIG
+    steps = (options.steps, options.steps // 2)[ranks == 1]
+    saving = f"checkpoint.every={max(2, steps // 2)} steps"
+    found: dict[str, Any] = {"agree": {}, "speed": {}}
+    for kind in ("ddp",) if ranks == 1 else ("ddp", "fsdp2"):
+        label = "one" if ranks == 1 else kind
+        parallel = f"train.parallel={kind}"
+        found["agree"][label] = small_losses(f"small-{label}", 6, common, parallel)
+        lines = run(f"big-{label}", [*big, tokens(big, steps), *common, parallel, saving])
+        found["speed"][label] = speed(lines, warm=3)
+    if ranks > 1:
+        parallel = "train.parallel=fsdp2"
+        small_losses("small-resumed", 3, common, parallel)
+        found["agree"]["fsdp2, saved and resumed"] = small_losses("small-resumed", 6, common, parallel)
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(options.part).write_text(json.dumps(found))
+
+
+def lead(options: argparse.Namespace) -> None:
+    """Write the text, start the processes, put their numbers together."""
+    began = time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        common = write_words(folder, 300 if options.device == "cpu" else 3000)
+        common.append(f"train.device={options.device}")
+        parts = []
+        for ranks in (1, 2):
+            part = folder / f"part-{ranks}.json"
+            worker = [
+                str(Path(__file__).resolve()), "--worker", "--ranks", str(ranks), "--steps",
+                str(options.steps), "--device", options.device, "--common", json.dumps(common), "--part",
+                str(part),
+            ]  # fmt: skip
+            launcher = [
+                "-m", "lrnn_lm.train.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"),
+                "--num_processes", "2", "--main_process_port", "0",
+            ]  # fmt: skip
+            surroundings = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+            if ranks == 1:
+                launcher, surroundings = [], surroundings | {"CUDA_VISIBLE_DEVICES": "0"}
+            subprocess.run([sys.executable, *launcher, *worker], env=surroundings, cwd=ROOT, check=True)
+            parts.append(json.loads(part.read_text()))
+    found = {key: parts[0][key] | parts[1][key] for key in ("agree", "speed")}
+    result = {
+        "about": about(options.device),
+        **found,
+        "checks": checks(found),
+        "seconds": time.time() - began,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def checks(found: dict[str, Any]) -> dict[str, Any]:
+    agree, fast = found["agree"], found["speed"]
+    one = agree["one"]
+    worst = {
+        label: max(abs(a / b - 1) for a, b in zip(losses, one, strict=True))
+        for label, losses in agree.items()
+    }
+    twice = 2 * fast["one"]["tokens_per_second"]
+    return {
+        "largest_relative_difference_of_losses": worst,
+        "resumed_equals_straight": agree["fsdp2, saved and resumed"] == agree["fsdp2"],
+        "efficiency": {kind: fast[kind]["tokens_per_second"] / twice for kind in ("ddp", "fsdp2")},
+    }
+
+
+def about(device: str) -> dict[str, Any]:
+    import torch
+
+    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
+    return {"device": name, "count": 2, "torch": torch.__version__, "recipe": "recipes/paper/bd-lru-m4.yaml"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The numbers as Markdown."""
+    kinds, efficiency = (
+        {"one": "one GPU", "ddp": "two, DDP", "fsdp2": "two, FSDP2"},
+        result["checks"]["efficiency"],
+    )
+    lines = [
+        f"Two {result['about']['device']}, torch {result['about']['torch']}.",
+        "",
+        "| | tokens/s | of twice one | MFU | memory bandwidth | data wait | peak memory | stalls |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for kind, label in kinds.items():
+        row = result["speed"][kind]
+        share = f"{efficiency[kind]:.3f}" if kind in efficiency else ""
+        ceilings = [f"{row[key]:.1%}" if row[key] else "" for key in ("mfu", "memory_bandwidth")]
+        stalls = ", ".join(f"{seconds:.2f} s" for seconds in row["checkpoint_stalls_seconds"])
+        lines.append(
+            f"| {label} | {row['tokens_per_second']:,.0f} | {share} | {ceilings[0]} | {ceilings[1]} | "
+            f"{row['data_wait']:.2%} | {row['memory_bytes'] / 1e9:.1f} GB | {stalls} |"
+        )
+    worst = result["checks"]["largest_relative_difference_of_losses"]
+    differences = ", ".join(f"{label} {value:.1e}" for label, value in worst.items() if label != "one")
+    resumed = "equal" if result["checks"]["resumed_equals_straight"] else "NOT equal"
+    lines += ["", f"Losses of a small model in fp32 over 6 steps against one GPU: {differences}; "
+              f"saved and resumed under FSDP2: {resumed} to straight through, bit for bit."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("docs/results/scaling.json"))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--steps", type=int, default=20, help="of the large model on two GPUs; half on one")
+    parser.add_argument("--table", type=Path, help="print the Markdown of a result")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--common", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+    elif options.worker:
+        work(options)
+    else:
+        lead(options)
+
+
+if __name__ == "__main__":
+    main()

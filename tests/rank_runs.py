@@ -1,0 +1,232 @@
+"""Runs of several gloo processes: through `accelerate launch`, or forked from a server that has imported
+all.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import ROOT, environment
+
+
+def launch(
+    recipe: Path, ranks: int, *overrides: str, parallel: str = "ddp", module: str = "lrnn_lm.train.launch"
+) -> subprocess.Popen[str]:
+    """Start a run; `module` is what starts the ranks: our launcher, or accelerate's own."""
+    command = [
+        sys.executable, "-m", module, "--config_file", str(ROOT / f"recipes/accelerate/{parallel}.yaml"),
+        "--num_processes", str(ranks), "--main_process_port", "0", "-m", "lrnn_lm.train",
+        str(recipe), *overrides,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@dataclass(frozen=True)
+class Prank:
+    """What befalls a run: `rank` gets `signal` within step `step`, or the validation after it; its loss is
+    NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer."""
+
+    rank: int = 0
+    step: int = 0
+    signal: int = 0
+    validating: bool = False
+    nan_samples: tuple[int, ...] = ()
+    sleep: float = 0.0
+
+
+class Ranks:
+    """A run of forked ranks. `wait` for their exit codes; `errors` is what they said."""
+
+    def __init__(
+        self,
+        recipe: Path,
+        count: int,
+        *overrides: str,
+        parallel: str = "ddp",
+        prank: Prank | None = None,
+        record: Path | None = None,
+        action: str = "train",
+    ):
+        recipe.parent.joinpath("logs").mkdir(exist_ok=True)
+        port = _free_port()
+        self._log = recipe.parent / "logs" / f"{port}.log"
+        self._log.write_text("")
+        arguments = [str(recipe), f"train.parallel={parallel}", *overrides]
+        self.processes: list[BaseProcess] = [
+            _server().Process(
+                target=_rank, args=(rank, count, port, action, arguments, prank, record, self._log)
+            )
+            for rank in range(count)
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def errors(self) -> str:
+        return self._log.read_text()
+
+    def wait(self, timeout: float = 200) -> list[int]:
+        for process in self.processes:
+            process.join(timeout)
+        hung = [process for process in self.processes if process.exitcode is None]
+        for process in hung:
+            process.kill()
+        assert not hung, f"{len(hung)} ranks hang: {self.errors}"
+        return [process.exitcode for process in self.processes]
+
+    def expect(self, code: int = 0) -> str:
+        """All end with this code; what they said."""
+        codes = self.wait()
+        assert codes == [code] * len(codes), f"{codes}: {self.errors}"
+        return self.errors
+
+
+def _server() -> multiprocessing.context.ForkServerContext:
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["lrnn_lm.cli", "lrnn_lm.train.build", "lrnn_lm.evaluate.card", "rank_runs"]
+    )
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _rank(
+    rank: int,
+    count: int,
+    port: int,
+    action: str,
+    arguments: Sequence[str],
+    prank: Prank | None,
+    record: Path | None,
+    log: Path,
+) -> None:
+    """One rank, in its own process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    if count > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {key: str(value) for key, value in places.items()}
+    torch.set_num_threads(1)
+    _disturb(rank, prank)
+    if record is not None:
+        _record(rank, record)
+    from lrnn_lm.cli import main
+
+    try:
+        if action == "train":
+            main(["train", *arguments])
+        else:
+            _dump(arguments, Path(action))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _disturb(rank: int, prank: Prank | None) -> None:
+    from lrnn_lm.train.loop import Trainer
+
+    if prank is None or rank != prank.rank:
+        return
+    original, forward = Trainer.step, Trainer.forward
+
+    def validating(trainer: Trainer, *arguments: object, **options: object) -> object:
+        if trainer.position.step == prank.step and not trainer.model.training:
+            os.kill(os.getpid(), prank.signal)
+        return forward(trainer, *arguments, **options)
+
+    if prank.validating:
+        Trainer.forward = validating
+        return
+
+    def step(trainer: Trainer, batches: list, *rest: object) -> object:
+        if trainer.position.step + 1 == prank.step:
+            time.sleep(prank.sleep)
+            if prank.signal:
+                os.kill(os.getpid(), prank.signal)
+        if trainer.position.samples not in prank.nan_samples:
+            return original(trainer, batches, *rest)
+        loss = trainer._loss
+        trainer._loss = lambda *a: loss(*a) * float("nan")
+        try:
+            return original(trainer, batches, *rest)
+        finally:
+            del trainer._loss
+
+    Trainer.step = step
+
+
+def _record(rank: int, folder: Path) -> None:
+    """The token ids of every step that counted, by the samples seen before it."""
+    from lrnn_lm.train.loop import Trainer
+
+    folder.mkdir(exist_ok=True)
+    original = Trainer.step
+
+    def step(trainer: Trainer, batches: list, *rest: object) -> object:
+        ids = np.concatenate([batch["input_ids"].numpy() for batch in batches])
+        np.save(folder / f"{trainer.position.samples:08d}-{rank:02d}.npy", ids)
+        return original(trainer, batches, *rest)
+
+    Trainer.step = step
+
+
+def recorded(folder: Path) -> dict[int, np.ndarray]:
+    """Rows (R, T) of each step, ranks in order, by the samples seen before it."""
+    steps: dict[int, list[np.ndarray]] = {}
+    for path in sorted(folder.glob("*.npy")):
+        steps.setdefault(int(path.name[:8]), []).append(np.load(path))
+    return {samples: np.concatenate(parts) for samples, parts in steps.items()}
+
+
+def _dump(arguments: Sequence[str], path: Path) -> None:
+    """Build the trainer, so that it loads its checkpoint, and write what it then holds, whole."""
+    from rich.console import Console
+
+    from lrnn_lm.recipe import load_recipe
+    from lrnn_lm.train.build import build_trainer
+    from lrnn_lm.train.parallel import whole
+    from lrnn_lm.train.tensors import training_tensors
+
+    trainer = build_trainer(load_recipe(arguments[0], list(arguments[1:])), Console(quiet=True))
+    tensors = {
+        key: whole(value) for key, value in training_tensors(trainer.bare_model, trainer.optimizer).items()
+    }
+    if trainer.accelerator.is_main_process:
+        save_file(tensors, path)
+    trainer.accelerator.wait_for_everyone()
+
+
+def weights(checkpoint: Path) -> torch.Tensor:
+    """All weights of a plain folder as one vector."""
+    stored = load_file(checkpoint / "model.safetensors")
+    return torch.cat([stored[name].flatten() for name in sorted(stored)])

@@ -1,0 +1,253 @@
+"""Of several ranks one is asked to stop, dies, computes nonsense or finds a mistake: all end alike."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_runs import Prank, Ranks, launch, recorded
+from safetensors.torch import load_file
+from tiny_run import losses, metrics, validations, write_recipe
+from trainers import Build, main_exits
+
+from lrnn_lm.train.parallel import Plan, launch_plan, share
+
+ROWS = 8
+FSDP2 = {"parallel": "fsdp2"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps of 8 rows, saved every 4, validated every 5."""
+    return write_recipe(tmp_path_factory.mktemp("faults"), train={"micro_batch": 2})
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: Path) -> Path:
+    Ranks(recipe, 2, "name=straight", **FSDP2).expect()
+    return recipe.parent / "runs/straight"
+
+
+def same(run: Path, straight: Path) -> None:
+    assert losses(run) == losses(straight)
+    assert validations(run) == validations(straight)
+    last = "checkpoints/step-00000012/model.safetensors"
+    ours, theirs = load_file(run / last), load_file(straight / last)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# Stopping -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "validating"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)]
+)
+def test_a_signal_on_one_rank_stops_all_within_the_step(
+    recipe: Path, straight: Path, number: signal.Signals, validating: bool
+) -> None:
+    name = f"name=stop-{number.name}-{validating}"
+    said = Ranks(
+        recipe, 2, name, prank=Prank(rank=1, step=5, signal=number, validating=validating), **FSDP2
+    ).expect(85)
+    assert said.count("after step 5 of 12; saved") == 1
+    assert "Traceback" not in said
+    Ranks(recipe, 2, name, **FSDP2).expect()
+    same(recipe.parent / "runs" / name.removeprefix("name="), straight)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_while_data_is_prepared(tmp_path: Path, rank: int) -> None:
+    """The others wait for the first rank, and hear of it: nothing is left half made."""
+    recipe = write_recipe(tmp_path, documents=4000)
+    run = Ranks(recipe, 2, "train.tokens=512")
+    while not list((tmp_path / "cache/data").glob(".building-*")):
+        assert all(process.exitcode is None for process in run.processes), run.errors
+        time.sleep(0.01)
+    os.kill(run.processes[rank].pid, signal.SIGUSR1)
+    said = run.expect(85)
+    assert said.count("stopped by SIGUSR1") == 1
+    assert "Traceback" not in said
+    assert not list(tmp_path.rglob(".building-*"))
+
+
+def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, straight: Path) -> None:
+    """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers."""
+    run = recipe.parent / "runs/launched"
+    process = launch(recipe, 2, "name=launched", "data.num_workers=1", "train.tokens=1M", parallel="fsdp2")
+    while not (run / "metrics.jsonl").exists() or not losses(run):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 85, errors
+    assert errors.count("stopped by SIGTERM after step") == 1
+    assert "Traceback" not in errors
+    assert (run / "checkpoints/latest").exists()
+
+
+def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
+    process = launch(recipe, 4, "train.tokens_per_step=384", "train.tokens=768", "name=mistake")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, errors
+    assert [line for line in errors.splitlines() if line.startswith("lrnn: ")] == [
+        "lrnn: a step of 6 rows does not split over 4 ranks; make train.tokens_per_step a multiple of 256"
+    ]
+    assert "Traceback" not in errors
+
+
+# Nonsense and death ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_rank_without_a_finite_loss_skips_the_step_for_all(recipe: Path, parallel: str) -> None:
+    name = f"name=nan-{parallel}"
+    Ranks(recipe, 2, name, parallel=parallel, prank=Prank(rank=1, nan_samples=(2 * ROWS,))).expect()
+    lines = [line for line in metrics(recipe.parent / "runs" / f"nan-{parallel}") if "loss" in line]
+    assert [line["loss"] is None for line in lines] == [step == 3 for step in range(1, 13)]
+    assert lines[-1]["skipped"] == 1
+
+
+def test_back_to_a_good_checkpoint_and_past_the_bad_rows(recipe: Path, tmp_path: Path) -> None:
+    """Steps 7 and 8 are bad: from checkpoint 4 over the same 5 and 6, past their rows."""
+    bad = Prank(rank=1, nan_samples=(6 * ROWS, 7 * ROWS))
+    options = ("train.max_bad_steps=2", "checkpoint.every=4 steps")
+    seen, clean = tmp_path / "seen", tmp_path / "clean"
+    said = Ranks(recipe, 2, *options, "name=back", prank=bad, record=seen, **FSDP2).expect()
+    assert f"back to step-00000004, leaving out samples {6 * ROWS} to {8 * ROWS - 1}" in " ".join(
+        said.split()
+    )
+    run = recipe.parent / "runs/back"
+    never = recipe.parent / "runs/never"
+    never.mkdir(parents=True)
+    (never / "skips.json").write_text(json.dumps([[6 * ROWS, 8 * ROWS]]))
+    Ranks(recipe, 2, *options, "name=never", record=clean, **FSDP2).expect()
+    same(run, never)
+    ours, theirs = recorded(seen), recorded(clean)
+    assert sorted(theirs) == [ROWS * i for i in range(14) if i not in (6, 7)]
+    assert all(np.array_equal(ours[samples], theirs[samples]) for samples in theirs)
+    assert [p.name for p in sorted((run / "checkpoints").glob("step-*"))] == [
+        "step-00000008",
+        "step-00000012",
+    ]
+    event = next(line for line in metrics(run) if "went_back_from" in line)
+    assert (event["step"], event["went_back_from"]) == (4, 8)
+    state = json.loads((run / "checkpoints/latest/trainer/state.json").read_text())
+    assert state["skips"] == [[6 * ROWS, 8 * ROWS]]
+    assert state["skipped"] == 2
+
+
+def test_resumed_after_going_back(recipe: Path) -> None:
+    """Stopped after it went back, before a checkpoint knew: the run folder does."""
+    bad = Prank(rank=0, nan_samples=(6 * ROWS, 7 * ROWS))
+    options = ("train.max_bad_steps=2", "name=back-and-stopped", "optim.schedule=constant")
+    run = Ranks(recipe, 2, *options, "train.tokens=1M", prank=bad, **FSDP2)
+    folder = recipe.parent / "runs/back-and-stopped"
+    while not (folder / "skips.json").exists():
+        time.sleep(0.02)
+    run.processes[1].kill()
+    assert run.wait() == [1, -signal.SIGKILL]
+    Ranks(recipe, 2, *options, **FSDP2).expect()
+    never = recipe.parent / "runs/never-2"
+    never.mkdir(parents=True)
+    (never / "skips.json").write_text(json.dumps([[6 * ROWS, 8 * ROWS]]))
+    Ranks(recipe, 2, "name=never-2", "optim.schedule=constant", **FSDP2).expect()
+    ours, theirs = ({s: loss for s, loss in losses(x) if s > 4} for x in (folder, never))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_dead_rank_ends_the_others_with_a_traceback(recipe: Path, parallel: str) -> None:
+    run = Ranks(
+        recipe, 2, f"name=dead-{parallel}", "train.tokens=1M", parallel=parallel,
+        prank=Prank(rank=1, step=6, signal=signal.SIGKILL),
+    )  # fmt: skip
+    began = time.monotonic()
+    assert run.wait(60) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 60
+    assert "Traceback" in run.errors
+
+
+def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(recipe: Path) -> None:
+    run = Ranks(
+        recipe, 2, "name=hung", "train.timeout_minutes=0.05", "train.stall_minutes=0.02", "train.tokens=1M",
+        prank=Prank(rank=1, step=6, sleep=6),
+    )  # fmt: skip
+    codes = run.wait(60)
+    assert codes[0] == 1
+    assert "Timeout (0:00:01" in run.errors  # the stacks of the step that hangs
+    assert "Traceback" in run.errors
+
+
+# Mistakes -------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_that_only_the_first_rank_sees(recipe: Path, straight: Path) -> None:
+    said = Ranks(recipe, 2, "name=straight", "seed=3", **FSDP2).expect(2)
+    assert [line for line in said.splitlines() if "lrnn:" in line] == [
+        f"lrnn: {straight} holds checkpoints of another recipe (seed: was 0, is 3). "
+        "Give this run another name=.., or remove that folder."
+    ]
+    assert "Traceback" not in said
+
+
+def test_tasks_that_the_text_cannot_fill(recipe: Path) -> None:
+    said = Ranks(recipe, 2, "name=tasks", "eval.tasks=[heldout_cloze]").expect(2)
+    assert said.count("lrnn:") == 1
+    assert "leave heldout_cloze out" in said
+    assert "Traceback" not in said
+
+
+def test_more_ranks_than_rows(recipe: Path) -> None:
+    said = Ranks(recipe, 3, "train.tokens_per_step=128", "train.tokens=512", "name=few").expect(2)
+    assert "a step of 2 rows leaves some of 3 ranks without one" in said
+    assert said.count("lrnn:") == 1
+
+
+def test_a_checkpoint_of_another_version(build: Build, recipe: Path, tmp_path: Path, capsys) -> None:
+    build("train.tokens=512").run()
+    manifest = tmp_path / "tiny/checkpoints/latest/trainer/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 7'))
+    main_exits(2, "train", recipe.parent / "tiny.yaml", f"train.runs_dir={tmp_path}")
+    errors = capsys.readouterr().err
+    assert "written by another version of lrnn-lm (format 7; this one reads 1 and 2)" in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.fixture
+def accelerate_says(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    return monkeypatch
+
+
+def test_what_accelerate_was_told(accelerate_says: pytest.MonkeyPatch) -> None:
+    accelerate_says.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert launch_plan("auto") == Plan("fsdp2", reshard=False)
+    assert launch_plan("auto") == Plan("ddp")  # it was told once
+    assert launch_plan("fsdp2") == Plan("fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("FSDP_VERSION", "1", "fsdp_version: 2"), ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params")],
+)
+def test_kinds_of_fsdp_that_are_not_built(
+    accelerate_says: pytest.MonkeyPatch, key: str, value: str, words: str
+) -> None:
+    accelerate_says.setenv(key, value)
+    with pytest.raises(ValueError, match=words):
+        launch_plan("auto")
+
+
+def test_fsdp_on_a_cpu_without_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two:
+        num_processes, device, mixed_precision = 2, torch.device("cpu"), "no"
+
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs gloo.*train.parallel=ddp"):
+        share(torch.nn.Linear(1, 1), Two(), Plan("fsdp2"))

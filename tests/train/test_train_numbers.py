@@ -1,0 +1,158 @@
+"""What a run tells while it goes on: its pace, its layers, its pulse; and which checkpoints it keeps."""
+
+import json
+import os
+import time
+
+import pytest
+import torch
+from tiny_run import fingerprint, losses, metrics
+from trainers import Build
+
+from lrnn_lm import LRNNConfig
+from lrnn_lm.data.pack import PackedRows
+from lrnn_lm.model.accounting import account
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.recipe.load import shipped
+from lrnn_lm.train import throughput
+from lrnn_lm.train.build import model_config
+from lrnn_lm.train.inspect_layers import summary, watched
+from lrnn_lm.train.tensors import fill_state
+from lrnn_lm.train.throughput import Spent, Throughput
+from lrnn_lm.train.watch import straggler
+
+
+def test_pace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's BD M=4 on four devices of known ceilings, half a second a step, a tenth of it waiting."""
+    recipe = load_recipe(shipped("recipes/paper/bd-lru-m4.yaml"))
+    config = model_config(recipe, 50_280)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e15)
+    monkeypatch.setattr(throughput, "peak_bandwidth", lambda device: 4e12)
+    pace = Throughput(recipe, config, 4, sharded=True, bf16=True, device=torch.device("cpu"))
+    line = pace.line(Spent(0.5, 0.05))
+    assert line["tokens_per_second"] == 524_288 / 0.5
+    a_token = account(config, 2048).flops_per_token_training
+    assert 1.0e9 < a_token < 1.5e9  # 6 operations a parameter outside the embedding (173M), and the scan
+    assert line["mfu"] == pytest.approx(524_288 * 2 * a_token / 4e15)
+    assert line["data_wait"] == pytest.approx(0.1)
+    # 64 rows a rank in 4 passes; each reads bf16 weights twice and writes fp32 gradients; AdamW in the end
+    weights = 211_875_360
+    least = 4 * weights * 8 + 28 * weights / 4
+    assert least < pace.bytes_per_step < least + 4 * 2 * 60e9
+    assert line["memory_bandwidth"] == pytest.approx(pace.bytes_per_step / 0.5 / 4e12)
+
+
+def test_data_wait_is_seen(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader that takes its time, on a CPU, where nothing else happens meanwhile."""
+    trainer = build("train.tokens=2048")
+    read = PackedRows.__getitem__
+
+    def slowly(rows: PackedRows, row: int) -> dict[str, torch.Tensor]:
+        time.sleep(0.02)
+        return read(rows, row)
+
+    monkeypatch.setattr(PackedRows, "__getitem__", slowly)
+    trainer.run()
+    waits = [line["data_wait"] for line in metrics(trainer.folder) if "loss" in line]
+    assert all(wait > 0.5 for wait in waits[:-1])
+    assert waits[-1] == 0  # nothing is fetched for a step that will not come
+
+
+def test_layers_are_looked_at(build: Build) -> None:
+    """State norms against the states themselves; gates at an end after their logits are driven there."""
+    trainer = build()
+    model = trainer.bare_model
+    batch = next(iter(trainer.rows.loader))[0]
+    ids = batch["input_ids"][:1]
+    with watched(model) as seen:
+        model(input_ids=ids)
+    told = summary(seen)
+    states = model(input_ids=ids, use_cache=True).past_key_values
+    norms = [next(iter(layer.recurrent_states.values())).float().norm() for layer in states.layers]
+    assert told["state_norm"] == pytest.approx([float(norm.detach()) for norm in norms], rel=1e-5)
+    assert told["gate_saturation"] == [0.0, 0.0]
+    first = model.model.layers[0].mixer
+    with torch.no_grad():
+        bias = first.gate_proj.bias.view(first.block_size + 1, first.num_blocks, first.block_size)
+        bias[0, : first.num_blocks // 2] = 50.0
+    with watched(model) as seen:
+        model(input_ids=ids)
+    assert summary(seen)["gate_saturation"] == pytest.approx([0.5, 0.0])
+    assert not any(block.mixer._forward_hooks for block in model.model.layers)
+
+
+def test_looking_changes_nothing(build: Build) -> None:
+    plain, looked = build("name=plain"), build("name=looked", "train.inspect_every=1")
+    plain.run()
+    looked.run()
+    assert losses(plain.folder) == losses(looked.folder)
+    lines = [line for line in metrics(looked.folder) if "loss" in line]
+    assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in lines)
+
+
+def test_the_pulse(build: Build) -> None:
+    trainer = build()
+    trainer.run()
+    pulse = json.loads((trainer.folder / "heartbeat.json").read_text())
+    assert (pulse["step"], pulse["tokens"], pulse["doing"]) == (12, 12 * 512, "finished")
+    assert abs(time.time() - pulse["time"]) < 30
+    assert pulse["pid"] == os.getpid()
+
+
+def test_the_slowest_rank() -> None:
+    assert straggler([1.0, 1.1, 0.9, 2.2]) == {"slowest_rank": 3, "slowdown": pytest.approx(2.2)}
+    assert straggler([1.0, 1.1, 0.9, 1.2]) == {}
+    assert straggler([0.5]) == straggler([]) == straggler([0.0, 1.0]) == {}
+
+
+def test_the_best_checkpoint_is_kept(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validated and saved every 2 steps, best at 4: kept beyond its turn, if the recipe wants it."""
+    found = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 3.5, 12: 3.6}
+    monkeypatch.setattr("lrnn_lm.train.loop.validate", lambda trainer: (found[trainer.position.step], None))
+    often = ("eval.every=2 steps", "checkpoint.every=2 steps", "checkpoint.keep_last=2")
+    for name, best in (("best", ["step-00000004"]), ("last", [])):
+        trainer = build(*often, f"name={name}", f"checkpoint.keep_best={str(bool(best)).lower()}")
+        trainer.run()
+        names = sorted(p.name for p in trainer.checkpoints.iterdir() if not p.is_symlink())
+        assert names == [*best, "step-00000010", "step-00000012"]
+        link = trainer.checkpoints / "best"
+        assert [os.readlink(link)] == best if best else not link.is_symlink()
+    monkeypatch.undo()
+    assert build("name=best", *often).position.step == 12  # the newest, not the best, is gone on from
+
+
+def test_saving_by_the_clock(build: Build) -> None:
+    trainer = build("checkpoint.every=0.0001 min", "checkpoint.keep_last=20")
+    trainer.run()
+    assert len([p for p in trainer.checkpoints.iterdir() if not p.is_symlink()]) > 6
+
+
+def test_written_at_once_or_in_the_background(build: Build) -> None:
+    runs = [build(f"name=b{switch}", f"checkpoint.background={switch}") for switch in ("true", "false")]
+    for trainer in runs:
+        trainer.run()
+    ours, theirs = (fingerprint(trainer.folder / "checkpoints/step-00000012") for trainer in runs)
+    assert ours == theirs
+
+
+def test_state_made_early_is_the_state_that_adamw_makes(build: Build) -> None:
+    early, late = build("name=early"), build("name=late")
+    fill_state(early.bare_model, early.optimizer)
+    early.run()
+    late.run()
+    last = "checkpoints/step-00000012"
+    assert fingerprint(early.folder / last) == fingerprint(late.folder / last)
+
+
+def test_h_lru_counts_its_one_row_of_gates() -> None:
+    from lrnn_lm import LRNNForCausalLM
+
+    torch.manual_seed(0)
+    config = LRNNConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, intermediate_size=8,
+        mixer={"type": "h_lru", "num_blocks": 4, "order": 3},
+    )  # fmt: skip
+    model = LRNNForCausalLM(config)
+    with watched(model) as seen:
+        model(input_ids=torch.arange(8).view(1, 8))
+    assert summary(seen)["gate_saturation"] == [0.0]  # not the rows of its companion matrix that only shift
