@@ -169,6 +169,7 @@ def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> Pre
     except ValueError:
         stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
         raise
+    stop.leave_if_asked()  # and from within a finaliser not at all
     if main:
         verify_shards(prepared)
     return prepared

@@ -76,8 +76,8 @@ class StopSignal:
             self._held = False
 
     def leave_if_asked(self) -> None:
-        """Raise Stopped if a signal came that nobody has acted on, as one during the last save."""
-        if self._name is not None:
+        """Raise Stopped, unless held, if a signal came and nobody acted on it, as one during the last save."""
+        if self._name is not None and not self._held:
             raise Stopped(f"stopped by {self._name}; run the same command again to go on")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_run import STEPS, fingerprint, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer, prepare_data
 from lrnn_lm.train.loop import Trainer
 from lrnn_lm.train.stop import Stopped, StopSignal
 
@@ -159,6 +162,28 @@ def test_a_signal_in_data_preparation_leaves_nothing_half_made(
     assert errors.splitlines()[-1] == f"stopped by {number.name}; run the same command again to go on"
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob(".building-*"))
+
+
+class Finalised:
+    """Gets a signal where Python drops every exception."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_python_drops_is_not_lost(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*arguments: object, **options: object) -> object:
+        prepared = prepare_data(*arguments, **options)
+        Finalised()
+        return prepared
+
+    monkeypatch.setattr("lrnn_lm.train.build.prepare_data", prepare)
+    loaded = load_recipe(recipe, [f"train.runs_dir={tmp_path}"])
+    with StopSignal() as stop, pytest.raises(Stopped, match="stopped by SIGTERM"):
+        build_trainer(loaded, Console(quiet=True), stop)
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
