@@ -164,7 +164,8 @@ def lead(options: argparse.Namespace) -> None:
                 "-m", "lrnn_lm.train.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"),
                 "--num_processes", "2", "--main_process_port", "0",
             ]  # fmt: skip
-            surroundings = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            surroundings = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
             if ranks == 1:
                 launcher, surroundings = [], surroundings | {"CUDA_VISIBLE_DEVICES": "0"}
             subprocess.run([sys.executable, *launcher, *worker], env=surroundings, cwd=ROOT, check=True)
