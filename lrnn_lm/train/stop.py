@@ -76,7 +76,7 @@ class StopSignal:
             self._held = False
 
     def leave_if_asked(self) -> None:
-        """Raise Stopped, unless held, if a signal came and nobody acted on it, as one during the last save."""
+        """Raise Stopped, unless held, if a signal came that nobody acted on, as during the last save."""
         if self._name is not None and not self._held:
             raise Stopped(f"stopped by {self._name}; run the same command again to go on")
 
