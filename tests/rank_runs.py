@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -141,15 +140,10 @@ def _rank(
         _record(rank, record)
     from lrnn_lm.cli import main
 
-    try:
-        if action == "train":
-            main(["train", *arguments])
-        else:
-            _dump(arguments, Path(action))
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    if action == "train":
+        main(["train", *arguments])
+    else:
+        _dump(arguments, Path(action))
 
 
 def _disturb(rank: int, prank: Prank | None) -> None:

@@ -16,15 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import INTERPRETED, LANES, groups_in_flight, multiprocessors, on_device
-from .triton_rows import gate_rows, renewed, step_flags, tile_of, unstack, wide
-
-
-@triton.jit
-def _cleared(values, flag, count: tl.constexpr):
-    kept = ()
-    for j in tl.static_range(count):
-        kept = kept + (tl.where(flag != 0, 0.0, values[j]),)
-    return kept
+from .triton_rows import cleared, gate_rows, renewed, step_flags, tile_of, unstack, wide
 
 
 @triton.jit
@@ -41,7 +33,7 @@ def _block_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
         if HAS_RESET:
-            before = _cleared(pq, flags[s], M * M if REVERSE else M * M + M)
+            before = cleared(pq, flags[s], M * M if REVERSE else M * M + M)
             pq = before + pq[M * M :] if REVERSE else before
         new_p, new_q = (), ()
         for i in tl.static_range(M):
@@ -95,16 +87,14 @@ def block_transfer_kernel(
         pq = pq + (tl.full([WIDTH], 1.0 if j < M * M and j % (M + 1) == 0 else 0.0, tl.float32),)
     full = (end - begin) // STEPS * STEPS + begin
     z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
-    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
     for t in tl.range(begin, full, STEPS, num_stages=STAGES):
         pq = _block_group(
-            pq, z_many, a_many, x_many, f_many, wide(t), valid, lane,
+            pq, z_many, a_many, x_many, flags_at, wide(t), valid, lane,
             G_T, G_K, X_T, M, MP, STEPS, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
-    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t in range(full, end):
         pq = _block_group(
-            pq, z_at[None, :], a_at[None, :], x_at[None, :], f_one, wide(t), valid, lane,
+            pq, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, wide(t), valid, lane,
             G_T, G_K, X_T, M, MP, 1, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
     block = (pid % tiles) * WIDTH + lane
@@ -131,9 +121,9 @@ def _channel_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
         if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
-            windows = _cleared(windows, flags[s], COLUMNS * M)
+            windows = cleared(windows, flags[s], COLUMNS * M)
             if not REVERSE:
-                q = _cleared(q, flags[s], M)
+                q = cleared(q, flags[s], M)
         new, new_q = (), ()
         for k in tl.static_range(COLUMNS):
             total = f[s] * windows[k * M]
@@ -195,16 +185,14 @@ def channel_transfer_kernel(
         q = q + (zero,)
     full = (end - begin) // STEPS * STEPS + begin
     z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
-    f_many = flags_at + tl.arange(0, STEPS)[:, None] if HAS_RESET else flags
     for t in tl.range(begin, full, STEPS, num_stages=STAGES):
         windows, q = _channel_group(
-            windows, q, z_many, a_many, x_many, f_many, wide(t), valid, lane,
+            windows, q, z_many, a_many, x_many, flags_at, wide(t), valid, lane,
             G_T, G_K, X_T, M, STEPS, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
         )  # fmt: skip
-    f_one = flags_at + tl.arange(0, 1)[:, None] if HAS_RESET else flags
     for t in range(full, end):
         windows, q = _channel_group(
-            windows, q, z_at[None, :], a_at[None, :], x_at[None, :], f_one, wide(t), valid, lane,
+            windows, q, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, wide(t), valid, lane,
             G_T, G_K, X_T, M, 1, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
         )  # fmt: skip
     to = n_chunks - 1 - c if REVERSE else c

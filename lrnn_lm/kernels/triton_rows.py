@@ -197,8 +197,28 @@ def gate_rows(
 
 @triton.jit
 def step_flags(flags_at, t, STEPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Whether a document starts, a step."""
-    return unstack(tl.broadcast_to(tl.load(flags_at + t), [STEPS, WIDTH]), STEPS, WIDTH, 1)
+    """The flags of STEPS steps from t, the same in every lane."""
+    flags = tl.load(flags_at + t + tl.arange(0, STEPS)[:, None])
+    return unstack(tl.broadcast_to(flags, [STEPS, WIDTH]), STEPS, WIDTH, 1)
+
+
+@triton.jit
+def cleared(values, flag, count: tl.constexpr):
+    """`count` lane blocks, zero where a document starts."""
+    kept = ()
+    for j in tl.static_range(count):
+        kept = kept + (tl.where(flag != 0, 0.0, values[j]),)
+    return kept
+
+
+@triton.jit
+def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, PARTNER: tl.constexpr):
+    """f_0 v of E rows; where two lanes share a row, the second has zero, for the pair's sum."""
+    terms = ()
+    for e in tl.static_range(E):
+        term = f[TAPS * E + e] * v[e]
+        terms = terms + (tl.where(q == 0, term, 0.0) if PARTNER > 0 else term,)
+    return terms
 
 
 @triton.jit
@@ -237,11 +257,9 @@ def store_gradients(
     roundings is noise where a gate is closed or alone.
     """
     E: tl.constexpr = STEPS * P
-    dv, h = (), ()
+    dv, h = (), entering(f, v, q, TAPS, E, PARTNER)
     for e in tl.static_range(E):
         dv = dv + (scaled[e] * f[TAPS * E + e],)
-        entering = f[TAPS * E + e] * v[e]
-        h = h + (tl.where(q == 0, entering, 0.0) if PARTNER > 0 else entering,)
     tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
     for k in tl.static_range(TAPS):
         more = ()

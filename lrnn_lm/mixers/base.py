@@ -76,14 +76,7 @@ class JointProjections:
         return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)
 
 
-def packs(mixer: "JointProjections", x: Tensor, M: int) -> bool:
-    """Whether the scan of a mixer with a `backend` is the fused one, for x (B, T, D) of more than a step."""
-    if mixer.joint is not None or x.shape[1] == 1:
-        return False
-    return mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
-
-
-def plane_weights(
+def _plane_weights(
     gates: nn.Linear, values: nn.Linear, rows: int, columns: int
 ) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'.
@@ -101,6 +94,19 @@ def plane_weights(
     if columns > rows:
         planes = [functional.pad(plane, (0, 0, 0, columns - rows)) for plane in planes]
     return torch.cat(planes).flatten(0, 1), biases.flatten()
+
+
+def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, columns: int) -> Tensor | None:
+    """A mixer's gates and values by one product, planes (B, T, M+2, columns), for the fused scan.
+
+    None for other scans, for a step of decoding, whose weights lie together already, and where a projection
+    is not plain.
+    """
+    fused = mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
+    if not fused or mixer.joint is not None or x.shape[1] == 1:
+        return None
+    weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns)
+    return None if weights is None else functional.linear(x, *weights).unflatten(-1, (M + 2, columns))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v
 """
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
 from ..kernels.gates import normalise
@@ -18,8 +17,7 @@ from .base import (
     SequenceContext,
     check_sizes,
     gate_matrix,
-    packs,
-    plane_weights,
+    packed_planes,
 )
 
 
@@ -60,7 +58,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
         N, M = self.num_blocks, self.block_size
-        if (planes := self._packed(x)) is not None:
+        if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
             h, state = block_diagonal_scan_packed(planes, N, M, state, context.reset, self.gate, self.backend)
         else:
             gates, values = self.project(x)
@@ -69,15 +67,6 @@ class BlockDiagonalLRU(JointProjections, Mixer):
                 self._planes(gates), values, state, context.reset, self.gate, self.backend
             )
         return self.out_proj(h.flatten(2)), state
-
-    def _packed(self, x: Tensor) -> Tensor | None:
-        """Gates and values by one product, planes (B, T, M+2, columns); None where the scan is not fused."""
-        M, rows = self.block_size, self.num_blocks * self.block_size
-        if not packs(self, x, M):
-            return None
-        columns = plane_width(rows, M)
-        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
-        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.value_proj]

@@ -22,9 +22,8 @@ from .base import (
     SequenceContext,
     check_sizes,
     gate_matrix,
-    packs,
+    packed_planes,
     plain_weight,
-    plane_weights,
 )
 
 
@@ -64,7 +63,7 @@ class HigherOrderLRU(JointProjections, Mixer):
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
         N, M = self.num_blocks, self.order
-        if (planes := self._packed(x)) is not None:
+        if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             h, new_state = higher_order_scan_packed(
                 planes, N, M, state, context.reset, self.gate, self.backend
             )
@@ -74,15 +73,6 @@ class HigherOrderLRU(JointProjections, Mixer):
                 self._planes(gates), values, state, context.reset, self.gate, self.backend
             )
         return self._filter(h, state, context.reset), new_state
-
-    def _packed(self, x: Tensor) -> Tensor | None:
-        """Gates and values by one product, planes (B, T, M+2, columns); None where the scan is not fused."""
-        M, rows = self.order, self.num_blocks
-        if not packs(self, x, M):
-            return None
-        columns = plane_width(rows)
-        weights = plane_weights(self.gate_proj, self.value_proj, rows, columns)
-        return None if weights is None else linear(x, *weights).unflatten(-1, (M + 2, columns))
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.value_proj]

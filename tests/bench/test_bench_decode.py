@@ -6,7 +6,6 @@ import torch
 from lrnn_lm.bench import decode, results
 from lrnn_lm.bench.contenders import CONTENDERS, build_config, pick_size
 from lrnn_lm.bench.decode import DecodeSettings
-from lrnn_lm.cli import main
 
 TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 8}
 
@@ -66,20 +65,3 @@ def test_a_token_is_the_models_next_token():
         ]
         token = setup(model, ids, 7, 4, False)
         assert torch.equal(torch.cat([token().clone() for _ in range(4)], dim=1), want), name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--modes", "fast"], "unknown mode 'fast'"),
-        (["--batches", "x"], "--batches"),
-        (["--contexts", ""], "--contexts"),
-        (["--tokens", "1"], "--tokens"),
-        (["--size", "huge"], "unknown size"),
-    ],
-)
-def test_mistakes_are_told(arguments, message, capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["bench", "decode", "--device", "cpu", *arguments])
-    assert done.value.code == 2
-    assert message in capsys.readouterr().err

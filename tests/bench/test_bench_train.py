@@ -9,7 +9,6 @@ from lrnn_lm.bench import peers, results, train
 from lrnn_lm.bench.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
 from lrnn_lm.bench.profile import kind_of
 from lrnn_lm.bench.train import TrainingStep, TrainSettings
-from lrnn_lm.cli import main
 from lrnn_lm.kernels import block_diagonal_scan, higher_order_scan
 from lrnn_lm.kernels.dispatch import BACKENDS
 from lrnn_lm.model.accounting import account
@@ -122,26 +121,6 @@ def test_the_associative_backend_is_the_same_recurrence(scan):
     for x, want in zip(got, scan(gates, values, backend="reference"), strict=True):
         torch.testing.assert_close(x, want)
     assert "associative" not in BACKENDS
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--contenders", "bd-m5"], "unknown contender 'bd-m5'"),
-        (["--sizes", "3M"], "unknown size '3M'"),
-        (["--lengths", "0"], "--lengths"),
-        (["--tokens", "many"], "--tokens"),
-        (["--width", "17"], "multiple of 16"),
-        (["--precision", "fp8"], "auto, bf16 or fp32"),
-        (["--steps", "0"], "--steps"),
-        (["--budget-seconds", "0"], "--budget-seconds"),
-    ],
-)
-def test_mistakes_are_told(arguments, message, capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["bench", "train", "--device", "cpu", *arguments])
-    assert done.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_kinds_of_kernels():

@@ -315,12 +315,13 @@ def test_grid(scan, M):
         compare(scan, torch.bfloat16, T=T, N=7, M=M)
 
 
-@pytest.mark.parametrize("scan", PARAMETERS)
-@pytest.mark.parametrize("M", range(1, 17))
+CUT = [(block_diagonal_scan, M) for M in range(1, 9)] + [(higher_order_scan, M) for M in range(1, 17)]
+
+
+@pytest.mark.parametrize(("scan", "M"), [pytest.param(*case, marks=gpu) for case in CUT])
 def test_every_size_with_chunks(scan, M, monkeypatch):
+    """Blocks above 8 are never cut in time."""
     cut_time(monkeypatch, 16)
-    if scan is block_diagonal_scan and M > 8:
-        pytest.skip("blocks above 8 are never cut in time")
     compare(scan, T=70, N=37, M=M)
 
 

@@ -1,0 +1,302 @@
+"""BD-LRU in Triton: fused forward and analytic backward, gate function inside, no A and no dA in memory.
+
+One lane owns P rows of one block (or of P blocks, for M = 1) of one sequence, one warp a program. Steps go in
+groups: tiles [STEPS, rows] of gates and values arrive in shared memory some groups ahead, by asynchronous
+copies of 16 bytes; a lane takes its rows out, normalises them without speaking to anyone, and walks through
+the steps, where the block's state is exchanged by warp shuffles. See README.md beside this for the
+derivation, the bytes moved, and when time is cut into chunks.
+
+Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
+one.
+
+Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, P rows a lane, q = a
+lane's place among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program, GROUP = MP * SHARE
+positions a block; z gate logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of
+the step after. Lane blocks are [WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]; what is kept a
+step, a row or a gate is a flat tuple of lane blocks.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_rows import (
+    cleared,
+    entering,
+    gate_rows,
+    stack,
+    step_flags,
+    store_gradients,
+    sum_of_pair,
+    sum_over_rows,
+    tile_of,
+    unstack,
+    wide,
+)
+
+
+@triton.jit
+def _place(
+    tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Where this program's rows are: (b, chunk, place, n, i, q, spot, valid), the last six [WIDTH * P].
+
+    spot = n M + i. Rows past the end are not valid; their indices stay inside the tensors.
+    """
+    pid = tl.program_id(0)
+    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
+    outer = pid // tiles
+    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    if MP * SHARE == M:  # rows lie one after the other: their loads are wide
+        n, i, q, spot, valid = place // M, place % M, place * 0, place, place < N * M
+    else:
+        n, i, q = place // (MP * SHARE), place % MP, place % (MP * SHARE) // MP
+        spot, valid = n * M + i, (n < N) & (i < M)
+    return b, chunk, place, n, i, q, spot, valid
+
+
+@triton.jit
+def _offsets(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
+    """Of rows in a tensor with these strides; in the unbroken order that the compiler can see to be so."""
+    return spot * S_I if S_N == S_I * M else n * S_N + i * S_I
+
+
+@triton.jit
+def _of_block(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl.constexpr):
+    """What tap k of a lane's row p multiplies; h is the state, P lane blocks."""
+    if M == 1:
+        return h[p]
+    elif M == P:
+        return h[k]
+    else:
+        return tl.gather(h[k % P], first + k // P, 0)
+
+
+@triton.jit
+def _forward_group(
+    h, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+    GATE: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores h of STEPS steps from t and returns the state after them."""
+    TAPS: tl.constexpr = M // SHARE
+    PARTNER: tl.constexpr = MP * SHARE - MP
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    first = lane - lane % (MP * SHARE // P if M > 1 else 1)  # of the block's lanes
+    if SHARE > 1:
+        first += q * TAPS
+    terms = entering(f, v, q, TAPS, STEPS * P, PARTNER)
+    states = ()
+    for s in tl.static_range(STEPS):
+        if HAS_RESET:
+            h = cleared(h, flags[s], P)
+        after = ()
+        for p in tl.static_range(P):
+            even = terms[s * P + p]
+            odd = tl.zeros_like(even)  # two sums: half the latency where M is large
+            for k in tl.static_range(TAPS):
+                x = _of_block(h, k, p, first, M, P)
+                if k % 2 == 0:
+                    even += f[(k * STEPS + s) * P + p] * x
+                else:
+                    odd += f[(k * STEPS + s) * P + p] * x
+            after = after + (sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p],)
+        h = after
+        states = states + h
+    tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
+    return h
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b"])
+def forward_kernel(
+    gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr, H_T: tl.constexpr, ALIGN: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """h of one chunk of time from the state before it.
+
+    gates (B, T, N, M, K), values (B, T, N, M) of any strides; flags (B, T) int32, nonzero where a document
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous,
+    last (B, N, M) fp32, contiguous.
+    """
+    NM: tl.constexpr = N * M
+    b, c, _, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
+    t = c * chunk
+    end = tl.minimum(t + chunk, T)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    z_at = a_at + (q * (M // SHARE) - M) * G_K  # this lane's taps
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
+    h_at = h_out + b * T * H_T + spot
+    flags_at = flags + b * T if HAS_RESET else flags
+    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
+    if HAS_START:
+        h = tl.load(start + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0)
+    else:
+        h = tl.zeros([1, WIDTH * P], tl.float32)
+    h = unstack(h, 1, WIDTH, P)
+    full = (end - t) // STEPS * STEPS + t
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    h_many = tile_of(h_at, H_T, STEPS)
+    for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
+        h = _forward_group(
+            h, z_many, a_many, v_many, flags_at, h_many, wide(t_group), valid, writes, q, lane,
+            G_T, G_K, V_T, H_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    for t_one in range(full, end):
+        h = _forward_group(
+            h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), valid,
+            writes, q, lane, G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    if end == T:
+        tl.store(last + b * NM + spot[None, :], stack(h, tl.float32, 1, WIDTH, P), mask=writes)
+
+
+@triton.jit
+def _handed_back(
+    scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    STEPS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """u = A_t^T s_t of a lane's rows, (P,), from s / S at step s; where rows are shared, of lane k's tap."""
+    owed = ()
+    if M == 1:
+        for p in tl.static_range(P):
+            owed = owed + (scaled[p] * f[s * P + p],)
+    else:
+        for k in tl.static_range(TAPS):
+            part = scaled[0] * f[(k * STEPS + s) * P]
+            for p in tl.static_range(1, P):
+                part += scaled[p] * f[(k * STEPS + s) * P + p]
+            owed = owed + (part,)
+        owed = sum_over_rows(owed, lane, TAPS, MP, P)
+    return owed
+
+
+@triton.jit
+def _backward_group(
+    u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, own, i, q,
+    lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores dz and dv of STEPS steps from t, last to first; returns u before them.
+
+    h_at points to the step before the one that the other pointers point to.
+    """
+    TAPS: tl.constexpr = M // SHARE
+    PARTNER: tl.constexpr = MP * SHARE - MP
+    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    inside = t + tl.arange(0, STEPS)[:, None] > 0
+    before = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    before = unstack(tl.where(inside, before, h_start), STEPS, WIDTH, P)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    block = lane - lane % (MP * SHARE // P if M > 1 else 1)  # the first lane of the block's
+    row = tl.minimum(i, M - 1)  # of lanes without a row, any
+    scaled = ()  # s / S of the steps that are done, the latest first
+    for s in tl.static_range(STEPS - 1, -1, -1):
+        now = ()
+        for p in tl.static_range(P):
+            total = g[s * P + p] + u[p]
+            if M < MP:
+                total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
+            now = now + (total * scale[s * P + p],)
+        scaled = now + scaled
+        u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
+        if SHARE > 1:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
+            u = (tl.gather(u[0], block + row // TAPS * MP + row % TAPS, 0),)
+        if HAS_RESET:
+            u = cleared(u, flags[s], P)
+    if SHARE > 1:
+        block += q * TAPS
+    x = ()  # flat as f
+    for k in tl.static_range(TAPS):
+        for s in tl.static_range(STEPS):
+            of = ()
+            for p in tl.static_range(P):
+                of = of + (before[s * P + p],)
+            if HAS_RESET:
+                of = cleared(of, flags[s], P)
+            for p in tl.static_range(P):
+                x = x + (_of_block(of, k, p, block, M, P),)
+    store_gradients(
+        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+    )  # fmt: skip
+    return u
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
+def backward_kernel(
+    gates, values, h_in, grad, start, stop, flags, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
+    g_b, v_b, o_b, d_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr,
+    O_T: tl.constexpr, O_N: tl.constexpr, O_I: tl.constexpr,
+    D_T: tl.constexpr, D_N: tl.constexpr, D_I: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr,
+    H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
+
+    gates, values, flags as in the forward pass, grad (B, T, N, M) of any strides (O_), h_in (B, T, N, M) as
+    h_out there, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
+    (B, T, N, M, K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start
+    (B, N, M) fp32 = dL/dh0. Where rows are whole, columns up to COLUMNS are written, zeros beyond N M.
+    """
+    NM: tl.constexpr = N * M
+    b, c, place, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, T)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    z_at = a_at + (q * (M // SHARE) - M) * G_K
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
+    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + _offsets(n, i, spot, O_N, O_I, M)
+    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (_offsets(n, i, spot, D_N, D_I, M) + M * D_K)
+    dz_at = da_at + (q * (M // SHARE) - M) * D_K
+    h_at, dv_at = h_in + b * T * H_T + spot, d_values + b * T * E_T + spot
+    flags_at = flags + b * T if HAS_RESET else flags
+    # Rows past the end read zeros, which makes their gradients zero: what planes are padded with.
+    stores = (place < COLUMNS if MP * SHARE == M else valid)[None, :]
+    own, valid = (q == 0)[None, :], valid[None, :]
+    u = unstack(tl.load(stop + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0), 1, WIDTH, P)
+    if HAS_START:
+        h_start = tl.load(start + b * NM + spot[None, :], mask=valid, other=0.0)
+    else:
+        h_start = tl.zeros([1, WIDTH * P], tl.float32)
+
+    groups = (end - begin) // STEPS
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    o_many, h_many, dz_many = (
+        tile_of(o_at, O_T, STEPS),
+        tile_of(h_at - H_T, H_T, STEPS),
+        tile_of(dz_at, D_T, STEPS),
+    )
+    da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
+    for group in tl.range(0, groups, num_stages=STAGES):
+        u = _backward_group(
+            u, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,
+            wide(end - (group + 1) * STEPS), valid, stores, own, i, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    for back in range((end - begin) % STEPS):
+        u = _backward_group(
+            u, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, flags_at,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
+            wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, own, i, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    if begin == 0:
+        tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=valid & own)

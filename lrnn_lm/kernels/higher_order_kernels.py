@@ -1,0 +1,313 @@
+"""H-LRU in Triton: fused forward and analytic backward, gate function inside, O(M) work a step, no M x M
+matrix.
+
+One lane owns one channel of one sequence and keeps the window of its last M values in registers (from order
+12 on, two lanes with half of the taps each); one warp a program. Steps are taken in order, and the loads of
+the next STEPS steps are in flight while the present ones are computed.
+
+Any strides are read; memory (B, T, M+1, N), i.e. M+1 planes each laid out like the values, is the fast one.
+
+Legend: B batch, T time, N channels, M order; z gate logits, a_1 .. a_M, a_0 their coefficients, v values, h
+state, x_k = h_{t-k}; g = dL/dh from outside, s = dL/dh in all, r_k what steps after t owe to h_{t+1-k}; age =
+steps since the document began; q = a lane's place among the LANES lanes of its channel, TAPS = M / LANES.
+Blocks are [BLOCK].
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_rows import (
+    cleared,
+    entering,
+    gate_rows,
+    renewed,
+    stack,
+    step_flags,
+    store_gradients,
+    sum_of_pair,
+    tile_of,
+    unstack,
+    wide,
+)
+
+HALF = tl.constexpr(16)
+
+
+@triton.jit
+def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
+    """Where this program's rows are: (b, chunk, n, q, valid), the last three [WIDTH * P].
+
+    Two lanes that share a channel are HALF lanes apart, so that neighbours read neighbouring channels.
+    """
+    pid = tl.program_id(0)
+    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
+    outer = pid // tiles
+    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    if SHARE == 1:
+        n, q = place, place * 0
+    else:
+        n, q = place // (2 * HALF) * HALF + place % HALF, place % (2 * HALF) // HALF
+    return b, chunk, n, q, n < N
+
+
+@triton.jit
+def _from_partner(x, lane):
+    return tl.gather(x, lane ^ HALF, 0)
+
+
+@triton.jit
+def _forward_group(
+    past, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, TAPS: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores h of STEPS steps from t; returns the windows after them, flat [row TAPS + tap].
+
+    Lane q of a channel holds its values q TAPS .. (q + 1) TAPS - 1.
+    """
+    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    if HAS_RESET:
+        flags = step_flags(flags_at, t, STEPS, WIDTH)
+    terms = entering(f, v, q, TAPS, STEPS * P, PARTNER)
+    states = ()
+    for s in tl.static_range(STEPS):
+        shifted = ()
+        for p in tl.static_range(P):
+            if HAS_RESET:
+                kept = cleared(past[p * TAPS : (p + 1) * TAPS], flags[s], TAPS)
+            else:
+                kept = past[p * TAPS : (p + 1) * TAPS]
+            even = terms[s * P + p]
+            odd = tl.zeros_like(even)
+            for k in tl.static_range(TAPS - 1, -1, -1):  # the newest value last: the chain waits for it
+                if k % 2 == 0:
+                    even += f[(k * STEPS + s) * P + p] * kept[k]
+                else:
+                    odd += f[(k * STEPS + s) * P + p] * kept[k]
+            h = sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p]
+            states = states + (h,)
+            if SHARE > 1:  # a lane's oldest value moves on to the next lane
+                shifted = shifted + (tl.where(q == 0, h, _from_partner(kept[TAPS - 1], lane)),)
+            else:
+                shifted = shifted + (h,)
+            for k in tl.static_range(TAPS - 1):
+                shifted = shifted + (kept[k],)
+        past = shifted
+    tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
+    return renewed(past, TAPS, STEPS, P)
+
+
+@triton.jit
+def _window_at(at, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, valid):
+    """P windows, flat [row TAPS + tap], from memory, newest first."""
+    columns = ()
+    for k in tl.static_range(TAPS):
+        columns = columns + unstack(tl.load(at[None, :] + k, mask=valid, other=0.0), 1, WIDTH, P)
+    windows = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS):
+            windows = windows + (columns[k * P + p],)
+    return windows
+
+
+@triton.jit
+def _store_windows(at, windows, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, mask):
+    for k in tl.static_range(TAPS):
+        column = ()
+        for p in tl.static_range(P):
+            column = column + (windows[p * TAPS + k],)
+        tl.store(at[None, :] + k, stack(column, tl.float32, 1, WIDTH, P), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b"])
+def forward_kernel(
+    gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    H_T: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """h of one chunk of time from the window before it; M = TAPS * SHARE.
+
+    gates (B, T, N, M + 1), values (B, T, N) of any strides; flags (B, T) int32, nonzero where a document
+    starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32,
+    newest first, contiguous.
+    """
+    M: tl.constexpr = TAPS * SHARE
+    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
+    t = c * chunk
+    end = tl.minimum(t + chunk, T)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (n * G_N + M * G_K)  # the input gate
+    z_at = a_at + (q * TAPS - M) * G_K  # this lane's taps
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + n * V_N
+    h_at = h_out + b * T * H_T + n
+    flags_at = flags + b * T if HAS_RESET else flags
+    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
+    if HAS_START:
+        past = _window_at(start + (b * n_chunks + c) * (N * M) + n * M + q * TAPS, TAPS, WIDTH, P, valid)
+    else:
+        past = ()
+        for _ in tl.static_range(TAPS * P):
+            past = past + (tl.zeros([WIDTH], tl.float32),)
+
+    full = (end - t) // STEPS * STEPS + t
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    h_many = tile_of(h_at, H_T, STEPS)
+    for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
+        past = _forward_group(
+            past, z_many, a_many, v_many, flags_at, h_many, wide(t_group), valid, writes, q, lane,
+            G_T, G_K, V_T, H_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    for t_one in range(full, end):
+        past = _forward_group(
+            past, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), valid,
+            writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+        )  # fmt: skip
+    if end == T:
+        _store_windows(last + b * (N * M) + n * M + q * TAPS, past, TAPS, WIDTH, P, valid)
+
+
+@triton.jit
+def _history(
+    tile, window, j: tl.constexpr, p: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """h_{t + j - 1 - TAPS - lag}, t the group's first step: of its tile, or of the window after the group."""
+    return tile[j * P + p] if j < STEPS else window[p * TAPS + TAPS + STEPS - 1 - j]
+
+
+@triton.jit
+def _backward_group(
+    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, own,
+    q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them.
+
+    r is flat [row TAPS + tap], window what the taps of the last step multiply, h_{t' - 1 - q TAPS} and on, in
+    the same order; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is in h0.
+    """
+    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
+    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
+    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    lag = q[None, :] * TAPS + (TAPS + 1)
+    inside = t + tl.arange(0, STEPS)[:, None] >= lag
+    tile = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    if HAS_START:
+        early = (lag > t) & (lag <= t + TAPS * SHARE)
+        tile = tl.where(inside, tile, tl.load(start_at + (lag - 1 - t), mask=valid & early, other=0.0))
+    tile = unstack(tile, STEPS, WIDTH, P)
+    if HAS_RESET:
+        ages = step_flags(ages_at, t, STEPS, WIDTH)
+    scaled = ()  # s / S of the steps that are done, the latest first
+    for s in tl.static_range(STEPS - 1, -1, -1):
+        owed, done = (), ()
+        for p in tl.static_range(P):
+            now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
+            if SHARE > 1:
+                other = _from_partner(now, lane)
+                following = tl.where(q == 0, other, 0.0)
+                now = tl.where(q == 0, now, other)
+            done = done + ((g[s * P + p] + now) * scale[s * P + p],)
+            for k in tl.static_range(TAPS):
+                part = done[p] * f[(k * STEPS + s) * P + p]
+                part += r[p * TAPS + k + 1] if k + 1 < TAPS else following
+                owed = owed + (tl.where(ages[s] == 0, 0.0, part) if HAS_RESET else part,)
+        r, scaled = owed, done + scaled
+    xs = ()  # flat as f
+    for k in tl.static_range(TAPS):
+        for s in tl.static_range(STEPS):
+            for p in tl.static_range(P):
+                x = _history(tile, window, s + TAPS - k, p, TAPS, STEPS, P)
+                if HAS_RESET:
+                    x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
+                xs = xs + (x,)
+    store_gradients(
+        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
+        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+    )  # fmt: skip
+    earlier = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS):
+            earlier = earlier + (_history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P),)
+    return r, renewed(earlier, TAPS, 0 if TAPS > STEPS else TAPS, P)
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
+def backward_kernel(
+    gates, values, h_in, grad, start, stop, ages, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
+    g_b, v_b, o_b, d_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
+    O_T: tl.constexpr, O_N: tl.constexpr, D_T: tl.constexpr, D_N: tl.constexpr, D_K: tl.constexpr,
+    E_T: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
+    TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
+
+    gates, values as in the forward pass, grad (B, T, N) of any strides (O_), h_in (B, T, N) as h_out
+    there, ages (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk;
+    out: d_gates (B, T, N, M + 1) of any strides (D_), d_values (B, T, N), a step E_T apart, d_start (B, N, M)
+    fp32 = dL/dh0. Columns up to COLUMNS of the gradients are written, zeros beyond N.
+    """
+    M: tl.constexpr = TAPS * SHARE
+    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    lane = tl.arange(0, WIDTH)
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, T)
+    lag = q * TAPS
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (n * G_N + M * G_K)
+    z_at = a_at + (lag - M) * G_K
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + n * V_N
+    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + n * O_N
+    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (n * D_N + M * D_K)
+    dz_at = da_at + (lag - M) * D_K
+    dv_at = d_values + b * T * E_T + n
+    h_at = h_in + b * T * H_T + (n - (lag + TAPS + 1) * H_T)
+    start_at = (start + b * (N * M) + n * M)[None, :] if HAS_START else start
+    ages_at = ages + b * T if HAS_RESET else ages
+    # Channels past the end read zeros, which makes their gradients zero: what planes are padded with.
+    stores, own, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
+    r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
+    columns = ()
+    for k in tl.static_range(TAPS):  # h_{end - 2 - lag - k}
+        t = wide(end - 1 + (TAPS - k))
+        ago = lag[None, :] + (TAPS + 1) - t
+        h = tl.load(h_at[None, :] + t * H_T, mask=valid & (ago <= 0), other=0.0).to(tl.float32)
+        if HAS_START:
+            h0 = tl.load(start_at + (ago - 1), mask=valid & (ago > 0) & (ago <= M), other=0.0)
+            h = tl.where(ago <= 0, h, h0)
+        columns = columns + unstack(h, 1, WIDTH, P)
+    window = ()
+    for p in tl.static_range(P):
+        for k in tl.static_range(TAPS):
+            window = window + (columns[k * P + p],)
+
+    # With h0, full groups stop where a step would read before t = 0; single steps finish.
+    low = tl.minimum(tl.maximum(begin, M + 1), end) if HAS_START else begin
+    groups = (end - low) // STEPS
+    z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
+    o_many, h_many, dz_many = tile_of(o_at, O_T, STEPS), tile_of(h_at, H_T, STEPS), tile_of(dz_at, D_T, STEPS)
+    da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
+    for group in tl.range(0, groups, num_stages=STAGES):
+        r, window = _backward_group(
+            r, window, z_many, a_many, v_many, o_many, h_many, ages_at, dz_many, da_many, dv_many, start_at,
+            wide(end - (group + 1) * STEPS), valid, stores, own, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
+        )  # fmt: skip
+    rest = end - begin - groups * STEPS
+    for back in range(rest):
+        r, window = _backward_group(
+            r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], ages_at,
+            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid,
+            stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE,
+            HAS_START, HAS_RESET,
+        )  # fmt: skip
+    if begin == 0:
+        _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)
