@@ -104,10 +104,4 @@ def _fills(M: int) -> bool:
 
 
 block_diagonal_scan = register("bd_scan_triton", _forward, _backward)
-packed_block_diagonal_scan = register_packed(
-    "bd_packed_triton",
-    _split,
-    _forward,
-    _backward,
-    fills=lambda M: triton.next_power_of_2(M) * lanes_per_row(M) == M,
-)
+packed_block_diagonal_scan = register_packed("bd_packed_triton", _split, _forward, _backward, _fills)
