@@ -237,7 +237,9 @@ def _make_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
         for block in model.model.layers:
-            block.compile()
+            block.compile(
+                dynamic=False
+            )  # shapes are few: training and evaluation, each with kernels of its own
     return model
 
 

@@ -35,7 +35,7 @@ SMALL = [
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.intermediate_size=96",
     "model.mixer.num_blocks=16", "model.vocab_size=50280", "model.parameters=null",
     "data.sequence_length=128", "train.tokens_per_step=2048", "train.micro_batch=4", "train.precision=fp32",
-    "optim.schedule=constant", "optim.warmup=0", "checkpoint.every=100 steps",
+    "train.compile=false", "optim.schedule=constant", "optim.warmup=0", "checkpoint.every=100 steps",
 ]  # fmt: skip
 TINY = [
     *SMALL[:4], "model.vocab_size=50280", "model.parameters=null", "data.sequence_length=128",

@@ -328,6 +328,10 @@ def test_native_output_and_state(name):
 @pytest.mark.parametrize("kind", TYPES)
 def test_native_training_lowers_the_loss(kind):
     model = model_of(kind).cuda().train()
+    try:
+        next(m for m in model.modules() if isinstance(m, FlaMixer)).check_device(torch.device("cuda"))
+    except ValueError as obstacle:  # a compiler that gets this layer's gradients wrong
+        pytest.skip(str(obstacle))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = (torch.arange(128) + 7 * torch.arange(4).unsqueeze(1)).cuda() % 41
     losses = []
