@@ -12,7 +12,7 @@ from torch import Tensor
 from .block_diagonal_kernels import backward_kernel, forward_kernel
 from .chunk_transfer import block_transfer, row_stride
 from .chunk_transfer import block_transfer_cost as transfer_cost
-from .triton_launch import Launch, lanes_per_row, time_chunks
+from .triton_launch import Launch, time_chunks
 from .triton_ops import register, register_packed, rows_like
 
 
@@ -30,7 +30,7 @@ def _forward(
     if n_chunks > 1:
         transfer = block_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
-    _launch_forward(gates, values, h0, reset, gate, h, last, chunk, n_chunks)
+    _launch_forward(gates, values, h0, reset, gate, h, last, chunk, n_chunks, columns if _fills(M) else None)
     return h, last
 
 
@@ -39,15 +39,15 @@ def strides(prefix: str, x: Tensor) -> dict[str, int]:
     return {f"{prefix}_T": x.stride(1), f"{prefix}_N": x.stride(2), f"{prefix}_I": row_stride(x)}
 
 
-def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks) -> None:
+def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks, columns=None) -> None:
     B, T, N, M = values.shape
-    launch = Launch(N * M, M, M, T, B * n_chunks, (gates, values))
+    launch = Launch(columns or N * M, M, M, T, B * n_chunks, (gates, values))
     with launch.device:
         forward_kernel[launch.grid](
             gates, values, start, None if reset is None else reset.to(torch.int32), h, last,
             T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
             G_K=gates.stride(4), **strides("G", gates), **strides("V", values), H_T=h.stride(1),
-            N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate,
+            COLUMNS=columns or N * M, N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate,
             HAS_START=start is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip
 
@@ -100,7 +100,7 @@ def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
 
 def _fills(M: int) -> bool:
     """Whether rows lie one after the other, so that the kernel sees the columns beyond them."""
-    return triton.next_power_of_2(M) * lanes_per_row(M) == M
+    return triton.next_power_of_2(M) == M
 
 
 block_diagonal_scan = register("bd_scan_triton", _forward, _backward)

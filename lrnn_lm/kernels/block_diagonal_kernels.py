@@ -10,23 +10,25 @@ Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out li
 one.
 
 Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, P rows a lane, q = a
-lane's place among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program, GROUP = MP * SHARE
-positions a block; z gate logits, v values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of
-the step after. Lane blocks are [WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]; what is kept a
-step, a row or a gate is a flat tuple of lane blocks.
+lane's place among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program; z gate logits, v
+values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Lane blocks are
+[WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]; what is kept a step, a row or a gate is a flat
+tuple of lane blocks.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_rows import (
+    WARP,
     cleared,
     entering,
     gate_rows,
+    row_of,
     stack,
     step_flags,
     store_gradients,
-    sum_of_pair,
+    sum_of_row,
     sum_over_rows,
     tile_of,
     unstack,
@@ -39,20 +41,20 @@ def _place(
     tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
     WIDTH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are: (b, chunk, place, n, i, q, spot, valid), the last six [WIDTH * P].
+    """Where this program's rows are: (b, chunk, n, i, q, spot, valid), the last five [WIDTH * P].
 
     spot = n M + i. Rows past the end are not valid; their indices stay inside the tensors.
     """
     pid = tl.program_id(0)
-    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
+    row, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
     outer = pid // tiles
     b, chunk = wide(outer // n_chunks), outer % n_chunks
-    if MP * SHARE == M:  # rows lie one after the other: their loads are wide
-        n, i, q, spot, valid = place // M, place % M, place * 0, place, place < N * M
+    n, i = row // MP, row % MP
+    if MP == M:  # rows lie one after the other: their loads are wide
+        spot, valid = row, row < N * M
     else:
-        n, i, q = place // (MP * SHARE), place % MP, place % (MP * SHARE) // MP
         spot, valid = n * M + i, (n < N) & (i < M)
-    return b, chunk, place, n, i, q, spot, valid
+    return b, chunk, n, i, q, spot, valid
 
 
 @triton.jit
@@ -74,22 +76,21 @@ def _of_block(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl
 
 @triton.jit
 def _forward_group(
-    h, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    h, z_at, a_at, v_at, flags_at, h_at, t, padded, writes, q, lane,
     G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores h of STEPS steps from t and returns the state after them."""
     TAPS: tl.constexpr = M // SHARE
-    PARTNER: tl.constexpr = MP * SHARE - MP
-    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
-    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    _, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
+    v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    first = lane - lane % (MP * SHARE // P if M > 1 else 1)  # of the block's lanes
+    first = lane - lane % (MP // P if M > 1 else 1)  # of the block's lanes
     if SHARE > 1:
         first += q * TAPS
-    terms = entering(f, v, q, TAPS, STEPS * P, PARTNER)
+    terms = entering(f, v, q, TAPS, STEPS * P, SHARE)
     states = ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
@@ -104,7 +105,7 @@ def _forward_group(
                     even += f[(k * STEPS + s) * P + p] * x
                 else:
                     odd += f[(k * STEPS + s) * P + p] * x
-            after = after + (sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p],)
+            after = after + (sum_of_row(even + odd, lane, SHARE) * scale[s * P + p],)
         h = after
         states = states + h
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
@@ -115,19 +116,20 @@ def _forward_group(
 def forward_kernel(
     gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
-    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr, H_T: tl.constexpr, ALIGN: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr,
-    STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
+    V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
     HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """h of one chunk of time from the state before it.
 
     gates (B, T, N, M, K), values (B, T, N, M) of any strides; flags (B, T) int32, nonzero where a document
     starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous,
-    last (B, N, M) fp32, contiguous.
+    last (B, N, M) fp32, contiguous. If M = MP, columns up to COLUMNS are read and written: a mask
+    that ends between two copies of 16 bytes would make all of them narrower.
     """
     NM: tl.constexpr = N * M
-    b, c, _, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
@@ -136,7 +138,8 @@ def forward_kernel(
     v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
     h_at = h_out + b * T * H_T + spot
     flags_at = flags + b * T if HAS_RESET else flags
-    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
+    padded = spot < COLUMNS if MP == M else valid
+    padded, writes, valid = padded[None, :], (padded & (q == 0))[None, :], valid[None, :]
     if HAS_START:
         h = tl.load(start + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0)
     else:
@@ -147,16 +150,16 @@ def forward_kernel(
     h_many = tile_of(h_at, H_T, STEPS)
     for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
         h = _forward_group(
-            h, z_many, a_many, v_many, flags_at, h_many, wide(t_group), valid, writes, q, lane,
+            h, z_many, a_many, v_many, flags_at, h_many, wide(t_group), padded, writes, q, lane,
             G_T, G_K, V_T, H_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, end):
         h = _forward_group(
-            h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), valid,
+            h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), padded,
             writes, q, lane, G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
-        tl.store(last + b * NM + spot[None, :], stack(h, tl.float32, 1, WIDTH, P), mask=writes)
+        tl.store(last + b * NM + spot[None, :], stack(h, tl.float32, 1, WIDTH, P), mask=valid & writes)
 
 
 @triton.jit
@@ -181,7 +184,7 @@ def _handed_back(
 
 @triton.jit
 def _backward_group(
-    u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, stores, own, i, q,
+    u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, padded, own, i, q,
     lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
     D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
@@ -192,17 +195,16 @@ def _backward_group(
     h_at points to the step before the one that the other pointers point to.
     """
     TAPS: tl.constexpr = M // SHARE
-    PARTNER: tl.constexpr = MP * SHARE - MP
-    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
-    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    z, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
+    v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
     inside = t + tl.arange(0, STEPS)[:, None] > 0
-    before = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    before = tl.load(h_at + t * H_T, mask=padded & inside, other=0.0).to(tl.float32)
     before = unstack(tl.where(inside, before, h_start), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    block = lane - lane % (MP * SHARE // P if M > 1 else 1)  # the first lane of the block's
-    row = tl.minimum(i, M - 1)  # of lanes without a row, any
+    block = lane - lane % (MP // P if M > 1 else 1)  # the first lane of the block's
+    SPAN: tl.constexpr = WARP // SHARE
     scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
         now = ()
@@ -213,8 +215,9 @@ def _backward_group(
             now = now + (total * scale[s * P + p],)
         scaled = now + scaled
         u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
-        if SHARE > 1:  # lane k of half q holds the sum of tap q TAPS + k; row i's is wanted in both halves
-            u = (tl.gather(u[0], block + row // TAPS * MP + row % TAPS, 0),)
+        if SHARE > 1:  # lane k of part q holds the sum of tap q TAPS + k; row i's is wanted in all parts
+            row = tl.minimum(i, M - 1)  # of lanes without a row, any
+            u = (tl.gather(u[0], block + (row // TAPS - q) * SPAN + row % TAPS, 0),)
         if HAS_RESET:
             u = cleared(u, flags[s], P)
     if SHARE > 1:
@@ -230,8 +233,8 @@ def _backward_group(
             for p in tl.static_range(P):
                 x = x + (_of_block(of, k, p, block, M, P),)
     store_gradients(
-        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
-        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
+        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE,
     )  # fmt: skip
     return u
 
@@ -253,10 +256,11 @@ def backward_kernel(
     gates, values, flags as in the forward pass, grad (B, T, N, M) of any strides (O_), h_in (B, T, N, M) as
     h_out there, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
     (B, T, N, M, K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start
-    (B, N, M) fp32 = dL/dh0. Where rows are whole, columns up to COLUMNS are written, zeros beyond N M.
+    (B, N, M) fp32 = dL/dh0. If M = MP, columns up to COLUMNS are read, of grad those of rows, and
+    written, zeros beyond N M.
     """
     NM: tl.constexpr = N * M
-    b, c, place, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
@@ -268,8 +272,8 @@ def backward_kernel(
     dz_at = da_at + (q * (M // SHARE) - M) * D_K
     h_at, dv_at = h_in + b * T * H_T + spot, d_values + b * T * E_T + spot
     flags_at = flags + b * T if HAS_RESET else flags
-    # Rows past the end read zeros, which makes their gradients zero: what planes are padded with.
-    stores = (place < COLUMNS if MP * SHARE == M else valid)[None, :]
+    # Rows past the end have dL/dh = 0, which makes their gradients zero: what planes are padded with.
+    padded = (spot < COLUMNS if MP == M else valid)[None, :]
     own, valid = (q == 0)[None, :], valid[None, :]
     u = unstack(tl.load(stop + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0), 1, WIDTH, P)
     if HAS_START:
@@ -288,14 +292,14 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         u = _backward_group(
             u, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,
-            wide(end - (group + 1) * STEPS), valid, stores, own, i, q, lane,
+            wide(end - (group + 1) * STEPS), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     for back in range((end - begin) % STEPS):
         u = _backward_group(
             u, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, flags_at,
             dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
-            wide(begin + (end - begin) % STEPS - 1 - back), valid, stores, own, i, q, lane,
+            wide(begin + (end - begin) % STEPS - 1 - back), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if begin == 0:

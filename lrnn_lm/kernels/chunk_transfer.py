@@ -27,7 +27,7 @@ def _block_group(
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """P, flat [i M + k], and after it q of the blocks' lanes, STEPS steps on."""
-    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, MP, GATE, 0)
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, MP, GATE, 1)
     x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, MP)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
@@ -115,7 +115,7 @@ def _channel_group(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The windows, flat [column M + i], and q of the channels' lanes, STEPS steps on."""
-    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, 1, GATE, 0)
+    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, 1, GATE, 1)
     x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, 1)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)

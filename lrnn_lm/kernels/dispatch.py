@@ -140,7 +140,8 @@ def block_diagonal_scan_packed(
 
     Args:
         planes: (B, T, M+2, columns), columns >= N M: plane k holds gate k of every row (n, i), at n M + i,
-            plane M+1 the values; what lies beyond the rows is not read. See `plane_width`.
+            plane M+1 the values; what lies beyond the rows changes nothing, but must be finite. See
+            `plane_width`.
         num_blocks, block_size: N, M.
         h0, reset, gate, backend: as in `block_diagonal_scan`.
     Returns:

@@ -38,13 +38,13 @@ def _forward(
     if n_chunks > 1:
         transfer = channel_transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = chunk_starts(transfer, h0)
-    launch = Launch(N, 1, M, T, B * n_chunks, (gates, values))
+    launch = Launch(columns or N, 1, M, T, B * n_chunks, (gates, values))
     with launch.device:
         forward_kernel[launch.grid](
             gates, values, h0, None if reset is None else reset.to(torch.int32), h, last,
             T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
             G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(3),
-            V_T=values.stride(1), V_N=values.stride(2), H_T=h.stride(1),
+            V_T=values.stride(1), V_N=values.stride(2), H_T=h.stride(1), COLUMNS=columns or N,
             N=N, TAPS=M // launch.options["SHARE"], GATE=gate,
             HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
         )  # fmt: skip

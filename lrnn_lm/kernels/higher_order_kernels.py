@@ -1,9 +1,9 @@
 """H-LRU in Triton: fused forward and analytic backward, gate function inside, O(M) work a step, no M x M
 matrix.
 
-One lane owns one channel of one sequence and keeps the window of its last M values in registers (from order
-12 on, two lanes with half of the taps each); one warp a program. Steps are taken in order, and the loads of
-the next STEPS steps are in flight while the present ones are computed.
+One lane owns one channel of one sequence and keeps the window of its last M values in registers (where
+orders are large or channels few, two or four lanes with a part of the taps each); one warp a program. Steps
+are taken in order, and the loads of the next STEPS steps are in flight while the present ones are computed.
 
 Any strides are read; memory (B, T, M+1, N), i.e. M+1 planes each laid out like the values, is the fast one.
 
@@ -17,47 +17,41 @@ import triton
 import triton.language as tl
 
 from .triton_rows import (
+    WARP,
     cleared,
     entering,
     gate_rows,
     renewed,
+    row_of,
     stack,
     step_flags,
     store_gradients,
-    sum_of_pair,
+    sum_of_row,
     tile_of,
     unstack,
     wide,
 )
 
-HALF = tl.constexpr(16)
-
 
 @triton.jit
 def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
-    """Where this program's rows are: (b, chunk, n, q, valid), the last three [WIDTH * P].
-
-    Two lanes that share a channel are HALF lanes apart, so that neighbours read neighbouring channels.
-    """
+    """Where this program's rows are: (b, chunk, n, q, valid), the last three [WIDTH * P]."""
     pid = tl.program_id(0)
-    place = (pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P)
+    n, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
     outer = pid // tiles
     b, chunk = wide(outer // n_chunks), outer % n_chunks
-    if SHARE == 1:
-        n, q = place, place * 0
-    else:
-        n, q = place // (2 * HALF) * HALF + place % HALF, place % (2 * HALF) // HALF
     return b, chunk, n, q, n < N
 
 
 @triton.jit
-def _from_partner(x, lane):
-    return tl.gather(x, lane ^ HALF, 0)
+def _of_lane(x, lane, AHEAD: tl.constexpr):
+    """x of the lane so many ahead, around the warp's end."""
+    return tl.gather(x, lane // WARP * WARP + (lane + AHEAD) % WARP, 0)
 
 
 @triton.jit
 def _forward_group(
-    past, z_at, a_at, v_at, flags_at, h_at, t, valid, writes, q, lane,
+    past, z_at, a_at, v_at, flags_at, h_at, t, padded, writes, q, lane,
     G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, H_T: tl.constexpr, TAPS: tl.constexpr,
     SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
     HAS_RESET: tl.constexpr,
@@ -66,12 +60,12 @@ def _forward_group(
 
     Lane q of a channel holds its values q TAPS .. (q + 1) TAPS - 1.
     """
-    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
-    _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
-    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    SPAN: tl.constexpr = WARP // SHARE
+    _, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
+    v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    terms = entering(f, v, q, TAPS, STEPS * P, PARTNER)
+    terms = entering(f, v, q, TAPS, STEPS * P, SHARE)
     states = ()
     for s in tl.static_range(STEPS):
         shifted = ()
@@ -87,10 +81,11 @@ def _forward_group(
                     even += f[(k * STEPS + s) * P + p] * kept[k]
                 else:
                     odd += f[(k * STEPS + s) * P + p] * kept[k]
-            h = sum_of_pair(even + odd, lane, PARTNER) * scale[s * P + p]
+            h = sum_of_row(even + odd, lane, SHARE) * scale[s * P + p]
             states = states + (h,)
             if SHARE > 1:  # a lane's oldest value moves on to the next lane
-                shifted = shifted + (tl.where(q == 0, h, _from_partner(kept[TAPS - 1], lane)),)
+                older = _of_lane(kept[TAPS - 1], lane, WARP - SPAN)
+                shifted = shifted + (tl.where(q == 0, h, older),)
             else:
                 shifted = shifted + (h,)
             for k in tl.static_range(TAPS - 1):
@@ -126,15 +121,16 @@ def _store_windows(at, windows, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.c
 def forward_kernel(
     gates, values, start, flags, h_out, last, T, chunk, n_chunks, tiles, g_b, v_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
-    H_T: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, TAPS: tl.constexpr,
+    SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
+    GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """h of one chunk of time from the window before it; M = TAPS * SHARE.
 
     gates (B, T, N, M + 1), values (B, T, N) of any strides; flags (B, T) int32, nonzero where a document
     starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N), a step H_T apart, last (B, N, M) fp32,
-    newest first, contiguous.
+    newest first, contiguous. Columns up to COLUMNS are read and written: a mask that ends between two copies
+    of 16 bytes would make all of them copies of 4.
     """
     M: tl.constexpr = TAPS * SHARE
     b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
@@ -146,7 +142,8 @@ def forward_kernel(
     v_at = values + tl.multiple_of(b * v_b, ALIGN) + n * V_N
     h_at = h_out + b * T * H_T + n
     flags_at = flags + b * T if HAS_RESET else flags
-    valid, writes = valid[None, :], (valid & (q == 0))[None, :]
+    padded = n < COLUMNS
+    padded, writes, valid = padded[None, :], (padded & (q == 0))[None, :], valid[None, :]
     if HAS_START:
         past = _window_at(start + (b * n_chunks + c) * (N * M) + n * M + q * TAPS, TAPS, WIDTH, P, valid)
     else:
@@ -159,12 +156,12 @@ def forward_kernel(
     h_many = tile_of(h_at, H_T, STEPS)
     for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
         past = _forward_group(
-            past, z_many, a_many, v_many, flags_at, h_many, wide(t_group), valid, writes, q, lane,
+            past, z_many, a_many, v_many, flags_at, h_many, wide(t_group), padded, writes, q, lane,
             G_T, G_K, V_T, H_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, end):
         past = _forward_group(
-            past, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), valid,
+            past, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), padded,
             writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
@@ -181,7 +178,7 @@ def _history(
 
 @triton.jit
 def _backward_group(
-    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, stores, own,
+    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, padded, own,
     q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
     D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr,
@@ -192,13 +189,13 @@ def _backward_group(
     r is flat [row TAPS + tap], window what the taps of the last step multiply, h_{t' - 1 - q TAPS} and on, in
     the same order; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is in h0.
     """
-    PARTNER: tl.constexpr = HALF if SHARE > 1 else 0
-    z, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER)
-    v = unstack(tl.load(v_at + t * V_T, mask=valid, other=0.0), STEPS, WIDTH, P)
+    SPAN: tl.constexpr = WARP // SHARE
+    z, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
+    v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
     lag = q[None, :] * TAPS + (TAPS + 1)
     inside = t + tl.arange(0, STEPS)[:, None] >= lag
-    tile = tl.load(h_at + t * H_T, mask=valid & inside, other=0.0).to(tl.float32)
+    tile = tl.load(h_at + t * H_T, mask=padded & inside, other=0.0).to(tl.float32)
     if HAS_START:
         early = (lag > t) & (lag <= t + TAPS * SHARE)
         tile = tl.where(inside, tile, tl.load(start_at + (lag - 1 - t), mask=valid & early, other=0.0))
@@ -211,9 +208,8 @@ def _backward_group(
         for p in tl.static_range(P):
             now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
             if SHARE > 1:
-                other = _from_partner(now, lane)
-                following = tl.where(q == 0, other, 0.0)
-                now = tl.where(q == 0, now, other)
+                following = tl.where(q == SHARE - 1, 0.0, _of_lane(now, lane, SPAN))
+                now = tl.gather(now, lane // WARP * WARP + lane % SPAN, 0)  # of the first lane
             done = done + ((g[s * P + p] + now) * scale[s * P + p],)
             for k in tl.static_range(TAPS):
                 part = done[p] * f[(k * STEPS + s) * P + p]
@@ -229,8 +225,8 @@ def _backward_group(
                     x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
                 xs = xs + (x,)
     store_gradients(
-        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, stores,
-        stores & own, D_K, TAPS, STEPS, WIDTH, P, GATE, PARTNER,
+        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
+        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE,
     )  # fmt: skip
     earlier = ()
     for p in tl.static_range(P):
@@ -254,7 +250,7 @@ def backward_kernel(
     gates, values as in the forward pass, grad (B, T, N) of any strides (O_), h_in (B, T, N) as h_out
     there, ages (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk;
     out: d_gates (B, T, N, M + 1) of any strides (D_), d_values (B, T, N), a step E_T apart, d_start (B, N, M)
-    fp32 = dL/dh0. Columns up to COLUMNS of the gradients are written, zeros beyond N.
+    fp32 = dL/dh0. Columns up to COLUMNS are read, of grad those of channels, and written, zeros beyond N.
     """
     M: tl.constexpr = TAPS * SHARE
     b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
@@ -272,8 +268,8 @@ def backward_kernel(
     h_at = h_in + b * T * H_T + (n - (lag + TAPS + 1) * H_T)
     start_at = (start + b * (N * M) + n * M)[None, :] if HAS_START else start
     ages_at = ages + b * T if HAS_RESET else ages
-    # Channels past the end read zeros, which makes their gradients zero: what planes are padded with.
-    stores, own, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
+    # Channels past the end have dL/dh = 0, which makes their gradients zero: what planes are padded with.
+    padded, own, valid = (n < COLUMNS)[None, :], (q == 0)[None, :], valid[None, :]
     r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
     columns = ()
     for k in tl.static_range(TAPS):  # h_{end - 2 - lag - k}
@@ -298,7 +294,7 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         r, window = _backward_group(
             r, window, z_many, a_many, v_many, o_many, h_many, ages_at, dz_many, da_many, dv_many, start_at,
-            wide(end - (group + 1) * STEPS), valid, stores, own, q, lane,
+            wide(end - (group + 1) * STEPS), valid, padded, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
         )  # fmt: skip
     rest = end - begin - groups * STEPS
@@ -306,7 +302,7 @@ def backward_kernel(
         r, window = _backward_group(
             r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], ages_at,
             dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid,
-            stores, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE,
+            padded, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE,
             HAS_START, HAS_RESET,
         )  # fmt: skip
     if begin == 0:

@@ -8,7 +8,7 @@ Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,11 @@ IN_FLIGHT = {
 }  # by whether it is the backward pass, where stores are half of the traffic
 MOST_STAGES = 8
 # Warps an SM from which two rows a lane pay: wider loads and fewer shuffles a row, but half of the warps.
-WARPS_FOR_PAIRS = {False: 2.8, True: 1.9}
+WARPS_FOR_PAIRS = {False: 2.8, True: 2.2}
+
+# Warps an SM below which more lanes share a row, up to MOST_LANES.
+WARPS_FOR_SHARING = {False: 4.0, True: 4.0}
+MOST_LANES = 4
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
@@ -55,12 +59,11 @@ class Launch:
         inputs: tuple[Tensor, ...],
         backward: bool = False,
     ) -> None:
-        share = lanes_per_row(M)
-        positions = triton.cdiv(columns, block) * triton.next_power_of_2(block) * share
-        like = inputs[0]
+        like, whole = inputs[0], triton.next_power_of_2(block)
+        positions = triton.cdiv(columns, block) * whole
         warps = positions * count / LANES / multiprocessors(like.device)
-        pairs = share == 1 and triton.next_power_of_2(block) == block
-        own, steps, stages = plan(M // share, warps, pairs, T, like.element_size(), backward)
+        share, own, steps, stages = plan(M, block, warps, T, like.element_size(), backward)
+        positions *= share
         # The interpreter runs a program at a time: few and wide.
         width = triton.next_power_of_2(max(LANES, triton.cdiv(positions, own))) if INTERPRETED else LANES
         self.tiles = triton.cdiv(positions, width * own)
@@ -82,31 +85,51 @@ class Launch:
         }
 
 
-def plan(taps: int, warps: float, pairs: bool, T: int, itemsize: int, backward: bool) -> tuple[int, int, int]:
-    """(rows a lane, steps a group, groups in flight and at work) of lanes with `taps` + 1 gates a row.
+class Plan(NamedTuple):
+    """share: lanes a row; own: rows a lane; steps a group; stages: groups in flight and at work."""
 
-    `warps` is how many there would be an SM with one row a lane.
+    share: int
+    own: int
+    steps: int
+    stages: int
+
+
+def plan(M: int, block: int, warps: float, T: int, itemsize: int, backward: bool) -> Plan:
+    """How M taps a row in blocks of `block` rows are launched; `warps` is how many there would be an SM with
+    one lane a row.
 
     Steps are as many as keep a group's gates in registers; groups as many as fill IN_FLIGHT.
     """
-    own = 2 if pairs and taps <= 8 and warps / 2 >= WARPS_FOR_PAIRS[backward] else 1
+    share = lanes_per_row(M, triton.next_power_of_2(block), warps, backward)
+    taps, warps = M // share, warps * share
+    pairs = share == 1 and taps <= 8 and triton.next_power_of_2(block) == block
+    own = 2 if pairs and warps / 2 >= WARPS_FOR_PAIRS[backward] else 1
     if T == 1:
-        return own, 1, 1
+        return Plan(share, own, 1, 1)
     steps = 8 if taps * own <= (4 if backward and own == 2 else 8) else 4
     loads = taps + (4 if backward else 2)
     group_bytes = warps * LANES * steps * loads * itemsize
-    return own, steps, groups_in_flight(group_bytes, backward)
+    return Plan(share, own, steps, groups_in_flight(group_bytes, backward))
+
+
+def lanes_per_row(M: int, whole: int, warps: float, backward: bool) -> int:
+    """Lanes that share a row: two where its taps would not fit one lane's registers, more where warps are
+    few, each then having less to do a step. A block, `whole` lanes with one a row, stays in one warp.
+    """
+    share = 2 if M >= 12 and M % 2 == 0 else 1
+    while (
+        share < MOST_LANES
+        and warps * share < WARPS_FOR_SHARING[backward]
+        and M % (2 * share) == 0
+        and 2 * share * whole <= LANES
+    ):
+        share *= 2
+    return share
 
 
 def groups_in_flight(group_bytes: float, backward: bool) -> int:
     """Groups of steps whose loads are under way, and the one at work; `group_bytes`: of one group, an SM."""
     return 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
-
-
-def lanes_per_row(M: int) -> int:
-    """Long rows are shared by two lanes: there are few of them (28 blocks of 16, 242 channels), and each is
-    long."""
-    return 2 if M >= 12 and M % 2 == 0 else 1
 
 
 def multiprocessors(device: torch.device) -> int:

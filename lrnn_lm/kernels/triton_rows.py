@@ -16,6 +16,7 @@ from .gates import EPS as _EPS
 
 EPS = tl.constexpr(_EPS)
 LOG2E = tl.constexpr(1.4426950408889634)
+WARP = tl.constexpr(32)
 
 
 @triton.jit
@@ -122,18 +123,48 @@ def _f(z, GATE: tl.constexpr):
 
 
 @triton.jit
-def sum_of_pair(x, lane, PARTNER: tl.constexpr):
-    """x, or where a row is shared by two lanes, the sum of both lanes' x: the same bits in each."""
-    return x + tl.gather(x, lane ^ PARTNER, 0) if PARTNER > 0 else x
+def row_of(place, SHARE: tl.constexpr):
+    """The row of a position, and a lane's place q among those that share it, WARP / SHARE lanes apart: so
+    neighbours read neighbouring rows."""
+    SPAN: tl.constexpr = WARP // SHARE
+    if SHARE == 1:
+        return place, place * 0
+    else:
+        return place // WARP * SPAN + place % SPAN, place % WARP // SPAN
 
 
 @triton.jit
-def coefficients(z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, PARTNER: tl.constexpr):
+def _sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
+    """The sum of x over COUNT lanes, SPAN apart: the same bits in each."""
+    for level in tl.static_range(4):
+        if (COUNT >> level) > 1:
+            x += tl.gather(x, lane ^ (SPAN * (COUNT >> (level + 1))), 0)
+    return x
+
+
+@triton.jit
+def sum_of_row(x, lane, SHARE: tl.constexpr):
+    """x, or where SHARE lanes share a row, the sum of theirs."""
+    return _sum_of_lanes(x, lane, WARP // SHARE, SHARE)
+
+
+@triton.jit
+def _largest_of_row(x, lane, SHARE: tl.constexpr):
+    for level in tl.static_range(4):
+        if (SHARE >> level) > 1:
+            x = tl.maximum(x, tl.gather(x, lane ^ (WARP >> (level + 1)), 0))
+    return x
+
+
+@triton.jit
+def coefficients(
+    z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, SHARE: tl.constexpr
+):  # fmt: skip
     """f, flat [gate E + row] like z, and 1 / S, [row], of E rows of K gates.
 
     Dividing a row's sum once is cheaper than dividing K coefficients. Rows take turns at every operation, so
-    that none waits for the one before. PARTNER > 0: this lane and lane ^ PARTNER share rows; the first K - 1
-    entries are its own, the last one is both's.
+    that none waits for the one before. SHARE > 1: so many lanes share rows; the first K - 1
+    entries are a lane's own, the last one is everyone's.
     """
     f, scales = (), ()
     if GATE == "none":
@@ -152,7 +183,7 @@ def coefficients(z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, 
                 top = larger
             shift = ()
             for e in tl.static_range(E):
-                most = tl.maximum(top[e], tl.gather(top[e], lane ^ PARTNER, 0)) if PARTNER > 0 else top[e]
+                most = _largest_of_row(top[e], lane, SHARE)
                 shift = shift + (tl.maximum(most, z[(K - 1) * E + e]) * LOG2E,)
             for k in tl.static_range(K):
                 for e in tl.static_range(E):
@@ -169,7 +200,7 @@ def coefficients(z, K: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, lane, 
                 more = more + (total[e] + tl.abs(f[k * E + e]),)
             total = more
         for e in tl.static_range(E):
-            whole = sum_of_pair(total[e], lane, PARTNER) + tl.abs(f[(K - 1) * E + e])
+            whole = sum_of_row(total[e], lane, SHARE) + tl.abs(f[(K - 1) * E + e])
             scales = scales + (reciprocal(whole if GATE == "softmax" else whole + EPS),)
     return f, scales
 
@@ -184,14 +215,14 @@ def tile_of(at, S_T: tl.constexpr, STEPS: tl.constexpr):
 def gate_rows(
     z_at, a_at, t, mask, lane,
     G_T: tl.constexpr, G_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    P: tl.constexpr, GATE: tl.constexpr, PARTNER: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """z and f of STEPS steps from t, both flat [(gate STEPS + step) P + row], and 1 / S, [step P + row]."""
     z = ()
     for k in tl.static_range(TAPS):
         z = z + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
     z = z + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
-    f, scale = coefficients(z, TAPS + 1, STEPS * P, GATE, lane, PARTNER)
+    f, scale = coefficients(z, TAPS + 1, STEPS * P, GATE, lane, SHARE)
     return z, f, scale
 
 
@@ -212,12 +243,12 @@ def cleared(values, flag, count: tl.constexpr):
 
 
 @triton.jit
-def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, PARTNER: tl.constexpr):
-    """f_0 v of E rows; where two lanes share a row, the second has zero, for the pair's sum."""
+def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexpr):
+    """f_0 v of E rows; where lanes share a row, all but the first have zero, for the row's sum."""
     terms = ()
     for e in tl.static_range(E):
         term = f[TAPS * E + e] * v[e]
-        terms = terms + (tl.where(q == 0, term, 0.0) if PARTNER > 0 else term,)
+        terms = terms + (tl.where(q == 0, term, 0.0) if SHARE > 1 else term,)
     return terms
 
 
@@ -248,7 +279,7 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 def store_gradients(
     z, f, x, v, scale, scaled, q, lane, dz_at, da_at, dv_at, stores, own,
     D_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
-    GATE: tl.constexpr, PARTNER: tl.constexpr,
+    GATE: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Stores dz and dv of a group of steps; what a row has once, where `own`.
 
@@ -257,7 +288,7 @@ def store_gradients(
     roundings is noise where a gate is closed or alone.
     """
     E: tl.constexpr = STEPS * P
-    dv, h = (), entering(f, v, q, TAPS, E, PARTNER)
+    dv, h = (), entering(f, v, q, TAPS, E, SHARE)
     for e in tl.static_range(E):
         dv = dv + (scaled[e] * f[TAPS * E + e],)
     tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
@@ -268,7 +299,7 @@ def store_gradients(
         h = more
     state = ()
     for e in tl.static_range(E):
-        state = state + (sum_of_pair(h[e], lane, PARTNER) * scale[e],)
+        state = state + (sum_of_row(h[e], lane, SHARE) * scale[e],)
     for k in tl.static_range(TAPS):
         dz = ()
         for e in tl.static_range(E):
@@ -298,15 +329,13 @@ def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr
     """Lane k of each group of MP / P lanes receives the P sums over its lanes of q[k P .. k P + P - 1].
 
     Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
-    TP; where that is MP / 2 (P = 1), lanes k and k + TP both receive sum k. Lanes that own no row must hold
-    zeros. MP <= 16.
+    TP; where that is less than MP (P = 1), lanes k, k + TP, .. all receive sum k. Lanes that own no row must
+    hold zeros. MP <= 16.
     """
-    TP: tl.constexpr = MP if TAPS * 2 > MP else MP // 2
+    TP: tl.constexpr = MP if TAPS * 2 > MP else (MP // 2 if TAPS * 4 > MP else MP // 4)
     for _ in tl.static_range(TAPS, TP):
         q = q + (tl.zeros_like(q[0]),)
     for stage in tl.static_range(4):
         if (TP >> stage) > P:
             q = _halve(q, lane, TP >> (stage + 1), P)
-    if TP < MP:
-        q = (sum_of_pair(q[0], lane, TP),)
-    return q
+    return (_sum_of_lanes(q[0], lane, TP, MP // TP),) if TP < MP else q

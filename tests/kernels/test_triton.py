@@ -117,20 +117,32 @@ def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
     """What large batches run: here for small ones."""
     from lrnn_lm.kernels import triton_launch
 
+    monkeypatch.setattr(triton_launch, "MOST_LANES", 1)
     monkeypatch.setattr(triton_launch, "WARPS_FOR_PAIRS", {False: 0.0, True: 0.0})
     compare(scan, T=T, N=N, M=M, B=1 if M > 4 else 2)
     compare(scan, torch.bfloat16, T=T, N=N, M=M, B=1 if M > 4 else 2)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize(("T", "N", "M"), [(9, 18, 4), (6, 2, 8), (7, 3, 6), (5, 3, 12)])
+def test_fewer_lanes_a_row(scan, most, T, N, M, monkeypatch):
+    """Small batches share a row among four lanes; larger ones among two, or none."""
+    from lrnn_lm.kernels import triton_launch
+
+    monkeypatch.setattr(triton_launch, "MOST_LANES", most)
+    compare(scan, T=T, N=N, M=M, B=1)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("M", [1, 3, 4, 12])
 def test_packed_planes(scan, M, backend):
-    """The same bits as from gates and values; padding is never read, and its gradient is zero."""
+    """The same bits as from gates and values; padding changes nothing, and its gradient is zero."""
     gates, values, h0, reset = to_device(make_inputs(scan, B=2, T=5, N=3, M=M))
     wanted = run(scan, [gates, values, h0, reset], "softmax", backend)
     rows = values[0, 0].numel()
-    planes = torch.full((2, 5, M + 2, rows + 5), torch.nan, device=DEVICE)
+    planes = torch.full((2, 5, M + 2, rows + 5), 1e4, device=DEVICE)
     planes[:, :, : M + 1, :rows] = gates.flatten(2, -2).transpose(2, 3)
     planes[:, :, M + 1, :rows] = values.flatten(2)
     packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed

@@ -1,0 +1,83 @@
+"""Shares of copy speed of the Triton scans over numbers of chunks of time, where batches are small: what the
+rule `triton_launch.time_chunks` was read from.
+
+    python tests/gpu/chunks_of_time.py docs/results/kernels-chunks-h100.json      # about a minute on one H100
+
+bf16, 32,768 tokens in few rows, planes as the mixers have them; one chunk reads the gates once, several read
+them twice.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from launch_plans import scan_call
+
+from lrnn_lm.bench import measure
+from lrnn_lm.bench.kernels import PAPER_SHAPES, Shape
+from lrnn_lm.kernels import block_diagonal, higher_order
+
+TOKENS, BATCHES = 32768, (8, 4, 1)
+MOST_LANES = 600  # an SM, of all chunks together
+
+
+def counts(shape: Shape, batch: int) -> Iterator[int]:
+    """The rule's own number of chunks is 0."""
+    rows = shape.N * batch * (shape.M if shape.family == "bd_lru" else 1)
+    yield 0
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        if count == 1 or (
+            rows * count <= MOST_LANES * 132 and not (shape.family == "bd_lru" and shape.M > 8)
+        ):
+            yield count
+
+
+def call(shape: Shape, batch: int, length: int, backward: bool, count: int):
+    """A scan in that many chunks."""
+    from lrnn_lm.kernels import triton_launch
+
+    def cut(groups: int, rows: int, cost: float, T: int, device: torch.device) -> tuple[int, int]:
+        return (-(-T // count), count) if count else triton_launch.time_chunks(groups, rows, cost, T, device)
+
+    block_diagonal.time_chunks = higher_order.time_chunks = cut
+    return scan_call(shape, batch, length, backward)
+
+
+@torch.no_grad()
+def first_call(shape: Shape, batch: int, backward: bool, count: int) -> None:
+    call(shape, batch, TOKENS // batch, backward, count)()
+    torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def main(output: Path) -> None:
+    cases = [
+        (shape, batch, backward, count)
+        for shape in PAPER_SHAPES
+        for batch in BATCHES
+        for backward in (False, True)
+        for count in counts(shape, batch)
+    ]
+    workers = min(12, max(1, (os.cpu_count() or 1) - 2))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(first_call, *zip(*sorted(cases, key=lambda c: -c[0].M), strict=True)))
+    device = torch.device("cuda")
+    copy = measure.ceilings(device)["copy_bytes_per_second"]
+    rows = []
+    for shape, batch, backward, count in cases:
+        length = TOKENS // batch
+        taken = measure.gpu_seconds(call(shape, batch, length, backward, count), repeats=8)
+        share = shape.moved_bytes(batch, length, 2)[backward] / taken / copy
+        row = {"shape": shape.label(), "B": batch, "T": length, "dir": "fb"[backward], "chunks": count}
+        rows.append({**row, "ms": 1e3 * taken, "share_of_copy": share})
+        text = f"{shape.label()} B {batch} {'fb'[backward]} chunks {count or 'by rule'}: {share:.3f}"
+        print(text, flush=True)
+        measure.write_json(output, {"about": measure.describe(device), "copy": copy, "rows": rows})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
