@@ -152,7 +152,7 @@ def build_trainer(
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
-            group,
+            group, plan,
         )
     )  # fmt: skip
     together.all(lambda: write(trainer.finished) if main else None)

@@ -30,7 +30,7 @@ from .checkpoint import Position
 from .inspect_layers import shortened, summary, watched
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
-from .parallel import accumulating, clip_gradients, is_sharded, reshard, settle_buckets
+from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .progress import ProgressLine
 from .rewind import rewind
 from .rows import Batch, Rows
@@ -76,13 +76,14 @@ class Trainer:
         prepared: PreparedData | SyntheticData,
         position: Position,
         console: Console,
-        group: Group = None,
+        group: Group,
+        plan: Plan,
     ):
-        """`model` is what to call for a pass, `bare_model` what it wraps; `group` as in Saver."""
+        """`model` is what to call for a pass, `bare_model` what it wraps, by `plan`; `group` as in Saver."""
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
-        self.position, self.console, self.group = position, console, group
+        self.position, self.console, self.group, self.plan = position, console, group, plan
         self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
@@ -222,7 +223,7 @@ class Trainer:
         share = self._targets_of_a_rank(micro_batches)
         loss = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
-            with accumulating(self.model, last=i + 1 == len(micro_batches)):
+            with accumulating(self.model, i + 1 == len(micro_batches), self.plan):
                 if i == 0:
                     self.stopwatch.start()
                 part = self._loss(batch, share)

@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Plan:
-    """ddp or fsdp2; reshard: whether a block's parameters are given up between forward and backward."""
+    """ddp or fsdp2; reshard: whether a block's gathered parameters are given up after each pass, and not only
+    at the end of a step."""
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
-    reshard: bool = True
+    reshard: bool = False
 
 
 def launch_plan(asked: str) -> Plan:
@@ -36,7 +37,7 @@ def launch_plan(asked: str) -> Plan:
     kinds of FSDP that are not built.
     """
     launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    reshard = True
+    reshard = False
     if launched:
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("the Accelerate config asks for FSDP 1; set fsdp_version: 2 in it")
@@ -75,10 +76,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around the passes of one micro-batch: ranks exchange gradients in the last one of a step only."""
+def accumulating(model: nn.Module, last: bool, plan: Plan) -> Iterator[None]:
+    """Around the passes of one micro-batch: only in the last one of a step do ranks exchange gradients and
+    give up the parameters that they gathered."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or plan.reshard)
         yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():

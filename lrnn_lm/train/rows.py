@@ -1,4 +1,4 @@
-"""The rows of the steps to come, read one step ahead, and how long the host waited for them."""
+"""The rows of the steps to come, read one step ahead, and how long the device may have waited for them."""
 
 import time
 from collections.abc import Generator
@@ -60,10 +60,18 @@ class Rows:
         return taken
 
     def fetch(self) -> None:
-        """Read them already; called while the device is busy with the step before."""
+        """Read them already; called while the device is busy with the step before.
+
+        Time counts as waiting unless the device still had work when they were there: on a CPU, always.
+        """
         began = time.perf_counter()
+        given = None
+        if self._accelerator.device.type == "cuda":
+            given = torch.cuda.Event()
+            given.record()
         self._ahead = next(self._batches)
-        self._waited += time.perf_counter() - began
+        if given is None or given.query():
+            self._waited += time.perf_counter() - began
 
     def waited(self) -> float:
         """Seconds since this was last asked."""

@@ -124,6 +124,32 @@ def speed(lines: list[dict[str, Any]], warm: int) -> dict[str, Any]:
     }
 
 
+def links(device: str) -> dict[str, float]:
+    """Bytes a second that a rank sends when fp32 gradients are summed and bf16 parameters gathered (212M)."""
+    import torch
+    from torch import distributed as dist
+
+    size = 212_000_000 if device == "cuda" else 1_000_000
+    gradients = torch.zeros(size, device=device)
+    shard = torch.zeros(size // 2, device=device, dtype=torch.bfloat16)
+    gathered = torch.zeros(size, device=device, dtype=torch.bfloat16)
+    seconds = {}
+    for name, call in {
+        "all_reduce": lambda: dist.all_reduce(gradients),
+        "all_gather": lambda: dist.all_gather_into_tensor(gathered, shard),
+    }.items():
+        times = []
+        for _ in range(6):
+            dist.barrier()
+            began = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        seconds[name] = median(times[2:])
+    return {"all_reduce": 4 * size / seconds["all_reduce"], "all_gather": size / seconds["all_gather"]}
+
+
 def work(options: argparse.Namespace) -> None:
     """In every rank: the runs of this number of ranks, into a file of the first one's."""
     ranks, common = options.ranks, json.loads(options.common)
@@ -138,6 +164,7 @@ def work(options: argparse.Namespace) -> None:
         lines = run(f"big-{label}", [*big, tokens(big, steps), *common, parallel, saving])
         found["speed"][label] = speed(lines, warm=3)
     if ranks > 1:
+        found["links"] = links(options.device)
         parallel = "train.parallel=fsdp2"
         small_losses("small-resumed", 3, common, parallel)
         found["agree"]["fsdp2, saved and resumed"] = small_losses("small-resumed", 6, common, parallel)
@@ -174,6 +201,7 @@ def lead(options: argparse.Namespace) -> None:
     result = {
         "about": about(options.device),
         **found,
+        "links": parts[1]["links"],
         "checks": checks(found),
         "seconds": time.time() - began,
     }
@@ -229,7 +257,9 @@ def table(result: dict[str, Any]) -> str:
     differences = ", ".join(f"{label} {value:.1e}" for label, value in worst.items() if label != "one")
     resumed = "equal" if result["checks"]["resumed_equals_straight"] else "NOT equal"
     lines += ["", f"Losses of a small model in fp32 over 6 steps against one GPU: {differences}; "
-              f"saved and resumed under FSDP2: {resumed} to straight through, bit for bit."]  # fmt: skip
+              f"saved and resumed under FSDP2: {resumed} to straight through, bit for bit.",
+              "", f"A rank sends {result['links']['all_reduce'] / 1e9:.0f} GB/s in a sum of fp32 gradients, "
+              f"{result['links']['all_gather'] / 1e9:.0f} GB/s in a gather of bf16 parameters."]  # fmt: skip
     return "\n".join(lines)
 
 

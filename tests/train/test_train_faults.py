@@ -226,8 +226,8 @@ def accelerate_says(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPa
 
 
 def test_what_accelerate_was_told(accelerate_says: pytest.MonkeyPatch) -> None:
-    accelerate_says.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
-    assert launch_plan("auto") == Plan("fsdp2", reshard=False)
+    accelerate_says.setenv("FSDP_RESHARD_AFTER_FORWARD", "true")
+    assert launch_plan("auto") == Plan("fsdp2", reshard=True)
     assert launch_plan("auto") == Plan("ddp")  # it was told once
     assert launch_plan("fsdp2") == Plan("fsdp2")
 
