@@ -27,13 +27,14 @@ MOST_STAGES = 8
 # Warps an SM from which two rows a lane pay: wider loads and fewer shuffles a row, but half of the warps.
 WARPS_FOR_PAIRS = {False: 2.8, True: 2.2}
 
-# Warps an SM below which more lanes share a row, up to MOST_LANES.
-WARPS_FOR_SHARING = {False: 4.0, True: 4.0}
-MOST_LANES = 4
+# Warps an SM below which more lanes share a row, up to MOST_LANES: each then has less to do a step, but they
+# must add up, so that none should have fewer than LEAST_TAPS.
+WARPS_FOR_SHARING = 3.8
+MOST_LANES, LEAST_TAPS = 4, 4
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
-ROWS_PER_SM = 64  # a scan of as many rows keeps an SM busy
+ROWS_PER_SM = 96  # a scan of as many rows keeps an SM busy enough
 LANES_PER_SM = 256  # what chunks fill an SM to
 
 
@@ -100,27 +101,29 @@ def plan(M: int, block: int, warps: float, T: int, itemsize: int, backward: bool
 
     Steps are as many as keep a group's gates in registers; groups as many as fill IN_FLIGHT.
     """
-    share = lanes_per_row(M, triton.next_power_of_2(block), warps, backward)
+    share = lanes_per_row(M, triton.next_power_of_2(block), warps)
     taps, warps = M // share, warps * share
     pairs = share == 1 and taps <= 8 and triton.next_power_of_2(block) == block
     own = 2 if pairs and warps / 2 >= WARPS_FOR_PAIRS[backward] else 1
     if T == 1:
         return Plan(share, own, 1, 1)
-    steps = 8 if taps * own <= (4 if backward and own == 2 else 8) else 4
+    windows = block == 1 and M > 1  # an H-LRU's backward pass keeps two
+    steps = 8 if taps * own <= (4 if backward and (own == 2 or windows) else 8) else 4
     loads = taps + (4 if backward else 2)
     group_bytes = warps * LANES * steps * loads * itemsize
     return Plan(share, own, steps, groups_in_flight(group_bytes, backward))
 
 
-def lanes_per_row(M: int, whole: int, warps: float, backward: bool) -> int:
+def lanes_per_row(M: int, whole: int, warps: float) -> int:
     """Lanes that share a row: two where its taps would not fit one lane's registers, more where warps are
-    few, each then having less to do a step. A block, `whole` lanes with one a row, stays in one warp.
+    few. A block, `whole` lanes with one a row, stays in one warp.
     """
     share = 2 if M >= 12 and M % 2 == 0 else 1
     while (
         share < MOST_LANES
-        and warps * share < WARPS_FOR_SHARING[backward]
+        and warps * share < WARPS_FOR_SHARING
         and M % (2 * share) == 0
+        and M // (2 * share) >= LEAST_TAPS
         and 2 * share * whole <= LANES
     ):
         share *= 2

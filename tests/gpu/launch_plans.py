@@ -23,7 +23,6 @@ from lrnn_lm.kernels.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
 from lrnn_lm.kernels.triton_ops import rows_like
 
 BATCHES, LENGTH = (32, 8, 4), 2048
-SHARING = WARPS_FOR_SHARING.copy()
 
 
 def plans(shape: Shape, batch: int, backward: bool) -> Iterator[Plan]:
@@ -31,13 +30,13 @@ def plans(shape: Shape, batch: int, backward: bool) -> Iterator[Plan]:
     block = shape.M if shape.family == "bd_lru" else 1
     warps = shape.N * block * batch / LANES / triton_launch.multiprocessors(torch.device("cuda"))
     found = []
-    for few in (SHARING[backward], 0.0, *(warps * least * 1.01 for least in (1, 2))):
-        WARPS_FOR_SHARING[backward] = few
+    for few in (WARPS_FOR_SHARING, 0.0, *(warps * least * 1.01 for least in (1, 2))):
+        triton_launch.WARPS_FOR_SHARING = few
         chosen = plan(shape.M, block, warps, LENGTH, 2, backward)
         found.append(chosen)
         if chosen.share == 1 and shape.M <= 8:
             found.append(chosen._replace(own=3 - chosen.own))
-    WARPS_FOR_SHARING[backward] = SHARING[backward]
+    triton_launch.WARPS_FOR_SHARING = WARPS_FOR_SHARING
     return iter(dict.fromkeys(found))
 
 

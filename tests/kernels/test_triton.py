@@ -124,13 +124,14 @@ def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
 
 
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("most", [1, 2, 4])
 @pytest.mark.parametrize(("T", "N", "M"), [(9, 18, 4), (6, 2, 8), (7, 3, 6), (5, 3, 12)])
-def test_fewer_lanes_a_row(scan, most, T, N, M, monkeypatch):
-    """Small batches share a row among four lanes; larger ones among two, or none."""
+def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
+    """None in large batches, up to four in small ones."""
     from lrnn_lm.kernels import triton_launch
 
     monkeypatch.setattr(triton_launch, "MOST_LANES", most)
+    monkeypatch.setattr(triton_launch, "LEAST_TAPS", 1)
     compare(scan, T=T, N=N, M=M, B=1)
 
 
