@@ -16,6 +16,7 @@ from tiny_run import losses, metrics, validations, write_recipe
 from trainers import Build, main_exits
 
 from lrnn_lm.train.parallel import Plan, launch_plan, share
+from lrnn_lm.train.rewind import before
 
 ROWS = 8
 FSDP2 = {"parallel": "fsdp2"}
@@ -158,6 +159,18 @@ def test_resumed_after_going_back(recipe: Path) -> None:
     Ranks(recipe, 2, "name=never-2", "optim.schedule=constant", **FSDP2).expect()
     ours, theirs = ({s: loss for s, loss in losses(x) if s > 4} for x in (folder, never))
     assert ours == theirs
+
+
+def test_bad_steps_on_both_sides_of_rows_left_out(recipe: Path) -> None:
+    """Bad at 5 and 8 where 6 and 7 are left out already: 5 must not be read again."""
+    run = recipe.parent / "runs/both-sides"
+    run.mkdir(parents=True)
+    (run / "skips.json").write_text(json.dumps([[6 * ROWS, 8 * ROWS]]))
+    bad = Prank(rank=0, nan_samples=(5 * ROWS, 8 * ROWS))
+    said = Ranks(recipe, 1, "train.max_bad_steps=2", "name=both-sides", prank=bad).expect()
+    assert f"leaving out samples {5 * ROWS} to {9 * ROWS - 1}" in " ".join(said.split())
+    assert all(loss is not None for _, loss in losses(run))
+    assert before(9 * ROWS, 2, ROWS, [[4 * ROWS, 6 * ROWS], [5 * ROWS, 8 * ROWS]]) == 3 * ROWS
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
