@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from rank_runs import Prank, Ranks, launch, recorded
 from safetensors.torch import load_file
-from tiny_run import losses, metrics, validations, write_recipe
+from tiny_run import environment, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits
 
 from lrnn_lm.train.parallel import Plan, launch_plan, share
@@ -89,6 +91,41 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, st
     assert errors.count("stopped by SIGTERM after step") == 1
     assert "Traceback" not in errors
     assert (run / "checkpoints/latest").exists()
+
+
+# Counts the interrupts that it gets, for two seconds after the first.
+COUNTING = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGINT, lambda *_: got.append(time.monotonic()))
+open(sys.argv[1] + "/ready", "w").close()
+while not got or time.monotonic() < got[0] + 2:
+    time.sleep(0.01)
+sys.exit(len(got))
+"""
+# Our launcher, slow to pass a signal on, so that two do not become one.
+SLOWLY = """
+import sys, time
+from lrnn_lm.train import launch
+children = launch._children
+launch._children = lambda: time.sleep(0.5) or children()
+launch.main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_at_a_terminal_comes_once(tmp_path: Path) -> None:
+    """Launcher and process both hear Ctrl-C; passed on as well it would be a second, which quits at once."""
+    (tmp_path / "count.py").write_text(COUNTING)
+    alone = ["--cpu", "--num_processes", "1", str(tmp_path / "count.py"), str(tmp_path)]
+    process, keyboard = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", SLOWLY, *alone], environment())
+    while not (tmp_path / "ready").exists():
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    os.write(keyboard, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    os.close(keyboard)
 
 
 def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
