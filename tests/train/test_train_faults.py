@@ -128,6 +128,17 @@ def test_an_interrupt_at_a_terminal_comes_once(tmp_path: Path) -> None:
     os.close(keyboard)
 
 
+@pytest.mark.parametrize("mistake", ["model.hiden_size=4", "train.precision=bf16"])
+def test_a_mistake_that_every_rank_sees_is_told_once(recipe: Path, mistake: str) -> None:
+    """Before the ranks have met, by the first one."""
+    if mistake.endswith("bf16") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    said = Ranks(recipe, 3, "name=all-see", mistake).expect(2)
+    assert said.count("lrnn:") == 1
+    assert len(said.splitlines()) <= 2
+    assert mistake.split("=")[0] in said
+
+
 def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
     process = launch(recipe, 4, "train.tokens_per_step=384", "train.tokens=768", "name=mistake")
     errors = process.communicate(timeout=120)[1]
