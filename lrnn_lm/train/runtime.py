@@ -1,5 +1,6 @@
 """The machine under a run: device, precision, trackers, seeds and random state."""
 
+import os
 import random
 import resource
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import distributed as dist
 
 from ..recipe.schema import TrainSection
 
@@ -24,9 +26,15 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
     """An Accelerator on the device and in the precision that a recipe asks for.
 
     A rank that waits for the others longer than the timeout ends with an error.
-    Raises ValueError if there is no such device here, it does not do bf16, or a tracker is not installed.
+    Raises ValueError if there is no such device here, it does not do bf16, a tracker is not installed, or
+    torch lacks what several ranks need (on GPUs, too: checkpoints are agreed on beside NCCL).
     """
     device, precision = train.device, train.precision
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_gloo_available()):
+        raise ValueError(
+            "several ranks meet by gloo, which this build of torch lacks; train with one process, "
+            "or install a build that has it"
+        )
     for tracker in trackers:  # Accelerate would leave it out without a word
         if find_spec(tracker) is None:
             raise ValueError(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_run import environment, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits
 
-from lrnn_lm.train.parallel import Plan, launch_plan, share
+from lrnn_lm.train.parallel import Plan, launch_plan
 from lrnn_lm.train.rewind import before
 
 ROWS = 8
@@ -305,10 +305,13 @@ def test_kinds_of_fsdp_that_are_not_built(
         launch_plan("auto")
 
 
-def test_fsdp_on_a_cpu_without_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two:
-        num_processes, device, mixed_precision = 2, torch.device("cpu"), "no"
-
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_ranks_on_a_cpu_without_gloo(
+    recipe: Path, parallel: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before the ranks try to meet, which would be a traceback."""
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    with pytest.raises(ValueError, match=r"needs gloo.*train.parallel=ddp"):
-        share(torch.nn.Linear(1, 1), Two(), Plan("fsdp2"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main_exits(2, "train", recipe, f"train.parallel={parallel}", "name=no-gloo")
+    assert capsys.readouterr().err.startswith("lrnn: several ranks meet by gloo, which this build of torch")
+    assert not (recipe.parent / "runs/no-gloo").exists()
