@@ -74,7 +74,8 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Pa
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(facts.items()))}
     path = aside / "trainer" / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n")
-    for written in (path, aside / "trainer", aside):
+    folders = [folder for folder in aside.rglob("*") if folder.is_dir()]
+    for written in (path, *folders, aside):
         fsync(written)
     if final.exists():  # a damaged one, or one of a future that was given up, that this run went back over
         _remove(final)
