@@ -17,8 +17,15 @@ from torch import distributed as dist
 from ..recipe.schema import TrainSection
 
 # By datasheet: dense bf16 rate in FLOP/s, for model FLOPs utilisation; memory bandwidth in bytes/s.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-_PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12}
+# A name is looked for in that of the device, from the first on: slower cards of one name stand before it.
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
+}  # fmt: skip
+_PEAK_BANDWIDTH = {
+    "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "GH200 480GB": 4.0e12, "H200": 4.8e12,
+    "A100-SXM4-40GB": 1.555e12, "A100-PCIE-40GB": 1.555e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12,
+}  # fmt: skip
 _BUCKET_MB = 64  # of gradients that DDP exchanges at once, while the backward pass goes on
 
 
