@@ -209,6 +209,17 @@ def test_resumed_after_going_back(recipe: Path) -> None:
     assert ours == theirs
 
 
+def test_stopped_amid_bad_steps(recipe: Path) -> None:
+    """What is saved then does not take the place of the checkpoint that the run has to go back to."""
+    bad, stop = {"nan_samples": (5 * ROWS, 6 * ROWS)}, {"step": 6, "signal": signal.SIGTERM}
+    options = ("train.max_bad_steps=2", "checkpoint.keep_last=1", "checkpoint.keep_best=false", "name=amid")
+    Ranks(recipe, 1, *options, prank=Prank(**bad, **stop)).expect(85)
+    said = Ranks(recipe, 1, *options, prank=Prank(**bad)).expect()
+    told = f"back to step-00000004, leaving out samples {5 * ROWS} to {7 * ROWS - 1}"
+    assert told in " ".join(said.split())
+    assert [p.name for p in (recipe.parent / "runs/amid/checkpoints").glob("step-*")] == ["step-00000012"]
+
+
 def test_bad_steps_on_both_sides_of_rows_left_out(recipe: Path) -> None:
     """Bad at 5 and 8 where 6 and 7 are left out already: 5 must not be read again."""
     run = recipe.parent / "runs/both-sides"
