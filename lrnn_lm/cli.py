@@ -89,6 +89,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     try:
         with StopSignal() as stop:
+            stop.hold()  # within an import it would come out as that import's error
             _train(recipe, overrides, stop)
     except Stopped as stopped:
         if stopped.tell:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_runs import Prank, Ranks, launch, recorded
+from rank_runs import Prank, Ranks, free_port, launch, recorded
 from safetensors.torch import load_file
-from tiny_run import environment, losses, metrics, validations, write_recipe
+from tiny_run import environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
 
 from lrnn_lm.train.parallel import Plan, launch_plan
@@ -91,6 +91,34 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, st
     assert errors.count("stopped by SIGTERM after step") == 1
     assert "Traceback" not in errors
     assert (run / "checkpoints/latest").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_a_signal_before_the_ranks_have_met(tmp_path: Path, rank: int | None) -> None:
+    """As torch and transformers are imported, alone or on one of two: none waits for one that has left."""
+    recipe = write_recipe(tmp_path)
+    if rank is None:
+        processes = [start(recipe)]
+    else:
+        met = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [start(recipe, RANK=r, LOCAL_RANK=r, **met) for r in "01"]
+    victim = processes[rank or 0]
+    while not hears(victim.pid, signal.SIGUSR1):
+        assert victim.poll() is None
+        time.sleep(0.002)
+    time.sleep(0.3)
+    victim.send_signal(signal.SIGUSR1)
+    for process in processes:
+        code, errors = finish(process)
+        assert code == 85, errors
+        assert "Traceback" not in errors
+
+
+def hears(process: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for this signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 # Counts the interrupts that it gets, for two seconds after the first.
