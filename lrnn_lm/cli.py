@@ -89,6 +89,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     try:
         with StopSignal() as stop:
+            stop.hold()  # within an import it would come out as that import's error
             _train(recipe, overrides, stop)
     except Stopped as stopped:
         if stopped.tell:
@@ -332,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        if message := _message(mistake):  # none where another rank tells it
+        if (message := _message(mistake)) and _tells():  # no message where another rank tells it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
@@ -340,6 +341,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _is_users(mistake: Exception) -> bool:
     """What we raise is a message to the user; of the system's errors, those that a user can mend."""
     return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
+
+
+def _tells() -> bool:
+    """Until the ranks of a run have met each finds the same mistake: the first of a machine tells it.
+
+    In a job of `lrnn submit` each has a log of its own, and tells it there.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "LRNN_LOGS" in os.environ:
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _message(mistake: Exception) -> str:

@@ -34,7 +34,7 @@ trap 'stop SIGTERM' TERM
 
 found=$(newest)
 fruitless=0
-if ((restart > 0)); then
+if ((restart > 0)) && [[ -e $starts ]]; then # none: SLURM requeued the job before this script ever ran
     read -r before fruitless <"$starts" || exit 1
     [[ $before == "$found" ]] && fruitless=$((fruitless + 1)) || fruitless=0
 fi

@@ -66,7 +66,7 @@ class Ranks:
         action: str = "train",
     ):
         recipe.parent.joinpath("logs").mkdir(exist_ok=True)
-        port = _free_port()
+        port = free_port()
         self._log = recipe.parent / "logs" / f"{port}.log"
         self._log.write_text("")
         arguments = [str(recipe), f"train.parallel={parallel}", *overrides]
@@ -108,7 +108,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

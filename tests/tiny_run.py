@@ -73,11 +73,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(recipe: Path, *overrides: str, preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    """`lrnn train` as a process."""
+def start(
+    recipe: Path, *overrides: str, preexec: Callable[[], None] | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """`lrnn train` as a process, with these variables in its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "lrnn_lm.cli", "train", str(recipe), *overrides],
-        env=environment(),
+        env=environment() | variables,
         preexec_fn=preexec,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

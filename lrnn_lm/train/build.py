@@ -121,6 +121,8 @@ def build_trainer(
     stop = stop or StopSignal()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop.hold()  # a rank that left now would leave the others waiting for it
+    else:
+        stop.let_go()
     accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
     together = Together(accelerator, stop)
     main, device = accelerator.is_main_process, accelerator.device

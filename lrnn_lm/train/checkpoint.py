@@ -74,7 +74,8 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Pa
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(facts.items()))}
     path = aside / "trainer" / "manifest.json"
     path.write_text(json.dumps(manifest, indent=1) + "\n")
-    for written in (path, aside / "trainer", aside):
+    folders = [folder for folder in aside.rglob("*") if folder.is_dir()]
+    for written in (path, *folders, aside):
         fsync(written)
     if final.exists():  # a damaged one, or one of a future that was given up, that this run went back over
         _remove(final)
@@ -99,7 +100,10 @@ def read_position(folder: Path) -> Position:
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
-    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best."""
+    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best.
+
+    And the last that was not written amid bad steps, to which the run may have to go back.
+    """
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
     good = names.index(before) + 1 if before in names else len(names)
@@ -108,20 +112,27 @@ def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_bes
     best = _best(whole) if keep_best else None
     if best is not None:
         _point(checkpoints, "best", best.name)
+    sound = [folder for folder in whole if (at := _position(folder)) is not None and at.bad_in_a_row == 0]
     for folder in saved:
-        if folder not in whole[-keep_last:] and folder != best:
+        if folder not in (*whole[-keep_last:], *sound[-1:], best):
             _remove(folder)
     if not (checkpoints / "best").exists():
         (checkpoints / "best").unlink(missing_ok=True)
+
+
+def _position(folder: Path) -> Position | None:
+    try:
+        return read_position(folder)
+    except (OSError, ValueError, TypeError):  # damaged since it was written
+        return None
 
 
 def _best(folders: Sequence[Path]) -> Path | None:
     """The one of lowest validation loss, of those that were validated at their very step."""
     found = []
     for folder in folders:
-        try:
-            position = read_position(folder)
-        except (OSError, ValueError, TypeError):  # damaged since it was written
+        position = _position(folder)
+        if position is None:
             continue
         if position.validated == position.step and position.validation_loss is not None:
             found.append((position.validation_loss, -position.step, folder))

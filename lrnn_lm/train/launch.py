@@ -39,9 +39,24 @@ def main(arguments: list[str] | None = None) -> None:
 def _pass_on(number: int, frame: FrameType | None) -> None:
     for child in _children():
         try:
-            os.kill(child, number)
+            if number != signal.SIGINT or not _hears_the_keyboard(child):
+                os.kill(child, number)
         except ProcessLookupError:  # ended in between
             continue
+
+
+def _hears_the_keyboard(child: int) -> bool:
+    """Whether Ctrl-C reaches the child itself: passed on it would be a second one, which quits at once.
+
+    Torch's launcher gives its ranks sessions of their own; a process alone stays in ours.
+    """
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.getpgid(child) == os.getpgrp() == os.tcgetpgrp(terminal.fileno())
+    except ProcessLookupError:
+        raise
+    except OSError:  # no terminal
+        return False
 
 
 def _children() -> list[int]:

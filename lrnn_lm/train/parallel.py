@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -49,16 +48,10 @@ def launch_plan(asked: str) -> Plan:
 
 
 def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
-    """What to call for a forward pass. Under FSDP2 `model` itself changes: its parameters become shards.
-
-    Raises ValueError if this build of torch cannot shard here.
-    """
+    """What to call for a forward pass. Under FSDP2 `model` itself changes: its parameters become shards."""
     if accelerator.num_processes == 1 or plan.kind == "ddp":
         return accelerator.prepare_model(model)
-    device = accelerator.device.type
-    if device == "cpu" and not dist.is_gloo_available():
-        raise ValueError("FSDP2 on a CPU needs gloo, which this build of torch lacks; use train.parallel=ddp")
-    mesh = init_device_mesh(device, (accelerator.num_processes,))
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     bf16 = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,

@@ -40,8 +40,7 @@ def rewind(trainer: "Trainer") -> None:
             f"step {bad.step}{often}; lower optim.lr, then run again to go on from {trainer.last_name()}"
         )
     trainer.rewinds += 1
-    rows = recipe.rows_per_step
-    skip = [bad.samples - bad.bad_in_a_row * rows, bad.samples]
+    skip = [before(bad.samples, bad.bad_in_a_row, recipe.rows_per_step, bad.skips), bad.samples]
     good = load(
         found[0], trainer.bare_model, trainer.optimizer, trainer.accelerator.process_index, trainer.group
     )
@@ -75,6 +74,16 @@ def _last_good(checkpoints: Path) -> Path | None:
         except CheckpointError:
             continue
     return None
+
+
+def before(samples: int, steps: int, rows: int, skips: list[list[int]]) -> int:
+    """The first sample of the last `steps` steps up to `samples`, which jumped over what is left out."""
+    for _ in range(steps):
+        for first, end in sorted(skips, reverse=True):
+            if first < samples <= end:
+                samples = first
+        samples -= rows
+    return samples
 
 
 def merged(*lists: list[list[int]]) -> list[list[int]]:

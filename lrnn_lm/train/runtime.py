@@ -1,5 +1,6 @@
 """The machine under a run: device, precision, trackers, seeds and random state."""
 
+import os
 import random
 import resource
 import sys
@@ -11,12 +12,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import distributed as dist
 
 from ..recipe.schema import TrainSection
 
 # By datasheet: dense bf16 rate in FLOP/s, for model FLOPs utilisation; memory bandwidth in bytes/s.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-_PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12}
+# A name is looked for in that of the device, from the first on: slower cards of one name stand before it.
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
+}  # fmt: skip
+_PEAK_BANDWIDTH = {
+    "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "GH200 480GB": 4.0e12, "H200": 4.8e12,
+    "A100-SXM4-40GB": 1.555e12, "A100-PCIE-40GB": 1.555e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12,
+}  # fmt: skip
 _BUCKET_MB = 64  # of gradients that DDP exchanges at once, while the backward pass goes on
 
 
@@ -24,9 +33,15 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
     """An Accelerator on the device and in the precision that a recipe asks for.
 
     A rank that waits for the others longer than the timeout ends with an error.
-    Raises ValueError if there is no such device here, it does not do bf16, or a tracker is not installed.
+    Raises ValueError if there is no such device here, it does not do bf16, a tracker is not installed, or
+    torch lacks what several ranks need (on GPUs, too: checkpoints are agreed on beside NCCL).
     """
     device, precision = train.device, train.precision
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_gloo_available()):
+        raise ValueError(
+            "several ranks meet by gloo, which this build of torch lacks; train with one process, "
+            "or install a build that has it"
+        )
     for tracker in trackers:  # Accelerate would leave it out without a word
         if find_spec(tracker) is None:
             raise ValueError(

@@ -56,11 +56,15 @@ class StopSignal:
         """From now on signals wait until `asked` is read."""
         self._held = True
 
+    def let_go(self) -> None:
+        """From now on signals act where they hit; one that came while they were held, here."""
+        self._held = False
+        self.leave_if_asked()
+
     @contextmanager
     def released(self) -> Iterator[None]:
         """Among what is held, something that a signal may cut short: Stopped is raised where it hits."""
-        self._held = False
-        self.leave_if_asked()
+        self.let_go()
         try:
             yield
         finally:

@@ -160,6 +160,13 @@ def test_starts_that_slurm_cut_short_count_too(job):
         assert ("given up" in job.run("0 0 0 0", restart + 1).told) == (restart == 2)
 
 
+def test_requeued_before_its_script_ever_ran(job):
+    """A node that dies as the job is being started: SLURM counts a restart, of which nothing is left."""
+    done = job.run("0 0 0 0", 1)
+    assert (done.code, len(done.seen)) == (0, 4)
+    assert (job.runs[0] / "launch/starts").read_text() == "none 0\n"
+
+
 def test_nothing_starts_uncounted(job):
     """Where the count cannot be written, as on a full disk, the job ends rather than go on for ever."""
     (job.runs[0] / "launch/starts").mkdir()

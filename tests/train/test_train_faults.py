@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_runs import Prank, Ranks, launch, recorded
+from rank_runs import Prank, Ranks, free_port, launch, recorded
 from safetensors.torch import load_file
-from tiny_run import losses, metrics, validations, write_recipe
+from tiny_run import environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
 
-from lrnn_lm.train.parallel import Plan, launch_plan, share
+from lrnn_lm.train.parallel import Plan, launch_plan
+from lrnn_lm.train.rewind import before
 
 ROWS = 8
 FSDP2 = {"parallel": "fsdp2"}
@@ -90,6 +93,80 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, st
     assert (run / "checkpoints/latest").exists()
 
 
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_a_signal_before_the_ranks_have_met(tmp_path: Path, rank: int | None) -> None:
+    """As torch and transformers are imported, alone or on one of two: none waits for one that has left."""
+    recipe = write_recipe(tmp_path)
+    if rank is None:
+        processes = [start(recipe)]
+    else:
+        met = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [start(recipe, RANK=r, LOCAL_RANK=r, **met) for r in "01"]
+    victim = processes[rank or 0]
+    while not hears(victim.pid, signal.SIGUSR1):
+        assert victim.poll() is None
+        time.sleep(0.002)
+    time.sleep(0.3)
+    victim.send_signal(signal.SIGUSR1)
+    for process in processes:
+        code, errors = finish(process)
+        assert code == 85, errors
+        assert "Traceback" not in errors
+
+
+def hears(process: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for this signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+# Counts the interrupts that it gets, for two seconds after the first.
+COUNTING = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGINT, lambda *_: got.append(time.monotonic()))
+open(sys.argv[1] + "/ready", "w").close()
+while not got or time.monotonic() < got[0] + 2:
+    time.sleep(0.01)
+sys.exit(len(got))
+"""
+# Our launcher, slow to pass a signal on, so that two do not become one.
+SLOWLY = """
+import sys, time
+from lrnn_lm.train import launch
+children = launch._children
+launch._children = lambda: time.sleep(0.5) or children()
+launch.main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_at_a_terminal_comes_once(tmp_path: Path) -> None:
+    """Launcher and process both hear Ctrl-C; passed on as well it would be a second, which quits at once."""
+    (tmp_path / "count.py").write_text(COUNTING)
+    alone = ["--cpu", "--num_processes", "1", str(tmp_path / "count.py"), str(tmp_path)]
+    process, keyboard = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", SLOWLY, *alone], environment())
+    while not (tmp_path / "ready").exists():
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    os.write(keyboard, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    os.close(keyboard)
+
+
+@pytest.mark.parametrize("mistake", ["model.hiden_size=4", "train.precision=bf16"])
+def test_a_mistake_that_every_rank_sees_is_told_once(recipe: Path, mistake: str) -> None:
+    """Before the ranks have met, by the first one."""
+    if mistake.endswith("bf16") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    said = Ranks(recipe, 3, "name=all-see", mistake).expect(2)
+    assert said.count("lrnn:") == 1
+    assert len(said.splitlines()) <= 2
+    assert mistake.split("=")[0] in said
+
+
 def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
     process = launch(recipe, 4, "train.tokens_per_step=384", "train.tokens=768", "name=mistake")
     errors = process.communicate(timeout=120)[1]
@@ -158,6 +235,29 @@ def test_resumed_after_going_back(recipe: Path) -> None:
     Ranks(recipe, 2, "name=never-2", "optim.schedule=constant", **FSDP2).expect()
     ours, theirs = ({s: loss for s, loss in losses(x) if s > 4} for x in (folder, never))
     assert ours == theirs
+
+
+def test_stopped_amid_bad_steps(recipe: Path) -> None:
+    """What is saved then does not take the place of the checkpoint that the run has to go back to."""
+    bad, stop = {"nan_samples": (5 * ROWS, 6 * ROWS)}, {"step": 6, "signal": signal.SIGTERM}
+    options = ("train.max_bad_steps=2", "checkpoint.keep_last=1", "checkpoint.keep_best=false", "name=amid")
+    Ranks(recipe, 1, *options, prank=Prank(**bad, **stop)).expect(85)
+    said = Ranks(recipe, 1, *options, prank=Prank(**bad)).expect()
+    told = f"back to step-00000004, leaving out samples {5 * ROWS} to {7 * ROWS - 1}"
+    assert told in " ".join(said.split())
+    assert [p.name for p in (recipe.parent / "runs/amid/checkpoints").glob("step-*")] == ["step-00000012"]
+
+
+def test_bad_steps_on_both_sides_of_rows_left_out(recipe: Path) -> None:
+    """Bad at 5 and 8 where 6 and 7 are left out already: 5 must not be read again."""
+    run = recipe.parent / "runs/both-sides"
+    run.mkdir(parents=True)
+    (run / "skips.json").write_text(json.dumps([[6 * ROWS, 8 * ROWS]]))
+    bad = Prank(rank=0, nan_samples=(5 * ROWS, 8 * ROWS))
+    said = Ranks(recipe, 1, "train.max_bad_steps=2", "name=both-sides", prank=bad).expect()
+    assert f"leaving out samples {5 * ROWS} to {9 * ROWS - 1}" in " ".join(said.split())
+    assert all(loss is not None for _, loss in losses(run))
+    assert before(9 * ROWS, 2, ROWS, [[4 * ROWS, 6 * ROWS], [5 * ROWS, 8 * ROWS]]) == 3 * ROWS
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -244,10 +344,13 @@ def test_kinds_of_fsdp_that_are_not_built(
         launch_plan("auto")
 
 
-def test_fsdp_on_a_cpu_without_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Two:
-        num_processes, device, mixed_precision = 2, torch.device("cpu"), "no"
-
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_ranks_on_a_cpu_without_gloo(
+    recipe: Path, parallel: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before the ranks try to meet, which would be a traceback."""
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    with pytest.raises(ValueError, match=r"needs gloo.*train.parallel=ddp"):
-        share(torch.nn.Linear(1, 1), Two(), Plan("fsdp2"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main_exits(2, "train", recipe, f"train.parallel={parallel}", "name=no-gloo")
+    assert capsys.readouterr().err.startswith("lrnn: several ranks meet by gloo, which this build of torch")
+    assert not (recipe.parent / "runs/no-gloo").exists()

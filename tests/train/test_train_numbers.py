@@ -14,7 +14,7 @@ from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.load import shipped
-from lrnn_lm.train import throughput
+from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
 from lrnn_lm.train.inspect_layers import summary, watched
 from lrnn_lm.train.tensors import fill_state
@@ -40,6 +40,27 @@ def test_pace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     least = 4 * weights * 8 + 28 * weights / 4
     assert least < pace.bytes_per_step < least + 4 * 2 * 60e9
     assert line["memory_bandwidth"] == pytest.approx(pace.bytes_per_step / 0.5 / 4e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12),
+        ("NVIDIA H100 PCIe", 756e12, 2.0e12),
+        ("NVIDIA H100 NVL", 835e12, 3.9e12),
+        ("NVIDIA H200", 989e12, 4.8e12),
+        ("NVIDIA GH200 480GB", 989e12, 4.0e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 1.555e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 2.04e12),
+        ("NVIDIA GeForce RTX 3060", None, None),
+    ],
+)
+def test_ceilings_by_datasheet(
+    name: str, flops: float | None, bandwidth: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    device = torch.device("cuda")
+    assert (runtime.peak_flops(device), runtime.peak_bandwidth(device)) == (flops, bandwidth)
 
 
 def test_data_wait_is_seen(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

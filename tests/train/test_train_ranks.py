@@ -18,6 +18,7 @@ from trainers import main_exits
 from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train import checkpoint
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.tensors import is_sharded_folder, read_shards
 
@@ -121,6 +122,17 @@ def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_pat
         order = rows_of_samples(samples, ROWS, len(rows), seed=0)
         assert np.array_equal(ids, np.stack([rows[row]["input_ids"].numpy() for row in order]))
     assert_agree(one.parent / "elastic", one)
+
+
+def test_shards_are_on_disk_with_their_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names, too, before the checkpoint appears: a file on disk is lost if its folder is not."""
+    aside = checkpoint.aside_of(recipe.parent / "named", 1)
+    (aside / "trainer/shards").mkdir(parents=True)
+    (aside / "config.json").touch()
+    synced, fsync = [], checkpoint.fsync
+    monkeypatch.setattr(checkpoint, "fsync", lambda path: (synced.append(path), fsync(path)))
+    checkpoint.publish(recipe.parent / "named", 1, keep_last=1, keep_best=False)
+    assert {aside, aside / "trainer", aside / "trainer/shards"} <= set(synced)
 
 
 def test_the_optimiser_comes_back_on_other_ranks(recipe: Path, tmp_path: Path) -> None:
