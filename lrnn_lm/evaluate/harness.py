@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CheckpointInfo, check_window, describe, document_start, load_checkpoint, widest_window
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
+from .offline import error_of_the_mean
 from .show import decimal, table_console
 from .tasks import find_tasks, hub_data, read_suite
 from .team import ALONE, Team
@@ -84,6 +85,8 @@ def evaluate(
             )
     if not team.is_main:
         return {}
+    if "offline_blimp" in results["results"]:
+        error_of_the_mean(results["results"]["offline_blimp"])
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names,

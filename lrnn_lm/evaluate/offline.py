@@ -9,6 +9,7 @@ Prompts, metrics and aggregation are those of lm-eval's own tasks; only the docu
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -51,6 +52,18 @@ def mean_over_paradigms(scores: Sequence[tuple[str, float]]) -> float:
     for paradigm, hit in scores:
         by_paradigm.setdefault(paradigm, []).append(hit)
     return statistics.fmean(statistics.fmean(hits) for hits in by_paradigm.values())
+
+
+def error_of_the_mean(scores: dict[str, Any]) -> None:
+    """Fill in the standard error of offline_blimp's `acc`, which lm-eval has for its own aggregations only.
+
+    As upstream has it for the group: sqrt(sum of squared errors) / number of paradigms. It stays "N/A" where
+    a paradigm has none, as with a single pair.
+    """
+    own = "acc_stderr,none"
+    errors = [scores[key] for key in scores if key.endswith("_stderr,none") and key != own]
+    if errors and all(isinstance(error, float) for error in errors):
+        scores[own] = math.hypot(*errors) / len(errors)
 
 
 def wikitext_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from lm_eval.api.metrics import unweighted_mean_stderr
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
@@ -89,13 +90,16 @@ def upstream(gpt2, folder, monkeypatch):
     results = lm_eval.simple_evaluate(
         model, tasks=list(UPSTREAM), task_manager=TaskManager(), bootstrap_iters=100, log_samples=False
     )
-    return {(task, metric): value for task, metric, value, _ in flatten(results)}
+    found = flatten(results)
+    return {(task, metric): value for task, metric, value, _ in found}, {
+        (task, metric): error for task, metric, _, error in found
+    }
 
 
 def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     ours = evaluate(gpt2, [], suite="offline", data=folder, output=tmp_path, batch_size=4, device="cpu")
     got = {(task, metric): value for task, metric, value, _ in flatten(ours)}
-    want = upstream(gpt2, folder, monkeypatch)
+    want, errors = upstream(gpt2, folder, monkeypatch)
     for metric in ("perplexity", "acc"):
         assert got["offline_lambada", metric] == pytest.approx(
             want["lambada_openai", metric], abs=1e-6, rel=1e-6
@@ -106,6 +110,10 @@ def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     assert [got["offline_blimp", f"acc_{name}"] for name in PARADIGMS] == pytest.approx(each, abs=1e-6)
     assert got["offline_blimp", "acc"] == pytest.approx(sum(each) / len(each), abs=1e-6)
     assert 0 < got["offline_blimp", "acc"] < 1, "a score that tells something"
+    error = next(row[3] for row in flatten(ours) if row[:2] == ("offline_blimp", "acc"))
+    each = [errors[f"blimp_{name}", "acc"] for name in PARADIGMS]
+    assert error == pytest.approx(unweighted_mean_stderr(each), abs=1e-9)  # as of upstream's group
+    assert error > 0
 
 
 def test_pages_are_cut_at_titles_only():
