@@ -17,7 +17,7 @@ from .checkpoint import CheckpointInfo, check_window, describe, document_start, 
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
 from .offline import error_of_the_mean
 from .show import decimal, table_console
-from .tasks import find_tasks, hub_data, read_suite
+from .tasks import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def evaluate(
     read. output: a folder, or a .json file
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
-    max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
+    max_length: tokens a window (default: that of the suite, or of the shipped one that has all the tasks, up
+    to the model's limit; else `context_length`).
     lengths: of the state, mad and long tasks' rows, in place of their own.
     team: the processes that share the work, all of which call this; the main one prints and writes, the
     others return {}.
@@ -66,7 +67,6 @@ def evaluate(
     names = [*(chosen.tasks if chosen else []), *tasks]
     limit = chosen.limit if chosen and limit is None else limit
     num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
-    widest = chosen.max_length if chosen else None
     _check(names, limit, batch_size, num_fewshot, max_length)
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
@@ -77,6 +77,7 @@ def evaluate(
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
             model, tokenizer = load_checkpoint(info.path, device)
+        widest = chosen.max_length if chosen else usual_window(names)
         window = max_length or widest_window(model, info.run, widest)
         check_window(model, window)
         with hub_data(hub):

@@ -54,6 +54,13 @@ def test_a_trained_checkpoint_is_asked_what_it_was_trained_for(parity, tmp_path)
     )
 
 
+def test_rows_beyond_the_training_length_are_read_whole(parity, tmp_path):
+    """Cut to the 8 steps that the run trained on, no question about 32 to 512 of them has an answer."""
+    found = evaluate(parity, ["state_parity"], limit=10, output=tmp_path, device="cpu")
+    assert found["settings"]["truncated_requests"] == 0
+    assert found["settings"]["max_length"] == read_suite("state").max_length
+
+
 def test_any_language_model_can_be_asked(checkpoint, tmp_path):
     names = ["state_s5", "mad_selective_copying", "mad_fuzzy_in_context_recall", "long_passkey"]
     got = scores(evaluate(checkpoint, names, limit=4, output=tmp_path, device="cpu"))
