@@ -9,7 +9,7 @@ from lm_eval.api.metrics import unweighted_mean_stderr
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.offline import blimp_dataset, pages
+from lrnn_lm.evaluate.offline import blimp_dataset, lambada_dataset, pages, wikitext_dataset
 
 ARTICLE = (
     " \n = {0} = \n \n {0} is a river @-@ town , and {0} 's bridge ( old ) has 1 @,@ 000 stones . \n \n"
@@ -154,3 +154,32 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "blimp" / "x.jsonl").write_text('{"sentence_good": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 is not .*sentence_bad"):
         blimp_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "holds no documents"),
+    (b"\n\n", "holds no documents"),
+    (b"\xff\xfe", "not a UTF-8 text file"),
+    (b'{"text": 5}\n', 'line 1 is not a JSON object with texts "text"'),
+    (b'{"text": "a b"}\n["text"]\n', "line 2 is not"),
+])  # fmt: skip
+def test_files_that_hold_no_passages(tmp_path, content, message):
+    (tmp_path / "lambada_openai.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        lambada_dataset(str(tmp_path))
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    text = "one\u2028two three"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "lambada_openai.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert list(lambada_dataset(str(tmp_path))["test"]) == [{"text": text}]
+
+
+def test_empty_files_hold_no_documents(tmp_path):
+    (tmp_path / "wikitext2_test.txt").write_text("\n")
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "x.jsonl").write_text("")
+    for make in (wikitext_dataset, blimp_dataset):
+        with pytest.raises(ValueError, match="holds no documents"):
+            make(str(tmp_path))
