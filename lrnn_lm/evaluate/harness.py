@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
+TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -78,6 +79,8 @@ def evaluate(
         if model is None or tokenizer is None:
             model, tokenizer = load_checkpoint(info.path, device)
         widest = chosen.max_length if chosen else usual_window(names)
+        if widest is not None and lengths:
+            widest = max(widest, TOKENS_A_STEP * max(lengths))
         window = max_length or widest_window(model, info.run, widest)
         check_window(model, window)
         with hub_data(hub):

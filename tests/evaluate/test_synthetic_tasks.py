@@ -59,6 +59,8 @@ def test_rows_beyond_the_training_length_are_read_whole(parity, tmp_path):
     found = evaluate(parity, ["state_parity"], limit=10, output=tmp_path, device="cpu")
     assert found["settings"]["truncated_requests"] == 0
     assert found["settings"]["max_length"] == read_suite("state").max_length
+    found = evaluate(parity, ["state_parity"], limit=2, lengths=[5000], output=tmp_path, device="cpu")
+    assert found["settings"]["truncated_requests"] == 0
 
 
 def test_any_language_model_can_be_asked(checkpoint, tmp_path):
