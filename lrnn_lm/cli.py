@@ -193,10 +193,11 @@ def evaluate_checkpoint(
 
     team, device = join(device)
     if length is not None and team.is_main:
+        from .evaluate.compare import folders
         from .evaluate.length import probe_length
 
-        for checkpoint in checkpoints:
-            probe_length(checkpoint, length, rows=rows, data=data, output=output, device=device)
+        for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
+            probe_length(checkpoint, length, rows=rows, data=data, output=where, device=device)
     if tasks or suite is not None or length is None:
         from .evaluate.compare import evaluate_each
 

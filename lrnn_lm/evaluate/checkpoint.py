@@ -73,9 +73,9 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    kinds = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    if "LRNNForReconstruction" in kinds:
+    if "LRNNForReconstruction" in _architectures(path, checkpoint):
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
+    _check_files(path, checkpoint)
     disable_progress_bar()  # it would stand between the user and a message, or the text
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -83,7 +83,28 @@ def load_checkpoint(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
+    except RuntimeError as error:  # transformers has listed the weights, its reason is a setting of its own
+        raise ValueError(
+            f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"
+        ) from error
     return model.to(target).eval(), tokenizer
+
+
+def _architectures(path: Path, checkpoint: str | Path) -> list[str]:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{checkpoint}/config.json: not a JSON object; copy the folder anew") from None
+
+
+def _check_files(path: Path, checkpoint: str | Path) -> None:
+    """Raise ValueError for a folder without weights or tokenizer, whatever form they have."""
+    for what, patterns in (
+        ("model.safetensors", ("*.safetensors", "*.bin")),
+        ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),
+    ):
+        if not any(file for pattern in patterns for file in path.glob(pattern)):
+            raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
 
 
 def pick_device(device: str = "auto") -> "torch.device":

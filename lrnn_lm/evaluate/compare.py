@@ -29,8 +29,7 @@ def evaluate_each(
     if len(names) > 1 and output is not None and Path(output).suffix == ".json":
         raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")
     results = []
-    for checkpoint, name in zip(checkpoints, names, strict=True):
-        where = output if output is None or len(names) == 1 else Path(output) / name
+    for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
         results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))
     if len(results) > 1 and team.is_main:
         _show(names, results)
@@ -39,6 +38,12 @@ def evaluate_each(
             draw_scores(names, results, picture)
             table_console().print(f"drawn in {picture}", soft_wrap=True, highlight=False)
     return results
+
+
+def folders(checkpoints: Sequence[str | Path], output: Path | None) -> list[Path | None]:
+    """Where each checkpoint's results go: `output`, in which each of several has a folder of its own."""
+    names = _names(checkpoints)
+    return [output if output is None or len(names) == 1 else Path(output) / name for name in names]
 
 
 def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:

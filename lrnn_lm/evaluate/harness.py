@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CheckpointInfo, check_window, describe, document_start, load_checkpoint, widest_window
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
+from .offline import error_of_the_mean
 from .show import decimal, table_console
-from .tasks import find_tasks, hub_data, read_suite
+from .tasks import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
+TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -52,7 +54,8 @@ def evaluate(
     read. output: a folder, or a .json file
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
-    max_length: tokens a window (default: the suite's, up to the model's limit, else `context_length`).
+    max_length: tokens a window (default: that of the suite, or of the shipped one that has all the tasks, up
+    to the model's limit; else `context_length`).
     lengths: of the state, mad and long tasks' rows, in place of their own.
     team: the processes that share the work, all of which call this; the main one prints and writes, the
     others return {}.
@@ -65,7 +68,6 @@ def evaluate(
     names = [*(chosen.tasks if chosen else []), *tasks]
     limit = chosen.limit if chosen and limit is None else limit
     num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
-    widest = chosen.max_length if chosen else None
     _check(names, limit, batch_size, num_fewshot, max_length)
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
@@ -76,6 +78,9 @@ def evaluate(
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
             model, tokenizer = load_checkpoint(info.path, device)
+        widest = chosen.max_length if chosen else usual_window(names)
+        if widest is not None and lengths:
+            widest = max(widest, TOKENS_A_STEP * max(lengths))
         window = max_length or widest_window(model, info.run, widest)
         check_window(model, window)
         with hub_data(hub):
@@ -84,6 +89,8 @@ def evaluate(
             )
     if not team.is_main:
         return {}
+    if "offline_blimp" in results["results"]:
+        error_of_the_mean(results["results"]["offline_blimp"])
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names,

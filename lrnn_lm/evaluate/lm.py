@@ -47,6 +47,16 @@ class LiveLM(HFLM):
             add_bos_token=None if start is None else False,  # with `start`, this class adds it
         )
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        if self._bare:
+            raise ValueError(
+                "a task asks for texts without a context, and this tokenizer has neither BOS nor EOS "
+                "to begin with, as in checkpoints of synthetic tasks"
+            )
+        return super().prefix_token_id
+
     def tok_encode(
         self,
         string: str,

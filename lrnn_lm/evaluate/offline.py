@@ -9,6 +9,7 @@ Prompts, metrics and aggregation are those of lm-eval's own tasks; only the docu
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -23,19 +24,22 @@ LAMBADA, BLIMP, WIKITEXT = "lambada_openai.jsonl", "blimp", "wikitext2_test.txt"
 
 def lambada_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":
     """Passages whose last word is asked. ValueError if the file is missing or a line cannot be read."""
-    return _split("test", list(_rows(_find(data, LAMBADA), ("text",))))
+    path = _find(data, LAMBADA)
+    return _split("test", list(_rows(path, ("text",))), path)
 
 
 def blimp_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":
     """Minimal pairs of all paradigms that are there, taking turns, so that the first n are a fair sample."""
-    files = sorted(_find(data, BLIMP).glob("*.jsonl"))
+    folder = _find(data, BLIMP)
+    files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise ValueError(f"{Path(str(data)) / BLIMP}: holds no PARADIGM.jsonl")
+        raise ValueError(f"{folder}: holds no PARADIGM.jsonl")
     paradigms = []
     for file in files:
         rows = _rows(file, ("sentence_good", "sentence_bad"))
         paradigms.append([{"paradigm": file.stem, **row} for row in rows])
-    return _split("validation", [row for turn in zip_longest(*paradigms) for row in turn if row is not None])
+    turns = [row for turn in zip_longest(*paradigms) for row in turn if row is not None]
+    return _split("validation", turns, folder)
 
 
 def score_pair(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
@@ -53,6 +57,18 @@ def mean_over_paradigms(scores: Sequence[tuple[str, float]]) -> float:
     return statistics.fmean(statistics.fmean(hits) for hits in by_paradigm.values())
 
 
+def error_of_the_mean(scores: dict[str, Any]) -> None:
+    """Fill in the standard error of offline_blimp's `acc`, which lm-eval has for its own aggregations only.
+
+    As upstream has it for the group: sqrt(sum of squared errors) / number of paradigms. It stays "N/A" where
+    a paradigm has none, as with a single pair.
+    """
+    own = "acc_stderr,none"
+    errors = [scores[key] for key in scores if key.endswith("_stderr,none") and key != own]
+    if errors and all(isinstance(error, float) for error in errors):
+        scores[own] = math.hypot(*errors) / len(errors)
+
+
 def wikitext_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":
     """Articles, each one page."""
     path = _find(data, WIKITEXT)
@@ -60,7 +76,7 @@ def wikitext_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, da
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a UTF-8 text file") from None
-    return _split("test", [{"page": page} for page in pages(text)])
+    return _split("test", [{"page": page} for page in pages(text)], path)
 
 
 def pages(text: str) -> Iterator[str]:
@@ -90,19 +106,27 @@ def _find(data: str | None, name: str) -> Path:
 
 
 def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield {key: row[key] for key in keys}
-            except (json.JSONDecodeError, KeyError, TypeError):
-                wanted = ", ".join(f'"{key}"' for key in keys)
-                raise ValueError(f"{path}: line {number} is not a JSON object with {wanted}") from None
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON leaves as it is
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a UTF-8 text file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found = {key: row[key] for key in keys}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            found = {}
+        if not found or not all(isinstance(text, str) for text in found.values()):
+            wanted = ", ".join(f'"{key}"' for key in keys)
+            raise ValueError(f"{path}: line {number} is not a JSON object with texts {wanted}")
+        yield found
 
 
-def _split(name: str, rows: list[dict[str, Any]]) -> "dict[str, datasets.Dataset]":
+def _split(name: str, rows: list[dict[str, Any]], path: Path) -> "dict[str, datasets.Dataset]":
     from datasets import Dataset
 
+    if not rows:
+        raise ValueError(f"{path}: holds no documents")
     return {name: Dataset.from_list(rows)}

@@ -40,14 +40,16 @@ def synthetic_dataset(
     trained = run_source(pretrained)
     own = trained if trained.get("task") == task else {}
     options = {key: value for key, value in own.get("options", {}).items() if key != "seed"}
+    known = _symbols(pretrained)
     lengths = lengths or [own.get("length") or SYNTHETIC_TASKS[task].length]
     rows = []
     for length in lengths:
         made = SyntheticTask(task, int(length), options)
-        if trained and made.vocab_size > _vocabulary(pretrained):
+        if known is not None and made.vocab_size > known:
+            task_of_it = f" (task {trained['task']})" if trained else ""
             raise ValueError(
                 f"task {task} has {made.vocab_size} symbols, and {pretrained} was trained on "
-                f"{_vocabulary(pretrained)} (task {trained['task']})"
+                f"{known}{task_of_it}"
             )
         inputs, labels = made.rows(seed, "eval", np.arange(examples))
         rows.append([_question(*pair, int(length)) for pair in zip(inputs, labels, strict=True)])
@@ -77,6 +79,15 @@ def run_source(pretrained: str | Path | None) -> dict[str, Any]:
     return source if source.get("type") == "synthetic" else {}
 
 
-def _vocabulary(pretrained: str | None) -> int:
-    config = Path(str(pretrained)).expanduser() / "config.json"
-    return int(json.loads(config.read_text(encoding="utf-8"))["vocab_size"])
+def _symbols(pretrained: str | Path | None) -> int | None:
+    """How many symbols a checkpoint of a synthetic task knows; None for one of text.
+
+    Its tokenizer tells, which goes where the checkpoint goes: it would read any other symbol as 0.
+    """
+    if pretrained is None:
+        return None
+    file = Path(pretrained).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        return None
+    vocab = json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab", ())
+    return len(vocab) if vocab == {str(i): i for i in range(len(vocab))} else None

@@ -44,6 +44,12 @@ def read_suite(file: str | Path) -> Suite:
         raise ValueError(f"{file}: " + "; ".join(f"{key}: {message}" for key, message in wrong)) from None
 
 
+def usual_window(names: list[str]) -> int | None:
+    """max_length of the shipped suite that holds all these tasks, if one does: what their own rows need."""
+    suites = map(read_suite, sorted(shipped("eval/suites").glob("*.yaml")))
+    return next((suite.max_length for suite in suites if set(names) <= set(suite.tasks)), None)
+
+
 def own_tasks_path() -> Path:
     """The project's folder of lm-eval tasks: what `--include_path` of plain lm-eval takes."""
     return shipped("eval/tasks")

@@ -108,11 +108,14 @@ def _check_checkpoint(folder: Path) -> None:
         hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
         raise ValueError(f"{folder}: not a checkpoint folder{hint}")
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kind, classes = settings.get("model_type"), settings.get("architectures") or []
     except (json.JSONDecodeError, AttributeError):
         raise ValueError(f"{config}: not a JSON object") from None
     if kind != LRNNForCausalLM.config_class.model_type:
         raise ValueError(f"{folder}: its model_type is {kind!r}, and only 'lrnn' models can be exported")
+    if classes and LRNNForCausalLM.__name__ not in classes:
+        raise ValueError(f"{folder}: holds {classes[0]}, and only language models can be exported")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: model.safetensors is missing; take another checkpoint of the run")
     if not (folder / "tokenizer_config.json").is_file():

@@ -244,6 +244,8 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
     ) -> None:
         """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
         given = model_kwargs.get("past_key_values") is not None
+        if given:
+            check_cache(self.config, model_kwargs["past_key_values"])
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lrnn_lm.cli import main
-from lrnn_lm.evaluate.compare import beside
+from lrnn_lm.evaluate.compare import beside, folders
 from lrnn_lm.evaluate.score_plot import arrange, draw_scores
 
 
@@ -63,3 +63,15 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     assert "given once" in capsys.readouterr().err
     assert evaluate(checkpoint, tmp_path / "none") == 2
     assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_each_of_several_has_a_folder(tmp_path):
+    """Two runs' checkpoints may be of one step, and then files of one name."""
+    for run in "ab":
+        place = tmp_path / run / "checkpoints" / "step-00000001"
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+    both = [tmp_path / run / "checkpoints" / "step-00000001" for run in "ab"]
+    assert folders(both, tmp_path / "out") == [tmp_path / "out" / "a", tmp_path / "out" / "b"]
+    assert folders(both[:1], tmp_path / "out") == [tmp_path / "out"]
+    assert folders(both, None) == [None, None]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -277,9 +278,32 @@ def test_what_is_not_a_checkpoint_is_told(checkpoint, tmp_path):
         evaluate(tmp_path, BOTH)
     broken = tmp_path / "broken"
     broken.mkdir()
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken/config\.json: not a JSON object"):
+        load_checkpoint(broken, "cpu")
     (broken / "config.json").write_text("{}")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be loaded"):
         evaluate(broken, BOTH, data=checkpoint.parent.parent)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer"])
+def test_a_missing_file_is_named(checkpoint, tmp_path, missing):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    for file in copy.glob(f"{missing}*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"copy: {missing}.* is missing; copy the folder anew"):
+        load_checkpoint(copy, "cpu")
+
+
+def test_weights_of_other_sizes_than_the_configs(checkpoint, tmp_path):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+    with pytest.raises(ValueError, match=r"do not have the sizes of its config\.json") as error:
+        load_checkpoint(copy, "cpu")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("read_once")

@@ -4,11 +4,12 @@ import json
 
 import datasets
 import pytest
+from lm_eval.api.metrics import unweighted_mean_stderr
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.offline import blimp_dataset, pages
+from lrnn_lm.evaluate.offline import blimp_dataset, lambada_dataset, pages, wikitext_dataset
 
 ARTICLE = (
     " \n = {0} = \n \n {0} is a river @-@ town , and {0} 's bridge ( old ) has 1 @,@ 000 stones . \n \n"
@@ -89,13 +90,16 @@ def upstream(gpt2, folder, monkeypatch):
     results = lm_eval.simple_evaluate(
         model, tasks=list(UPSTREAM), task_manager=TaskManager(), bootstrap_iters=100, log_samples=False
     )
-    return {(task, metric): value for task, metric, value, _ in flatten(results)}
+    found = flatten(results)
+    return {(task, metric): value for task, metric, value, _ in found}, {
+        (task, metric): error for task, metric, _, error in found
+    }
 
 
 def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     ours = evaluate(gpt2, [], suite="offline", data=folder, output=tmp_path, batch_size=4, device="cpu")
     got = {(task, metric): value for task, metric, value, _ in flatten(ours)}
-    want = upstream(gpt2, folder, monkeypatch)
+    want, errors = upstream(gpt2, folder, monkeypatch)
     for metric in ("perplexity", "acc"):
         assert got["offline_lambada", metric] == pytest.approx(
             want["lambada_openai", metric], abs=1e-6, rel=1e-6
@@ -106,6 +110,10 @@ def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     assert [got["offline_blimp", f"acc_{name}"] for name in PARADIGMS] == pytest.approx(each, abs=1e-6)
     assert got["offline_blimp", "acc"] == pytest.approx(sum(each) / len(each), abs=1e-6)
     assert 0 < got["offline_blimp", "acc"] < 1, "a score that tells something"
+    error = next(row[3] for row in flatten(ours) if row[:2] == ("offline_blimp", "acc"))
+    each = [errors[f"blimp_{name}", "acc"] for name in PARADIGMS]
+    assert error == pytest.approx(unweighted_mean_stderr(each), abs=1e-9)  # as of upstream's group
+    assert error > 0
 
 
 def test_pages_are_cut_at_titles_only():
@@ -146,3 +154,32 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "blimp" / "x.jsonl").write_text('{"sentence_good": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 is not .*sentence_bad"):
         blimp_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "holds no documents"),
+    (b"\n\n", "holds no documents"),
+    (b"\xff\xfe", "not a UTF-8 text file"),
+    (b'{"text": 5}\n', 'line 1 is not a JSON object with texts "text"'),
+    (b'{"text": "a b"}\n["text"]\n', "line 2 is not"),
+])  # fmt: skip
+def test_files_that_hold_no_passages(tmp_path, content, message):
+    (tmp_path / "lambada_openai.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        lambada_dataset(str(tmp_path))
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    text = "one\u2028two three"
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "lambada_openai.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert list(lambada_dataset(str(tmp_path))["test"]) == [{"text": text}]
+
+
+def test_empty_files_hold_no_documents(tmp_path):
+    (tmp_path / "wikitext2_test.txt").write_text("\n")
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "x.jsonl").write_text("")
+    for make in (wikitext_dataset, blimp_dataset):
+        with pytest.raises(ValueError, match="holds no documents"):
+            make(str(tmp_path))

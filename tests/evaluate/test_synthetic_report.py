@@ -1,5 +1,7 @@
 """Reports of synthetic runs."""
 
+import shutil
+
 import pytest
 from rich.console import Console
 
@@ -32,13 +34,29 @@ def test_a_row_a_model_and_a_column_a_task(runs):
     header, rows = synthetic_table(found)
     assert header == ["model", "compression x 32", "parity x 32"]
     assert len(rows) == 1
-    assert rows[0][0] == "bd_lru (block_size 4, gate softmax), width 8"
+    assert rows[0][0] == "bd_lru (block_size 4, gate softmax), 2 x 8, SwiGLU 8"
     best = max(
         sum(run.last("accuracy") for run in found if run.name in (f"parity-0-{lr}", f"parity-1-{lr}")) / 2
         for lr in (1e-3, 1e-2)
     )
     assert rows[0][2].startswith(f"{best:.4f} ± ")
     assert synthetic_table(found[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rows"),
+    [("num_hidden_layers: 2", "num_hidden_layers: 3", 2), ("- 0.98", "- 0.95", 1), ("seed: 0", "seed: 2", 1)],
+)
+def test_only_seeds_are_averaged(runs, tmp_path, old, new, rows):
+    """A model of another depth is a row of its own; other betas are another try; both are no other seed."""
+    first = next(path for path in runs if path.name.startswith("parity-0"))
+    shutil.copytree(first, tmp_path / "other", symlinks=True)
+    recipe = first / "recipe.yaml"
+    assert old in recipe.read_text()
+    (tmp_path / "other" / "recipe.yaml").write_text(recipe.read_text().replace(old, new, 1))
+    _, found = synthetic_table([read_run(first), read_run(tmp_path / "other")])
+    assert len(found) == rows
+    assert ("±" in found[0][1]) == old.startswith("seed")
 
 
 def test_report_shows_accuracy_in_place_of_bits(runs, tmp_path):

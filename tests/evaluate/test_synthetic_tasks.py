@@ -1,6 +1,7 @@
 """State, MAD and long-context tasks through lm-eval; a checkpoint trained on a task meets its own symbols."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def test_a_trained_checkpoint_is_asked_what_it_was_trained_for(parity, tmp_path)
     assert got["state_parity", "acc"] == pytest.approx(
         np.mean([got["state_parity", f"acc_{length}"] for length in lengths])
     )
+
+
+def test_rows_beyond_the_training_length_are_read_whole(parity, tmp_path):
+    """Cut to the 8 steps that the run trained on, no question about 32 to 512 of them has an answer."""
+    found = evaluate(parity, ["state_parity"], limit=10, output=tmp_path, device="cpu")
+    assert found["settings"]["truncated_requests"] == 0
+    assert found["settings"]["max_length"] == read_suite("state").max_length
+    found = evaluate(parity, ["state_parity"], limit=2, lengths=[5000], output=tmp_path, device="cpu")
+    assert found["settings"]["truncated_requests"] == 0
 
 
 def test_any_language_model_can_be_asked(checkpoint, tmp_path):
@@ -119,3 +129,21 @@ def test_a_checkpoint_of_a_smaller_task(parity, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(parity), "--tasks", "state_s55"])
     assert "did you mean state_s5" in capsys.readouterr().err
+
+
+def test_a_folder_outside_its_run_knows_its_symbols(parity, tmp_path, capsys):
+    """Its tokenizer reads a symbol that it does not know as 0: S5 would be a row of zeros, and guessed."""
+    folder = tmp_path / "alone"
+    shutil.copytree(parity.resolve(), folder)
+
+    def left(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            main(["eval", str(folder), "--device", "cpu", "--output", str(tmp_path), *arguments])
+        return exit.value.code
+
+    assert left("--tasks", "state_s5") == 2
+    assert "was trained on 2" in capsys.readouterr().err
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "x.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    assert left("--tasks", "offline_blimp", "--data", str(tmp_path)) == 2
+    assert "neither BOS nor EOS" in capsys.readouterr().err

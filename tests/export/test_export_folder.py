@@ -94,6 +94,9 @@ def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded as a model") as error:
         export(copy, tmp_path / "out")
     assert "\n" not in str(error.value)
+    (copy / "config.json").write_text('{"model_type": "lrnn", "architectures": ["LRNNForReconstruction"]}')
+    with pytest.raises(ValueError, match="LRNNForReconstruction, and only language models"):
+        export(copy, tmp_path / "out")
     (copy / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type is 'llama', and only 'lrnn'"):
         export(copy, tmp_path / "out")

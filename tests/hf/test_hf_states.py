@@ -168,3 +168,10 @@ def test_a_cache_of_more_sequences_is_refused(name):
 def test_tuples_are_no_caches():
     with pytest.raises(ValueError, match=r"tuple, not a cache; use DynamicCache"):
         small_model("bd_lru")(tokens(), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
+def test_a_cache_without_layers_is_refused_by_generate(name):
+    """`DynamicCache()` knows of no layer until one writes keys and values to it."""
+    with pytest.raises(ValueError, match=r"does not fit .* use DynamicCache\(config=model.config\)"):
+        small_model(name).generate(tokens(), past_key_values=DynamicCache(), max_new_tokens=2)
