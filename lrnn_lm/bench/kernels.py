@@ -10,7 +10,7 @@ Legend: B batch, T time, N blocks or channels, M block size or order, D model wi
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -104,26 +104,36 @@ class Row:
     shape: dict[str, Any] = field(default_factory=dict)
 
 
-def compile_ahead(cases: Sequence[tuple[Shape, int, int]], workers: int) -> dict[str, float]:
-    """Seconds of the first call of each (shape, B, T), forward and backward, in processes of their own.
+def compile_ahead(cases: Sequence[Callable[[], None]], workers: int) -> list[float]:
+    """Seconds of the first call of each case, in processes of their own.
 
     They fill Triton's cache on disk side by side, so that measuring waits for no compiler; a case alone on a
     machine takes a half to a third of what it takes in this crowd.
     """
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        seconds = pool.map(_first_call, *zip(*cases, strict=True))
-        return {f"{shape.label()}, B {B}": taken for (shape, B, _), taken in zip(cases, seconds, strict=True)}
+        return list(pool.map(_seconds_of, cases))
 
 
-def _first_call(shape: Shape, B: int, T: int) -> float:
-    device = torch.device("cuda")
-    planes = shape.planes(B, T, torch.bfloat16, device).requires_grad_()
+def _seconds_of(case: Callable[[], None]) -> float:
+    torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     started = time.perf_counter()
-    h = shape.scan_planes(planes)
-    h.backward(torch.ones(h.shape, device=device, dtype=h.dtype))  # contiguous, as a projection's gradient is
+    case()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def first_scan(shape: Shape, B: int, T: int) -> None:
+    """A scan, forward and backward, as `bench_scan` launches it."""
+    device = torch.device("cuda")
+    planes = shape.planes(B, T, torch.bfloat16, device).requires_grad_()
+    h = shape.scan_planes(planes)
+    h.backward(torch.ones(h.shape, device=device, dtype=h.dtype))  # contiguous, as a projection's gradient is
+
+
+def first_layer(shape: Shape) -> None:
+    """A layer's step."""
+    layer_step(shape, torch.device("cuda"))[0]()
 
 
 def make_inputs(
@@ -176,19 +186,24 @@ def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: t
     )  # fmt: skip
 
 
-def bench_layer(shape: Shape, limits: dict[str, float], device: torch.device) -> Row:
-    """A whole mixer, projections included, forward and backward, bf16 parameters; share = floor / time."""
-    B, T = LAYER_BATCH, LAYER_LENGTH
+def layer_step(shape: Shape, device: torch.device) -> tuple[Callable[[], Any], int]:
+    """Forward and backward of a whole mixer with bf16 parameters; how many its matrices have."""
     mixer = build_mixer(shape.mixer(), WIDTH).to(device, torch.bfloat16)
-    x = torch.randn(B, T, WIDTH, device=device, dtype=torch.bfloat16).requires_grad_()
+    x = torch.randn(LAYER_BATCH, LAYER_LENGTH, WIDTH, device=device, dtype=torch.bfloat16).requires_grad_()
     grad = torch.randn_like(x)
     wanted = [x, *mixer.parameters()]
 
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(mixer(x, None, SequenceContext())[0], wanted, grad)
 
+    return step, sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
+
+
+def bench_layer(shape: Shape, limits: dict[str, float], device: torch.device) -> Row:
+    """A whole mixer, projections included, forward and backward, bf16 parameters; ratio = time / floor."""
+    B, T = LAYER_BATCH, LAYER_LENGTH
+    step, weights = layer_step(shape, device)
     taken = measure.gpu_seconds(step)
-    weights = sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
     floor = 6 * B * T * weights / limits["matmul_flops_per_second"]
     floor += sum(shape.moved_bytes(B, T, 2)) / limits["copy_bytes_per_second"]
     return Row(
@@ -270,60 +285,72 @@ def run(
     where = measure.pick_device(device)
     torch.manual_seed(0)
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
+    rows: list[Row] = []
     if where.type == "cpu":
-        rows = [row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256)]
         result["about"]["threads"] = 1
+        made: Iterable[Row] = (row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256))
     else:
-        limits = result["ceilings"] = measure.ceilings(where)
-        print(
-            f"{result['about']['device']}: copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"bf16 matmul {limits['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
-        )
-        rows = gpu_rows(limits, where, tokens, length, long_length, peers, layers)
+        made = gpu_rows(result, where, tokens, length, long_length, peers, layers)
+    for row in made:  # written as they come: a run that is cut keeps what it has
+        rows.append(row)
+        result["rows"].append({k: v for k, v in asdict(row).items() if v not in (None, "", {})})
+        if output is not None:
+            measure.write_json(output, result)
     _print(rows)
-    result["rows"] = [{k: v for k, v in asdict(row).items() if v not in (None, "", {})} for row in rows]
-    if output is not None:
-        measure.write_json(output, result)
     return result
 
 
 def gpu_rows(
-    limits: dict[str, float],
+    result: dict[str, Any],
     device: torch.device,
     tokens: int,
     length: int,
     long_length: int,
     peers: bool,
     layers: bool,
-) -> list[Row]:
-    """Scans at full batch and at B 1, layers, peers."""
-    batches = {tokens // length: 64, LAYER_BATCH: 64, 1: long_length}  # as short as launches stay the same
-    cases = [(shape, B, T) for B, T in batches.items() for shape in PAPER_SHAPES]
+) -> Iterator[Row]:
+    """Scans at full batch and at B 1, layers, peers; the machine's limits go to `result`."""
+    shapes, full = PAPER_SHAPES, tokens // length
+    batches = {1: long_length, full: 64}  # as short as launches stay the same
+    cases = {f"{s.label()}, B {B}": partial(first_scan, s, B, T) for B, T in batches.items() for s in shapes}
+    if layers:
+        cases |= {f"layer {s.label()}": partial(first_layer, s) for s in shapes}
     started = time.perf_counter()
-    first = compile_ahead(cases, max(1, min(24, (os.cpu_count() or 2) - 2)))
-    slowest = max(first, key=lambda name: first[name])
+    first = compile_ahead(list(cases.values()), max(1, min(24, (os.cpu_count() or 2) - 2)))
+    result["first_calls"] = dict(zip(cases, first, strict=True))
+    slowest = max(cases, key=lambda name: result["first_calls"][name])
     print(
         f"first calls, side by side: {time.perf_counter() - started:.0f} s in all, longest {slowest} "
-        f"{first[slowest]:.0f} s"
+        f"{result['first_calls'][slowest]:.0f} s",
+        flush=True,
     )
-    rows = [bench_scan(shape, tokens // length, length, limits, device) for shape in PAPER_SHAPES]
-    rows += [bench_scan(shape, 1, long_length, limits, device) for shape in PAPER_SHAPES]
+    limits = result["ceilings"] = measure.ceilings(device)
+    print(
+        f"{result['about']['device']}: copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"bf16 matmul {limits['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s",
+        flush=True,
+    )
+    yield from (bench_scan(shape, full, length, limits, device) for shape in shapes)
+    yield from (bench_scan(shape, 1, long_length, limits, device) for shape in shapes)
     if layers:
-        rows += [bench_layer(shape, limits, device) for shape in PAPER_SHAPES]
+        yield from (bench_layer(shape, limits, device) for shape in shapes)
     if peers:
-        B, T = PEER_BATCH, PEER_LENGTH
-        for shape in PAPER_SHAPES:
-            if shape.M in (1, 4):
-                rows.append(bench_scan(shape, B, T, limits, device))
-                gates, values, _ = make_inputs(shape, B, T, torch.bfloat16, device)
-                compiled = shape.M == 1  # compiling a product of 4 x 4 matrices takes minutes
-                peer = partial(associative_peer, shape.family, gates, values, compiled)
-                rows.append(bench_peer(peer, B, T))
-        if reason := fla_obstacle():
-            rows.append(Row("fla", B, T, note=reason))
-        else:
-            rows += [bench_peer(build, B, T) for build in fla_peers(B, T, 2112, device)]
-    return rows
+        yield from peer_rows(limits, device)
+
+
+def peer_rows(limits: dict[str, float], device: torch.device) -> Iterator[Row]:
+    """Our scans at M 1 and 4, and beside them the same mathematics by matrices, and fla's kernels."""
+    B, T = PEER_BATCH, PEER_LENGTH
+    for shape in PAPER_SHAPES:
+        if shape.M in (1, 4):
+            yield bench_scan(shape, B, T, limits, device)
+            gates, values, _ = make_inputs(shape, B, T, torch.bfloat16, device)
+            compiled = shape.M == 1  # compiling a product of 4 x 4 matrices takes minutes
+            yield bench_peer(partial(associative_peer, shape.family, gates, values, compiled), B, T)
+    if reason := fla_obstacle():
+        yield Row("fla", B, T, note=reason)
+    else:
+        yield from (bench_peer(build, B, T) for build in fla_peers(B, T, 2112, device))
 
 
 def _print(rows: list[Row]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, Rotary, SequenceContext, check_sizes
 
 
 class AttentionWeights(nn.Module):
@@ -53,8 +53,10 @@ class Attention(Mixer):
             proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, d)
-        cos, sin = rotary_angles(context.positions, self.head_dim, self.rope_theta)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        rotary = context.rotary
+        if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
+            rotary = self.rotary(context.positions)
+        q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
         if state is not None:
             k, v = state.update(k, v)  # (B, H, S, d)
         mask = context.attention_mask
@@ -64,6 +66,12 @@ class Attention(Mixer):
             causal = mask is None and T > 1
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """The angles of these positions, the same in every layer of this kind: a model makes them once."""
+        return Rotary(
+            self.head_dim, self.rope_theta, *rotary_angles(positions, self.head_dim, self.rope_theta)
+        )
 
     def cost(self, context_length: int) -> MixerCost:
         """Scores and their weighted sum over, on average, half the context."""

@@ -6,7 +6,7 @@ Legend: B batch, T time, D model width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,15 @@ def joined(lent: list[tuple[JointProjections, tuple[Tensor, Tensor | None]]]) ->
             module.joint = None
 
 
+class Rotary(NamedTuple):
+    """cos and sin, each (B or 1, 1, T, head_dim / 2), of positions in a rotary embedding of base theta."""
+
+    head_dim: int
+    theta: float
+    cos: Tensor
+    sin: Tensor
+
+
 @dataclass(frozen=True)
 class SequenceContext:
     """What a mixer may need to know of its positions.
@@ -130,6 +139,7 @@ class SequenceContext:
     positions: (B or 1, T) index of each token in its sequence.
     keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
     attention_weights: whether attention is computed through its weights, so that they can be recorded.
+    rotary: of these positions, for attention layers that have such angles; others make their own.
     """
 
     reset: Tensor | None = None
@@ -137,6 +147,7 @@ class SequenceContext:
     positions: Tensor | None = None
     keep_state: bool = True
     attention_weights: bool = False
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ Legend: B batch, T time, D model width, V vocabulary.
 """
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,25 +16,13 @@ IGNORE = -100  # label of a position without a target
 
 
 CACHED_LOGITS = 1 << 20  # of a chunk on a CPU: what stays in its caches
-_compiled: list[Callable[..., tuple[Tensor, Tensor]]] = []  # `_by_elements`, once it has been compiled
-
-
-def _by_elements(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed nats () of logits (t, V), and their gradient: softmax minus one-hot, nothing without a target.
-
-    Written for a compiler, which makes two passes over the logits of it: one for the sums, one that writes.
-    """
-    x = logits.float() if logits.dtype != torch.float64 else logits
-    valid = (labels != IGNORE).unsqueeze(1)
-    target = labels.unsqueeze(1)  # IGNORE is no column
-    log_z = x.logsumexp(dim=1, keepdim=True)
-    hit = torch.arange(x.shape[1], device=x.device) == target
-    nats = (torch.where(valid, log_z, 0) - torch.where(hit, x, 0).sum(dim=1, keepdim=True)).sum()
-    return nats, torch.where(valid, (x - log_z).exp() - hit.to(x.dtype), 0).to(logits.dtype)
 
 
 def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by few operators of torch: one exponential a logit, softmax's, a row at a time in cache."""
+    """Summed nats () of logits (t, V), and their gradient: softmax minus one-hot, nothing without a target.
+
+    Few operators of torch: one exponential a logit, softmax's, a row at a time in cache.
+    """
     x = logits.float() if logits.dtype != torch.float64 else logits
     valid = labels != IGNORE
     target = labels.where(valid, 0).unsqueeze(1)
@@ -53,16 +40,13 @@ def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nats_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The faster of both: on a GPU the passes over the logits are what this loss costs."""
-    if not logits.is_cuda or importlib.util.find_spec("triton") is None:
+    """The same; on a GPU, where passes over the logits are the cost, by a kernel that overwrites them."""
+    fused = logits.is_cuda and logits.dtype != torch.float64 and not torch.compiler.is_compiling()
+    if not fused or importlib.util.find_spec("triton") is None:
         return _by_operators(logits, labels)
-    if torch.compiler.is_compiling():
-        return _by_elements(logits, labels)
-    if not _compiled:
-        _compiled.append(torch.compile(_by_elements))
-    for x in (logits, labels):
-        torch._dynamo.maybe_mark_dynamic(x, 0)  # the last chunk is shorter
-    return _compiled[0](logits, labels)
+    from ..kernels.cross_entropy import cross_entropy_in_place  # triton is imported only where it runs
+
+    return cross_entropy_in_place(logits, labels, IGNORE), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -159,11 +159,12 @@ class LRNNModel(LRNNPreTrainedModel):
         counted = position_ids is None
         if counted:
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        rotary = self.layers[layer_idx].mixer.rotary(position_ids)
         visible = _same_document(documents, layer, past, x)
         eager = self.config._attn_implementation == "eager"
         if counted and visible is None and attention_mask is None and layer is None and not eager:
             # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
-            return SequenceContext(reset, None, position_ids, keep_state)
+            return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -173,7 +174,7 @@ class LRNNModel(LRNNPreTrainedModel):
             and_mask_function=visible,
             layer_idx=layer_idx,
         )
-        return SequenceContext(reset, mask, position_ids, keep_state, attention_weights=eager)
+        return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
 
 
 def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:

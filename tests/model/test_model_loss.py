@@ -4,11 +4,9 @@ import pytest
 import torch
 from small_models import NAMES, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrnn_lm.model import loss
 from lrnn_lm.model.loss import IGNORE, linear_cross_entropy, shift_labels
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
@@ -87,25 +85,6 @@ def test_frozen_parts_and_no_gradients():
     assert counter.get_total_flops() == 2 * 21 * 8 * 19, "validation pays for the logits alone"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_form_for_a_compiler_is_the_same(dtype):
-    """What a GPU runs, compiled; chunks of any length share one graph."""
-    torch.compiler.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(loss._by_elements, backend=graphs, fullgraph=True)
-    for rows in (6, 9, 4):
-        logits = 3 * torch.randn(rows, 19, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        labels = torch.arange(rows).where(torch.arange(rows) % 3 > 0, IGNORE)
-        want = loss._by_operators(logits.clone(), labels)
-        for x in (logits, labels):
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-        for got in (loss._by_elements(logits, labels), compiled(logits, labels)):
-            close(got[0], want[0], 1e-4)
-            close(got[1], want[1], 1e-2 if dtype == torch.bfloat16 else 1e-6)
-            assert got[1].dtype == dtype
-    assert graphs.frame_count == 1
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_models_loss_is_the_logits_cross_entropy(name):
     model, ids = small_model(name), tokens()
@@ -136,8 +115,8 @@ def test_gradients_of_the_whole_model(tied):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [4096, 5000])
-def test_compiled_on_a_gpu(rows):
-    """The compiled passes over bf16 logits against torch's loss in fp32; the last chunk is a short one."""
+def test_fused_on_a_gpu(rows):
+    """The fused passes over bf16 logits against torch's loss in fp32; the last chunk is a short one."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     torch.manual_seed(0)

@@ -1,0 +1,58 @@
+"""The fused cross-entropy against torch's in fp64, in the interpreter and natively."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("triton")
+
+IGNORE = -100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
+
+
+def both(logits, labels):
+    """(nats, gradient) of ours and of torch's in fp64."""
+    from lrnn_lm.kernels.cross_entropy import cross_entropy_in_place
+
+    exact = logits.double().requires_grad_()
+    nats = functional.cross_entropy(exact, labels, ignore_index=IGNORE, reduction="sum")
+    (gradient,) = torch.autograd.grad(nats, exact)
+    logits, labels = logits.clone().to(DEVICE), labels.to(DEVICE)
+    ours = cross_entropy_in_place(logits, labels, IGNORE)
+    return (ours.cpu().double(), logits.cpu().double()), (nats.detach(), gradient)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [19, 256, 700])
+def test_value_and_gradient(dtype, tolerance, columns):
+    generator = torch.Generator().manual_seed(columns)
+    logits = (4 * torch.randn(7, columns, generator=generator)).to(dtype)
+    labels = torch.randint(0, columns, (7,), generator=generator)
+    labels[2] = IGNORE
+    (nats, gradient), (wanted_nats, wanted) = both(logits, labels)
+    assert abs(nats - wanted_nats) <= 2e-6 * wanted_nats
+    assert (gradient - wanted).norm() <= tolerance * wanted.norm()
+    assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 80.0, 1e4])
+def test_extreme_logits(scale):
+    """All equal, far apart, and so far that most exponentials are zero."""
+    logits = scale * torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    (nats, gradient), (wanted_nats, wanted) = both(logits, torch.arange(5))
+    assert abs(nats - wanted_nats) <= 2e-6 * wanted_nats
+    assert (gradient - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+def test_rows_that_are_not_adjacent_and_labels_that_are_no_column():
+    from lrnn_lm.kernels.cross_entropy import cross_entropy_in_place
+
+    wide = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    (nats, gradient), _ = both(wide[:, :17], torch.arange(3))
+    rows = wide.clone().to(DEVICE)
+    ours = cross_entropy_in_place(rows[:, :17], torch.arange(3, device=DEVICE), IGNORE)
+    assert ours.item() == pytest.approx(nats.item())
+    assert torch.equal(rows[:, :17].cpu().double(), gradient)
+    assert torch.equal(rows[:, 17:].cpu(), wide[:, 17:])
+    assert cross_entropy_in_place(rows, torch.full((3,), 40, device=DEVICE), IGNORE).isnan()
