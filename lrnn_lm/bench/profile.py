@@ -18,8 +18,8 @@ KINDS = (  # the first that fits
     ("attention", r"flash|fmha|attention|sdpa"),
     ("products", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|s16816|wgmma|aten::(add|b)?mm|aten::mv"),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
+    ("compiled elementwise", r"^triton_"),  # also those that cast or join on the way
     ("copies", r"memcpy|memset|copy_|aten::cat|CatArray"),
-    ("compiled elementwise", r"^triton_"),
 )
 OTHER = "other elementwise"
 # Spans that programs name, on a GPU's timeline too: what is in them is counted by itself.
