@@ -35,7 +35,7 @@ MOST_LANES, LEAST_TAPS = 4, 4
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
 ROWS_PER_SM = 96  # a scan of as many rows keeps an SM busy enough
-LANES_PER_SM = 256  # what chunks fill an SM to
+LANES_PER_SM = 256  # what chunks fill an SM to, one lane a block of one row; blocks of more rows: half
 
 
 class Launch:
@@ -154,6 +154,6 @@ def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.devic
     processors = multiprocessors(device)
     if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * processors:
         return T, 1
-    wanted = LANES_PER_SM * processors // groups
+    wanted = (LANES_PER_SM if rows == 1 else LANES_PER_SM // 2) * processors // groups
     chunk = max(SHORTEST_CHUNK, triton.cdiv(T, max(1, wanted)))
     return chunk, triton.cdiv(T, chunk)
