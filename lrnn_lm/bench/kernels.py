@@ -291,12 +291,16 @@ def run(
         made: Iterable[Row] = (row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256))
     else:
         made = gpu_rows(result, where, tokens, length, long_length, peers, layers)
+    started = time.perf_counter()
     for row in made:  # written as they come: a run that is cut keeps what it has
+        print(f"{row.what}, B {row.B}, T {row.T}: after {time.perf_counter() - started:.1f} s", flush=True)
         rows.append(row)
         result["rows"].append({k: v for k, v in asdict(row).items() if v not in (None, "", {})})
         if output is not None:
             measure.write_json(output, result)
     _print(rows)
+    if output is not None:
+        print(f"written: {output}")
     return result
 
 

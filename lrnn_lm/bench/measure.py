@@ -129,4 +129,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 def write_json(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")

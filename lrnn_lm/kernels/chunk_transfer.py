@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import INTERPRETED, LANES, groups_in_flight, multiprocessors, on_device
+from .triton_launch import (
+    INTERPRETED,
+    LANES,
+    batch_alignment,
+    groups_in_flight,
+    multiprocessors,
+    on_device,
+)
 from .triton_rows import cleared, gate_rows, renewed, step_flags, tile_of, unstack, wide
 
 
@@ -61,9 +68,9 @@ def _block_group(
 def block_transfer_kernel(
     gates, x_in, flags, out, T, chunk, n_chunks, tiles, g_b, x_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
-    X_T: tl.constexpr, X_N: tl.constexpr, X_I: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
+    X_T: tl.constexpr, X_N: tl.constexpr, X_I: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """BD-LRU: P and q of one chunk. x_in (B, T, N, M) is v, or g if REVERSE; out (B, C, K, N, M) fp32.
 
@@ -74,13 +81,15 @@ def block_transfer_kernel(
     lane = tl.arange(0, WIDTH)
     b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
     n, i = place // MP, place % MP
-    spot = place if MP == M else n * M + i
-    valid = ((n < N) & (i < M))[None, :]
+    if MP == M:
+        spot, valid = place, (place < N * M)[None, :]
+    else:
+        spot, valid = n * M + i, ((n < N) & (i < M))[None, :]
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    z_at = gates + b * g_b + (spot * G_I if G_N == G_I * M else n * G_N + i * G_I)
+    z_at = gates + tl.multiple_of(b * g_b, ALIGN) + (spot * G_I if G_N == G_I * M else n * G_N + i * G_I)
     a_at = z_at + M * G_K
-    x_at = x_in + b * x_b + (spot * X_I if X_N == X_I * M else n * X_N + i * X_I)
+    x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + (spot * X_I if X_N == X_I * M else n * X_N + i * X_I)
     flags_at = flags + b * T if HAS_RESET else flags
     pq = ()
     for j in tl.static_range(M * M + M):
@@ -153,8 +162,9 @@ def _channel_group(
 def channel_transfer_kernel(
     gates, x_in, flags, out, T, chunk, n_chunks, tiles, g_b, x_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, X_T: tl.constexpr, X_N: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows; program axis 1 =
     columns.
@@ -172,9 +182,9 @@ def channel_transfer_kernel(
     end = tl.minimum(begin + chunk, T)
     inside = n < N
     valid = inside[None, :]
-    z_at = gates + b * g_b + n * G_N
+    z_at = gates + tl.multiple_of(b * g_b, ALIGN) + n * G_N
     a_at = z_at + M * G_K
-    x_at = x_in + b * x_b + n * X_N
+    x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + n * X_N
     flags_at = flags + b * T if HAS_RESET else flags
     windows, q = (), ()  # windows[k * M + i]: column k's value i steps ago
     zero = tl.zeros([WIDTH], tl.float32)
@@ -227,8 +237,9 @@ def _transfer(
         kernel[(tiles * B * n_chunks, columns_axis)](
             gates, x, None if reset is None else reset.to(torch.int32), out, T, chunk, n_chunks, tiles,
             gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(-1),
-            X_T=x.stride(1), X_N=x.stride(2), N=N, M=M, STEPS=steps, STAGES=stages, WIDTH=width, GATE=gate,
-            REVERSE=reverse, HAS_RESET=reset is not None, num_warps=1, enable_fp_fusion=True, **options,
+            X_T=x.stride(1), X_N=x.stride(2), ALIGN=batch_alignment(gates, x), N=N, M=M, STEPS=steps,
+            STAGES=stages, WIDTH=width, GATE=gate, REVERSE=reverse, HAS_RESET=reset is not None, num_warps=1,
+            enable_fp_fusion=True, **options,
         )  # fmt: skip
     return out.permute(0, 1, 3, 4, 2)
 

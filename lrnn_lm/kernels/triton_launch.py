@@ -70,15 +70,13 @@ class Launch:
         self.tiles = triton.cdiv(positions, width * own)
         self.grid = (self.tiles * count,)
         self.device = on_device(like)
-        # What the compiler may know of batch strides; those of time and gates it sees.
-        align = math.gcd(8, *(x.stride(0) for x in inputs)) if like.shape[0] > 1 else 8
         self.options: dict[str, Any] = {
             "SHARE": share,
             "P": own,
             "STEPS": steps,
             "STAGES": stages,
             "WIDTH": width,
-            "ALIGN": align,
+            "ALIGN": batch_alignment(*inputs),
             "num_warps": 1,
             # Contracting a * b + c is what the error bounds were measured with; newer Triton no longer does
             # so unasked.
@@ -133,6 +131,13 @@ def lanes_per_row(M: int, whole: int, warps: float) -> int:
 def groups_in_flight(group_bytes: float, backward: bool) -> int:
     """Groups of steps whose loads are under way, and the one at work; `group_bytes`: of one group, an SM."""
     return 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
+
+
+def batch_alignment(*inputs: Tensor) -> int:
+    """What batch strides are multiples of, up to 8, as the compiler may know; those of time and gates it
+    sees. Without it no load is wider than an element, nor fetched ahead.
+    """
+    return math.gcd(8, *(x.stride(0) for x in inputs)) if inputs[0].shape[0] > 1 else 8
 
 
 def multiprocessors(device: torch.device) -> int:
