@@ -35,9 +35,12 @@ def draw_states(jobs: list[Job], found: dict[str, dict[str, Any]], path: Path) -
                 if (task, model) in chosen:
                     _draw_model(axes, i, model, chosen[task, model])
             _finish(axes, task, chosen[task, next(m for t, m in chosen if t == task)][0])
-        handles, labels = row[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
-        figure.savefig(path, dpi=140)
+        lines: dict[str, Any] = {}  # of every panel: not every model ran on every task
+        for axes in row:
+            lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        known = [model for model in models if model in lines]
+        figure.legend([lines[m] for m in known], known, loc="outside right upper", frameon=False)
+        figure.savefig(path, dpi=110)
     return True
 
 
