@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .checkpoint import CheckpointError, Position, read_position, verify
+from .checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
 from .parallel import like_parameter
 from .runtime import restore_random_state
 
@@ -200,7 +200,7 @@ def plain_folder(folder: Path) -> Iterator[Path]:
     damage = verify(folder)
     if damage is not None:
         raise ValueError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
-    with TemporaryDirectory(prefix=".plain-", dir=folder.parent) as scratch:
+    with room_for_copy(folder.parent), TemporaryDirectory(prefix=COPY, dir=folder.parent) as scratch:
         plain = Path(scratch) / folder.name
         shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer"))
         save_file(read_shards(folder), plain / "model.safetensors", metadata={"format": "pt"})

@@ -207,7 +207,13 @@ def test_a_sharded_checkpoint_is_exported(
     folder = recipe.parent / "runs/exported/checkpoints/latest"
     main_exits(2, "generate", folder, "--prompt", "the")
     assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
+    dead = folder.resolve().parent / f"{checkpoint.COPY}dead"  # of an export that was killed
+    with checkpoint.room_for_copy(dead.parent):
+        dead.mkdir()
+        main_exits(0, "export", folder, tmp_path / "meanwhile")
+        assert dead.exists()  # it may be that of the one under way
     main_exits(0, "export", folder, tmp_path / "plain")
+    assert not dead.exists()
     Ranks(recipe, 1, "name=exported", action=str(tmp_path / "held")).expect()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     held = load_file(tmp_path / "held")
