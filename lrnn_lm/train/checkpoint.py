@@ -89,6 +89,32 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Pa
     return final
 
 
+def add_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Put one more file into a finished checkpoint, unless its manifest has it: `write` makes it aside.
+
+    Nothing that the manifest names is touched, so the checkpoint is whole at every moment: the file appears
+    first, then in one go the manifest that names it. Raises OSError if the disk is full.
+    """
+    path = folder / "trainer" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if name in manifest["files"]:
+        return
+    aside, aside_manifest = folder / f".{name}.tmp", folder / ".manifest.json.tmp"
+    try:
+        write(aside)
+        fsync(aside)
+        os.replace(aside, folder / name)
+        fsync(folder)
+        manifest["files"] = dict(sorted({**manifest["files"], name: _facts(folder / name)}.items()))
+        aside_manifest.write_text(json.dumps(manifest, indent=1) + "\n")
+        fsync(aside_manifest)
+        os.replace(aside_manifest, path)
+        fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+        aside_manifest.unlink(missing_ok=True)
+
+
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
     """Have these files on disk, and their sizes and checksums beside them until the folder is published."""
     for path in files:
@@ -229,6 +255,8 @@ def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
     for leftover in checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in checkpoints.glob("step-*/.*.tmp"):
+        leftover.unlink(missing_ok=True)
     for link in ("latest", "best"):
         (checkpoints / f".{link}.tmp").unlink(missing_ok=True)
 

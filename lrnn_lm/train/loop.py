@@ -155,6 +155,7 @@ class Trainer:
     def _train(self) -> None:
         self._validate_if_due()  # a stop may have come before the validation of the step resumed from
         if self.finished:
+            self.saver.complete(self.position.step)
             return
         self.saver.warm_up()
         self.rows.restart(self.position)

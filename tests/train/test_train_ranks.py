@@ -227,6 +227,31 @@ def test_a_sharded_checkpoint_is_exported(
     assert not list(folder.resolve().parent.glob(".plain-*"))
 
 
+def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
+    recipe: Path,
+) -> None:
+    """Its end has the weights as one file; whatever a kill on the way leaves, the checkpoint is whole."""
+    from transformers import AutoModelForCausalLM
+
+    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=lowered", parallel="fsdp2", prank=stop).expect(85)
+    folder = (recipe.parent / "runs/lowered/checkpoints/latest").resolve()
+    assert not (folder / "model.safetensors").exists()
+    lowered = (f"train.tokens={3 * ROWS * 64}", "name=lowered")
+    for name in (".model.safetensors.tmp", "model.safetensors", ".manifest.json.tmp"):
+        (folder / name).write_bytes(b"torn")  # by kills: only what the manifest names counts
+    assert checkpoint.newest_valid(folder.parent, pytest.fail) == folder
+    said = Ranks(recipe, 2, *lowered, parallel="fsdp2").expect()
+    assert "was trained already: 3 steps" in said
+    assert checkpoint.verify(folder) is None
+    assert not list(folder.rglob(".*"))
+    model, shards = AutoModelForCausalLM.from_pretrained(folder), read_shards(folder)
+    assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
+    before = (folder / "model.safetensors").stat()
+    Ranks(recipe, 2, *lowered, parallel="fsdp2").expect()
+    assert (folder / "model.safetensors").stat() == before
+
+
 @pytest.mark.parametrize(
     ("parallel", "switch"),
     [
