@@ -54,12 +54,13 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
 
 
 def load_checkpoint(
-    checkpoint: str | Path, device: str = "auto"
+    checkpoint: str | Path, device: str = "auto", autoencoder: bool = False
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in evaluation mode and in the precision it is stored in, and its tokenizer.
 
-    device: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises ValueError for a folder that cannot be
-    loaded or a device that is not there.
+    device: auto (CUDA if there is any), cpu, cuda or cuda:N. autoencoder: whether that of the task
+    compression will do, too. Raises ValueError for a folder that cannot be loaded or a device that is not
+    there.
     """
     path = describe(checkpoint).path
     target = pick_device(device)
@@ -68,18 +69,21 @@ def load_checkpoint(
     from transformers.utils.logging import disable_progress_bar
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
+    from lrnn_lm.model import LRNNForReconstruction
 
     if not any(path.glob("*.safetensors")) and (path / "trainer" / "shards").is_dir():
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    if "LRNNForReconstruction" in _architectures(path, checkpoint):
+    encodes = "LRNNForReconstruction" in _architectures(path, checkpoint)
+    if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
     disable_progress_bar()  # it would stand between the user and a message, or the text
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        model_class = LRNNForReconstruction if encodes else AutoModelForCausalLM
+        model = model_class.from_pretrained(path, dtype="auto", local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error

@@ -77,7 +77,10 @@ def evaluate(
     with _quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
-            model, tokenizer = load_checkpoint(info.path, device)
+            model, tokenizer = load_checkpoint(info.path, device, autoencoder=True)
+        from .reconstruction import check_kind
+
+        check_kind(info.path, model, names)
         widest = chosen.max_length if chosen else usual_window(names)
         if widest is not None and lengths:
             widest = max(widest, TOKENS_A_STEP * max(lengths))
@@ -182,14 +185,19 @@ def _run(
     import lm_eval
 
     from .lm import LiveLM
+    from .reconstruction import Reconstruction, encodes
 
     training = model.training
     start = document_start(model, tokenizer)
     try:
         with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
-            lm = LiveLM(
-                model, tokenizer, batch_size=batch_size, max_length=max_length, start=start, team=team
-            )
+            lm: Any
+            if encodes(model):
+                lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
+            else:
+                lm = LiveLM(
+                    model, tokenizer, batch_size=batch_size, max_length=max_length, start=start, team=team
+                )
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=names,

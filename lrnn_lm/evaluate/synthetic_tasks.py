@@ -1,6 +1,7 @@
 """State tracking, formal languages and MAD as lm-eval tasks: what eval/tasks/synthetic names.
 
-A row's ids are written as numbers between blanks; asked is the label of its last position that has one. A
+A row's ids are written as numbers between blanks; asked is the label of its last position that has one, of
+an auto-encoder all labels. A
 checkpoint that was trained on the task meets its own symbols, options and labels: its tokenizer reads each
 number as one id. Any other language model meets a text of numbers.
 
@@ -52,7 +53,8 @@ def synthetic_dataset(
                 f"{known}{task_of_it}"
             )
         inputs, labels = made.rows(seed, "eval", np.arange(examples))
-        rows.append([_question(*pair, int(length)) for pair in zip(inputs, labels, strict=True)])
+        ask = _reading if made.kind.head == "autoencoder" else _question
+        rows.append([ask(*pair, int(length)) for pair in zip(inputs, labels, strict=True)])
     return {"test": Dataset.from_list([row for turn in zip(*rows, strict=True) for row in turn])}
 
 
@@ -60,6 +62,18 @@ def _question(inputs: Any, labels: Any, length: int) -> dict[str, Any]:
     last = int(np.nonzero(labels >= 0)[0][-1])
     context = " ".join(map(str, inputs[: last + 1]))
     return {"context": context, "answer": f" {labels[last]}", "length": length}
+
+
+def _reading(inputs: Any, labels: Any, length: int) -> dict[str, Any]:
+    context, answer = (" ".join(map(str, ids)) for ids in (inputs, labels))
+    return {"context": context, "answer": answer, "length": length}
+
+
+def score_written(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The share of a row's labels that were written, over all lengths and for its own."""
+    written, labels = results[0].split(), doc["answer"].split()
+    share = float(np.mean([ours == label for ours, label in zip(written, labels, strict=True)]))
+    return {"acc": share, f"acc_{doc['length']}": share}
 
 
 def score_answer(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:

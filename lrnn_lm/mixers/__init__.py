@@ -26,7 +26,7 @@ MIXERS: dict[str, type[Mixer]] = {
 
 def mixer_class(name: str) -> type[Mixer]:
     """The class that `mixer.type` names; ValueError with the nearest name if there is none."""
-    if name not in MIXERS:
+    if not isinstance(name, str) or name not in MIXERS:
         near = difflib.get_close_matches(str(name), MIXERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MIXERS)}"
         raise ValueError(f"unknown mixer type {name!r}; {hint}")

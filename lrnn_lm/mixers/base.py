@@ -38,8 +38,8 @@ def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tenso
     """
     if gate_std is None:
         return {}
-    if gate_std <= 0:
-        raise ValueError(f"gate_std must be above 0, not {gate_std}")
+    if not isinstance(gate_std, int | float) or gate_std <= 0:
+        raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
     return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
 
 
@@ -167,8 +167,10 @@ class MixerCost:
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raise ValueError, naming it, for a size that is given and below 1."""
+    """Raise ValueError, naming it, for a size that is given and no whole number, or below 1."""
     for name, size in sizes.items():
+        if size is not None and not isinstance(size, int):
+            raise ValueError(f"{name} must be a whole number, not {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
 

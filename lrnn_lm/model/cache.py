@@ -65,7 +65,11 @@ def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache
 
 
 def check_cache(config: LRNNConfig, cache: Any) -> None:
-    """Raise ValueError if a cache has not one layer of the right kind for each of the model's."""
+    """Raise ValueError if a cache has not one layer of the right kind for each of the model's.
+
+    States of two mixers may be alike in size (H-LRU of order 4, BD-LRU of blocks of 4), so a layer that has
+    one also keeps whose it is.
+    """
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
     kinds = ["linear_attention" if is_recurrent(layer) else "full_attention" for layer in cache.layers]
@@ -73,6 +77,12 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
         raise ValueError(
             f"past_key_values does not fit this model's {config.num_hidden_layers} layers; {_REMEDY}"
         )
+    for layer, spec in zip(cache.layers, config.layer_mixers, strict=True):
+        if (found := state_mixer(layer)) is not None and found != spec["type"]:
+            raise ValueError(
+                f"past_key_values is of another model: a layer's state is of {found} where this model has "
+                f"{spec['type']}; {_REMEDY}"
+            )
 
 
 def check_state(state: Any, batch_size: int, elements: int) -> None:
@@ -118,6 +128,13 @@ def document_start(layer: Any) -> Any:
     return layer.document_start if hasattr(layer, "document_start") else None
 
 
+def state_mixer(layer: Any) -> str | None:
+    """The type of the mixer that a cache layer's state is of; None if it has no state, or none of ours."""
+    if is_recurrent(layer) and layer.has_previous_state[0] and hasattr(layer, "mixer_type"):
+        return layer.mixer_type
+    return None
+
+
 def layer_state(cache: Cache | None, layer_idx: int) -> Any:
     """A layer's state: the recurrent state, None at the beginning; for attention, the cache layer itself."""
     if cache is None:
@@ -131,12 +148,15 @@ def layer_state(cache: Cache | None, layer_idx: int) -> Any:
     return state.clone() if torch.is_grad_enabled() else state  # the cache will write over its own
 
 
-def keep_layer_state(cache: Cache | None, layer_idx: int, state: Any, new_tokens: int) -> None:
+def keep_layer_state(
+    cache: Cache | None, layer_idx: int, state: Any, new_tokens: int, mixer_type: str
+) -> None:
     """Put a recurrent state back and count its tokens; attention has already written to its layer."""
     if cache is None or not is_recurrent(cache.layers[layer_idx]):
         return
     layer = cache.layers[layer_idx]
     layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
+    layer.mixer_type = mixer_type
     cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True
 

@@ -22,7 +22,7 @@ class LRNNConfig(PreTrainedConfig):
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
 
     Raises:
-        ValueError: an unknown mixer, or sizes below 1.
+        ValueError: an unknown mixer, what is no table of one, or sizes below 1.
     """
 
     model_type = "lrnn"
@@ -46,13 +46,19 @@ class LRNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        options = dict(self.mixer or {})
+            if not isinstance(size := getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, not {size!r}")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
+        options = dict(_table("mixer", self.mixer or {}))
         self.mixer = mixer_options(options)
         if self.layer_pattern is not None:
+            if not isinstance(self.layer_pattern, list | tuple):
+                raise ValueError(f"layer_pattern must be a list of mixers, not {self.layer_pattern!r}")
             entries = [{"type": e} if isinstance(e, str) else e for e in self.layer_pattern]
-            self.layer_pattern = [mixer_options({**options, **entry}) for entry in entries]
+            self.layer_pattern = [
+                mixer_options({**options, **_table("layer_pattern", entry)}) for entry in entries
+            ]
         super().__post_init__(**kwargs)
         # The Auto classes look a model up by the type of a config that exists: now is early enough to
         # register ours, and late enough that transformers has been imported as a whole.
@@ -75,6 +81,12 @@ class LRNNConfig(PreTrainedConfig):
         return next(
             (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
         )
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}: a mixer is a table, as in {{"type": "bd_lru"}}, not {value!r}')
+    return value
 
 
 AutoConfig.register(LRNNConfig.model_type, LRNNConfig, exist_ok=True)

@@ -58,6 +58,7 @@ def export(
         raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
     _check_checkpoint(checkpoint)
     _check_target(target)
+    _check_tokenizer(checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -120,6 +121,20 @@ def _check_checkpoint(folder: Path) -> None:
         raise ValueError(f"{folder}: model.safetensors is missing; take another checkpoint of the run")
     if not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder}: tokenizer_config.json is missing; save the tokenizer there first")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """It is copied file by file, so nothing else would find out that it does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by where a file is torn
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be loaded ({reason[:200]}): tokenizer.json or "
+            "tokenizer_config.json is damaged; take another checkpoint of the run"
+        ) from error
 
 
 def _check_target(target: Path) -> None:

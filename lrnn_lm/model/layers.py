@@ -39,7 +39,9 @@ class LRNNBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer = build_mixer(config.layer_mixers[layer_idx], config.hidden_size)
+        spec = config.layer_mixers[layer_idx]
+        self.mixer_type = spec["type"]
+        self.mixer = build_mixer(spec, config.hidden_size)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -60,7 +62,7 @@ class LRNNBlock(GradientCheckpointingLayer):
             y, state = _mix_after_padding(self.mixer, x, state, context, token_mask)
         else:
             y, state = self.mixer(x, state, context)
-        keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1])
+        keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
-from .cache import RecurrentCache, check_cache, document_start, is_recurrent, tokens_seen
+from .cache import RecurrentCache, check_cache, document_start, is_recurrent, state_mixer, tokens_seen
 
 _FORMAT = "lrnn-states-1"
 _DIGEST_ENTRIES = 64  # of each parameter
@@ -80,7 +80,8 @@ def load_states(path: str | Path, model: PreTrainedModel) -> RecurrentCache:
             f"{path}: states of a model with other weights; load the checkpoint that they were made with, "
             "or read the text again"
         )
-    return _cache_of(tensors, int(metadata["tokens"]), model.dtype)
+    mixers = [spec["type"] for spec in model.config.layer_mixers]
+    return _cache_of(tensors, int(metadata["tokens"]), mixers, model.dtype)
 
 
 def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
@@ -91,7 +92,7 @@ def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in _tensors(cache).items()}
-    return _cache_of(tensors, int(tokens_seen(cache)))
+    return _cache_of(tensors, int(tokens_seen(cache)), [state_mixer(layer) for layer in cache.layers])
 
 
 def drop_states(cache: Cache) -> None:
@@ -123,15 +124,19 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
     return tensors
 
 
-def _cache_of(tensors: dict[str, Tensor], tokens: int, dtype: torch.dtype | None = None) -> RecurrentCache:
-    """The inverse of `_tensors`; keys and values in `dtype`, None for their own."""
+def _cache_of(
+    tensors: dict[str, Tensor], tokens: int, mixers: list[str | None], dtype: torch.dtype | None = None
+) -> RecurrentCache:
+    """The inverse of `_tensors`; `mixers` made the states, keys and values in `dtype`, None for their own."""
     cache = RecurrentCache()
-    for i in range(1 + max(int(name.split(".")[0]) for name in tensors)):
+    for i, mixer_type in enumerate(mixers):
         if f"{i}.state" in tensors:
             layer = LinearAttentionLayer()
             layer.update_recurrent_state(tensors[f"{i}.state"])
             layer.has_previous_state[0] = True
             layer.seen_tokens = tokens
+            if mixer_type is not None:
+                layer.mixer_type = mixer_type
         else:
             layer = DynamicLayer()
             layer.update(tensors[f"{i}.keys"].to(dtype), tensors[f"{i}.values"].to(dtype))

@@ -30,7 +30,7 @@ from ..data import (
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..model.fp8 import use_fp8
-from ..recipe import Recipe, dump_recipe, flatten, load_recipe, resolve_path
+from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
 from . import checkpoint
 from .loop import Trainer
@@ -256,7 +256,7 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
     stored = folder / "recipe.yaml"
     if not stored.exists() or not checkpoint.list_checkpoints(folder / "checkpoints"):
         return
-    old, new = flatten(load_recipe(stored)), flatten(recipe)
+    old, new = flatten(_load_stored(stored)), flatten(recipe)
     differing = [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted({*old, *new})
@@ -267,6 +267,19 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
             f"{folder} holds checkpoints of another recipe ({'; '.join(differing)}). "
             "Give this run another name=.., or remove that folder."
         )
+
+
+def _load_stored(path: Path) -> Recipe:
+    """What a run was trained with: no hand wrote it, so what is unknown in it is of another version."""
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        if "unknown key" not in str(error) and "is not known" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. The run stored this, perhaps with a newer lrnn-lm: go on with that, "
+            "or give this run another name=.."
+        ) from None
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

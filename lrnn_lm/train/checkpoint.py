@@ -14,12 +14,14 @@ anew over what may still be of use. A folder leaves as it comes, by one rename, 
 What is in the files is `tensors.py`; when they are written, `saver.py`.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 FORMAT = 2
 _READABLE = (1, 2)
 _HASHING_THREADS = 8
+COPY = ".plain-"  # of a sharded checkpoint, as a plain folder, while it is exported
 
 
 class CheckpointError(ValueError):
@@ -84,6 +87,32 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Pa
     _point(checkpoints, "latest", final.name)
     _prune(checkpoints, before, final, keep_last, keep_best)
     return final
+
+
+def add_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Put one more file into a finished checkpoint, unless its manifest has it: `write` makes it aside.
+
+    Nothing that the manifest names is touched, so the checkpoint is whole at every moment: the file appears
+    first, then in one go the manifest that names it. Raises OSError if the disk is full.
+    """
+    path = folder / "trainer" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if name in manifest["files"]:
+        return
+    aside, aside_manifest = folder / f".{name}.tmp", folder / ".manifest.json.tmp"
+    try:
+        write(aside)
+        fsync(aside)
+        os.replace(aside, folder / name)
+        fsync(folder)
+        manifest["files"] = dict(sorted({**manifest["files"], name: _facts(folder / name)}.items()))
+        aside_manifest.write_text(json.dumps(manifest, indent=1) + "\n")
+        fsync(aside_manifest)
+        os.replace(aside_manifest, path)
+        fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+        aside_manifest.unlink(missing_ok=True)
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
@@ -169,6 +198,9 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     damaged, or the newest was written by a version that this one does not know.
     """
     clear_leftovers(checkpoints)
+    if any(checkpoints.glob(f"{COPY}*")):
+        with room_for_copy(checkpoints):
+            pass
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
         damage = verify(folder)
@@ -223,8 +255,26 @@ def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
     for leftover in checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in checkpoints.glob("step-*/.*.tmp"):
+        leftover.unlink(missing_ok=True)
     for link in ("latest", "best"):
         (checkpoints / f".{link}.tmp").unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for_copy(checkpoints: Path) -> Iterator[None]:
+    """Around the life of a copy beside the checkpoints; what killed processes left of theirs goes first.
+
+    Whoever has a copy shares a lock. Who gets it alone knows that all there are have been left.
+    """
+    with (checkpoints / ".plain.lock").open("a") as lock:
+        with suppress(OSError):  # others are at it, or a file system that knows no locks: then all stay
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in checkpoints.glob(f"{COPY}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 def _point(checkpoints: Path, link: str, name: str) -> None:

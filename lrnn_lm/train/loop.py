@@ -106,6 +106,8 @@ class Trainer:
         self.rewinds = 0
         self._worked = self._stalled = 0.0
         self.saved_step = position.step if position.step else -1
+        self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
+        self._save_rang = False  # the clock, amid bad steps
 
     @property
     def checkpoints(self) -> Path:
@@ -153,6 +155,7 @@ class Trainer:
     def _train(self) -> None:
         self._validate_if_due()  # a stop may have come before the validation of the step resumed from
         if self.finished:
+            self.saver.complete(self.position.step)
             return
         self.saver.warm_up()
         self.rows.restart(self.position)
@@ -160,8 +163,7 @@ class Trainer:
         while not self.finished:
             save_rang, eval_rang = self._train_step().clocks
             self._validate_if_due(eval_rang)
-            due = self.position.bad_in_a_row == 0 and self.save_cadence.due(self.position.step, save_rang)
-            if self.finished or due:
+            if self._save_is_due(save_rang) or self.finished:
                 self._save()
             self.beat("training")
         if self.metrics.problem is not None:
@@ -305,6 +307,17 @@ class Trainer:
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
             tell_validation(self, *validate(self))
+
+    def _save_is_due(self, rang: bool) -> bool:
+        """Never amid bad steps: what became due in one is made up after the next good one."""
+        self._save_rang = self._save_rang or rang
+        if self.position.bad_in_a_row:
+            return False
+        steps = range(self._good_step + 1, self.position.step + 1)
+        self._good_step = self.position.step
+        due = any(self.save_cadence.due(step, self._save_rang) for step in steps)
+        self._save_rang = self._save_rang and not due
+        return due
 
     def _save(self, wait: bool = False) -> None:
         """Begin to save; at the end of the run, or if asked to, wait until it is done."""

@@ -7,7 +7,7 @@ the run folder: a run that is killed in between replays the good steps, and step
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
@@ -99,6 +99,24 @@ def write_skips(folder: Path, skips: list[list[int]]) -> None:
 
 
 def read_skips(folder: Path) -> list[list[int]]:
-    """Samples that the run leaves out, as told by its folder; checkpoints may be older."""
+    """Samples that the run leaves out, as told by its folder; checkpoints may be older.
+
+    Raises ValueError, naming the file, if it is not a list of ranges.
+    """
     path = folder / "skips.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        skips = json.loads(path.read_bytes())
+    except ValueError:
+        skips = None
+    if not isinstance(skips, list) or not all(map(_is_range, skips)):
+        raise ValueError(
+            f"{path}: not a list of ranges of samples to leave out, as in [[48, 64]]; mend it, or remove "
+            "it to leave out only what the checkpoints know of"
+        )
+    return skips
+
+
+def _is_range(skip: Any) -> bool:
+    return isinstance(skip, list) and list(map(type, skip)) == [int, int] and 0 <= skip[0] < skip[1]

@@ -27,12 +27,15 @@ from .checkpoint import CheckpointError, Position
 from .parallel import is_sharded
 from .runtime import random_state
 from .tensors import (
+    WEIGHTS,
     Group,
     fill_state,
+    is_sharded_folder,
     training_tensors,
     write_config,
     write_random_state,
     write_shards,
+    write_weights,
     write_whole,
 )
 
@@ -113,6 +116,19 @@ class Saver:
                 lambda: checkpoint.publish(
                     self.checkpoints, self._step, self._section.keep_last, self._section.keep_best
                 )
+            )
+        self._agree(problem)
+
+    def complete(self, step: int) -> None:
+        """Of a run that ends at a checkpoint that was only a stop: its weights as one file too, if sharded.
+
+        Raises CheckpointError on every rank if they could not be written.
+        """
+        self._step = step
+        folder, problem = self.checkpoints / checkpoint.folder_name(step), None
+        if self._accelerator.is_main_process and is_sharded_folder(folder):
+            problem = _reason_of(
+                lambda: checkpoint.add_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
             )
         self._agree(problem)
 

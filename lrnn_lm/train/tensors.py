@@ -21,11 +21,12 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from .checkpoint import CheckpointError, Position, read_position, verify
+from .checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
 from .parallel import like_parameter
 from .runtime import restore_random_state
 
 Group = dist.ProcessGroup | None
+WEIGHTS = "model.safetensors"
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -144,7 +145,7 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keys: Iterab
 
 
 def _whole_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    yield "model", folder / "model.safetensors"
+    yield "model", folder / WEIGHTS
     yield "optimizer", folder / "trainer" / "optimizer.safetensors"
 
 
@@ -188,20 +189,25 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
     return part(tensors, kind)
 
 
+def write_weights(folder: Path, path: Path) -> None:
+    """The weights of a sharded checkpoint as one file, as transformers loads it."""
+    save_file(read_shards(folder), path, metadata={"format": "pt"})
+
+
 @contextmanager
 def plain_folder(folder: Path) -> Iterator[Path]:
     """A checkpoint with its weights in model.safetensors: itself, or while it lasts, a copy of a sharded one.
 
     Raises ValueError if the shards are damaged.
     """
-    if (folder / "model.safetensors").exists() or not is_sharded_folder(folder):
+    if (folder / WEIGHTS).exists() or not is_sharded_folder(folder):
         yield folder
         return
     damage = verify(folder)
     if damage is not None:
         raise ValueError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
-    with TemporaryDirectory(prefix=".plain-", dir=folder.parent) as scratch:
+    with room_for_copy(folder.parent), TemporaryDirectory(prefix=COPY, dir=folder.parent) as scratch:
         plain = Path(scratch) / folder.name
         shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer"))
-        save_file(read_shards(folder), plain / "model.safetensors", metadata={"format": "pt"})
+        write_weights(folder, plain / WEIGHTS)
         yield plain

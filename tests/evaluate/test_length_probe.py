@@ -1,6 +1,7 @@
 """The length probe: pieces equal one pass, memory is causal, transitions are bounded, mistakes are told."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,7 @@ def test_of_a_run(run, tmp_path, capsys):
     assert all(layer["row_sum"]["max"] <= 1 + 1e-5 for layer in facts["transitions"])
     assert facts["memory"][0]["distance"] == 0
     assert facts["memory"][0]["moved"] > 0
+    assert facts["memory"][-1]["distance"] == 511
     assert len(list(tmp_path.glob("*.png"))) == 1
     rows = by_multiple(facts)
     assert rows[0][0] == "1 - 8"
@@ -104,13 +106,46 @@ def test_of_a_run(run, tmp_path, capsys):
     assert np.isfinite([loss for _, loss, _ in rows]).all()
 
 
-def test_a_change_is_not_seen_before_it_happens_nor_past_a_memory():
-    model = small_model("bd_lru")
-    inputs = torch.randint(1, 53, (2, 16))
+class Echo:
+    """In a model's place: says the token of `delay` steps ago, and for certain."""
+
+    config, device = SimpleNamespace(vocab_size=53), torch.device("cpu")
+
+    def __init__(self, delay):
+        self.delay = delay
+
+    def __call__(self, input_ids, past_key_values=None, **options):
+        seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+        said = seen[:, -1 - self.delay] if seen.shape[1] > self.delay else torch.zeros(len(seen), dtype=int)
+        logits = 1e4 * torch.nn.functional.one_hot(said, 53).unsqueeze(1)
+        return SimpleNamespace(logits=logits, past_key_values=seen)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 8, 64, 199])
+def test_a_change_is_not_seen_before_it_happens_nor_past_a_memory(delay):
+    """The output moves with the token that it shows, and with none after or before that one."""
+    inputs = torch.randint(1, 53, (2, 200), generator=torch.Generator().manual_seed(0))
+    found = {m["distance"]: m["moved"] for m in probe._memory(Echo(delay), inputs, 0)}
+    assert list(found) == sorted(found)
+    assert (min(found), max(found)) == (0, 199)
+    assert found == {distance: float(distance == delay) for distance in found}
+    assert found[delay] == 1
+
+
+@pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
+def test_memory_is_that_of_whole_passes(name):
+    model = small_model(name)
+    inputs = torch.randint(1, 53, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = probe._memory(model, inputs, 0)
-    assert [m["distance"] for m in found][-1] == 15
-    assert all(0 <= m["moved"] <= 1 for m in found)
+        found = probe._memory(model, inputs, seed=1)
+        shifts = torch.randint(1, 53, (3, len(found)), generator=torch.Generator().manual_seed(1))
+        plain = model(inputs).logits[:, -1].softmax(dim=-1)
+        for i, point in enumerate(found):
+            changed, place = inputs.clone(), 39 - point["distance"]
+            changed[:, place] = (changed[:, place] + shifts[:, i]) % 53
+            moved = (model(changed).logits[:, -1].softmax(dim=-1) - plain).abs().sum(dim=-1).mean() / 2
+            assert point["moved"] == pytest.approx(float(moved), abs=1e-5)
+    assert found[0]["moved"] > 0.05
 
 
 def test_of_another_model_and_its_text(checkpoint, tmp_path):

@@ -16,6 +16,7 @@ from lrnn_lm.evaluate.harness import flatten
 from lrnn_lm.evaluate.long_context import needle_dataset, passkey_dataset
 from lrnn_lm.evaluate.synthetic_tasks import synthetic_dataset
 from lrnn_lm.evaluate.tasks import own_tasks_path, read_suite
+from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 
@@ -129,6 +130,55 @@ def test_a_checkpoint_of_a_smaller_task(parity, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(parity), "--tasks", "state_s55"])
     assert "did you mean state_s5" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An auto-encoder that has begun to learn compression at length 8."""
+    folder = tmp_path_factory.mktemp("compression")
+    recipe = load_recipe("recipes/synthetic/compression.yaml", [
+        "model.hidden_size=32", "model.intermediate_size=32", "train.tokens=40960",
+        "train.tokens_per_step=1024", "data.source.length=8", "optim.lr=1e-2", "train.device=cpu",
+        "data.source.validation_examples=400", "eval.every=40 steps", "train.log_every=1",
+        f"train.runs_dir={folder}", f"data.cache_dir={folder / 'cache'}",
+    ])  # fmt: skip
+    return build_trainer(recipe, Console(quiet=True)).run()
+
+
+def test_an_autoencoder_is_scored_on_held_out_rows(encoder, tmp_path, capsys):
+    """The share of tokens that it writes right, near that of the run's own validation; a standard error."""
+    with pytest.raises(SystemExit) as left:
+        main(
+            ["eval", str(encoder), "--tasks", "mad_compression", "--device", "cpu", "--output", str(tmp_path)]
+        )
+    assert not left.value.code
+    table = capsys.readouterr().out
+    scored = json.loads(next(tmp_path.glob("*.json")).read_text())["results"]["mad_compression"]
+    model = LRNNForReconstruction.from_pretrained(encoder).eval()
+    inputs, labels = (
+        torch.from_numpy(ids) for ids in SyntheticTask("compression", 8).rows(0, "eval", np.arange(500))
+    )
+    with torch.no_grad():
+        shares = (model(inputs).logits.argmax(dim=-1) == labels).double().mean(dim=1)
+    assert scored["acc,none"] == scored["acc_8,none"] == pytest.approx(float(shares.mean()), abs=1e-3)
+    assert scored["acc_stderr,none"] == pytest.approx(float(shares.std()) / 500**0.5, rel=0.02)
+    assert 0.2 < scored["acc,none"] < 1
+    assert "mad_compression" in table
+    assert f"{scored['acc,none']:.4f}"[:5] in table
+    lines = (encoder.parents[1] / "metrics.jsonl").read_text().splitlines()
+    validated = [line["accuracy"] for line in map(json.loads, lines) if "accuracy" in line][-1]
+    assert scored["acc,none"] == pytest.approx(validated, abs=0.05)
+
+
+def test_each_kind_is_asked_its_own(encoder, parity, capsys):
+    for checkpoint, task, words in (
+        (encoder, "state_parity", "an auto-encoder (task compression), which is no language model"),
+        (parity, "mad_compression", "asks an auto-encoder"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["eval", str(checkpoint), "--tasks", task, "--device", "cpu"])
+        assert left.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_folder_outside_its_run_knows_its_symbols(parity, tmp_path, capsys):

@@ -88,6 +88,19 @@ def test_missing_files_are_named(checkpoint, tmp_path, missing, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [("tokenizer.json", 300), ("tokenizer.json", 0), ("tokenizer_config.json", 9)],
+)
+def test_a_torn_tokenizer_is_refused(checkpoint, tmp_path, file, kept):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / file).write_bytes((copy / file).read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be loaded.*tokenizer\.json or") as error:
+        export(copy, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     (copy / "model.safetensors").write_bytes(b"no weights")

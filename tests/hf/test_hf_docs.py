@@ -32,7 +32,20 @@ def test_examples(page, desk, capsys):
             exec(compile(block, page, "exec"), names)
     if page == "states.md":
         check_answers(names)
+    else:
+        check_pushed(names)
     assert capsys.readouterr().out
+
+
+def check_pushed(names: dict) -> None:
+    """What came back from the folder in the hub's place is the model that was trained on the page."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained("hub/NAME/small")("Return the", return_tensors="pt").input_ids
+    assert torch.equal(ids, names["inputs"].input_ids)
+    trained = AutoModelForCausalLM.from_pretrained("runs/tuned/final")
+    assert torch.equal(names["pushed"](ids).logits, trained(ids).logits)
 
 
 def check_answers(names: dict) -> None:

@@ -24,6 +24,10 @@ from lrnn_lm.recipe.schema import MIXER_TYPES, GateName
         ({"type": "mamba2", "head_dim": 5}, "does not split into heads"),
         ({"type": "mamba2", "head_dim": 8, "n_groups": 3}, "do not split into n_groups"),
         ({"type": "mamba2", "state_size": 0}, "state_size must be at least 1"),
+        ({"type": "bd_lru", "block_size": "4"}, "block_size must be a whole number, not '4'"),
+        ({"type": "h_lru", "order": 4.0}, r"order must be a whole number, not 4\.0"),
+        ({"type": "lstm", "width": "9"}, "width must be a whole number"),
+        ({"type": ["bd_lru"]}, "unknown mixer type"),
         ({"type": "bd_lru", "gate": "softmaxx"}, "unknown gate 'softmaxx'"),
         ({"type": "h_lru", "gate": "exp"}, "unknown gate 'exp'"),
         ({"type": "bd_lruu"}, "did you mean 'bd_lru'"),
@@ -43,6 +47,28 @@ def test_wrong_mixer(spec, words):
 def test_wrong_size(key):
     with pytest.raises(ValueError, match=f"{key} must be at least 1"):
         LRNNConfig(**{key: 0})
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+@pytest.mark.parametrize("value", ["7", 7.0, None])
+def test_a_size_that_is_no_number(key, value):
+    with pytest.raises(ValueError, match=f"{key} must be a whole number, not {value!r}"):
+        LRNNConfig(**{key: value})
+
+
+def test_a_spread_that_is_no_number():
+    with pytest.raises(ValueError, match="gate_std must be above 0, not 'wide'"):
+        LRNNForCausalLM(LRNNConfig(num_hidden_layers=1, mixer={"type": "bd_lru", "gate_std": "wide"}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mixer": "bd_lru"}, {"mixer": ["bd_lru"]}, {"layer_pattern": "bd_lru"}, {"layer_pattern": [3]}],
+    ids=str,
+)
+def test_what_is_no_table_of_a_mixer(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}.* mixer"):
+        LRNNConfig(**fields)
 
 
 def test_other_types_options_are_left_out():

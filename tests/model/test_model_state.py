@@ -6,7 +6,9 @@ import pytest
 import torch
 from small_models import NAMES, RECURRENT, close, small_model, tokens
 from tolerances import TOLERANCE
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+
+from lrnn_lm.model import copy_states, drop_states, load_states, save_states
 
 SUMS = TOLERANCE["other order of sums"]
 CUTS = [[3, 4, 13, 14], [1, 2, 20]]
@@ -125,6 +127,31 @@ def test_a_cache_of_another_shape_is_refused():
     model = small_model("bd_lru")
     with pytest.raises(ValueError, match="DynamicCache"):
         model(tokens(), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("kind", ["made", "copied", "loaded", "given", "static"])
+def test_states_of_another_mixer_are_refused(kind, tmp_path):
+    """H-LRU of order 4 and BD-LRU of blocks of 4, 8 of each, have states of one size."""
+    ours = small_model("h_lru", mixer={"type": "h_lru", "num_blocks": 8, "order": 4})
+    other = small_model("bd_lru", mixer={"type": "bd_lru", "num_blocks": 8, "block_size": 4})
+    cache = {
+        "static": StaticCache(config=other.config, max_cache_len=30),
+        "given": DynamicCache(config=other.config),
+    }.get(kind)
+    cache = other(tokens(), past_key_values=cache, use_cache=True).past_key_values
+    if kind == "copied":
+        cache = copy_states(cache)
+    if kind == "loaded":
+        save_states(cache, tmp_path / "states", other)
+        cache = load_states(tmp_path / "states", other)
+    message = "a layer's state is of bd_lru where this model has h_lru; use DynamicCache"
+    with pytest.raises(ValueError, match=message):
+        ours(tokens(), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=message):
+        ours.generate(tokens(), past_key_values=cache, max_new_tokens=2)
+    other(tokens(), past_key_values=cache, use_cache=True)
+    drop_states(cache)  # empty, it is anybody's
+    ours(tokens(), past_key_values=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

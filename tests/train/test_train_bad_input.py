@@ -54,6 +54,12 @@ def swap_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
+def store_key(folder: Path) -> None:
+    """As a version would that knows more keys."""
+    path = folder / "runs/tiny/recipe.yaml"
+    path.write_text(path.read_text().replace("train:\n", "train:\n  of_tomorrow: 1\n"))
+
+
 def text(name: str) -> tuple[str, ...]:
     """The source is this text file of the folder, with a tokenizer that needs little text."""
     return ("data.source.type=text", f"data.source.path=FOLDER/{name}")
@@ -89,6 +95,13 @@ CASES = [
     Case("another model", ("model.hidden_size=40", "model.mixer.block_size=4"),
          ("hidden_size: was 32, is 40", "block_size: was 2, is 4", "name=.."), trained=True),
     Case("another seed", ("seed=3",), ("seed: was 0, is 3",), trained=True),
+    Case("stored by a newer version", (),
+         ("runs/tiny/recipe.yaml", "train.of_tomorrow: unknown key", "newer lrnn-lm", "name=.."), store_key,
+         True),
+    Case("broken skips", (), ("runs/tiny/skips.json", "[[48, 64]]", "remove it"),
+         write("runs/tiny/skips.json", b"[[48, 6"), True),
+    Case("skips of another kind", (), ("runs/tiny/skips.json", "[[48, 64]]"),
+         write("runs/tiny/skips.json", b'{"48": 64}'), True),
     Case("flipped byte", (), ("train-00000.tokens.bin", "damaged", "lrnn prepare"), flip_shard, True),
     Case("shard cut short", (), ("train-00000.tokens.bin", "damaged", "lrnn prepare"), cut_shard, True),
     Case("another tokenizer", (), ("tokenizer", "did not make the shards", "lrnn prepare"), swap_tokenizer,

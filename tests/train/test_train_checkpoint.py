@@ -65,13 +65,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 ) -> None:
     DAMAGE[what](stopped / "checkpoints/step-00000010")
     (stopped / "checkpoints/.step-00000011.tmp/trainer").mkdir(parents=True)
+    (stopped / "checkpoints/.plain-killed").mkdir()
     main_exits(0, "train", recipe, f"train.runs_dir={stopped.parent}")
     said = " ".join(capsys.readouterr().err.split())
     assert f"step-00000010 is damaged ({what}); trying the one before" in said
     assert "going on from step 8 of 12" in said
     assert fingerprint(stopped / LAST) == fingerprint(straight / LAST)
     assert losses(stopped) == losses(straight)
-    left = sorted(p.name for p in (stopped / "checkpoints").iterdir())
+    left = sorted(p.name for p in (stopped / "checkpoints").iterdir() if p.name != ".plain.lock")
     assert left == ["best", "latest", "step-00000008", "step-00000012"]  # the damaged one made room
 
 
@@ -100,6 +101,32 @@ def test_a_checkpoint_of_another_model_is_no_crash(build: Build, stopped: Path) 
     (stopped / "recipe.yaml").unlink()
     with pytest.raises(CheckpointError, match="holds another model than the recipe's"):
         build("model.hidden_size=40")
+
+
+def test_a_checkpoint_is_whole_while_a_file_is_added(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after every step of it, so a kill may come between any two."""
+    folder = Path(shutil.copytree(straight / LAST, tmp_path / "checkpoints/step-00000012"))
+    looks = []
+
+    def looking(original: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            looks.append(checkpoint.verify(folder))
+            result = original(*arguments)
+            looks.append(checkpoint.verify(folder))
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "fsync", looking(checkpoint.fsync))
+        patch.setattr(checkpoint.os, "replace", looking(checkpoint.os.replace))
+        checkpoint.add_file(folder, "more", looking(lambda path: path.write_bytes(b"more")))
+    assert looks == [None] * 14
+    assert not list(folder.rglob(".*"))
+    (folder / "more").write_bytes(b"less")
+    assert checkpoint.verify(folder) == "more is not as its checksum says"
 
 
 def test_a_checkpoint_is_a_plain_model_folder(straight: Path, build: Build) -> None:

@@ -6,9 +6,24 @@ The long version is `python tests/kill_resume.py`.
 from pathlib import Path
 
 import pytest
-from kill_resume import harm_and_resume
+from kill_resume import assert_codes, harm_and_resume
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "fsdp2")])
 def test_harmed_at_random_moments(tmp_path: Path, ranks: int, parallel: str) -> None:
     assert len(harm_and_resume(tmp_path, 3, seed=ranks, ranks=ranks, parallel=parallel)) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes"), [("full disk", [1, 1]), ("full disk", [1, 0]), ("kill one", [1, 1])]
+)
+def test_a_plain_crash_is_not_taken_for_the_harm(kind: str, codes: list[int]) -> None:
+    with pytest.raises(AssertionError, match="the traceback"):
+        assert_codes(kind, codes, "the traceback")
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes"), [("full disk", [2, 1]), ("kill one", [1, -9]), ("term all", [0, 0])]
+)
+def test_the_harm_shows_on_one_rank_at_least(kind: str, codes: list[int]) -> None:
+    assert_codes(kind, codes, "")

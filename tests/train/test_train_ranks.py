@@ -207,7 +207,13 @@ def test_a_sharded_checkpoint_is_exported(
     folder = recipe.parent / "runs/exported/checkpoints/latest"
     main_exits(2, "generate", folder, "--prompt", "the")
     assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
+    dead = folder.resolve().parent / f"{checkpoint.COPY}dead"  # of an export that was killed
+    with checkpoint.room_for_copy(dead.parent):
+        dead.mkdir()
+        main_exits(0, "export", folder, tmp_path / "meanwhile")
+        assert dead.exists()  # it may be that of the one under way
     main_exits(0, "export", folder, tmp_path / "plain")
+    assert not dead.exists()
     Ranks(recipe, 1, "name=exported", action=str(tmp_path / "held")).expect()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     held = load_file(tmp_path / "held")
@@ -219,6 +225,31 @@ def test_a_sharded_checkpoint_is_exported(
     main_exits(2, "export", folder, tmp_path / "again")
     assert f"{shard.name} is not as its checksum says" in capsys.readouterr().err
     assert not list(folder.resolve().parent.glob(".plain-*"))
+
+
+def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
+    recipe: Path,
+) -> None:
+    """Its end has the weights as one file; whatever a kill on the way leaves, the checkpoint is whole."""
+    from transformers import AutoModelForCausalLM
+
+    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=lowered", parallel="fsdp2", prank=stop).expect(85)
+    folder = (recipe.parent / "runs/lowered/checkpoints/latest").resolve()
+    assert not (folder / "model.safetensors").exists()
+    lowered = (f"train.tokens={3 * ROWS * 64}", "name=lowered")
+    for name in (".model.safetensors.tmp", "model.safetensors", ".manifest.json.tmp"):
+        (folder / name).write_bytes(b"torn")  # by kills: only what the manifest names counts
+    assert checkpoint.newest_valid(folder.parent, pytest.fail) == folder
+    said = Ranks(recipe, 2, *lowered, parallel="fsdp2").expect()
+    assert "was trained already: 3 steps" in said
+    assert checkpoint.verify(folder) is None
+    assert not list(folder.rglob(".*"))
+    model, shards = AutoModelForCausalLM.from_pretrained(folder), read_shards(folder)
+    assert all(torch.equal(p, shards[name]) for name, p in model.named_parameters())
+    before = (folder / "model.safetensors").stat()
+    Ranks(recipe, 2, *lowered, parallel="fsdp2").expect()
+    assert (folder / "model.safetensors").stat() == before
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from trainers import Build, main_exits, send_at
 
 from lrnn_lm.data import validation_batches
 from lrnn_lm.data.pack import PackedRows, collate
+from lrnn_lm.train.checkpoint import list_checkpoints, read_position
 from lrnn_lm.train.loop import StepResult, Trainer
 from lrnn_lm.train.stop import Stopped
 
@@ -126,6 +127,39 @@ def test_a_poisoned_step_is_skipped_and_counted(build: Build) -> None:
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1]
     assert lines[2]["grad_norm"] is None
     assert all(torch.isfinite(p).all() for p in trainer.bare_model.parameters())
+
+
+def saved(trainer: Trainer) -> list[int]:
+    return [read_position(folder).step for folder in list_checkpoints(trainer.checkpoints)]
+
+
+def test_what_was_due_at_a_poisoned_step_is_made_up(build: Build) -> None:
+    """Saved every 4 steps: after 6, the first good one, in place of 4; validated at 5 all the same."""
+    trainer = build("checkpoint.keep_last=9")
+    poison(trainer, [4, 5])
+    trainer.run()
+    assert saved(trainer) == [6, 8, 12]
+    assert [step for step, _ in validations(trainer.folder)] == [5, 10, 12]
+
+
+def test_made_up_by_a_run_that_was_stopped_amid_poisoned_steps(build: Build) -> None:
+    trainer = build("checkpoint.keep_last=9")
+    poison(trainer, [4, 5])
+    send_at(trainer, 4, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run()
+    resumed = build("checkpoint.keep_last=9")
+    poison(resumed, [5])
+    resumed.run()
+    assert saved(resumed) == [4, 6, 8, 12]
+
+
+def test_a_clock_that_rang_amid_poisoned_steps(build: Build) -> None:
+    trainer = build("checkpoint.every=60 min", "checkpoint.keep_last=9")
+    poison(trainer, [4, 5])
+    trainer.save_cadence.rang = lambda: trainer.position.step + 1 == 4
+    trainer.run()
+    assert saved(trainer) == [6, 12]
 
 
 def test_too_many_poisoned_steps_end_the_run(

@@ -1,0 +1,84 @@
+"""The auto-encoder of MAD's compression task as lm-eval sees a model: a row is read, and written out again.
+
+Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
+
+Legend: b rows of a batch, T length of a row.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..model import LRNNForReconstruction
+from .team import ALONE, Team
+
+TASKS = ("mad_compression",)  # what it can be asked for, and no language model can
+
+
+class Reconstruction(LM):
+    """Writes at every position of a row the token that it holds likeliest, all positions at once.
+
+    `truncated` is always 0: rows are read whole. team: as in LiveLM.
+    """
+
+    def __init__(
+        self,
+        model: LRNNForReconstruction,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        team: Team = ALONE,
+    ) -> None:
+        super().__init__()
+        self._model, self._tokenizer, self._batch_size, self._team = model.eval(), tokenizer, batch_size, team
+        self.truncated = 0
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Each row as it is written again, numbers between blanks."""
+        texts = [request.args[0] for request in requests]
+        return self._team.share(texts, range(len(texts)), list(map(len, texts)), self._write)
+
+    def _write(self, texts: list[str]) -> list[str]:
+        ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        written: dict[int, str] = {}
+        for length in sorted(set(map(len, ids))):  # a batch has no padding: its last position is what is read
+            alike = [i for i, row in enumerate(ids) if len(row) == length]
+            for start in range(0, len(alike), self._batch_size):
+                chosen = alike[start : start + self._batch_size]
+                rows = torch.tensor([ids[i] for i in chosen], device=self._model.device)  # (b, T)
+                with torch.no_grad():
+                    found = self._model(rows).logits.argmax(dim=-1).tolist()
+                written |= {i: " ".join(map(str, row)) for i, row in zip(chosen, found, strict=True)}
+        return [written[i] for i in range(len(texts))]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Never asked for: `check_kind` comes first."""
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+def encodes(model: PreTrainedModel) -> bool:
+    return isinstance(model, LRNNForReconstruction)
+
+
+def check_kind(checkpoint: Path, model: PreTrainedModel, names: list[str]) -> None:
+    """Raise ValueError if an auto-encoder is asked what a language model does, or the other way round."""
+    others = [name for name in names if (name in TASKS) != encodes(model)]
+    if not others:
+        return
+    if encodes(model):
+        raise ValueError(
+            f"{checkpoint}: an auto-encoder (task compression), which is no language model; of the tasks it "
+            f"has an answer for {', '.join(TASKS)} only"
+        )
+    raise ValueError(
+        f"task {others[0]} asks an auto-encoder (`lrnn train recipes/synthetic/compression.yaml` makes one), "
+        f"and {checkpoint} is a language model"
+    )
