@@ -2,8 +2,9 @@
 
 Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
 Each contender decodes as fast as it can here: recurrent models by `model/decode.py`'s step, attention by a
-static cache of the context's size; both replay a CUDA graph, and both with compiled blocks where asked. The
-mode `generate` is the time of a token in `model.generate`, transformers' loop included.
+static cache of the context's size; both replay a CUDA graph, and both with compiled blocks where asked. In
+the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`). The mode `generate` is
+the time of a token in `model.generate`, transformers' loop included.
 
 A recurrent state is the same size after any text, so a long context is emulated by the count of tokens that
 the cache has seen, after a real prefill of 1k; attention's keys and values are all there.
@@ -37,7 +38,7 @@ DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
 PREFILL = 1024  # tokens that are really read before a recurrent model decodes
 SEGMENT = 2048
 LONGEST_ATTENTION = 65_536  # further, its prefill alone takes a benchmark's time
-MODES = ("graph", "compiled", "generate")
+MODES = ("graph", "compiled", "fused", "generate")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def bench_one(
         taken = _generate_times(model, ids[:, :16] if recurrent else ids, settings.tokens, device)
     else:
         setup = _recurrent_token if recurrent else _attention_token
-        token = setup(model, ids, context, settings.tokens, mode == "compiled")
+        token = setup(model, ids, context, settings.tokens, mode)
         for _ in range(2):
             token()
         taken, _ = time_calls(token, settings.tokens, device)
@@ -152,15 +153,15 @@ def _prefill(model: LRNNForCausalLM, ids: Tensor, cache: Any) -> Any:
 
 
 def _recurrent_token(
-    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, compiled: bool
+    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, mode: str
 ) -> Callable[[], Any]:
     """A step of `model/decode.py`, after `context` tokens by the cache's count."""
     output = _prefill(model, ids, None)
     cache = output.past_key_values
     for layer in cache.layers:
         layer.seen_tokens = context
-    compile_config = CompileConfig(options=_INDUCTOR) if compiled and ids.is_cuda else None
-    step = decode_step(model, cache, compile_config)
+    compile_config = CompileConfig(options=_INDUCTOR) if mode == "compiled" and ids.is_cuda else None
+    step = decode_step(model, cache, compile_config, fused=mode == "fused")
     newest = output.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
 
     def token() -> Tensor:
@@ -174,12 +175,14 @@ _INDUCTOR = {"coordinate_descent_tuning": True}
 
 
 def _attention_token(
-    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, compiled: bool
+    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, mode: str
 ) -> Callable[[], Any]:
     """A forward pass on a static cache, as one CUDA graph."""
     cache = StaticCache(config=model.config, max_cache_len=context + tokens + 8)
     newest = _prefill(model, ids, cache).logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
-    if compiled and ids.is_cuda:
+    if mode == "fused":
+        raise ValueError("attention has no fused step")
+    if mode == "compiled" and ids.is_cuda:
         for block in model.model.layers:
             block.compile(dynamic=False)
 

@@ -187,6 +187,7 @@ class Mixer(nn.Module):
 
     layer_type: ClassVar[str] = "linear_attention"
     options: ClassVar[tuple[str, ...]] = ()
+    fused_window: ClassVar[bool | None] = None  # `window` of kernels/fused_step.py; None: nothing for it
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""

@@ -33,6 +33,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     """
 
     options = ("num_blocks", "block_size", "gate", "gate_std")
+    fused_window = False
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class HigherOrderLRU(JointProjections, Mixer):
     """
 
     options = ("num_blocks", "order", "gate", "gate_std")
+    fused_window = True
 
     def __init__(
         self,

@@ -11,6 +11,8 @@ every layer) go the plain way, through the model's forward pass.
 Legend: B batch, D model width, V vocabulary.
 """
 
+import importlib.util
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -30,6 +32,7 @@ KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logi
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose modules do what they say
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
+MOST_FUSED = 64  # sequences of a fused step: more are products that libraries do well
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 
 
@@ -58,8 +61,10 @@ class Decoder:
 class DecodeStep:
     """A step of one model for one batch size, with the states that it continues."""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, compile_config: Any, capture: bool):
-        self.key = _key(model, cache, compile_config)
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache, compile_config: Any, capture: bool, fused: bool = False
+    ):
+        self.key, self.fused = _key(model, cache, compile_config, fused), fused
         self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
         B = self.states[0].shape[0]
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=self.states[0].device)
@@ -88,11 +93,26 @@ class DecodeStep:
 
     def forward(self, model: PreTrainedModel) -> Tensor:
         """The step as it is written: what is captured."""
+        if self.fused:
+            return self._fused_forward(model)
         x = model.model.embed_tokens(self.ids)  # (B, 1, D)
         for block, state in zip(model.model.layers, self.states, strict=True):
             x, after = self.block_step(block, x, state)
             state.copy_(after)
         return model.lm_head(model.model.norm(x))
+
+    def _fused_forward(self, model: PreTrainedModel) -> Tensor:
+        """The same by four kernels a layer, and one for the head."""
+        from ..kernels.fused_step import linear_step
+
+        if not self.joint:
+            self.join(model)
+        x = model.model.embed_tokens(self.ids).squeeze(1)  # (B, D)
+        with joined(self.joint):
+            for block, state in zip(model.model.layers, self.states, strict=True):
+                x = block.fused_step(x, state)
+        norm = model.model.norm
+        return linear_step(x, model.lm_head.weight, norm.weight, norm.eps).unsqueeze(1)
 
     def _adopt(self, cache: Cache) -> None:
         """Make this cache the one that is continued; the one before, if it lives, gets its own copies."""
@@ -139,20 +159,30 @@ class DecodeStep:
 
 
 def decode_step(
-    model: PreTrainedModel, cache: Cache, compile_config: Any = None, capture: bool | None = None
+    model: PreTrainedModel,
+    cache: Cache,
+    compile_config: Any = None,
+    capture: bool | None = None,
+    fused: bool = False,
 ) -> DecodeStep:
     """The step of a model for a cache's batch size: the one there is, or a new one.
 
-    capture: whether to record a CUDA graph; None: on a GPU.
+    capture: whether to record a CUDA graph; None: on a GPU. fused: by the kernels of `kernels/fused_step.py`,
+    in place of `compile_config`.
+
+    Raises:
+        ValueError: the fused kernels cannot run this model here.
     """
-    key = _key(model, cache, compile_config)
+    if fused and (reason := fused_obstacle(model, cache.layers[0].recurrent_states[0].shape[0])):
+        raise ValueError(f"the fused decoding step cannot run here: {reason}")
+    key = _key(model, cache, compile_config, fused)
     steps = _steps.setdefault(model, [])
     for step in steps:
         if step.key == key:
             return step
     if capture is None:
         capture = cache.layers[0].recurrent_states[0].is_cuda
-    step = DecodeStep(model, cache, compile_config, capture)
+    step = DecodeStep(model, cache, compile_config, capture, fused)
     stale = [old for old in steps if old.key[1:] != key[1:]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
     return step
@@ -170,6 +200,22 @@ def can_decode(model: PreTrainedModel) -> bool:
         if isinstance(module, nn.Linear) and plain_weight(module) is None:
             return False
     return True
+
+
+def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
+    """Why the kernels of `kernels/fused_step.py` cannot be a step of this model for B sequences; None: they
+    can."""
+    x = model.model.embed_tokens.weight
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None or not (x.is_cuda or interpreted):
+        return "it needs Triton and a GPU"
+    if x.dtype not in (torch.bfloat16, torch.float16) and not interpreted:
+        return f"its products are in half precision, the model is in {x.dtype}"
+    if B > MOST_FUSED:
+        return f"it takes up to {MOST_FUSED} sequences, not {B}"
+    if any(block.mixer.fused_window is None for block in model.model.layers):
+        return "it knows bd_lru and h_lru only"
+    return None
 
 
 def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
@@ -205,7 +251,7 @@ def _is_one_token(ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
     return ids is not None and ids.shape[1] == 1 and kwargs.get("use_cache", True) is not False
 
 
-def _key(model: PreTrainedModel, cache: Cache, compile_config: Any) -> tuple:
+def _key(model: PreTrainedModel, cache: Cache, compile_config: Any, fused: bool = False) -> tuple:
     """The states' shapes, and what a step keeps of a model: where its weights lie, how often they changed."""
     shapes = tuple(
         (s.shape, s.dtype, s.device) for s in (layer.recurrent_states[0] for layer in cache.layers)
@@ -214,7 +260,7 @@ def _key(model: PreTrainedModel, cache: Cache, compile_config: Any) -> tuple:
     return (
         shapes,
         weights,
-        None if compile_config is None else repr(sorted(_options(compile_config).items())),
+        fused or (None if compile_config is None else repr(sorted(_options(compile_config).items()))),
     )
 
 

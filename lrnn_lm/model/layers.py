@@ -75,6 +75,21 @@ class LRNNBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), state
 
+    def fused_step(self, hidden_states: Tensor, state: Tensor) -> Tensor:
+        """`step` by four kernels, with the weights that `joined` lends; `state` is written in place.
+
+        hidden_states (B, D) -> (B, D).
+        """
+        from ..kernels.fused_step import linear_step, mix_step  # triton is imported only where it runs
+
+        mixer, norm, mlp = self.mixer, self.mixer_norm, self.mlp
+        h = mix_step(
+            hidden_states, norm.weight, norm.eps, *mixer.joint, state, mixer.gate, mixer.fused_window
+        )
+        x = linear_step(h, mixer.out_proj.weight, residual=hidden_states)
+        h = linear_step(x, mlp.joint[0], self.mlp_norm.weight, self.mlp_norm.eps, gated=True)
+        return linear_step(h, mlp.down_proj.weight, residual=x)
+
 
 def _mix_after_padding(
     mixer: Mixer, x: Tensor, state: Tensor, context: SequenceContext, token_mask: Tensor

@@ -46,6 +46,27 @@ def test_steps_are_the_forward_pass(name):
         assert tokens_seen(ours) == tokens_seen(theirs) == t + 1
 
 
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
+@torch.no_grad()
+def test_fused_steps_are_the_forward_pass(name):
+    """Four kernels a layer, here in Triton's interpreter; the state is written in place."""
+    pytest.importorskip("triton")
+    model, ids = small_model(name), tokens(length=12)
+    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
+    step = decode_step(model, ours, fused=True)
+    for t in range(8, 12):
+        want = plain(model, ids[:, t : t + 1], theirs)
+        close(step(model, ids[:, t : t + 1], ours), want, SUMS)
+        for a, b in zip(states(ours), states(theirs), strict=True):
+            close(a, b, SUMS)
+
+
+def test_what_has_no_fused_step_says_so():
+    model, ids = small_model("lstm"), tokens(length=4)
+    with pytest.raises(ValueError, match="bd_lru and h_lru only"):
+        decode_step(model, prefilled(model, ids), fused=True)
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_generate_decodes_through_it(name, monkeypatch):
     model, ids = small_model(name), tokens(length=6)

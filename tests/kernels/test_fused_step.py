@@ -1,0 +1,91 @@
+"""The fused kernels of a decoding step against the scans' specification and torch's layers."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lrnn_lm.kernels import GATES, block_diagonal_scan, higher_order_scan
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter multiplies no bf16; a GPU multiplies fp32 as TF32, so only half precision is used there.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3}
+if DEVICE == "cuda":
+    TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+DTYPES = list(TOLERANCES)
+EPS = 1e-6
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(got, want, dtype):
+    assert got.shape == want.shape
+    assert got.isfinite().all()
+    assert (got.double() - want.double()).norm() <= TOLERANCES[dtype] * want.double().norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "D", "OUT"), [(1, 40, 17), (3, 64, 33), (20, 70, 16)])
+def test_products(B, D, OUT, dtype):
+    from lrnn_lm.kernels.fused_step import linear_step
+
+    x, norm, residual = (
+        noise(B, D, dtype=dtype),
+        noise(D, seed=1, dtype=dtype),
+        noise(B, OUT, seed=2, dtype=dtype),
+    )
+    weight, both = noise(OUT, D, seed=3, dtype=dtype), noise(2 * OUT, D, seed=4, dtype=dtype)
+    normed = functional.rms_norm(x.double(), (D,), norm.double(), EPS)
+    close(
+        linear_step(x, weight, residual=residual), residual.double() + x.double() @ weight.double().t(), dtype
+    )
+    close(linear_step(x, weight, norm, EPS), normed @ weight.double().t(), dtype)
+    gate, up = (normed @ both.double().t()).chunk(2, dim=1)
+    close(linear_step(x, both, norm, EPS, gated=True), functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
+@pytest.mark.parametrize(("B", "N", "M"), [(1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16)])
+def test_a_step_is_a_scan_of_one(B, N, M, window, dtype):
+    check_step(B, N, M, window, "softmax", dtype)
+
+
+@pytest.mark.parametrize("gate", [name for name in GATES if name != "softmax"])
+@pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
+def test_gate_functions(gate, window):
+    check_step(2, 5, 4, window, gate, DTYPES[0])
+
+
+def check_step(B, N, M, window, gate, dtype):
+    from lrnn_lm.kernels.fused_step import mix_step
+
+    D, rows = 24, N if window else N * M
+    x, norm = noise(B, D, dtype=dtype), noise(D, seed=1, dtype=dtype)
+    weight, bias = (
+        noise(rows * (M + 2), D, seed=2, dtype=dtype) / 4,
+        noise(rows * (M + 2), seed=3, dtype=dtype),
+    )
+    state = noise(B, N, M, seed=4)
+    projected = (
+        functional.rms_norm(x.double(), (D,), norm.double(), EPS) @ weight.double().t() + bias.double()
+    )
+    planes = projected.view(B, 1, M + 2, rows)
+    gates, values = planes[:, :, : M + 1], planes[:, :, M + 1]
+    if window:
+        _, after = higher_order_scan(
+            gates.transpose(2, 3), values, state.double(), gate=gate, backend="reference"
+        )
+        wanted = after.transpose(1, 2).flatten(1)
+    else:
+        gates = gates.unflatten(-1, (N, M)).permute(0, 1, 3, 4, 2)
+        h, after = block_diagonal_scan(
+            gates, values.unflatten(-1, (N, M)), state.double(), gate=gate, backend="reference"
+        )
+        wanted = h.flatten(1)
+    out = mix_step(x, norm, EPS, weight, bias, state, gate, window)
+    close(out, wanted, dtype)
+    close(state, after, dtype)
