@@ -27,7 +27,6 @@ from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from . import checkpoint
 from .checkpoint import Position
-from .inspect_layers import shortened, summary, watched
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
@@ -35,11 +34,12 @@ from .progress import ProgressLine
 from .rewind import rewind
 from .rows import Batch, Rows
 from .saver import Saver
+from .step_log import log_step
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
 from .validate import tell_validation, validate
-from .watch import Heartbeat, Stopwatch, slots, straggler
+from .watch import Heartbeat, Stopwatch, slots
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Trainer:
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
-        self._worked = self._stalled = 0.0
+        self._worked = self.stalled = 0.0
         self.saved_step = position.step if position.step else -1
         self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
         self._save_rang = False  # the clock, amid bad steps
@@ -204,7 +204,7 @@ class Trainer:
         position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self.rows.waited())
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
-            self._log(result, lr, spent, batches)
+            log_step(self, result, lr, spent, batches)
         if result.written == self.accelerator.num_processes:
             with self._stalling():
                 self.saver.finish()
@@ -335,7 +335,7 @@ class Trainer:
         """Around what keeps training waiting for a checkpoint; the seconds stand in the next line."""
         began = time.perf_counter()
         yield
-        self._stalled += time.perf_counter() - began
+        self.stalled += time.perf_counter() - began
 
     def _write_extras(self, folder: Path) -> None:
         """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
@@ -372,30 +372,3 @@ class Trainer:
         self.heartbeat.beat(
             self.position.step, self.position.step * self.recipe.train.tokens_per_step, doing, now
         )
-
-    def _log(self, result: StepResult, lr: float, spent: Spent, batches: list[Batch]) -> None:
-        step = self.position.step
-        line = {
-            "step": step,
-            "tokens": step * self.recipe.train.tokens_per_step,
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            **self.throughput.line(spent),
-            "skipped": self.position.skipped,
-            **straggler(result.seconds),
-        }
-        if self._stalled:
-            line["checkpoint_seconds"], self._stalled = self._stalled, 0.0
-        every = self.recipe.train.inspect_every
-        if every is not None and step % every == 0:
-            line |= self._inspect(batches[0])
-        self.metrics.write(line)
-        self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
-
-    def _inspect(self, batch: Batch) -> dict[str, list[float | None]]:
-        """Each layer's state and gates on the main rank's rows; every rank must pass through the model."""
-        with watched(self.bare_model) as seen:
-            self.forward(shortened(batch), 1.0, return_logits=False)
-        reshard(self.model)
-        return summary(seen)

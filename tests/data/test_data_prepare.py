@@ -256,8 +256,9 @@ def test_interrupt_leaves_nothing(
 
 
 SLOW_PREPARE = """
-import sys, time, json
+import signal, sys, time, json
 import importlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with "&"
 module = importlib.import_module("lrnn_lm.data.prepare")
 from lrnn_lm.data import DataSpec, SourceSpec
 keys = json.loads(sys.argv[1])

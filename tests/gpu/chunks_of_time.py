@@ -18,7 +18,7 @@ import torch
 from launch_plans import scan_call
 
 from lrnn_lm.bench import measure
-from lrnn_lm.bench.kernels import PAPER_SHAPES, Shape
+from lrnn_lm.bench.shapes import PAPER_SHAPES, Shape
 from lrnn_lm.kernels import block_diagonal, higher_order
 
 TOKENS, BATCHES = 32768, (4, 1)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from lrnn_lm.bench import measure
-from lrnn_lm.bench.kernels import PAPER_SHAPES, Shape, scan_backward
+from lrnn_lm.bench.kernels import scan_backward
+from lrnn_lm.bench.shapes import PAPER_SHAPES, Shape
 from lrnn_lm.kernels import block_diagonal, higher_order, triton_launch  # noqa: F401  (they define the ops)
 from lrnn_lm.kernels.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
 from lrnn_lm.kernels.triton_ops import rows_like
