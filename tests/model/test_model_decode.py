@@ -67,6 +67,18 @@ def test_what_has_no_fused_step_says_so():
         decode_step(model, prefilled(model, ids), fused=True)
 
 
+def test_blocks_that_two_programs_would_share_have_no_fused_step():
+    """One would write a state that the other still reads."""
+    pytest.importorskip("triton")
+    for mixer in (
+        {"type": "bd_lru", "num_blocks": 2, "block_size": 17},
+        {"type": "h_lru", "num_blocks": 2, "order": 17},
+    ):
+        model, ids = small_model(mixer["type"], mixer=mixer), tokens(length=4)
+        with pytest.raises(ValueError, match="blocks and orders up to 16, not 17"):
+            decode_step(model, prefilled(model, ids), fused=True)
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_generate_decodes_through_it(name, monkeypatch):
     model, ids = small_model(name), tokens(length=6)
