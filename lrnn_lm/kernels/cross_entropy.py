@@ -62,6 +62,7 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, ignore: int) -> Tenso
     column makes the sum NaN.
     """
     R, V = logits.shape
+    labels = labels.contiguous()  # a column of a batch's labels is not
     nats = torch.empty(R, device=logits.device, dtype=torch.float32)
     with on_device(logits):
         _nats_kernel[(R,)](

@@ -9,7 +9,7 @@ Any strides are read; memory (B, T, M+1, N), i.e. M+1 planes each laid out like 
 
 Legend: B batch, T time, N channels, M order; z gate logits, a_1 .. a_M, a_0 their coefficients, v values, h
 state, x_k = h_{t-k}; g = dL/dh from outside, s = dL/dh in all, r_k what steps after t owe to h_{t+1-k}; age =
-steps since the document began; q = a lane's place among the LANES lanes of its channel, TAPS = M / LANES.
+steps since the document began; q = a lane's place among the SHARE lanes of its channel, TAPS = M / SHARE.
 Blocks are [BLOCK].
 """
 

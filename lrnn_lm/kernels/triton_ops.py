@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
 
@@ -21,8 +22,14 @@ def rows_like(values: Tensor, columns: int | None) -> Tensor:
     """A new tensor of the shape of `values`, a step `columns` elements apart if given, else contiguous."""
     if columns is None:
         return values.new_empty(values.shape)
-    rows = values[0, 0].numel()
-    return values.new_empty(*values.shape[:2], columns)[..., :rows].view(values.shape)
+    return _rows_of(values.new_empty(*values.shape[:2], columns), values.shape)
+
+
+def _rows_of(padded: Tensor, shape: torch.Size) -> Tensor:
+    """The first columns of padded (B, T, columns), by their shape; a view would forget the stride of a lone
+    step."""
+    T, columns = padded.shape[1:]
+    return padded.as_strided(shape, (T * columns, columns, *shape[3:], 1))
 
 
 def _state_like(values: Tensor, M: int) -> Tensor:
@@ -132,6 +139,8 @@ def register_packed(
         columns, rows = planes.shape[-1], values[0, 0].numel()
         if columns > rows and not fills(M):
             d_planes[..., rows:].zero_()
+        if fills(M) and h.stride(1) != columns:  # a hook kept it without its padding, which is read
+            h = _rows_of(functional.pad(h.flatten(2), (0, columns - rows)), h.shape)
         d_h0 = backward(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
             columns if fills(M) else None,

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..kernels.dispatch import TRITON_MOST
 from ..mixers import joined, plain_weight
 from .cache import is_recurrent
 from .layers import LRNNBlock
@@ -215,6 +216,9 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
+    widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)
+    if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
+        return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
     return None
 
 

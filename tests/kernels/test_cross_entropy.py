@@ -56,3 +56,12 @@ def test_rows_that_are_not_adjacent_and_labels_that_are_no_column():
     torch.testing.assert_close(rows[:, :17].cpu().double(), gradient)
     assert torch.equal(rows[:, 17:].cpu(), wide[:, 17:])
     assert cross_entropy_in_place(rows, torch.full((3,), 40, device=DEVICE), IGNORE).isnan()
+
+
+def test_labels_that_are_not_adjacent():
+    """A column of a batch's labels, and one label for all rows."""
+    logits = torch.randn(3, 17, generator=torch.Generator().manual_seed(0))
+    for labels in (torch.tensor([[1, 9], [2, 8], [IGNORE, 7]])[:, :1].reshape(-1), torch.tensor(4).expand(3)):
+        (nats, gradient), (wanted_nats, wanted) = both(logits, labels)
+        assert abs(nats - wanted_nats) <= 2e-6 * wanted_nats
+        assert (gradient - wanted).norm() <= 2e-6 * wanted.norm()

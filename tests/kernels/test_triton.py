@@ -159,6 +159,34 @@ def test_packed_planes(scan, M, backend):
     assert not d_planes[..., rows:].any()
 
 
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("M", [2, 3])
+def test_packed_planes_of_one_step(scan, M):
+    """A lone step's rows lie as far apart as any."""
+    planes = torch.randn(3, 1, M + 2, 4 * M + 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
+    for x, want in zip(
+        packed(planes, 4, M, backend="triton"), packed(planes, 4, M, backend="torch"), strict=True
+    ):
+        torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_packed_planes_whose_state_was_kept_without_its_padding(scan):
+    """As `save_on_cpu` keeps it: what lies behind in memory is not read."""
+    planes = torch.randn(2, 5, 4, 15, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
+
+    def amid_nan(x):
+        memory = torch.full((x.numel() + 99,), torch.nan, device=DEVICE)
+        return memory[: x.numel()].copy_(x.flatten()).view(x.shape)
+
+    (want,) = torch.autograd.grad(packed(planes, 3, 2, backend="triton")[0].sum(), planes)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, amid_nan):
+        h = packed(planes, 3, 2, backend="triton")[0]
+    assert torch.equal(torch.autograd.grad(h.sum(), planes)[0], want)
+
+
 def test_widths_of_planes():
     assert plane_width(302 * 4, 4) == 1216
     assert plane_width(2112) == 2112

@@ -1,6 +1,7 @@
 """The decoding step: the same numbers as the forward pass, and caches that stay true whoever reads them."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from lrnn_lm.model.cache import tokens_seen
 from lrnn_lm.model.decode import Decoder, can_decode, decode_step
 
 SUMS = TOLERANCE["other order of sums"]
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="these models are on the CPU, and there is a GPU"
+)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
 
@@ -46,6 +50,7 @@ def test_steps_are_the_forward_pass(name):
         assert tokens_seen(ours) == tokens_seen(theirs) == t + 1
 
 
+@INTERPRETED
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
 @torch.no_grad()
 def test_fused_steps_are_the_forward_pass(name):
@@ -61,10 +66,25 @@ def test_fused_steps_are_the_forward_pass(name):
             close(a, b, SUMS)
 
 
+@INTERPRETED
 def test_what_has_no_fused_step_says_so():
+    pytest.importorskip("triton")
     model, ids = small_model("lstm"), tokens(length=4)
     with pytest.raises(ValueError, match="bd_lru and h_lru only"):
         decode_step(model, prefilled(model, ids), fused=True)
+
+
+@INTERPRETED
+def test_blocks_that_two_programs_would_share_have_no_fused_step():
+    """One would write a state that the other still reads."""
+    pytest.importorskip("triton")
+    for mixer in (
+        {"type": "bd_lru", "num_blocks": 2, "block_size": 17},
+        {"type": "h_lru", "num_blocks": 2, "order": 17},
+    ):
+        model, ids = small_model(mixer["type"], mixer=mixer), tokens(length=4)
+        with pytest.raises(ValueError, match="blocks and orders up to 16, not 17"):
+            decode_step(model, prefilled(model, ids), fused=True)
 
 
 @pytest.mark.parametrize("name", RECURRENT)
