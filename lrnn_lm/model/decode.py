@@ -216,6 +216,8 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
+    if not can_decode(model):
+        return "modules are not as they were built (adapters, hooks, quantised weights), or in training"
     widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)
     if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
         return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
