@@ -1,0 +1,43 @@
+"""What both files of tests of the Triton scans share: a comparison with the specification, on any device."""
+
+import pytest
+import torch
+from scans import TOLERANCE, make_inputs, relative_error, run
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+# The interpreter cuts fp32 to bf16 by truncation where a GPU rounds to nearest: twice the error of one cast.
+TOLERANCES = TOLERANCE if GPU else {**TOLERANCE, torch.bfloat16: 2 * TOLERANCE[torch.bfloat16]}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """`torch.empty` returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def cut_time(monkeypatch, chunk: int) -> None:
+    from lrnn_lm.kernels import block_diagonal, higher_order
+
+    for module in (block_diagonal, higher_order):
+        monkeypatch.setattr(
+            module, "time_chunks", lambda groups, rows, cost, T, device: (chunk, -(-T // chunk))
+        )
+
+
+def to_device(inputs):
+    return [x.to(DEVICE) if x is not None else None for x in inputs]
+
+
+def compare(scan, dtype=torch.float32, gate="softmax", inputs=None, baseline="reference", **shape):
+    inputs = make_inputs(scan, dtype=dtype, **shape) if inputs is None else inputs
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    wanted = run(scan, exact, gate, baseline)
+    got = run(scan, to_device(inputs), gate, "triton")
+    for name, x, want in zip(("h", "h_last", "gates", "values", "h0"), got, wanted, strict=True):
+        error = relative_error(x.cpu(), want)
+        assert error <= TOLERANCES[dtype], f"{name}: relative error {error:.1e}"
