@@ -1,151 +1,185 @@
-"""One token of every sequence through a layer in four Triton kernels: what is bound by reading weights.
+"""One token of a few sequences through a layer in four Triton kernels: what is bound by reading weights.
 
     mix      norm, gates and values, one step of the recurrence, whose state is written in place
     linear   a product that adds to the residual stream, or that begins with a norm, or is a SwiGLU's two
 
-A program owns some outputs of every sequence, so each weight is read once; products are of matrices, with
-the sequences padded to 16 rows. The factor of a norm is applied after the product: it is one a sequence.
+A program owns some outputs, a warp some rows of weights, and takes one sequence after the other. It asks for
+its weights before it waits for the kernel ahead (programmatic dependent launch, from Hopper on), so that
+memory stays busy while one kernel hands over to the next; what another kernel writes is read after the wait.
+The factor of a norm is applied after the product: it is one a sequence.
 
-Legend: B sequences, BB B padded, D inputs, R outputs (rows of weights) a program, N blocks or channels, M
-block size or order, MP = M rounded up to a power of two; z gate logits, v values, h state. Tiles are [BB, R].
+Legend: B sequences, D inputs, in pieces of INPUTS, R outputs (rows of weights) a program, HELD planes of
+weights that wait in registers, N blocks or channels, M block size or order, MP = M rounded up to a power of
+two; z gate logits, v values, h state. Results are [R], pieces [R, INPUTS].
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import on_device
+from .triton_launch import INTERPRETED, multiprocessors, on_device
 from .triton_rows import coefficients
 
-OUTPUTS = 16  # R
-STAGE_BYTES, MOST_BYTES = 32 << 10, 160 << 10  # of shared memory: what is read at once, and ahead
+INPUTS = 256  # a warp's copies of 16 bytes
+PROGRAMS_PER_SM = 2  # from which they share the weights out evenly
+REGISTERS = 128  # of a lane, for weights
 
 
 @triton.jit
-def _inputs(x, norm, b, k, B, D: tl.constexpr, NORM: tl.constexpr):
-    """Inputs k of every sequence, weighed by the norm, [BB, INPUTS], and their squares' sums, [BB]."""
-    tile = tl.load(x + b[:, None] * D + k[None, :], mask=(b < B)[:, None] & (k < D)[None, :], other=0.0)
-    squares = tl.zeros([b.shape[0]], tl.float32)
-    if NORM:
-        wide = tile.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=1)
-        tile = (wide * tl.load(norm + k, mask=k < D, other=0.0).to(tl.float32)[None, :]).to(tile.dtype)
-    return tile, squares
+def _columns(start: tl.constexpr, INPUTS: tl.constexpr, lane):
+    """Columns of a piece, for every output: [R, INPUTS]. All tiles are made alike, so none is rearranged."""
+    return lane[:, None] * 0 + start + tl.arange(0, INPUTS)[None, :]
 
 
 @triton.jit
-def _product(total, x, weight, rows, valid, k, D: tl.constexpr):
-    """total [BB, R] and x times these rows of the weights."""
-    at = weight + rows.to(tl.int64)[:, None] * D + k[None, :]
-    w = tl.load(at, mask=valid[:, None] & (k < D)[None, :], other=0.0)
-    return tl.dot(x, tl.trans(w), total)
+def _pieces(at, valid, lane, D: tl.constexpr, INPUTS: tl.constexpr):
+    """What lies from `at` [R] on, D numbers, in pieces."""
+    pieces = ()
+    for start in tl.static_range(0, D, INPUTS):
+        k = _columns(start, INPUTS, lane)
+        pieces = pieces + (tl.load(at[:, None] + k, mask=valid[:, None] & (k < D), other=0.0),)
+    return pieces
+
+
+@triton.jit
+def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: tl.constexpr):
+    """A sequence's inputs in pieces, weighed by the norm, and the norm's factor, [R]."""
+    pieces, squares = (), tl.zeros([lane.shape[0], INPUTS], tl.float32)
+    for start in tl.static_range(0, D, INPUTS):
+        k = _columns(start, INPUTS, lane)
+        piece = tl.load(x + k, mask=k < D, other=0.0)
+        if NORM:
+            wide = piece.to(tl.float32)
+            squares += wide * wide
+            piece = (wide * scales[start // INPUTS].to(tl.float32)).to(piece.dtype)
+        pieces = pieces + (piece,)
+    return pieces, tl.rsqrt(tl.sum(squares, axis=1) / D + eps) if NORM else 1.0
+
+
+@triton.jit
+def _product(x, w):
+    """[R]: a sequence's inputs times rows of weights."""
+    sums = x[0].to(tl.float32) * w[0].to(tl.float32)
+    for j in tl.static_range(1, len(w)):
+        sums += x[j].to(tl.float32) * w[j].to(tl.float32)
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit
 def _linear_kernel(
     x, norm, weight, residual, out, B, eps, D: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, RESIDUAL: tl.constexpr, BB: tl.constexpr, R: tl.constexpr, INPUTS: tl.constexpr,
-    STAGES: tl.constexpr,
+    GATED: tl.constexpr, RESIDUAL: tl.constexpr, R: tl.constexpr, INPUTS: tl.constexpr, HELD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out (B, OUT) of x (B, D), weight (OUT, D), or (2 OUT, D) if GATED: silu of the first half times the
     second."""
-    b, rows = tl.arange(0, BB), tl.program_id(0) * R + tl.arange(0, R)
-    valid = rows < OUT
-    total, up, squares = (
-        tl.zeros([BB, R], tl.float32),
-        tl.zeros([BB, R], tl.float32),
-        tl.zeros([BB], tl.float32),
-    )
-    for start in tl.range(0, D, INPUTS, num_stages=STAGES):
-        k = start + tl.arange(0, INPUTS)
-        tile, more = _inputs(x, norm, b, k, B, D, NORM)
-        squares += more
-        total = _product(total, tile, weight, rows, valid, k, D)
+    lane = tl.arange(0, R)
+    row = tl.program_id(0) * R + lane
+    valid = row < OUT
+    at = weight + row.to(tl.int64) * D
+    if EARLY:
+        gdc_launch_dependents()
+    if HELD > 0:
+        w = _pieces(at, valid, lane, D, INPUTS)
+    if GATED and HELD > 1:
+        w_up = _pieces(at + OUT * D, valid, lane, D, INPUTS)
+    scales = _pieces(norm + lane * 0, lane >= 0, lane, D, INPUTS) if NORM else ()
+    if EARLY:
+        gdc_wait()
+    for b in range(B):
+        inputs, factor = _inputs(x + b * D, scales, lane, eps, D, NORM, INPUTS)
+        total = _product(inputs, w if HELD > 0 else _pieces(at, valid, lane, D, INPUTS)) * factor
         if GATED:
-            up = _product(up, tile, weight, OUT + rows, valid, k, D)
-    if NORM:
-        factor = tl.rsqrt(squares / D + eps)[:, None]
-        total, up = total * factor, up * factor
-    if GATED:
-        total = total / (1.0 + tl.exp(-total)) * up
-    at, inside = b[:, None] * OUT + rows[None, :], (b < B)[:, None] & valid[None, :]
-    if RESIDUAL:
-        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+            up = _product(inputs, w_up if HELD > 1 else _pieces(at + OUT * D, valid, lane, D, INPUTS))
+            total = total / (1.0 + tl.exp(-total)) * (up * factor)
+        if RESIDUAL:
+            total += tl.load(residual + b * OUT + row, mask=valid, other=0.0).to(tl.float32)
+        tl.store(out + b * OUT + row, total.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _mix_kernel(
     x, norm, weight, bias, state, out, B, eps, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, WINDOW: tl.constexpr, GATE: tl.constexpr, BB: tl.constexpr, R: tl.constexpr,
-    INPUTS: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, WINDOW: tl.constexpr, GATE: tl.constexpr, R: tl.constexpr, INPUTS: tl.constexpr,
+    HELD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """h of one step of BD-LRU, out (B, N M), or of H-LRU (WINDOW), out (B, M N), newest first.
 
-    weight, bias: planes of rows (n, i), or n: M + 1 of gates, the input gate's last, then the values'; state
-    (B, N, M) fp32, read and written.
+    weight (rows (M + 2), D) and bias hold M + 1 planes of gates and one of values, rows = N M or N; state (B,
+    N, M) fp32, written in place: the rows of a block belong to one program.
     """
-    b, place = tl.arange(0, BB), tl.program_id(0) * R + tl.arange(0, R)
+    ROWS: tl.constexpr = N if WINDOW else N * M
+    lane = tl.arange(0, R)
+    place = tl.program_id(0) * R + lane
     if WINDOW:
-        n, i, valid, ROWS = place, place * 0, place < N, N
+        n, i, valid = place, place * 0, place < N
     else:
-        n, i, ROWS = place // MP, place % MP, N * M
+        n, i = place // MP, place % MP
         valid = (n < N) & (i < M)
     row = n if WINDOW else n * M + i
-    planes = ()
-    for _ in tl.static_range(M + 2):
-        planes = planes + (tl.zeros([BB, R], tl.float32),)
-    squares = tl.zeros([BB], tl.float32)
-    for start in tl.range(0, D, INPUTS, num_stages=STAGES):
-        k = start + tl.arange(0, INPUTS)
-        tile, more = _inputs(x, norm, b, k, B, D, True)
-        squares += more
-        sums = ()
-        for p in tl.static_range(M + 2):
-            sums = sums + (_product(planes[p], tile, weight, p * ROWS + row, valid, k, D),)
-        planes = sums
-    factor = tl.rsqrt(squares / D + eps)[:, None]
-    z = ()
-    for p in tl.static_range(M + 2):  # rounded as a projection's output is
-        offset = tl.load(bias + p * ROWS + row, mask=valid, other=0.0).to(tl.float32)
-        raw = planes[p] * factor + offset[None, :]
-        z = z + (raw.to(out.dtype.element_ty).to(tl.float32),)
-    f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, b, 1)
-    inside = (b < B)[:, None] & valid[None, :]
-    block = state + (b.to(tl.int64)[:, None] * N + n[None, :]) * M
-    h, past = f[M] * z[M + 1], ()
-    for j in tl.static_range(M):
-        before = tl.load(block + j, mask=inside, other=0.0)
-        h += f[j] * before
-        past = past + (before,)
-    h *= scale[0]
-    tl.debug_barrier()  # every lane has read the state
-    if WINDOW:
-        tl.store(block, h, mask=inside)
-        tl.store(out + b[:, None] * (M * N) + n[None, :], h.to(out.dtype.element_ty), mask=inside)
-        for j in tl.static_range(M - 1):
-            tl.store(block + j + 1, past[j], mask=inside)
-            at = out + b[:, None] * (M * N) + ((j + 1) * N + n)[None, :]
-            tl.store(at, past[j].to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(block + i[None, :], h, mask=inside)
-        tl.store(out + b[:, None] * (N * M) + row[None, :], h.to(out.dtype.element_ty), mask=inside)
+    at = weight + row.to(tl.int64) * D
+    if EARLY:
+        gdc_launch_dependents()
+    held, offsets = (), ()
+    for p in tl.static_range(M + 2):
+        if p < HELD:
+            held = held + (_pieces(at + p * ROWS * D, valid, lane, D, INPUTS),)
+        offsets = offsets + (tl.load(bias + p * ROWS + row, mask=valid, other=0.0).to(tl.float32),)
+    scales = _pieces(norm + lane * 0, lane >= 0, lane, D, INPUTS)
+    if EARLY:
+        gdc_wait()
+    for b in range(B):
+        inputs, factor = _inputs(x + b * D, scales, lane, eps, D, True, INPUTS)
+        z = ()
+        for p in tl.static_range(M + 2):  # rounded as a projection's output is
+            if p < HELD:
+                raw = _product(inputs, held[p])
+            else:
+                raw = _product(inputs, _pieces(at + p * ROWS * D, valid, lane, D, INPUTS))
+            z = z + ((raw * factor + offsets[p]).to(out.dtype.element_ty).to(tl.float32),)
+        f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, lane, 1)
+        block, to = state + (b * N + n) * M, out + b * (N * M) + row
+        h, past = f[M] * z[M + 1], ()
+        for j in tl.static_range(M):
+            before = tl.load(block + j, mask=valid, other=0.0)
+            h += f[j] * before
+            past = past + (before,)
+        h *= scale[0]
+        tl.debug_barrier()  # every lane has read the state
+        tl.store(block + i, h, mask=valid)
+        tl.store(to, h.to(out.dtype.element_ty), mask=valid)
+        if WINDOW:
+            for j in tl.static_range(M - 1):
+                tl.store(block + j + 1, past[j], mask=valid)
+                tl.store(to + (j + 1) * N, past[j].to(out.dtype.element_ty), mask=valid)
 
 
-def _launch(kernel, count: int, planes: int, x: Tensor, *tensors, **options) -> None:
-    """A program for every OUTPUTS of `count` outputs, each a sum over `planes` rows of weights.
-
-    Programs are few, so that each must have much under way: nearly all that it reads.
-    """
+def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **options: Any) -> None:
+    """Programs for `count` outputs, `whole` of them in a row to one program, each of `planes` rows of
+    weights."""
     B, D = x.shape
-    width = max(16, triton.next_power_of_2(B))
-    of_an_input = (width + planes * OUTPUTS) * x.element_size()
-    inputs = next((n for n in (256, 128) if n * of_an_input <= STAGE_BYTES), 64)
-    stages = max(2, min(8, triton.cdiv(D, inputs), MOST_BYTES // (inputs * of_an_input)))
+    outputs = 16
+    least = PROGRAMS_PER_SM * multiprocessors(x.device)
+    while outputs > max(4, whole) and triton.cdiv(count, outputs) < least:
+        outputs //= 2
+    inputs = min(INPUTS, triton.next_power_of_2(D))
+    a_row = triton.cdiv(
+        triton.cdiv(D, inputs) * inputs * x.element_size(), 4 * 32
+    )  # registers of a warp's lane
+    warps = 4
+    while warps < outputs and planes * a_row * outputs > REGISTERS * warps:
+        warps *= 2
+    early = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if early:
+        options["launch_pdl"] = True
     with on_device(x):
-        kernel[(triton.cdiv(count, OUTPUTS),)](
-            x, *tensors, B, D=D, BB=width, R=OUTPUTS, INPUTS=inputs, STAGES=stages,
-            num_warps=4 if width <= 16 else 8, **options,
+        kernel[(triton.cdiv(count, outputs),)](
+            x, *tensors, B, D=D, R=outputs, INPUTS=inputs,
+            HELD=min(planes, REGISTERS * warps // (a_row * outputs)), EARLY=early, num_warps=warps, **options,
         )  # fmt: skip
 
 
@@ -167,7 +201,7 @@ def linear_step(
     count = weight.shape[0] // (2 if gated else 1)
     out = x.new_empty(x.shape[0], count)
     _launch(
-        _linear_kernel, count, 2 if gated else 1, x, norm, weight, residual, out, eps=eps, OUT=count,
+        _linear_kernel, count, 1, 2 if gated else 1, x, norm, weight, residual, out, eps=eps, OUT=count,
         NORM=norm is not None, GATED=gated, RESIDUAL=residual is not None,
     )  # fmt: skip
     return out
@@ -190,7 +224,7 @@ def mix_step(
     whole = 1 if window else triton.next_power_of_2(M)
     out = x.new_empty(x.shape[0], N * M)
     _launch(
-        _mix_kernel, N * whole, M + 2, x, norm, weight, bias, state, out, eps=eps, N=N, M=M, MP=whole,
+        _mix_kernel, N * whole, whole, M + 2, x, norm, weight, bias, state, out, eps=eps, N=N, M=M, MP=whole,
         WINDOW=window, GATE=gate,
     )  # fmt: skip
     return out

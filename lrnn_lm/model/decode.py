@@ -210,8 +210,6 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None or not (x.is_cuda or interpreted):
         return "it needs Triton and a GPU"
-    if x.dtype not in (torch.bfloat16, torch.float16) and not interpreted:
-        return f"its products are in half precision, the model is in {x.dtype}"
     if B > MOST_FUSED:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
