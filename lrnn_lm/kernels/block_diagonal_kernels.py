@@ -19,6 +19,7 @@ tuple of lane blocks.
 import triton
 import triton.language as tl
 
+from .triton_launch import settle_cache_keys
 from .triton_rows import (
     WARP,
     cleared,
@@ -304,3 +305,6 @@ def backward_kernel(
         )  # fmt: skip
     if begin == 0:
         tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=valid & own)
+
+
+settle_cache_keys(globals())

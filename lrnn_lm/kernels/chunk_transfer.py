@@ -22,6 +22,7 @@ from .triton_launch import (
     groups_in_flight,
     multiprocessors,
     on_device,
+    settle_cache_keys,
 )
 from .triton_rows import cleared, gate_rows, renewed, step_flags, tile_of, unstack, wide
 
@@ -288,3 +289,6 @@ def channel_transfer(
     return _transfer(
         channel_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, 1, groups, COLUMNS=columns
     )
+
+
+settle_cache_keys(globals())

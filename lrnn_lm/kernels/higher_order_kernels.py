@@ -16,6 +16,7 @@ Blocks are [BLOCK].
 import triton
 import triton.language as tl
 
+from .triton_launch import settle_cache_keys
 from .triton_rows import (
     WARP,
     cleared,
@@ -307,3 +308,6 @@ def backward_kernel(
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)
+
+
+settle_cache_keys(globals())

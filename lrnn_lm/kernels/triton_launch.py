@@ -34,8 +34,11 @@ MOST_LANES, LEAST_TAPS = 4, 4
 
 MIN_STEPS = 1024  # shorter sequences are never cut into chunks
 SHORTEST_CHUNK = 64
+MOST_STEPS = 16  # what groups of steps divide
 ROWS_PER_SM = 96  # a scan of as many rows keeps an SM busy enough
-LANES_PER_SM = 256  # what chunks fill an SM to, one lane a block of one row; blocks of more rows: half
+# Lanes that chunks fill an SM with, one a block and chunk, by a block's rows rounded up: what a sweep at B 1
+# liked best. Many hide the transfers' latency; few leave wide loads to the scan, and less to relay.
+LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128, 16: 128}
 
 
 class Launch:
@@ -140,6 +143,18 @@ def batch_alignment(*inputs: Tensor) -> int:
     return math.gcd(8, *(x.stride(0) for x in inputs)) if inputs[0].shape[0] > 1 else 8
 
 
+def settle_cache_keys(module: dict[str, Any]) -> None:
+    """Hash a module's kernels in order of definition; `module`: its globals.
+
+    Triton 3.6 reads a function's constants into its caller's key before it hashes the function, that is, only
+    if another kernel has been hashed that calls it too. A kernel's key would depend on what ran before it in
+    the process, and what another process compiled would be compiled again.
+    """
+    for function in list(module.values()):
+        if isinstance(function, triton.JITFunction):
+            _ = function.cache_key
+
+
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -159,6 +174,8 @@ def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.devic
     processors = multiprocessors(device)
     if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * processors:
         return T, 1
-    wanted = (LANES_PER_SM if rows == 1 else LANES_PER_SM // 2) * processors // groups
-    chunk = max(SHORTEST_CHUNK, triton.cdiv(T, max(1, wanted)))
+    wanted = LANES_PER_SM[triton.next_power_of_2(rows)] * processors // groups
+    chunk = triton.cdiv(T, max(1, wanted))
+    # Whole groups of steps: the steps left over are walked through one by one.
+    chunk = max(SHORTEST_CHUNK, triton.cdiv(chunk, MOST_STEPS) * MOST_STEPS)
     return chunk, triton.cdiv(T, chunk)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .gates import EPS as _EPS
+from .triton_launch import settle_cache_keys
 
 EPS = tl.constexpr(_EPS)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -339,3 +340,6 @@ def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr
         if (TP >> stage) > P:
             q = _halve(q, lane, TP >> (stage + 1), P)
     return (_sum_of_lanes(q[0], lane, TP, MP // TP),) if TP < MP else q
+
+
+settle_cache_keys(globals())

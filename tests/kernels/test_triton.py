@@ -301,3 +301,21 @@ def test_compiles_for_hopper_without_a_gpu():
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, env=environment)
+
+
+def test_a_kernels_cache_key_does_not_depend_on_what_ran_before():
+    """Else what one process has compiled, the next compiles again (Triton 3.6; 3.9 takes care itself)."""
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "from lrnn_lm.kernels import higher_order_kernels as h, block_diagonal_kernels as bd\n"
+        "from lrnn_lm.kernels import chunk_transfer as c\n"
+        "kernels = [bd.forward_kernel, bd.backward_kernel, h.forward_kernel, h.backward_kernel,"
+        " c.block_transfer_kernel, c.channel_transfer_kernel]\n"
+        "keys = {k.cache_key: k for k in kernels[::%d]}\n"
+        "print([k.cache_key for k in kernels])"
+    )
+    keys = [
+        subprocess.run([sys.executable, "-c", code % step], capture_output=True, text=True, check=True).stdout
+        for step in (1, -1)
+    ]
+    assert keys[0] == keys[1]
