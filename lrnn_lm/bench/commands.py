@@ -82,7 +82,9 @@ def decode(
     contexts: Annotated[
         str, typer.Option(help="tokens before, separated by commas")
     ] = "1024,8192,32768,1048576",
-    modes: Annotated[str, typer.Option(help="graph, compiled, fused, generate")] = "graph,compiled,generate",
+    modes: Annotated[
+        str, typer.Option(help="how a token is made, separated by commas")
+    ] = "fused,graph,compiled,generate",
     size: Annotated[str, typer.Option(help="50M, 125M, 212M, 350M, 760M or 1.3B")] = "212M",
     width: Width = None,
     layers: Layers = None,

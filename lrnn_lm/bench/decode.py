@@ -52,7 +52,7 @@ class DecodeSettings:
     contenders: str = DEFAULT
     batches: str = "1,64"
     contexts: str = "1024,8192,32768,1048576"
-    modes: str = "graph,compiled,generate"
+    modes: str = "fused,graph,compiled,generate"
     size: str = PAPER_SIZE
     width: int | None = None
     layers: int | None = None

@@ -134,8 +134,10 @@ def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: t
 
 
 def layer_step(shape: Shape, device: torch.device) -> tuple[Callable[[], Any], int]:
-    """Forward and backward of a whole mixer with bf16 parameters; how many its matrices have."""
+    """Forward and backward of a whole mixer with bf16 parameters, compiled as blocks are in training, and how
+    many parameters its matrices have."""
     mixer = build_mixer(shape.mixer(), WIDTH).to(device, torch.bfloat16)
+    mixer.compile(dynamic=False)
     x = torch.randn(LAYER_BATCH, LAYER_LENGTH, WIDTH, device=device, dtype=torch.bfloat16).requires_grad_()
     grad = torch.randn_like(x)
     wanted = [x, *mixer.parameters()]

@@ -1,9 +1,10 @@
 """One token for every sequence of a batch, fast: states that stay where they are, one CUDA graph to run.
 
 `generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and
-replayed, so that it costs its kernels and no Python; on a CPU the same code runs as it is written. What a
-cache holds stays exact after every step: its states *are* the tensors that the step writes, for as long as
-the cache is the one being continued; a cache that is put aside gets copies of its own.
+replayed, so that it costs its kernels and no Python, and of few sequences these kernels are our own, four a
+layer (`kernels/fused_step.py`); on a CPU the same code runs as it is written. What a cache holds stays exact
+after every step: its states *are* the tensors that the step writes, for as long as the cache is the one being
+continued; a cache that is put aside gets copies of its own.
 
 Prefill, beams, and whatever a step does not know (adapters, hooks, quantised weights, autocast, outputs of
 every layer) go the plain way, through the model's forward pass.
@@ -33,7 +34,7 @@ KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logi
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose modules do what they say
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
-MOST_FUSED = 64  # sequences of a fused step: more are products that libraries do well
+MOST_FUSED = 6  # sequences of a fused step, which takes one after the other: more are products
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 
 
@@ -164,17 +165,20 @@ def decode_step(
     cache: Cache,
     compile_config: Any = None,
     capture: bool | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
 ) -> DecodeStep:
     """The step of a model for a cache's batch size: the one there is, or a new one.
 
-    capture: whether to record a CUDA graph; None: on a GPU. fused: by the kernels of `kernels/fused_step.py`,
-    in place of `compile_config`.
+    capture: whether to record a CUDA graph; None: on a GPU. fused: by the kernels of `kernels/fused_step.py`;
+    None: on a GPU where they can, unless a `compile_config` asks for other kernels.
 
     Raises:
-        ValueError: the fused kernels cannot run this model here.
+        ValueError: the fused kernels were asked for and cannot run this model here.
     """
-    if fused and (reason := fused_obstacle(model, cache.layers[0].recurrent_states[0].shape[0])):
+    state = cache.layers[0].recurrent_states[0]
+    if fused is None:
+        fused = state.is_cuda and compile_config is None and fused_obstacle(model, state.shape[0]) is None
+    elif fused and (reason := fused_obstacle(model, state.shape[0])):
         raise ValueError(f"the fused decoding step cannot run here: {reason}")
     key = _key(model, cache, compile_config, fused)
     steps = _steps.setdefault(model, [])
@@ -182,7 +186,7 @@ def decode_step(
         if step.key == key:
             return step
     if capture is None:
-        capture = cache.layers[0].recurrent_states[0].is_cuda
+        capture = state.is_cuda
     step = DecodeStep(model, cache, compile_config, capture, fused)
     stale = [old for old in steps if old.key[1:] != key[1:]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]

@@ -305,16 +305,40 @@ def test_a_given_cache_comes_back_continued():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "mamba2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [None, False])
 @torch.no_grad()
-def test_cuda_graph(name, dtype):
+def test_cuda_graph(name, dtype, fused):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model, ids = small_model(name).to("cuda", dtype), tokens(length=12).cuda()
     ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
-    step = decode_step(model, ours)
+    step = decode_step(model, ours, fused=fused)
+    assert step.fused == (fused is None and name in ("bd_lru", "h_lru"))
     for t in range(8, 12):
         want = plain(model, ids[:, t : t + 1], theirs)
         close(step(model, ids[:, t : t + 1], ours), want, SUMS if dtype == torch.float32 else 0.3)
     assert step.graph is not None
     if dtype == torch.float32:
         assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, disable_compile=True, **GREEDY))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
+@torch.no_grad()
+def test_kernels_that_begin_before_the_ones_ahead_have_ended(name):
+    """Programs enough to fill a device, layers enough to overtake: the right numbers, and the same twice."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    mixer = {"type": name, "num_blocks": 300, ("block_size" if name == "bd_lru" else "order"): 4}
+    sizes = {"vocab_size": 5000, "hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2048}
+    model = small_model(name, mixer=mixer, **sizes).to("cuda")
+    ids = torch.randint(5000, (3, 40), generator=torch.Generator().manual_seed(0)).cuda()
+    theirs = prefilled(model, ids[:, :4])
+    caches = [prefilled(model, ids[:, :4]) for _ in range(2)]
+    runs = []
+    for cache in caches:
+        step = decode_step(model, cache, fused=True)
+        runs.append([step(model, ids[:, t : t + 1], cache).clone() for t in range(4, 40)])
+    for t, (first, second) in enumerate(zip(*runs, strict=True), start=4):
+        assert torch.equal(first, second)
+        close(first, plain(model, ids[:, t : t + 1], theirs), 1e-4)
