@@ -199,6 +199,8 @@ def bench_one(
         row["loss"] = float(loss)
         if device.type == "cuda":
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda":
+            row["host_seconds"] = launch_seconds(step, device)
         if settings.profile:
             row["profile"] = kernel_times(step, device, settings.profile)
     return row | derived(config, B, T, row["step_seconds"], device, settings, limits)
@@ -271,6 +273,18 @@ def time_calls(call: Callable[[], Any], times: int, device: torch.device) -> tup
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], result
 
 
+def launch_seconds(call: Callable[[], Any], device: torch.device, times: int = 3) -> float:
+    """The host's part of a call, least of some: how long Python takes to hand out work to an idle GPU."""
+    taken = []
+    for _ in range(times):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    torch.cuda.synchronize(device)
+    return min(taken)
+
+
 def _summary(row: Row) -> str:
     if "reason" in row:
         return row["reason"]
@@ -279,18 +293,20 @@ def _summary(row: Row) -> str:
         f"{row['tokens_per_second']:,.0f} tokens/s ({1e3 * row['step_seconds']:.1f} ms a step, spread "
         f"{row['spread']:.1%}; first step {row['first_step_seconds']:.0f} s)"
         + (f", MFU {row['mfu']:.3f}" if row.get("mfu") else "")
+        + (f", launched in {1e3 * row['host_seconds']:.1f} ms" if "host_seconds" in row else "")
         + (f", {memory} GB" if memory else "")
     )
 
 
 def _print(rows: list[Row], output: Path | None) -> None:
-    columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "spread", "tokens/s", "MFU",
-               "least bytes/copy", "peak GB", "note"]  # fmt: skip
+    columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "host ms", "spread", "tokens/s",
+               "MFU", "least bytes/copy", "peak GB", "note"]  # fmt: skip
     cells = [
         [
             row["contender"], row["size"], show(row.get("parameters")), show(row.get("layers")),
             str(row["B"]), str(row["T"]), show(row.get("step_seconds"), ".1f", 1e3),
-            show(row.get("spread"), ".1%"), show(row.get("tokens_per_second")), show(row.get("mfu"), ".3f"),
+            show(row.get("host_seconds"), ".1f", 1e3), show(row.get("spread"), ".1%"),
+            show(row.get("tokens_per_second")), show(row.get("mfu"), ".3f"),
             show(row.get("bandwidth_share"), ".2f"), show(row.get("peak_memory_bytes"), ".1f", 1e-9),
             row.get("reason", "" if row.get("compiled", True) else "not compiled")[:60],
         ]

@@ -4,6 +4,7 @@ Legend: a step is one optimiser update over `tokens_per_step` tokens of all rank
 Ranks speak once a step beyond the gradients, and the host waits for the device once: `_exchange`.
 """
 
+import gc
 import math
 import shutil
 import time
@@ -59,6 +60,7 @@ class StepResult:
     unwritten: bool = False
     clocks: tuple[bool, bool] = (False, False)
     seconds: tuple[float, ...] = ()
+    waited: float = 0.0
 
 
 class Trainer:
@@ -142,6 +144,7 @@ class Trainer:
                     self._train()
                 self.saver.finish()
             finally:
+                gc.unfreeze()
                 self.heartbeat.stop()
                 self.rows.close()
                 self.saver.close()
@@ -160,8 +163,15 @@ class Trainer:
         self.saver.warm_up()
         self.rows.restart(self.position)
         settle_buckets(self.model, self._empty_pass)
+        first = True
         while not self.finished:
             save_rang, eval_rang = self._train_step().clocks
+            if (
+                first
+            ):  # all that stays is there: the collector, which would look it over again and again, lets it be
+                gc.collect()
+                gc.freeze()
+                first = False
             self._validate_if_due(eval_rang)
             if self._save_is_due(save_rang) or self.finished:
                 self._save()
@@ -202,7 +212,7 @@ class Trainer:
         position.samples += self.recipe.rows_per_step
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
-        spent = Spent(time.perf_counter() - started, self.rows.waited())
+        spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
             log_step(self, result, lr, spent, batches)
         if result.written == self.accelerator.num_processes:
@@ -255,7 +265,9 @@ class Trainer:
         told = torch.cat([loss.double().view(1) / ranks, sent])
         if ranks > 1:
             dist.all_reduce(told)
+        asked = time.perf_counter()
         mean_loss, *flags, norm = torch.cat([told, grad_norm.double().view(1)]).tolist()
+        waited = time.perf_counter() - asked
         stop, written, unwritten, *clocks = flags[: len(flags) - len(seconds)]
         self._worked = self.stopwatch.seconds()  # told in the next step: the device is done with it now
         return StepResult(
@@ -267,6 +279,7 @@ class Trainer:
             unwritten=unwritten > 0,
             clocks=(clocks[0] > 0, clocks[1] > 0),
             seconds=tuple(flags[len(flags) - len(seconds) :]),
+            waited=waited,
         )
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:

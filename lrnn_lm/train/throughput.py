@@ -20,10 +20,12 @@ _ADAMW_PASSES = 7  # reads weight, gradient, two moments; writes weight and two 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a step as the host saw them: in all, and waiting for rows."""
+    """Seconds of a step as the host saw them: in all, waiting for rows, and waiting for the device with all
+    its work handed out."""
 
     seconds: float
     waiting: float
+    idle: float
 
 
 class Throughput:
@@ -67,5 +69,6 @@ class Throughput:
             "mfu": mfu,
             "memory_bandwidth": share,
             "data_wait": spent.waiting / spent.seconds,
+            "host_idle": spent.idle / spent.seconds,
             "memory_bytes": peak_memory_bytes(self._device),
         }

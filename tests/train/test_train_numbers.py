@@ -29,12 +29,13 @@ def test_pace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e15)
     monkeypatch.setattr(throughput, "peak_bandwidth", lambda device: 4e12)
     pace = Throughput(recipe, config, 4, sharded=True, bf16=True, device=torch.device("cpu"))
-    line = pace.line(Spent(0.5, 0.05))
+    line = pace.line(Spent(0.5, 0.05, 0.2))
     assert line["tokens_per_second"] == 524_288 / 0.5
     a_token = account(config, 2048).flops_per_token_training
     assert 1.0e9 < a_token < 1.5e9  # 6 operations a parameter outside the embedding (173M), and the scan
     assert line["mfu"] == pytest.approx(524_288 * 2 * a_token / 4e15)
     assert line["data_wait"] == pytest.approx(0.1)
+    assert line["host_idle"] == pytest.approx(0.4)
     # 64 rows a rank in 4 passes; each reads bf16 weights twice and writes fp32 gradients; AdamW in the end
     weights = 211_875_360
     least = 4 * weights * 8 + 28 * weights / 4
