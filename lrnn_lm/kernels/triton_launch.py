@@ -38,7 +38,7 @@ MOST_STEPS = 16  # what groups of steps divide
 ROWS_PER_SM = 96  # a scan of as many rows keeps an SM busy enough
 # Lanes that chunks fill an SM with, one a block and chunk, by a block's rows rounded up: what a sweep at B 1
 # liked best. Many hide the transfers' latency; few leave wide loads to the scan, and less to relay.
-LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128, 16: 128}
+LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128, 16: 32}
 
 
 class Launch:

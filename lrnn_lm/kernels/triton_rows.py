@@ -109,7 +109,7 @@ def _tanh(z):
 
 
 @triton.jit
-def _f(z, GATE: tl.constexpr):
+def gate_value(z, GATE: tl.constexpr):
     if GATE == "sigmoid":
         return _sigmoid(z)
     elif GATE == "relu":
@@ -191,7 +191,7 @@ def coefficients(
                     f = f + (tl.exp2(z[k * E + e] * LOG2E - shift[e]),)
         else:
             for j in tl.static_range(K * E):
-                f = f + (_f(z[j], GATE),)
+                f = f + (gate_value(z[j], GATE),)
         total = ()
         for e in tl.static_range(E):
             total = total + (tl.abs(f[e]),)

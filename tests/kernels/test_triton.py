@@ -57,6 +57,13 @@ def test_chunks_of_time(scan, T, M, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize(("M", "gate"), [(9, "softmax"), (16, "tanh")])
+def test_chunks_of_blocks_that_have_a_warp_each(M, gate, monkeypatch):
+    cut_time(monkeypatch, 4)
+    compare(block_diagonal_scan, T=11, N=2, M=M, gate=gate)
+
+
+@interpreted
 def test_chunks_with_columns_over_several_programs(monkeypatch):
     cut_time(monkeypatch, 4)
     compare(higher_order_scan, T=7, N=2, M=9, B=1)

@@ -8,7 +8,7 @@ import torch
 from scans import LENGTHS, SCANS, SIZES, make_inputs
 from triton_cases import DEVICE, GPU, compare, cut_time, poison, to_device  # noqa: F401  (a fixture)
 
-from lrnn_lm.kernels import GATES, block_diagonal_scan, higher_order_scan
+from lrnn_lm.kernels import GATES, block_diagonal_scan
 
 pytest.importorskip("triton")
 
@@ -24,14 +24,14 @@ def test_grid(scan, M):
         compare(scan, torch.bfloat16, T=T, N=7, M=M)
 
 
-CUT = [(block_diagonal_scan, M) for M in range(1, 9)] + [(higher_order_scan, M) for M in range(1, 17)]
+CUT = [(scan, M) for scan in SCANS for M in range(1, 17)]
 
 
 @pytest.mark.parametrize(("scan", "M"), [pytest.param(*case, marks=gpu) for case in CUT])
 def test_every_size_with_chunks(scan, M, monkeypatch):
-    """Blocks above 8 are never cut in time."""
     cut_time(monkeypatch, 16)
     compare(scan, T=70, N=37, M=M)
+    compare(scan, torch.bfloat16, T=70, N=37, M=M)
 
 
 @pytest.mark.parametrize("scan", PARAMETERS)
