@@ -137,6 +137,7 @@ def layer_step(shape: Shape, device: torch.device) -> tuple[Callable[[], Any], i
     """Forward and backward of a whole mixer with bf16 parameters, compiled as blocks are in training, and how
     many parameters its matrices have."""
     mixer = build_mixer(shape.mixer(), WIDTH).to(device, torch.bfloat16)
+    torch.compiler.reset()  # one mixer after the other would count as one that is compiled again and again
     mixer.compile(dynamic=False)
     x = torch.randn(LAYER_BATCH, LAYER_LENGTH, WIDTH, device=device, dtype=torch.bfloat16).requires_grad_()
     grad = torch.randn_like(x)
@@ -220,6 +221,7 @@ def run(
     long_length: int = 32_768,
     peers: bool = True,
     layers: bool = True,
+    only: str = "",
 ) -> dict[str, Any]:
     """Measure, print tables, and write JSON rows to `output` if given.
 
@@ -228,10 +230,14 @@ def run(
         tokens, length: B * T and T of the scans on a GPU.
         long_length: T of the scans at B 1.
         peers, layers: also measure these.
+        only: of the sizes on a GPU, those whose label holds this, as in "H-LRU M=16".
     Returns:
         {"about", "ceilings", "rows"}: what is written.
     """
     where = measure.pick_device(device)
+    shapes = tuple(s for s in PAPER_SHAPES if only.casefold() in s.label().casefold())
+    if not shapes:
+        raise ValueError(f"--only {only!r} fits none of {', '.join(s.label() for s in PAPER_SHAPES)}")
     torch.manual_seed(0)
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
     rows: list[Row] = []
@@ -239,7 +245,7 @@ def run(
         result["about"]["threads"] = 1
         made: Iterable[Row] = (row for shape in CPU_SHAPES for row in bench_cpu_scan(shape, B=8, T=256))
     else:
-        made = gpu_rows(result, where, tokens, length, long_length, peers, layers)
+        made = gpu_rows(result, where, shapes, tokens, length, long_length, peers, layers)
     started = time.perf_counter()
     for row in made:  # written as they come: a run that is cut keeps what it has
         print(f"{row.what}, B {row.B}, T {row.T}: after {time.perf_counter() - started:.1f} s", flush=True)
@@ -256,6 +262,7 @@ def run(
 def gpu_rows(
     result: dict[str, Any],
     device: torch.device,
+    shapes: tuple[Shape, ...],
     tokens: int,
     length: int,
     long_length: int,
@@ -263,7 +270,7 @@ def gpu_rows(
     layers: bool,
 ) -> Iterator[Row]:
     """Scans at full batch and at B 1, layers, peers; the machine's limits go to `result`."""
-    shapes, full = PAPER_SHAPES, tokens // length
+    full = tokens // length
     batches = {1: long_length, full: 64}  # as short as launches stay the same
     cases = {f"{s.label()}, B {B}": partial(first_scan, s, B, T) for B, T in batches.items() for s in shapes}
     if layers:

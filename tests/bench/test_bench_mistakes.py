@@ -21,6 +21,7 @@ from lrnn_lm.cli import main
         (["decode", "--contexts", ""], "--contexts"),
         (["decode", "--tokens", "1"], "--tokens"),
         (["decode", "--size", "huge"], "unknown size"),
+        (["kernels", "--only", "M=32"], "fits none of BD-LRU M=1"),
     ],
 )
 def test_mistakes_are_told(arguments, message, capsys):
