@@ -35,8 +35,13 @@ def _no_obstacle(gates: Tensor, values: Tensor) -> str | None:
 TRITON_MOST = 16  # largest block size or order: a row of gates lives in a lane's registers
 
 
+@torch.compiler.assume_constant_result  # looking for a module would break the graph
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_obstacle(gates: Tensor, values: Tensor) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {values.device.type}, and triton compiles for GPUs"

@@ -10,6 +10,7 @@ Legend: B batch, T time, D model width, N channels, M order; z gate logits, v va
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..kernels import check_gate, higher_order_scan, higher_order_scan_packed, plane_width
 from ..kernels.gates import normalise
@@ -22,6 +23,7 @@ from .base import (
     check_sizes,
     gate_matrix,
     packed_planes,
+    plain_weight,
 )
 
 
@@ -84,19 +86,18 @@ class HigherOrderLRU(JointProjections, Mixer):
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
         """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
 
-        The windows (B, T, M N) are made for one product and are as large as a BD-LRU's h. M products with
-        shifted views of h need none, but add M times to the output: at order 16 that took four times as long.
+        The windows (B, T, M N) are made for one product. M products with shifted views of h need none, but
+        add M times to the output: at order 16 a layer took twice as long.
         """
-        T, M = h.shape[1], self.order
-        if state is None:
-            past = h.new_zeros(h.shape[0], M - 1, h.shape[2])
-        else:
-            past = state[..., :-1].transpose(1, 2).flip(1).to(h.dtype)  # (B, M-1, N), oldest first
-        padded = torch.cat([past, h], dim=1)
-        taps = [padded[:, M - 1 - lag : M - 1 - lag + T] for lag in range(M)]  # newest first, each (B, T, N)
-        if reset is not None:
-            taps = [taps[0], *(tap * a for tap, a in zip(taps[1:], _alive_taps(reset, M), strict=True))]
-        return self.out_proj(torch.cat(taps, dim=-1))
+        B, _, N = h.shape
+        M = self.order
+        past = h.new_zeros(B, M - 1, N) if state is None else state[..., :-1].transpose(1, 2).flip(1)
+        padded = torch.cat([past.to(h.dtype), h], dim=1)  # (B, M-1+T, N), oldest first
+        alive = None if reset is None else _alive_taps(reset, M)
+        weight = plain_weight(self.out_proj)
+        if weight is None or not torch.is_grad_enabled():
+            return self.out_proj(_windows(padded, alive, M))
+        return _WindowProduct.apply(padded, weight.to(h.dtype), alive, M)
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
@@ -119,11 +120,41 @@ class HigherOrderLRU(JointProjections, Mixer):
         return self.num_blocks * self.order
 
 
-def _alive_taps(reset: Tensor, order: int) -> list[Tensor]:
-    """For each lag from 1, (B, T, 1) bool: whether no document started in the last `lag` steps."""
+def _alive_taps(reset: Tensor, order: int) -> Tensor:
+    """(B, T, M, 1) bool: whether no document started in the last `lag` steps, for lags 0 .. M-1."""
     T = reset.shape[1]
-    alive, living = [], torch.ones_like(reset)
+    alive, living = [torch.ones_like(reset)], torch.ones_like(reset)
     for lag in range(1, order):
         living = living & ~nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
-        alive.append(living.unsqueeze(-1))
-    return alive
+        alive.append(living)
+    return torch.stack(alive, dim=2).unsqueeze(-1)
+
+
+def _windows(padded: Tensor, alive: Tensor | None, order: int) -> Tensor:
+    """vec(h_t, .., h_{t-M+1}) of padded (B, M-1+T, N), whose taps are zero where not alive: (B, T, M N)."""
+    T = padded.shape[1] - order + 1
+    taps = torch.stack([padded[:, order - 1 - lag : order - 1 - lag + T] for lag in range(order)], dim=2)
+    return (taps if alive is None else taps * alive).flatten(2)
+
+
+class _WindowProduct(torch.autograd.Function):
+    """The product of windows with a weight (D, M N); the windows are not kept, but made again."""
+
+    @staticmethod
+    def forward(ctx, padded: Tensor, weight: Tensor, alive: Tensor | None, order: int) -> Tensor:
+        ctx.save_for_backward(padded, weight, alive)
+        ctx.order = order
+        return linear(_windows(padded, alive, order), weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        padded, weight, alive = ctx.saved_tensors
+        M, T = ctx.order, grad.shape[1]
+        d_weight = grad.flatten(0, 1).t() @ _windows(padded, alive, M).flatten(0, 1)
+        d_taps = (grad @ weight).unflatten(-1, (M, -1))  # (B, T, M, N)
+        if alive is not None:
+            d_taps = d_taps * alive
+        d_padded = padded.new_zeros(padded.shape, dtype=torch.promote_types(padded.dtype, torch.float32))
+        for lag in range(M):
+            d_padded[:, M - 1 - lag : M - 1 - lag + T] += d_taps[:, :, lag]
+        return d_padded.to(padded.dtype), d_weight, None, None

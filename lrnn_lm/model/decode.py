@@ -12,7 +12,6 @@ every layer) go the plain way, through the model's forward pass.
 Legend: B batch, D model width, V vocabulary.
 """
 
-import importlib.util
 import os
 import warnings
 import weakref
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..kernels.dispatch import TRITON_MOST
+from ..kernels.dispatch import TRITON_MOST, has_triton
 from ..mixers import joined, plain_weight
 from .cache import is_recurrent
 from .layers import LRNNBlock
@@ -212,7 +211,7 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     can."""
     x = model.model.embed_tokens.weight
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (x.is_cuda or interpreted):
+    if not has_triton() or not (x.is_cuda or interpreted):
         return "it needs Triton and a GPU"
     if B > MOST_FUSED:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"

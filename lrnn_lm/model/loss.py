@@ -6,11 +6,11 @@ is a multiplication. Peak memory is chunk x V instead of B T x V, at the same th
 Legend: B batch, T time, D model width, V vocabulary.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ..kernels.dispatch import has_triton
 
 IGNORE = -100  # label of a position without a target
 
@@ -42,7 +42,7 @@ def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _nats_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The same; on a GPU, where passes over the logits are the cost, by a kernel that overwrites them."""
     fused = logits.is_cuda and logits.dtype != torch.float64 and not torch.compiler.is_compiling()
-    if not fused or importlib.util.find_spec("triton") is None:
+    if not fused or not has_triton():
         return _by_operators(logits, labels)
     from ..kernels.cross_entropy import cross_entropy_in_place  # triton is imported only where it runs
 
