@@ -8,6 +8,7 @@ reference loop beside the torch backend.
 Legend: B batch, T time, N blocks or channels, M block size or order, D model width.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +75,8 @@ def first_scan(shape: Shape, B: int, T: int) -> None:
     """A scan, forward and backward, as `bench_scan` launches it."""
     device = torch.device("cuda")
     planes = shape.planes(B, T, torch.bfloat16, device).requires_grad_()
-    h = shape.scan_planes(planes)
+    bias = torch.zeros(shape.M + 1, math.prod(shape.values_shape(1, 1)), device=device, requires_grad=True)
+    h = shape.scan_planes(planes, bias)
     h.backward(torch.ones(h.shape, device=device, dtype=h.dtype))  # contiguous, as a projection's gradient is
 
 
@@ -112,11 +114,12 @@ def time_pair(forward: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[floa
 
 
 def scan_backward(shape: Shape, planes: Tensor, h: Tensor, grad: Tensor) -> Callable[[], Any]:
-    """The backward op by itself, so that a CUDA graph can hold it and Python costs nothing."""
+    """The backward op by itself, with the bias's gradient, so that a CUDA graph can hold it and Python costs
+    nothing."""
     last = torch.zeros(planes.shape[0], shape.N, shape.M, device=planes.device)
     name = "bd_packed_triton_backward" if shape.family == "bd_lru" else "h_packed_triton_backward"
     operator = getattr(torch.ops.lrnn_lm, name)
-    return lambda: operator(grad, last, planes, shape.N, shape.M, None, h, None, "softmax")
+    return lambda: operator(grad, last, planes, shape.N, shape.M, None, h, None, "softmax", True)
 
 
 def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: torch.device) -> Row:

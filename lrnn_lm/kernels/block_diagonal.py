@@ -69,27 +69,33 @@ def chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
     reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
-) -> Tensor:  # fmt: skip
+    summed: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dL/dh0 (B, N, M), and where `summed` dz summed over sequences and steps, (M+1, columns), both fp32."""
     B, T, N, M = values.shape
     padded = triton.next_power_of_2(M)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop = grad_last.contiguous()
+    sums = None
     chunk, n_chunks = time_chunks(B * N, M, transfer_cost(M, gate), T, values.device)
     if n_chunks > 1:
         transfer = block_transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = chunk_starts(transfer, stop).flip(1).contiguous()
+    if summed:
+        sums = values.new_empty(B * n_chunks, M + 1, columns or N * M, dtype=torch.float32)
     launch = Launch(columns or N * M, M, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
     with launch.device:
         backward_kernel[launch.grid](
             gates, values, h, grad, h0, stop, None if reset is None else reset.to(torch.int32),
-            d_gates, d_values, d_start, T, chunk, n_chunks, launch.tiles,
+            d_gates, d_values, d_start, sums, T, chunk, n_chunks, launch.tiles,
             gates.stride(0), values.stride(0), grad.stride(0), d_gates.stride(0),
             G_K=gates.stride(4), D_K=d_gates.stride(4), **strides("G", gates), **strides("V", values),
             **strides("O", grad), **strides("D", d_gates), H_T=h.stride(1), E_T=d_values.stride(1),
             COLUMNS=columns or N * M, N=N, M=M, MP=padded, GATE=gate,
-            HAS_START=h0 is not None, HAS_RESET=reset is not None, **launch.options,
+            HAS_START=h0 is not None, HAS_RESET=reset is not None,
+            HAS_SUMS=summed, **launch.options,
         )  # fmt: skip
-    return d_start
+    return d_start, None if sums is None else sums.sum(dim=0)
 
 
 def _split(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from .triton_rows import (
     stack,
     step_flags,
     store_gradients,
+    store_sums,
     sum_of_row,
     sum_over_rows,
     tile_of,
@@ -185,13 +186,13 @@ def _handed_back(
 
 @triton.jit
 def _backward_group(
-    u, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, padded, own, i, q,
-    lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    u, sums, z_at, a_at, v_at, o_at, h_at, flags_at, dz_at, da_at, dv_at, h_start, t, valid, padded, own, i,
+    q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
     D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr,
-    HAS_RESET: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Stores dz and dv of STEPS steps from t, last to first; returns u before them.
+    """Stores dz and dv of STEPS steps from t, last to first; returns u before them, and the sums after.
 
     h_at points to the step before the one that the other pointers point to.
     """
@@ -233,17 +234,17 @@ def _backward_group(
                 of = cleared(of, flags[s], P)
             for p in tl.static_range(P):
                 x = x + (_of_block(of, k, p, block, M, P),)
-    store_gradients(
-        z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
-        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE,
+    sums = store_gradients(
+        sums, z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
+        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE, HAS_SUMS,
     )  # fmt: skip
-    return u
+    return u, sums
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
 def backward_kernel(
-    gates, values, h_in, grad, start, stop, flags, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
-    g_b, v_b, o_b, d_b,
+    gates, values, h_in, grad, start, stop, flags, d_gates, d_values, d_start, sums_out, T, chunk, n_chunks,
+    tiles, g_b, v_b, o_b, d_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
     V_T: tl.constexpr, V_N: tl.constexpr, V_I: tl.constexpr,
     O_T: tl.constexpr, O_N: tl.constexpr, O_I: tl.constexpr,
@@ -251,6 +252,7 @@ def backward_kernel(
     H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
@@ -258,7 +260,8 @@ def backward_kernel(
     h_out there, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
     (B, T, N, M, K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start
     (B, N, M) fp32 = dL/dh0. If M = MP, columns up to COLUMNS are read, of grad those of rows, and
-    written, zeros beyond N M.
+    written, zeros beyond N M. HAS_SUMS: sums_out (B, n_chunks, M+1, COLUMNS) fp32 is dz summed over a
+    chunk's steps.
     """
     NM: tl.constexpr = N * M
     b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
@@ -282,6 +285,11 @@ def backward_kernel(
     else:
         h_start = tl.zeros([1, WIDTH * P], tl.float32)
 
+    sums = ()
+    if HAS_SUMS:
+        for _ in tl.static_range((M // SHARE + 1) * P):
+            sums = sums + (tl.zeros([WIDTH], tl.float32),)
+
     groups = (end - begin) // STEPS
     z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
     o_many, h_many, dz_many = (
@@ -291,17 +299,25 @@ def backward_kernel(
     )
     da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
     for group in tl.range(0, groups, num_stages=STAGES):
-        u = _backward_group(
-            u, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,
+        u, sums = _backward_group(
+            u, sums, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,
             wide(end - (group + 1) * STEPS), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
+            HAS_SUMS,
         )  # fmt: skip
     for back in range((end - begin) % STEPS):
-        u = _backward_group(
-            u, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T, flags_at,
-            dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
+        u, sums = _backward_group(
+            u, sums, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T,
+            flags_at, dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
             wide(begin + (end - begin) % STEPS - 1 - back), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+            HAS_SUMS,
+        )  # fmt: skip
+    if HAS_SUMS:
+        sum_at = sums_out + ((b * n_chunks + c) * ((M + 1) * COLUMNS) + spot)[None, :]
+        store_sums(
+            sums, sum_at + q[None, :] * (M // SHARE * COLUMNS), sum_at + M * COLUMNS, padded, padded & own,
+            COLUMNS, M // SHARE, WIDTH, P,
         )  # fmt: skip
     if begin == 0:
         tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=valid & own)

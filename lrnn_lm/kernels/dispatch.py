@@ -140,6 +140,7 @@ def block_diagonal_scan_packed(
     reset: Tensor | None = None,
     gate: str = "softmax",
     backend: str = "auto",
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`block_diagonal_scan` of gates and values that one projection has written side by side.
 
@@ -149,6 +150,8 @@ def block_diagonal_scan_packed(
             `plane_width`.
         num_blocks, block_size: N, M.
         h0, reset, gate, backend: as in `block_diagonal_scan`.
+        bias: (M+1, N M), what was added to the gates' planes without recording it: nothing but its gradient
+            is computed here, as a by-product of theirs.
     Returns:
         h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes
         is one tensor, zero beyond the rows.
@@ -156,15 +159,17 @@ def block_diagonal_scan_packed(
         ValueError: as in `block_diagonal_scan`.
     """
     gates, values = _split(planes, num_blocks * block_size, block_size)
+    _check_bias(bias, planes, num_blocks * block_size)
     gates = gates.unflatten(-2, (num_blocks, block_size))
     values = values.unflatten(-1, (num_blocks, block_size))
     if _choose(backend, gates, values) is not BACKENDS["triton"]:
+        gates = _with_gradient_to(bias, gates, (num_blocks, block_size))
         return block_diagonal_scan(gates, values, h0, reset, gate, backend)
     B, T, N, M = values.shape
     _check(h0, reset, (B, N, M), (B, T), T, gate)
     from .block_diagonal import packed_block_diagonal_scan
 
-    return packed_block_diagonal_scan(planes, N, M, h0, reset, gate)
+    return packed_block_diagonal_scan(planes, N, M, h0, reset, gate, bias)
 
 
 def higher_order_scan_packed(
@@ -175,6 +180,7 @@ def higher_order_scan_packed(
     reset: Tensor | None = None,
     gate: str = "softmax",
     backend: str = "auto",
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`higher_order_scan` of gates and values that one projection has written side by side.
 
@@ -183,19 +189,22 @@ def higher_order_scan_packed(
             `block_diagonal_scan_packed`.
         num_blocks, order: N, M.
         h0, reset, gate, backend: as in `higher_order_scan`.
+        bias: (M+1, N), as in `block_diagonal_scan_packed`.
     Returns:
         h (B, T, N), a view of (B, T, columns) on a GPU, and h_last (B, N, M).
     Raises:
         ValueError: as in `higher_order_scan`.
     """
     gates, values = _split(planes, num_blocks, order)
+    _check_bias(bias, planes, num_blocks)
     if _choose(backend, gates, values) is not BACKENDS["triton"]:
+        gates = _with_gradient_to(bias, gates, (num_blocks,))
         return higher_order_scan(gates, values, h0, reset, gate, backend)
     B, T, N = values.shape
     _check(h0, reset, (B, N, order), (B, T), T, gate)
     from .higher_order import packed_higher_order_scan
 
-    return packed_higher_order_scan(planes, N, order, h0, reset, gate)
+    return packed_higher_order_scan(planes, N, order, h0, reset, gate, bias)
 
 
 def plane_width(rows: int, block_size: int = 1) -> int:
@@ -222,6 +231,18 @@ def _split(planes: Tensor, rows: int, M: int) -> tuple[Tensor, Tensor]:
             f"planes has shape {tuple(planes.shape)}; (B, T, {M + 2}, at least {rows}) is wanted"
         )
     return planes[:, :, : M + 1, :rows].transpose(2, 3), planes[:, :, M + 1, :rows]
+
+
+def _check_bias(bias: Tensor | None, planes: Tensor, rows: int) -> None:
+    if bias is not None and bias.shape != (planes.shape[2] - 1, rows):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; ({planes.shape[2] - 1}, {rows}) is wanted")
+
+
+def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The same gates (B, T, *rows, M+1), of which bias (M+1, rows) was a part."""
+    if bias is None:
+        return gates
+    return gates + (bias - bias.detach()).to(gates.dtype).t().unflatten(0, rows)
 
 
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:

@@ -27,6 +27,7 @@ from .triton_rows import (
     stack,
     step_flags,
     store_gradients,
+    store_sums,
     sum_of_row,
     tile_of,
     unstack,
@@ -179,13 +180,15 @@ def _history(
 
 @triton.jit
 def _backward_group(
-    r, window, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, padded, own,
-    q, lane, G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
+    r, window, sums, z_at, a_at, v_at, o_at, h_at, ages_at, dz_at, da_at, dv_at, start_at, t, valid, padded,
+    own, q, lane,
+    G_T: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, O_T: tl.constexpr, H_T: tl.constexpr,
     D_T: tl.constexpr, D_K: tl.constexpr, E_T: tl.constexpr, TAPS: tl.constexpr, SHARE: tl.constexpr,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_RESET: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them.
+    """Stores dz and dv of STEPS steps from t, last to first; returns r and the window before them, and the
+    sums after.
 
     r is flat [row TAPS + tap], window what the taps of the last step multiply, h_{t' - 1 - q TAPS} and on, in
     the same order; h_at points to h_{-1 - (q + 1) TAPS}. HAS_START: what lies before time 0 is in h0.
@@ -225,26 +228,27 @@ def _backward_group(
                 if HAS_RESET:
                     x = tl.where(ages[s] > (q * TAPS + k if SHARE > 1 else k), x, 0.0)
                 xs = xs + (x,)
-    store_gradients(
-        z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
-        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE,
+    sums = store_gradients(
+        sums, z, f, xs, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
+        padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE, HAS_SUMS,
     )  # fmt: skip
     earlier = ()
     for p in tl.static_range(P):
         for k in tl.static_range(TAPS):
             earlier = earlier + (_history(tile, window, TAPS - 1 - k, p, TAPS, STEPS, P),)
-    return r, renewed(earlier, TAPS, 0 if TAPS > STEPS else TAPS, P)
+    return r, renewed(earlier, TAPS, 0 if TAPS > STEPS else TAPS, P), sums
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b", "o_b", "d_b"])
 def backward_kernel(
-    gates, values, h_in, grad, start, stop, ages, d_gates, d_values, d_start, T, chunk, n_chunks, tiles,
-    g_b, v_b, o_b, d_b,
+    gates, values, h_in, grad, start, stop, ages, d_gates, d_values, d_start, sums_out, T, chunk, n_chunks,
+    tiles, g_b, v_b, o_b, d_b,
     G_T: tl.constexpr, G_N: tl.constexpr, G_K: tl.constexpr, V_T: tl.constexpr, V_N: tl.constexpr,
     O_T: tl.constexpr, O_N: tl.constexpr, D_T: tl.constexpr, D_N: tl.constexpr, D_K: tl.constexpr,
     E_T: tl.constexpr, H_T: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
     TAPS: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, GATE: tl.constexpr, HAS_START: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """dz, dv of one chunk of time, and r before it, from h and from r after it; all lanes walk back in time.
 
@@ -252,6 +256,7 @@ def backward_kernel(
     there, ages (B, T) int32, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = r after each chunk;
     out: d_gates (B, T, N, M + 1) of any strides (D_), d_values (B, T, N), a step E_T apart, d_start (B, N, M)
     fp32 = dL/dh0. Columns up to COLUMNS are read, of grad those of channels, and written, zeros beyond N.
+    HAS_SUMS: sums_out (B, n_chunks, M + 1, COLUMNS) fp32 is dz summed over a chunk's steps.
     """
     M: tl.constexpr = TAPS * SHARE
     b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
@@ -286,6 +291,11 @@ def backward_kernel(
         for k in tl.static_range(TAPS):
             window = window + (columns[k * P + p],)
 
+    sums = ()
+    if HAS_SUMS:
+        for _ in tl.static_range((TAPS + 1) * P):
+            sums = sums + (tl.zeros([WIDTH], tl.float32),)
+
     # With h0, full groups stop where a step would read before t = 0; single steps finish.
     low = tl.minimum(tl.maximum(begin, M + 1), end) if HAS_START else begin
     groups = (end - low) // STEPS
@@ -293,18 +303,26 @@ def backward_kernel(
     o_many, h_many, dz_many = tile_of(o_at, O_T, STEPS), tile_of(h_at, H_T, STEPS), tile_of(dz_at, D_T, STEPS)
     da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
     for group in tl.range(0, groups, num_stages=STAGES):
-        r, window = _backward_group(
-            r, window, z_many, a_many, v_many, o_many, h_many, ages_at, dz_many, da_many, dv_many, start_at,
-            wide(end - (group + 1) * STEPS), valid, padded, own, q, lane,
+        r, window, sums = _backward_group(
+            r, window, sums, z_many, a_many, v_many, o_many, h_many, ages_at, dz_many, da_many, dv_many,
+            start_at, wide(end - (group + 1) * STEPS), valid, padded, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
+            HAS_SUMS,
         )  # fmt: skip
     rest = end - begin - groups * STEPS
     for back in range(rest):
-        r, window = _backward_group(
-            r, window, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :], ages_at,
-            dz_at[None, :], da_at[None, :], dv_at[None, :], start_at, wide(begin + rest - 1 - back), valid,
-            padded, own, q, lane, G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE,
-            HAS_START, HAS_RESET,
+        r, window, sums = _backward_group(
+            r, window, sums, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :],
+            ages_at, dz_at[None, :], da_at[None, :], dv_at[None, :], start_at,
+            wide(begin + rest - 1 - back), valid, padded, own, q, lane,
+            G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
+            HAS_SUMS,
+        )  # fmt: skip
+    if HAS_SUMS:
+        sum_at = sums_out + ((b * n_chunks + c) * ((M + 1) * COLUMNS) + n)[None, :]
+        store_sums(
+            sums, sum_at + lag[None, :] * COLUMNS, sum_at + M * COLUMNS, padded, padded & own, COLUMNS, TAPS,
+            WIDTH, P,
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)

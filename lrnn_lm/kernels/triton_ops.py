@@ -15,7 +15,9 @@ from torch.nn import functional
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
 
 Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
-PackedScan = Callable[[Tensor, int, int, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
+PackedScan = Callable[
+    [Tensor, int, int, Tensor | None, Tensor | None, str, Tensor | None], tuple[Tensor, Tensor]
+]
 
 
 def rows_like(values: Tensor, columns: int | None) -> Tensor:
@@ -36,6 +38,10 @@ def _state_like(values: Tensor, M: int) -> Tensor:
     return values.new_empty(values.shape[0], values.shape[2], M, dtype=torch.float32)
 
 
+def _no_bias(planes: Tensor) -> Tensor:
+    return planes.new_empty(0, dtype=torch.float32)
+
+
 def _runs_directly(*tensors: Tensor) -> bool:
     """Decoding: without a gradient or a compiler the op's bookkeeping, 20 us a call, is for nothing."""
     plain = all(type(x) in PLAIN for x in tensors)
@@ -46,8 +52,8 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
     """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
 
     forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
-    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0, and fills the
-    last two.
+    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0 and, for
+    `register_packed`, sums; it fills the last two.
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
@@ -68,7 +74,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
         gate: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
-        d_h0 = backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
+        d_h0, _ = backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
         return d_gates, d_values, d_h0
 
     @scan.register_fake
@@ -113,12 +119,22 @@ def register_packed(
     """The same of planes (B, T, M + 2, columns): `lrnn_lm::name`.
 
     split(planes, N, M) -> gates, values; forward and backward as in `register`, with the planes' columns as
-    their last argument; fills(M): whether backward fills the columns beyond the rows too, with zeros.
+    their last argument, and backward with whether the gates' gradient is wanted summed over (B, T) too;
+    fills(M): whether backward fills the columns beyond the rows too, with zeros.
+
+    bias (M+1, rows), fp32, is in the planes already: it is given so that its gradient, which would be one
+    more reading of the planes' gradient, comes out of the kernel that writes that.
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
     def scan(
-        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str
+        planes: Tensor,
+        N: int,
+        M: int,
+        h0: Tensor | None,
+        reset: Tensor | None,
+        gate: str,
+        bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
 
@@ -133,7 +149,8 @@ def register_packed(
         h: Tensor,
         reset: Tensor | None,
         gate: str,
-    ) -> tuple[Tensor, Tensor]:
+        summed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         d_planes = planes.new_empty(planes.shape)
         (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
         columns, rows = planes.shape[-1], values[0, 0].numel()
@@ -141,37 +158,51 @@ def register_packed(
             d_planes[..., rows:].zero_()
         if fills(M) and h.stride(1) != columns:  # a hook kept it without its padding, which is read
             h = _rows_of(functional.pad(h.flatten(2), (0, columns - rows)), h.shape)
-        d_h0 = backward(
+        d_h0, sums = backward(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
-            columns if fills(M) else None,
+            columns if fills(M) else None, summed,
         )  # fmt: skip
-        return d_planes, d_h0
+        d_bias = _no_bias(planes) if sums is None else sums[:, :rows].clone()
+        return d_planes, d_h0, d_bias
 
     @scan.register_fake
-    def _(planes, N, M, h0, reset, gate):
+    def _(planes, N, M, h0, reset, gate, bias):
         values = split(planes, N, M)[1]
         return rows_like(values, planes.shape[-1]), _state_like(values, M)
 
     @scan_backward.register_fake
-    def _(grad_h, grad_last, planes, N, M, h0, h, reset, gate):
-        return planes.new_empty(planes.shape), _state_like(split(planes, N, M)[1], M)
+    def _(grad_h, grad_last, planes, N, M, h0, h, reset, gate, summed):
+        values = split(planes, N, M)[1]
+        rows = values.shape[2:].numel()
+        d_bias = values.new_empty(M + 1, rows, dtype=torch.float32) if summed else _no_bias(planes)
+        return planes.new_empty(planes.shape), _state_like(values, M), d_bias
 
     def setup_context(ctx, inputs, output):
-        planes, ctx.N, ctx.M, h0, reset, ctx.gate = inputs
+        planes, ctx.N, ctx.M, h0, reset, ctx.gate, bias = inputs
+        ctx.summed = bias is not None
         ctx.save_for_backward(planes, h0, output[0], reset)
 
     def run_backward(ctx, grad_h, grad_last):
         planes, h0, h, reset = ctx.saved_tensors
-        d_planes, d_h0 = scan_backward(grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate)
-        return d_planes, None, None, d_h0 if h0 is not None else None, None, None
+        d_planes, d_h0, d_bias = scan_backward(
+            grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate, ctx.summed
+        )
+        d_h0, d_bias = d_h0 if h0 is not None else None, d_bias if ctx.summed else None
+        return d_planes, None, None, d_h0, None, None, d_bias
 
     scan.register_autograd(run_backward, setup_context=setup_context)
 
     def public(
-        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str
+        planes: Tensor,
+        N: int,
+        M: int,
+        h0: Tensor | None,
+        reset: Tensor | None,
+        gate: str,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         h0 = None if h0 is None else h0.float().contiguous()
-        return scan(planes, N, M, h0, reset, gate)
+        return scan(planes, N, M, h0, reset, gate, None if bias is None else bias.float())
 
     public.__doc__ = f"Triton `lrnn_lm::{name}`: the scan of planes, see `dispatch.py`."
     return public

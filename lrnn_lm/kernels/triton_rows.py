@@ -277,12 +277,25 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
+def _over_steps(sums, dz, k: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+    """sums[k P + p] and dz of all steps, (P,)."""
+    totals = ()
+    for p in tl.static_range(P):
+        total = sums[k * P + p]
+        for s in tl.static_range(STEPS):
+            total += dz[s * P + p]
+        totals = totals + (total,)
+    return totals
+
+
+@triton.jit
 def store_gradients(
-    z, f, x, v, scale, scaled, q, lane, dz_at, da_at, dv_at, stores, own,
+    sums, z, f, x, v, scale, scaled, q, lane, dz_at, da_at, dv_at, stores, own,
     D_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
-    GATE: tl.constexpr, SHARE: tl.constexpr,
+    GATE: tl.constexpr, SHARE: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Stores dz and dv of a group of steps; what a row has once, where `own`.
+    """Stores dz and dv of a group of steps; what a row has once, where `own`. Returns `sums`, flat [gate P +
+    row], with dz added: the gradient of what was added to the logits of all steps.
 
     z, f and x, what the taps multiply, are flat [(gate STEPS + step) P + row]; v, scale and scaled, s / S,
     flat [step P + row]. h is computed again from x: the stored one is rounded, and a difference x - h of two
@@ -301,15 +314,39 @@ def store_gradients(
     state = ()
     for e in tl.static_range(E):
         state = state + (sum_of_row(h[e], lane, SHARE) * scale[e],)
+    totals = ()
     for k in tl.static_range(TAPS):
         dz = ()
         for e in tl.static_range(E):
             dz = dz + (logit_gradient(z[k * E + e], f[k * E + e], x[k * E + e], state[e], scaled[e], GATE),)
+        if HAS_SUMS:
+            totals = totals + _over_steps(sums, dz, k, STEPS, P)
         tl.store(dz_at + k * D_K, stack(dz, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
     da = ()
     for e in tl.static_range(E):
         da = da + (logit_gradient(z[TAPS * E + e], f[TAPS * E + e], v[e], state[e], scaled[e], GATE),)
     tl.store(da_at, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
+    if HAS_SUMS:
+        totals = totals + _over_steps(sums, da, TAPS, STEPS, P)
+    return totals
+
+
+@triton.jit
+def store_sums(
+    sums, z_at, a_at, stores, own, PLANE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """Stores `store_gradients`' sums of a lane's taps from z_at [1, rows] on, PLANE apart, and of the input
+    gate, which a row has once, where `own`."""
+    for k in tl.static_range(TAPS + 1):
+        of = ()
+        for p in tl.static_range(P):
+            of = of + (sums[k * P + p],)
+        tile = stack(of, tl.float32, 1, WIDTH, P)
+        if k < TAPS:
+            tl.store(z_at + k * PLANE, tile, mask=stores)
+        else:
+            tl.store(a_at, tile, mask=own)
 
 
 @triton.jit

@@ -79,7 +79,8 @@ class JointProjections:
 def _plane_weights(
     gates: nn.Linear, values: nn.Linear, rows: int, columns: int
 ) -> tuple[Tensor, Tensor] | None:
-    """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'.
+    """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'. No
+    gradient goes to the bias from there: the scan has it, see `gate_bias`.
 
     None where a projection is not plain. In the dtype that autocast computes in, so that the wide copies are
     short; columns beyond the rows are zero.
@@ -90,7 +91,7 @@ def _plane_weights(
     device = bias.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
     planes = [w.to(dtype).view(-1, rows, w.shape[-1]) for w in weights]
-    biases = functional.pad(bias.to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
+    biases = functional.pad(bias.detach().to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
     if columns > rows:
         planes = [functional.pad(plane, (0, 0, 0, columns - rows)) for plane in planes]
     return torch.cat(planes).flatten(0, 1), biases.flatten()
@@ -107,6 +108,11 @@ def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, colum
         return None
     weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns)
     return None if weights is None else functional.linear(x, *weights).unflatten(-1, (M + 2, columns))
+
+
+def gate_bias(gates: nn.Linear, rows: int) -> Tensor | None:
+    """The gates' bias (M+1, rows), as the packed scans take it."""
+    return None if gates.bias is None else gates.bias.view(-1, rows)
 
 
 @contextmanager

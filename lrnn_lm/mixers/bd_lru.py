@@ -16,6 +16,7 @@ from .base import (
     ResidualOutput,
     SequenceContext,
     check_sizes,
+    gate_bias,
     gate_matrix,
     packed_planes,
 )
@@ -60,7 +61,10 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
         N, M = self.num_blocks, self.block_size
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
-            h, state = block_diagonal_scan_packed(planes, N, M, state, context.reset, self.gate, self.backend)
+            bias = gate_bias(self.gate_proj, N * M)
+            h, state = block_diagonal_scan_packed(
+                planes, N, M, state, context.reset, self.gate, self.backend, bias
+            )
         else:
             gates, values = self.project(x)
             values = values.unflatten(-1, (N, M))

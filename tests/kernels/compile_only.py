@@ -50,8 +50,9 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
         values = torch.zeros(B, T, *block, dtype=torch.bfloat16)
         h, last = module._forward(gates, values, h0, reset, gate)
         module._backward(
-            values, last, gates, values, h0, h, reset, gate, torch.empty_like(gates), torch.empty_like(values)
-        )
+            values, last, gates, values, h0, h, reset, gate, torch.empty_like(gates),
+            torch.empty_like(values), summed=states,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -115,15 +115,34 @@ def test_packed_planes(scan, M, backend):
     planes[:, :, M + 1, :rows] = values.flatten(2)
     packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
 
-    def from_planes(planes, values, h0, reset, gate, backend):
-        return packed(planes, 3, M, h0, reset, gate, backend=backend)
+    bias = torch.zeros(M + 1, rows, device=DEVICE)  # in the planes already, whatever it is
 
-    h, last, d_planes, _, d_h0 = run(from_planes, [planes, values, h0, reset], "softmax", backend)
+    def from_planes(planes, bias, h0, reset, gate, backend):
+        return packed(planes, 3, M, h0, reset, gate, backend=backend, bias=bias)
+
+    h, last, d_planes, d_bias, d_h0 = run(from_planes, [planes, bias, h0, reset], "softmax", backend)
     d_gates = d_planes[:, :, : M + 1, :rows].transpose(2, 3).view(gates.shape)
     d_values = d_planes[:, :, M + 1, :rows].view(values.shape)
     for x, want in zip((h, last, d_gates, d_values, d_h0), wanted, strict=True):
         torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
     assert not d_planes[..., rows:].any()
+    wanted_sum = d_planes[:, :, : M + 1, :rows].sum(dim=(0, 1))
+    torch.testing.assert_close(d_bias, wanted_sum, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("M", [2, 12])
+def test_gradients_of_a_bias_over_chunks(scan, M, monkeypatch):
+    """Summed in each chunk of time, then over them; for lanes that share a row as well."""
+    cut_time(monkeypatch, 5)
+    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
+    rows = (2 * M if scan is block_diagonal_scan else 2) + 3
+    planes = torch.randn(2, 13, M + 2, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bias = torch.zeros(M + 1, rows - 3, device=DEVICE, requires_grad=True)
+    h, _ = packed(planes.requires_grad_(), 2, M, backend="triton", bias=bias)
+    d_planes, d_bias = torch.autograd.grad(h.square().sum(), [planes, bias])
+    wanted = d_planes[:, :, :-1, :-3].sum(dim=(0, 1))
+    torch.testing.assert_close(d_bias, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan", SCANS)
