@@ -55,7 +55,9 @@ def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: t
         if NORM:
             wide = piece.to(tl.float32)
             squares += wide * wide
-            piece = (wide * scales[start // INPUTS].to(tl.float32)).to(piece.dtype)
+            wide *= scales[start // INPUTS].to(tl.float32)
+            # Without the norm's factor yet: large numbers that fp16 cannot hold.
+            piece = wide if piece.dtype == tl.float16 else wide.to(piece.dtype)
         pieces = pieces + (piece,)
     return pieces, tl.rsqrt(tl.sum(squares, axis=1) / D + eps) if NORM else 1.0
 
