@@ -188,7 +188,7 @@ def decode_step(
     if capture is None:
         capture = state.is_cuda
     step = DecodeStep(model, cache, compile_config, capture, fused)
-    stale = [old for old in steps if old.key[1:] != key[1:]]  # of other weights: their copies are wrong now
+    stale = [old for old in steps if old.key[1] != key[1]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
     return step
 
@@ -214,6 +214,10 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None or not (x.is_cuda or interpreted):
         return "it needs Triton and a GPU"
+    if x.dtype == torch.float64:
+        return "its products are in fp32, too coarse for a model in fp64"
+    if not all(p.is_contiguous() for p in model.parameters()):
+        return "it reads weights row by row as they lie, and some lie otherwise"
     if B > MOST_FUSED:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
