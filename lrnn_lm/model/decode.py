@@ -224,10 +224,25 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return "it knows bd_lru and h_lru only"
     if not can_decode(model):
         return "modules are not as they were built (adapters, hooks, quantised weights), or in training"
+    if not _is_what_kernels_compute(model):
+        return "it knows no bias but that of gates and values, and no norm but RMSNorm with weights"
     widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)
     if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
         return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
     return None
+
+
+def _is_what_kernels_compute(model: PreTrainedModel) -> bool:
+    """Whether nothing was put into the model that its modules would use and the kernels would not."""
+    blocks = model.model.layers
+    norms = [model.model.norm, *(n for block in blocks for n in (block.mixer_norm, block.mlp_norm))]
+    plain = [model.lm_head, *(block.mixer.out_proj for block in blocks)]
+    plain += [p for block in blocks for p in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)]
+    return (
+        all(type(norm) is nn.RMSNorm and norm.weight is not None for norm in norms)
+        and all(projection.bias is None for projection in plain)
+        and all(block.mixer.gate_proj.bias is not None for block in blocks)
+    )
 
 
 def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:

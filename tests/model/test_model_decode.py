@@ -103,6 +103,24 @@ def test_weights_that_the_fused_step_would_misread():
 
 
 @INTERPRETED
+@pytest.mark.parametrize("what", ["lm_head", "model.layers.1.mixer.out_proj", "model.layers.0.mlp.up_proj"])
+def test_biases_that_the_fused_step_would_leave_out(what):
+    pytest.importorskip("triton")
+    model = small_model("h_lru")
+    projection = model.get_submodule(what)
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features))
+    assert "no bias" in fused_obstacle(model, 1)
+
+
+@INTERPRETED
+def test_norms_that_the_fused_step_would_take_for_another():
+    pytest.importorskip("triton")
+    model = small_model("bd_lru")
+    model.model.layers[1].mlp_norm = torch.nn.LayerNorm(model.config.hidden_size)
+    assert "RMSNorm" in fused_obstacle(model, 1)
+
+
+@INTERPRETED
 @torch.no_grad()
 def test_steps_of_few_and_of_many_sequences_are_both_kept():
     """Few are decoded by the fused kernels, many by products: each would be captured again and again."""
