@@ -170,8 +170,10 @@ def wide_block_transfer_kernel(
         a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
         x = tl.load(x_at + t * X_T, mask=row, other=0.0).to(tl.float32)
         f, f_in = _normalised(z, a, inside, GATE)
-        if HAS_RESET:
-            f = tl.where(tl.load(flags + b * T + t) != 0, 0.0, f)
+        if HAS_RESET:  # not by a product with zero: what another document left may be NaN
+            starts = tl.load(flags + b * T + t) != 0
+            p = tl.where(starts, 0.0, p)
+            q = q if REVERSE else tl.where(starts, 0.0, q)
         p = tl.dot(f, p, input_precision="ieee")
         if REVERSE:
             q += tl.sum(p * x[:, None], axis=0)

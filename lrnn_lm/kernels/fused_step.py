@@ -27,6 +27,7 @@ from .triton_rows import coefficients
 INPUTS = 256  # a warp's copies of 16 bytes
 PROGRAMS_PER_SM = 2  # from which they share the weights out evenly
 REGISTERS = 128  # of a lane, for weights
+SHORT = 12  # registers of a lane that a plane takes where 16 warps still have room for others
 
 
 @triton.jit
@@ -55,7 +56,9 @@ def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: t
         if NORM:
             wide = piece.to(tl.float32)
             squares += wide * wide
-            piece = (wide * scales[start // INPUTS].to(tl.float32)).to(piece.dtype)
+            wide *= scales[start // INPUTS].to(tl.float32)
+            # Without the norm's factor yet: large numbers that fp16 cannot hold.
+            piece = wide if piece.dtype == tl.float16 else wide.to(piece.dtype)
         pieces = pieces + (piece,)
     return pieces, tl.rsqrt(tl.sum(squares, axis=1) / D + eps) if NORM else 1.0
 
@@ -158,28 +161,37 @@ def _mix_kernel(
                 tl.store(to + (j + 1) * N, past[j].to(out.dtype.element_ty), mask=valid)
 
 
+def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tuple[int, int, int]:
+    """(outputs a program, its warps, planes held) where `least` programs are wanted; see `_launch`."""
+    outputs, warps = 16, 4
+    while outputs > max(4, whole) and triton.cdiv(count, outputs) < least:
+        outputs //= 2
+    a_row = triton.cdiv(row_bytes, 4 * 32)  # registers of a warp's lane
+    # A lane of 16 warps has 128 registers, not 255: those are for short rows only.
+    most = 16 if a_row * outputs <= SHORT * 16 else 8
+    while warps < min(outputs, most) and planes * a_row * outputs > REGISTERS * warps:
+        warps *= 2
+    while a_row <= REGISTERS and outputs > max(4, whole) and a_row * outputs > REGISTERS * warps:
+        outputs //= 2
+        warps = min(warps, outputs)
+    return outputs, warps, min(planes, REGISTERS * warps // (a_row * outputs))
+
+
 def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **options: Any) -> None:
     """Programs for `count` outputs, `whole` of them in a row to one program, each of `planes` rows of
     weights."""
     B, D = x.shape
-    outputs = 16
-    least = PROGRAMS_PER_SM * multiprocessors(x.device)
-    while outputs > max(4, whole) and triton.cdiv(count, outputs) < least:
-        outputs //= 2
     inputs = min(INPUTS, triton.next_power_of_2(D))
-    a_row = triton.cdiv(
-        triton.cdiv(D, inputs) * inputs * x.element_size(), 4 * 32
-    )  # registers of a warp's lane
-    warps = 4
-    while warps < outputs and planes * a_row * outputs > REGISTERS * warps:
-        warps *= 2
+    outputs, warps, held = plan(
+        count, whole, planes, triton.cdiv(D, inputs) * inputs * x.element_size(),
+        PROGRAMS_PER_SM * multiprocessors(x.device),
+    )  # fmt: skip
     early = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
         kernel[(triton.cdiv(count, outputs),)](
-            x, *tensors, B, D=D, R=outputs, INPUTS=inputs,
-            HELD=min(planes, REGISTERS * warps // (a_row * outputs)), EARLY=early, num_warps=warps, **options,
+            x, *tensors, B, D=D, R=outputs, INPUTS=inputs, HELD=held, EARLY=early, num_warps=warps, **options,
         )  # fmt: skip
 
 

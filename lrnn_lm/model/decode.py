@@ -187,7 +187,7 @@ def decode_step(
     if capture is None:
         capture = state.is_cuda
     step = DecodeStep(model, cache, compile_config, capture, fused)
-    stale = [old for old in steps if old.key[1:] != key[1:]]  # of other weights: their copies are wrong now
+    stale = [old for old in steps if old.key[1] != key[1]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
     return step
 
@@ -213,16 +213,35 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not has_triton() or not (x.is_cuda or interpreted):
         return "it needs Triton and a GPU"
+    if x.dtype == torch.float64:
+        return "its products are in fp32, too coarse for a model in fp64"
+    if not all(p.is_contiguous() for p in model.parameters()):
+        return "it reads weights row by row as they lie, and some lie otherwise"
     if B > MOST_FUSED:
         return f"it takes up to {MOST_FUSED} sequences, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
     if not can_decode(model):
         return "modules are not as they were built (adapters, hooks, quantised weights), or in training"
+    if not _is_what_kernels_compute(model):
+        return "it knows no bias but that of gates and values, and no norm but RMSNorm with weights"
     widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)
     if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
         return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
     return None
+
+
+def _is_what_kernels_compute(model: PreTrainedModel) -> bool:
+    """Whether nothing was put into the model that its modules would use and the kernels would not."""
+    blocks = model.model.layers
+    norms = [model.model.norm, *(n for block in blocks for n in (block.mixer_norm, block.mlp_norm))]
+    plain = [model.lm_head, *(block.mixer.out_proj for block in blocks)]
+    plain += [p for block in blocks for p in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)]
+    return (
+        all(type(norm) is nn.RMSNorm and norm.weight is not None for norm in norms)
+        and all(projection.bias is None for projection in plain)
+        and all(block.mixer.gate_proj.bias is not None for block in blocks)
+    )
 
 
 def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:

@@ -5,12 +5,19 @@ or how arguments bind to a launch. Here the driver is one that knows its target 
 script, in a process where TRITON_INTERPRET is not set.
 """
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 COMPILED: list[str] = []
+SPILLED: list[int] = []  # bytes of memory that a lane of each took for what its registers do not hold
 
 
 class CompileOnly:
@@ -31,11 +38,38 @@ def compile_instead(kernel: JITFunction, grid):
 
     def call(*args, **kwargs) -> None:
         before = sum(len(cache[0]) for cache in kernel.device_caches.values())
-        kernel.run(*args, grid=grid, warmup=True, **kwargs)
+        compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
         if sum(len(cache[0]) for cache in kernel.device_caches.values()) > before:
             COMPILED.append(kernel.__name__)
+            SPILLED.append(stack_bytes(compiled.asm["cubin"]))
 
     return call
+
+
+def stack_bytes(cubin: bytes) -> int:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", said.stdout)[1])
+
+
+def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> None:
+    """Every kernel of a fused decoding step, with early weights as on the target."""
+    from lrnn_lm.kernels.fused_step import linear_step, mix_step
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    x, norm = empty(1, D), empty(D)
+    for window in (False, True):
+        rows = (M + 2) * (N if window else N * M)
+        mix_step(x, norm, 1e-6, empty(rows, D), empty(rows), torch.empty(1, N, M), "softmax", window)
+    linear_step(empty(1, N * M), empty(D, N * M), residual=x)
+    linear_step(x, empty(2 * inner, D), norm, 1e-6, gated=True)
+    linear_step(empty(1, inner), empty(D, inner), residual=x)
+    linear_step(x, empty(50_280, D), norm, 1e-6)
 
 
 def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None) -> None:
@@ -64,4 +98,11 @@ if __name__ == "__main__":
     assert len(COMPILED) == 4, "another T compiled again"
     launch_all(3, 40, "tanh", states=True, chunk=16)
     launch_all(2, 1, "silu", states=True)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    first = len(SPILLED)
+    launch_step(768, 2048, 4, torch.bfloat16)
+    launch_step(2048, 5504, 16, torch.bfloat16)
+    launch_step(4096, 11_008, 1, torch.bfloat16)
+    launch_step(4096, 11_008, 1, torch.float32)
+    assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
     print(f"compiled {len(COMPILED)} kernels for sm_90")

@@ -44,6 +44,17 @@ def test_products(B, D, OUT, dtype):
     close(linear_step(x, both, norm, EPS, gated=True), functional.silu(gate) * up, dtype)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e-5])
+def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
+    """Inputs times the norm's weights, without its factor, are beyond fp16 at either end."""
+    from lrnn_lm.kernels.fused_step import linear_step
+
+    x, weight = noise(2, 64, dtype=torch.float16) * size, noise(9, 64, seed=1, dtype=torch.float16)
+    norm = noise(64, seed=2, dtype=torch.float16) * (8 if size > 1 else 1 / 8)
+    wanted = functional.rms_norm(x.double(), (64,), norm.double(), 1e-14) @ weight.double().t()
+    close(linear_step(x, weight, norm, 1e-14), wanted, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
 @pytest.mark.parametrize(("B", "N", "M"), [(1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16)])

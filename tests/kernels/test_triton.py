@@ -64,6 +64,21 @@ def test_chunks_of_blocks_that_have_a_warp_each(M, gate, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("M", [4, 16])
+def test_nothing_of_a_document_reaches_the_next_chunk(M, monkeypatch):
+    """Not even NaN: a start clears what came before in every block size, cut or not."""
+    gates, values, _, _ = make_inputs(block_diagonal_scan, T=12, N=2, M=M)
+    reset = torch.zeros(gates.shape[:2], dtype=torch.bool)
+    reset[:, 6] = True
+    wanted = block_diagonal_scan(gates, values, None, reset)[0][:, 6:]
+    with torch.no_grad():
+        gates[:, 5] = torch.nan
+        cut_time(monkeypatch, 4)
+        got = block_diagonal_scan(gates, values, None, reset, backend="triton")[0][:, 6:]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_chunks_with_columns_over_several_programs(monkeypatch):
     cut_time(monkeypatch, 4)
     compare(higher_order_scan, T=7, N=2, M=9, B=1)

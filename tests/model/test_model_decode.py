@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache
 from lrnn_lm.mixers import joined
 from lrnn_lm.model import copy_states
 from lrnn_lm.model.cache import tokens_seen
-from lrnn_lm.model.decode import Decoder, can_decode, decode_step
+from lrnn_lm.model.decode import Decoder, can_decode, decode_step, fused_obstacle
 
 SUMS = TOLERANCE["other order of sums"]
 INTERPRETED = pytest.mark.skipif(
@@ -85,6 +85,52 @@ def test_blocks_that_two_programs_would_share_have_no_fused_step():
         model, ids = small_model(mixer["type"], mixer=mixer), tokens(length=4)
         with pytest.raises(ValueError, match="blocks and orders up to 16, not 17"):
             decode_step(model, prefilled(model, ids), fused=True)
+
+
+@INTERPRETED
+@torch.no_grad()
+def test_weights_that_the_fused_step_would_misread():
+    """It reads rows of weights as they lie, and multiplies in fp32."""
+    pytest.importorskip("triton")
+    model, ids = small_model("bd_lru"), tokens(length=4)
+    assert fused_obstacle(model, 1) is None
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    with pytest.raises(ValueError, match="some lie otherwise"):
+        decode_step(model, prefilled(model, ids), fused=True)
+    with pytest.raises(ValueError, match="too coarse for a model in fp64"):
+        decode_step(model.double(), prefilled(model, ids), fused=True)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("what", ["lm_head", "model.layers.1.mixer.out_proj", "model.layers.0.mlp.up_proj"])
+def test_biases_that_the_fused_step_would_leave_out(what):
+    pytest.importorskip("triton")
+    model = small_model("h_lru")
+    projection = model.get_submodule(what)
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features))
+    assert "no bias" in fused_obstacle(model, 1)
+
+
+@INTERPRETED
+def test_norms_that_the_fused_step_would_take_for_another():
+    pytest.importorskip("triton")
+    model = small_model("bd_lru")
+    model.model.layers[1].mlp_norm = torch.nn.LayerNorm(model.config.hidden_size)
+    assert "RMSNorm" in fused_obstacle(model, 1)
+
+
+@INTERPRETED
+@torch.no_grad()
+def test_steps_of_few_and_of_many_sequences_are_both_kept():
+    """Few are decoded by the fused kernels, many by products: each would be captured again and again."""
+    pytest.importorskip("triton")
+    model, ids = small_model("bd_lru"), tokens(length=4)
+    few, many = prefilled(model, ids[:1]), prefilled(model, ids.repeat(4, 1))
+    steps = decode_step(model, few, fused=True), decode_step(model, many)
+    assert not steps[1].fused
+    assert decode_step(model, few, fused=True) is steps[0]
+    assert decode_step(model, many) is steps[1]
 
 
 @pytest.mark.parametrize("name", RECURRENT)
