@@ -174,7 +174,8 @@ def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tup
     while a_row <= REGISTERS and outputs > max(4, whole) and a_row * outputs > REGISTERS * warps:
         outputs //= 2
         warps = min(warps, outputs)
-    return outputs, warps, min(planes, REGISTERS * warps // (a_row * outputs))
+    room = REGISTERS if warps < 16 else REGISTERS // 2
+    return outputs, warps, min(planes, room * warps // (a_row * outputs))
 
 
 def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **options: Any) -> None:

@@ -276,13 +276,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("docs/results/scaling.json"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--steps", type=int, default=20, help="of the large model")
+    parser.add_argument("--steps", type=int, default=20, help="of the large model, at least 7")
     parser.add_argument("--table", type=Path, help="print the Markdown of a result")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--common", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 7:
+        parser.error(
+            "--steps must be at least 7: the first three warm up, the last ones run beside a checkpoint"
+        )
     if options.table:
         print(table(json.loads(options.table.read_text())))
     elif options.worker:
