@@ -28,12 +28,15 @@ class Contender:
     recipe: a recipe's path; relative ones are looked for among the project's.
     backend: of the scans, see `kernels.dispatch`; `associative` is the formulation of the paper's code.
     exact: whether the recipe's own depth and widths stay, equal or not.
+    foreign: whether the mixer's kernels are another package's, which run as they are written: of a block the
+        rest is compiled.
     """
 
     name: str
     recipe: str
     backend: str = "auto"
     exact: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ CONTENDERS: dict[str, Contender] = {
         _paper("bd-m4", "bd-lru-m4", exact=True),
         _paper("transformer", "transformer"),
         _paper("paper-m4", "bd-lru-m4", backend="associative", exact=True),
-        _paper("mamba2", "mamba2-expand3-state1"),
-        _paper("gated-deltanet", "gated-deltanet"),
+        _paper("mamba2", "mamba2-expand3-state1", foreign=True),
+        _paper("gated-deltanet", "gated-deltanet", foreign=True),
         _paper("bd-m1", "bd-lru-m1", exact=True),
         _paper("bd-m2", "bd-lru-m2", exact=True),
         _paper("bd-m8", "bd-lru-m8", exact=True),

@@ -90,8 +90,10 @@ class TrainingStep:
         self.batch = {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
         self.targets = float(B * T)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, mixers: bool = True) -> None:
         for block in self.model.model.layers:
+            if not mixers:
+                block.mixer.forward = torch.compiler.disable(block.mixer.forward)
             block.compile(dynamic=False)
 
     def __call__(self) -> Tensor:
@@ -186,7 +188,7 @@ def bench_one(
             if contender.backend != "auto":
                 block.mixer.backend = contender.backend
         if settings.compile:
-            step.compile_blocks()
+            step.compile_blocks(mixers=not contender.foreign)
         started = time.perf_counter()
         float(step())
         row["first_step_seconds"] = time.perf_counter() - started

@@ -187,7 +187,8 @@ def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **
         count, whole, planes, triton.cdiv(D, inputs) * inputs * x.element_size(),
         PROGRAMS_PER_SM * multiprocessors(x.device),
     )  # fmt: skip
-    early = not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    nvidia = not INTERPRETED and torch.version.hip is None
+    early = nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0)
     if early:
         options["launch_pdl"] = True
     with on_device(x):

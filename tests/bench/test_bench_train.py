@@ -83,6 +83,25 @@ def test_a_contender_that_cannot_run_is_a_row(monkeypatch, tmp_path):
     assert {row["reason"] for row in rows} == {"RuntimeError: CUDA out of memory. Tried to allocate"}
 
 
+@pytest.mark.parametrize(("name", "mixers"), [("mamba2", False), ("bd-m4", True)])
+def test_other_packages_mixers_are_not_compiled(name, mixers, monkeypatch):
+    """The rest of their blocks is."""
+    graphs = []
+
+    def look(module, examples):
+        graphs.append(module)
+        return module.forward
+
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: compile_with(module, backend=look, **options)
+    )
+    rows = train.run(TrainSettings(contenders=name, **TINY | {"lengths": "16"}), "cpu")
+    assert "reason" not in rows[0]
+    assert graphs
+    assert (len(graphs) == 1) == mixers, "a block is one graph, or what is before and behind its mixer"
+
+
 def test_what_does_not_compile_is_run_as_it_is(monkeypatch):
     def fails(self):
         raise RuntimeError("no compiler")
