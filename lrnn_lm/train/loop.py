@@ -166,12 +166,11 @@ class Trainer:
         first = True
         while not self.finished:
             save_rang, eval_rang = self._train_step().clocks
-            if (
-                first
-            ):  # all that stays is there: the collector, which would look it over again and again, lets it be
+            if first and self.accelerator.device.type == "cuda":
+                # What stands by now stays: a collection that looks it all over stops this rank for 0.2 s.
                 gc.collect()
                 gc.freeze()
-                first = False
+            first = False
             self._validate_if_due(eval_rang)
             if self._save_is_due(save_rang) or self.finished:
                 self._save()
