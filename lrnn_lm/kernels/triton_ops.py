@@ -38,6 +38,11 @@ def _state_like(values: Tensor, M: int) -> Tensor:
     return values.new_empty(values.shape[0], values.shape[2], M, dtype=torch.float32)
 
 
+def _in_fp32(small: Tensor | None) -> Tensor | None:
+    """The cast is autograd's, so that the gradient comes back in the tensor's own dtype."""
+    return None if small is None else small.float().contiguous()
+
+
 def _no_bias(planes: Tensor) -> Tensor:
     return planes.new_empty(0, dtype=torch.float32)
 
@@ -100,10 +105,8 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
     def public(
         gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
     ) -> tuple[Tensor, Tensor]:
-        # h0 is small: the cast is autograd's, so its gradient comes back in its own dtype.
-        h0 = None if h0 is None else h0.float().contiguous()
         run = forward if _runs_directly(gates, values) else scan
-        return run(gates, values, h0, reset, gate)
+        return run(gates, values, _in_fp32(h0), reset, gate)
 
     public.__doc__ = f"Triton `lrnn_lm::{name}`: see the function of the same shapes in `reference.py`."
     return public
@@ -128,14 +131,9 @@ def register_packed(
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
     def scan(
-        planes: Tensor,
-        N: int,
-        M: int,
-        h0: Tensor | None,
-        reset: Tensor | None,
-        gate: str,
+        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
 
     @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
@@ -162,7 +160,7 @@ def register_packed(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
             columns if fills(M) else None, summed,
         )  # fmt: skip
-        d_bias = _no_bias(planes) if sums is None else sums[:, :rows].clone()
+        d_bias = _no_bias(planes) if sums is None else sums[:, :rows].contiguous()
         return d_planes, d_h0, d_bias
 
     @scan.register_fake
@@ -193,16 +191,10 @@ def register_packed(
     scan.register_autograd(run_backward, setup_context=setup_context)
 
     def public(
-        planes: Tensor,
-        N: int,
-        M: int,
-        h0: Tensor | None,
-        reset: Tensor | None,
-        gate: str,
+        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        h0 = None if h0 is None else h0.float().contiguous()
-        return scan(planes, N, M, h0, reset, gate, None if bias is None else bias.float())
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return scan(planes, N, M, _in_fp32(h0), reset, gate, _in_fp32(bias))
 
     public.__doc__ = f"Triton `lrnn_lm::{name}`: the scan of planes, see `dispatch.py`."
     return public
