@@ -320,7 +320,7 @@ def kernels(
     length: Annotated[int, typer.Option(help="T of a scan on a GPU")] = 2048,
     peers: Annotated[bool, typer.Option(help="measure other formulations beside ours")] = True,
     layers: Annotated[bool, typer.Option(help="measure whole mixer layers")] = True,
-    only: Annotated[str, typer.Option(help='on a GPU, the sizes that this names: "H-LRU M=16"')] = "",
+    only: Annotated[str, typer.Option(help='on a GPU, the sizes that this names, or "peers"')] = "",
 ) -> None:
     """Time the scans against the reference on a CPU, against copy speed and peers on a GPU."""
     from .bench.kernels import run

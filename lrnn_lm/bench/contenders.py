@@ -158,7 +158,7 @@ def _changed(config: LRNNConfig, **changes: Any) -> LRNNConfig:
 _KEPT = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "rms_norm_eps",
     "initializer_range", "tie_word_embeddings", "mixer", "layer_pattern", "max_position_embeddings",
-    "loss_chunk",
+    "loss_chunk", "residual_in_fp32",
 )  # fmt: skip
 
 

@@ -105,4 +105,4 @@ def fla_peers(B: int, T: int, width: int, device: torch.device) -> list[Callable
 
         return Peer(name, forward, [q, k, v, g, beta])
 
-    return [hgrn, simple_gla, gated_delta_rule]
+    return [hgrn, gated_delta_rule, simple_gla]

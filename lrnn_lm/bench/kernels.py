@@ -29,6 +29,7 @@ from .shapes import CPU_SHAPES, PAPER_SHAPES, Shape
 
 WIDTH = 768  # D of the paper's language models
 LAYER_BATCH, LAYER_LENGTH = 8, 2048
+PEERS = "peers"  # alone, in place of a size
 PEER_BATCH, PEER_LENGTH = 8, 2048
 TOGETHER = "fwd + bwd together"
 
@@ -233,13 +234,13 @@ def run(
         tokens, length: B * T and T of the scans on a GPU.
         long_length: T of the scans at B 1.
         peers, layers: also measure these.
-        only: of the sizes on a GPU, those whose label holds this, as in "H-LRU M=16".
+        only: of the sizes on a GPU, those whose label holds this, as in "H-LRU M=16"; "peers": peers alone.
     Returns:
         {"about", "ceilings", "rows"}: what is written.
     """
     where = measure.pick_device(device)
     shapes = tuple(s for s in PAPER_SHAPES if only.casefold() in s.label().casefold())
-    if not shapes:
+    if not shapes and only != PEERS:
         raise ValueError(f"--only {only!r} fits none of {', '.join(s.label() for s in PAPER_SHAPES)}")
     torch.manual_seed(0)
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
@@ -278,15 +279,16 @@ def gpu_rows(
     cases = {f"{s.label()}, B {B}": partial(first_scan, s, B, T) for B, T in batches.items() for s in shapes}
     if layers:
         cases |= {f"layer {s.label()}": partial(first_layer, s) for s in shapes}
-    started = time.perf_counter()
-    first = compile_ahead(list(cases.values()), max(1, min(24, (os.cpu_count() or 2) - 2)))
-    result["first_calls"] = dict(zip(cases, first, strict=True))
-    slowest = max(cases, key=lambda name: result["first_calls"][name])
-    print(
-        f"first calls, side by side: {time.perf_counter() - started:.0f} s in all, longest {slowest} "
-        f"{result['first_calls'][slowest]:.0f} s",
-        flush=True,
-    )
+    if cases:
+        started = time.perf_counter()
+        first = compile_ahead(list(cases.values()), max(1, min(24, (os.cpu_count() or 2) - 2)))
+        result["first_calls"] = dict(zip(cases, first, strict=True))
+        slowest = max(cases, key=lambda name: result["first_calls"][name])
+        print(
+            f"first calls, side by side: {time.perf_counter() - started:.0f} s in all, longest {slowest} "
+            f"{result['first_calls'][slowest]:.0f} s",
+            flush=True,
+        )
     limits = result["ceilings"] = measure.ceilings(device)
     print(
         f"{result['about']['device']}: copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, "

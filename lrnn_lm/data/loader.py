@@ -25,9 +25,9 @@ class TrainLoader:
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
     `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
     loader to go on from there, on any number of ranks. `skips` are ranges of samples to leave out, from the
-    first sample of a step to that of another. `shards` are a split of text, or the rows of a
-    synthetic task. Raises DataError if R does not split over the ranks,
-    or the text is too short.
+    first sample of a step to that of another. `curriculum` is (length, steps) one after the other: in these
+    steps no token after the first `length` of a row has a target. `shards` are a split of text, or the rows
+    of a synthetic task. Raises DataError if R does not split over the ranks, or the text is too short.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class TrainLoader:
         position: int = 0,
         pin_memory: bool = False,
         skips: Sequence[Sequence[int]] = (),
+        curriculum: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.rows = _rows(shards, sequence_length)
         if not self.rows.num_rows:
@@ -66,7 +67,7 @@ class TrainLoader:
         self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
         self.rank, self.share = rank, rows_per_step // world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.skips = skips
+        self.skips, self.curriculum = skips, curriculum
         self.position = position
 
     @property
@@ -97,8 +98,24 @@ class TrainLoader:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         while True:
             step = [next(batches) for _ in range(self.micro_batches_per_step)]
-            self.position = past(self.position, self.skips) + self.rows_per_step
+            first = past(self.position, self.skips)
+            for batch in step:
+                batch["labels"][:, self._learnt_length(first // self.rows_per_step) :] = IGNORED
+            self.position = first + self.rows_per_step
             yield step
+
+    def _learnt_length(self, step: int) -> int:
+        """Tokens of a row that have targets in the step of this number.
+
+        The rest stays in the row: what a causal model makes of the beginning does not depend on it, and
+        neither a step's shapes nor the count of tokens changes.
+        """
+        end = 0
+        for length, steps in self.curriculum:
+            end += steps
+            if step < end:
+                return length
+        return self.rows.sequence_length
 
 
 def past(sample: int, skips: Sequence[Sequence[int]]) -> int:

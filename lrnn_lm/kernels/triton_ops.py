@@ -136,7 +136,9 @@ def register_packed(
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
 
-    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
+    # Inductor lets products write rows of a whole number of 128 bytes, and would copy them to the strides of
+    # the trace, were it not told that any will do.
+    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
     def scan_backward(
         grad_h: Tensor,
         grad_last: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import LRNNConfig
+from .layers import RMSNorm
 from .loss import linear_cross_entropy
 from .modeling import LRNNModel, LRNNPreTrainedModel
 
@@ -35,9 +36,9 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
         D = config.hidden_size
         self.model = LRNNModel(config)
         self.decoder = nn.Sequential(
-            nn.RMSNorm(D, eps=config.rms_norm_eps), nn.Linear(D, D), nn.GELU(),
-            nn.RMSNorm(D, eps=config.rms_norm_eps), nn.Linear(D, D), nn.GELU(),
-            nn.RMSNorm(D, eps=config.rms_norm_eps),
+            RMSNorm(D, eps=config.rms_norm_eps), nn.Linear(D, D), nn.GELU(),
+            RMSNorm(D, eps=config.rms_norm_eps), nn.Linear(D, D), nn.GELU(),
+            RMSNorm(D, eps=config.rms_norm_eps),
         )  # fmt: skip
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
         self.post_init()

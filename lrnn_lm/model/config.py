@@ -20,6 +20,8 @@ class LRNNConfig(PreTrainedConfig):
             table as above, or a type's name, which takes `mixer`'s options where they fit.
         max_position_embeddings: the training length. No mixer is limited to it; evaluation cuts text by it.
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
+        residual_in_fp32: whether the residual stream stays in fp32 under autocast, as the weights are;
+            otherwise it has the dtype that autocast computes in. Beside weights in bf16 it is in bf16.
 
     Raises:
         ValueError: an unknown mixer, what is no table of one, or sizes below 1.
@@ -39,6 +41,7 @@ class LRNNConfig(PreTrainedConfig):
     layer_pattern: list[Any] | None = None
     max_position_embeddings: int = 2048
     loss_chunk: int = 1024
+    residual_in_fp32: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.dispatch import TRITON_MOST, has_triton
 from ..mixers import joined, plain_weight
 from .cache import is_recurrent
-from .layers import LRNNBlock
+from .layers import LRNNBlock, RMSNorm
 
 KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
@@ -238,7 +238,7 @@ def _is_what_kernels_compute(model: PreTrainedModel) -> bool:
     plain = [model.lm_head, *(block.mixer.out_proj for block in blocks)]
     plain += [p for block in blocks for p in (block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)]
     return (
-        all(type(norm) is nn.RMSNorm and norm.weight is not None for norm in norms)
+        all(type(norm) in (RMSNorm, nn.RMSNorm) and norm.weight is not None for norm in norms)
         and all(projection.bias is None for projection in plain)
         and all(block.mixer.gate_proj.bias is not None for block in blocks)
     )

@@ -13,6 +13,13 @@ from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the dtype of its weight: it has no fused form for bf16 beside weights in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SwiGLU(JointProjections, nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
@@ -38,11 +45,11 @@ class LRNNBlock(GradientCheckpointingLayer):
     def __init__(self, config: LRNNConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         spec = config.layer_mixers[layer_idx]
         self.mixer_type = spec["type"]
         self.mixer = build_mixer(spec, config.hidden_size)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
@@ -63,7 +70,7 @@ class LRNNBlock(GradientCheckpointingLayer):
         else:
             y, state = self.mixer(x, state, context)
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
-        hidden_states = hidden_states + y
+        hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
     def step(self, hidden_states: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             if d_logits.dtype == dtype:
                 d_weight.addmm_(d_logits.t(), h)
+            elif d_logits.is_cuda and dtype == torch.float32:  # summed in fp32 inside the product
+                torch.addmm(d_weight, d_logits.t(), h, out_dtype=dtype, out=d_weight)
             else:
                 d_weight += d_logits.t() @ h
         ctx.save_for_backward(d_hidden, d_weight)

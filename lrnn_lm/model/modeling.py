@@ -34,7 +34,7 @@ from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext, p
 from .cache import check_cache, document_start, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
-from .layers import LRNNBlock
+from .layers import LRNNBlock, RMSNorm
 from .loss import cross_entropy, linear_cross_entropy, shift_labels
 from .sample import is_usual, sample
 
@@ -91,7 +91,7 @@ class LRNNModel(LRNNPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LRNNBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -122,6 +122,9 @@ class LRNNModel(LRNNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        device = hidden_states.device.type
+        if not self.config.residual_in_fp32 and torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:

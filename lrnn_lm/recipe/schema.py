@@ -152,6 +152,13 @@ class SourceSection(Section):
         return self
 
 
+class CurriculumStage(Section):
+    """Steps in which only the beginning of each row is learnt from."""
+
+    length: int = Field(ge=1, description="tokens of a row that have targets")
+    steps: int = Field(ge=1)
+
+
 class DataSection(Section):
     """Text to token shards, and shards to rows of sequence_length + 1 tokens."""
 
@@ -172,6 +179,10 @@ class DataSection(Section):
     shard_tokens: TokenCount = Field(100_000_000, ge=1)
     num_proc: int | None = Field(None, ge=1, description="tokenising processes; none: one a core")
     num_workers: int = Field(0, ge=0, description="loader processes a rank")
+    curriculum: list[CurriculumStage] = Field(
+        default_factory=list,
+        description="shorter rows first, as in [{length: 4, steps: 800}]; after these steps, whole rows",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -188,6 +199,11 @@ class DataSection(Section):
             raise ValueError(
                 f"sequence_length {self.sequence_length} is not the task's length {self.source.length}; "
                 "give one of them"
+            )
+        longest = max((stage.length for stage in self.curriculum), default=0)
+        if longest > self.sequence_length:
+            raise ValueError(
+                f"curriculum has rows of {longest} tokens, sequence_length is {self.sequence_length}"
             )
         return self
 
@@ -233,6 +249,10 @@ class TrainSection(Section):
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")
+    residual_in_fp32: bool = Field(
+        True,
+        description="the residual stream in fp32 beside bf16 products; false: in bf16, as FSDP2 has it",
+    )
     max_bad_steps: int = Field(
         10, ge=1, description="non-finite steps in a row after which it goes back to a good checkpoint"
     )

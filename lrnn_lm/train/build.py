@@ -94,6 +94,7 @@ def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LR
         vocab_size=vocab_size,
         max_position_embeddings=recipe.data.sequence_length,
         loss_chunk=recipe.train.loss_chunk,
+        residual_in_fp32=recipe.train.residual_in_fp32,
         **token_ids,
     )
 

@@ -44,6 +44,7 @@ class Rows:
             position=position.samples,
             pin_memory=accelerator.device.type == "cuda",
             skips=position.skips,
+            curriculum=[(stage.length, stage.steps) for stage in recipe.data.curriculum],
         )
 
     def restart(self, position: Position) -> None:

@@ -154,10 +154,15 @@ def test_states_of_another_mixer_are_refused(kind, tmp_path):
     ours(tokens(), past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_autocast_is_near(name):
-    model, ids = small_model(name), tokens()
+def test_bf16_autocast_is_near(name, residual_in_fp32):
+    model, ids = small_model(name, residual_in_fp32=residual_in_fp32), tokens()
+    streams = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, given, out: streams.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         got = model(ids, reset=reset_mask()).logits.float()
+    assert set(streams) == {torch.float32 if residual_in_fp32 else torch.bfloat16}
     want = model(ids, reset=reset_mask()).logits
     assert (got - want).norm() <= TOLERANCE["bf16"] * want.norm()
