@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # the first that fits
-    ("scan", r"^(forward|backward|transfer)\w*kernel|_scan_"),
+    ("scan", r"^((wide_)?(block|channel)_transfer|forward|backward)_kernel|_scan_"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("products", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|s16816|wgmma|aten::(add|b)?mm|aten::mv"),
     ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),

@@ -110,8 +110,6 @@ def plan(M: int, block: int, warps: float, T: int, itemsize: int, backward: bool
         return Plan(share, own, 1, 1)
     windows = block == 1 and M > 1  # an H-LRU's backward pass keeps two
     steps = 8 if taps * own <= (4 if backward and (own == 2 or windows) else 8) else 4
-    if backward and taps > 8:  # an odd order: compiled in 8 s for 35
-        steps = 2
     loads = taps + (4 if backward else 2)
     group_bytes = warps * LANES * steps * loads * itemsize
     return Plan(share, own, steps, groups_in_flight(group_bytes, backward))

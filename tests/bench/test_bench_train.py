@@ -145,7 +145,8 @@ def test_the_associative_backend_is_the_same_recurrence(scan):
 def test_kinds_of_kernels():
     names = {
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT": "products",
-        "forward_kernel": "scan", "backward_kernel": "scan",
+        "forward_kernel": "scan", "backward_kernel": "scan", "wide_block_transfer_kernel": "scan",
+        "triton_per_fused__fused_rms_norm_backward_forward_kernel_4": "compiled elementwise",
         "pytorch_flash::flash_fwd_kernel<...>": "attention",
         "triton_red_fused__fused_rms_norm_3": "compiled elementwise",
         "void at::native::multi_tensor_apply_kernel<...FusedAdam...>": "optimizer",
