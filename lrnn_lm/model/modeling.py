@@ -31,11 +31,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext, plain_weight
-from .cache import check_cache, document_start, make_cache, tokens_seen
+from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
 from .layers import LRNNBlock, RMSNorm
 from .loss import cross_entropy, linear_cross_entropy, shift_labels
+from .masks import padding, same_document
 from .sample import is_usual, sample
 
 
@@ -131,7 +132,7 @@ class LRNNModel(LRNNPreTrainedModel):
             past_key_values = make_cache(self.config)
         if past_key_values is not None:
             check_cache(self.config, past_key_values)
-        token_mask, first = _padding(attention_mask, hidden_states.shape[1], tokens_seen(past_key_values))
+        token_mask, first = padding(attention_mask, hidden_states.shape[1], tokens_seen(past_key_values))
         context = self._context(hidden_states, attention_mask, first, position_ids, past_key_values, reset)
         for layer in self.layers:
             hidden_states = layer(hidden_states, context, token_mask, past_key_values=past_key_values)
@@ -163,7 +164,7 @@ class LRNNModel(LRNNPreTrainedModel):
         if counted:
             position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
         rotary = self.layers[layer_idx].mixer.rotary(position_ids)
-        visible = _same_document(documents, layer, past, x)
+        visible = same_document(documents, layer, past, x)
         eager = self.config._attn_implementation == "eager"
         if counted and visible is None and attention_mask is None and layer is None and not eager:
             # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
@@ -178,52 +179,6 @@ class LRNNModel(LRNNPreTrainedModel):
             layer_idx=layer_idx,
         )
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
-
-
-def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
-    """A mask function, query and key lie in the same document; None if there is only one.
-
-    The cache layer keeps where its last document began: keys before that are of no document that goes on.
-    """
-    # A static cache tells its length by a tensor, on whose value a graph must not depend.
-    start = document_start(layer) if isinstance(past, Tensor) or past else None  # (B,)
-    if reset is None and start is None:
-        return None
-    B, T, _ = x.shape
-    keys = torch.arange(past + T, device=x.device)  # (past + T,)
-    new = torch.zeros(B, past + T, dtype=torch.long, device=x.device)
-    if reset is not None:
-        new[:, past:] = reset.long().cumsum(dim=1)
-    document = new if start is None else new - (keys < start.unsqueeze(1)).long()  # (B, past + T)
-    if layer is not None and reset is not None:
-        began = torch.where(new[:, past:].any(dim=1), (document != document[:, -1:]).sum(dim=1), 0)
-        layer.document_start = began if start is None else torch.maximum(began, start)
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return document[batch, query] == document[batch, key]
-
-    return visible
-
-
-def _padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor | None, Tensor | None]:
-    """What padding means for recurrent layers.
-
-    Returns:
-        token_mask (B, T, 1) bool over the new tokens, false on padding, and first (B, T) bool, true on a
-        sequence's first token where padding precedes it; each None where there is nothing to tell.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None, None
-    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
-    if not traced and bool(attention_mask.all()):
-        return None, None
-    mask = attention_mask.bool()
-    new, earlier = mask[:, -T:], mask[:, :-T]
-    token_mask = None if not traced and bool(new.all()) else new.unsqueeze(-1)
-    if not earlier.shape[1] and past:  # a mask of the new tokens alone: the cache holds what came before
-        return token_mask, None
-    first = new & (new.cumsum(dim=1) == 1) & ~earlier.any(dim=1, keepdim=True)
-    return token_mask, first if traced or bool(first.any()) else None
 
 
 class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
