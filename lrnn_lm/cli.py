@@ -105,8 +105,12 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     check = None
     if loaded.eval.tasks:
         from .evaluate import check_tasks
+        from .evaluate.synthetic_tasks import check_answerable
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
+        source = loaded.data.source
+        if source.type == "synthetic":
+            check_answerable(loaded.eval.tasks, source.task or "", source.options)
 
         def check(folder: Path) -> None:
             check_tasks(loaded.eval.tasks, folder / "heldout.jsonl")
@@ -191,6 +195,7 @@ def evaluate_checkpoint(
     """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
     from .evaluate.team import join, leave
 
+    wanted = _numbers(lengths)
     team, device = join(device)
     if length is not None and team.is_main:
         from .evaluate.compare import folders
@@ -212,7 +217,7 @@ def evaluate_checkpoint(
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             max_length=max_length,
-            lengths=_numbers(lengths),
+            lengths=wanted,
             device=device,
             team=team,
         )
@@ -221,10 +226,12 @@ def evaluate_checkpoint(
 
 def _numbers(text: str) -> list[int] | None:
     """Whole numbers above zero, separated by commas; None for none."""
+    if not text:
+        return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
         raise ValueError(f"--lengths {text}: whole numbers are wanted, as in --lengths 32,512")
-    return [int(part) for part in parts] or None
+    return [int(part) for part in parts]
 
 
 @app.command()

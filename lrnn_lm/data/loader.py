@@ -26,8 +26,9 @@ class TrainLoader:
     `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
     loader to go on from there, on any number of ranks. `skips` are ranges of samples to leave out, from the
     first sample of a step to that of another. `curriculum` is (length, steps) one after the other: in these
-    steps no token after the first `length` of a row has a target. `shards` are a split of text, or the rows
-    of a synthetic task. Raises DataError if R does not split over the ranks, or the text is too short.
+    steps no token after the first `length` of a row has a target; steps that are skipped count.
+    `shards` are a split of text, or the rows of a synthetic task. Raises DataError if R does not split over
+    the ranks, if the text is too short, or for a curriculum that leaves nothing to learn.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class TrainLoader:
                 f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
                 f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
             )
+        _check_curriculum(self.rows, curriculum)
         assert 0 <= rank < world_size
         assert micro_batch > 0
         assert position >= 0
@@ -148,6 +150,21 @@ def _leave_signals_to_trainer(worker: int) -> None:
     """A pre-emption signal goes to the whole process group; only the trainer may act on it."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tuple[int, int]]) -> None:
+    """Raise DataError for stages in which there would be nothing to learn, or not less than in whole rows."""
+    if not curriculum or not isinstance(rows, SyntheticRows):
+        return
+    task = rows.task
+    if task.kind.head == "autoencoder":
+        raise DataError(f"data.curriculum: task {task.name} is read whole before anything of it is written")
+    labels = torch.stack([row["labels"] for row in rows.__getitems__(list(range(min(8, rows.num_rows))))])
+    for length, _ in curriculum:
+        if (labels[:, :length] == IGNORED).all():
+            raise DataError(
+                f"data.curriculum: the first {length} tokens of a row of task {task.name} have no targets"
+            )
 
 
 def _rows(

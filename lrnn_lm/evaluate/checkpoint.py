@@ -157,8 +157,13 @@ def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
 
 def check_window(model: "PreTrainedModel", tokens: int) -> None:
     """Raise ValueError if a model with a learnt vector for each position has fewer than `tokens` of them."""
+    from torch.nn import Embedding
+
     config = model.config.to_dict()
-    limits = [config[key] for key in ("n_positions", "n_ctx") if isinstance(config.get(key), int)]
+    names = [name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, Embedding)]
+    learnt = any("pos" in name for name in names)  # embed_positions, position_embeddings, ..
+    keys = ("n_positions", "n_ctx", *(("max_position_embeddings",) if learnt else ()))
+    limits = [config[key] for key in keys if isinstance(config.get(key), int)]
     if limits and tokens > min(limits):
         raise ValueError(
             f"{tokens} tokens are longer than this {model.config.model_type} takes: {min(limits)}"

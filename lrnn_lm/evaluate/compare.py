@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import describe
-from .harness import evaluate, flatten
+from .harness import check_output, evaluate, flatten
 from .score_plot import draw_scores
 from .show import decimal, table_console
 from .team import ALONE, Team
@@ -26,6 +26,7 @@ def evaluate_each(
     as `evaluate` takes them. Raises ValueError as it does, before any is scored if one is not there.
     """
     names = _names(checkpoints)
+    check_output(output)
     if len(names) > 1 and output is not None and Path(output).suffix == ".json":
         raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")
     results = []
@@ -52,22 +53,31 @@ def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for task, metric in dict.fromkeys(key for column in columns for key in column):
         cells = [column.get((task, metric), [None, None]) for column in columns]
-        values = [decimal(value) + (f" ± {decimal(error)}" if error else "") for value, error in cells]
+        values = [
+            decimal(value) + (f" ± {decimal(error)}" if error is not None else "") for value, error in cells
+        ]
         rows.append([task, metric, *values])
     return rows
 
 
 def _names(checkpoints: Sequence[str | Path]) -> list[str]:
-    """A name for each that tells it from the others: its run, with its step if two are of one run."""
+    """A name for each that tells it from the others: its run, with its step if two are of one run; folders
+    further up where that does not tell. ValueError for one that is given twice.
+    """
     found = [describe(checkpoint) for checkpoint in checkpoints]
-    short = [info.run.name if info.run is not None else info.name for info in found]
-    if len(set(short)) == len(short):
-        return short
-    long = [f"{name}-{info.name}" for name, info in zip(short, found, strict=True)]
-    if len(set(long)) < len(long):
-        twice = next(name for name in long if long.count(name) > 1)
-        raise ValueError(f"two of the checkpoints are called {twice}; each is to be given once")
-    return long
+    names = [info.run.name if info.run is not None else info.name for info in found]
+    if len(set(names)) == len(names):
+        return names
+    parts = []  # of a name, the last first
+    for info in found:
+        above = info.path.parent if info.run is None else info.run
+        parts.append([info.name, *reversed(above.parts[1:])])
+    for count in range(2, max(map(len, parts)) + 1):
+        names = ["-".join(reversed(part[:count])) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(info.path for i, info in enumerate(found) if info.path in [f.path for f in found[:i]])
+    raise ValueError(f"{twice}: each checkpoint is to be given once")
 
 
 def _picture(first: str | Path, output: Path | None) -> Path | None:

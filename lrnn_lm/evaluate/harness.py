@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
 TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
+WHOLE_ROWS = ("state_", "mad_")  # tasks whose answer depends on all of a row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -69,6 +70,7 @@ def evaluate(
     limit = chosen.limit if chosen and limit is None else limit
     num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
     _check(names, limit, batch_size, num_fewshot, max_length)
+    check_output(output)
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
     documents = _documents(info, data)
@@ -90,6 +92,12 @@ def evaluate(
             results, truncated = _run(
                 model, tokenizer, manager, names, limit, batch_size, num_fewshot, window, team
             )
+    whole = [name for name in names if name.startswith(WHOLE_ROWS)]
+    if truncated and whole:
+        raise ValueError(
+            f"{truncated} rows of {', '.join(whole)} are longer than the {window} tokens of a window, and "
+            "without their beginning they have no answer; pass --lengths, or a larger --max-length"
+        )
     if not team.is_main:
         return {}
     if "offline_blimp" in results["results"]:
@@ -109,7 +117,7 @@ def evaluate(
         "processes": team.size,
     }
     results["software"] = _versions()
-    written = _write(results, info, names, limit, suite, output, lengths)
+    written = _write(results, info, names, limit, suite, output, lengths, tasks)
     _show(results, written)
     return results
 
@@ -123,6 +131,12 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
         _, tasks, _ = find_tasks(names, {})
     if data is not None and "heldout_cloze" in tasks:
         cloze_dataset(data=str(data))
+
+
+def check_output(output: Path | None) -> None:
+    """Raise ValueError for an output that is a file, but no JSON: hours of scoring later is too late."""
+    if output is not None and Path(output).is_file() and Path(output).suffix != ".json":
+        raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 
 
 def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
@@ -264,19 +278,25 @@ def _write(
     suite: Path | None,
     output: Path | None,
     lengths: list[int] | None,
+    beside: list[str],
 ) -> Path | None:
-    """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it."""
+    """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it.
+
+    In a folder that is not the run's own, after the run too: other runs' results may lie there.
+    """
     folder = Path(output) if output is not None else info.run / "eval" if info.run is not None else None
     if folder is None:
         return None
     if folder.suffix == ".json":
         path = folder
     else:
-        what = Path(suite).stem if suite is not None else "+".join(names).replace("*", "_").replace("/", "_")
+        what = "+".join(names if suite is None else [Path(suite).stem, *beside])
+        what = what.replace("*", "_").replace("/", "_")
         if len(what) > 80:
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
         what += f"-lengths{'-'.join(map(str, lengths))}" if lengths else ""
-        path = folder / f"{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
+        where = f"{info.run.name}-" if output is not None and info.run is not None else ""
+        path = folder / f"{where}{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -47,7 +47,9 @@ def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None =
         path = Path(data).expanduser()
         path = next((path / name for name in FOLDER_NAMES if (path / name).is_file()), path)
         if not path.is_file():
-            raise ValueError(f'{data}: no such file of held-out documents (one {{"text": ...}} a line)')
+            raise ValueError(
+                f'{data}: no such file of held-out documents (one {{"text": ...}} a line), nor a folder'
+            )
         return path
     if checkpoint is not None:
         # `checkpoints/latest` is a link: the run is two folders above what it points to.

@@ -12,11 +12,9 @@ documents, one after the other. No state is reset within a row.
 Legend: b rows, N length in tokens, V vocabulary.
 """
 
-import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,7 @@ from .checkpoint import CheckpointInfo, context_length, describe, document_start
 from .heldout import heldout_path, read_documents
 from .show import decimal, table_console
 from .synthetic_tasks import run_source
+from .transitions import mixer_inputs, transitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 BINS = 4  # an octave
 PIECE_LOGITS = 2**25  # logits that exist at once
 MEMORY_LENGTHS = 64  # the memory is probed up to so many training lengths
-MATRICES = 4096  # a layer, whose eigenvalues are taken
 MOVED = 0.01  # total variation from which on a change counts as seen
 
 
@@ -64,17 +62,20 @@ def probe_length(
     from .length_plot import draw_length
 
     info = describe(checkpoint)
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows}")
+    if output is not None and (Path(output).suffix == ".json" or Path(output).is_file()):
+        raise ValueError(f"{output}: a probe writes JSON and a picture; --output takes a folder for them")
     model, tokenizer = load_checkpoint(info.path, device)
     trained = context_length(model, info.run)
     N = parse_length(length, trained)
     _check_limit(model, N, trained)
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
     inputs, labels = _rows(info, model, tokenizer, N, rows, data, seed)
-    with torch.no_grad(), _mixer_inputs(model) as seen:
-        bins, states = _by_position(model, inputs, labels)
-        transitions = _transitions(model, seen)
-        memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed)
+    symbols = inputs[:, 1:].unique() if run_source(info.path) and data is None else None
+    with torch.no_grad(), mixer_inputs(model) as seen:
+        bins, states = _by_position(model, inputs, labels, trained)
+        matrices = transitions(model, seen)
+        memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed, symbols)
     facts = {
         "checkpoint": {"path": str(info.path), "step": info.step},
         "settings": {
@@ -88,7 +89,7 @@ def probe_length(
         "states": states,
         "memory": memory,
         "effective_memory": max((m["distance"] for m in memory if m["moved"] > MOVED), default=0),
-        "transitions": transitions,
+        "transitions": matrices,
     }
     folders = _folders(info, output)
     written = []
@@ -97,7 +98,7 @@ def probe_length(
         written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
-        written[0].write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        written[0].write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         draw_length(facts, written[1])
     if not quiet:
         _show(facts, written)
@@ -153,14 +154,24 @@ def _rows(
     return stream[:-1].view(-1, N)[:rows], stream[1:].view(-1, N)[:rows]
 
 
-def bin_edges(N: int) -> list[int]:
-    """0, 1, 2, .. N: about BINS edges an octave."""
+def finite(facts: Any) -> Any:
+    """The same with null for what is no number, which JSON has no word for: a state may have diverged."""
+    if isinstance(facts, dict):
+        return {key: finite(value) for key, value in facts.items()}
+    if isinstance(facts, list):
+        return [finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
+
+
+def bin_edges(N: int, trained: int | None = None) -> list[int]:
+    """0, 1, 2, .. N: about BINS edges an octave, the training length and its doublings among them."""
     grid = {min(N, round(2 ** (i / BINS))) for i in range(BINS * math.ceil(math.log2(N)) + 1)}
-    return [0, *sorted(grid | {N})]
+    doublings = {trained * 2**i for i in range(64) if trained * 2**i < N} if trained else set()
+    return [0, *sorted(grid | doublings | {N})]
 
 
 def _by_position(
-    model: "PreTrainedModel", inputs: Tensor, labels: Tensor
+    model: "PreTrainedModel", inputs: Tensor, labels: Tensor, trained: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Loss and accuracy of each bin of positions, and the states' norms at its end.
 
@@ -170,7 +181,7 @@ def _by_position(
     piece = max(1, PIECE_LOGITS // (b * model.config.vocab_size))
     cache: Any = None
     bins, states = [], []
-    for first, last in pairwise(bin_edges(N)):
+    for first, last in pairwise(bin_edges(N, trained)):
         sums = np.zeros(3)  # nats, hits, targets
         for start in range(first, last, piece):
             part = slice(start, min(start + piece, last))
@@ -208,71 +219,22 @@ def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
     return found
 
 
-@contextlib.contextmanager
-def _mixer_inputs(model: "PreTrainedModel") -> Iterator[dict[int, list[Tensor]]]:
-    """The inputs of each layer's mixer while the context lasts, by layer, as far as they are needed."""
-    seen: dict[int, list[Tensor]] = {}
-    hooks = []
-
-    def keep(layer: int, x: Tensor) -> None:
-        kept = seen.setdefault(layer, [])
-        if sum(part.shape[0] * part.shape[1] for part in kept) < MATRICES:
-            kept.append(x.detach())
-
-    if model.config.model_type == "lrnn":
-        for layer, block in enumerate(model.model.layers):
-            hooks.append(block.mixer.register_forward_pre_hook(lambda _, args, i=layer: keep(i, args[0])))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
-    """Of each layer with such matrices: quantiles of |eigenvalue| and row sums, and a sample to draw."""
-    found = []
-    for layer, parts in sorted(seen.items()):
-        x = torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts], dim=1)
-        A = model.model.layers[layer].mixer.transitions(x)
-        if A is None:
-            continue
-        A = A.flatten(0, 2).cpu()  # (tokens x N, M, M)
-        chosen = torch.linspace(0, len(A) - 1, min(len(A), MATRICES)).long()
-        A = A[chosen]
-        eigenvalues = torch.linalg.eigvals(A).flatten()
-        sample = eigenvalues[torch.linspace(0, len(eigenvalues) - 1, min(len(eigenvalues), 1000)).long()]
-        found.append({
-            "layer": layer,
-            "block_size": A.shape[-1],
-            "eigenvalue_magnitude": _quantiles(eigenvalues.abs()),
-            "spectral_radius": _quantiles(torch.linalg.eigvals(A).abs().amax(dim=-1)),
-            "row_sum": _quantiles(A.abs().sum(dim=-1).flatten()),
-            "complex_share": float((eigenvalues.imag.abs() > 1e-4).float().mean()),
-            "negative_share": float((eigenvalues.real < -1e-4).float().mean()),
-            "sample": [[round(float(z.real), 4), round(float(z.imag), 4)] for z in sample],
-        })  # fmt: skip
-    return found
-
-
-def _quantiles(values: Tensor) -> dict[str, float]:
-    """Minimum, quartiles, maximum and mean."""
-    ordered = values.double().sort().values
-    at = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
-    picked = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
-    return {**picked, "mean": float(ordered.mean())}
-
-
-def _memory(model: "PreTrainedModel", inputs: Tensor, seed: int) -> list[dict[str, float]]:
+def _memory(
+    model: "PreTrainedModel", inputs: Tensor, seed: int, symbols: Tensor | None = None
+) -> list[dict[str, float]]:
     """Total variation at the last position after a change d tokens before it, mean over rows.
 
-    Up to the change a row is as it was, so it is read once, and from each place of a change on once more:
-    about 7 N tokens in all, as the distances grow by a constant factor.
+    A token becomes any other of `symbols` (sorted), or of the vocabulary if None. Up to the change a row is
+    as it was, so it is read once, and from each place of a change on once more: about 7 N tokens in all, as
+    the distances grow by a constant factor.
     """
     b, N = inputs.shape
     distances = sorted({N - 1, *(edge for edge in bin_edges(N)[:-1])})
-    V = model.config.vocab_size
-    shifts = torch.randint(1, V, (b, len(distances)), generator=torch.Generator().manual_seed(seed))
+    if symbols is None or len(symbols) < 2:
+        symbols = torch.arange(model.config.vocab_size)
+    shifts = torch.randint(
+        1, len(symbols), (b, len(distances)), generator=torch.Generator().manual_seed(seed)
+    )
     ends: list[Tensor] = []
     cache: Any = None
     read = 0
@@ -282,7 +244,8 @@ def _memory(model: "PreTrainedModel", inputs: Tensor, seed: int) -> list[dict[st
             cache = prefill(model, inputs[:, read:place], past_key_values=cache).past_key_values
             read = place
         rest = inputs[:, place:].clone()
-        rest[:, 0] = (rest[:, 0] + shifts[:, i]) % V
+        place_of = torch.searchsorted(symbols, rest[:, 0].contiguous())  # of a start symbol: some place
+        rest[:, 0] = symbols[(place_of + shifts[:, i]) % len(symbols)]
         ends.append(_last_distribution(model, rest, copy.deepcopy(cache)))
     plain = _last_distribution(model, inputs[:, read:], cache)
     moved = [float((end - plain).abs().sum(dim=-1).mean() / 2) for end in reversed(ends)]
@@ -330,6 +293,9 @@ def _show(facts: dict[str, Any], written: list[Path]) -> None:
     probed = facts["memory"][-1]["distance"]
     console.print(f"effective memory: {facts['effective_memory']:,} tokens, of {probed:,} probed")
     for layer in facts["transitions"]:
+        if not layer["finite"]:
+            console.print(f"layer {layer['layer']}: no A_t is finite")
+            continue
         radius, sums = layer["spectral_radius"], layer["row_sum"]
         console.print(
             f"layer {layer['layer']}: spectral radius of A_t {radius['50%']:.3f} (median), "

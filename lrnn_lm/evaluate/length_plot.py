@@ -71,16 +71,19 @@ def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
     from matplotlib.patches import Circle
 
     axes.add_patch(Circle((0, 0), 1, fill=False, color=GREY, linewidth=1))
-    for i, layer in enumerate(facts["transitions"]):
+    layers = [layer for layer in facts["transitions"] if layer["finite"]]
+    widest = max((abs(part) for layer in layers for point in layer["sample"] for part in point), default=1)
+    for i, layer in enumerate(layers):
         real, imaginary = zip(*layer["sample"], strict=True)
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(
             real, imaginary, ".", color=colour, markersize=3, alpha=0.5, label=f"layer {layer['layer']}"
         )
-    axes.set_xlim(-1.15, 1.15)
-    axes.set_ylim(-1.15, 1.15)
+    edge = 1.15 * max(1, widest)
+    axes.set_xlim(-edge, edge)
+    axes.set_ylim(-edge, edge)
     axes.set_aspect("equal")
-    if 0 < len(facts["transitions"]) <= len(COLOURS):
+    if 0 < len(layers) <= len(COLOURS):
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     _finish(axes, "Eigenvalues of A_t, in the unit circle", "real", "imaginary", log=False)
 
@@ -88,17 +91,18 @@ def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
 def _row_sums(axes: "Axes", facts: dict[str, Any]) -> None:
     """For each layer a box from quartile to quartile, lines to the extremes, a dot at the median."""
     marks = (("row_sum", -0.15, COLOURS[2]), ("spectral_radius", 0.15, COLOURS[3]))
+    layers = [layer for layer in facts["transitions"] if layer["finite"]]
     for key, offset, colour in marks:
-        for layer in facts["transitions"]:
+        for layer in layers:
             x, found = layer["layer"] + offset, layer[key]
-            label = key.replace("_", " ") if layer is facts["transitions"][0] else None
+            label = key.replace("_", " ") if layer is layers[0] else None
             axes.vlines(x, found["min"], found["max"], color=colour, linewidth=1)
             axes.vlines(x, found["25%"], found["75%"], color=colour, linewidth=6, alpha=0.6, label=label)
             axes.plot(x, found["50%"], "o", color="white", markeredgecolor=colour, markersize=5)
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axes.set_ylim(-0.02, 1.1)
-    axes.set_xticks([layer["layer"] for layer in facts["transitions"]])
-    if facts["transitions"]:
+    axes.set_ylim(-0.02, 1.1 * max([1, *(layer[key]["max"] for layer in layers for key, _, _ in marks)]))
+    axes.set_xticks([layer["layer"] for layer in layers])
+    if layers:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     _finish(axes, "Row sums of |A_t| and spectral radius", "layer", "", log=False)
 

@@ -18,7 +18,7 @@ def synthetic_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None
     """Header and rows; None if fewer than two of the runs are on synthetic tasks."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     count = 0
-    for run in runs:
+    for run in {run.path.resolve(): run for run in runs}.values():
         recipe, accuracy = _recipe(run.path), run.last("accuracy")
         if recipe is None or accuracy is None:
             continue
@@ -44,16 +44,20 @@ def _best(trials: dict[str, list[float]]) -> str:
 def _but_the_seed(recipe: dict[str, Any]) -> str:
     """What two runs have in common that differ in the seed only."""
     train = [recipe["train"][key] for key in ("tokens", "tokens_per_step", "precision")]
-    return json.dumps([recipe["model"], recipe["data"]["source"], recipe["optim"], train])
+    data = [recipe["data"]["source"], recipe["data"].get("curriculum", [])]
+    return json.dumps([recipe["model"], data, recipe["optim"], train])
 
 
 def _recipe(run: Path) -> dict[str, Any] | None:
-    """The run's recipe, if its source is a synthetic task."""
+    """The run's recipe, if its source is a synthetic task. ValueError for a file that is damaged."""
     file = run / "recipe.yaml"
     if not file.is_file():
         return None
-    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return recipe if recipe["data"]["source"]["type"] == "synthetic" else None
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return recipe if recipe["data"]["source"]["type"] == "synthetic" else None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise ValueError(f"{file}: not a run's recipe (damaged?)") from None
 
 
 def _task(recipe: dict[str, Any]) -> str:

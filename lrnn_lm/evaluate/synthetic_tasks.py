@@ -1,9 +1,8 @@
 """State tracking, formal languages and MAD as lm-eval tasks: what eval/tasks/synthetic names.
 
 A row's ids are written as numbers between blanks; asked is the label of its last position that has one, of
-an auto-encoder all labels. A
-checkpoint that was trained on the task meets its own symbols, options and labels: its tokenizer reads each
-number as one id. Any other language model meets a text of numbers.
+an auto-encoder all labels. A checkpoint that was trained on the task meets its own symbols, options and
+labels: its tokenizer reads each number as one id. Any other language model meets a text of numbers.
 
 Rows come from the split `eval` of the task's seed, which training never sees.
 """
@@ -33,8 +32,8 @@ def synthetic_dataset(
 ) -> "dict[str, datasets.Dataset]":
     """Rows of context, answer and length, the lengths taking turns.
 
-    lengths: None for the task's own. pretrained: a checkpoint; if its run was on this task, its options and,
-    where `lengths` is None, its length are taken. Raises ValueError for a task that cannot be made so.
+    lengths: None for the task's own. pretrained: a checkpoint; if it was trained on this task, its options
+    and, where `lengths` is None, its length are taken. Raises ValueError for a task that cannot be made so.
     """
     from datasets import Dataset
 
@@ -82,15 +81,53 @@ def score_answer(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float
     return {"acc": float(greedy), f"acc_{doc['length']}": float(greedy)}
 
 
+def check_answerable(names: Sequence[str], task: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for a synthetic task among `names` that a model of this one can never answer: one of
+    more symbols, or one of the other kind of model."""
+    kind = SYNTHETIC_TASKS.get(task)
+    if kind is None:
+        return  # which preparing the data will say
+    known = kind.symbols({**kind.options, **options})
+    for name in names:
+        asked = name.removeprefix("state_").removeprefix("mad_")
+        if asked in (name, task) or asked not in SYNTHETIC_TASKS:
+            continue
+        other = SYNTHETIC_TASKS[asked]
+        symbols = other.symbols(dict(other.options))
+        if symbols > known or other.head != kind.head:
+            raise ValueError(
+                f"eval.tasks: {name} has {symbols} symbols and needs a model that ends as {other.head!r}; "
+                f"this run's, on {task}, has {known} and ends as {kind.head!r}"
+            )
+
+
 def run_source(pretrained: str | Path | None) -> dict[str, Any]:
-    """The synthetic source of the run that a checkpoint lies in; empty if there is none."""
+    """The synthetic task, length and options that a checkpoint was trained on; empty if on none.
+
+    Its config.json tells; of older ones the run that they lie in. ValueError for a file that is damaged.
+    """
     if pretrained is None:
         return {}
-    file = Path(pretrained).expanduser().resolve().parent.parent / "data.json"
+    folder = Path(pretrained).expanduser().resolve()
+    if source := _json_table(folder / "config.json").get("synthetic_task"):
+        return source
+    if folder.parent.name != "checkpoints":
+        return {}
+    source = _json_table(folder.parent.parent / "data.json").get("source", {})
+    return source if isinstance(source, dict) and source.get("type") == "synthetic" else {}
+
+
+def _json_table(file: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty if the file is not there; ValueError for anything else."""
     if not file.is_file():
         return {}
-    source = json.loads(file.read_text(encoding="utf-8")).get("source", {})
-    return source if source.get("type") == "synthetic" else {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: no valid JSON ({error}); copy the folder anew") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: not a JSON object; copy the folder anew")
+    return found
 
 
 def _symbols(pretrained: str | Path | None) -> int | None:

@@ -71,9 +71,14 @@ def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager
     manager = TaskManager(include_path=str(own_tasks_path()), metadata=metadata)
     for name in names:
         if not manager.match_tasks([name]):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            ours = [task for task in own.all_tasks if name.strip().lower() in task.lower()]
+            near = sorted(ours, key=len)[:3] or difflib.get_close_matches(
+                name, manager.all_tasks, n=3, cutoff=0.5
+            )
             hint = (
-                f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists those there are"
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"ours are in {own_tasks_path()}, and `lm_eval ls tasks` lists lm-eval's"
             )
             raise ValueError(f"unknown task {name!r}; {hint}")
     return manager, _expand(manager, names), True
@@ -106,7 +111,7 @@ def hub_data(needed: bool) -> Iterator[None]:
         reason = " ".join(str(error).split()).rstrip(".")
         advice = (
             "run once with a network to fill the cache, or use tasks that need none: "
-            "heldout_bits_per_byte, heldout_cloze"
+            "heldout_bits_per_byte, heldout_cloze, or --suite offline --data DIR"
         )
         raise ValueError(f"a task's data set is not to be had: {reason}\n{advice}") from error
     finally:

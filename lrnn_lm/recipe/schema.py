@@ -325,6 +325,11 @@ class Recipe(Section):
                 f"train.tokens {self.train.tokens} is less than one step "
                 f"(train.tokens_per_step {self.train.tokens_per_step})"
             )
+        if (short := sum(stage.steps for stage in self.data.curriculum)) >= self.total_steps:
+            raise ValueError(
+                f"data.curriculum takes {short} steps and train.tokens pays for {self.total_steps}: no whole "
+                "row would be learnt from; shorten it, or pass data.curriculum=[]"
+            )
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         return self

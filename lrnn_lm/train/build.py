@@ -232,7 +232,12 @@ def _make_model(
     )
     check_parameters(config, recipe.model.parameters)
     seed_everything(recipe.seed)
-    encodes = isinstance(prepared, SyntheticData) and prepared.task.kind.head == "autoencoder"
+    encodes = False
+    if isinstance(prepared, SyntheticData):
+        task = prepared.task
+        encodes = task.kind.head == "autoencoder"
+        # Goes into config.json, so that evaluation asks what was learnt wherever the checkpoint lies.
+        config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
     if recipe.train.fp8:
         use_fp8(model, device)

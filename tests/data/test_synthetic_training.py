@@ -1,6 +1,7 @@
 """Synthetic tasks through the trainer: accuracy in the metrics, exact resume, the auto-encoder, mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_ranks_share_the_same_rows(tmp_path):
 
 def test_a_curriculum_shortens_what_is_learnt(tmp_path):
     stages = "data.curriculum=[{length: 4, steps: 2}, {length: 8, steps: 1}]"
-    trainer = build("s3", tmp_path, "train.tokens=1024", "data.source.options.start=1", stages)
+    trainer = build("s3", tmp_path, "train.tokens=8192", "data.source.options.start=1", stages)
     recipe, learnt = trainer.recipe, []
     steps = iter(trainer.rows.loader)
     whole = iter(TrainLoader(trainer.prepared.train, 32, recipe.seed, recipe.rows_per_step, 8))
@@ -101,13 +102,16 @@ def test_a_curriculum_shortens_what_is_learnt(tmp_path):
 
 
 def test_a_curriculum_goes_on_where_it_stopped(tmp_path):
-    options = ("optim.schedule=constant", "checkpoint.every=2 steps",
+    options = ("train.tokens=6144", "checkpoint.every=2 steps", "checkpoint.keep_last=9", "name=run",
                "data.curriculum=[{length: 4, steps: 3}, {length: 8, steps: 2}]")  # fmt: skip
-    tokens = build("s3", tmp_path, "name=size").recipe.train.tokens_per_step
-    straight = build("s3", tmp_path, f"train.tokens={6 * tokens}", "name=straight", *options).run()
-    for steps in (2, 4, 6):
-        parts = build("s3", tmp_path, f"train.tokens={steps * tokens}", "name=parts", *options).run()
-    assert fingerprint(parts) == fingerprint(straight)
+    straight = build("s3", tmp_path, *options).run()
+    again = tmp_path / "again" / "run"
+    shutil.copytree(tmp_path / "runs" / "run", again, symlinks=True)
+    for step in (4, 6):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    resumed = build("s3", tmp_path, *options, f"train.runs_dir={again.parent}")
+    assert resumed.position.step == 2
+    assert fingerprint(resumed.run()) == fingerprint(straight)
 
 
 def test_compression_trains_an_autoencoder(tmp_path):
@@ -132,6 +136,9 @@ def test_compression_trains_an_autoencoder(tmp_path):
     ("s5", ["data.sequence_length=64"], "give one of them"),
     ("s5", ["data.source.task=null"], "needs a task"),
     ("s5", ["data.curriculum=[{length: 64, steps: 2}]"], "rows of 64 tokens"),
+    ("s5", ["data.curriculum=[{length: 4, steps: 20000}]"], "no whole row would be learnt from"),
+    ("s5", ["data.source.options.start=1", "data.curriculum=[{length: 1, steps: 2}]"], "have no targets"),
+    ("compression", ["data.curriculum=[{length: 4, steps: 2}]"], "is read whole"),
     ("parity", ["data.source.type=python-docs"], "belong to type 'synthetic'"),
     ("in-context-recall", ["data.source.length=33", "train.tokens_per_step=33", "train.tokens=33"], "even"),
 ])  # fmt: skip

@@ -75,3 +75,22 @@ def test_each_of_several_has_a_folder(tmp_path):
     assert folders(both, tmp_path / "out") == [tmp_path / "out" / "a", tmp_path / "out" / "b"]
     assert folders(both[:1], tmp_path / "out") == [tmp_path / "out"]
     assert folders(both, None) == [None, None]
+
+
+def test_equal_names_are_told_apart_by_the_folders_above(tmp_path):
+    alike = [tmp_path / place / "model" for place in ("a/x", "b/x")]
+    for folder in alike:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    assert [folder.name for folder in folders(alike, tmp_path)] == ["a-x-model", "b-x-model"]
+
+
+def test_an_output_that_is_a_file_is_told_before_scoring(checkpoint, tmp_path, capsys):
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    for more in ((), ("--length", "2x")):
+        assert evaluate(checkpoint, *more, "--output", file) == 2
+        told = capsys.readouterr()
+        assert "takes a folder" in told.err
+        assert "documents" not in told.out
+    assert file.read_text() == "mine"

@@ -346,7 +346,7 @@ def test_a_suite_names_tasks_and_settings(checkpoint, loaded, tmp_path):
     suite.write_text("tasks: [heldout_bits_per_byte]\nlimit: 2\n")
     out = evaluate(checkpoint, [], suite=suite, model=model, tokenizer=tokenizer, output=tmp_path)
     assert out["settings"]["limit"] == 2
-    assert (tmp_path / "step-00000020-mine-limit2.json").exists()
+    assert (tmp_path / "tiny-step-00000020-mine-limit2.json").exists()
     assert read_suite("demo").tasks == BOTH
     assert "lambada_openai" in read_suite("standard").tasks
     suite.write_text("task: [x]\n")

@@ -14,7 +14,7 @@ from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.checkpoint import load_checkpoint
 from lrnn_lm.evaluate.harness import flatten
 from lrnn_lm.evaluate.long_context import needle_dataset, passkey_dataset
-from lrnn_lm.evaluate.synthetic_tasks import synthetic_dataset
+from lrnn_lm.evaluate.synthetic_tasks import check_answerable, run_source, synthetic_dataset
 from lrnn_lm.evaluate.tasks import own_tasks_path, read_suite
 from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.recipe import load_recipe
@@ -65,9 +65,38 @@ def test_rows_beyond_the_training_length_are_read_whole(parity, tmp_path):
 
 
 def test_any_language_model_can_be_asked(checkpoint, tmp_path):
-    names = ["state_s5", "mad_selective_copying", "mad_fuzzy_in_context_recall", "long_passkey"]
-    got = scores(evaluate(checkpoint, names, limit=4, output=tmp_path, device="cpu"))
-    assert {task for task, _ in got} == set(names)
+    for names, lengths in ((["state_s5", "mad_memorisation"], [4]), (["long_passkey"], None)):
+        got = scores(evaluate(checkpoint, names, limit=4, lengths=lengths, output=tmp_path, device="cpu"))
+        assert {task for task, _ in got} == set(names)
+
+
+def test_what_was_learnt_goes_with_the_checkpoint(parity, tmp_path):
+    """Out of its run it is asked with the same options and length; a stranger's data.json is not read."""
+    moved = tmp_path / "a" / "b"
+    shutil.copytree(parity, moved)
+    (tmp_path / "data.json").write_text("[1]")
+    want = {"task": "parity", "length": 8, "options": {"start": 0}}
+    assert run_source(moved) == run_source(parity) == want
+    config = json.loads((moved / "config.json").read_text())
+    del config["synthetic_task"]
+    (moved / "config.json").write_text(json.dumps(config))
+    assert run_source(moved) == {}
+    (moved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: no valid JSON"):
+        run_source(moved)
+
+
+def test_tasks_that_a_run_cannot_answer():
+    check_answerable(["state_s3", "state_parity", "heldout_cloze"], "s3", {})
+    with pytest.raises(ValueError, match="state_s5 has 120 symbols"):
+        check_answerable(["state_s5"], "s3", {})
+    with pytest.raises(ValueError, match="ends as 'autoencoder'"):
+        check_answerable(["mad_compression"], "in_context_recall", {})
+
+
+def test_rows_that_do_not_fit_are_not_scored(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="rows of mad_selective_copying are longer than the 48 tokens"):
+        evaluate(checkpoint, ["mad_selective_copying", "long_passkey"], limit=4, device="cpu")
 
 
 def test_suites_name_tasks_that_are_there():

@@ -1,0 +1,85 @@
+"""The matrices A_t that a checkpoint's recurrent layers apply: eigenvalues and absolute row sums.
+
+Legend: M block size or order.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..mixers.h_lru import HigherOrderLRU
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MATRICES = 4096  # a layer, whose eigenvalues are taken
+DRAWN = 1000  # eigenvalues of a layer that are kept for a picture
+
+
+@contextlib.contextmanager
+def mixer_inputs(model: "PreTrainedModel") -> Iterator[dict[int, list[Tensor]]]:
+    """The inputs of each layer's mixer while the context lasts, by layer, as far as they are needed."""
+    seen: dict[int, list[Tensor]] = {}
+    hooks = []
+
+    def keep(layer: int, x: Tensor) -> None:
+        kept = seen.setdefault(layer, [])
+        if sum(part.shape[0] * part.shape[1] for part in kept) < MATRICES:
+            kept.append(x.detach())
+
+    if model.config.model_type == "lrnn":
+        for layer, block in enumerate(model.model.layers):
+            hooks.append(block.mixer.register_forward_pre_hook(lambda _, args, i=layer: keep(i, args[0])))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
+    """Of each layer with such matrices: quantiles of |eigenvalue| and row sums, and a sample to draw.
+
+    `finite` is the share of matrices without infinities, which the rest is about; a layer that has none has
+    nothing else. Row sums are of rows that gates make: of a companion matrix the first, as the others shift.
+    """
+    found = []
+    for layer, parts in sorted(seen.items()):
+        x = torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts], dim=1)
+        mixer = model.model.layers[layer].mixer
+        A = mixer.transitions(x)
+        if A is None:
+            continue
+        A = A.flatten(0, 2).cpu()  # (tokens x N, M, M)
+        A = A[torch.linspace(0, len(A) - 1, min(len(A), MATRICES)).long()]
+        whole = A.isfinite().all(dim=-1).all(dim=-1)
+        about = {"layer": layer, "block_size": A.shape[-1], "finite": float(whole.float().mean())}
+        A = A[whole]
+        found.append({**about, **(_statistics(A, isinstance(mixer, HigherOrderLRU)) if len(A) else {})})
+    return found
+
+
+def _statistics(A: Tensor, companion: bool) -> dict[str, Any]:
+    each = torch.linalg.eigvals(A)  # (matrices, M)
+    eigenvalues = each.flatten()
+    gated = A[:, :1] if companion else A
+    kept = torch.linspace(0, len(eigenvalues) - 1, min(len(eigenvalues), DRAWN)).long()
+    return {
+        "eigenvalue_magnitude": _quantiles(eigenvalues.abs()),
+        "spectral_radius": _quantiles(each.abs().amax(dim=-1)),
+        "row_sum": _quantiles(gated.abs().sum(dim=-1).flatten()),
+        "complex_share": float((eigenvalues.imag.abs() > 1e-4).float().mean()),
+        "negative_share": float((eigenvalues.real < -1e-4).float().mean()),
+        "sample": [[round(float(z.real), 4), round(float(z.imag), 4)] for z in eigenvalues[kept]],
+    }
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    """Minimum, quartiles, maximum and mean."""
+    ordered = values.double().sort().values
+    at = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
+    picked = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
+    return {**picked, "mean": float(ordered.mean())}
