@@ -28,6 +28,10 @@ def bench(
 ) -> None:
     """Measure speed, contenders side by side in one run. --compare exits with 1 where something is slower."""
     if compare is None:
+        if context.invoked_subcommand is None:
+            raise ValueError(
+                "name a benchmark (kernels, train, decode), or --compare and an earlier run's file"
+            )
         return
     if context.invoked_subcommand is not None:
         raise ValueError("--compare runs the benchmark that its file names; leave the command out")

@@ -33,6 +33,8 @@ def compare_with(
     about, before = read_results(old)
     if new is not None:
         about_new, after = read_results(new)
+        if about_new.get("benchmark") != about.get("benchmark"):
+            raise ValueError(f"{old} and {new} are of different benchmarks")
         if about_new.get("device") != about.get("device"):
             raise ValueError(
                 f"{old} was measured on {about.get('device')}, {new} on {about_new.get('device')}: "
@@ -48,16 +50,16 @@ def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
     here = measure.describe(measure.pick_device(device)).get("device")
     if benchmark not in ("train", "decode"):
         raise ValueError(f"{old} does not say how it was made: run that again, pass its file as --against")
-    if here != about["device"]:
-        raise ValueError(f"{old} was measured on {about['device']}, here is {here}")
-    if benchmark == "train":
-        from .train import TrainSettings, run
+    if here != about.get("device"):
+        raise ValueError(f"{old} was measured on {about.get('device')}, here is {here}")
+    from . import decode, train
 
-        return run(TrainSettings(**settings), device)
-    from .decode import DecodeSettings
-    from .decode import run as run_decode
-
-    return run_decode(DecodeSettings(**settings), device)
+    module, kind = (train, train.TrainSettings) if benchmark == "train" else (decode, decode.DecodeSettings)
+    try:
+        wanted = kind(**settings)
+    except TypeError as error:
+        raise ValueError(f"{old} is of another version of the benchmark: {error}") from None
+    return module.run(wanted, device)
 
 
 def judge(before: list[Row], after: list[Row], tolerance: float) -> list[str]:
@@ -67,9 +69,9 @@ def judge(before: list[Row], after: list[Row], tolerance: float) -> list[str]:
     for row in before:
         now, name = newer.get(_key(row)), ", ".join(str(row[key]) for key in KEY if key in row)
         for time in TIMES:
-            if time not in row:
+            if not _is_time(row.get(time)):
                 continue
-            if now is None or time not in now:
+            if now is None or not _is_time(now.get(time)):
                 reason = "it is not there" if now is None else now.get("reason", "it was not measured")
                 worse.append(f"{name}: {time} was measured before; now {reason}")
                 cells.append([name, time, f"{1e3 * row[time]:.3f}", "", "", reason[:40]])
@@ -84,6 +86,10 @@ def judge(before: list[Row], after: list[Row], tolerance: float) -> list[str]:
             )
     measure.print_table("old and new, ms", ["", "time", "old", "new", "new/old", ""], cells)
     return worse
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def _key(row: Row) -> tuple:

@@ -86,11 +86,14 @@ def pick_contenders(names: list[str]) -> list[Contender]:
 
     Raises ValueError naming those that there are.
     """
+    if not names:
+        raise ValueError(f"no contenders; known: {', '.join(CONTENDERS)}, or a recipe's path")
     chosen = []
     for name in names:
         if name in CONTENDERS:
             chosen.append(CONTENDERS[name])
         elif name.endswith((".yaml", ".yml")):
+            load_recipe(name)  # raises what is wrong with it now, not when its turn comes
             chosen.append(Contender(name.removesuffix(".yaml").rpartition("/")[2], name, exact=True))
         else:
             raise ValueError(

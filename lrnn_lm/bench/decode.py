@@ -77,6 +77,8 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
         raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
     if settings.tokens < 2:
         raise ValueError("--tokens must be at least 2")
+    if settings.vocab is not None and settings.vocab < 1:
+        raise ValueError(f"--vocab must be at least 1, not {settings.vocab}")
     is_half(where, settings.precision)
     budget = Budget(settings.budget_seconds)
     limits = measure.ceilings(where) if where.type == "cuda" else {}

@@ -239,9 +239,17 @@ def run(
         {"about", "ceilings", "rows"}: what is written.
     """
     where = measure.pick_device(device)
+    alone = only.casefold() == PEERS
     shapes = tuple(s for s in PAPER_SHAPES if only.casefold() in s.label().casefold())
-    if not shapes and only != PEERS:
-        raise ValueError(f"--only {only!r} fits none of {', '.join(s.label() for s in PAPER_SHAPES)}")
+    if not shapes and not alone:
+        known = ", ".join(s.label() for s in PAPER_SHAPES)
+        raise ValueError(f"--only {only!r} fits none of {known}, and is not {PEERS!r}")
+    if alone and (not peers or where.type != "cuda"):
+        raise ValueError(f"--only {PEERS} measures peers, which takes a GPU and no --no-peers")
+    if not 1 <= length <= tokens:
+        raise ValueError(f"--length {length} does not fit into --tokens {tokens}")
+    if output is not None and output.is_dir():
+        raise ValueError(f"{output}: a folder; --output takes a file for the rows")
     torch.manual_seed(0)
     result: dict[str, Any] = {"about": measure.describe(where), "ceilings": {}, "rows": []}
     rows: list[Row] = []

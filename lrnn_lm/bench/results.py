@@ -52,7 +52,7 @@ class Budget:
     """Seconds that a run may take; None for as many as it needs."""
 
     def __init__(self, seconds: float | None):
-        if seconds is not None and seconds <= 0:
+        if seconds is not None and not seconds > 0:
             raise ValueError(f"--budget-seconds must be positive, not {seconds:g}")
         self.seconds = seconds
         self._start = time.monotonic()
@@ -85,6 +85,8 @@ class JsonLines:
         self._path = path
         self.rows: list[Row] = []
         if path is not None:
+            if path.suffix in (".md", ".png"):
+                raise ValueError(f"{path}: the table and the picture go there; name the rows' file .jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
 
@@ -102,15 +104,19 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
     Raises ValueError for a file that is missing or is not of a benchmark.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     try:
+        text = path.read_text(encoding="utf-8")
         if "rows" in (whole := _loads(text)):
-            return whole["about"], whole["rows"]
-        first, *rest = (json.loads(line) for line in text.splitlines() if line.strip())
-        return first["about"], rest
+            about, rows = whole["about"], whole["rows"]
+        else:
+            first, *rest = (json.loads(line) for line in text.splitlines() if line.strip())
+            about, rows = first["about"], rest
+        if not isinstance(about, dict) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a file that `lrnn bench` wrote") from None
+    return about, rows
 
 
 def _loads(text: str) -> Any:

@@ -137,8 +137,12 @@ def run(
         size = pick_size(name.strip(), settings.width, settings.layers)
         sizes[label_of(name.strip(), size)] = size
     lengths, tokens = numbers(settings.lengths, "--lengths"), numbers(settings.tokens, "--tokens")
-    if settings.steps < 1 or settings.warmup < 0:
-        raise ValueError("--steps must be at least 1, --warmup at least 0")
+    least = {"steps": 1, "warmup": 0, "profile": 0, "loss_chunk": 1, "vocab": 1}
+    for name, lowest in least.items():
+        if (given := getattr(settings, name)) is not None and given < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {lowest}, not {given}")
+    if min(tokens) < max(lengths):
+        raise ValueError(f"--tokens {min(tokens)} are less than one row of --lengths {max(lengths)}")
     is_half(where, settings.precision)
     budget = Budget(settings.budget_seconds)
     limits = measure.ceilings(where) if where.type == "cuda" else {}

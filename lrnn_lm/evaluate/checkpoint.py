@@ -119,6 +119,8 @@ def pick_device(device: str = "auto") -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except RuntimeError:
         raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():

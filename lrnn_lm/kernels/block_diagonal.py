@@ -12,7 +12,7 @@ from torch import Tensor
 from .block_diagonal_kernels import backward_kernel, forward_kernel
 from .chunk_transfer import block_transfer, row_stride
 from .chunk_transfer import block_transfer_cost as transfer_cost
-from .triton_launch import Launch, time_chunks
+from .triton_launch import Launch, reset_flags, time_chunks
 from .triton_ops import register, register_packed, rows_like
 
 
@@ -44,7 +44,7 @@ def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks,
     launch = Launch(columns or N * M, M, M, T, B * n_chunks, (gates, values))
     with launch.device:
         forward_kernel[launch.grid](
-            gates, values, start, None if reset is None else reset.to(torch.int32), h, last,
+            gates, values, start, reset_flags(reset), h, last,
             T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
             G_K=gates.stride(4), **strides("G", gates), **strides("V", values), H_T=h.stride(1),
             COLUMNS=columns or N * M, N=N, M=M, MP=triton.next_power_of_2(M), GATE=gate,
@@ -86,7 +86,7 @@ def _backward(
     launch = Launch(columns or N * M, M, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
     with launch.device:
         backward_kernel[launch.grid](
-            gates, values, h, grad, h0, stop, None if reset is None else reset.to(torch.int32),
+            gates, values, h, grad, h0, stop, reset_flags(reset),
             d_gates, d_values, d_start, sums, T, chunk, n_chunks, launch.tiles,
             gates.stride(0), values.stride(0), grad.stride(0), d_gates.stride(0),
             G_K=gates.stride(4), D_K=d_gates.stride(4), **strides("G", gates), **strides("V", values),

@@ -23,6 +23,7 @@ from .triton_launch import (
     groups_in_flight,
     multiprocessors,
     on_device,
+    reset_flags,
     settle_cache_keys,
 )
 from .triton_rows import (
@@ -305,7 +306,7 @@ def _transfer(
     stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.element_size(), backward=False)
     with on_device(x):
         kernel[(tiles * B * n_chunks, columns_axis)](
-            gates, x, None if reset is None else reset.to(torch.int32), out, T, chunk, n_chunks, tiles,
+            gates, x, reset_flags(reset), out, T, chunk, n_chunks, tiles,
             gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(-1),
             X_T=x.stride(1), X_N=x.stride(2), ALIGN=batch_alignment(gates, x), N=N, M=M, STEPS=steps,
             STAGES=stages, WIDTH=width, GATE=gate, REVERSE=reverse, HAS_RESET=reset is not None, num_warps=1,
@@ -355,7 +356,7 @@ def _wide_block_transfer(
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
     with on_device(x):
         wide_block_transfer_kernel[(N * B * n_chunks,)](
-            gates, x, None if reset is None else reset.to(torch.int32), out, T, chunk, n_chunks,
+            gates, x, reset_flags(reset), out, T, chunk, n_chunks,
             gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_I=row_stride(gates),
             G_K=gates.stride(-1), X_T=x.stride(1), X_N=x.stride(2), X_I=row_stride(x),
             ALIGN=batch_alignment(gates, x), N=N, M=M, MP=rows, STAGES=4, GATE=gate, REVERSE=reverse,

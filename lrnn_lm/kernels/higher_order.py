@@ -12,7 +12,7 @@ from .block_diagonal import chunk_starts
 from .chunk_transfer import channel_transfer
 from .chunk_transfer import channel_transfer_cost as transfer_cost
 from .higher_order_kernels import backward_kernel, forward_kernel
-from .triton_launch import Launch, time_chunks
+from .triton_launch import Launch, reset_flags, time_chunks
 from .triton_ops import register, register_packed, rows_like
 
 
@@ -41,7 +41,7 @@ def _forward(
     launch = Launch(columns or N, 1, M, T, B * n_chunks, (gates, values))
     with launch.device:
         forward_kernel[launch.grid](
-            gates, values, h0, None if reset is None else reset.to(torch.int32), h, last,
+            gates, values, h0, reset_flags(reset), h, last,
             T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0),
             G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(3),
             V_T=values.stride(1), V_N=values.stride(2), H_T=h.stride(1), COLUMNS=columns or N,

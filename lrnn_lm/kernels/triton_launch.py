@@ -159,6 +159,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def reset_flags(reset: Tensor | None) -> Tensor | None:
+    """reset (B, T) of any strides as the kernels read it: int32, row after row."""
+    return None if reset is None else reset.to(torch.int32, memory_format=torch.contiguous_format)
+
+
 def on_device(like: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()

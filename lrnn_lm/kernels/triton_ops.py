@@ -34,6 +34,16 @@ def _rows_of(padded: Tensor, shape: torch.Size) -> Tensor:
     return padded.as_strided(shape, (T * columns, columns, *shape[3:], 1))
 
 
+def _as_written(h: Tensor, columns: int, padded: bool) -> Tensor:
+    """h in the forward kernel's layout, from whatever a hook kept; the padding is read if `padded`."""
+    T, rows = h.shape[1], h.shape[2:].numel()
+    step = columns if padded or h.stride(1) == columns else rows
+    layout = (T * step, step, *h.shape[3:], 1)
+    if all(size == 1 or had == want for size, had, want in zip(h.shape, h.stride(), layout, strict=True)):
+        return h
+    return _rows_of(functional.pad(h.flatten(2), (0, step - rows)).contiguous(), h.shape)
+
+
 def _state_like(values: Tensor, M: int) -> Tensor:
     return values.new_empty(values.shape[0], values.shape[2], M, dtype=torch.float32)
 
@@ -156,8 +166,7 @@ def register_packed(
         columns, rows = planes.shape[-1], values[0, 0].numel()
         if columns > rows and not fills(M):
             d_planes[..., rows:].zero_()
-        if fills(M) and h.stride(1) != columns:  # a hook kept it without its padding, which is read
-            h = _rows_of(functional.pad(h.flatten(2), (0, columns - rows)), h.shape)
+        h = _as_written(h, columns, fills(M))
         d_h0, sums = backward(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
             columns if fills(M) else None, summed,

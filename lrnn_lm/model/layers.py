@@ -14,10 +14,14 @@ from .config import LRNNConfig
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in the dtype of its weight: it has no fused form for bf16 beside weights in fp32."""
+    """torch's, computed in the dtype of its weight: it has no fused form for bf16 beside weights in fp32.
+
+    The result is in the narrower of the two, as what comes after a norm computes in.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        y = super().forward(x.to(self.weight.dtype))
+        return y.to(x.dtype) if x.dtype.itemsize < y.dtype.itemsize else y
 
 
 class SwiGLU(JointProjections, nn.Module):

@@ -60,6 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        fused = hidden.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling()
         w = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], chunk):
             h, label = hidden[start : start + chunk], labels[start : start + chunk]
@@ -77,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             if d_logits.dtype == dtype:
                 d_weight.addmm_(d_logits.t(), h)
-            elif d_logits.is_cuda and dtype == torch.float32:  # summed in fp32 inside the product
+            elif fused:  # summed in fp32 inside the product; torch 2.11 cannot compile that
                 torch.addmm(d_weight, d_logits.t(), h, out_dtype=dtype, out=d_weight)
             else:
                 d_weight += d_logits.t() @ h

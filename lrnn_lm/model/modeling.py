@@ -124,7 +124,7 @@ class LRNNModel(LRNNPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         device = hidden_states.device.type
-        if not self.config.residual_in_fp32 and torch.is_autocast_enabled(device):
+        if not self.config.residual_in_fp32 and device != "meta" and torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.gradient_checkpointing and self.training:
             use_cache = False

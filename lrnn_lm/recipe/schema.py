@@ -251,7 +251,7 @@ class TrainSection(Section):
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")
     residual_in_fp32: bool = Field(
         True,
-        description="the residual stream in fp32 beside bf16 products; false: in bf16, as FSDP2 has it",
+        description="the residual stream in fp32 beside bf16 products (FSDP2's is in bf16 anyway)",
     )
     max_bad_steps: int = Field(
         10, ge=1, description="non-finite steps in a row after which it goes back to a good checkpoint"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrnn_lm.bench import compare, train
+from lrnn_lm.bench import compare, measure, train
 from lrnn_lm.cli import main
 
 ROWS = [
@@ -78,3 +78,37 @@ def test_mistakes_are_told(tmp_path, capsys):
     ):
         assert bench(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("about", "message"), [
+    ({"benchmark": "train", "settings": {"nosuch": 1}}, "another version"),
+    ({"benchmark": "train"}, "another version"),
+    ({"benchmark": "train", "settings": {}, "device": "a toaster"}, "measured on a toaster"),
+    ({"benchmark": "kernels"}, "does not say how it was made"),
+])  # fmt: skip
+def test_files_that_cannot_be_run_again(tmp_path, capsys, about, message):
+    here = {"device": measure.describe(torch.device("cpu"))["device"], **about}
+    assert bench("--compare", write(tmp_path / "old.jsonl", ROWS, **here), "--device", "cpu") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"about": []}\n{}', '{"about": {}}\n[1]', "\udcff", ""])
+def test_files_that_are_no_benchmarks(tmp_path, capsys, text):
+    file = tmp_path / "file.jsonl"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    assert bench("--compare", file, "--against", file) == 2
+    assert "file.jsonl: not a file that" in capsys.readouterr().err
+
+
+def test_benchmarks_of_different_kinds(tmp_path, capsys):
+    train_rows, decode_rows = (
+        write(tmp_path / f"{kind}.jsonl", ROWS, benchmark=kind) for kind in ("train", "decode")
+    )
+    assert bench("--compare", train_rows, "--against", decode_rows) == 2
+    assert "different benchmarks" in capsys.readouterr().err
+
+
+def test_a_time_that_is_none_is_not_compared():
+    rows = [{**ROWS[0], "step_seconds": "fast"}, {**ROWS[1], "step_seconds": 0}]
+    assert compare.judge(rows, ROWS, 0.05) == []
+    assert "was not measured" in compare.judge(ROWS, rows, 0.05)[0]

@@ -22,6 +22,18 @@ from lrnn_lm.cli import main
         (["decode", "--tokens", "1"], "--tokens"),
         (["decode", "--size", "huge"], "unknown size"),
         (["kernels", "--only", "M=32"], "fits none of BD-LRU M=1"),
+        (["kernels", "--only", "Peers"], "takes a GPU"),
+        (["kernels", "--tokens", "8", "--length", "16"], "--length 16 does not fit"),
+        (["kernels", "--output", "."], "a folder"),
+        (["train", "--contenders", ","], "no contenders"),
+        (["train", "--contenders", "nosuch.yaml"], "nosuch.yaml"),
+        (["train", "--loss-chunk", "0"], "--loss-chunk"),
+        (["train", "--vocab", "0"], "--vocab"),
+        (["train", "--profile", "-1"], "--profile"),
+        (["train", "--tokens", "32", "--lengths", "64"], "less than one row"),
+        (["train", "--budget-seconds", "nan"], "--budget-seconds"),
+        (["train", "--output", "rows.md"], "name the rows' file .jsonl"),
+        (["decode", "--vocab", "-5"], "--vocab"),
     ],
 )
 def test_mistakes_are_told(arguments, message, capsys):
@@ -30,3 +42,10 @@ def test_mistakes_are_told(arguments, message, capsys):
         main(["bench", command, "--device", "cpu", *rest])
     assert done.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_benchmark_is_to_be_named(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["bench", "--device", "cpu"])
+    assert done.value.code == 2
+    assert "name a benchmark" in capsys.readouterr().err

@@ -16,16 +16,19 @@ from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A checkpoint that has seen two steps of s3 at length 8."""
-    folder = tmp_path_factory.mktemp("length")
-    recipe = load_recipe("recipes/synthetic/s3.yaml", [
+def train(folder, task="s3", *overrides):
+    """A checkpoint that has seen two steps of a task at length 8."""
+    recipe = load_recipe(f"recipes/synthetic/{task}.yaml", [
         "model.hidden_size=16", "model.intermediate_size=16", "train.tokens=512", "train.tokens_per_step=256",
         "data.source.length=8", "data.source.validation_examples=8", "train.device=cpu",
-        f"train.runs_dir={folder}", f"data.cache_dir={folder / 'cache'}",
+        f"train.runs_dir={folder}", f"data.cache_dir={folder / 'cache'}", *overrides,
     ])  # fmt: skip
     return build_trainer(recipe, Console(quiet=True)).run()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("length"))
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("16x", 512), ("4096", 4096), ("0.5x", 16), ("1_000", 1000)])
@@ -173,3 +176,39 @@ def test_too_little_text(run, tmp_path):
     text.write_text('{"text": "1 2 3"}\n')
     with pytest.raises(ValueError, match="do not fill one row of 16"):
         probe_length(run, "2x", data=text, device="cpu")
+
+
+def test_a_state_that_diverges_is_told_and_drawn(tmp_path, capsys):
+    """Unnormalised gates: states and matrices overflow, and JSON has no word for that but null."""
+    checkpoint = train(tmp_path, "s3", "model.mixer.gate=none", "model.mixer.gate_std=3")
+    facts = probe_length(checkpoint, "64x", rows=2, output=tmp_path / "out", device="cpu")
+    assert facts["transitions"][1]["finite"] < 1
+    assert not np.isfinite(facts["by_position"][-1]["loss"])
+    (file,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(file.read_text())["by_position"][-1]["loss"] is None
+    assert "effective memory" in capsys.readouterr().out
+
+
+def test_row_sums_are_of_the_rows_that_gates_make(tmp_path):
+    """Of a companion matrix that is the first: the others are a shifted identity, whose sums are 1."""
+    checkpoint = train(tmp_path, "s3", "model.mixer.type=h_lru", "model.mixer.order=3")
+    facts = probe_length(checkpoint, "2x", rows=2, output=tmp_path / "out", device="cpu")
+    assert all(layer["row_sum"]["max"] < 0.99 for layer in facts["transitions"])
+
+
+def test_memory_is_probed_with_tokens_that_occur(tmp_path, monkeypatch):
+    """Of modular counting two of five ids do; the rest was never trained."""
+    checkpoint = train(tmp_path, "modular-counting", "data.source.options.start=1")
+    given, plain = [], probe.prefill
+    monkeypatch.setattr(
+        probe, "prefill", lambda model, ids, **rest: given.append(ids) or plain(model, ids, **rest)
+    )
+    probe_length(checkpoint, "4x", rows=4, output=tmp_path / "out", device="cpu")
+    assert set(torch.cat([ids[:, 1:].flatten() for ids in given]).tolist()) == {0, 1}
+    assert {int(ids[0, 0]) for ids in given} <= {0, 1, 5}
+
+
+@pytest.mark.parametrize("trained", [8, 24, 100])
+def test_rows_of_the_table_begin_where_they_say(trained):
+    edges = bin_edges(16 * trained, trained)
+    assert {trained * 2**i for i in range(5)} <= set(edges)

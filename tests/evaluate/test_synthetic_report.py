@@ -45,7 +45,12 @@ def test_a_row_a_model_and_a_column_a_task(runs):
 
 @pytest.mark.parametrize(
     ("old", "new", "rows"),
-    [("num_hidden_layers: 2", "num_hidden_layers: 3", 2), ("- 0.98", "- 0.95", 1), ("seed: 0", "seed: 2", 1)],
+    [
+        ("num_hidden_layers: 2", "num_hidden_layers: 3", 2),
+        ("- 0.98", "- 0.95", 1),
+        ("seed: 0", "seed: 2", 1),
+        ("curriculum: []", "curriculum: [{length: 4, steps: 1}]", 1),
+    ],
 )
 def test_only_seeds_are_averaged(runs, tmp_path, old, new, rows):
     """A model of another depth is a row of its own; other betas are another try; both are no other seed."""
@@ -57,6 +62,19 @@ def test_only_seeds_are_averaged(runs, tmp_path, old, new, rows):
     _, found = synthetic_table([read_run(first), read_run(tmp_path / "other")])
     assert len(found) == rows
     assert ("±" in found[0][1]) == old.startswith("seed")
+
+
+def test_a_run_given_twice_is_one(runs):
+    one, two = read_run(runs[0]), read_run(runs[1])
+    assert synthetic_table([one, two, one]) == synthetic_table([one, two])
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "data: 3", "[1]"])
+def test_a_damaged_recipe_is_named(runs, tmp_path, text):
+    shutil.copytree(runs[0], tmp_path / "broken", symlinks=True)
+    (tmp_path / "broken" / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"broken/recipe\.yaml: not a run's recipe"):
+        synthetic_table([read_run(tmp_path / "broken"), read_run(runs[1])])
 
 
 def test_report_shows_accuracy_in_place_of_bits(runs, tmp_path):

@@ -176,17 +176,22 @@ def test_packed_planes_of_one_step(scan, M):
 @pytest.mark.parametrize("scan", SCANS)
 def test_packed_planes_whose_state_was_kept_without_its_padding(scan):
     """As `save_on_cpu` keeps it: what lies behind in memory is not read."""
-    planes = torch.randn(2, 5, 4, 15, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    planes = torch.randn(2, 5, 5, 15, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
 
     def amid_nan(x):
         memory = torch.full((x.numel() + 99,), torch.nan, device=DEVICE)
         return memory[: x.numel()].copy_(x.flatten()).view(x.shape)
 
-    (want,) = torch.autograd.grad(packed(planes, 3, 2, backend="triton")[0].sum(), planes)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, amid_nan):
-        h = packed(planes, 3, 2, backend="triton")[0]
-    assert torch.equal(torch.autograd.grad(h.sum(), planes)[0], want)
+    def time_first(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 2 else x
+
+    for M in (2, 3):  # blocks of three are not read as one run
+        (want,) = torch.autograd.grad(packed(planes[:, :, : M + 2], 3, M, backend="triton")[0].sum(), planes)
+        for other in (amid_nan, time_first):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, other):
+                h = packed(planes[:, :, : M + 2], 3, M, backend="triton")[0]
+            assert torch.equal(torch.autograd.grad(h.sum(), planes)[0], want)
 
 
 def test_widths_of_planes():
@@ -250,14 +255,17 @@ def test_without_initial_state_or_resets(scan, chunks):
 
 @pytest.mark.parametrize("scan", SCANS)
 def test_any_strides(scan, chunks):
-    """Planes of gates with n fastest, time outermost, a slice of a wider projection, an expanded gradient."""
+    """Planes of gates with n fastest, time outermost, a slice of a wider projection, an expanded gradient,
+    and a mask of documents that is another's transpose."""
     gates, values, h0, reset = to_device(make_inputs(scan, T=12, N=4, M=2))
     wanted = run(scan, [gates, values, h0, reset], "softmax", "triton")
     planes = gates.movedim(-1, 2).contiguous().movedim(2, -1)
     time_first = gates.transpose(0, 1).contiguous().transpose(0, 1)
     wide = torch.stack([values, values], dim=-1)[..., 1]
+    turned = reset.t().contiguous().t()
+    assert reset.any()
     for layout in (planes, time_first):
-        for x, want in zip(run(scan, [layout, wide, h0, reset], "softmax", "triton"), wanted, strict=True):
+        for x, want in zip(run(scan, [layout, wide, h0, turned], "softmax", "triton"), wanted, strict=True):
             torch.testing.assert_close(x, want)
     leaf = planes.clone().requires_grad_()
     scan(leaf, values, h0, reset, backend="triton")[0].sum().backward()  # the gradient has strides of zero

@@ -1,12 +1,17 @@
 """The chunked cross-entropy is torch's cross-entropy, in value and in every gradient."""
 
+from unittest import mock
+
 import pytest
 import torch
 from small_models import NAMES, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrnn_lm.model import loss
 from lrnn_lm.model.loss import IGNORE, linear_cross_entropy, shift_labels
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
@@ -111,6 +116,25 @@ def test_gradients_of_the_whole_model(tied):
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     for name, p in model.named_parameters():
         assert (ours[name] - p.grad).abs().max() <= GRADIENT * p.grad.abs().max(), name
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs torch with CUDA, though no device")
+def test_a_compiler_can_trace_it_as_on_a_gpu():
+    """With tensors that only pretend: torch 2.11 cannot decompose a product with another output's dtype."""
+
+    class Context:
+        needs_input_grad = (True, True, False, False, False)
+
+        def save_for_backward(self, *kept):
+            pass
+
+    def forward(hidden, weight, labels):
+        return loss._LinearCrossEntropy.forward(Context(), hidden, weight, labels, 32, True)
+
+    with FakeTensorMode(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        hidden = torch.empty(64, 32, device="cuda", dtype=torch.bfloat16)
+        labels = torch.empty(64, device="cuda", dtype=torch.long)
+        make_fx(torch.func.functionalize(forward))(hidden, torch.empty(50, 32, device="cuda"), labels)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
 from lrnn_lm.mixers import ResidualOutput
+from lrnn_lm.model.layers import RMSNorm
 
 SAME = TOLERANCE["same numbers"]
 
@@ -181,3 +182,23 @@ def test_builds_on_meta(name):
     with torch.device("meta"):
         model = LRNNForCausalLM(small_config(name))
     assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize(("stream", "weight", "result"), [
+    (torch.bfloat16, torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32, torch.float32), (torch.float16, torch.float16, torch.float16),
+])  # fmt: skip
+def test_norms_of_another_dtype_than_the_stream(stream, weight, result):
+    """What comes after a norm computes in the narrower of the two."""
+    norm, x = RMSNorm(16).to(weight), torch.randn(3, 16).to(stream)
+    assert norm(x).dtype == result
+    want = torch.nn.functional.rms_norm(x.float(), (16,))
+    torch.testing.assert_close(norm(x).float(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_norms_in_fp32_beside_a_model_in_bf16():
+    model = small_model("bd_lru").to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.float()
+    assert model(tokens()).logits.dtype == torch.bfloat16
