@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..mixers.h_lru import HigherOrderLRU
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -49,8 +47,7 @@ def transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list
     found = []
     for layer, parts in sorted(seen.items()):
         x = torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts], dim=1)
-        mixer = model.model.layers[layer].mixer
-        A = mixer.transitions(x)
+        A = model.model.layers[layer].mixer.transitions(x)
         if A is None:
             continue
         A = A.flatten(0, 2).cpu()  # (tokens x N, M, M)
@@ -58,7 +55,8 @@ def transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list
         whole = A.isfinite().all(dim=-1).all(dim=-1)
         about = {"layer": layer, "block_size": A.shape[-1], "finite": float(whole.float().mean())}
         A = A[whole]
-        found.append({**about, **(_statistics(A, isinstance(mixer, HigherOrderLRU)) if len(A) else {})})
+        companion = model.config.layer_mixers[layer]["type"] == "h_lru"
+        found.append({**about, **(_statistics(A, companion) if len(A) else {})})
     return found
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -145,7 +146,8 @@ def _explain(detail: Any) -> str:
         key = str(detail["loc"][-1])
         known = _known_keys(detail["loc"][:-1])
         near = _elsewhere(key, Recipe) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        told = textwrap.shorten(", ".join(known), 200, placeholder=" ..")
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {told}"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         known = re.findall(r"'([^']+)'", detail["ctx"]["expected"])
