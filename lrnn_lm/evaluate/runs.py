@@ -108,7 +108,10 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
         step = results.get("checkpoint", {}).get("step")
         limit = results.get("settings", {}).get("limit")
         rank = (step or 0, limit is None, file.stat().st_mtime)
+        lengths = results.get("settings", {}).get("lengths")
         for task, metric, value, error in rows:
+            if lengths and task.startswith(("state_", "mad_", "long_")):  # other rows than the task's own
+                task = f"{task} at {', '.join(map(str, lengths))}"
             if (task, metric) not in found or rank >= found[task, metric][0]:
                 found[task, metric] = (rank, Score(value, error, step, limit))
     return {key: score for key, (_, score) in sorted(found.items())}

@@ -89,12 +89,15 @@ def _unique(taken: Panel, label: str, metric: str) -> str:
 
 
 def _draw_curve(axes: "Axes", task: str, curve: dict[int, list[Score | None]]) -> None:
-    for i in range(len(next(iter(curve.values())))):
+    count = len(next(iter(curve.values())))
+    for i in range(count):
+        under = min(count - 1 - i, 4)  # wider, so that equal curves show beneath each other
         points = [(length, *scores[i]) for length, scores in curve.items() if scores[i] is not None]
         if points:
             lengths, values, errors = zip(*points, strict=True)
             spread = [error or 0.0 for error in errors]
-            axes.errorbar(lengths, values, spread, fmt="o-", color=_colour(i), markersize=4, capsize=2)
+            axes.errorbar(lengths, values, spread, fmt="o-", color=_colour(i), markersize=4 + 1.5 * under,
+                          linewidth=1.4 + 1.8 * under, capsize=2)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(curve), [f"{length:,}" for length in curve])
     axes.minorticks_off()

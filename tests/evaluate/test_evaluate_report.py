@@ -101,6 +101,15 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     assert "| heldout_cloze | acc | 0.3000 ± 0.0100 |  |" in text
 
 
+def test_scores_of_other_lengths_are_others(tmp_path):
+    folder = _write_run(tmp_path / "scored")
+    for name, lengths in (("a.json", None), ("b.json", [64])):
+        results = {"results": {"state_s3": {"acc,none": 0.5}}, "settings": {"lengths": lengths}}
+        (folder / "eval").mkdir(exist_ok=True)
+        (folder / "eval" / name).write_text(json.dumps(results))
+    assert {task for task, _ in read_run(folder).scores} == {"state_s3", "state_s3 at 64"}
+
+
 def test_parameters_are_counted_from_the_checkpoint(checkpoint, loaded, tmp_path):
     run = checkpoint.parent.parent
     (run / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "loss": 2.0}\n')
