@@ -101,8 +101,10 @@ class TrainLoader:
         while True:
             step = [next(batches) for _ in range(self.micro_batches_per_step)]
             first = past(self.position, self.skips)
-            for batch in step:
-                batch["labels"][:, self._learnt_length(first // self.rows_per_step) :] = IGNORED
+            learnt = self._learnt_length(first // self.rows_per_step)
+            if learnt < self.rows.sequence_length:
+                for batch in step:
+                    batch["labels"][:, learnt:] = IGNORED
             self.position = first + self.rows_per_step
             yield step
 

@@ -75,7 +75,7 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    encodes = "LRNNForReconstruction" in _architectures(path, checkpoint)
+    encodes = "LRNNForReconstruction" in (json_table(path / "config.json").get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
@@ -94,11 +94,17 @@ def load_checkpoint(
     return model.to(target).eval(), tokenizer
 
 
-def _architectures(path: Path, checkpoint: str | Path) -> list[str]:
+def json_table(file: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty if the file is not there; ValueError for anything else."""
+    if not file.is_file():
+        return {}
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (json.JSONDecodeError, AttributeError):
-        raise ValueError(f"{checkpoint}/config.json: not a JSON object; copy the folder anew") from None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: not a JSON object; copy the folder anew")
+    return found
 
 
 def _check_files(path: Path, checkpoint: str | Path) -> None:

@@ -7,7 +7,6 @@ labels: its tokenizer reads each number as one id. Any other language model meet
 Rows come from the split `eval` of the task's seed, which training never sees.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data import SYNTHETIC_TASKS, SyntheticTask
+from .checkpoint import json_table
 
 if TYPE_CHECKING:
     import datasets
@@ -109,25 +109,12 @@ def run_source(pretrained: str | Path | None) -> dict[str, Any]:
     if pretrained is None:
         return {}
     folder = Path(pretrained).expanduser().resolve()
-    if source := _json_table(folder / "config.json").get("synthetic_task"):
+    if source := json_table(folder / "config.json").get("synthetic_task"):
         return source
     if folder.parent.name != "checkpoints":
         return {}
-    source = _json_table(folder.parent.parent / "data.json").get("source", {})
+    source = json_table(folder.parent.parent / "data.json").get("source", {})
     return source if isinstance(source, dict) and source.get("type") == "synthetic" else {}
-
-
-def _json_table(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty if the file is not there; ValueError for anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no valid JSON ({error}); copy the folder anew") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object; copy the folder anew")
-    return found
 
 
 def _symbols(pretrained: str | Path | None) -> int | None:
@@ -137,8 +124,5 @@ def _symbols(pretrained: str | Path | None) -> int | None:
     """
     if pretrained is None:
         return None
-    file = Path(pretrained).expanduser() / "tokenizer.json"
-    if not file.is_file():
-        return None
-    vocab = json.loads(file.read_text(encoding="utf-8"))["model"].get("vocab", ())
-    return len(vocab) if vocab == {str(i): i for i in range(len(vocab))} else None
+    vocab = json_table(Path(pretrained).expanduser() / "tokenizer.json").get("model", {}).get("vocab", ())
+    return len(vocab) if vocab and vocab == {str(i): i for i in range(len(vocab))} else None

@@ -187,16 +187,16 @@ def register_packed(
         return planes.new_empty(planes.shape), _state_like(values, M), d_bias
 
     def setup_context(ctx, inputs, output):
-        planes, ctx.N, ctx.M, h0, reset, ctx.gate, bias = inputs
-        ctx.summed = bias is not None
+        planes, ctx.N, ctx.M, h0, reset, ctx.gate, _ = inputs
         ctx.save_for_backward(planes, h0, output[0], reset)
 
     def run_backward(ctx, grad_h, grad_last):
         planes, h0, h, reset = ctx.saved_tensors
+        summed = ctx.needs_input_grad[-1]  # a frozen bias's are not
         d_planes, d_h0, d_bias = scan_backward(
-            grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate, ctx.summed
+            grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate, summed
         )
-        d_h0, d_bias = d_h0 if h0 is not None else None, d_bias if ctx.summed else None
+        d_h0, d_bias = d_h0 if h0 is not None else None, d_bias if summed else None
         return d_planes, None, None, d_h0, None, None, d_bias
 
     scan.register_autograd(run_backward, setup_context=setup_context)

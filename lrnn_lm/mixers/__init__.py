@@ -4,7 +4,16 @@ import difflib
 from typing import Any
 
 from .attention import Attention, AttentionWeights
-from .base import JointProjections, Mixer, MixerCost, ResidualOutput, SequenceContext, joined, plain_weight
+from .base import (
+    JointProjections,
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    compute_dtype,
+    joined,
+    plain_weight,
+)
 from .bd_lru import BlockDiagonalLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
@@ -73,6 +82,7 @@ __all__ = [
     "ResidualOutput",
     "SequenceContext",
     "build_mixer",
+    "compute_dtype",
     "joined",
     "mixer_class",
     "mixer_options",

@@ -30,6 +30,14 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products of x come out in: autocast's, else its own."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which there is none of on meta
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tensor]:
     """Initial values of `gate_proj.weight` that give logits of standard deviation gate_std; none if None.
 
@@ -88,8 +96,7 @@ def _plane_weights(
     weights, bias = [plain_weight(gates), plain_weight(values)], gates.bias
     if weights[0] is None or weights[1] is None or bias is None:
         return None
-    device = bias.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
+    dtype = compute_dtype(bias)
     planes = [w.to(dtype).view(-1, rows, w.shape[-1]) for w in weights]
     biases = functional.pad(bias.detach().to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
     if columns > rows:

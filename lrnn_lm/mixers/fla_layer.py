@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 STREAMS = ("q", "k", "v")
@@ -83,7 +83,7 @@ class FlaMixer(Mixer):
         if state is not None:
             *convs, recurrent = self._unpack(state)
             # Copies, contiguous: with one new token fla writes the convolutions' states in place.
-            like = {"dtype": _compute_dtype(x), "copy": True, "memory_format": torch.contiguous_format}
+            like = {"dtype": compute_dtype(x), "copy": True, "memory_format": torch.contiguous_format}
             cache.update(0, conv_state=[conv.to(**like) for conv in convs], recurrent_state=recurrent)
         y = self.inner(x, past_key_values=cache, use_cache=True, cu_seqlens=cu_seqlens)[0]
         after = [*(cache[0]["conv_state"] or ()), cache[0]["recurrent_state"]]
@@ -126,7 +126,7 @@ class FlaMixer(Mixer):
 
     def _choose_kernel(self, x: Tensor) -> None:
         """Chunked, or step by step in fp32 where the chunked kernels take half precision only."""
-        needs_steps = not self.chunk_takes_fp32 and _compute_dtype(x) == torch.float32
+        needs_steps = not self.chunk_takes_fp32 and compute_dtype(x) == torch.float32
         if needs_steps and (torch.is_grad_enabled() or self.training):
             raise ValueError(
                 f"the training kernels of {self.layer} (flash-linear-attention) take no fp32: set "
@@ -214,10 +214,3 @@ def _layer_class(name: str) -> type[torch.nn.Module]:
             return getattr(importlib.import_module("fla.layers"), name)
     except ImportError as error:
         raise ValueError(f"{name} needs flash-linear-attention ({error}); {INSTALL}") from error
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision that projections of x come out in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype

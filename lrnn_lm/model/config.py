@@ -22,6 +22,7 @@ class LRNNConfig(PreTrainedConfig):
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
         residual_in_fp32: whether the residual stream stays in fp32 under autocast, as the weights are;
             otherwise it has the dtype that autocast computes in. Beside weights in bf16 it is in bf16.
+        synthetic_task: what a model learnt, for evaluation: `{"task": .., "length": .., "options": ..}`.
 
     Raises:
         ValueError: an unknown mixer, what is no table of one, or sizes below 1.
@@ -42,6 +43,7 @@ class LRNNConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     loss_chunk: int = 1024
     residual_in_fp32: bool = True
+    synthetic_task: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -143,7 +143,7 @@ class DecodeStep:
             with torch.cuda.graph(graph, stream=stream), joined(self.joint):
                 self.logits = self.forward(model)
             self.graph = graph
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter of torch with CUDA, where there is no device
             said = str(error).strip().splitlines() or [""]
             warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
             self.capture = False

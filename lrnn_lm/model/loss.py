@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.dispatch import has_triton
+from ..mixers import compute_dtype
 
 IGNORE = -100  # label of a position without a target
 
@@ -116,8 +117,7 @@ def linear_cross_entropy(
     Returns:
         a scalar in fp32 (fp64 for fp64 inputs).
     """
-    if torch.is_autocast_enabled(hidden.device.type):  # the weight keeps its dtype: so does its gradient
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden = hidden.to(compute_dtype(hidden))  # the weight keeps its dtype: so does its gradient
     if hidden.device.type == "cpu":
         chunk = min(chunk, max(128, CACHED_LOGITS // weight.shape[0]))
     labels = labels.reshape(-1)

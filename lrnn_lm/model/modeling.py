@@ -30,7 +30,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers import AttentionWeights, Mixer, ResidualOutput, SequenceContext, plain_weight
+from ..mixers import (
+    AttentionWeights,
+    Mixer,
+    ResidualOutput,
+    SequenceContext,
+    compute_dtype,
+    plain_weight,
+)
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
@@ -123,9 +130,8 @@ class LRNNModel(LRNNPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        device = hidden_states.device.type
-        if not self.config.residual_in_fp32 and device != "meta" and torch.is_autocast_enabled(device):
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        if not self.config.residual_in_fp32:
+            hidden_states = hidden_states.to(compute_dtype(hidden_states))
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:

@@ -236,7 +236,6 @@ def _make_model(
     if isinstance(prepared, SyntheticData):
         task = prepared.task
         encodes = task.kind.head == "autoencoder"
-        # Goes into config.json, so that evaluation asks what was learnt wherever the checkpoint lies.
         config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
     if recipe.train.fp8:

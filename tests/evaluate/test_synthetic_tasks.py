@@ -82,7 +82,7 @@ def test_what_was_learnt_goes_with_the_checkpoint(parity, tmp_path):
     (moved / "config.json").write_text(json.dumps(config))
     assert run_source(moved) == {}
     (moved / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: no valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON object"):
         run_source(moved)
 
 
