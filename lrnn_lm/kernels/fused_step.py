@@ -105,6 +105,28 @@ def _linear_kernel(
 
 
 @triton.jit
+def new_state(z, before, M: tl.constexpr, GATE: tl.constexpr, lane):
+    """h of a lane's row from M + 1 logits and a value, z, and the M numbers of its state before."""
+    f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, lane, 1)
+    h = f[M] * z[M + 1]
+    for j in tl.static_range(M):
+        h += f[j] * before[j]
+    return h * scale[0]
+
+
+@triton.jit
+def write_state(h, before, block, to, i, valid, N: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr):
+    """h in its place i of the state at `block`, and to the output; a WINDOW's older ones move on by one."""
+    tl.debug_barrier()  # every lane has read the state
+    tl.store(block + i, h, mask=valid)
+    tl.store(to, h.to(to.dtype.element_ty), mask=valid)
+    if WINDOW:
+        for j in tl.static_range(M - 1):
+            tl.store(block + j + 1, before[j], mask=valid)
+            tl.store(to + (j + 1) * N, before[j].to(to.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def _mix_kernel(
     x, norm, weight, bias, state, out, B, eps, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, WINDOW: tl.constexpr, GATE: tl.constexpr, R: tl.constexpr, INPUTS: tl.constexpr,
@@ -144,21 +166,11 @@ def _mix_kernel(
             else:
                 raw = _product(inputs, _pieces(at + p * ROWS * D, valid, lane, D, INPUTS))
             z = z + ((raw * factor + offsets[p]).to(out.dtype.element_ty).to(tl.float32),)
-        f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, lane, 1)
-        block, to = state + (b * N + n) * M, out + b * (N * M) + row
-        h, past = f[M] * z[M + 1], ()
+        block, before = state + (b * N + n) * M, ()
         for j in tl.static_range(M):
-            before = tl.load(block + j, mask=valid, other=0.0)
-            h += f[j] * before
-            past = past + (before,)
-        h *= scale[0]
-        tl.debug_barrier()  # every lane has read the state
-        tl.store(block + i, h, mask=valid)
-        tl.store(to, h.to(out.dtype.element_ty), mask=valid)
-        if WINDOW:
-            for j in tl.static_range(M - 1):
-                tl.store(block + j + 1, past[j], mask=valid)
-                tl.store(to + (j + 1) * N, past[j].to(out.dtype.element_ty), mask=valid)
+            before = before + (tl.load(block + j, mask=valid, other=0.0),)
+        h = new_state(z, before, M, GATE, lane)
+        write_state(h, before, block, out + b * (N * M) + row, i, valid, N, M, WINDOW)
 
 
 def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tuple[int, int, int]:

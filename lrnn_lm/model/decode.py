@@ -1,10 +1,10 @@
 """One token for every sequence of a batch, fast: states that stay where they are, one CUDA graph to run.
 
 `generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and
-replayed, so that it costs its kernels and no Python, and of few sequences these kernels are our own, four a
-layer (`kernels/fused_step.py`); on a CPU the same code runs as it is written. What a cache holds stays exact
-after every step: its states *are* the tensors that the step writes, for as long as the cache is the one being
-continued; a cache that is put aside gets copies of its own.
+replayed, so that it costs its kernels and no Python, and these kernels are our own, four a layer, for a few
+sequences (`kernels/fused_step.py`) and for many (`kernels/fused_tiles.py`); on a CPU the same code runs as it
+is written. What a cache holds stays exact after every step: its states *are* the tensors that the step
+writes, for as long as the cache is the one being continued; a cache that is put aside gets its own copies.
 
 Prefill, beams, and whatever a step does not know (adapters, hooks, quantised weights, autocast, outputs of
 every layer) go the plain way, through the model's forward pass.
@@ -33,7 +33,9 @@ KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logi
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose modules do what they say
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
-MOST_FUSED = 6  # sequences of a fused step, which takes one after the other: more are products
+FEW = 3  # sequences that a fused step takes one after the other, where it can take more as a tile
+FEW_WITHOUT_TILES = 6  # and where it cannot: beyond that the library's products are faster
+MOST_FUSED = 128  # and beyond that faster than tiles
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 
 
@@ -73,6 +75,7 @@ class DecodeStep:
         if compile_config is not None:
             self.block_step = torch.compile(LRNNBlock.step, **_options(compile_config))
         self.capture = capture
+        self.workspace: Any = None  # of a fused step of many sequences
         self.joint: list[Any] = []  # weights that lie together, kept for as long as a graph reads them
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
@@ -104,16 +107,32 @@ class DecodeStep:
 
     def _fused_forward(self, model: PreTrainedModel) -> Tensor:
         """The same by four kernels a layer, and one for the head."""
-        from ..kernels.fused_step import linear_step
-
         if not self.joint:
             self.join(model)
         x = model.model.embed_tokens(self.ids).squeeze(1)  # (B, D)
         with joined(self.joint):
-            for block, state in zip(model.model.layers, self.states, strict=True):
-                x = block.fused_step(x, state)
+            step = self._step_of_few if x.shape[0] <= few(x.dtype) else self._step_of_many
+            return step(model, x).unsqueeze(1)
+
+    def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
+        from ..kernels.fused_step import linear_step
+
+        for block, state in zip(model.model.layers, self.states, strict=True):
+            x = block.fused_step(x, state)
         norm = model.model.norm
-        return linear_step(x, model.lm_head.weight, norm.weight, norm.eps).unsqueeze(1)
+        return linear_step(x, model.lm_head.weight, norm.weight, norm.eps)
+
+    def _step_of_many(self, model: PreTrainedModel, x: Tensor) -> Tensor:
+        from ..kernels.fused_tiles import Workspace, begin, normed_step
+
+        if self.workspace is None:
+            self.workspace = Workspace(x.device)
+        blocks, last = model.model.layers, model.model.norm
+        norms = [*(block.mixer_norm.weight for block in blocks), last.weight]
+        stream = begin(x, norms[0])
+        for block, state, norm in zip(blocks, self.states, norms[1:], strict=True):
+            stream = block.fused_step_of_many(stream, state, norm, self.workspace)
+        return normed_step(stream, last.eps, model.lm_head.weight)
 
     def _adopt(self, cache: Cache) -> None:
         """Make this cache the one that is continued; the one before, if it lives, gets its own copies."""
@@ -168,8 +187,8 @@ def decode_step(
 ) -> DecodeStep:
     """The step of a model for a cache's batch size: the one there is, or a new one.
 
-    capture: whether to record a CUDA graph; None: on a GPU. fused: by the kernels of `kernels/fused_step.py`;
-    None: on a GPU where they can, unless a `compile_config` asks for other kernels.
+    capture: whether to record a CUDA graph; None: on a GPU. fused: by four kernels of our own a layer; None:
+    on a GPU where they can, unless a `compile_config` asks for other kernels.
 
     Raises:
         ValueError: the fused kernels were asked for and cannot run this model here.
@@ -207,8 +226,7 @@ def can_decode(model: PreTrainedModel) -> bool:
 
 
 def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
-    """Why the kernels of `kernels/fused_step.py` cannot be a step of this model for B sequences; None: they
-    can."""
+    """Why the fused kernels cannot be a step of this model for B sequences; None: they can."""
     x = model.model.embed_tokens.weight
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not has_triton() or not (x.is_cuda or interpreted):
@@ -217,8 +235,9 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return "its products are in fp32, too coarse for a model in fp64"
     if not all(p.is_contiguous() for p in model.parameters()):
         return "it reads weights row by row as they lie, and some lie otherwise"
-    if B > MOST_FUSED:
-        return f"it takes up to {MOST_FUSED} sequences, not {B}"
+    most = MOST_FUSED if x.dtype == torch.bfloat16 else few(x.dtype)
+    if most < B:
+        return f"it takes up to {most} sequences in {str(x.dtype).removeprefix('torch.')}, not {B}"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
     if not can_decode(model):
@@ -229,6 +248,12 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
         return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
     return None
+
+
+def few(dtype: torch.dtype) -> int:
+    """Sequences up to which a fused step takes one after the other. Tiles are in bf16: in fp16 the residual
+    stream times a norm's weights may be too large, and fp32 is not for tensor cores."""
+    return FEW if dtype == torch.bfloat16 else FEW_WITHOUT_TILES
 
 
 def _is_what_kernels_compute(model: PreTrainedModel) -> bool:

@@ -3,6 +3,8 @@
 Legend: B batch, T time, D model width.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -11,6 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..mixers import JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
+
+if TYPE_CHECKING:
+    from ..kernels.fused_tiles import Stream, Workspace
 
 
 class RMSNorm(nn.RMSNorm):
@@ -87,7 +92,7 @@ class LRNNBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), state
 
     def fused_step(self, hidden_states: Tensor, state: Tensor) -> Tensor:
-        """`step` by four kernels, with the weights that `joined` lends; `state` is written in place.
+        """`step` of a few sequences by four kernels, with the weights that `joined` lends, `state` in place.
 
         hidden_states (B, D) -> (B, D).
         """
@@ -100,6 +105,19 @@ class LRNNBlock(GradientCheckpointingLayer):
         x = linear_step(h, mixer.out_proj.weight, residual=hidden_states)
         h = linear_step(x, mlp.joint[0], self.mlp_norm.weight, self.mlp_norm.eps, gated=True)
         return linear_step(h, mlp.down_proj.weight, residual=x)
+
+    def fused_step_of_many(
+        self, stream: "Stream", state: Tensor, next_norm: Tensor, workspace: "Workspace"
+    ) -> "Stream":
+        """The same for many sequences: from the stream before this block to that before the next, whose norm
+        has weights `next_norm`."""
+        from ..kernels.fused_tiles import mix_step, normed_step, residual_step
+
+        mixer, mlp = self.mixer, self.mlp
+        h = mix_step(stream, self.mixer_norm.eps, *mixer.joint, state, mixer.gate, mixer.fused_window)
+        stream = residual_step(h, mixer.out_proj.weight, stream, self.mlp_norm.weight, workspace)
+        h = normed_step(stream, self.mlp_norm.eps, mlp.joint[0], gated=True)
+        return residual_step(h, mlp.down_proj.weight, stream, next_norm, workspace)
 
 
 def _mix_after_padding(

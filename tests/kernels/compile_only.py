@@ -56,7 +56,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> None:
-    """Every kernel of a fused decoding step, with early weights as on the target."""
+    """Every kernel of a fused decoding step of a sequence, with early weights as on the target."""
     from lrnn_lm.kernels.fused_step import linear_step, mix_step
 
     def empty(*shape: int) -> torch.Tensor:
@@ -70,6 +70,22 @@ def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> 
     linear_step(x, empty(2 * inner, D), norm, 1e-6, gated=True)
     linear_step(empty(1, inner), empty(D, inner), residual=x)
     linear_step(x, empty(50_280, D), norm, 1e-6)
+
+
+def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
+    """Every kernel of a fused decoding step of B sequences."""
+    from lrnn_lm.kernels.fused_tiles import Stream, Workspace, mix_step, normed_step, residual_step
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16)
+
+    stream, workspace = Stream(empty(B, D), empty(B, D), torch.empty(B, 24)), Workspace(torch.device("cpu"))
+    for window in (False, True):
+        rows = (M + 2) * (N if window else N * M)
+        mix_step(stream, 1e-6, empty(rows, D), empty(rows), torch.empty(B, N, M), "softmax", window)
+    residual_step(empty(B, N * M), empty(D, N * M), stream, empty(D), workspace)
+    normed_step(stream, 1e-6, empty(2 * inner, D), gated=True)
+    normed_step(stream, 1e-6, empty(50_280, D))
 
 
 def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None) -> None:
@@ -104,5 +120,8 @@ if __name__ == "__main__":
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.float32)
+    launch_tiles(8, 768, 2048, 4)
+    launch_tiles(64, 768, 2048, 4)
+    launch_tiles(64, 2048, 5504, 16)
     assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
     print(f"compiled {len(COMPILED)} kernels for sm_90")

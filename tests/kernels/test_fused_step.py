@@ -24,11 +24,59 @@ def close(got, want, dtype):
     assert (got.double() - want.double()).norm() <= TOLERANCES[dtype] * want.double().norm()
 
 
+class Few:
+    """kernels/fused_step.py."""
+
+    def linear(self, x, weight, **options):
+        from lrnn_lm.kernels.fused_step import linear_step
+
+        return linear_step(x, weight, **options)
+
+    def mix(self, *arguments):
+        from lrnn_lm.kernels.fused_step import mix_step
+
+        return mix_step(*arguments)
+
+
+class Many:
+    """kernels/fused_tiles.py, in the other's terms."""
+
+    def __init__(self):
+        from lrnn_lm.kernels import fused_tiles
+
+        self.kernels, self.workspace = fused_tiles, fused_tiles.Workspace(torch.device(DEVICE))
+
+    def linear(self, x, weight, norm=None, eps=0.0, residual=None, gated=False):
+        if residual is None:
+            return self.kernels.normed_step(self.kernels.begin(x, norm), eps, weight, gated)
+        after = noise(weight.shape[0], seed=5, dtype=x.dtype)
+        stream = self.kernels.begin(residual, after)
+        stream = self.kernels.residual_step(x, weight, stream, after, self.workspace)
+        close(stream.scaled, stream.x * after, x.dtype)
+        close(stream.squares.sum(dim=1), stream.x.double().square().sum(dim=1), torch.float32)
+        assert not self.workspace.arrivals.any()
+        return stream.x
+
+    def mix(self, x, norm, *arguments):
+        return self.kernels.mix_step(self.kernels.begin(x, norm), *arguments)
+
+
+@pytest.fixture(params=[Few, Many], ids=["few", "many"])
+def kernels(request):
+    return request.param()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "D", "OUT"), [(1, 40, 17), (3, 64, 33), (20, 70, 16), (2, 700, 5)])
-def test_products(B, D, OUT, dtype):
-    from lrnn_lm.kernels.fused_step import linear_step
+def test_products(kernels, B, D, OUT, dtype):
+    check_products(kernels, B, D, OUT, dtype)
 
+
+def test_products_of_more_sequences_than_a_tile_has():
+    check_products(Many(), 70, 260, 40, torch.bfloat16)
+
+
+def check_products(kernels, B, D, OUT, dtype):
     x, norm, residual = (
         noise(B, D, dtype=dtype),
         noise(D, seed=1, dtype=dtype),
@@ -36,12 +84,26 @@ def test_products(B, D, OUT, dtype):
     )
     weight, both = noise(OUT, D, seed=3, dtype=dtype), noise(2 * OUT, D, seed=4, dtype=dtype)
     normed = functional.rms_norm(x.double(), (D,), norm.double(), EPS)
-    close(
-        linear_step(x, weight, residual=residual), residual.double() + x.double() @ weight.double().t(), dtype
-    )
-    close(linear_step(x, weight, norm, EPS), normed @ weight.double().t(), dtype)
+    for _ in range(2):  # a workspace is used again
+        got = kernels.linear(x, weight, residual=residual)
+        close(got, residual.double() + x.double() @ weight.double().t(), dtype)
+    close(kernels.linear(x, weight, norm=norm, eps=EPS), normed @ weight.double().t(), dtype)
     gate, up = (normed @ both.double().t()).chunk(2, dim=1)
-    close(linear_step(x, both, norm, EPS, gated=True), functional.silu(gate) * up, dtype)
+    close(kernels.linear(x, both, norm=norm, eps=EPS, gated=True), functional.silu(gate) * up, dtype)
+
+
+def test_programs_that_share_outputs():
+    """More inputs than programs have outputs to fill a device with: the parts add up, in the same order."""
+    from lrnn_lm.kernels import fused_tiles
+
+    D, OUT = 1300, 40
+    how = fused_tiles.plan(fused_tiles.RESIDUAL, 5, D, OUT, 1, 4, torch.device(DEVICE))
+    assert how.split > 4
+    many, x, weight, residual = Many(), noise(5, D), noise(OUT, D, seed=1), noise(5, OUT, seed=2)
+    got = [many.linear(x, weight, residual=residual) for _ in range(3)]
+    close(got[0], residual.double() + x.double() @ weight.double().t(), torch.float32)
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-5])
@@ -57,25 +119,28 @@ def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
-@pytest.mark.parametrize(("B", "N", "M"), [(1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16)])
-def test_a_step_is_a_scan_of_one(B, N, M, window, dtype):
-    check_step(B, N, M, window, "softmax", dtype)
+@pytest.mark.parametrize(("B", "N", "M"), [(1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16), (4, 9, 7)])
+def test_a_step_is_a_scan_of_one(kernels, B, N, M, window, dtype):
+    check_step(kernels, B, N, M, window, "softmax", dtype)
+
+
+@pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
+def test_steps_of_more_sequences_than_a_tile_has(window):
+    check_step(Many(), 70, 5, 2, window, "softmax", torch.bfloat16)
 
 
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
 def test_weights_that_do_not_fit_the_registers(window):
-    check_step(2, 3, 16, window, "softmax", torch.float32, D=600)
+    check_step(Few(), 2, 3, 16, window, "softmax", torch.float32, D=600)
 
 
 @pytest.mark.parametrize("gate", [name for name in GATES if name != "softmax"])
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
-def test_gate_functions(gate, window):
-    check_step(2, 5, 4, window, gate, DTYPES[0])
+def test_gate_functions(kernels, gate, window):
+    check_step(kernels, 2, 5, 4, window, gate, DTYPES[0])
 
 
-def check_step(B, N, M, window, gate, dtype, D=24):
-    from lrnn_lm.kernels.fused_step import mix_step
-
+def check_step(kernels, B, N, M, window, gate, dtype, D=24):
     rows = N if window else N * M
     x, norm = noise(B, D, dtype=dtype), noise(D, seed=1, dtype=dtype)
     weight, bias = (
@@ -99,6 +164,6 @@ def check_step(B, N, M, window, gate, dtype, D=24):
             gates, values.unflatten(-1, (N, M)), state.double(), gate=gate, backend="reference"
         )
         wanted = h.flatten(1)
-    out = mix_step(x, norm, EPS, weight, bias, state, gate, window)
+    out = kernels.mix(x, norm, EPS, weight, bias, state, gate, window)
     close(out, wanted, dtype)
     close(state, after, dtype)

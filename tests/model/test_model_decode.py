@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
-from small_models import RECURRENT, close, small_model, tokens
+from small_models import RECURRENT, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from lrnn_lm.mixers import joined
-from lrnn_lm.model import copy_states
+from lrnn_lm.model import copy_states, decode
 from lrnn_lm.model.cache import tokens_seen
 from lrnn_lm.model.decode import Decoder, can_decode, decode_step, fused_obstacle
 
@@ -64,6 +64,28 @@ def test_fused_steps_are_the_forward_pass(name):
         close(step(model, ids[:, t : t + 1], ours), want, SUMS)
         for a, b in zip(states(ours), states(theirs), strict=True):
             close(a, b, SUMS)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
+@torch.no_grad()
+def test_fused_steps_of_many_sequences_are_those_of_few(name, monkeypatch):
+    """Tiles are in bf16, whose forward pass rounds elsewhere; the kernels for few round where they do."""
+    pytest.importorskip("triton")
+    ids = tokens(length=10).repeat(2, 1)
+    ids = ids * (1 + torch.arange(len(ids))[:, None]) % VOCAB  # a row is no other's
+    got = []
+    for few in (decode.FEW, len(ids)):
+        monkeypatch.setattr(decode, "FEW", few)
+        model = small_model(name).bfloat16()
+        cache = prefilled(model, ids[:, :8])
+        step = decode_step(model, cache, fused=True)
+        logits = [step(model, ids[:, t : t + 1], cache).clone() for t in range(8, 10)]
+        got.append((torch.cat(logits, dim=1).float(), states(cache)))
+    assert step.workspace is None  # the last one really took few
+    close(got[0][0], got[1][0], 1e-2)
+    for many, few in zip(got[0][1], got[1][1], strict=True):
+        close(many, few, 1e-2)
 
 
 @INTERPRETED

@@ -1,0 +1,363 @@
+"""One token of many sequences through a layer in four Triton kernels: products of tiles on the tensor cores.
+
+    mix        gates and values, one step of the recurrence, whose state is written in place
+    normed     a product that begins with a norm, or a SwiGLU's two
+    residual   a product that adds to the residual stream (twice a layer)
+
+What `fused_step.py` does for a few sequences. Here a program multiplies some outputs' weights with all
+sequences, or 64 of them. A norm needs whole rows, which no program of the product before it has: `residual`
+leaves the stream times the norm's weights and its squares summed by tile, and what begins with a norm
+multiplies its results by the factor. So inputs go from memory to the tensor cores as they lie. Where outputs
+are too few to fill the device, programs share one's inputs; the last to come adds the parts up, in order.
+
+Legend: B sequences, BP of them a program, D inputs, in pieces of BLOCK, R outputs a program, PLANES of
+weights an output has (a SwiGLU two, a row of gates M + 2), FIRST + REST the same as powers of two, N blocks
+or channels, M block size or order, MP = M rounded up to a power of two.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .fused_step import new_state, write_state
+from .triton_launch import INTERPRETED, multiprocessors, on_device, settle_cache_keys
+from .triton_rows import unstack
+
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
+ROWS = (16, 64)  # sequences a program: what tensor cores take at least, and at once
+WIDEST = 128  # outputs times planes a program
+SHARED_MEMORY = 227 * 1024  # of an H100's program, where there is no device to ask
+
+
+@triton.jit
+def _rows(
+    first, count, plane, PLANES: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """Rows of weights, [R PADDED], an output's planes side by side from `plane` on, and which there are."""
+    e = tl.arange(0, R * PADDED)
+    place, p = first + e // PADDED, plane + e % PADDED
+    row = place // MP * M + place % MP
+    return p * count + row, (p < PLANES) & (row < count) & (place % MP < M)
+
+
+@triton.jit
+def _dot(x, w, sums):
+    if WIDEN:
+        return tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), sums, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+
+
+@triton.jit
+def _products(
+    x, weight, first, begin, B, count, PLANES: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    STAGES: tl.constexpr, MP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """x (B, D) times weights, over LENGTH inputs from `begin` on: [BP, R FIRST] and, of the planes that are
+    left, [BP, R REST], planes innermost."""
+    b = tl.program_id(1) * BP + tl.arange(0, BP)
+    row, there = _rows(first, count, 0, PLANES, R, FIRST, MP, M)
+    at = weight + row.to(tl.int64) * D
+    sums = (tl.zeros([BP, R * FIRST], tl.float32),)
+    if REST > 0:
+        row, there_rest = _rows(first, count, FIRST, PLANES, R, REST, MP, M)
+        at_rest = weight + row.to(tl.int64) * D
+        sums = sums + (tl.zeros([BP, R * REST], tl.float32),)
+    for start in tl.range(0, LENGTH, BLOCK, num_stages=STAGES):
+        k = begin + start + tl.arange(0, BLOCK)
+        inside = k >= 0 if D % BLOCK == 0 and D % LENGTH == 0 else k < D
+        piece = tl.load(x + b[:, None] * D + k[None, :], mask=(b < B)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(at[:, None] + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        more = (_dot(piece, w, sums[0]),)
+        if REST > 0:
+            w = tl.load(at_rest[:, None] + k[None, :], mask=there_rest[:, None] & inside[None, :], other=0.0)
+            more = more + (_dot(piece, w, sums[1]),)
+        sums = more
+    return sums
+
+
+@triton.jit
+def _planes(sums, FIRST: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr):
+    """FIRST + REST blocks [LANES] of what `_products` returns, a lane a sequence and output."""
+    planes = unstack(tl.reshape(sums[0], [1, LANES * FIRST]), 1, LANES, FIRST)
+    if REST > 0:
+        planes = planes + unstack(tl.reshape(sums[1], [1, LANES * REST]), 1, LANES, REST)
+    return planes
+
+
+@triton.jit
+def _squares_of(squares, B, BP: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr):
+    """A program's sequences' squares, [BP, PADDED]: asked for before the products, and used after."""
+    b, tile = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, PADDED)
+    there = (b < B)[:, None] & (tile < TILES)[None, :]
+    return tl.load(squares + b[:, None] * TILES + tile[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def _residual_kernel(
+    x, weight, residual, norm, out, scaled, squares, parts, arrivals, B, D: tl.constexpr, OUT: tl.constexpr,
+    TILES: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out = residual + x W^T, scaled = out times the next norm's weights, squares (B, TILES) of out.
+
+    parts (tiles, SPLIT, BP, R) fp32 and arrivals (tiles,), zero before and after, are for programs that share
+    outputs.
+    """
+    tile, share = tl.program_id(0), tl.program_id(2)
+    row = tile * R + tl.arange(0, R)
+    b = tl.program_id(1) * BP + tl.arange(0, BP)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = _products(
+        x, weight, tile * R, share * LENGTH, B, OUT, 1, 1, 0, D, R, BP, BLOCK, LENGTH, STAGES, 1, 1
+    )  # fmt: skip
+    total, last = sums[0], True
+    if SPLIT > 1:
+        place = tl.program_id(1) * TILES + tile
+        part = parts + place * (SPLIT * BP * R) + tl.arange(0, BP)[:, None] * R + tl.arange(0, R)[None, :]
+        tl.store(part + share * (BP * R), total)
+        tl.debug_barrier()  # every lane's part is there before it is announced
+        last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            total = tl.zeros([BP, R], tl.float32)
+            for s in tl.static_range(SPLIT):
+                total += tl.load(part + s * (BP * R), cache_modifier=".cg")
+            tl.store(arrivals + place, 0)
+        mask = (b < B)[:, None] & (row < OUT)[None, :]
+        to = b[:, None] * OUT + row[None, :]
+        total += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
+        rounded = total.to(out.dtype.element_ty)
+        tl.store(out + to, rounded, mask=mask)
+        wide = tl.where(mask, rounded.to(tl.float32), 0.0)
+        weights = tl.load(norm + row, mask=row < OUT, other=0.0).to(tl.float32)
+        tl.store(scaled + to, (wide * weights[None, :]).to(rounded.dtype), mask=mask)
+        tl.store(squares + b * TILES + tile, tl.sum(wide * wide, axis=1), mask=b < B)
+
+
+@triton.jit
+def _normed_kernel(
+    x, squares, weight, out, B, eps, D: tl.constexpr, OUT: tl.constexpr, TILES: tl.constexpr,
+    PADDED: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """out (B, OUT) of x (B, D), weight (OUT, D), or (2 OUT, D) if GATED: silu of the first half times the
+    second."""
+    PLANES: tl.constexpr = 2 if GATED else 1
+    first = tl.program_id(0) * R
+    lane = tl.arange(0, BP * R)
+    b, row = tl.program_id(1) * BP + lane // R, first + lane % R
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    of_tiles = _squares_of(squares, B, BP, TILES, PADDED)
+    sums = _products(
+        x, weight, first, 0, B, OUT, PLANES, PLANES, 0, D, R, BP, BLOCK, LENGTH, STAGES, 1, 1
+    )  # fmt: skip
+    factor = tl.rsqrt(tl.sum(of_tiles, axis=1) / D + eps)
+    sums = _planes((sums[0] * factor[:, None],), PLANES, 0, BP * R)
+    total = sums[0]
+    if GATED:
+        total = total / (1.0 + tl.exp(-total)) * sums[1]
+    tl.store(out + b * OUT + row, total.to(out.dtype.element_ty), mask=(b < B) & (row < OUT))
+
+
+@triton.jit
+def _mix_kernel(
+    x, squares, weight, bias, state, out, B, eps, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, GATE: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """h of one step of BD-LRU, out (B, N M), or of H-LRU (WINDOW), out (B, M N), newest first.
+
+    weight (rows (M + 2), D) and bias hold M + 1 planes of gates and one of values, rows = N M or N; state (B,
+    N, M) fp32, written in place: the rows of a block belong to one program.
+    """
+    COUNT: tl.constexpr = N if WINDOW else N * M
+    TAPS: tl.constexpr = 1 if WINDOW else M
+    GROUP: tl.constexpr = 1 if WINDOW else MP
+    first = tl.program_id(0) * R
+    lane = tl.arange(0, BP * R)
+    b, place = tl.program_id(1) * BP + lane // R, first + lane % R
+    n, i = place // GROUP, place % GROUP
+    valid = (n < N) & (i < TAPS) & (b < B)
+    # Every lane's block at once; no kernel since the step before has touched it.
+    e = tl.arange(0, BP * R * MP)
+    j, of = e % MP, e // MP
+    of_b, of_n = tl.program_id(1) * BP + of // R, (first + of % R) // GROUP
+    there = (j < M) & (of_n < N) & (of_b < B)
+    states = tl.load((state + (of_b * N + of_n) * M + j)[None, :], mask=there[None, :], other=0.0)
+    row, there = _rows(first, COUNT, 0, M + 2, R, FIRST, GROUP, TAPS)
+    offsets = tl.load(bias + row, mask=there, other=0.0)
+    if REST > 0:
+        row, there = _rows(first, COUNT, FIRST, M + 2, R, REST, GROUP, TAPS)
+        offsets_rest = tl.load(bias + row, mask=there, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    of_tiles = _squares_of(squares, B, BP, TILES, PADDED)
+    sums = _products(
+        x, weight, first, 0, B, COUNT, M + 2, FIRST, REST, D, R, BP, BLOCK, LENGTH, STAGES, GROUP, TAPS
+    )  # fmt: skip
+    factor = tl.rsqrt(tl.sum(of_tiles, axis=1) / D + eps)[:, None]
+    logits = (sums[0] * factor + offsets.to(tl.float32)[None, :],)
+    if REST > 0:
+        logits = logits + (sums[1] * factor + offsets_rest.to(tl.float32)[None, :],)
+    raw, z = _planes(logits, FIRST, REST, BP * R), ()
+    for p in tl.static_range(M + 2):  # rounded as a projection's output is
+        z = z + (raw[p].to(out.dtype.element_ty).to(tl.float32),)
+    before = unstack(states, 1, BP * R, MP)
+    h = new_state(z, before, M, GATE, lane)
+    to = out + b * (N * M) + n * TAPS + i
+    write_state(h, before, state + (b * N + n) * M, to, i, valid, N, M, WINDOW)
+
+
+settle_cache_keys(globals())
+
+
+class Stream(NamedTuple):
+    """The residual stream on its way to a norm: x (B, D), x times the norm's weights, (B, D), and squares of
+    x summed by tile, (B, tiles) fp32."""
+
+    x: Tensor
+    scaled: Tensor
+    squares: Tensor
+
+
+class Workspace:
+    """Where programs that share outputs leave their parts: of one step, whose kernels run one by one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self.parts = torch.empty(1, dtype=torch.float32, device=device)
+
+    def sized(self, tiles: int, elements: int) -> tuple[Tensor, Tensor]:
+        """parts and arrivals for so many tiles of `elements` numbers."""
+        if tiles > self.arrivals.numel():
+            self.arrivals = self.arrivals.new_zeros(tiles)
+        if tiles * elements > self.parts.numel():
+            self.parts = self.parts.new_empty(tiles * elements)
+        return self.parts, self.arrivals
+
+
+class Plan(NamedTuple):
+    """outputs: R; rows: BP; block: inputs a piece; split: programs that share outputs; stages: pieces in
+    flight and at work; warps a program."""
+
+    outputs: int
+    rows: int
+    block: int
+    split: int
+    stages: int
+    warps: int
+
+
+# What a sweep at 212M (D 768) on an H100 liked best, for 16 and for 64 sequences alike.
+MIX = Plan(0, 0, 128, 1, 4, 8)  # outputs: as many as make WIDEST
+GATED = Plan(16, 0, 128, 1, 6, 4)
+HEAD = Plan(128, 0, 64, 1, 4, 4)
+RESIDUAL = Plan(32, 0, 128, 0, 5, 4)
+
+
+def plan(like: Plan, B: int, D: int, count: int, planes: int, itemsize: int, device: torch.device) -> Plan:
+    """`like` for B sequences and `count` outputs of so many planes (padded): with rows, a split where that is
+    0, and no more stages than the device's shared memory holds."""
+    least, most = ROWS
+    rows = least if least >= B or like.outputs * planes > WIDEST else most
+    split, pieces = like.split, triton.cdiv(D, like.block)
+    if not split:
+        tiles = triton.cdiv(count, like.outputs) * triton.cdiv(B, rows)
+        split = min(max(1, multiprocessors(device) // tiles), pieces)
+        split = triton.cdiv(pieces, triton.cdiv(pieces, split))  # none is without inputs
+    piece_bytes = (rows + like.outputs * planes) * like.block * itemsize
+    stages = max(1, min(like.stages, shared_memory(device) // piece_bytes))
+    return like._replace(rows=rows, split=split, stages=stages)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have."""
+    if device.type != "cuda":
+        return SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _launch(kernel, plan: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
+    B, D = x.shape
+    pieces = triton.cdiv(triton.cdiv(D, plan.block), plan.split)
+    # Programs that come early sit where there is room, not evenly: it pays where each has much to do.
+    early = not INTERPRETED and torch.version.hip is None and plan.rows == ROWS[1]
+    early = early and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if early:
+        options["launch_pdl"] = True
+    with on_device(x):
+        kernel[(triton.cdiv(count, plan.outputs), triton.cdiv(B, plan.rows), plan.split)](
+            x, *tensors, B, D=D, R=plan.outputs, BP=plan.rows, BLOCK=plan.block, LENGTH=pieces * plan.block,
+            STAGES=plan.stages, EARLY=early, num_warps=plan.warps, **options,
+        )  # fmt: skip
+
+
+def begin(x: Tensor, norm: Tensor) -> Stream:
+    """A stream x (B, D) before a norm with weights (D,)."""
+    return Stream(x, x * norm, x.float().square().sum(dim=1, keepdim=True))
+
+
+def residual_step(x: Tensor, weight: Tensor, stream: Stream, norm: Tensor, workspace: Workspace) -> Stream:
+    """The stream with x (B, D) times weight (OUT, D) added, before a norm with weights (OUT,)."""
+    (B, D), OUT = x.shape, weight.shape[0]
+    how = plan(RESIDUAL, B, D, OUT, 1, x.element_size(), x.device)
+    tiles = triton.cdiv(OUT, how.outputs)
+    after = Stream(torch.empty_like(stream.x), torch.empty_like(stream.x), stream.squares.new_empty(B, tiles))
+    shared = workspace.sized(tiles * triton.cdiv(B, how.rows), how.split * how.rows * how.outputs)
+    _launch(
+        _residual_kernel, how, OUT, x, weight, stream.x, norm, *after, *shared, OUT=OUT, TILES=tiles,
+        SPLIT=how.split,
+    )  # fmt: skip
+    return after
+
+
+def normed_step(stream: Stream, eps: float, weight: Tensor, gated: bool = False) -> Tensor:
+    """The stream's norm times weight (OUT, D), (B, OUT).
+
+    gated: weight is (2 OUT, D): silu of the first half's outputs times the second's.
+    """
+    x, planes = stream.scaled, 2 if gated else 1
+    count, tiles = weight.shape[0] // planes, stream.squares.shape[1]
+    how = plan(GATED if gated else HEAD, *x.shape, count, planes, x.element_size(), x.device)
+    out = x.new_empty(x.shape[0], count)
+    _launch(
+        _normed_kernel, how, count, x, stream.squares, weight, out, eps=eps, OUT=count, TILES=tiles,
+        PADDED=triton.next_power_of_2(tiles), GATED=gated,
+    )  # fmt: skip
+    return out
+
+
+def mix_step(
+    stream: Stream, eps: float, weight: Tensor, bias: Tensor, state: Tensor, gate: str, window: bool
+) -> Tensor:
+    """A step of BD-LRU, or of H-LRU (`window`); writes `state` in place.
+
+    Arguments and result as of `fused_step.mix_step`.
+    """
+    x, (N, M), tiles = stream.scaled, state.shape[1:], stream.squares.shape[1]
+    padded = triton.next_power_of_2(M)
+    whole = 1 if window else padded
+    first = 1 << ((M + 2).bit_length() - 1)
+    rest = triton.next_power_of_2(M + 2 - first) if first < M + 2 else 0
+    outputs = max(whole, WIDEST // triton.next_power_of_2(M + 2))
+    how = plan(MIX._replace(outputs=outputs), *x.shape, N * whole, first + rest, x.element_size(), x.device)
+    out = x.new_empty(x.shape[0], N * M)
+    _launch(
+        _mix_kernel, how, N * whole, x, stream.squares, weight, bias, state, out, eps=eps, N=N, M=M,
+        MP=padded, FIRST=first, REST=rest, TILES=tiles, PADDED=triton.next_power_of_2(tiles), WINDOW=window,
+        GATE=gate,
+    )  # fmt: skip
+    return out
