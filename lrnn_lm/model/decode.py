@@ -35,7 +35,7 @@ _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages who
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
 FEW = 3  # sequences that a fused step takes one after the other, where it can take more as a tile
 FEW_WITHOUT_TILES = 6  # and where it cannot: beyond that the library's products are faster
-MOST_FUSED = 128  # and beyond that faster than tiles
+MOST_FUSED = 128  # sequences beyond which they are faster than tiles too
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 
 
@@ -111,7 +111,7 @@ class DecodeStep:
             self.join(model)
         x = model.model.embed_tokens(self.ids).squeeze(1)  # (B, D)
         with joined(self.joint):
-            step = self._step_of_few if x.shape[0] <= few(x.dtype) else self._step_of_many
+            step = self._step_of_few if x.shape[0] <= most_few(x) else self._step_of_many
             return step(model, x).unsqueeze(1)
 
     def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
@@ -235,9 +235,11 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return "its products are in fp32, too coarse for a model in fp64"
     if not all(p.is_contiguous() for p in model.parameters()):
         return "it reads weights row by row as they lie, and some lie otherwise"
-    most = MOST_FUSED if x.dtype == torch.bfloat16 else few(x.dtype)
+    most = MOST_FUSED if has_tiles(x) else FEW_WITHOUT_TILES
     if most < B:
         return f"it takes up to {most} sequences in {str(x.dtype).removeprefix('torch.')}, not {B}"
+    if most_few(x) < B and any(p.dtype != x.dtype for p in model.parameters()):
+        return "tensor cores multiply numbers of one dtype, and weights are of several"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
     if not can_decode(model):
@@ -250,10 +252,17 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     return None
 
 
-def few(dtype: torch.dtype) -> int:
-    """Sequences up to which a fused step takes one after the other. Tiles are in bf16: in fp16 the residual
-    stream times a norm's weights may be too large, and fp32 is not for tensor cores."""
-    return FEW if dtype == torch.bfloat16 else FEW_WITHOUT_TILES
+def has_tiles(x: Tensor) -> bool:
+    """Whether sequences can be taken as tiles where x lies. They are in bf16: in fp16 the residual stream
+    times a norm's weights may be too large, and fp32 is not for tensor cores."""
+    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def most_few(x: Tensor) -> int:
+    """Sequences up to which a fused step takes one after the other."""
+    return FEW if has_tiles(x) else FEW_WITHOUT_TILES
 
 
 def _is_what_kernels_compute(model: PreTrainedModel) -> bool:

@@ -106,6 +106,20 @@ def test_programs_that_share_outputs():
     assert torch.equal(got[0], got[2])
 
 
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_pieces_fit_the_shared_memory(kilobytes, monkeypatch):
+    """Of an RTX 4090, an A100 and an H100: gates of M + 2 planes, padded, are the widest."""
+    from lrnn_lm.kernels import fused_tiles
+
+    monkeypatch.setattr(fused_tiles, "SHARED_MEMORY", kilobytes * 1024)
+    for outputs, planes in [(16, 6), (8, 10), (16, 18), (4, 18), (32, 4), (16, 16)]:
+        for B in (1, 16, 17, 200):
+            like = fused_tiles.MIX._replace(outputs=outputs)
+            how = fused_tiles.plan(like, B, 768, 1000, planes, 2, torch.device("cpu"))
+            assert how.stages * (how.rows + outputs * planes) * how.block * 2 <= kilobytes * 1024
+            assert how.rows <= 16 or outputs * planes <= fused_tiles.WIDEST
+
+
 @pytest.mark.parametrize("size", [1e4, 1e-5])
 def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
     """Inputs times the norm's weights, without its factor, are beyond fp16 at either end."""

@@ -125,6 +125,21 @@ def test_weights_that_the_fused_step_would_misread():
 
 
 @INTERPRETED
+def test_how_many_sequences_a_fused_step_takes():
+    """As tiles in bf16, and one after the other else."""
+    pytest.importorskip("triton")
+    model = small_model("bd_lru")
+    assert fused_obstacle(model, decode.FEW_WITHOUT_TILES) is None
+    assert "up to 6 sequences in float32, not 7" in fused_obstacle(model, decode.FEW_WITHOUT_TILES + 1)
+    model.bfloat16()
+    assert fused_obstacle(model, decode.MOST_FUSED) is None
+    assert "up to" in fused_obstacle(model, decode.MOST_FUSED + 1)
+    model.model.norm.float()
+    assert "several" in fused_obstacle(model, decode.FEW + 1)
+    assert fused_obstacle(model, decode.FEW) is None
+
+
+@INTERPRETED
 @pytest.mark.parametrize("what", ["lm_head", "model.layers.1.mixer.out_proj", "model.layers.0.mlp.up_proj"])
 def test_biases_that_the_fused_step_would_leave_out(what):
     pytest.importorskip("triton")
