@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
 PREFILL = 1024  # tokens that are really read before a recurrent model decodes
 SEGMENT = 2048
 LONGEST_ATTENTION = 65_536  # further, its prefill alone takes a benchmark's time
+GENERATED = 4  # times as many tokens are timed in `generate`, whose prefill varies with every call
 MODES = ("graph", "compiled", "fused", "generate")
 
 
@@ -196,10 +198,12 @@ def _attention_token(
 
 
 def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: torch.device) -> list[float]:
-    """Seconds a token of three calls of `generate`: what more tokens take than two; after a call to warm up.
+    """Seconds a token in `generate`: what a call of many tokens takes more than one of two beside it, of five
+    such pairs; after a call to warm up. Calls vary by milliseconds, so many are many times `tokens`.
 
     Raises RuntimeError where more tokens took no longer.
     """
+    tokens *= GENERATED
 
     def call(count: int) -> Tensor:
         return model.generate(
@@ -208,11 +212,14 @@ def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: to
         )  # fmt: skip
 
     call(3)
-    few, _ = time_calls(partial(call, 2), 3, device)  # the prefill, and finding the step
-    many, _ = time_calls(partial(call, tokens + 2), 3, device)
-    if min(many) <= min(few):
+    taken = []
+    for _ in range(5):
+        (few,), _ = time_calls(partial(call, 2), 1, device)  # the prefill, and finding the step
+        (many,), _ = time_calls(partial(call, tokens + 2), 1, device)
+        taken.append((many - few) / tokens)
+    if median(taken) <= 0:
         raise RuntimeError(f"{tokens} tokens are too few to be told from noise; time more (--tokens)")
-    return [(seconds - min(few)) / tokens for seconds in many]
+    return taken
 
 
 def least_bytes(config: LRNNConfig, B: int, context: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,87 @@
+"""Microseconds of a fused decoding step's kernels at 212M: each kind in a chain of 48 with 12 sets of weights.
+
+    python tests/gpu/decoding_kernels.py [--sequences 64,16]
+
+A chain is one CUDA graph; its weights are more than the L2 holds, as in a step. Beside them cuBLAS's products
+of the same sizes, which leave out norms, gates, states and residuals.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrnn_lm.bench.train import time_calls
+from lrnn_lm.kernels import fused_tiles
+
+Kernel = Callable[[int], Tensor]
+D, N, M, INNER, LAYERS, KERNELS = 768, 302, 4, 2048, 12, 48
+EPS, DEVICE = 1e-6, "cuda"
+
+
+def noise(*shape: int) -> Tensor:
+    return (0.02 * torch.randn(*shape, device=DEVICE)).bfloat16()
+
+
+def chain(kernel: Kernel) -> float:
+    """Microseconds a kernel; `kernel` takes the number of a layer."""
+
+    def run() -> None:
+        for i in range(KERNELS):
+            kernel(i % LAYERS)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+        time_calls(graph.replay, 3, torch.device(DEVICE))
+        taken, _ = time_calls(graph.replay, 20, torch.device(DEVICE))
+    return 1e6 * sorted(taken)[len(taken) // 2] / KERNELS
+
+
+def measure(B: int, weights: dict[str, list[Tensor]], bias: Tensor, norm: Tensor) -> None:
+    mix, out, up, down = (weights[kind] for kind in ("mix", "out", "up", "down"))
+    x, h, inner = noise(B, D), noise(B, N * M), noise(B, INNER)
+    state, stream = torch.zeros(B, N, M, device=DEVICE), fused_tiles.begin(x, norm)
+    workspace = fused_tiles.Workspace(torch.device(DEVICE))
+    kernels: dict[str, tuple[Kernel, Kernel]] = {
+        "mix": (
+            lambda i: fused_tiles.mix_step(stream, EPS, mix[i], bias, state, "softmax", False),
+            lambda i: functional.linear(x, mix[i], bias),
+        ),
+        "out": (
+            lambda i: fused_tiles.residual_step(h, out[i], stream, norm, workspace).x,
+            lambda i: functional.linear(h, out[i]),
+        ),
+        "up": (
+            lambda i: fused_tiles.normed_step(stream, EPS, up[i], gated=True),
+            lambda i: functional.linear(x, up[i]),
+        ),
+        "down": (
+            lambda i: fused_tiles.residual_step(inner, down[i], stream, norm, workspace).x,
+            lambda i: functional.linear(inner, down[i]),
+        ),
+    }
+    for kind, (ours, product) in kernels.items():
+        print(f"B {B}, {kind}: {chain(ours):.2f} us, cuBLAS's product {chain(product):.2f} us", flush=True)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sequences", default="64,16")
+    rows = N * M
+    sizes = {"mix": (rows * (M + 2), D), "out": (D, rows), "up": (2 * INNER, D), "down": (D, INNER)}
+    weights = {kind: [noise(*size) for _ in range(LAYERS)] for kind, size in sizes.items()}
+    for B in map(int, parser.parse_args().sequences.split(",")):
+        measure(B, weights, noise(rows * (M + 2)), noise(D) + 1)
+
+
+if __name__ == "__main__":
+    main()
