@@ -1,4 +1,4 @@
-"""Microseconds of a fused decoding step's kernels at 212M: each kind in a chain of 48 with 12 sets of weights.
+"""Microseconds of a fused decoding step's kernels at 212M: a kind in a chain of 48 with 12 sets of weights.
 
     python tests/gpu/decoding_kernels.py [--sequences 64,16]
 
