@@ -15,13 +15,12 @@ two; z gate logits, v values, h state. Results are [R], pieces [R, INPUTS].
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import INTERPRETED, multiprocessors, on_device
+from .triton_launch import multiprocessors, on_device, starts_early
 from .triton_rows import coefficients
 
 INPUTS = 256  # a warp's copies of 16 bytes
@@ -199,13 +198,13 @@ def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **
         count, whole, planes, triton.cdiv(D, inputs) * inputs * x.element_size(),
         PROGRAMS_PER_SM * multiprocessors(x.device),
     )  # fmt: skip
-    nvidia = not INTERPRETED and torch.version.hip is None
-    early = nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    early = starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
         kernel[(triton.cdiv(count, outputs),)](
-            x, *tensors, B, D=D, R=outputs, INPUTS=inputs, HELD=held, EARLY=early, num_warps=warps, **options,
+            x, *tensors, B, D=D, R=outputs, INPUTS=inputs, HELD=held, EARLY=early, num_warps=warps,
+            enable_fp_fusion=True, **options,
         )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fused_step import new_state, write_state
-from .triton_launch import INTERPRETED, multiprocessors, on_device, settle_cache_keys
+from .triton_launch import INTERPRETED, multiprocessors, on_device, settle_cache_keys, starts_early
 from .triton_rows import unstack
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
@@ -294,14 +294,13 @@ def _launch(kernel, plan: Plan, count: int, x: Tensor, *tensors, **options: Any)
     B, D = x.shape
     pieces = triton.cdiv(triton.cdiv(D, plan.block), plan.split)
     # Programs that come early sit where there is room, not evenly: it pays where each has much to do.
-    early = not INTERPRETED and torch.version.hip is None and plan.rows == ROWS[1]
-    early = early and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    early = plan.rows == ROWS[1] and starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
         kernel[(triton.cdiv(count, plan.outputs), triton.cdiv(B, plan.rows), plan.split)](
             x, *tensors, B, D=D, R=plan.outputs, BP=plan.rows, BLOCK=plan.block, LENGTH=pieces * plan.block,
-            STAGES=plan.stages, EARLY=early, num_warps=plan.warps, **options,
+            STAGES=plan.stages, EARLY=early, num_warps=plan.warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
 
 

@@ -159,6 +159,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it ends (programmatic dependent launch)."""
+    nvidia = not INTERPRETED and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def reset_flags(reset: Tensor | None) -> Tensor | None:
     """reset (B, T) of any strides as the kernels read it: int32, row after row."""
     return None if reset is None else reset.to(torch.int32, memory_format=torch.contiguous_format)
