@@ -3,8 +3,9 @@
 Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
 Each contender decodes as fast as it can here: recurrent models by `model/decode.py`'s step, attention by a
 static cache of the context's size; both replay a CUDA graph, and both with compiled blocks where asked. In
-the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`). The mode `generate` is
-the time of a token in `model.generate`, transformers' loop included.
+the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`, of more than a few rows
+`kernels/fused_tiles.py`). The mode `generate` is the time of a token in `model.generate`, transformers' loop
+included, after a context that is really read.
 
 A recurrent state is the same size after any text, so a long context is emulated by the count of tokens that
 the cache has seen, after a real prefill of 1k; attention's keys and values are all there.
@@ -15,9 +16,11 @@ at the rate of a device copy in the same run.
 Legend: B rows, V vocabulary.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 from ..model import LRNNConfig, LRNNForCausalLM, prefill
 from ..model.accounting import account
@@ -39,7 +43,7 @@ DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
 PREFILL = 1024  # tokens that are really read before a recurrent model decodes
 SEGMENT = 2048
 LONGEST_ATTENTION = 65_536  # further, its prefill alone takes a benchmark's time
-GENERATED = 4  # times as many tokens are timed in `generate`, whose prefill varies with every call
+PREFILLS, WARMUP = 3, 4  # timed prefills; tokens of `generate` that are not timed
 MODES = ("graph", "compiled", "fused", "generate")
 
 
@@ -117,6 +121,8 @@ def bench_one(
 ) -> Row:
     """One model's row: seconds of a prefill and of a token, and what share of the limit that is."""
     config = build_config(contender, size, settings.vocab, PREFILL)
+    if contender.backend != "auto":
+        raise ValueError("this formulation of the scan trains only: a single step of it is ours")
     dtype = torch.bfloat16 if is_half(device, settings.precision) else torch.float32
     row: Row = {"parameters": count(config), "layers": config.num_hidden_layers}
     torch.manual_seed(0)
@@ -129,11 +135,15 @@ def bench_one(
             f"attention is timed up to {LONGEST_ATTENTION:,} tokens; here {state / 1e9:.1f} GB a row"
         )
     length = min(PREFILL, context) if recurrent else context
+    if mode == "generate" and length < context:
+        raise ValueError(f"generate reads its prompt: contexts of up to {PREFILL:,} tokens are timed in it")
     ids = torch.randint(config.vocab_size, (B, length), device=device)
-    taken, _ = time_calls(partial(_prefill, model, ids, None), 2, device)
-    row["prefill_tokens"], row["prefill_seconds"] = length, taken[-1]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken, _ = time_calls(partial(_prefill, model, ids, None), 1 + PREFILLS, device)
+    row["prefill_tokens"], row["prefill_seconds"] = length, median(taken[1:])
     if mode == "generate":
-        taken = _generate_times(model, ids[:, :16] if recurrent else ids, settings.tokens, device)
+        taken = _generate_times(model, ids, settings.tokens)
     else:
         setup = _recurrent_token if recurrent else _attention_token
         token = setup(model, ids, context, settings.tokens, mode)
@@ -148,7 +158,6 @@ def bench_one(
         row["share_of_limit"] = row["limit_seconds"] / row["token_seconds"]
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
     return row
 
 
@@ -197,29 +206,28 @@ def _attention_token(
     return (measure._captured(token) or token) if ids.is_cuda else token
 
 
-def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int, device: torch.device) -> list[float]:
-    """Seconds a token in `generate`: what a call of many tokens takes more than one of two beside it, of five
-    such pairs; after a call to warm up. Calls vary by milliseconds, so many are many times `tokens`.
+class _Clock(BaseStreamer):
+    """Notes when each token is handed out."""
 
-    Raises RuntimeError where more tokens took no longer.
-    """
-    tokens *= GENERATED
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
-    def call(count: int) -> Tensor:
-        return model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0,
-            eos_token_id=None,
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate_times(model: LRNNForCausalLM, ids: Tensor, tokens: int) -> list[float]:
+    """Seconds from token to token of a call of `generate`, the first few aside; after a call to warm up."""
+    for most in (WARMUP, WARMUP + tokens):
+        clock = _Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, pad_token_id=0,
+            eos_token_id=None, streamer=clock,
         )  # fmt: skip
-
-    call(3)
-    taken = []
-    for _ in range(5):
-        (few,), _ = time_calls(partial(call, 2), 1, device)  # the prefill, and finding the step
-        (many,), _ = time_calls(partial(call, tokens + 2), 1, device)
-        taken.append((many - few) / tokens)
-    if median(taken) <= 0:
-        raise RuntimeError(f"{tokens} tokens are too few to be told from noise; time more (--tokens)")
-    return taken
+    return [after - before for before, after in pairwise(clock.times)][-tokens:]
 
 
 def least_bytes(config: LRNNConfig, B: int, context: int, dtype: torch.dtype) -> int:

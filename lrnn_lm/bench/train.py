@@ -185,7 +185,7 @@ def bench_one(
     if settings.loss_chunk is not None:
         config.loss_chunk = settings.loss_chunk
     row: Row = {"parameters": count(config), "layers": config.num_hidden_layers}
-    row["intermediate_size"] = config.intermediate_size
+    row["intermediate_size"], row["residual_in_fp32"] = config.intermediate_size, config.residual_in_fp32
     with associative_backend(contender.backend):
         step = TrainingStep(config, device, settings, B, T)
         for block in step.model.model.layers:

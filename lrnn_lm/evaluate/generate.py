@@ -4,7 +4,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import load_checkpoint
+from .checkpoint import check_window, load_checkpoint
 from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def generate(
     Sampling divides logits by temperature and keeps the top_k likeliest tokens and the likeliest that hold
     top_p of the probability (None: all); temperature 0 is greedy. The same seed gives the same text on the
     same machine; the caller's random state is left as it was. Raises ValueError for a number out of range, a
-    file that cannot be read or a checkpoint that is not one.
+    file that cannot be read, a text longer than the model takes, or a checkpoint that is not one.
     """
     _check(max_new_tokens, temperature, top_k, top_p, segment)
     _check_text(prompt)
@@ -48,9 +48,10 @@ def generate(
     if prompt_file is None:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
         length = ids.shape[1]
+        check_window(model, length + max_new_tokens)
     else:
         texts = chain(read_text(prompt_file), [prompt] if prompt else [])
-        cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment)
+        cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
     settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     ends = model.generation_config.eos_token_id  # one id or several; 0 is one too
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
 TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
-WHOLE_ROWS = ("state_", "mad_")  # tasks whose answer depends on all of a row
+WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on all of a row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 

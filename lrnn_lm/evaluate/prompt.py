@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checkpoint import check_window
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,9 +111,11 @@ def read_text(file: str | Path) -> Iterator[str]:
 
 
 def read_prompt(
-    model: "PreTrainedModel", stream: Iterable[list[int]], segment: int
+    model: "PreTrainedModel", stream: Iterable[list[int]], segment: int, more: int = 0
 ) -> "tuple[Cache | None, Tensor, int]":
     """Feed all but the last token of a stream to the model, `segment` at a time.
+
+    Raises ValueError as soon as the stream and `more` tokens after it are longer than the model takes.
 
     Returns:
         the cache (None if there was but one token), the last token (1, 1), and how many there were in all.
@@ -128,6 +132,7 @@ def read_prompt(
         for ids in stream:
             rest.extend(ids)
             count += len(ids)
+            check_window(model, count + more)
             while len(rest) > segment:
                 yield torch.tensor([rest[:segment]])
                 del rest[:segment]

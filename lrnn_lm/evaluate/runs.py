@@ -110,7 +110,7 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
         rank = (step or 0, limit is None, file.stat().st_mtime)
         lengths = results.get("settings", {}).get("lengths")
         for task, metric, value, error in rows:
-            if lengths and task.startswith((*WHOLE_ROWS, "long_")):  # other rows than the task's own
+            if lengths and task.startswith(WHOLE_ROWS):  # other rows than the task's own
                 task = f"{task} at {', '.join(map(str, lengths))}"
             if (task, metric) not in found or rank >= found[task, metric][0]:
                 found[task, metric] = (rank, Score(value, error, step, limit))

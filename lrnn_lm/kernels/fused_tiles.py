@@ -4,8 +4,8 @@
     normed     a product that begins with a norm, or a SwiGLU's two
     residual   a product that adds to the residual stream (twice a layer)
 
-What `fused_step.py` does for a few sequences. Here a program multiplies some outputs' weights with all
-sequences, or 64 of them. A norm needs whole rows, which no program of the product before it has: `residual`
+What `fused_step.py` does for a few sequences. Here a program multiplies some outputs' weights with 16 or 64
+sequences. A norm needs whole rows, which no program of the product before it has: `residual`
 leaves the stream times the norm's weights and its squares summed by tile, and what begins with a norm
 multiplies its results by the factor. So inputs go from memory to the tensor cores as they lie. Where outputs
 are too few to fill the device, programs share one's inputs; the last to come adds the parts up, in order.
@@ -29,7 +29,7 @@ from .triton_rows import unstack
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 ROWS = (16, 64)  # sequences a program: what tensor cores take at least, and at once
-WIDEST = 128  # outputs times planes a program
+WIDEST = 128  # outputs times planes of a program with 64 sequences; a larger block's has 16
 SHARED_MEMORY = 227 * 1024  # of an H100's program, where there is no device to ask
 
 
@@ -190,7 +190,7 @@ def _mix_kernel(
     b, place = tl.program_id(1) * BP + lane // R, first + lane % R
     n, i = place // GROUP, place % GROUP
     valid = (n < N) & (i < TAPS) & (b < B)
-    # Every lane's block at once; no kernel since the step before has touched it.
+    # Every lane's block at once, and before the wait: see `mix_step`.
     e = tl.arange(0, BP * R * MP)
     j, of = e % MP, e // MP
     of_b, of_n = tl.program_id(1) * BP + of // R, (first + of % R) // GROUP
@@ -270,7 +270,7 @@ RESIDUAL = Plan(32, 0, 128, 0, 5, 4)
 
 def plan(like: Plan, B: int, D: int, count: int, planes: int, itemsize: int, device: torch.device) -> Plan:
     """`like` for B sequences and `count` outputs of so many planes (padded): with rows, a split where that is
-    0, and no more stages than the device's shared memory holds."""
+    0, and as many stages as the device's shared memory holds, a piece each."""
     least, most = ROWS
     rows = least if least >= B or like.outputs * planes > WIDEST else most
     split, pieces = like.split, triton.cdiv(D, like.block)
@@ -344,7 +344,9 @@ def mix_step(
 ) -> Tensor:
     """A step of BD-LRU, or of H-LRU (`window`); writes `state` in place.
 
-    Arguments and result as of `fused_step.mix_step`.
+    Arguments and result as of `fused_step.mix_step`. On Hopper the state is read before the kernels ahead
+    have ended, so between two steps on one state there must be a kernel of another kind (one that was not
+    launched early), as the embedding's is.
     """
     x, (N, M), tiles = stream.scaled, state.shape[1:], stream.squares.shape[1]
     padded = triton.next_power_of_2(M)

@@ -16,6 +16,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages who
 _steps: "weakref.WeakKeyDictionary[nn.Module, list[DecodeStep]]" = weakref.WeakKeyDictionary()
 FEW = 3  # sequences that a fused step takes one after the other, where it can take more as a tile
 FEW_WITHOUT_TILES = 6  # and where it cannot: beyond that the library's products are faster
-MOST_FUSED = 128  # sequences beyond which they are faster than tiles too
+MOST_FUSED = 128  # as tiles; not measured beyond
 KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 
 
@@ -74,7 +75,7 @@ class DecodeStep:
         self.block_step: Callable[..., tuple[Tensor, Tensor]] = LRNNBlock.step
         if compile_config is not None:
             self.block_step = torch.compile(LRNNBlock.step, **_options(compile_config))
-        self.capture = capture
+        self.capture, self.tiled = capture, fused and FEW < B and has_tiles(model)
         self.workspace: Any = None  # of a fused step of many sequences
         self.joint: list[Any] = []  # weights that lie together, kept for as long as a graph reads them
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -111,7 +112,7 @@ class DecodeStep:
             self.join(model)
         x = model.model.embed_tokens(self.ids).squeeze(1)  # (B, D)
         with joined(self.joint):
-            step = self._step_of_few if x.shape[0] <= most_few(x) else self._step_of_many
+            step = self._step_of_many if self.tiled else self._step_of_few
             return step(model, x).unsqueeze(1)
 
     def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class DecodeStep:
         before = [state.clone() for state in self.states]
         self.join(model)
         try:
-            stream = torch.cuda.Stream(self.ids.device)
+            stream = _capture_stream(self.ids.device)
             stream.wait_stream(torch.cuda.current_stream(self.ids.device))
             with torch.cuda.stream(stream), joined(self.joint):
                 for _ in range(2):  # kernels are compiled and chosen here
@@ -176,6 +177,12 @@ class DecodeStep:
             if hasattr(module, "joint_projections")
         ]  # fmt: skip
         self.joint = [(module, _side_by_side(module.joint_projections())) for module in groups]
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: each new stream has cuBLAS keep 32 MiB for it."""
+    return torch.cuda.Stream(device)
 
 
 def decode_step(
@@ -205,7 +212,8 @@ def decode_step(
             return step
     if capture is None:
         capture = state.is_cuda
-    step = DecodeStep(model, cache, compile_config, capture, fused)
+    with torch.inference_mode(False):  # states are written wherever the step is called from
+        step = DecodeStep(model, cache, compile_config, capture, fused)
     stale = [old for old in steps if old.key[1] != key[1]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
     return step
@@ -235,11 +243,9 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return "its products are in fp32, too coarse for a model in fp64"
     if not all(p.is_contiguous() for p in model.parameters()):
         return "it reads weights row by row as they lie, and some lie otherwise"
-    most = MOST_FUSED if has_tiles(x) else FEW_WITHOUT_TILES
+    most = MOST_FUSED if has_tiles(model) else FEW_WITHOUT_TILES
     if most < B:
         return f"it takes up to {most} sequences in {str(x.dtype).removeprefix('torch.')}, not {B}"
-    if most_few(x) < B and any(p.dtype != x.dtype for p in model.parameters()):
-        return "tensor cores multiply numbers of one dtype, and weights are of several"
     if any(block.mixer.fused_window is None for block in model.model.layers):
         return "it knows bd_lru and h_lru only"
     if not can_decode(model):
@@ -252,17 +258,12 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     return None
 
 
-def has_tiles(x: Tensor) -> bool:
-    """Whether sequences can be taken as tiles where x lies. They are in bf16: in fp16 the residual stream
-    times a norm's weights may be too large, and fp32 is not for tensor cores."""
-    if x.dtype != torch.bfloat16 or torch.version.hip is not None:
+def has_tiles(model: PreTrainedModel) -> bool:
+    """Whether a fused step can take sequences as tiles. All weights are in bf16 then: in fp16 the residual
+    stream times a norm's weights may be too large, and fp32 is not for tensor cores."""
+    if torch.version.hip is not None or any(p.dtype != torch.bfloat16 for p in model.parameters()):
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def most_few(x: Tensor) -> int:
-    """Sequences up to which a fused step takes one after the other."""
-    return FEW if has_tiles(x) else FEW_WITHOUT_TILES
+    return model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) >= (8, 0)
 
 
 def _is_what_kernels_compute(model: PreTrainedModel) -> bool:

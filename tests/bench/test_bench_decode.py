@@ -31,12 +31,30 @@ def test_rows_and_files(tmp_path, capsys):
         if row["contender"] == "transformer" and row["context"] == 1_000_000:
             assert "up to 65,536 tokens" in row["reason"]
             continue
+        if row["mode"] == "generate" and row["context"] == 1_000_000:
+            assert "generate reads its prompt" in row["reason"]
+            continue
         assert row["token_seconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(row["B"] / row["token_seconds"])
         assert row["prefill_tokens"] == (16 if row["context"] == 16 else decode.PREFILL)
     assert (tmp_path / "rows.png").stat().st_size > 1000
     assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "ms a token" in capsys.readouterr().out
+
+
+def test_the_papers_formulation_has_no_step_of_its_own(tmp_path):
+    """Its rows would be our own step under another's name."""
+    (row,) = decode.run(DecodeSettings("paper-m4", batches="1", contexts="16", modes="graph", **TINY), "cpu")
+    assert "trains only" in row["reason"]
+
+
+def test_generate_is_timed_from_token_to_token():
+    """As many times as were asked for, without the first tokens, which find and warm up the step."""
+    model = decode.LRNNForCausalLM(build_config(CONTENDERS["bd-m4"], pick_size("212M", 32, 2), 61, 16)).eval()
+    ids = torch.randint(61, (3, 7))
+    taken = decode._generate_times(model, ids, 5)
+    assert len(taken) == 5
+    assert min(taken) > 0
 
 
 def test_least_bytes_by_hand():

@@ -139,12 +139,23 @@ def test_paradigms_take_turns(folder):
     (["--tasks", "offline_lambda", "--data", "{empty}"], "offline_lambada"),
     (["--tasks", "heldout_cloze", "--data", "{empty}"], "no such file of held-out documents"),
     (["--tasks", "long_passkey", "--max-length", "128"], "128 tokens are longer than this gpt2 takes: 64"),
+    (["--tasks", "long_passkey", "--limit", "2"], "long_passkey are longer than the 64 tokens of a window"),
 ])  # fmt: skip
 def test_mistakes_leave_with_2(gpt2, tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
         main(["eval", str(gpt2), *(argument.format(empty=tmp_path) for argument in arguments)])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "a b"], ["--prompt-file", "{file}"]])
+def test_text_longer_than_a_model_takes(gpt2, tmp_path, arguments, capsys):
+    (tmp_path / "prompt.txt").write_text("a b c d " * 50)
+    arguments = [argument.format(file=tmp_path / "prompt.txt") for argument in arguments]
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(gpt2), *arguments, "--max-new-tokens", "63"])
+    assert left.value.code == 2
+    assert "tokens are longer than this gpt2 takes: 64" in capsys.readouterr().err
 
 
 def test_a_line_that_cannot_be_read_is_named(tmp_path):

@@ -65,8 +65,11 @@ def test_rows_beyond_the_training_length_are_read_whole(parity, tmp_path):
 
 
 def test_any_language_model_can_be_asked(checkpoint, tmp_path):
-    for names, lengths in ((["state_s5", "mad_memorisation"], [4]), (["long_passkey"], None)):
-        got = scores(evaluate(checkpoint, names, limit=4, lengths=lengths, output=tmp_path, device="cpu"))
+    for names, options in (
+        (["state_s5", "mad_memorisation"], {"lengths": [4]}),
+        (["long_passkey"], {"lengths": [100], "max_length": 1024}),
+    ):
+        got = scores(evaluate(checkpoint, names, limit=4, output=tmp_path, device="cpu", **options))
         assert {task for task, _ in got} == set(names)
 
 
@@ -95,7 +98,9 @@ def test_tasks_that_a_run_cannot_answer():
 
 
 def test_rows_that_do_not_fit_are_not_scored(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="rows of mad_selective_copying are longer than the 48 tokens"):
+    with pytest.raises(
+        ValueError, match="rows of mad_selective_copying, long_passkey are longer than the 48 tokens"
+    ):
         evaluate(checkpoint, ["mad_selective_copying", "long_passkey"], limit=4, device="cpu")
 
 

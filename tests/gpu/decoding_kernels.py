@@ -1,13 +1,14 @@
-"""Microseconds of a fused decoding step's kernels at 212M: a kind in a chain of 48 with 12 sets of weights.
+"""Microseconds of a fused decoding step's kernels at 212M, each kind in a chain of 48.
 
     python tests/gpu/decoding_kernels.py [--sequences 64,16]
 
-A chain is one CUDA graph; its weights are more than the L2 holds, as in a step. Beside them cuBLAS's products
-of the same sizes, which leave out norms, gates, states and residuals.
+A chain is one CUDA graph over so many sets of weights that the L2 holds none of them for long, as in a step.
+Beside them cuBLAS's products of the same sizes, which leave out norms, gates, states and residuals.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from lrnn_lm.bench.train import time_calls
 from lrnn_lm.kernels import fused_tiles
 
 Kernel = Callable[[int], Tensor]
-D, N, M, INNER, LAYERS, KERNELS = 768, 302, 4, 2048, 12, 48
+D, N, M, INNER, KERNELS = 768, 302, 4, 2048, 48
+CHAIN_BYTES = 150e6  # of weights: three times an H100's L2
 EPS, DEVICE = 1e-6, "cuda"
 
 
@@ -26,11 +28,11 @@ def noise(*shape: int) -> Tensor:
 
 
 def chain(kernel: Kernel) -> float:
-    """Microseconds a kernel; `kernel` takes the number of a layer."""
+    """Microseconds a kernel; `kernel` takes its number in the chain."""
 
     def run() -> None:
         for i in range(KERNELS):
-            kernel(i % LAYERS)
+            kernel(i)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -45,27 +47,32 @@ def chain(kernel: Kernel) -> float:
     return 1e6 * sorted(taken)[len(taken) // 2] / KERNELS
 
 
+def _turn(weights: list[Tensor], i: int) -> Tensor:
+    return weights[i % len(weights)]
+
+
 def measure(B: int, weights: dict[str, list[Tensor]], bias: Tensor, norm: Tensor) -> None:
-    mix, out, up, down = (weights[kind] for kind in ("mix", "out", "up", "down"))
+    mix, out, up, down = (partial(_turn, weights[kind]) for kind in ("mix", "out", "up", "down"))
     x, h, inner = noise(B, D), noise(B, N * M), noise(B, INNER)
-    state, stream = torch.zeros(B, N, M, device=DEVICE), fused_tiles.begin(x, norm)
+    states = [torch.zeros(B, N, M, device=DEVICE) for _ in range(KERNELS)]
     workspace = fused_tiles.Workspace(torch.device(DEVICE))
+    stream = fused_tiles.residual_step(h, out(0), fused_tiles.begin(x, norm), norm, workspace)
     kernels: dict[str, tuple[Kernel, Kernel]] = {
         "mix": (
-            lambda i: fused_tiles.mix_step(stream, EPS, mix[i], bias, state, "softmax", False),
-            lambda i: functional.linear(x, mix[i], bias),
+            lambda i: fused_tiles.mix_step(stream, EPS, mix(i), bias, states[i], "softmax", False),
+            lambda i: functional.linear(x, mix(i), bias),
         ),
         "out": (
-            lambda i: fused_tiles.residual_step(h, out[i], stream, norm, workspace).x,
-            lambda i: functional.linear(h, out[i]),
+            lambda i: fused_tiles.residual_step(h, out(i), stream, norm, workspace).x,
+            lambda i: functional.linear(h, out(i)),
         ),
         "up": (
-            lambda i: fused_tiles.normed_step(stream, EPS, up[i], gated=True),
-            lambda i: functional.linear(x, up[i]),
+            lambda i: fused_tiles.normed_step(stream, EPS, up(i), gated=True),
+            lambda i: functional.linear(x, up(i)),
         ),
         "down": (
-            lambda i: fused_tiles.residual_step(inner, down[i], stream, norm, workspace).x,
-            lambda i: functional.linear(inner, down[i]),
+            lambda i: fused_tiles.residual_step(inner, down(i), stream, norm, workspace).x,
+            lambda i: functional.linear(inner, down(i)),
         ),
     }
     for kind, (ours, product) in kernels.items():
@@ -78,7 +85,10 @@ def main() -> None:
     parser.add_argument("--sequences", default="64,16")
     rows = N * M
     sizes = {"mix": (rows * (M + 2), D), "out": (D, rows), "up": (2 * INNER, D), "down": (D, INNER)}
-    weights = {kind: [noise(*size) for _ in range(LAYERS)] for kind, size in sizes.items()}
+    counts = {
+        kind: max(1, round(CHAIN_BYTES / (2 * outputs * inputs))) for kind, (outputs, inputs) in sizes.items()
+    }
+    weights = {kind: [noise(*size) for _ in range(counts[kind])] for kind, size in sizes.items()}
     for B in map(int, parser.parse_args().sequences.split(",")):
         measure(B, weights, noise(rows * (M + 2)), noise(D) + 1)
 

@@ -79,7 +79,8 @@ def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16)
 
-    stream, workspace = Stream(empty(B, D), empty(B, D), torch.empty(B, 24)), Workspace(torch.device("cpu"))
+    squares, workspace = torch.empty(B, triton.cdiv(D, 32)), Workspace(torch.device("cpu"))
+    stream = Stream(empty(B, D), empty(B, D), squares)
     for window in (False, True):
         rows = (M + 2) * (N if window else N * M)
         mix_step(stream, 1e-6, empty(rows, D), empty(rows), torch.empty(B, N, M), "softmax", window)

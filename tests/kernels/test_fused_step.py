@@ -46,9 +46,18 @@ class Many:
 
         self.kernels, self.workspace = fused_tiles, fused_tiles.Workspace(torch.device(DEVICE))
 
+    def before(self, x, norm):
+        """x on its way to a norm, its squares summed by tile: as a product that adds nothing leaves it."""
+        nothing = x.new_zeros(x.shape[1], 8)
+        stream = self.kernels.begin(x, norm)
+        stream = self.kernels.residual_step(x.new_zeros(len(x), 8), nothing, stream, norm, self.workspace)
+        assert torch.equal(stream.x, x)
+        assert stream.squares.shape[1] > 1
+        return stream
+
     def linear(self, x, weight, norm=None, eps=0.0, residual=None, gated=False):
         if residual is None:
-            return self.kernels.normed_step(self.kernels.begin(x, norm), eps, weight, gated)
+            return self.kernels.normed_step(self.before(x, norm), eps, weight, gated)
         after = noise(weight.shape[0], seed=5, dtype=x.dtype)
         stream = self.kernels.begin(residual, after)
         stream = self.kernels.residual_step(x, weight, stream, after, self.workspace)
@@ -58,7 +67,7 @@ class Many:
         return stream.x
 
     def mix(self, x, norm, *arguments):
-        return self.kernels.mix_step(self.kernels.begin(x, norm), *arguments)
+        return self.kernels.mix_step(self.before(x, norm), *arguments)
 
 
 @pytest.fixture(params=[Few, Many], ids=["few", "many"])
@@ -92,14 +101,22 @@ def check_products(kernels, B, D, OUT, dtype):
     close(kernels.linear(x, both, norm=norm, eps=EPS, gated=True), functional.silu(gate) * up, dtype)
 
 
-def test_programs_that_share_outputs():
-    """More inputs than programs have outputs to fill a device with: the parts add up, in the same order."""
+@pytest.mark.parametrize(
+    ("B", "processors", "split", "pieces"), [(70, 20, 4, 3), (70, 9, 2, 6), (5, 7, 3, 4), (5, 132, 11, 1)]
+)
+def test_programs_that_share_outputs(B, processors, split, pieces, monkeypatch):
+    """Few outputs for a device of many processors: the parts add up, on a GPU too to the same bits each time.
+
+    The last share reaches beyond the inputs, of 11 pieces.
+    """
     from lrnn_lm.kernels import fused_tiles
 
-    D, OUT = 1300, 40
-    how = fused_tiles.plan(fused_tiles.RESIDUAL, 5, D, OUT, 1, 4, torch.device(DEVICE))
-    assert how.split > 4
-    many, x, weight, residual = Many(), noise(5, D), noise(OUT, D, seed=1), noise(5, OUT, seed=2)
+    monkeypatch.setattr(fused_tiles, "multiprocessors", lambda device: processors)
+    D, OUT = 1408, 40
+    how = fused_tiles.plan(fused_tiles.RESIDUAL, B, D, OUT, 1, 4, torch.device(DEVICE))
+    assert how.split == split
+    assert how.block * pieces * split >= D > how.block * pieces * (split - 1)
+    many, x, weight, residual = Many(), noise(B, D), noise(OUT, D, seed=1), noise(B, OUT, seed=2)
     got = [many.linear(x, weight, residual=residual) for _ in range(3)]
     close(got[0], residual.double() + x.double() @ weight.double().t(), torch.float32)
     assert torch.equal(got[0], got[1])
@@ -154,7 +171,7 @@ def test_gate_functions(kernels, gate, window):
     check_step(kernels, 2, 5, 4, window, gate, DTYPES[0])
 
 
-def check_step(kernels, B, N, M, window, gate, dtype, D=24):
+def check_step(kernels, B, N, M, window, gate, dtype, D=70):
     rows = N if window else N * M
     x, norm = noise(B, D, dtype=dtype), noise(D, seed=1, dtype=dtype)
     weight, bias = (
