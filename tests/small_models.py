@@ -53,3 +53,17 @@ def tokens(rows: int = 2, length: int = 21, seed: int = 2) -> Tensor:
 
 def close(got: Tensor, want: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+
+
+def states(cache) -> list[torch.Tensor]:
+    return [layer.recurrent_states[0] for layer in cache.layers]
+
+
+@torch.no_grad()
+def prefilled(model, ids):
+    return model(ids, use_cache=True).past_key_values
+
+
+@torch.no_grad()
+def plain(model, ids, cache):
+    return model(ids, past_key_values=cache, use_cache=True).logits
