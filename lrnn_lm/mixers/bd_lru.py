@@ -143,6 +143,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
+        if self.conv is not None:
+            x, _ = self.conv(x, None, None)
         return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def initial_values(self, std: float) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def gate_bias_of_half_lives(num_rows: int, block_size: int, half_life: tuple[flo
 
     Row r keeps 2^(-1/L_r) of itself a step, with L_r log-spaced over blocks from the shortest to the
     longest: rows of a block share theirs. Of the rest, MIXED goes to the block's other rows and what remains
-    is written. Softmax gives p = exp(z) / sum, so z = log p; sigmoid of such small values, all shifted down, is nearly that.
+    is written. Softmax gives p = exp(z) / sum, so z = log p; a sigmoid of values this low is nearly that.
     """
     M = block_size
     shortest, longest = half_life

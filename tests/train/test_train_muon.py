@@ -1,4 +1,4 @@
-"""Muon: each plane of a packed projection is orthogonalised alone, batches change nothing, others get AdamW."""
+"""Muon: each plane of a packed projection is orthogonalised alone, and what is no matrix gets AdamW."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_step_is_that_of_each_plane_alone(name: str) -> None:
     model = with_gradients(small_model(name))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     make_optimizer(model, settings(), CPU).step()
-    planes = {p: k for p, k in layer_matrices(model)}
+    planes = dict(layer_matrices(model))
     matrices = 0
     for n, p in model.named_parameters():
         if p not in planes:
