@@ -21,7 +21,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Run:
     def name(self) -> str:
         """The run's name, which also tells a row that is there already."""
         extra = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", o.partition(".")[2]) for o in self.overrides)
-        return f"{self.contender}-{self.size}-{self.tokens // 10**6}M-lr{self.lr:g}-s{self.seed}{extra}"
+        tokens = f"{self.tokens / 10**6:.0f}M"
+        return f"{self.contender}-{self.size}-{tokens}-lr{self.lr:g}-s{self.seed}{extra}"
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def runs_of(plan: dict[str, Any], only: set[str] | None = None) -> list[Run]:
             model, parameters = fitted(plan["contenders"][contender], size)
             for seed in wave.get("seeds", [0]):
                 for lr in wave["rates"]:
-                    overrides = tuple(wave.get("set", ()))
+                    own = plan["contenders"][contender].get("set", ())
+                    overrides = (*wave.get("set", ()), *own)
                     run = Run(
                         wave["name"], contender, wave["size"], model, parameters, int(wave["tokens"]),
                         float(lr), seed, overrides,
@@ -142,8 +145,8 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
     row = {
         "run": run.name, "wave": run.wave, "contender": run.contender, "size": run.size,
         "parameters": run.parameters, "tokens": run.tokens, "lr": run.lr, "seed": run.seed,
-        "overrides": list(run.overrides), "model": run.model, "seconds": round(seconds, 1), "workers": workers,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit(),
+        "overrides": list(run.overrides), "model": run.model, "seconds": round(seconds, 1),
+        "workers": workers, "device": device_name(), "commit": commit(),
     }  # fmt: skip
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -157,6 +160,10 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
         tail = log.read_text(errors="replace").strip().splitlines()[-3:]
         row["failed"] = f"exit code {code}: " + " / ".join(tail)[-600:]
     return row
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def commit() -> str:
@@ -173,7 +180,11 @@ class Pool:
         self.recipe, self.deadline = recipe, deadline
         self.data, self.runs, self.output = options.data, options.runs, options.output
         self.workers, self.more = options.workers, options.set
-        self.lock, self.stop = Lock(), Event()
+        self.lock = Lock()
+        self.devices: SimpleQueue[str] = SimpleQueue()  # a place a worker: devices take turns
+        count = torch.cuda.device_count()
+        for i in range(self.workers):
+            self.devices.put(str(i % count) if count else "")
 
     def make(self, runs: list[Run]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
@@ -184,6 +195,13 @@ class Pool:
     def _one(self, run: Run) -> None:
         if time.time() > self.deadline - 15:
             return
+        device = self.devices.get()
+        try:
+            self._train(run, device)
+        finally:
+            self.devices.put(device)
+
+    def _train(self, run: Run, device: str) -> None:
         log = self.runs / f"{run.name}.log"
         began = time.time()
         with log.open("w") as file:
@@ -191,6 +209,7 @@ class Pool:
                 command(run, self.recipe, self.data, self.runs, self.more),
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
             )
             try:
                 code = process.wait(max(1.0, self.deadline - time.time()))

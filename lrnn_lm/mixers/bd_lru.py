@@ -44,7 +44,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     """
 
     options = (
-        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate", "norm_groups",
+        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate",
+        "norm_groups",
     )  # fmt: skip
     fused_window = False
 
