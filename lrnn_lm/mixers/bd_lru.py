@@ -73,6 +73,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         self.block_size = block_size
         self.gate = gate
         self.backend = "auto"  # of the scan
+        self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
@@ -117,6 +118,16 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     def _scan(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M) -> states of all tokens (B, T, N, M) and the last one in fp32."""
         N, M = self.num_blocks, self.block_size
+        if self.diagonal_only:
+            gates, values = self.project(x)
+            p = normalise(self._planes(gates).float(), self.gate)
+            p = p * torch.eye(M, M + 1, device=p.device).index_fill(
+                1, torch.tensor([M], device=p.device), 1.0
+            )
+            h, state = block_diagonal_scan(
+                p, values.unflatten(-1, (N, M)).float(), state, context.reset, "none", self.backend
+            )
+            return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
             bias = gate_bias(self.gate_proj, N * M)
             h, state = block_diagonal_scan_packed(
