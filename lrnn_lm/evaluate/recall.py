@@ -92,7 +92,7 @@ def text_rows(
     ids: list[int] = []
     for document in read_documents(path):
         ids += [] if start is None else [start]
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) > rows * T:
             break
     whole = min(rows, (len(ids) - 1) // T)
@@ -214,7 +214,7 @@ def gate_facts(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[
 
 @contextmanager
 def only_diagonals(model: "PreTrainedModel") -> Iterator[bool]:
-    """While it lasts, BD-LRU layers with blocks above 1 use the diagonal of A_t alone; whether there are any."""
+    """While it lasts, BD-LRU layers with blocks above 1 use the diagonal of A_t alone; whether any do."""
     mixers = [layer.mixer for layer in model.model.layers] if model.config.model_type == "lrnn" else []
     mixed = [m for m in mixers if hasattr(m, "diagonal_only") and m.block_size > 1]
     for mixer in mixed:
