@@ -56,7 +56,8 @@ def _draw(
         ax.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     emulated = any(row.get("emulated") for row in rows)
-    figure.suptitle(about["device"] + ("; hollow: context emulated, 1,024 tokens read" if emulated else ""))
+    told = "; hollow: context emulated, 1,024 tokens read" if emulated else ""
+    figure.suptitle(about["device"] + told, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -64,8 +65,8 @@ def _draw(
 
 
 def _line(row: Row) -> str:
-    """What a line is of: the contender, with its size, batch or mode where there may be several."""
-    name = row["contender"]
+    """What a line is of: the contender and its depth, and its size, batch or mode."""
+    name = f"{row['contender']}, {row['layers']} layers"
     if "mode" in row:
         return f"{name}, {row['mode']}, batch {row['B']}"
     return f"{name}, {row['size']}, {row['B'] * row['T']:,} tokens"

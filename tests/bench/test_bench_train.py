@@ -60,8 +60,11 @@ def test_a_transformer_of_equal_depth_and_width(size):
 @pytest.mark.parametrize("size", list(SIZES))
 def test_the_aligned_mamba2_has_channels_that_its_kernels_like(size):
     config = build_config(CONTENDERS["mamba2-aligned"], SIZES[size], None, 2048)
-    channels = config.hidden_size * config.mixer["expand"] + 2 * config.mixer["state_size"]
-    assert channels % 8 == 0
+    inner, state = config.hidden_size * config.mixer["expand"], config.mixer["state_size"]
+    assert (inner + 2 * state) % 8 == 0
+    if size == "212M":
+        assert (2 * inner + 2 * state + inner // config.mixer["head_dim"]) % 8 == 0
+        assert config.num_hidden_layers == 13
 
 
 def test_the_residual_streams_dtype_is_a_setting(tmp_path):
