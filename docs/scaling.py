@@ -1,4 +1,5 @@
-"""Scaling on paper: the tables of docs/scaling.md, from docs/results/scaling-pieces.json.
+"""Scaling on paper: the tables of docs/scaling.md, from docs/results/scaling-pieces.json; those of what was
+measured from docs/results/scaling.json.
 
     python docs/scaling.py            print the tables
     python docs/scaling.py --write    put them into docs/scaling.md, between the marks
@@ -8,8 +9,10 @@ operations a token. All times in seconds.
 """
 
 import argparse
+import importlib.util
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -296,7 +299,67 @@ def sizes_table() -> str:
     return _table(head, rows)
 
 
+def measured_table() -> str:
+    """What two GPUs did, from docs/results/scaling.json."""
+    spec = importlib.util.spec_from_file_location("two_gpus", HERE.parent / "tests/gpu/scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.table(json.loads((HERE / "results/scaling.json").read_text()))
+
+
+def findings() -> str:
+    """What the efficiency table says, in numbers of the same formulas."""
+    small, middle, large = SIZES
+    upto = [(size, gpus) for size in SIZES for gpus in GPUS[:2]]
+    least_ddp = min(ddp(*at).efficiency for at in upto if fits(*at, False))
+    least_fsdp2 = min(fsdp2(*at).efficiency for at in upto if fits(*at, True))
+
+    def forward(size: Size) -> float:
+        """ms of a block's forward pass at 1024 GPUs."""
+        _, accumulation, compute = _parts(size, 1024)
+        return 1e3 * compute / 3 / accumulation / costs(size).blocks
+
+    one = ddp(small, 1024)
+    step, gather = 1e3 * (one.compute + one.exposed), 1e3 * ring_delay(1024)
+    said = [
+        f"Up to 64 GPUs DDP keeps {least_ddp:.3f} or more where it fits, FSDP2 {least_fsdp2:.3f} or more.",
+        f"FSDP2 over 1024 GPUs in one ring is bound by delay, not by bytes: a gather takes {gather:.1f} ms, "
+        f"a block's forward pass {forward(small):.2f} ms (200M), {forward(middle):.2f} ms (1.3B) or "
+        f"{forward(large):.1f} ms (7B). DDP suits the first two there. Sharding within a node and copying "
+        "between nodes would take that delay away; it is not built.",
+        f"A 200M model on 1024 GPUs is {one.rows:g} row a GPU and {step:.1f} ms a step by DDP. What is left "
+        "out (launching kernels, the optimiser's own pass, the slowest rank) would be a large part of it.",
+        f"With one network card a node in place of eight, 64 GPUs reach {_one_card(small):.2f} (200M) and "
+        f"{_one_card(middle):.2f} (1.3B) under DDP.",
+        f"At 1024 GPUs a failure comes every {piece('failure_hours') / 1024:.0f} hours. A checkpoint an hour "
+        f"in place of one in ten minutes would cost the 7B model {_hourly(large):.1%} more.",
+    ]
+    return "\n".join(textwrap.fill(f"- {text}", 120, subsequent_indent="  ") for text in said)
+
+
+def _one_card(size: Size) -> float:
+    """DDP's efficiency on 64 GPUs where `bus_network` is an eighth."""
+    entry = PIECES["bus_network"]
+    PIECES["bus_network"] = entry | {"value": entry["value"] / NODE}
+    try:
+        return ddp(size, 64).efficiency
+    finally:
+        PIECES["bus_network"] = entry
+
+
+def _hourly(size: Size) -> float:
+    """Goodput lost on 1024 GPUs, sharded, by a checkpoint an hour."""
+    entry, often = PIECES["checkpoint_every"], checkpoint(size, 1024, True).goodput
+    PIECES["checkpoint_every"] = entry | {"value": 3600}
+    try:
+        return often - checkpoint(size, 1024, True).goodput
+    finally:
+        PIECES["checkpoint_every"] = entry
+
+
 TABLES = {
+    "measured": measured_table,
+    "findings": findings,
     "pieces": pieces_table,
     "sizes": sizes_table,
     "efficiency": efficiency_table,

@@ -1,6 +1,7 @@
 """docs/scaling.md: its tables are what docs/scaling.py makes, and the formulas behave as they must."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,36 @@ def scaling():
 def test_the_page_is_what_the_script_makes(scaling):
     page = (DOCS / "scaling.md").read_text(encoding="utf-8")
     assert scaling.filled(page) == page
+
+
+def test_what_the_page_says_is_what_the_tables_say(scaling):
+    """The findings beside the table they are read from: least efficiencies, and the step of the smallest."""
+    text, table = scaling.findings(), scaling.efficiency_table()
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    upto = [row for row in rows if int(row[1]) <= 64]
+    ddp = [row[7] for row in upto if "fit" not in row[7]]
+    fsdp2 = [row[9].removesuffix(" |") for row in upto]
+    assert f"DDP keeps {min(ddp)} or more where it fits, FSDP2 {min(fsdp2)} or more" in text.replace(
+        "\n  ", " "
+    )
+    (small,) = [row for row in rows if row[:2] == ["| 200M", "1024"]]
+    step = float(small[5]) + float(small[6])
+    told = float(re.search(r"([0-9.]+) ms a step", text.replace("\n  ", " ")).group(1))
+    assert told == pytest.approx(step, abs=0.6)
+
+
+def test_efficiency_of_what_was_measured(scaling):
+    """Like for like where it was measured; over all steps a slow one counts by its time."""
+    spec = importlib.util.spec_from_file_location("two_gpus", DOCS.parent / "tests/gpu/scaling.py")
+    two = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(two)
+    steady = {"tokens_per_second": 100.0, "tokens_per_second_each": [1.0, 100.0, 100.0]}
+    slow = {"tokens_per_second": 200.0, "tokens_per_second_each": [1.0, 200.0, 50.0]}
+    found = two.efficiency({"one": steady, "ddp": slow, "fsdp2": slow})
+    assert found["ddp"] == found["fsdp2"] == {"steady": 1.0, "all": pytest.approx(0.4)}
+    bf16 = {**steady, "tokens_per_second": 125.0}
+    found = two.efficiency({"one": steady, "one, residual in bf16": bf16, "ddp": slow, "fsdp2": slow})
+    assert found["fsdp2, like for like"]["steady"] == pytest.approx(0.8)
 
 
 def test_the_sizes_are_what_they_are_called(scaling):

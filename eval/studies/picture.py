@@ -19,7 +19,7 @@ MARKS = "os^Dv"  # models of more than the palette's colours
 
 
 def draw_states(jobs: list[Job], found: dict[str, dict[str, Any]], path: Path) -> bool:
-    """Draw the best learning rate's runs: mean and range over seeds; whether there are any."""
+    """Draw the reported runs: mean and range over seeds; whether there are any."""
     chosen = {key: runs for key, runs in groups(jobs, found).items() if "by_length" in runs[0]}
     tasks = sorted({task for task, _ in chosen})
     if not tasks:

@@ -34,7 +34,8 @@ EVALUATED_TOKENS = 16_384  # of one forward pass without gradients
 class Job:
     """One run, whole: what is written beside its result. `stages` are (length T, steps), one after the other;
     `tested` the lengths up to which accuracy is measured. options, examples: of the task, where they are not
-    its own; examples are the training rows of a finite set.
+    its own; examples are the training rows of a finite set. search: whether the run chooses settings; it is
+    in no table then.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Job:
     options: dict[str, float] = field(default_factory=dict)
     examples: int | None = None
     study: str = ""
+    search: bool = False
 
     @property
     def steps(self) -> int:
@@ -202,22 +204,17 @@ class Replica:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Accuracy on held-out rows. State tasks: by length, of one set as long as the longest, whose first
-        tokens are a set of the shorter length (`by_length`: all tokens; `last_half`: those of the second half
-        alone). Others: over all labels.
+        """Accuracy on two held-out sets: `selection`, at the training length, chooses settings; the rest is
+        reported. State tasks: by length, of one set as long as the longest, whose first tokens are a set of
+        the shorter length (`by_length`: all tokens; `last_half`: those of the second half alone).
         """
-        job, kind = self.job, SYNTHETIC_TASKS[self.job.task]
-        longest = max(job.tested)
-        state = kind.examples is None
-        count = HELDOUT_ROWS["causal" if state else "autoencoder"]
-        inputs, labels = task_rows(job.task_at(longest), job.seed, "validation", 0, count, self.device)
-        self.model.eval()
-        at_once = max(1, EVALUATED_TOKENS // longest)
-        chosen = torch.cat([self._forward(part).logits.argmax(-1) for part in inputs.split(at_once)])
-        self.model.train()
-        hits, asked = (chosen == labels).double(), (labels != IGNORED).double()
+        job = self.job
+        trained = max(length for length, _ in job.stages)
+        hits, asked = self._hits("validation", trained)
         facts: dict[str, Any] = {"losses": self.losses, "loss": self.losses[-1]}
-        if not state:
+        facts["selection"] = float(hits.sum() / asked.sum())
+        hits, asked = self._hits("test", max(job.tested))
+        if SYNTHETIC_TASKS[job.task].examples is not None:
             return {**facts, "accuracy": float(hits.sum() / asked.sum())}
 
         def share(begin: int, end: int) -> float:
@@ -225,10 +222,21 @@ class Replica:
 
         return {
             **facts,
-            "accuracy": share(0, max(length for length, _ in job.stages)),
+            "accuracy": share(0, trained),
             "by_length": {str(length): share(0, length) for length in job.tested},
             "last_half": {str(length): share(length // 2, length) for length in job.tested},
         }
+
+    def _hits(self, split: str, length: int) -> tuple[Tensor, Tensor]:
+        """Of the rows of a split, (rows, length) each: where the model is right, and where it is asked."""
+        state = SYNTHETIC_TASKS[self.job.task].examples is None
+        count = HELDOUT_ROWS["causal" if state else "autoencoder"]
+        inputs, labels = task_rows(self.job.task_at(length), self.job.seed, split, 0, count, self.device)
+        self.model.eval()
+        at_once = max(1, EVALUATED_TOKENS // length)
+        chosen = torch.cat([self._forward(part).logits.argmax(-1) for part in inputs.split(at_once)])
+        self.model.train()
+        return (chosen == labels).double(), (labels != IGNORED).double()
 
 
 def train_wave(jobs: list[Job], device: torch.device, deadline: float) -> list[dict[str, Any]]:

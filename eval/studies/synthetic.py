@@ -1,14 +1,14 @@
 """The study of the paper's synthetic claims: tasks against mixers, at equal parameters, over seeds.
 
-    python -m eval.studies.synthetic --study search --output runs/study --minutes 4 --processes 4
     python -m eval.studies.synthetic --study final --output runs/study --minutes 5 --processes 4
     python -m eval.studies.synthetic --study states --output runs/study --tasks s3 --models bd_lru-m4
 
-`states` and `mad` train each (task, model) once for every learning rate with the first seed; the other seeds
-train with the rate that was best for it. All models of a study have the parameters of the reference, within a
-few per mille. `final` is both. `search` trains bd_lru on s5 and on recall under many settings. Runs share the
-device: waves of them in each of some processes. When the minutes are over, no wave is begun and those under
-way are dropped; the same command goes on, and with `--minutes 0` writes the tables of what there is.
+`states` and `mad` train every (task, model) under the same settings, each learning rate with each weight
+decay, with the search's seeds. The setting that is best on held-out rows of the training length is then
+trained with other seeds and reported on other rows. All models of a study have the parameters of the
+reference, within a few per mille. `final` is both. Runs share the device: waves of them in each of some
+processes. When the minutes are over, no wave is begun and those under way are dropped; the same command goes
+on, and with `--minutes 0` writes the tables of what there is.
 
 Writes OUTPUT/results.jsonl (a line a run), OUTPUT/STUDY.json, OUTPUT/STUDY.md (the table) and, of state
 tasks, OUTPUT/STUDY.png.
@@ -32,7 +32,7 @@ from lrnn_lm.data import SYNTHETIC_TASKS
 from .contenders import MODELS, Fitting, contender
 from .picture import draw_states
 from .replicas import Job, train_wave
-from .tables import rank, search_table, table
+from .tables import choose, table
 
 TASKS = {
     "states": ["s5", "s4", "s3"],
@@ -54,7 +54,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
                                      description=(__doc__ or "").split("\n")[0])  # fmt: skip
     add = parser.add_argument
     add("--output", type=Path, required=True)
-    add("--study", choices=["search", "states", "mad", "final"], default="states")
+    add("--study", choices=["states", "mad", "final"], default="states")
     add("--tasks", help="instead of the study's, separated by commas")
     add("--models", default=",".join(MODELS), help="separated by commas")
     add("--gate", default="softmax", help="of bd_lru and h_lru")
@@ -69,9 +69,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     add("--steps", type=int, help="at the training length; default: 1800 for states, 4000 for mad")
     add("--rows", type=int, help="a step; default: 256 for states, 128 for mad")
-    add("--weight-decay", type=float, help="default: 0.1 for states, 0 for mad")
+    add("--weight-decays", help="each with each rate; default: 0.1 for states, 0 for mad")
     add("--lrs", default="1e-3,3e-3,1e-2")
-    add("--seeds", default="0,1,2")
+    add(
+        "--search-seeds",
+        default="100,101",
+        help="that rates and decays are chosen with, on rows of their own",
+    )
+    add("--seeds", default="0,1,2", help="that are reported")
     add("--minutes", type=float, default=5.0)
     add("--processes", type=int, default=0, help="0: in this one")
     add("--wave", type=int, default=12, help="runs side by side in a process")
@@ -81,7 +86,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def named(job: Job) -> Job:
     """`job` with a name that says what it is; equal settings give equal names."""
-    settings = asdict(replace(job, name="", seed=0, lr=0.0))
+    settings = asdict(replace(job, name="", seed=0, lr=0.0, search=False))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return replace(job, name=f"{job.study}-{job.task}-{job.model}-{digest}-lr{job.lr:g}-seed{job.seed}")
 
@@ -97,12 +102,11 @@ def base_job(study: str, task: str, options: argparse.Namespace) -> Job:
     else:
         steps = MEMORISATION_STEPS if task == "memorisation" else options.steps or 4000
         stages, tested = ((kind.length, steps),), (kind.length,)
-    decay = (0.1 if states else 0.0) if options.weight_decay is None else options.weight_decay
     return Job(
         name="", task=task, model="", mixer={}, seed=0, lr=0.0, stages=stages, tested=tested,
         rows=options.rows or (256 if states else 128), hidden=options.hidden,
         layers=options.layers or (1 if states else 2), intermediate=2 * options.hidden,
-        options={"start": 1} if states else {}, study=study, weight_decay=decay,
+        options={"start": 1} if states else {}, study=study,
     )  # fmt: skip
 
 
@@ -138,22 +142,36 @@ def gates(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def study_jobs(study: str, options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[Job]:
-    """The first seed at every rate, and the other seeds of those whose rates have all been tried."""
+    """Every setting with every seed of the search; the reported seeds of those whose search is done.
+
+    Raises:
+        ValueError: a seed that is in the search and is reported.
+    """
     tasks = options.tasks.split(",") if options.tasks else TASKS[study]
     if options.study == "final":
         tasks = [task for task in tasks if task in TASKS[study]]
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds, search_seeds = (
+        [int(s) for s in text.split(",")] for text in (options.seeds, options.search_seeds)
+    )
+    if both := sorted({*seeds} & {*search_seeds}):
+        raise ValueError(
+            f"seed {both[0]} is in --seeds and in --search-seeds: report seeds that chose nothing"
+        )
+    decays = options.weight_decays or ("0.1" if study == "states" else "0")
+    settings = list(product(map(float, options.lrs.split(",")), map(float, decays.split(","))))
     fit = _fitting(study, options)
     jobs = []
     each = [(task, change) for task in tasks for change in variants(task, options)]
     for (task, change), model in product(each, options.models.split(",")):
         job = fit(contender(varied(base_job(study, task, options), change), model, **gates(options)))
-        tried = [named(replace(job, lr=float(lr), seed=seeds[0])) for lr in options.lrs.split(",")]
+        tried = [
+            named(replace(job, lr=lr, weight_decay=decay, seed=seed, search=True))
+            for lr, decay in settings
+            for seed in search_seeds
+        ]
         jobs += tried
-        if all(one.name in found for one in tried):
-            best = max((found[one.name] for one in tried), key=rank)
-            if "error" not in best:
-                jobs += [named(replace(job, lr=best["lr"], seed=seed)) for seed in seeds[1:]]
+        if all(one.name in found for one in tried) and (best := choose([found[one.name] for one in tried])):
+            jobs += [named(replace(job, lr=best[0], weight_decay=best[1], seed=seed)) for seed in seeds]
     return jobs
 
 
@@ -172,59 +190,8 @@ def _fitting(study: str, options: argparse.Namespace) -> Fitting:
     return _fits[key]
 
 
-def search_jobs(options: argparse.Namespace) -> list[Job]:
-    """Settings of bd_lru, the likeliest first: s5 with blocks of five, two seeds; recall with blocks of four
-    and of one; then other sizes, depths and gates on s5. Widths are those of equal parameters.
-    """
-    base = base_job("search", "s5", options)
-    plain = ((TRAINED, 3000),)
-    short = ((6, 1200), (TRAINED, 1800))
-    steps = ((4, 800), (8, 600), (16, 400), (TRAINED, 1800))
-    jobs = [
-        _settings(base, 5, gate_std=std, weight_decay=decay, lr=lr, layers=1, stages=stages, seed=seed)
-        for std, decay, lr, stages, seed in product(
-            (1.0, 0.5), (0.1, 0.03, 0.0), (1e-2, 5e-3), (steps, short, plain), (0, 1)
-        )
-    ]
-    jobs += [
-        _settings(base, size, weight_decay=decay, layers=layers, stages=stages)
-        for size, layers in ((8, 1), (5, 2), (8, 2), (4, 1))
-        for decay, stages in product((0.1, 0.0), (steps, short))
-    ]
-    jobs += [
-        _settings(base, 5, gate=gate, weight_decay=decay, stages=steps)
-        for gate, decay in product(("silu", "identity", "tanh"), (0.1, 0.0))
-    ]
-    jobs[24:24] = _recall_jobs(options)
-    return [named(job) for job in jobs]
-
-
-def _settings(
-    base: Job, size: int, gate: str = "softmax", gate_std: float = 1.0, layers: int = 1, lr: float = 1e-2,
-    **changes: Any,
-) -> Job:  # fmt: skip
-    mixer = {"gate": gate, "gate_std": gate_std, "num_blocks": {4: 23, 5: 16, 8: 7}[size]}
-    return contender(replace(base, layers=layers, lr=lr, **changes), f"bd_lru-m{size}", **mixer)
-
-
-def _recall_jobs(options: argparse.Namespace) -> list[Job]:
-    """Blocks of four and of one at equal parameters, at two widths of the model."""
-    jobs = []
-    for hidden, (gate, std), lr, size in product(
-        (64, 128), (("softmax", 1.0), ("softmax", None), ("identity", 1.0)), (3e-3, 1e-3), (4, 1)
-    ):
-        chosen = argparse.Namespace(**{**vars(options), "hidden": hidden, "layers": 2})
-        base = replace(base_job("mad", "in_context_recall", chosen), stages=((128, 8000),), lr=lr)
-        mixer = {"gate": gate, **({"gate_std": std} if std else {})}
-        job = _fitting("mad", chosen)(contender(base, f"bd_lru-m{size}", **mixer))
-        jobs.append(replace(job, study="search"))
-    return jobs
-
-
 def jobs_now(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[Job]:
     """All runs that can be named by now, in the order in which they should be done."""
-    if options.study == "search":
-        return search_jobs(options)
     if options.study != "final":
         return study_jobs(options.study, options, found)
     return [job for study in TASKS for job in study_jobs(study, options, found)]
@@ -309,15 +276,14 @@ def main(given: list[str] | None = None) -> None:
     whole = work(options, time.monotonic() + 60 * options.minutes)
     found = results(options.output / "results.jsonl")
     jobs = jobs_now(options, found)
-    text = (search_table if options.study == "search" else table)(jobs, found)
+    text = table(jobs, found)
     settings = {key: str(value) for key, value in vars(options).items()}
     runs = [{key: value for key, value in found[job.name].items() if key != "losses"}
             for job in jobs if job.name in found]  # fmt: skip
     facts = {"command": sys.argv, "settings": settings, "complete": whole, "runs": runs}
     (options.output / f"{options.study}.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     (options.output / f"{options.study}.md").write_text(text, "utf-8")
-    if options.study != "search":
-        draw_states(jobs, found, options.output / f"{options.study}.png")
+    draw_states(jobs, found, options.output / f"{options.study}.png")
     print(text)
     print("complete" if whole else "the minutes are over; the same command goes on")
 

@@ -5,35 +5,62 @@ from typing import Any
 
 from .replicas import Job
 
-
-def rank(result: dict[str, Any]) -> tuple[float, float]:
-    """What the best learning rate has most of: held-out accuracy at the training length, then a low loss."""
-    return round(result.get("accuracy", -1.0), 3), -result.get("loss", float("inf"))
+Setting = tuple[float, float]  # learning rate, weight decay
 
 
-def groups(jobs: list[Job], found: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The runs of each (task, model) at its best learning rate, those of the first seed first."""
-    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def searched(runs: list[dict[str, Any]]) -> dict[Setting, tuple[float, float]]:
+    """Of each setting that ran with every seed: mean accuracy on the rows that choose, and mean loss."""
+    each: dict[Setting, list[dict[str, Any]]] = {}
+    for run in runs:
+        each.setdefault((run["lr"], run["weight_decay"]), []).append(run)
+    return {
+        setting: (statistics.fmean(r["selection"] for r in same), statistics.fmean(r["loss"] for r in same))
+        for setting, same in each.items()
+        if not any("error" in r for r in same)
+    }
+
+
+def choose(runs: list[dict[str, Any]]) -> Setting | None:
+    """The setting of the highest accuracy at the training length, to three digits, then of the lowest loss;
+    None if none ran. Never by what is reported: not by longer rows, not by the reported rows or seeds.
+    """
+    found = searched(runs)
+    return max(found, key=lambda s: (round(found[s][0], 3), -found[s][1])) if found else None
+
+
+Key = tuple[str, str]  # task with what is changed about it, model
+
+
+def groups(jobs: list[Job], found: dict[str, dict[str, Any]], search: bool = False) -> dict[Key, list[dict]]:
+    """The reported runs of each (task, model), or those of its search."""
+    made: dict[Key, list[dict[str, Any]]] = {}
     for job in jobs:
-        if job.name in found and "error" not in found[job.name]:
-            tried.setdefault((label(job), job.model), []).append(found[job.name])
-    chosen = {}
-    for key, runs in tried.items():
-        best = max((run for run in runs if run["seed"] == runs[0]["seed"]), key=rank)
-        chosen[key] = [run for run in runs if run["lr"] == best["lr"]]
-    return chosen
+        if job.search == search and "error" not in found.get(job.name, {"error": ""}):
+            made.setdefault((label(job), job.model), []).append(found[job.name])
+    return made
 
 
 def table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row a task and model at its best rate, mean and spread over seeds; what did not run."""
-    lines = ["| task | model | parameters | lr | seeds | accuracy | by length |", "|" + " --- |" * 7]
+    """Markdown: a row a task and model, mean and deviation over its seeds, the worst seed, and what every
+    setting of the search came to; what did not run."""
+    head = ["task", "model", "parameters", "lr, decay", "seeds", "accuracy", "worst", "by length", "search"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    tried = groups(jobs, found, search=True)
     for (task, model), runs in groups(jobs, found).items():
-        cells = [task, model, f"{runs[0]['parameters']:,}", f"{runs[0]['lr']:g}", str(len(runs))]
+        accuracies = [run["accuracy"] for run in runs]
         lengths = [
-            f"{length}: {statistics.fmean(r['by_length'][length] for r in runs):.3f}"
+            f"{length}: {spread([run['by_length'][length] for run in runs], 3)}"
             for length in runs[0].get("by_length", {})
         ]
-        cells += [spread([r["accuracy"] for r in runs]), "; ".join(lengths)]
+        settings = [
+            f"{lr:g}, {decay:g}: {accuracy:.3f}"
+            for (lr, decay), (accuracy, _) in searched(tried[task, model]).items()
+        ]
+        cells = [
+            task, model, f"{runs[0]['parameters']:,}", f"{runs[0]['lr']:g}, {runs[0]['weight_decay']:g}",
+            str(len(runs)), spread(accuracies), f"{min(accuracies):.4f}", "; ".join(lengths),
+            "; ".join(settings),
+        ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     failed = {f"{found[j.name]['model']}: {found[j.name]['error']}" for j in jobs
               if "error" in found.get(j.name, {})}  # fmt: skip
@@ -47,28 +74,7 @@ def label(job: Job) -> str:
     return f"{job.task} x {job.stages[-1][0]}" + (f" ({', '.join(changed)})" if changed else "")
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 4) -> str:
     """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{deviation}"
-
-
-def search_table(jobs: list[Job], found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row a setting, by task, the best at four times the training length (or on recall) first."""
-    lines = [
-        "| task | M | gate | std | width | layers | lr | decay | seed | stages | accuracy | by length |",
-        "|" + " --- |" * 12,
-    ]
-    done = [found[job.name] for job in jobs if job.name in found and "error" not in found[job.name]]
-
-    def merit(r: dict[str, Any]) -> tuple[str, int, float]:
-        return r["task"], r["mixer"]["block_size"], -r.get("by_length", {}).get("128", r["accuracy"])
-
-    for r in sorted(done, key=merit):
-        mixer, accuracy = r["mixer"], f"{r['accuracy']:.4f}"
-        stages = " ".join(f"{length}:{steps}" for length, steps in r["stages"])
-        lengths = "; ".join(f"{length}: {hits:.3f}" for length, hits in r.get("by_length", {}).items())
-        cells = [r["task"], mixer["block_size"], mixer["gate"], mixer.get("gate_std", ""), r["hidden"],
-                 r["layers"], r["lr"], r["weight_decay"], r["seed"], stages, accuracy, lengths]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"

@@ -15,6 +15,7 @@ Budget = Annotated[float | None, typer.Option(help="leave out what would end aft
 Width = Annotated[int | None, typer.Option(help="model width in place of the size's; the rest is scaled")]
 Layers = Annotated[int | None, typer.Option(help="layers of the reference in place of the size's")]
 Vocab = Annotated[int | None, typer.Option(help="vocabulary in place of the recipes'")]
+Processes = Annotated[int, typer.Option(help="measure so often, each time in a new process; medians")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
 
 
@@ -63,6 +64,11 @@ def train(
     fp8: Annotated[bool, typer.Option("--fp8", help="the blocks' products in fp8, through torchao")] = False,
     loss_chunk: Annotated[int | None, typer.Option(help="tokens whose logits exist at once")] = None,
     profile: Annotated[int, typer.Option(help="also list so many of a step's longest kernels")] = 0,
+    residual_in_fp32: Annotated[
+        bool | None,
+        typer.Option("--residual-in-fp32/--residual-in-bf16", help="between blocks; default: the recipes'"),
+    ] = None,
+    processes: Processes = 1,
     budget_seconds: Budget = None,
 ) -> None:
     """Time optimizer steps of whole models at equal parameters."""
@@ -72,6 +78,7 @@ def train(
         contenders=contenders or DEFAULT, lengths=lengths, tokens=tokens, sizes=sizes, width=width,
         layers=layers, vocab=vocab, precision=precision, compile=compile, steps=steps, warmup=warmup,
         checkpointing=checkpointing, fp8=fp8, loss_chunk=loss_chunk, profile=profile,
+        residual_in_fp32=residual_in_fp32, processes=processes,
         budget_seconds=budget_seconds,
     )  # fmt: skip
     run(settings, device, output)
@@ -95,6 +102,10 @@ def decode(
     vocab: Vocab = None,
     precision: Precision = "auto",
     tokens: Annotated[int, typer.Option(help="tokens that are timed")] = 64,
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="recurrent models read 1k tokens, however long the context")
+    ] = False,
+    processes: Processes = 1,
     budget_seconds: Budget = None,
 ) -> None:
     """Time prefill and decoding, a token at a time, beside the limit of the device's memory."""
@@ -102,7 +113,8 @@ def decode(
 
     settings = DecodeSettings(
         contenders=contenders or DEFAULT, batches=batches, contexts=contexts, modes=modes, size=size,
-        width=width, layers=layers, vocab=vocab, precision=precision, tokens=tokens,
+        width=width, layers=layers, vocab=vocab, precision=precision, tokens=tokens, emulate=emulate,
+        processes=processes,
         budget_seconds=budget_seconds,
     )  # fmt: skip
     run(settings, device, output)

@@ -10,7 +10,7 @@ from typing import Any
 from . import measure
 from .results import Row, read_results
 
-KEY = ("contender", "size", "what", "B", "T", "mode", "context")
+KEY = ("contender", "size", "what", "B", "T", "mode", "context", "emulated")
 # What is compared, in seconds: of each benchmark's rows, those that are there. Not the prefills of
 # `bench decode`: so short a pass is the host's, which varies by half.
 TIMES = ("step_seconds", "token_seconds", "forward", "backward")

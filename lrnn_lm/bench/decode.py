@@ -1,14 +1,14 @@
 """`lrnn bench decode`: prefill, and the time of a token at batch 1 and more, after short and long contexts.
 
 Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
-Each contender decodes as fast as it can here: recurrent models by `model/decode.py`'s step, attention by a
-static cache of the context's size; both replay a CUDA graph, and both with compiled blocks where asked. In
+Recurrent models decode by `model/decode.py`'s step, attention by a static cache of the context's size; both
+replay a CUDA graph (`captured`), and both with blocks compiled alike in the mode `compiled`. In
 the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`, of more than a few rows
 `kernels/fused_tiles.py`). The mode `generate` is the time of a token in `model.generate`, transformers' loop
 included, after a context that is really read.
 
-A recurrent state is the same size after any text, so a long context is emulated by the count of tokens that
-the cache has seen, after a real prefill of 1k; attention's keys and values are all there.
+The context is read, in segments. With `--emulate` a recurrent model reads 1k of it and the cache's count is
+set to the rest, as its state has the same size after any text; such a row says `emulated`.
 
 The limit is the time to read the weights that a token needs and the states (written too), or keys and values,
 at the rate of a device copy in the same run.
@@ -17,7 +17,7 @@ Legend: B rows, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -36,11 +36,12 @@ from ..model.decode import decode_step
 from . import measure
 from .contenders import PAPER_SIZE, Contender, Size, build_config, count, label_of, pick_contenders, pick_size
 from .pictures import draw_decoding
+from .processes import run_in_processes
 from .results import Budget, JsonLines, Row, median_and_spread, numbers, show, tabulate
 from .train import is_half, time_calls
 
-DEFAULT = "bd-m4,transformer,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
-PREFILL = 1024  # tokens that are really read before a recurrent model decodes
+DEFAULT = "bd-m4,transformer,transformer-same-shape,h-m16,mamba2,gated-deltanet,lstm,bd-m1,bd-m16"
+PREFILL = 1024  # tokens that are read where a context is emulated, and at most before `generate`
 SEGMENT = 2048
 LONGEST_ATTENTION = 65_536  # further, its prefill alone takes a benchmark's time
 PREFILLS, WARMUP = 3, 4  # timed prefills; tokens of `generate` that are not timed
@@ -51,8 +52,8 @@ MODES = ("graph", "compiled", "fused", "generate")
 class DecodeSettings:
     """What `lrnn bench decode` was asked for; with these it runs again.
 
-    contexts: tokens before the ones that are timed. modes: of `MODES`. tokens: how many are timed. The rest:
-    as in `bench train`.
+    contexts: tokens before the ones that are timed. modes: of `MODES`. tokens: how many are timed. emulate:
+    whether a recurrent model is only told of the context. The rest: as in `bench train`.
     """
 
     contenders: str = DEFAULT
@@ -65,6 +66,8 @@ class DecodeSettings:
     vocab: int | None = None
     precision: str = "auto"
     tokens: int = 64
+    emulate: bool = False
+    processes: int = 1
     budget_seconds: float | None = None
 
 
@@ -74,6 +77,10 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
     Raises:
         ValueError: settings that name nothing that there is.
     """
+    if settings.processes != 1:
+        about, rows = run_in_processes(run, settings, device, output, "token_seconds")
+        _show(rows, output, about)
+        return rows
     where = measure.pick_device(device)
     contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
     size = pick_size(settings.size, settings.width, settings.layers)
@@ -101,11 +108,15 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
                     row = shape | budget.run(work)
                     file.add(row)
                     print(f"  {_summary(row)}", flush=True)
-    _print(file.rows, output)
+    _show(file.rows, output, about)
+    return file.rows
+
+
+def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
+    _print(rows, output)
     if output is not None:
         print(f"written: {output}")
-        draw_decoding(file.rows, output.with_suffix(".png"), about)
-    return file.rows
+        draw_decoding(rows, output.with_suffix(".png"), about)
 
 
 @torch.no_grad()
@@ -134,19 +145,28 @@ def bench_one(
         raise ValueError(
             f"attention is timed up to {LONGEST_ATTENTION:,} tokens; here {state / 1e9:.1f} GB a row"
         )
-    length = min(PREFILL, context) if recurrent else context
-    if mode == "generate" and length < context:
+    if mode == "generate" and recurrent and context > PREFILL:
         raise ValueError(f"generate reads its prompt: contexts of up to {PREFILL:,} tokens are timed in it")
-    ids = torch.randint(config.vocab_size, (B, length), device=device)
+    length = min(PREFILL, context) if recurrent and settings.emulate else context
+    if length < context:
+        row["emulated"] = True
+    text = partial(_text, config.vocab_size, B, length, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    taken, _ = time_calls(partial(_prefill, model, ids, None), 1 + PREFILLS, device)
-    row["prefill_tokens"], row["prefill_seconds"] = length, median(taken[1:])
+    _prefill(model, _text(config.vocab_size, B, min(PREFILL, length), device), None)
+    times = PREFILLS if length <= SEGMENT else 1
+    taken, output = time_calls(lambda: _prefill(model, text(), None), times, device)
+    row["prefill_tokens"], row["prefill_seconds"] = length, median(taken)
     if mode == "generate":
-        taken = _generate_times(model, ids, settings.tokens)
+        taken = _generate_times(model, torch.cat(list(text()), dim=1), settings.tokens)
     else:
-        setup = _recurrent_token if recurrent else _attention_token
-        token = setup(model, ids, context, settings.tokens, mode)
+        if recurrent:
+            token, captured = _recurrent_token(model, output, context, mode)
+        else:
+            del output  # keys and values of the whole context
+            token, captured = _attention_token(model, text(), context + settings.tokens, mode)
+        if device.type == "cuda":
+            row["captured"] = captured
         for _ in range(2):
             token()
         taken, _ = time_calls(token, settings.tokens, device)
@@ -161,26 +181,34 @@ def bench_one(
     return row
 
 
-def _prefill(model: LRNNForCausalLM, ids: Tensor, cache: Any) -> Any:
-    return prefill(model, ids, SEGMENT, cache)
+def _text(vocab_size: int, B: int, length: int, device: torch.device) -> Iterator[Tensor]:
+    """Random tokens as pieces (B, up to SEGMENT), always the same ones; never held as a whole."""
+    generator = torch.Generator(device).manual_seed(0)
+    for begin in range(0, length, SEGMENT):
+        shape = (B, min(SEGMENT, length - begin))
+        yield torch.randint(vocab_size, shape, device=device, generator=generator)
+
+
+def _prefill(model: LRNNForCausalLM, text: Iterator[Tensor], cache: Any) -> Any:
+    return prefill(model, text, SEGMENT, cache)
 
 
 def _recurrent_token(
-    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, mode: str
-) -> Callable[[], Any]:
-    """A step of `model/decode.py`, after `context` tokens by the cache's count."""
-    output = _prefill(model, ids, None)
-    cache = output.past_key_values
+    model: LRNNForCausalLM, output: Any, context: int, mode: str
+) -> tuple[Callable[[], Any], bool]:
+    """A step of `model/decode.py` after a prefill's output, `context` tokens by the cache's count; whether it
+    is a CUDA graph."""
+    cache, on_gpu = output.past_key_values, output.logits.is_cuda
     for layer in cache.layers:
-        layer.seen_tokens = context
-    compile_config = CompileConfig(options=_INDUCTOR) if mode == "compiled" and ids.is_cuda else None
+        layer.seen_tokens = context  # more than were read where the context is emulated
+    compile_config = CompileConfig(options=_INDUCTOR) if mode == "compiled" and on_gpu else None
     step = decode_step(model, cache, compile_config, fused=mode == "fused")
     newest = output.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
 
     def token() -> Tensor:
         return newest.copy_(step(model, newest, cache)[:, -1].argmax(dim=-1, keepdim=True))
 
-    return token
+    return token, on_gpu
 
 
 # Products of one row become sums that fuse with what is around them.
@@ -188,22 +216,23 @@ _INDUCTOR = {"coordinate_descent_tuning": True}
 
 
 def _attention_token(
-    model: LRNNForCausalLM, ids: Tensor, context: int, tokens: int, mode: str
-) -> Callable[[], Any]:
-    """A forward pass on a static cache, as one CUDA graph."""
-    cache = StaticCache(config=model.config, max_cache_len=context + tokens + 8)
-    newest = _prefill(model, ids, cache).logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
+    model: LRNNForCausalLM, text: Iterator[Tensor], longest: int, mode: str
+) -> tuple[Callable[[], Any], bool]:
+    """A forward pass on a static cache for `longest` tokens, after the text; whether it is a CUDA graph."""
     if mode == "fused":
         raise ValueError("attention has no fused step")
-    if mode == "compiled" and ids.is_cuda:
+    cache = StaticCache(config=model.config, max_cache_len=longest + 8)
+    newest = _prefill(model, text, cache).logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
+    if mode == "compiled" and newest.is_cuda:
         for block in model.model.layers:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=_INDUCTOR)
 
     def token() -> Tensor:
         logits = model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return newest.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
 
-    return (measure._captured(token) or token) if ids.is_cuda else token
+    replay = measure.captured(token) if newest.is_cuda else None
+    return replay or token, replay is not None
 
 
 class _Clock(BaseStreamer):
@@ -249,9 +278,15 @@ def _summary(row: Row) -> str:
     )
 
 
+def _note(row: Row) -> str:
+    """What a time must not be read without."""
+    notes = ["context emulated"] if row.get("emulated") else []
+    return ", ".join(notes + ([] if row.get("captured", True) else ["no CUDA graph"]))
+
+
 def _print(rows: list[Row], output: Path | None) -> None:
-    columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "tokens/s",
-               "limit ms", "of the limit", "note"]  # fmt: skip
+    columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "processes",
+               "tokens/s", "limit ms", "of the limit", "note"]  # fmt: skip
     cells = [
         [
             row["contender"],
@@ -262,10 +297,11 @@ def _print(rows: list[Row], output: Path | None) -> None:
             show(row.get("prefill_seconds"), ".1f", 1e3),
             show(row.get("token_seconds"), ".3f", 1e3),
             show(row.get("spread"), ".1%"),
+            show(row.get("processes")),
             show(row.get("tokens_per_second")),
             show(row.get("limit_seconds"), ".3f", 1e3),
             show(row.get("share_of_limit"), ".2f"),
-            row.get("reason", "")[:36],
+            row.get("reason", _note(row))[:60],
         ]
         for row in rows
     ]

@@ -6,7 +6,9 @@ a device copy (bytes read plus bytes written) and of a large bf16 matrix product
 
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +46,24 @@ def describe(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
         }
-    return {**about, "platform": platform.machine()}
+    return {**about, "platform": platform.machine(), **_commit()}
+
+
+def _commit() -> dict[str, str]:
+    """{"commit": of this code, with `+` where it was changed since}; nothing outside a git checkout."""
+    if (git := shutil.which("git")) is None:
+        return {}
+    ask = [
+        git,
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--dirty=+",
+    ]
+    told = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return {"commit": told.stdout.strip()} if told.returncode == 0 else {}
 
 
 def cpu_seconds(contenders: Sequence[Work], repeats: int = 7) -> list[float]:
@@ -66,7 +85,7 @@ def gpu_seconds(work: Work, repeats: int = 30, graph: bool = True) -> float:
     With `graph` the call is captured once and replayed, so that launching from Python costs nothing; what
     cannot be captured is timed as it is launched.
     """
-    replay = _captured(work) if graph else None
+    replay = captured(work) if graph else None
     call = replay or work
     for _ in range(3):
         call()
@@ -79,7 +98,8 @@ def gpu_seconds(work: Work, repeats: int = 30, graph: bool = True) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in pairs) / 1e3
 
 
-def _captured(work: Work) -> Work | None:
+def captured(work: Work) -> Work | None:
+    """The call as a CUDA graph to replay; None where it synchronises or allocates outside the pool."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -91,7 +111,7 @@ def _captured(work: Work) -> Work | None:
     try:
         with torch.cuda.graph(graph, stream=stream):
             kept = work()
-    except RuntimeError:  # synchronises, or allocates outside the pool
+    except RuntimeError:
         torch.cuda.synchronize()
         return None
 

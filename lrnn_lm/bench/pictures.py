@@ -14,7 +14,7 @@ def draw_training(rows: list[Row], path: Path, about: dict[str, Any]) -> None:
 
 
 def draw_decoding(rows: list[Row], path: Path, about: dict[str, Any]) -> None:
-    """Milliseconds a token against the context."""
+    """Milliseconds a token against the context; hollow marks are emulated contexts."""
     done = [row for row in rows if "reason" not in row]
     _draw(done, path, about, "context", "tokens before", [("token_seconds", "ms a token", 1e-3)])
 
@@ -39,9 +39,13 @@ def _draw(
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for ax, (key, label, unit) in zip(axes[0], panels, strict=True):
         for name in dict.fromkeys(_line(row) for row in rows):
-            points = sorted((row[x], row[key] / unit) for row in rows if _line(row) == name and key in row)
-            if points:
-                ax.plot(*zip(*points, strict=True), marker="o", label=name)
+            line = sorted((r for r in rows if _line(r) == name and key in r), key=lambda row: row[x])
+            if line:
+                points = [(row[x], row[key] / unit) for row in line]
+                (drawn,) = ax.plot(*zip(*points, strict=True), label=name)
+                for point, row in zip(points, line, strict=True):
+                    face = "white" if row.get("emulated") else drawn.get_color()
+                    ax.plot(*point, marker="o", color=drawn.get_color(), markerfacecolor=face)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -51,7 +55,9 @@ def _draw(
         ax.set_ylabel(label)
         ax.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(about["device"])
+    emulated = any(row.get("emulated") for row in rows)
+    told = "; hollow: context emulated, 1,024 tokens read" if emulated else ""
+    figure.suptitle(about["device"] + told, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -59,8 +65,8 @@ def _draw(
 
 
 def _line(row: Row) -> str:
-    """What a line is of: the contender, with its size, batch or mode where there may be several."""
-    name = row["contender"]
+    """What a line is of: the contender and its depth, and its size, batch or mode."""
+    name = f"{row['contender']}, {row['layers']} layers"
     if "mode" in row:
         return f"{name}, {row['mode']}, batch {row['B']}"
     return f"{name}, {row['size']}, {row['B'] * row['T']:,} tokens"

@@ -78,15 +78,20 @@ class Budget:
         return row
 
 
+def check_output(path: Path | None) -> None:
+    """ValueError for a file of rows whose name is the table's or the picture's."""
+    if path is not None and path.suffix in (".md", ".png"):
+        raise ValueError(f"{path}: the table and the picture go there; name the rows' file .jsonl")
+
+
 class JsonLines:
     """A file of JSON lines, each on disk as soon as it is known; the first says what was measured where."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
         self._path = path
         self.rows: list[Row] = []
+        check_output(path)
         if path is not None:
-            if path.suffix in (".md", ".png"):
-                raise ValueError(f"{path}: the table and the picture go there; name the rows' file .jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"about": about}) + "\n", encoding="utf-8")
 

@@ -38,10 +38,14 @@ from .contenders import (
 )
 from .peers import associative_backend
 from .pictures import draw_training
+from .processes import run_in_processes
 from .profile import kernel_times
 from .results import Budget, JsonLines, Row, failures, median_and_spread, numbers, show, tabulate
 
-DEFAULT = "bd-m4,transformer,mamba2,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,bd-m16,h-m16,lstm"
+DEFAULT = (
+    "bd-m4,transformer,transformer-same-shape,mamba2,mamba2-aligned,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,"
+    "bd-m16,h-m16,lstm"
+)
 OPTIMIZER_BYTES = 28 + 4  # a parameter: AdamW reads w, g, m, v and writes w, m, v; the backward pass wrote g
 
 
@@ -51,6 +55,8 @@ class TrainSettings:
 
     tokens, lengths, sizes: counts and names separated by commas. tokens: B T of a step. width, layers, vocab:
     in place of the sizes' and recipes' own. steps: timed, after `warmup` that compile and fill the caches.
+    residual_in_fp32: of the stream between blocks; None for the recipes' own. processes: how often all of it
+    is measured, each time in a process of its own.
     """
 
     contenders: str = DEFAULT
@@ -68,6 +74,8 @@ class TrainSettings:
     fp8: bool = False
     loss_chunk: int | None = None
     profile: int = 0
+    residual_in_fp32: bool | None = None
+    processes: int = 1
     budget_seconds: float | None = None
 
 
@@ -130,6 +138,10 @@ def run(
     Raises:
         ValueError: settings that name nothing that there is.
     """
+    if settings.processes != 1:
+        about, rows = run_in_processes(run, settings, device, output, "step_seconds")
+        _show(rows, output, about)
+        return rows
     where = measure.pick_device(device)
     contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
     sizes = {}
@@ -164,11 +176,15 @@ def run(
                         row = {**shape, "compiled": False, **budget.run(work)}
                     file.add(row)
                     print(f"  {_summary(row)}", flush=True)
-    _print(file.rows, output)
+    _show(file.rows, output, about)
+    return file.rows
+
+
+def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
+    _print(rows, output)
     if output is not None:
         print(f"written: {output}")
-        draw_training(file.rows, output.with_suffix(".png"), about)
-    return file.rows
+        draw_training(rows, output.with_suffix(".png"), about)
 
 
 def bench_one(
@@ -184,6 +200,8 @@ def bench_one(
     config = build_config(contender, size, settings.vocab, T)
     if settings.loss_chunk is not None:
         config.loss_chunk = settings.loss_chunk
+    if settings.residual_in_fp32 is not None:
+        config.residual_in_fp32 = settings.residual_in_fp32
     row: Row = {"parameters": count(config), "layers": config.num_hidden_layers}
     row["intermediate_size"], row["residual_in_fp32"] = config.intermediate_size, config.residual_in_fp32
     with associative_backend(contender.backend):
@@ -305,14 +323,14 @@ def _summary(row: Row) -> str:
 
 
 def _print(rows: list[Row], output: Path | None) -> None:
-    columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "host ms", "spread", "tokens/s",
-               "MFU", "least bytes/copy", "peak GB", "note"]  # fmt: skip
+    columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "host ms", "spread", "processes",
+               "tokens/s", "MFU", "least bytes/copy", "peak GB", "note"]  # fmt: skip
     cells = [
         [
             row["contender"], row["size"], show(row.get("parameters")), show(row.get("layers")),
             str(row["B"]), str(row["T"]), show(row.get("step_seconds"), ".1f", 1e3),
             show(row.get("host_seconds"), ".1f", 1e3), show(row.get("spread"), ".1%"),
-            show(row.get("tokens_per_second")), show(row.get("mfu"), ".3f"),
+            show(row.get("processes")), show(row.get("tokens_per_second")), show(row.get("mfu"), ".3f"),
             show(row.get("bandwidth_share"), ".2f"), show(row.get("peak_memory_bytes"), ".1f", 1e-9),
             row.get("reason", "" if row.get("compiled", True) else "not compiled")[:60],
         ]

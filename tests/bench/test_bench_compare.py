@@ -1,6 +1,7 @@
 """`lrnn bench --compare`: what is slower is said, with exit code 1; what cannot be compared, with 2."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_run_again(tmp_path, capsys):
     train.run(settings, "cpu", tmp_path / "old.jsonl")
     assert bench("--compare", tmp_path / "old.jsonl", "--device", "cpu", "--tolerance", "9") == 0
     assert "bd-m4, 32x1, 4, 16" in capsys.readouterr().out
+
+
+def test_a_file_names_its_commit():
+    """Of the code that made it, where git knows; two files of one table may be of two commits."""
+    told = measure.describe(torch.device("cpu")).get("commit", "")
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    known = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    assert told.rstrip("+") == known
 
 
 def test_mistakes_are_told(tmp_path, capsys):

@@ -1,9 +1,11 @@
 """`lrnn bench decode` on a CPU: rows, what they count, what cannot be measured."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from lrnn_lm.bench import decode, results
+from lrnn_lm.bench import compare, decode, results
 from lrnn_lm.bench.contenders import CONTENDERS, build_config, pick_size
 from lrnn_lm.bench.decode import DecodeSettings
 
@@ -20,7 +22,7 @@ def _one_thread():
 
 def test_rows_and_files(tmp_path, capsys):
     settings = DecodeSettings(
-        "bd-m4,transformer", batches="1,3", contexts="16,1M", modes="graph,generate", **TINY
+        "bd-m4,transformer", batches="1,3", contexts="16,1M", modes="graph,generate", emulate=True, **TINY
     )
     rows = decode.run(settings, "cpu", tmp_path / "rows.jsonl")
     about, stored = results.read_results(tmp_path / "rows.jsonl")
@@ -37,9 +39,45 @@ def test_rows_and_files(tmp_path, capsys):
         assert row["token_seconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(row["B"] / row["token_seconds"])
         assert row["prefill_tokens"] == (16 if row["context"] == 16 else decode.PREFILL)
+        assert row.get("emulated", False) == (row["context"] > 16)
+    assert (tmp_path / "rows.md").read_text().count("context emulated") == 2
     assert (tmp_path / "rows.png").stat().st_size > 1000
     assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "ms a token" in capsys.readouterr().out
+
+
+def test_a_context_is_read_unless_it_is_emulated(monkeypatch):
+    """Every token of it goes through the model before one is timed, and nothing says `emulated`."""
+    seen = []
+    step = decode.decode_step
+
+    def look(model, cache, *rest, **options):
+        seen.append([state.clone() for layer in cache.layers for state in layer.recurrent_states.values()])
+        return step(model, cache, *rest, **options)
+
+    monkeypatch.setattr(decode, "decode_step", look)
+    counted = []
+    forward = decode.LRNNForCausalLM.forward
+
+    def count_tokens(self, input_ids, **more):
+        counted.append(input_ids.shape[1])
+        return forward(self, input_ids, **more)
+
+    monkeypatch.setattr(decode.LRNNForCausalLM, "forward", count_tokens)
+    settings = DecodeSettings("bd-m4", batches="1", contexts="5000", modes="graph", **TINY)
+    (row,) = decode.run(settings, "cpu")
+    assert (row["prefill_tokens"], "emulated" in row) == (5000, False)
+    assert sum(counted) >= decode.PREFILL + 5000
+    (told,) = decode.run(dataclasses.replace(settings, emulate=True), "cpu")
+    assert (told["prefill_tokens"], told["emulated"]) == (decode.PREFILL, True)
+    # The state after 5,000 tokens is another than after 1,024 of the same text.
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_two_ways_to_come_to_a_context_are_not_compared(tmp_path):
+    rows = [{"contender": "bd-m4", "B": 1, "mode": "graph", "context": 4096, "token_seconds": 1.0}]
+    assert compare.judge(rows, rows, 0.05) == []
+    assert "it is not there" in compare.judge(rows, [{**rows[0], "emulated": True}], 0.05)[0]
 
 
 def test_the_papers_formulation_has_no_step_of_its_own(tmp_path):
@@ -72,7 +110,7 @@ def test_least_bytes_by_hand():
 @torch.no_grad()
 def test_a_token_is_the_models_next_token():
     """Both ways to decode give what `generate` gives."""
-    for name, setup in (("bd-m4", decode._recurrent_token), ("transformer", decode._attention_token)):
+    for name in ("bd-m4", "transformer"):
         torch.manual_seed(0)
         config = build_config(CONTENDERS[name], pick_size("212M", 32, 2), 61, 16)
         config.initializer_range = 0.5
@@ -81,5 +119,8 @@ def test_a_token_is_the_models_next_token():
         want = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[
             :, 8:
         ]
-        token = setup(model, ids, 7, 4, False)
+        if name == "bd-m4":
+            token, _ = decode._recurrent_token(model, decode._prefill(model, [ids], None), 7, "graph")
+        else:
+            token, _ = decode._attention_token(model, [ids], 7 + 4, "graph")
         assert torch.equal(torch.cat([token().clone() for _ in range(4)], dim=1), want), name

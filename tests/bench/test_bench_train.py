@@ -1,5 +1,6 @@
 """`lrnn bench train` on a CPU: equal models, honest rows, failures and budgets that are told."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from lrnn_lm.bench import peers, results, train
 from lrnn_lm.bench.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
+from lrnn_lm.bench.processes import median_rows
 from lrnn_lm.bench.profile import kind_of
 from lrnn_lm.bench.train import TrainingStep, TrainSettings
 from lrnn_lm.kernels import block_diagonal_scan, higher_order_scan
@@ -15,7 +17,8 @@ from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 
 TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": "64", "lengths": "16,32", "steps": 2, "warmup": 0}
-LOCAL = [name for name, c in CONTENDERS.items() if name != "gated-deltanet"]  # fla may not be installed
+# fla may not be installed; the Transformer of the reference's depth and width has fewer parameters
+LOCAL = [name for name in CONTENDERS if name not in ("gated-deltanet", "transformer-same-shape")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,67 @@ def test_the_papers_sizes_are_the_recipes():
         config = build_config(CONTENDERS[name], SIZES["212M"], None, 2048)
         assert count(config) == load_recipe(CONTENDERS[name].recipe).model.parameters
     assert build_config(CONTENDERS["transformer"], SIZES["212M"], None, 2048).num_hidden_layers == 19
+
+
+@pytest.mark.parametrize("size", ["50M", "212M", "1.3B"])
+def test_a_transformer_of_equal_depth_and_width(size):
+    """Beside the one of equal parameters, which is deeper; at the paper's size it is the recipe's."""
+    same, reference = (
+        build_config(CONTENDERS[name], SIZES[size], None, 2048)
+        for name in ("transformer-same-shape", "bd-m4")
+    )
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+        assert getattr(same, key) == getattr(reference, key), key
+    assert count(same) < count(reference)
+    if size == "212M":
+        assert count(same) == load_recipe("recipes/paper/transformer.yaml").model.parameters
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_aligned_mamba2_has_channels_that_its_kernels_like(size):
+    config = build_config(CONTENDERS["mamba2-aligned"], SIZES[size], None, 2048)
+    inner, state = config.hidden_size * config.mixer["expand"], config.mixer["state_size"]
+    assert (inner + 2 * state) % 8 == 0
+    if size == "212M":
+        assert (2 * inner + 2 * state + inner // config.mixer["head_dim"]) % 8 == 0
+        assert config.num_hidden_layers == 13
+
+
+def test_the_residual_streams_dtype_is_a_setting(tmp_path):
+    """It is in the rows and in the file's settings, so that `--compare` repeats it."""
+    for wanted, told in ((None, True), (True, True), (False, False)):
+        settings = TrainSettings("bd-m4", compile=False, residual_in_fp32=wanted, **TINY | {"lengths": "16"})
+        (row,) = train.run(settings, "cpu", tmp_path / "rows.jsonl")
+        assert row["residual_in_fp32"] is told
+        about, _ = results.read_results(tmp_path / "rows.jsonl")
+        assert TrainSettings(**about["settings"]) == settings
+
+
+def test_several_processes(tmp_path):
+    """A row is the median process's, with the times of all; the file says so and runs again."""
+    settings = TrainSettings("bd-m4,lstm", compile=False, processes=2, **TINY | {"lengths": "16"})
+    rows = train.run(settings, "cpu", tmp_path / "rows.jsonl")
+    assert [row["contender"] for row in rows] == ["bd-m4", "lstm"]
+    for row in rows:
+        assert row["processes"] == len(row["step_seconds_each"]) == 2
+        assert row["step_seconds"] == min(row["step_seconds_each"])
+    about, stored = results.read_results(tmp_path / "rows.jsonl")
+    assert stored == rows
+    assert TrainSettings(**about["settings"]) == settings
+    with pytest.raises(ValueError, match="--processes must be at least 1, not 0"):
+        train.run(dataclasses.replace(settings, processes=0), "cpu")
+
+
+def test_medians_of_processes():
+    skipped = {"reason": "skipped"}
+    runs = [
+        [{"contender": "a", "step_seconds": t, "loss": t}, {"contender": "b", "reason": "no"}, third]
+        for t, third in ((3.0, {"step_seconds": 9.0}), (1.0, skipped), (2.0, skipped))
+    ]
+    a, b, c = median_rows(runs, "step_seconds")
+    assert (a["step_seconds"], a["loss"], a["step_seconds_each"]) == (2.0, 2.0, [3.0, 1.0, 2.0])
+    assert b == {"contender": "b", "reason": "no"}
+    assert (c["step_seconds"], c["processes"]) == (9.0, 1)
 
 
 def test_a_recipe_is_taken_as_it_stands():

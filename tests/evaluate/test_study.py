@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.studies import contenders, synthetic, tables
+from eval.studies import contenders, replicas, synthetic, tables
 from eval.studies.replicas import Job, Replica, rates, train_wave, tune_nothing
 from eval.studies.rows import TrainingRows, mix, task_rows
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
@@ -152,32 +152,112 @@ def options(folder, *more):
 
 def test_study_goes_on_where_it_stopped(tmp_path, capsys):
     given = options(
-        tmp_path, "--tasks", "s3", "--models", "bd_lru-m4,attention", "--lrs", "1e-3,1e-2", "--seeds", "0,1"
+        tmp_path,
+        "--tasks",
+        "s3",
+        "--models",
+        "bd_lru-m4,attention",
+        "--lrs",
+        "1e-3,1e-2",
+        "--seeds",
+        "0,1,2",
+        "--search-seeds",
+        "7,8",
+        "--weight-decays",
+        "0.1",
     )
     synthetic.main([*given, "--minutes", "0"])
     assert not (tmp_path / "results.jsonl").exists()
     assert "the same command goes on" in capsys.readouterr().out
     synthetic.main(given)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * (2 + 1)  # both rates, and the other seed at the better one
-    assert len({line["name"] for line in lines}) == 6
-    best = {line["model"]: line["lr"] for line in lines if line["seed"] == 1}
-    for model, lr in best.items():
-        tried = [line for line in lines if line["model"] == model and line["seed"] == 0]
-        assert max(tried, key=tables.rank)["lr"] == lr
+    assert len(lines) == 2 * (
+        2 * 2 + 3
+    )  # both rates with both seeds of the search, three seeds at the better
+    assert len({line["name"] for line in lines}) == 14
+    for model in ("bd_lru-m4", "attention"):
+        tried = [line for line in lines if line["model"] == model and line["search"]]
+        reported = [line for line in lines if line["model"] == model and not line["search"]]
+        assert {line["seed"] for line in tried} == {7, 8}
+        assert [line["seed"] for line in reported] == [0, 1, 2]
+        assert {(line["lr"], line["weight_decay"]) for line in reported} == {tables.choose(tried)}
     kept = (tmp_path / "results.jsonl").read_bytes()
     synthetic.main(given)
     assert (tmp_path / "results.jsonl").read_bytes() == kept
     facts = json.loads((tmp_path / "states.json").read_text())
     assert facts["complete"]
     assert (tmp_path / "states.png").stat().st_size > 10_000
-    assert "| s3 x 32 (start 1) | attention |" in (tmp_path / "states.md").read_text()
+    (row,) = [line for line in (tmp_path / "states.md").read_text().splitlines() if "attention" in line]
+    assert row.startswith("| s3 x 32 (start 1) | attention |")
+    accuracies = [line["accuracy"] for line in lines if line["model"] == "attention" and not line["search"]]
+    assert tables.spread(accuracies) in row
+    assert row.count("±") == 1 + len(synthetic.TESTED)  # the accuracy's and every length's deviation
+    assert "0.001, 0.1: " in row
+    assert "0.01, 0.1: " in row
 
 
-def test_every_setting_of_the_search_is_a_run_of_its_own(tmp_path):
-    jobs = synthetic.search_jobs(synthetic.arguments(options(tmp_path, "--study", "search")))
+def run(lr, selection, seed=100, **more):
+    """A run of a search as its line has it."""
+    return {"lr": lr, "weight_decay": 0.0, "seed": seed, "selection": selection, "loss": 1.0, **more}
+
+
+def test_settings_are_chosen_by_the_searchs_rows_alone():
+    """Not by the reported rows, nor by longer ones; over all seeds; then by the loss."""
+    better_reported = {"accuracy": 1.0, "by_length": {"32": 1.0, "512": 1.0}}
+    worse = {"accuracy": 0.1, "by_length": {"32": 0.1, "512": 0.0}}
+    assert tables.choose([run(1, 0.9, **worse), run(2, 0.8, **better_reported)]) == (1, 0.0)
+    lucky = [run(1, 1.0), run(1, 0.2, 101), run(2, 0.7), run(2, 0.7, 101)]
+    assert tables.choose(lucky) == (2, 0.0)
+    assert tables.choose([run(1, 0.50004), run(2, 0.5, loss=0.5)]) == (2, 0.0)
+    assert tables.choose([run(1, 0.9), {**run(1, 0.0, 101), "error": "no"}, run(2, 0.1)]) == (2, 0.0)
+    assert tables.choose([{**run(1, 0.9), "error": "no"}]) is None
+
+
+def test_every_model_has_the_same_search(tmp_path):
+    given = options(tmp_path, "--models", ",".join(contenders.MODELS), "--tasks", "s5,s3",
+                    "--lrs", "1e-3,1e-2", "--weight-decays", "0.1,0")  # fmt: skip
+    jobs = synthetic.study_jobs("states", synthetic.arguments(given), {})
     assert len({one.name for one in jobs}) == len(jobs)
-    assert {one.task for one in jobs} == {"s5", "in_context_recall"}
+    assert all(one.search for one in jobs)
+    each = {}
+    for one in jobs:
+        setting = (one.lr, one.weight_decay, one.seed, one.stages, one.rows)
+        each.setdefault((one.task, one.model), []).append(setting)
+    assert len(each) == 2 * len(contenders.MODELS)
+    for task in ("s5", "s3"):
+        searches = [settings for (name, _), settings in each.items() if name == task]
+        assert all(settings == searches[0] for settings in searches)
+        assert len(searches[0]) == 2 * 2 * 2
+
+
+def test_a_seed_that_chose_is_not_reported(tmp_path):
+    given = options(tmp_path, "--seeds", "0,1,2", "--search-seeds", "5,1")
+    with pytest.raises(ValueError, match="seed 1 is in --seeds and in --search-seeds"):
+        synthetic.study_jobs("states", synthetic.arguments(given), {})
+
+
+@pytest.mark.parametrize("task", ["s3", "in_context_recall"])
+def test_what_is_reported_is_measured_on_rows_of_its_own(task, monkeypatch):
+    """Neither the training rows nor those that choose; these are as long as rows in training are."""
+    read = []
+
+    def look(task, seed, split, first, count, device):
+        read.append((split, task.length))
+        return task_rows(task, seed, split, first, count, device)
+
+    lengths = ((6, 12), (6, 12, 48)) if task == "s3" else ((128,), (128,))
+    one = job(task=task, stages=tuple((length, 1) for length in lengths[0]), tested=lengths[1],
+              options={"start": 1} if task == "s3" else {})  # fmt: skip
+    replica = Replica(one, CPU)
+    replica.losses = [0.0]
+    monkeypatch.setattr(replicas, "task_rows", look)
+    found = replica.measure()
+    assert read == [("validation", lengths[0][-1]), ("test", lengths[1][-1])]
+    assert found["selection"] != found["accuracy"]
+    sets = [task_rows(one.task_at(12 if task == "s3" else 128), 0, split, 0, 64, CPU)[0]
+            for split in ("train", "validation", "test")]  # fmt: skip
+    rows = torch.cat(sets)
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 def test_stages_are_read_from_the_command_line(tmp_path):
@@ -192,7 +272,7 @@ def test_stages_are_read_from_the_command_line(tmp_path):
 
 def test_the_published_difficulties(tmp_path):
     given = options(tmp_path, "--study", "mad", "--tasks", "memorisation,selective_copying", "--sweep",
-                    "--models", "bd_lru-m2", "--lrs", "1e-3")  # fmt: skip
+                    "--models", "bd_lru-m2", "--lrs", "1e-3", "--search-seeds", "9")  # fmt: skip
     jobs = synthetic.study_jobs("mad", synthetic.arguments(given), {})
     labels = [tables.label(one) for one in jobs]
     assert len(set(labels)) == len(labels) == (1 + 5) + (1 + 3 + 2 + 4 + 3)

@@ -1,6 +1,6 @@
 """Microseconds of a fused decoding step's kernels at 212M, each kind in a chain of 48.
 
-    python tests/gpu/decoding_kernels.py [--sequences 64,16]
+    python tests/gpu/decoding_kernels.py docs/results/decoding-kernels-h100.json [--sequences 64,16]
 
 A chain is one CUDA graph over so many sets of weights that the L2 holds none of them for long, as in a step.
 Beside them cuBLAS's products of the same sizes, which leave out norms, gates, states and residuals.
@@ -9,11 +9,14 @@ Beside them cuBLAS's products of the same sizes, which leave out norms, gates, s
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lrnn_lm.bench.measure import describe, write_json
 from lrnn_lm.bench.train import time_calls
 from lrnn_lm.kernels import fused_tiles
 
@@ -51,7 +54,8 @@ def _turn(weights: list[Tensor], i: int) -> Tensor:
     return weights[i % len(weights)]
 
 
-def measure(B: int, weights: dict[str, list[Tensor]], bias: Tensor, norm: Tensor) -> None:
+def measure(B: int, weights: dict[str, list[Tensor]], bias: Tensor, norm: Tensor) -> list[dict[str, Any]]:
+    """A row a kind of kernel: microseconds of ours and of cuBLAS's product alone."""
     mix, out, up, down = (partial(_turn, weights[kind]) for kind in ("mix", "out", "up", "down"))
     x, h, inner = noise(B, D), noise(B, N * M), noise(B, INNER)
     states = [torch.zeros(B, N, M, device=DEVICE) for _ in range(KERNELS)]
@@ -75,22 +79,28 @@ def measure(B: int, weights: dict[str, list[Tensor]], bias: Tensor, norm: Tensor
             lambda i: functional.linear(inner, down(i)),
         ),
     }
+    rows = []
     for kind, (ours, product) in kernels.items():
-        print(f"B {B}, {kind}: {chain(ours):.2f} us, cuBLAS's product {chain(product):.2f} us", flush=True)
+        rows.append({"B": B, "kernel": kind, "us": chain(ours), "product_us": chain(product)})
+        print(rows[-1], flush=True)
+    return rows
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("output", type=Path)
     parser.add_argument("--sequences", default="64,16")
+    given, measured = parser.parse_args(), []
     rows = N * M
     sizes = {"mix": (rows * (M + 2), D), "out": (D, rows), "up": (2 * INNER, D), "down": (D, INNER)}
     counts = {
         kind: max(1, round(CHAIN_BYTES / (2 * outputs * inputs))) for kind, (outputs, inputs) in sizes.items()
     }
     weights = {kind: [noise(*size) for _ in range(counts[kind])] for kind, size in sizes.items()}
-    for B in map(int, parser.parse_args().sequences.split(",")):
-        measure(B, weights, noise(rows * (M + 2)), noise(D) + 1)
+    for B in map(int, given.sequences.split(",")):
+        measured += measure(B, weights, noise(rows * (M + 2)), noise(D) + 1)
+        write_json(given.output, {"about": describe(torch.device(DEVICE)), "rows": measured})
 
 
 if __name__ == "__main__":

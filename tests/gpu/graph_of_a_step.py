@@ -1,22 +1,26 @@
 """Whether one CUDA graph of a whole training step pays: `bench train`'s step of bd-m4, eager and replayed.
 
-    python tests/gpu/graph_of_a_step.py
+    python tests/gpu/graph_of_a_step.py docs/results/graph-of-a-step-h100.json     # a minute on one H100
 
 Prints the median, the shortest and the longest of 20 steps of each, with the residual stream in fp32 and in
-bf16.
+bf16, and writes all of them.
 """
+
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lrnn_lm.bench import measure
 from lrnn_lm.bench.contenders import CONTENDERS, PAPER_SIZE, build_config, pick_size
 from lrnn_lm.bench.train import TrainingStep, TrainSettings, time_calls
 
 B, T, STEPS = 16, 2048, 20
 
 
-def main() -> None:
-    device = torch.device("cuda")
+def main(output: Path) -> None:
+    device, rows = torch.device("cuda"), []
     for residual_in_fp32 in (True, False):
         config = build_config(CONTENDERS["bd-m4"], pick_size(PAPER_SIZE, None, None), None, T)
         config.loss_chunk, config.residual_in_fp32 = 8192, residual_in_fp32
@@ -38,8 +42,10 @@ def main() -> None:
             ms = sorted(1e3 * seconds for seconds in taken)
             spread = f"{ms[len(ms) // 2]:.2f} ms, {ms[0]:.2f} to {ms[-1]:.2f}"
             print(f"residual stream in fp32 {residual_in_fp32}, {name}: {spread}")
+            rows.append({"mode": name, "residual_in_fp32": residual_in_fp32, "step_ms": ms})
         print(f"  loss {float(loss):.4f}")
+    measure.write_json(output, {"about": measure.describe(device), "rows": rows})
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""Measured numbers in the pages: docs/tables.py makes the tables of the rows, sentences agree with them."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lrnn_lm.bench.decode import DecodeSettings
+from lrnn_lm.bench.results import read_results
+from lrnn_lm.bench.train import TrainSettings
+from lrnn_lm.cli import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
+BENCH = sorted([*RESULTS.glob("*-h100.jsonl"), *RESULTS.glob("sizes/*.jsonl")])
+BENCH = [path for path in BENCH if not path.name.startswith("synthetic")]
+PERFORMANCE = (DOCS / "performance.md").read_text(encoding="utf-8")
+SYNTHETIC = (RESULTS / "synthetic.md").read_text(encoding="utf-8")
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tables():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        yield importlib.import_module("tables")
+
+
+def one_line(page: str) -> str:
+    """A page without its line breaks and marks of emphasis, so that sentences can be looked for."""
+    return " ".join(page.replace("**", "").split())
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/results/synthetic.md"])
+def test_tables_are_what_the_rows_make(tables, name):
+    page = (DOCS.parent / name).read_text(encoding="utf-8")
+    assert tables.filled(page, tables.PAGES[name]) == page
+
+
+def test_a_changed_row_changes_its_table(tables, tmp_path, monkeypatch):
+    """The table is read from the rows, and a number changed by hand does not survive."""
+    files = RESULTS.rglob("*.json*")
+    for path in files:
+        copy = tmp_path / path.relative_to(RESULTS)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    file = tmp_path / "train-h100.jsonl"
+    file.write_text(
+        file.read_text().replace('"tokens_per_second": 419425.1', '"tokens_per_second": 838850.2')
+    )
+    monkeypatch.setattr(tables.speed, "RESULTS", tmp_path)
+    made = tables.speed.train()
+    assert "838,850" in made
+    assert "| 2.72 |" in made
+    page = PERFORMANCE.replace("419,425", "419,426")
+    assert tables.filled(page, tables.PAGES["docs/performance.md"]) != page
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda path: path.stem)
+def test_rows_can_be_made_again(path):
+    """A file names its commit and all that its rows were measured with; every file is in the page."""
+    about, rows = read_results(path)
+    kind = {"train": TrainSettings, "decode": DecodeSettings}[about["benchmark"]]
+    settings = kind(**about["settings"])
+    assert about["commit"]
+    assert f"results/{path.relative_to(RESULTS)}" in PERFORMANCE or path.name == "train-before-h100.jsonl"
+    for row in (row for row in rows if "reason" not in row):
+        if kind is TrainSettings:
+            assert row["residual_in_fp32"] is settings.residual_in_fp32
+            assert row["tokens_per_second"] == pytest.approx(row["B"] * row["T"] / row["step_seconds"])
+            assert row["mfu"] == pytest.approx(
+                row["tokens_per_second"] * row["flops_per_token"] / 989e12, rel=0.01
+            )
+        else:
+            assert row.get("emulated", False) == (row["prefill_tokens"] < row["context"])
+            assert settings.emulate >= row.get("emulated", False)
+            assert row["tokens_per_second"] == pytest.approx(row["B"] / row["token_seconds"])
+
+
+COMMANDS = sorted(set(re.findall(r"`(lrnn bench (?:train|decode) [^`]*)`", PERFORMANCE)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_whole(command, monkeypatch):
+    """The command line takes each as it stands; what it would run is left out."""
+    seen = []
+    for module in ("train", "decode"):
+        bench = importlib.import_module(f"lrnn_lm.bench.{module}")
+        monkeypatch.setattr(bench, "run", lambda settings, device, output: seen.append(settings))
+    assert ".." not in command
+    with pytest.raises(SystemExit) as done:
+        main(command.split()[1:])
+    assert not done.value.code
+    assert len(seen) == 1
+
+
+def test_a_source_repeats_its_settings(tables, monkeypatch):
+    """The command above a table gives the settings in the file back, flags of two words and `--no-` too."""
+    for path in BENCH:
+        name = str(path.relative_to(RESULTS))
+        about, _ = read_results(path)
+        seen = []
+        bench = importlib.import_module(f"lrnn_lm.bench.{about['benchmark']}")
+        monkeypatch.setattr(bench, "run", lambda settings, device, output, seen=seen: seen.append(settings))
+        command = re.search("`(lrnn [^`]*)`", tables.speed.source(name)).group(1)
+        with pytest.raises(SystemExit):
+            main(command.split()[1:])
+        kind = type(seen[0])
+        wanted = kind(**{**about["settings"], "budget_seconds": None})
+        told = seen[0]
+        if about["benchmark"] == "train" and told.residual_in_fp32 is None:  # the recipes' own
+            told = kind(**{**vars(told), "residual_in_fp32": True})
+        assert told == wanted, name
+
+
+def test_every_ratio_says_what_it_is_read_with():
+    """The deeper Transformer with its depth, long contexts with `emulated`, means with their tasks."""
+    for page in (README, PERFORMANCE):
+        for line in page.splitlines():
+            if line.startswith("|") and "ransformer" in line and "times as fast" in line:
+                assert "19 layers" in line, line
+    emulated = 0
+    for path in (path for path in BENCH if path.name.startswith("decode")):
+        rows = [row for row in read_results(path)[1] if row.get("emulated")]
+        if path.name == "decode-before-h100.jsonl":  # the rest was measured again
+            rows = [row for row in rows if row["mode"] == "compiled"]
+        emulated += len(rows)
+    assert PERFORMANCE.count(" emulated | ") == emulated
+    assert "after 1M tokens" not in README
+    for line in (line for line in SYNTHETIC.splitlines() if "0.924" in line and "claim" not in line):
+        assert "five of its six tasks" in line or line.startswith("| bd_lru-m4"), line
+    assert "mean of these five" in SYNTHETIC
+    for page in (README, SYNTHETIC):
+        assert "untested" in page
+
+
+def test_sentences_of_the_pages(tables):
+    """Numbers outside tables that follow from rows."""
+    find, text = tables.speed.row_of, one_line(PERFORMANCE)
+    fused, graph = (find("decode-h100.jsonl", B=1, mode=m, context=1024) for m in ("fused", "graph"))
+    peer = find("decode-transformer-h100.jsonl", context=1024)
+    times = [peer["token_seconds"] / row["token_seconds"] for row in (fused, graph)]
+    assert f"{times[0]:.1f} times as long as `fused`, and {times[1]:.1f} times" in text
+    fp32, bf16 = (
+        find(f"train-{kind}h100.jsonl", contender="bd-m4", T=2048) for kind in ("", "bf16-residual-")
+    )
+    assert f"is {bf16['tokens_per_second'] / fp32['tokens_per_second'] - 1:.1%} faster" in text
+    eight = [find("train-fp8-h100.jsonl", contender=name) for name in ("bd-m4", "transformer")]
+    assert (
+        f"{eight[0]['tokens_per_second']:,.0f} tokens/s in {eight[0]['peak_memory_bytes'] / 1e9:.1f} GB"
+        in text
+    )
+    assert f"the Transformer has {eight[1]['tokens_per_second']:,.0f}" in text
+    assert f"at {tables.speed.estimate_same_shape():.2f} times it" in text
+    wide = find("decode-h100.jsonl", B=64, mode="fused", context=1024)
+    assert f"Batch 64 misses its goal: {wide['share_of_limit']:.2f} of the limit" in text
+    lines = [json.loads(line) for line in (RESULTS / "residual.jsonl").read_text().splitlines()]
+    means = [sum(x["validation"] for x in lines if x["kind"] == kind) / 4 for kind in ("bf16", "fp32")]
+    assert f"four seeds {means[0]:.4f} against {means[1]:.4f}" in text
+    scaling = json.loads((RESULTS / "scaling.json").read_text())
+    assert f"has {scaling['speed']['one']['mfu']:.3f} ([scaling.md]" in text
+
+
+def test_what_the_study_says_of_its_search():
+    runs = [json.loads(line) for line in (RESULTS / "synthetic-search-h100.jsonl").read_text().splitlines()]
+    short, long = (sum(run["by_length"][n] < 0.99 for run in runs) for n in ("32", "512"))
+    text = one_line(SYNTHETIC)
+    assert {run["model"] for run in runs} == {"bd_lru-m5"}
+    assert f"Of the search's {len(runs)} runs {short} stay below 0.99 on rows of 32" in text
+    assert f"and {long} below 0.99 at 512" in text
+    reported = [json.loads(line) for line in (RESULTS / "synthetic-h100.jsonl").read_text().splitlines()]
+    best = [r for r in reported if (r["task"], r["model"], r["lr"]) == ("s5", "bd_lru-m5", 0.01)]
+    again = [r["seed"] for r in best if any(r["losses"] == s["losses"] for s in runs)]
+    assert again == [0, 1]  # "Seeds 0 and 1 .. are the search's own"
+    assert "only seed 2 is fresh" in text
