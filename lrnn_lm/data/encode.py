@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +23,10 @@ import numpy.typing as npt
 
 from .shards import concatenate_ids
 from .specs import DataError
-from .tokenize import TokenizerFacts, cut_point, load_backend
+from .tokenize import TokenizerFacts, load_backend
+from .windows import WINDOW, encode_stream
 
 BATCH_CHARS = 250_000  # text handed to a process at once
-_PIECE_CHARS = (
-    100_000  # a longer document is tokenised in pieces: the tokenizer's memory is many times the text's
-)
 _Encoded = list[npt.NDArray[np.uint32]]
 T = TypeVar("T")
 
@@ -40,13 +39,12 @@ class Encoder:
         self._facts = facts
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
-        ids: list[list[int]] = [[self._facts.first]]
-        start = 0
-        while start < len(text):
-            stop = cut_point(text, start, _PIECE_CHARS)
-            ids.append(self._tokenizer.encode(text[start:stop], add_special_tokens=False).ids)
-            start = stop
-        return concatenate_ids([*ids, [self._facts.last]])
+        if len(text) <= WINDOW:
+            ids = [self._tokenizer.encode(text, add_special_tokens=False).ids]
+        else:
+            pieces = (text[start : start + WINDOW] for start in range(0, len(text), WINDOW))
+            ids = list(encode_stream(pieces, partial(self._tokenizer.encode, add_special_tokens=False)))
+        return concatenate_ids([[self._facts.first], *ids, [self._facts.last]])
 
 
 def encode_documents(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtyp
 from .specs import DataError, DataSpec
 from .split import HeldOut, OneSidedError, text_hash, training_sample
 
-FORMAT = 2  # raise it when the same spec would give other bytes
+FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
 HELDOUT = "validation.jsonl"
 
@@ -132,9 +133,10 @@ def _prepare_folder(spec: DataSpec, cache: Path, progress: bool) -> Path:
         sources.fingerprint(spec.source),
         sources.fingerprint(spec.validation_source) if spec.validation_source else spec.validation_fraction,
     ]
-    tokenizer_key = (
-        [tokenize.recipe_key(recipe), text_key] if recipe else _tokenizer_fingerprint(spec.tokenizer)
-    )
+    tokenizer_key = [
+        FORMAT,
+        *([tokenize.recipe_key(recipe), text_key] if recipe else _tokenizer_fingerprint(spec.tokenizer)),
+    ]
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(spec.tokenizer).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
     folder = cache / "data" / f"{spec.source.type}-{_hash([text_key, tokenizer_key, spec.shard_tokens])}"
@@ -177,6 +179,7 @@ def _build(
     spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, tokenizer: Path, progress: bool, aside: Path
 ) -> None:
     """Fill `aside` with everything; a corpus so small that one side came out empty is split again."""
+    _tell_empty_files(spec)
     held_out = HeldOut.fraction(spec.validation_fraction)
     if spec.validation_source:
         held_out = HeldOut(0, frozenset(map(text_hash, sources.documents(spec.validation_source))))
@@ -190,6 +193,14 @@ def _build(
         if recipe:  # it saw other train documents
             tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")
         _build_split(spec, recipe, tokenizer, HeldOut(error.threshold), progress, aside)
+
+
+def _tell_empty_files(spec: DataSpec) -> None:
+    both = (spec.source, spec.validation_source)
+    empty = [str(file) for source in both if source for file in sources.empty_files(source)]
+    if empty:
+        names = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        print(f"lrnn: empty files are left out: {names}", file=sys.stderr)
 
 
 def _build_split(

@@ -75,8 +75,10 @@ def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
         raise DataError(
             f"{path}: vocab_size {recipe.vocab_size} has no room for special tokens and bytes ({least})"
         )
-    if not 0.9 <= recipe.character_coverage <= 1.0:
-        raise DataError(f"{path}: character_coverage lies in [0.9, 1], not {recipe.character_coverage}")
+    if recipe.vocab_size >= 2**31:
+        raise DataError(f"{path}: vocab_size is below 2^31, not {recipe.vocab_size}")
+    if not 0.98 <= recipe.character_coverage <= 1.0:  # what SentencePiece takes
+        raise DataError(f"{path}: character_coverage lies in [0.98, 1], not {recipe.character_coverage}")
     if not 1 <= recipe.max_piece_length <= 512 or recipe.sample_bytes < 1:
         raise DataError(f"{path}: max_piece_length lies in [1, 512] and sample_bytes is positive")
     return recipe
@@ -187,7 +189,6 @@ def _save(tokenizer: "Tokenizer", folder: Path) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,  # the text `</s>` is text
         padding_side="left",
         **SPECIAL_TOKENS,
     )
@@ -234,6 +235,8 @@ def _training_error(error: Exception, recipe: TokenizerRecipe) -> DataError:
             f"tokenizer vocab_size {recipe.vocab_size} is too small for the characters of the text; "
             f"use at least {found[1]}, or a lower character_coverage"
         )
+    if "sentences_.empty()" in text:
+        return DataError("no tokenizer can be trained: the text holds nothing but NULs, tabs and U+2581")
     return DataError(f"SentencePiece could not train a tokenizer with vocab_size {recipe.vocab_size}: {text}")
 
 
@@ -259,6 +262,9 @@ def import_tokenizer(name: str, folder: Path) -> None:
         raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); choose one that has")
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
+    # Passed where text is data. Saved, the option would split the control tokens of chat templates.
+    tokenizer.split_special_tokens = False
+    tokenizer.init_kwargs.pop("split_special_tokens", None)
     tokenizer.save_pretrained(folder)
 
 

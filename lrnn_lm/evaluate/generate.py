@@ -1,5 +1,9 @@
 """Text from a checkpoint, printed as it comes."""
 
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +41,7 @@ def generate(
     file that cannot be read, a text longer than the model takes, or a checkpoint that is not one.
     """
     _check(max_new_tokens, temperature, top_k, top_p, segment)
-    _check_text(prompt)
+    prompt = _text(prompt)
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
     model, tokenizer = load_checkpoint(checkpoint, device)
@@ -56,7 +60,8 @@ def generate(
     ends = model.generation_config.eos_token_id  # one id or several; 0 is one too
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _any_text_printed():
         if seed is not None:
             torch.manual_seed(seed)
         else:
@@ -86,11 +91,27 @@ def _check(
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
 
 
-def _check_text(prompt: str) -> None:
+def _text(prompt: str) -> str:
+    """The prompt, also where Python took the command line for ASCII and holds its bytes as surrogates."""
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # how Python holds bytes of a command line that are not UTF-8
+        return prompt.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
         raise ValueError(f"the prompt is not UTF-8 text (character {error.start})") from None
+
+
+@contextmanager
+def _any_text_printed() -> Iterator[None]:
+    """While text is printed: what a terminal's encoding (ASCII, say) does not know comes as an escape."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):  # a notebook's
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors=before)
 
 
 def _settings(

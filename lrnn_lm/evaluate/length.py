@@ -144,7 +144,7 @@ def _rows(
     ids: list[int] = []
     for text in read_documents(heldout_path(data, info.path)):
         ids += [] if start is None else [start]
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if len(ids) > rows * N:
             break
     whole = (len(ids) - 1) // N

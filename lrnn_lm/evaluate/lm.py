@@ -64,15 +64,19 @@ class LiveLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Token ids of a text, with the start token unless the caller says otherwise."""
+        """Token ids of a text, with the start token unless the caller says otherwise.
+
+        With `start` what spells a control token is text, as in training; other models' texts are read as
+        lm-eval reads them.
+        """
         if self._rolling or self._bare:
             add_special_tokens = (
                 False  # the prefix token is set before the ids, so it must not come with them
             )
-        if add_special_tokens is not None or self._start is None:
+        if self._start is None:
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        ids = super().tok_encode(string, add_special_tokens=False, **kwargs)
-        ids = ids if ids[:1] == [self._start] else [self._start, *ids]
+        ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
+        ids = ids if add_special_tokens is False else [self._start, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(

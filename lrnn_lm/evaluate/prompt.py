@@ -1,10 +1,11 @@
 """A prompt to token ids: at once, or a file of any length piece by piece."""
 
-import bisect
+import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.windows import WINDOW, encode_stream
 from .checkpoint import check_window
 
 if TYPE_CHECKING:
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.cache_utils import Cache
 
-WINDOW = 100_000  # characters tokenised at once
-OVERLAP = 1_000  # characters that two windows share
+    from tokenizers import Encoding
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
@@ -34,7 +34,7 @@ def stream_ids(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> It
     for ids in _encode(tokenizer, texts):
         if not ids:
             continue
-        if not begun and start is not None and ids[0] != start:
+        if not begun and start is not None:
             yield [start]
         begun = True
         yield ids
@@ -45,69 +45,38 @@ def stream_ids(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> It
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Iterator[list[int]]:
-    """Tokens of texts as one text, window by window.
-
-    A window begins inside the one before, and is joined to it where both begin a token, away from the ends of
-    either: there neither the text cut off before nor that cut off after has a say in what is a token.
-    """
+    """Tokens of texts as one text, as in training: what spells a control token is text."""
     if not tokenizer.is_fast:  # it does not tell where its tokens begin
-        yield tokenizer.encode("".join(texts), add_special_tokens=False)
+        yield tokenizer.encode("".join(texts), add_special_tokens=False, split_special_tokens=True)
         return
-    window, base = "", 0  # base: where the window begins in the whole text
-    ids: list[int] = []  # of the window before, not given away yet
-    starts: list[int] = []
-    for text in _merged(texts, 2 * OVERLAP):
-        end = base + len(window)
-        tail = window[-OVERLAP:]
-        new_ids, new_starts = _tokens(tokenizer, tail + text, end - len(tail))
-        join = _join(starts, new_starts, end - len(tail) * 3 // 4, end - len(tail) // 4)
-        if join is None:  # a single token as long as the overlap: cut the text
-            yield ids
-            ids, starts = _tokens(tokenizer, text, end)
-            window, base = text, end
-            continue
-        yield ids[: bisect.bisect_left(starts, join)]
-        first = bisect.bisect_left(new_starts, join)
-        ids, starts = new_ids[first:], new_starts[first:]
-        window, base = tail + text, end - len(tail)
-    yield ids
 
+    def encode(text: str) -> "Encoding":
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tokenizer(text, **options).encodings[0]
 
-def _merged(texts: Iterable[str], length: int) -> Iterator[str]:
-    """The same text in pieces of at least this many characters, the last aside."""
-    whole = ""
-    for text in texts:
-        whole += text
-        if len(whole) >= length:
-            yield whole
-            whole = ""
-    if whole:
-        yield whole
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str, base: int) -> tuple[list[int], list[int]]:
-    """Token ids of a text that begins at `base`, and where each begins."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], [base + start for start, _ in encoded["offset_mapping"]]
-
-
-def _join(before: list[int], after: list[int], low: int, high: int) -> int | None:
-    """The first place in low .. high where a token begins by both of two sorted lists."""
-    shared = set(before[bisect.bisect_left(before, low) : bisect.bisect_right(before, high)])
-    return next((place for place in after[bisect.bisect_left(after, low) :] if place in shared), None)
+    yield from encode_stream(texts, encode)
 
 
 def read_text(file: str | Path) -> Iterator[str]:
-    """A text file's characters, a window at a time. Raises ValueError if it is missing or not UTF-8."""
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such prompt file")
+    """The characters of a text file or a pipe, some at a time, without a byte order mark.
+
+    Raises ValueError if there is none or it is not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    done = 0  # bytes read
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            while text := stream.read(WINDOW):
-                yield text
+        with Path(file).open("rb") as stream:
+            while data := stream.read(WINDOW):
+                done += len(data)
+                yield decoder.decode(data)
+        yield decoder.decode(b"", final=True)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such prompt file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        at = done - len(error.object) + error.start
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {at})") from None
+    except OSError as error:  # a folder, say
+        raise ValueError(f"{file}: the prompt file cannot be read ({error.strerror or error})") from None
 
 
 def read_prompt(

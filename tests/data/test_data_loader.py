@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lrnn_lm.data import DataError, PreparedData, TrainLoader, validation_batches
+from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import PackedRows
 
 T = 32
@@ -81,6 +82,32 @@ def test_an_epoch_is_every_row_once(prepared: PreparedData) -> None:
     first, second = seen[: len(rows)], seen[len(rows) :]
     assert sorted(first) == sorted(second) == expected
     assert first != second
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_order_follows_the_seed(prepared: PreparedData, num_workers: int) -> None:
+    def epoch(seed: int) -> list[tuple[int, ...]]:
+        loader = TrainLoader(prepared.train, T, seed, rows_per_step=1, micro_batch=1, num_workers=num_workers)
+        steps = itertools.islice(loader, loader.num_rows)
+        return [tuple(step[0]["input_ids"][0].tolist()) for step in steps]
+
+    orders = [epoch(seed) for seed in (0, 1, 2)]
+    assert epoch(1) == orders[1], "the same seed, the same order"
+    for first, second in itertools.combinations(orders, 2):
+        assert sorted(first) == sorted(second), "of the same rows"
+        same = sum(a == b for a, b in zip(first, second, strict=True))
+        assert same < len(first) / 4, "in another order from the first row to the last"
+
+
+def test_rows_are_those_of_the_seed_and_epoch(prepared: PreparedData) -> None:
+    """The loader adds nothing to the order: sample i is the row that `rows_of_samples` says."""
+    rows = PackedRows(prepared.train, T)
+    for seed, position in [(0, 0), (3, 5), (3, 2 * len(rows) - 4), (2**40, 1)]:
+        loader = TrainLoader(prepared.train, T, seed, R, 3, position=position)
+        step = next(iter(loader))
+        got = torch.cat([batch["input_ids"] for batch in step])
+        want = [rows[row]["input_ids"] for row in rows_of_samples(position, R, len(rows), seed).tolist()]
+        assert torch.equal(got, torch.stack(want))
 
 
 def test_rows_and_boundaries(prepared: PreparedData) -> None:

@@ -28,6 +28,26 @@ def test_golden() -> None:
     assert rows_of_samples(0, 12, 10, seed=3).tolist() == GOLDEN
 
 
+@pytest.mark.parametrize("size", [2, 10, 257, 1000])
+def test_seeds_and_epochs_give_other_orders(size: int) -> None:
+    """Many seeds and epochs: each of the two alone changes the order, and they are not added up."""
+    places = np.arange(size)
+    orders = {(s, e): tuple(permuted(places, size, s, e)) for s in range(12) for e in range(12)}
+    different = len(set(orders.values()))
+    assert different == (2 if size == 2 else len(orders))
+    for k in range(12):
+        for along in ([orders[k, e] for e in range(12)], [orders[s, k] for s in range(12)]):
+            assert len(set(along)) == (2 if size == 2 else 12)
+
+
+def test_samples_take_the_seed_and_the_epoch_they_are_in() -> None:
+    for seed in (0, 1, 2**62):
+        rows = rows_of_samples(0, 30, 10, seed)
+        for epoch in range(3):
+            want = permuted(np.arange(10), 10, seed, epoch)
+            assert rows[epoch * 10 : epoch * 10 + 10].tolist() == want.tolist()
+
+
 def test_looks_random() -> None:
     size = 2000
     displacement = np.abs(permuted(np.arange(size), size, 0, 0) - np.arange(size)).mean()

@@ -91,7 +91,15 @@ def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'{"text": "\\ud800"}\n', r"x\.jsonl:1: .*surrogate"),
         (b'["text"]\n', r"x\.jsonl:1: a line holds one JSON object"),
         (b"\xff\xfe\x00\n", r"x\.jsonl:1: not UTF-8"),
+        (b'{"text": null}\n', r"x\.jsonl:1: field 'text' holds null"),
+        (b'{"text": ["a"]}\n', r"x\.jsonl:1: field 'text' holds list"),
+        (b"null\n", r"x\.jsonl:1: a line holds one JSON object, not null"),
+        (b'{"text": "a"}\n' + b"[" * 10**5 + b"]" * 10**5, r"x\.jsonl:2: JSON nested too deeply"),
+        (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", r"x\.jsonl:1: a number too long to be read"),
+        (b'{"text": "a"}\n\0\0\0\0', r"x\.jsonl:2: not valid JSON"),
+        (b'{"text": "a"} {"text": "b"}\n', r"x\.jsonl:1: not valid JSON"),
         (b"", r"x\.jsonl: the file is empty"),
+        (b"\xef\xbb\xbf", r"x\.jsonl is empty"),
         (b'{"text": "  "}\n', r"x\.jsonl is empty"),
     ],
 )
@@ -105,8 +113,8 @@ def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the file is empty"),
         (b"\x7fELF\0\0", "a binary file"),
+        ("text".encode("utf-16"), "UTF-16 text; convert it"),
         ("naïve".encode("latin-1"), "not UTF-8 text"),
     ],
 )
@@ -114,6 +122,108 @@ def test_bad_text(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(DataError, match=rf"x\.bin: {message}"):
         read("text", tmp_path)
+
+
+def test_marks_line_ends_and_characters_that_are_text(tmp_path: Path) -> None:
+    mark, path = b"\xef\xbb\xbf", tmp_path / "x.jsonl"
+    path.write_bytes(
+        mark + b'{"text": "a"}\r\n\r\n' + mark + b'{"text": "b\\u0000c"}\r\n{"text": "\\ud83d\\ude42"}'
+    )
+    assert read("jsonl", path) == ["a", "b\0c", "🙂"]
+    (tmp_path / "x.txt").write_bytes(mark + b"one\r\ntwo\r")
+    assert read("text", tmp_path / "x.txt") == ["one\r\ntwo\r"]
+
+
+def broken_strings(texts: list[bytes]) -> pyarrow.Array:
+    """Strings that are not checked to be UTF-8, as other programs write them."""
+    raw = pyarrow.array(texts, pyarrow.binary())
+    return pyarrow.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+
+
+@pytest.mark.parametrize("row", [0, 1023, 1024, 1500])
+def test_parquet_strings_that_are_not_utf8(tmp_path: Path, row: int) -> None:
+    texts = [f"text {k}".encode() for k in range(1501)]
+    texts[row] = b"\xff\xfe"
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken_strings(texts)}), tmp_path / "x.parquet")
+    got = documents(SourceSpec(type="parquet", path=str(tmp_path)))
+    assert [next(got) for _ in range(row)] == [text.decode() for text in texts[:row]]
+    with pytest.raises(DataError, match=rf"x\.parquet: row {row}: column 'text' is not UTF-8 text"):
+        next(got)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["a", None], r"x\.parquet: row 1: field 'text' holds null"),
+        ([1, 2], r"x\.parquet: row 0: field 'text' holds int"),
+        ([b"a"], r"x\.parquet: row 0: field 'text' holds bytes"),
+        ([["a"]], r"x\.parquet: row 0: field 'text' holds list"),
+    ],
+)
+def test_parquet_columns_that_are_no_text(tmp_path: Path, column: list[object], message: str) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=message):
+        read("parquet", tmp_path)
+
+
+def test_parquet_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": make_texts(500)}), path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"x\.parquet: not a readable Parquet file, from row 0 on") as caught:
+        read("parquet", path)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(data[:1000] + bytes(2000) + data[3000:])
+    with pytest.raises(DataError, match=r"x\.parquet: (not a readable Parquet file|row \d+)"):
+        read("parquet", path)
+
+
+GOOD = b'{"text": "one"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.jsonl", b'{"text": "a", "more": 1}', r"b\.jsonl: .*near row 0 \(.*\); all its files must have"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": ', r"b\.jsonl: reading stopped near row 0"),
+        ("b.jsonl", b'{"text": "\xff"}', r"b\.jsonl: reading stopped near row 0"),
+        ("b.jsonl", b'{"text": "\\ud800"}', r"b\.jsonl: reading stopped near row 0"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": null}', r"b\.jsonl: row 1: field 'text' holds null"),
+        ("b.jsonl.gz", b"\x1f\x8b\x08\0broken", r"b\.jsonl\.gz: reading stopped near row 0"),
+        ("b.jsonl.gz", gzip.compress(GOOD * 50)[:-30], r"b\.jsonl\.gz: reading stopped near row 0"),
+    ],
+)
+def test_local_hf_files_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, name: str, content: bytes, message: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(GOOD)
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read("hf", folder)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "one line tells it"
+
+
+def test_hf_files_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for k in range(4):
+        write_jsonl(folder / f"{k}.jsonl", TEXTS[2 * k : 2 * k + 2])
+    assert read("hf", folder) == TEXTS
+    assert read("hf", folder, limit=3) == TEXTS[:3]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(DataError, match=r"broken \(split train\) cannot be loaded \(.*x\.parquet"):
+        read("hf", tmp_path / "broken")
 
 
 def test_missing_files(tmp_path: Path) -> None:

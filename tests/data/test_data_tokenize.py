@@ -52,7 +52,7 @@ def test_lossless_through_auto_tokenizer(folders: dict[str, Path], kind: str, py
     ]  # fmt: skip
     assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3]
     for text in HARD + python_docs[1::40]:
-        ids = tokenizer(text).input_ids
+        ids = tokenizer(text, split_special_tokens=True).input_ids
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert not {0, 1, 2, 3} & set(ids), "text never becomes a control token"
@@ -129,6 +129,19 @@ def test_vocabulary_smaller_than_the_alphabet(tmp_path: Path) -> None:
         train([text], TokenizerRecipe("bpe", vocab_size=270, character_coverage=1.0), tmp_path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("texts", [[], ["\0\t"], ["\u2581" * 9]])
+def test_text_without_a_character_to_train_on(tmp_path: Path, kind: str, texts: list[str]) -> None:
+    with pytest.raises(DataError, match="no tokenizer can be trained: the text holds nothing but NULs"):
+        train(texts, TokenizerRecipe(kind, vocab_size=300), tmp_path)
+
+
+@pytest.mark.parametrize("coverage", [0.98, 1.0])
+def test_coverage_that_a_recipe_may_have_is_taken(tmp_path: Path, coverage: float) -> None:
+    path = write_recipe(tmp_path / "r.yaml", character_coverage=coverage)
+    train(make_texts(30), read_recipe(path), tmp_path)
+
+
 @pytest.mark.parametrize("name", [f"{kind}-{size}k.yaml" for kind in KINDS for size in (4, 8, 16, 32)])
 def test_shipped_recipes(name: str) -> None:
     recipe = read_recipe(REPOSITORY / "tokenizers" / name)
@@ -147,7 +160,10 @@ def test_shipped_recipes(name: str) -> None:
         ({"vocab_size": True}, "vocab_size takes int"),
         ({"vocab_size": 100}, "no room for special tokens and bytes"),
         ({"model_type": "word"}, "bpe or unigram, not 'word'"),
-        ({"character_coverage": 2}, r"lies in \[0.9, 1\]"),
+        ({"vocab_size": 2**31}, r"below 2\^31, not 2147483648"),
+        ({"character_coverage": 2}, r"lies in \[0.98, 1\], not 2"),
+        ({"character_coverage": 0.95}, r"lies in \[0.98, 1\], not 0.95"),
+        ({"character_coverage": ".nan"}, r"lies in \[0.98, 1\], not nan"),
     ],
 )
 def test_bad_recipes(tmp_path: Path, keys: dict[str, object], message: str) -> None:

@@ -1,9 +1,16 @@
 """Generated text: streamed and returned alike, started at BOS, repeatable, mistakes told plainly."""
 
+import io
+import os
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch
 
 from lrnn_lm.evaluate.generate import generate, prompt_ids
+from lrnn_lm.evaluate.prompt import read_text
 
 
 def test_text_is_streamed_and_returned(checkpoint, capsys):
@@ -30,11 +37,106 @@ def test_greedy_equals_taking_the_likeliest_token(checkpoint, loaded, capsys):
 
 def test_an_empty_prompt_starts_from_bos(checkpoint, loaded, capsys):
     assert prompt_ids(loaded[1], "") == [loaded[1].bos_token_id]
-    assert prompt_ids(loaded[1], "<s>a") == prompt_ids(loaded[1], "a")
     state = torch.get_rng_state()
     text = generate(checkpoint, "", max_new_tokens=5, device="cpu")
     assert capsys.readouterr().out == text + "\n"
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_spells_a_control_token_is_text(checkpoint, loaded, capsys):
+    _, tokenizer = loaded
+    for prompt in ("<s>", "<s>The river", "a </s> b", "</s>"):
+        ids = prompt_ids(tokenizer, prompt)
+        assert ids[0] == tokenizer.bos_token_id
+        assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:])
+        assert generate(checkpoint, prompt, max_new_tokens=3, device="cpu").startswith(prompt)
+
+
+TEXT = "The gardener — naïve 🙂 — walked\r\nto the river"
+SETTINGS = {"max_new_tokens": 6, "greedy": True, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def continued(checkpoint):
+    """What comes after TEXT."""
+    return generate(checkpoint, TEXT, **SETTINGS)[len(TEXT) :]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("window", [1, 2, 5, 100_000])
+def test_a_byte_order_mark_is_no_text(checkpoint, continued, tmp_path, monkeypatch, mark, window):
+    monkeypatch.setattr("lrnn_lm.evaluate.prompt.WINDOW", window)
+    (tmp_path / "prompt.txt").write_bytes(mark + TEXT.encode())
+    assert "".join(read_text(tmp_path / "prompt.txt")) == TEXT
+    assert generate(checkpoint, prompt_file=tmp_path / "prompt.txt", **SETTINGS) == continued
+    inside = "a\ufeffb"
+    (tmp_path / "prompt.txt").write_bytes(mark + inside.encode())
+    assert "".join(read_text(tmp_path / "prompt.txt")) == inside, "only the first is a mark"
+
+
+def test_a_pipe_is_a_prompt_file(checkpoint, continued, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    data = b"\xef\xbb\xbf" + TEXT.encode()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    assert generate(checkpoint, prompt_file=tmp_path / "pipe", **SETTINGS) == continued
+    writer.join()
+
+
+COMMAND = [sys.executable, "-m", "lrnn_lm.cli", "generate"]
+OPTIONS = ["--max-new-tokens", "6", "--temperature", "0", "--device", "cpu"]
+
+
+def test_standard_input_is_a_prompt_file(checkpoint, continued):
+    done = subprocess.run(
+        [*COMMAND, str(checkpoint), *OPTIONS, "--prompt-file", "/dev/stdin"],
+        input=TEXT.encode(), capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.decode()) == (0, continued + "\n"), done.stderr.decode()
+
+
+def test_a_command_line_that_python_takes_for_ascii(checkpoint):
+    """The C locale without Python's UTF-8 mode: the bytes of the arguments arrive as surrogates."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        [*COMMAND, str(checkpoint), *OPTIONS, "--prompt", TEXT],
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.startswith(TEXT.encode("ascii", "backslashreplace"))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_terminals_of_any_encoding(checkpoint, monkeypatch, encoding, errors):
+    """What the terminal's encoding does not know is printed as an escape; its settings stay as they were."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, newline="")
+    monkeypatch.setattr(sys, "stdout", out)
+    text = generate(checkpoint, TEXT, **SETTINGS)
+    out.flush()
+    assert text.startswith(TEXT)
+    assert out.errors == errors
+    assert out.buffer.getvalue() == (text + "\n").encode(encoding, "backslashreplace")
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [(b"abc\xff", 3), (b"\xff", 0), (b"\xef\xbb\xbfabc\xe2\x82", 6), (b"a" * 70 + b"\x80", 70)],
+)
+@pytest.mark.parametrize("window", [1, 3, 64, 100_000])
+def test_a_prompt_file_that_is_not_utf8_is_told_by_its_byte(tmp_path, monkeypatch, content, place, window):
+    monkeypatch.setattr("lrnn_lm.evaluate.prompt.WINDOW", window)
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x: not UTF-8 text \(.* at byte {place}\)$"):
+        list(read_text(tmp_path / "x"))
+
+
+def test_a_folder_is_no_prompt_file(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"the prompt file cannot be read .*directory"):
+        generate(checkpoint, prompt_file=tmp_path, **SETTINGS)
 
 
 @pytest.mark.parametrize(

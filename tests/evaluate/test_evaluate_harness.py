@@ -146,7 +146,9 @@ def test_documents_start_at_bos_for_our_models_only(checkpoint, loaded):
     assert LiveLM(model, tokenizer, start=None, **settings).tok_encode("river") == plain
     ours = LiveLM(model, tokenizer, start=bos, **settings)
     assert ours.tok_encode("river") == [bos, *plain]
-    assert ours.tok_encode("<s>river") == [bos, *plain]
+    spelt = tokenizer.encode("<s>river", add_special_tokens=False, split_special_tokens=True)
+    assert bos not in spelt
+    assert ours.tok_encode("<s>river") == [bos, *spelt], "what spells a control token is text"
     assert ours.tok_encode("river", add_special_tokens=False) == plain
     assert ours.tok_encode("river", left_truncate_len=1) == plain[-1:]
     ids, mask = ours.tok_batch_encode(["river", "the old river"])

@@ -9,6 +9,7 @@ import torch
 from small_models import NAMES, close, small_model, tokens
 from tolerances import TOLERANCE
 
+from lrnn_lm.data import windows
 from lrnn_lm.evaluate import prompt as prompts
 from lrnn_lm.evaluate.generate import generate
 from lrnn_lm.model import prefill
@@ -49,7 +50,7 @@ def test_nothing_to_read():
 
 @pytest.mark.parametrize("window", [1, 7, 60, 400])
 def test_windows_are_tokenised_as_the_whole(window, tokenizer, monkeypatch):
-    monkeypatch.setattr(prompts, "OVERLAP", 50)
+    monkeypatch.setattr(windows, "OVERLAP", 50)
     text = ("She carried 两 buckets,  and naïve 🙂🙂 ropes.\n\n\tA program reads " * 20)[:1100]
     want = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = [text[i : i + window] for i in range(0, len(text), window)]
@@ -58,7 +59,7 @@ def test_windows_are_tokenised_as_the_whole(window, tokenizer, monkeypatch):
 
 
 def test_a_word_longer_than_the_overlap_is_cut(tokenizer, monkeypatch):
-    monkeypatch.setattr(prompts, "OVERLAP", 4)
+    monkeypatch.setattr(windows, "OVERLAP", 4)
     got = [
         token for ids in prompts.stream_ids(tokenizer, ["gardener gar", "dener riv", "er"]) for token in ids
     ]
@@ -69,7 +70,7 @@ def test_a_word_longer_than_the_overlap_is_cut(tokenizer, monkeypatch):
 @pytest.mark.parametrize("segment", [1, 5, 1000])
 def test_a_prompt_file_is_a_prompt(name, segment, make_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prompts, "WINDOW", 30)
-    monkeypatch.setattr(prompts, "OVERLAP", 20)
+    monkeypatch.setattr(windows, "OVERLAP", 20)
     text, question = "The gardener walked to the river every morning.\r\nShe carried", " two buckets"
     (tmp_path / "text").write_bytes(text.encode())
     want = generate(make_checkpoint(name), text + question, **SETTINGS)

@@ -1,0 +1,179 @@
+"""The files of a corpus: what a path, a folder or a glob names, and their bytes, unpacked.
+
+Links are followed. A file that several names lead to counts once, by its real path, so links that lead back
+up a tree come to an end.
+"""
+
+import fnmatch
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .specs import DataError
+
+_LARGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` looks back, the most that the format's tools write
+
+
+def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path]:
+    """The files that `path` names, in order of path: those of a folder that end in `suffixes` (in upper or
+    lower case; none: all of them), those that match a glob, or one file.
+
+    Hidden files are left out unless a glob asks for them. Raises DataError where there is no file, for a
+    link to what is not there, and for a folder that cannot be listed.
+    """
+    target = Path(path).expanduser()
+    try:
+        if target.is_dir():
+            found = [(real, f) for real, f in _walk(target) if f.name.lower().endswith(tuple(suffixes) or "")]
+            nothing = f"no {' or '.join(suffixes) + ' ' if suffixes else ''}file in this folder"
+        elif glob.has_magic(str(target)) and not target.exists():
+            found = list(_glob(target))
+            nothing = "no file matches this pattern (data.source.path)"
+        else:
+            found = [(os.path.realpath(target), target)] if _is_file(target) else []
+            nothing = "no such file or folder (data.source.path)"
+            if target.exists():
+                nothing = "a pipe or a device; the text is read more than once, so give a file"
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    if not found:
+        raise DataError(f"{path}: {nothing}")
+    once: dict[str, Path] = {}
+    for real, file in found:
+        once.setdefault(real, file)
+    return sorted(once.values())
+
+
+def _walk(root: Path, hidden: bool = False) -> Iterator[tuple[str, Path]]:
+    """(real path, path) of the files below a folder. Each folder is visited once; what is reached without a
+    link comes before what only links lead to, so that a link beside a file does not rename it.
+    """
+    seen: set[str] = set()
+    folders, links = deque([root]), deque[Path]()
+    while folders or links:
+        if not folders:
+            link = links.popleft()
+            if link.is_dir():
+                folders.append(link)
+            elif _is_file(link):
+                yield os.path.realpath(link), link
+            continue
+        folder = folders.popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith(".") and not hidden:
+                continue
+            if entry.is_symlink():
+                links.append(folder / entry.name)
+            elif entry.is_dir():
+                folders.append(folder / entry.name)
+            elif entry.is_file():
+                yield os.path.join(real, entry.name), folder / entry.name
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file. Raises DataError for a link to what is not there."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path}: a link to {os.readlink(path)}, which is not there; mend the link or remove it"
+        )
+    return path.is_file()
+
+
+def _glob(pattern: Path) -> Iterator[tuple[str, Path]]:
+    """(real path, path) of the files that a glob matches. From a `**` on, folders are walked: `glob` itself
+    would follow a link that leads back up as often as the system lets it.
+    """
+    parts = pattern.parts
+    if "**" not in parts:
+        for path in map(Path, sorted(glob.glob(str(pattern)))):
+            if _is_file(path):
+                yield os.path.realpath(path), path
+        return
+    start = parts.index("**")
+    rest = parts[start:]
+    hidden = any(part.startswith(".") for part in rest)
+    for base in sorted(glob.glob(str(Path(*parts[:start])))) if start else ["."]:
+        if os.path.isdir(base):
+            for real, path in _walk(Path(base), hidden):
+                if _matches(path.relative_to(base).parts, rest):
+                    yield real, path
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path below a folder matches a glob's parts; `**` stands for any number of names."""
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        deeper = bool(names) and not names[0].startswith(".") and _matches(names[1:], pattern)
+        return deeper or _matches(names, pattern[1:])
+    if not names or (names[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked if its name says so. Raises DataError for a damaged or unreadable one."""
+    import zstandard
+
+    try:
+        with path.open("rb") as raw:
+            if path.suffix.lower() == ".gz":
+                with gzip.open(raw) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            elif path.suffix.lower() == ".zst":
+                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)
+            else:
+                yield raw
+    except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: damaged archive ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _ZstdReader(io.RawIOBase):
+    """Unpacks Zstandard frames in a row. EOFError if the last is cut short (the library lets that pass)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._unpack():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _unpack(self) -> bool:
+        """Make some bytes ready; False at the end of the file."""
+        import zstandard
+
+        self._packed = self._packed or self._raw.read(1 << 17)
+        if not self._packed:
+            if self._frame is not None:
+                raise EOFError("it ends in the middle")
+            return False
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+        self._ready = self._frame.decompress(self._packed)
+        self._packed = b""
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return True

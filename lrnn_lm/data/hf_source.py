@@ -1,0 +1,103 @@
+"""A Hugging Face dataset as rows, streamed: from save_to_disk, a local dataset folder, or a hub name."""
+
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .hub import hub_is_reachable
+from .specs import DataError, SourceSpec
+
+
+def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of each row; `name` is the source's in messages. Raises DataError."""
+    from datasets.exceptions import DatasetsError
+    from datasets.table import CastError
+
+    with _log_of_datasets() as said:
+        for part, rows in _parts(spec, name, said):
+            number = 0
+            try:
+                for number, row in enumerate(rows):
+                    yield f"{part}: row {number}", row
+            except (OSError, EOFError, ValueError, TypeError, zlib.error, DatasetsError) as error:
+                # pyarrow's errors are ValueErrors; a column that changes its type is a TypeError
+                advice = "; all its files must have the same columns" if isinstance(error, CastError) else ""
+                raise DataError(
+                    f"{part}: reading stopped near row {number} ({_why(said, error)}){advice}"
+                ) from None
+
+
+def _parts(spec: SourceSpec, name: str, said: list[str]) -> Iterator[tuple[str, Any]]:
+    """(name, rows) of each file of a dataset, in order: rows that do not fit say only which column is at
+    fault. Where files and shards do not pair off the name is the dataset's, with the shard's number.
+    """
+    dataset, files = _load(spec, name, said)
+    shards = dataset.num_shards if files is not None else 1
+    if shards == 1:
+        yield files[0] if files and len(files) == 1 else f"dataset {name}", dataset
+        return
+    for shard in range(shards):
+        of_file = files is not None and len(files) == shards
+        part = files[shard] if of_file else f"dataset {name}, shard {shard} of {shards}"
+        yield part, dataset.shard(shards, shard)
+
+
+def _load(spec: SourceSpec, name: str, said: list[str]) -> tuple[Any, list[str] | None]:
+    """The split, and the files that it streams (None for a folder of save_to_disk)."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    path = Path(spec.path or "").expanduser()
+    if str(spec.path).startswith(("/", ".", "~")) and not path.exists():
+        raise DataError(f"{spec.path}: no such file or folder (data.source.path)")
+    if not path.exists() and not hub_is_reachable():
+        raise DataError(
+            f"dataset {name} is not here and the hub cannot be reached; "
+            "without a network give the folder of a local copy"
+        )
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    try:
+        if not saved:
+            where = str(path) if path.exists() else str(spec.path)
+            builder = datasets.load_dataset_builder(where, spec.name)
+            dataset = builder.as_streaming_dataset(split=spec.split)
+            return dataset, list(map(str, (builder.config.data_files or {}).get(spec.split, [])))
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        advice = "" if path.exists() else "; if there is no network here, give the folder of a local copy"
+        raise DataError(
+            f"dataset {name} (split {spec.split}) cannot be loaded{advice} ({_why(said, error)})"
+        ) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if spec.split not in loaded:
+            raise DataError(f"dataset {name}: no split {spec.split!r}; there are: {', '.join(loaded)}")
+        loaded = loaded[spec.split]
+    return loaded, None
+
+
+@contextmanager
+def _log_of_datasets() -> Iterator[list[str]]:
+    """Keep the library's log lines from the screen, and hand them over: some name a file that the exception
+    after them does not.
+    """
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    handlers = list(logging.getLogger("datasets").handlers)
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield said
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
+
+
+def _why(said: list[str], error: Exception) -> str:
+    return " ".join((said[-1] if said else str(error)).split())[:300]
