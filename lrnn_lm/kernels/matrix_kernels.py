@@ -244,7 +244,7 @@ def chunk_forward_kernel(
     for phase in tl.static_range(PHASES):
         x = _with_zeros(x, NEW * R * M)
         for step in range(phase * NEW * G, (phase + 1) * NEW * G):
-            valid = real & (t0 + step < T)
+            valid = real & (t0 + step < T) if MASKED else real
             a = _transition(a_at + step * A_T, valid, M, R, A_K, A_M, NL * M * A_K, LANES, MASKED)
             k = _rows(k_at + step * K_T, valid, M, R, K_K, NL * M * K_K, LANES, MASKED)
             q = _rows(q_at + step * Q_T, valid, M, R, Q_K, NL * M * Q_K, LANES, MASKED)
@@ -433,6 +433,69 @@ def _step_back(
     return _handed_back(now, a, valid, M, R, COLUMNS, MASKED)
 
 
+@triton.jit
+def _keep_columns(
+    a_at, k_at, flags_at, own, g, real, steps, A_T: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr,
+    K_T: tl.constexpr, K_K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, PHASES: tl.constexpr, SLOT: tl.constexpr, LANES: tl.constexpr,
+    MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores the columns before each step of a chunk, which has `steps` of them where MASKED."""
+    RM: tl.constexpr = R * M
+    NEW: tl.constexpr = L // G // PHASES
+    FOUR: tl.constexpr = 4 if RM % 4 == 0 else 1
+    x = _identity(g, M, R, G)
+    for phase in tl.static_range(PHASES):
+        x = _with_zeros(x, NEW * RM)
+        for step in range(phase * NEW * G, (phase + 1) * NEW * G):
+            valid = real & (step < steps) if MASKED else real
+            a = _transition(a_at + step * A_T, valid, M, R, A_K, A_M, NL * M * A_K, LANES, MASKED)
+            k = _rows(k_at + step * K_T, valid, M, R, K_K, NL * M * K_K, LANES, MASKED)
+            if HAS_RESET:
+                flag = tl.load(flags_at + step, mask=valid, other=0)
+                x = cleared(x, flag, (M // G + (phase + 1) * NEW) * RM)
+            _keep_states(x, own + step * SLOT, (M // G + (phase + 1) * NEW) * RM, LANES, FOUR)
+            x = _advanced(x, a, k, step, g, valid, M, R, G, M // G + (phase + 1) * NEW, NEW, MASKED)
+
+
+@triton.jit
+def _walk_back(
+    s, a_at, k_at, q_at, flags_at, own, d_reads_at, d_scores_at, da_at, dk_at, dq_at, lane, g, real, steps,
+    A_T: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr, K_T: tl.constexpr, K_K: tl.constexpr,
+    Q_T: tl.constexpr, Q_K: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
+    R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, L: tl.constexpr, PHASES: tl.constexpr,
+    SLOT: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of all steps of a chunk, last to first, from dL/dx after it."""
+    RM: tl.constexpr = R * M
+    CU: tl.constexpr = L // G
+    NEW: tl.constexpr = CU // PHASES
+    SPAN: tl.constexpr = NEW * G
+    FOUR: tl.constexpr = 4 if RM % 4 == 0 else 1
+    for phase in tl.static_range(PHASES - 1, -1, -1):
+        s = _first(s, (M // G + (phase + 1) * NEW) * RM)  # a column's gradient ends where it begins
+        for back in range(SPAN):
+            step = (phase + 1) * SPAN - 1 - back
+            valid = real & (step < steps) if MASKED else real
+            a = _transition(a_at + step * A_T, valid, M, R, A_K, A_M, NL * M * A_K, LANES, MASKED)
+            k = _rows(k_at + step * K_T, valid, M, R, K_K, NL * M * K_K, LANES, MASKED)
+            q = _rows(q_at + step * Q_T, valid, M, R, Q_K, NL * M * Q_K, LANES, MASKED)
+            x = _kept_states(own + step * SLOT, (M // G + (phase + 1) * NEW) * RM, LANES, FOUR)
+            weights = _weights(
+                d_reads_at + step * K, d_scores_at + (step * L + g * CU), real, M, R, NL, M // G, CU, LANES
+            )  # fmt: skip
+            column = step * L + (step % G * CU + step // G)
+            diagonal = tl.load(d_scores_at + column, mask=real, other=0.0).to(tl.float32)
+            s = _step_back(
+                s, x, a, k, q, weights, diagonal, step, lane, g, valid, da_at + step * (M * H * K),
+                dk_at + step * (H * K), dq_at + step * (H * K), M, R, NL, G, M // G + (phase + 1) * NEW, NEW,
+                H * K, LANES, MASKED,
+            )  # fmt: skip
+            if HAS_RESET:
+                flag = tl.load(flags_at + step, mask=valid, other=0)
+                s = cleared(s, flag, (M // G + (phase + 1) * NEW) * RM)
+
+
 @triton.jit(do_not_specialize=["T", "n_chunks", "total", "work"])
 def chunk_backward_kernel(
     transitions, writes, queries, flags, d_scores, d_reads, d_keys, d_whole, d_transitions, d_writes,
@@ -452,13 +515,10 @@ def chunk_backward_kernel(
     LANES: tl.constexpr = ITEMS * G * NL
     CP: tl.constexpr = M // G
     CU: tl.constexpr = L // G
-    NEW: tl.constexpr = CU // PHASES
-    SPAN: tl.constexpr = NEW * G
     RM: tl.constexpr = R * M
     SLOT: tl.constexpr = (CP + CU) * RM * LANES
-    FOUR: tl.constexpr = 4 if RM % 4 == 0 else 1
     lane = tl.arange(0, LANES)
-    own = scratch + wide(tl.program_id(0)) * (L * SLOT) + lane * FOUR
+    own = scratch + wide(tl.program_id(0)) * (L * SLOT) + lane * (4 if RM % 4 == 0 else 1)
     for index in range(tl.program_id(0), work, tl.num_programs(0)):
         n, g, item, real, b, chunk, head = _places(index, total, n_chunks, H, NL, G, ITEMS)
         t0 = wide(chunk * L)
@@ -466,47 +526,20 @@ def chunk_backward_kernel(
         k_at = writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K))
         q_at = queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K))
         flags_at = flags + b * T + t0 if HAS_RESET else flags
-        x = _identity(g, M, R, G)
-        for phase in tl.static_range(PHASES):
-            x = _with_zeros(x, NEW * RM)
-            for step in range(phase * SPAN, (phase + 1) * SPAN):
-                valid = real & (t0 + step < T)
-                a = _transition(a_at + step * A_T, valid, M, R, A_K, A_M, NL * M * A_K, LANES, MASKED)
-                k = _rows(k_at + step * K_T, valid, M, R, K_K, NL * M * K_K, LANES, MASKED)
-                if HAS_RESET:
-                    flag = tl.load(flags_at + step, mask=valid, other=0)
-                    x = cleared(x, flag, (CP + (phase + 1) * NEW) * RM)
-                _keep_states(x, own + step * SLOT, (CP + (phase + 1) * NEW) * RM, LANES, FOUR)
-                x = _advanced(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
+        steps = tl.minimum(T - t0, L) if MASKED else t0
+        _keep_columns(
+            a_at, k_at, flags_at, own, g, real, steps, A_T, A_K, A_M, K_T, K_K, M, R, NL, G, L, PHASES, SLOT,
+            LANES, MASKED, HAS_RESET,
+        )  # fmt: skip
         tl.debug_barrier()  # what was stored is loaded, perhaps by another lane
-        d_reads_at = d_reads + item * (L * K) + (n * M + g * CP)
-        d_scores_at = d_scores + item * (L * L) + g * CU
-        da_at = d_transitions + (b * T + t0) * (M * H * K) + (head * K + n * M + g * CP)
-        dk_at = d_writes + (b * T + t0) * (H * K) + (head * K + n * M)
-        dq_at = d_queries + (b * T + t0) * (H * K) + (head * K + n * M)
         s = _gradients_at_the_end(d_whole, d_keys, item, n, g, real, K, M, R, NL, G, L, LANES)
-        for phase in tl.static_range(PHASES - 1, -1, -1):
-            s = _first(s, (CP + (phase + 1) * NEW) * RM)  # a column's gradient ends where it begins
-            for back in range(SPAN):
-                step = (phase + 1) * SPAN - 1 - back
-                valid = real & (t0 + step < T)
-                a = _transition(a_at + step * A_T, valid, M, R, A_K, A_M, NL * M * A_K, LANES, MASKED)
-                k = _rows(k_at + step * K_T, valid, M, R, K_K, NL * M * K_K, LANES, MASKED)
-                q = _rows(q_at + step * Q_T, valid, M, R, Q_K, NL * M * Q_K, LANES, MASKED)
-                x = _kept_states(own + step * SLOT, (CP + (phase + 1) * NEW) * RM, LANES, FOUR)
-                weights = _weights(
-                    d_reads_at + step * K, d_scores_at + step * L, real, M, R, NL, CP, CU, LANES
-                )  # fmt: skip
-                column = d_scores + item * (L * L) + step * L + (step % G * CU + step // G)
-                diagonal = tl.load(column, mask=real, other=0.0).to(tl.float32)
-                s = _step_back(
-                    s, x, a, k, q, weights, diagonal, step, lane, g, valid, da_at + step * (M * H * K),
-                    dk_at + step * (H * K), dq_at + step * (H * K), M, R, NL, G,
-                    CP + (phase + 1) * NEW, NEW, H * K, LANES, MASKED,
-                )  # fmt: skip
-                if HAS_RESET:
-                    flag = tl.load(flags_at + step, mask=valid, other=0)
-                    s = cleared(s, flag, (CP + (phase + 1) * NEW) * RM)
+        _walk_back(
+            s, a_at, k_at, q_at, flags_at, own, d_reads + item * (L * K) + (n * M + g * CP),
+            d_scores + item * (L * L), d_transitions + (b * T + t0) * (M * H * K) + (head * K + n * M + g * CP),
+            d_writes + (b * T + t0) * (H * K) + (head * K + n * M),
+            d_queries + (b * T + t0) * (H * K) + (head * K + n * M), lane, g, real, steps,
+            A_T, A_K, A_M, K_T, K_K, Q_T, Q_K, H, K, M, R, NL, G, L, PHASES, SLOT, LANES, MASKED, HAS_RESET,
+        )  # fmt: skip
         tl.debug_barrier()
 
 

@@ -17,8 +17,18 @@ import triton
 import triton.language as tl
 
 from .matrix_kernels import step_of_column
-from .triton_launch import settle_cache_keys
+from .triton_launch import INTERPRETED, settle_cache_keys
 from .triton_rows import wide
+
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
+
+
+@triton.jit
+def _product(x, y, sums, FP32: tl.constexpr):
+    """sums + x y in fp32."""
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sums, input_precision=FP32)
 
 
 @triton.jit
@@ -83,8 +93,8 @@ def state_forward_kernel(
         else:
             read = _matrix(reads + item * (L * K), steps, rows, K, L, K)
             score = _matrix(scores + item * (L * L), steps, steps, L, L, L)
-            out = tl.dot(read, S.to(dtype), input_precision=FP32)
-            out = tl.dot(score, v, out, input_precision=FP32)
+            out = _product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
+            out = _product(score, v, out, FP32)
             y_at = y + ((b * T + wide(chunk * L)) * H + head) * V
             _store_matrix(y_at, out, steps, cols, H * V, tl.minimum(T - chunk * L, L), V)
         key = _transposed(keys + item * (L * K), steps, rows, K, L, K)
@@ -93,8 +103,8 @@ def state_forward_kernel(
         else:
             at = whole + item * (K * M) + rows[:, None] * M + rows[None, :] % M
             P = tl.load(at, mask=_own_block(rows, rows, M, K), other=0.0)
-            S = tl.dot(P, S, input_precision=FP32)
-        S = tl.dot(key, v, S, input_precision=FP32)
+            S = _product(P, S, tl.zeros_like(S), FP32)
+        S = _product(key, v, S, FP32)
     if not KEEP:
         _store_matrix(last + (b * H + head) * (K * V), S, rows, cols, V, K, V)
 
@@ -124,17 +134,17 @@ def state_backward_kernel(
         g = _steps_of(g_at, chunk * L, steps, T, cols, G_T, G_V, V)
         S = _matrix(states + item * (K * V), rows, cols, V, K, V)
         owed = dS.to(dtype)
-        d_score = tl.dot(g, tl.trans(v), input_precision=FP32)
+        d_score = _product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
         d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)
         _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
-        d_read = tl.dot(g, tl.trans(S), input_precision=FP32)
+        d_read = _product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
         _store_matrix(d_reads + item * (L * K), d_read, steps, rows, K, L, K)
-        d_key = tl.dot(v, tl.trans(owed), input_precision=FP32)
+        d_key = _product(v, tl.trans(owed), tl.zeros([L, KP], tl.float32), FP32)
         _store_matrix(d_keys + item * (L * K), d_key, steps, rows, K, L, K)
         score = _transposed(scores + item * (L * L), steps, steps, L, L, L)
-        dv = tl.dot(score, g, input_precision=FP32)
+        dv = _product(score, g, tl.zeros([L, VP], tl.float32), FP32)
         key = _matrix(keys + item * (L * K), steps, rows, K, L, K)
-        dv = tl.dot(key, owed, dv, input_precision=FP32)
+        dv = _product(key, owed, dv, FP32)
         dv_at = d_values + ((b * T + wide(chunk * L)) * H + head) * V
         _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
         if M == 1:
@@ -142,14 +152,14 @@ def state_backward_kernel(
             tl.store(d_whole + item * K + rows, d_decay, mask=rows < K)
             dS = dS * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
         else:
-            dP = tl.dot(owed, tl.trans(S), input_precision=FP32)
+            dP = _product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
             at = rows[:, None] * M + rows[None, :] % M
             tl.store(d_whole + item * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))
             at = rows[None, :] * M + rows[:, None] % M  # of the transposed
             P = tl.load(whole + item * (K * M) + at, mask=_own_block(rows, rows, M, K), other=0.0)
-            dS = tl.dot(P, dS, input_precision=FP32)
+            dS = _product(P, dS, tl.zeros_like(dS), FP32)
         read = _transposed(reads + item * (L * K), steps, rows, K, L, K)
-        dS = tl.dot(read, g, dS, input_precision=FP32)
+        dS = _product(read, g, dS, FP32)
     _store_matrix(d_start + (b * H + head) * (K * V), dS, rows, cols, V, K, V)
 
 
