@@ -17,7 +17,9 @@ from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset_flags
 
 CHUNK = 16  # L, the least that a product on tensor cores takes
-MOST_PHASES = 4  # times that columns join a chunk's scan; more cost code, fewer compute with zeros
+# Times that columns join a chunk's scan, by whether it is the backward pass: fewer compute with zeros, more are
+# more code (Triton's time to compile grows with its cube).
+MOST_PHASES = {False: 4, True: 1}
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
 WIDE_STATE = 8192  # numbers of a head's state from which a program has eight warps, not four
 
@@ -38,6 +40,9 @@ class _Chunks(NamedTuple):
     def total(self) -> int:
         return self.B * self.count * self.H
 
+    def phases(self, backward: bool) -> int:
+        return min(CHUNK // self.options["G"], MOST_PHASES[backward])
+
     @property
     def work(self) -> int:
         """Programs that take all items, some each."""
@@ -53,7 +58,7 @@ def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
     items = max(1, (8 if INTERPRETED else 1) * LANES // (lanes * groups))
     options = {
         "H": H, "K": K, "M": M, "R": K // M // lanes, "NL": lanes, "G": groups, "ITEMS": items, "L": CHUNK,
-        "PHASES": min(CHUNK // groups, MOST_PHASES), "MASKED": T % CHUNK != 0 or B * count * H % items != 0,
+        "MASKED": T % CHUNK != 0 or B * count * H % items != 0,
         "HAS_RESET": reset is not None, "num_warps": max(1, items * groups * lanes // LANES),
         "enable_fp_fusion": True,
     }  # fmt: skip
@@ -83,7 +88,7 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
     whole = new(B, C, H, K, chunks.M, dtype=torch.float32)
     chunk_forward_kernel[(chunks.work,)](
         scores=scores, reads=reads, keys=keys, whole=whole, T=chunks.T, n_chunks=C, total=chunks.total,
-        **inputs, **chunks.options,
+        PHASES=chunks.phases(backward=False), **inputs, **chunks.options,
     )  # fmt: skip
     return scores, reads, keys, whole
 
@@ -147,7 +152,7 @@ def _backward(
             d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
             d_transitions=d_a, d_writes=d_k, d_queries=d_q,
             scratch=values.new_empty(programs, CHUNK, columns * lanes), T=chunks.T, n_chunks=C,
-            total=chunks.total, work=chunks.work, **inputs, **options,
+            total=chunks.total, work=chunks.work, PHASES=chunks.phases(backward=True), **inputs, **options,
         )  # fmt: skip
     return d_a, d_k, d_v, d_q, d_h0
 

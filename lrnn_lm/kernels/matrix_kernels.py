@@ -118,14 +118,12 @@ def _scattered(x, lane, g, M: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr
     left."""
     for level in tl.static_range(4):
         if (G >> level) > 1:
-            HALF: tl.constexpr = M >> (level + 1)
-            BIT: tl.constexpr = G >> (level + 1)
-            upper = (g & BIT) != 0
+            upper = (g & (G >> (level + 1))) != 0
             left = ()
-            for j in tl.static_range(HALF):
-                sent = tl.where(upper, x[j], x[j + HALF])
-                kept = tl.where(upper, x[j + HALF], x[j])
-                left = left + (kept + tl.gather(sent, lane ^ (FIRST * BIT), 0),)
+            for j in tl.static_range(M >> (level + 1)):
+                sent = tl.where(upper, x[j], x[j + (M >> (level + 1))])
+                kept = tl.where(upper, x[j + (M >> (level + 1))], x[j])
+                left = left + (kept + tl.gather(sent, lane ^ (FIRST * (G >> (level + 1))), 0),)
             x = left
     return x
 
@@ -165,13 +163,12 @@ def _advanced(
     RM: tl.constexpr = R * M
     after = ()
     for c in tl.static_range(COLUMNS):
-        if c >= COLUMNS - NEW:
-            begins = (c - M // G) * G + g == step
+        begins = (c - M // G) * G + g == step
         for r in tl.static_range(R):
             for i in tl.static_range(M):
                 total = a[r * M + i] * x[c * RM + r * M]
                 for j in tl.static_range(1, M):
-                    total += a[j * RM + r * M + i] * x[c * RM + r * M + j]
+                    total = tl.fma(a[j * RM + r * M + i], x[c * RM + r * M + j], total)
                 if c >= COLUMNS - NEW:
                     total += tl.where(begins, k[r * M + i], 0.0)
                 if MASKED:
@@ -191,7 +188,7 @@ def _store_reads(
         for c in tl.static_range(CP):
             total = q[r * M] * x[c * R * M + r * M]
             for i in tl.static_range(1, M):
-                total += q[r * M + i] * x[c * R * M + r * M + i]
+                total = tl.fma(q[r * M + i], x[c * R * M + r * M + i], total)
             sums = sums + (total,)
         _store_tile(reads_at + r * NEXT, sums, real, CP, 1, LANES)
 
@@ -208,7 +205,7 @@ def _store_scores(
             if u < ACTIVE:
                 total = q[0] * x[(FIRST + u) * RM]
                 for e in tl.static_range(1, RM):
-                    total += q[e] * x[(FIRST + u) * RM + e]
+                    total = tl.fma(q[e], x[(FIRST + u) * RM + e], total)
                 own = tl.where(n == u - turn * NL, _sum_over(total, lane, 1, NL), own)
         column = turn * NL + n
         tl.store(at + column, own.to(at.dtype.element_ty), mask=real & (column < CU))
@@ -326,7 +323,7 @@ def _gradient_of_transition(
             for i in tl.static_range(M):
                 total = s[r * M + i] * x[r * M + j]
                 for c in tl.static_range(1, COLUMNS):
-                    total += s[c * RM + r * M + i] * x[c * RM + r * M + j]
+                    total = tl.fma(s[c * RM + r * M + i], x[c * RM + r * M + j], total)
                 rows = rows + (total,)
             rows = _scattered(rows, lane, g, M, NL, G)
             _store_tile(d_at + (j * D_M + r * NL * M), rows, valid, M // G, 1, LANES)
@@ -344,14 +341,14 @@ def _gradient_of_query(
         for j in tl.static_range(M):
             total = x[r * M + j] * weights[r]
             for c in tl.static_range(1, COLUMNS):
-                total += x[c * RM + r * M + j] * weights[c * R + r]
+                total = tl.fma(x[c * RM + r * M + j], weights[c * R + r], total)
             mixed = mixed + (_sum_over(total, lane, NL, G),)
     rows = ()
     for r in tl.static_range(R):
         for i in tl.static_range(M):
             total = k[r * M + i] * diagonal
             for j in tl.static_range(M):
-                total += a[j * RM + r * M + i] * mixed[r * M + j]
+                total = tl.fma(a[j * RM + r * M + i], mixed[r * M + j], total)
             rows = rows + (total,)
     return rows
 
@@ -368,7 +365,7 @@ def _handed_back(
             for j in tl.static_range(M):
                 total = a[j * RM + r * M] * s[c * RM + r * M]
                 for i in tl.static_range(1, M):
-                    total += a[j * RM + r * M + i] * s[c * RM + r * M + i]
+                    total = tl.fma(a[j * RM + r * M + i], s[c * RM + r * M + i], total)
                 if MASKED:
                     total = tl.where(valid, total, s[c * RM + r * M + j])
                 before = before + (total,)
@@ -426,7 +423,7 @@ def _step_back(
     for c in tl.static_range(COLUMNS):
         for r in tl.static_range(R):
             for i in tl.static_range(M):
-                now = now + (s[c * RM + r * M + i] + q[r * M + i] * weights[c * R + r],)
+                now = now + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
     dk, has = _gradient_of_write(now, step, g, M, R, G, COLUMNS, NEW)
     _store_rows(dk_at, dk, valid & has, M, R, 1, NL * M, LANES)
     _gradient_of_transition(now, x, da_at, valid, lane, g, M, R, NL, G, COLUMNS, D_M, LANES)
