@@ -189,7 +189,10 @@ def evaluate_checkpoint(
     lengths: Annotated[
         str, typer.Option(help="of the rows of state, mad and long tasks, separated by commas")
     ] = "",
-    rows: Annotated[int, typer.Option(help="rows of the length probe")] = 16,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="probe the loss of what the context already holds")
+    ] = False,
+    rows: Annotated[int | None, typer.Option(help="rows of a probe; default: 16, of --recall 64")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
@@ -202,8 +205,14 @@ def evaluate_checkpoint(
         from .evaluate.length import probe_length
 
         for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
-            probe_length(checkpoint, length, rows=rows, data=data, output=where, device=device)
-    if tasks or suite is not None or length is None:
+            probe_length(
+                checkpoint, length, rows=16 if rows is None else rows, data=data, output=where, device=device
+            )
+    if recall and team.is_main:
+        from .evaluate.recall import probe_recall
+
+        probe_recall(checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device)
+    if tasks or suite is not None or (length is None and not recall):
         from .evaluate.compare import evaluate_each
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]

@@ -9,9 +9,19 @@ VOCAB = 53
 MIXER_ROWS = {
     "bd_lru": {"type": "bd_lru", "num_blocks": 5, "block_size": 3},
     "bd_lru-tanh": {"type": "bd_lru", "num_blocks": 4, "block_size": 2, "gate": "tanh"},
+    "bd_lru-all": {
+        "type": "bd_lru",
+        "num_blocks": 6,
+        "block_size": 2,
+        "half_life": [2, 16],
+        "short_conv": 3,
+        "output_gate": True,
+        "norm_groups": 2,
+    },
     "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},
     "attention": {"type": "attention", "num_heads": 2},
+    "attention-qk-norm": {"type": "attention", "num_heads": 2, "qk_norm": True},
     "lstm": {"type": "lstm", "width": 9},
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
 }
@@ -20,7 +30,7 @@ HYBRIDS = {
     "hybrid-attention-first": ["attention", "lstm"],
 }
 NAMES = [*MIXER_ROWS, *HYBRIDS]
-RECURRENT = [name for name in MIXER_ROWS if name != "attention"]
+RECURRENT = [name for name in MIXER_ROWS if not name.startswith("attention")]
 
 
 def small_config(name: str, **changes) -> LRNNConfig:

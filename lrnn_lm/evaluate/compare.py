@@ -25,7 +25,7 @@ def evaluate_each(
     output: a folder; several checkpoints get one each below it, named after their run or folder. settings:
     as `evaluate` takes them. Raises ValueError as it does, before any is scored if one is not there.
     """
-    names = _names(checkpoints)
+    names = checkpoint_names(checkpoints)
     check_output(output)
     if len(names) > 1 and output is not None and Path(output).suffix == ".json":
         raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")
@@ -43,7 +43,7 @@ def evaluate_each(
 
 def folders(checkpoints: Sequence[str | Path], output: Path | None) -> list[Path | None]:
     """Where each checkpoint's results go: `output`, in which each of several has a folder of its own."""
-    names = _names(checkpoints)
+    names = checkpoint_names(checkpoints)
     return [output if output is None or len(names) == 1 else Path(output) / name for name in names]
 
 
@@ -60,7 +60,7 @@ def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _names(checkpoints: Sequence[str | Path]) -> list[str]:
+def checkpoint_names(checkpoints: Sequence[str | Path]) -> list[str]:
     """A name for each that tells it from the others: its run, with its step if two are of one run; folders
     further up where that does not tell. ValueError for one that is given twice.
     """

@@ -27,12 +27,16 @@ class Attention(Mixer):
         hidden_size: D.
         num_heads: H; D / H must be even.
         rope_theta: base of the rotary frequencies.
+        qk_norm: whether each head's queries and keys are divided by their root mean square before they are
+            rotated, which bounds the scores at high learning rates (arXiv 2302.05442).
     """
 
     layer_type = "full_attention"
-    options = ("num_heads", "rope_theta")
+    options = ("num_heads", "rope_theta", "qk_norm")
 
-    def __init__(self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0):
+    def __init__(
+        self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0, qk_norm: bool = False
+    ):
         super().__init__()
         check_sizes(num_heads=num_heads)
         if hidden_size % (2 * num_heads):
@@ -44,6 +48,8 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.weights = AttentionWeights()
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
@@ -53,6 +59,8 @@ class Attention(Mixer):
             proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, d)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         rotary = context.rotary
         if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
             rotary = self.rotary(context.positions)

@@ -210,6 +210,10 @@ class Mixer(nn.Module):
         """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""
         return {}
 
+    def planes(self) -> dict[str, int]:
+        """Weights, by name, that hold several maps of one input one after the other, and how many."""
+        return {}
+
     def transitions(self, x: Tensor) -> Tensor | None:
         """The matrices A_t (B, T, N, M, M) of h_t = A_t h_{t-1} + .. at inputs x (B, T, D), to look at.
 

@@ -5,7 +5,9 @@
 Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
 from ..kernels.gates import normalise
@@ -20,6 +22,8 @@ from .base import (
     gate_matrix,
     packed_planes,
 )
+from .initial_gates import check_half_life, gate_bias_of_half_lives
+from .short_conv import ShortConvolution
 
 
 class BlockDiagonalLRU(JointProjections, Mixer):
@@ -31,9 +35,18 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         block_size: M.
         gate: name of the gate function, see `kernels.gates`.
         gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+        half_life: [shortest, longest] in tokens of the state's rows at the start, see `initial_gates`; None
+            for equal gates.
+        short_conv: reach in tokens of a short convolution of the input; None for none.
+        output_gate: whether the states are multiplied by silu(W_g x) before they are read out.
+        norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
+            square before they are read out; None for no norm.
     """
 
-    options = ("num_blocks", "block_size", "gate", "gate_std")
+    options = (
+        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate",
+        "norm_groups",
+    )  # fmt: skip
     fused_window = False
 
     def __init__(
@@ -43,35 +56,87 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         block_size: int = 4,
         gate: str = "softmax",
         gate_std: float | None = None,
+        half_life: list[float] | None = None,
+        short_conv: int | None = None,
+        output_gate: bool = False,
+        norm_groups: int | None = None,
     ):
         super().__init__()
-        check_sizes(num_blocks=num_blocks, block_size=block_size)
+        check_sizes(
+            num_blocks=num_blocks, block_size=block_size, short_conv=short_conv, norm_groups=norm_groups
+        )
         check_gate(gate)
-        self.gate_std = gate_std
+        check_half_life(half_life, gate)
+        self.hidden_size = hidden_size
+        self.gate_std, self.half_life = gate_std, half_life
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate
         self.backend = "auto"  # of the scan
+        self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = ResidualOutput(width, hidden_size, bias=False)
+        self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
+        self.output_gate_proj = nn.Linear(hidden_size, width, bias=False) if output_gate else None
+        self.norm_groups = norm_groups
+        if norm_groups is not None:
+            if width % norm_groups:
+                raise ValueError(f"the state's {width} rows do not split into norm_groups={norm_groups}")
+            self.norm_weight = nn.Parameter(torch.ones(width))
+        if short_conv or output_gate or norm_groups:
+            self.fused_window = None  # the fused step of decoding knows the plain layer only
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """x (B, T, D), state (B, N, M) -> y (B, T, D), state (B, N, M) in fp32."""
+        """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32, with a convolution (B, N M + (W-1) D), its
+        inputs after the recurrence's state."""
+        if self.conv is None:
+            h, state = self._scan(x, state, context)
+            return self._read_out(h, x), state
+        past = None
+        if state is not None:
+            width = self.num_blocks * self.block_size
+            state, past = state.split([width, state.shape[1] - width], dim=1)
+            state = state.unflatten(1, (self.num_blocks, self.block_size))
+            past = past.unflatten(1, (-1, self.hidden_size))
+        x, past = self.conv(x, past, context.reset)
+        h, state = self._scan(x, state, context)
+        return self._read_out(h, x), torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)
+
+    def _read_out(self, h: Tensor, x: Tensor) -> Tensor:
+        """Norm, output gate and projection of states h (B, T, N, M) -> (B, T, D)."""
+        h = h.flatten(2)
+        if self.norm_groups is not None:
+            grouped = h.unflatten(-1, (self.norm_groups, -1))
+            h = functional.rms_norm(grouped, grouped.shape[-1:], eps=1e-6).flatten(2)
+            h = h * self.norm_weight.to(h.dtype)
+        if self.output_gate_proj is not None:
+            h = h * functional.silu(self.output_gate_proj(x))
+        return self.out_proj(h)
+
+    def _scan(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), state (B, N, M) -> states of all tokens (B, T, N, M) and the last one in fp32."""
         N, M = self.num_blocks, self.block_size
+        if self.diagonal_only:
+            gates, values = self.project(x)
+            p = normalise(self._planes(gates).float(), self.gate)
+            p = p * torch.eye(M, M + 1, device=p.device).index_fill(
+                1, torch.tensor([M], device=p.device), 1.0
+            )
+            h, state = block_diagonal_scan(
+                p, values.unflatten(-1, (N, M)).float(), state, context.reset, "none", self.backend
+            )
+            return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
             bias = gate_bias(self.gate_proj, N * M)
             h, state = block_diagonal_scan_packed(
                 planes, N, M, state, context.reset, self.gate, self.backend, bias
             )
-        else:
-            gates, values = self.project(x)
-            values = values.unflatten(-1, (N, M))
-            h, state = block_diagonal_scan(
-                self._planes(gates), values, state, context.reset, self.gate, self.backend
-            )
-        return self.out_proj(h.flatten(2)), state
+            return h, state
+        gates, values = self.project(x)
+        values = values.unflatten(-1, (N, M))
+        return block_diagonal_scan(self._planes(gates), values, state, context.reset, self.gate, self.backend)
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.value_proj]
@@ -85,18 +150,33 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         planes = gates.unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
         return planes.permute(0, 1, 3, 4, 2)
 
+    def planes(self) -> dict[str, int]:
+        return {"gate_proj.weight": self.block_size + 1}
+
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
+        if self.conv is not None:
+            x, _ = self.conv(x, None, None)
         return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix, where `gate_std` asks for another spread than `std` gives."""
-        return gate_matrix(self.gate_proj, self.gate_std)
+        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        values = gate_matrix(self.gate_proj, self.gate_std)
+        if self.half_life is not None:
+            bias = gate_bias_of_half_lives(self.num_blocks * self.block_size, self.block_size, self.half_life)
+            values["gate_proj.bias"] = bias.T.flatten()  # planes, as `_planes` reads them
+        if self.conv is not None:
+            values["conv.weight"] = torch.zeros_like(self.conv.weight, device="cpu")
+        if self.norm_groups is not None:
+            values["norm_weight"] = torch.ones(self.num_blocks * self.block_size)
+        return values
 
     def cost(self, context_length: int) -> MixerCost:
         """A row is M + 1 multiply-adds; normalising its M + 1 gates is about 3 operations each."""
         rows, gates = self.num_blocks * self.block_size, self.block_size + 1
-        return MixerCost(scan=rows * gates * (2 + 3))
+        taps = 0 if self.conv is None else self.conv.weight.numel()
+        return MixerCost(products=2 * taps, scan=rows * gates * (2 + 3))
 
     def state_elements(self, context_length: int) -> int:
-        return self.num_blocks * self.block_size
+        kept = 0 if self.conv is None else (self.conv.kernel_size - 1) * self.hidden_size
+        return self.num_blocks * self.block_size + kept

@@ -100,6 +100,9 @@ class HigherOrderLRU(JointProjections, Mixer):
             return self.out_proj(_windows(padded, alive, M))
         return _WindowProduct.apply(padded, weight.to(h.dtype), alive, M)
 
+    def planes(self) -> dict[str, int]:
+        return {"gate_proj.weight": self.order + 1}
+
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
         M = self.order

@@ -33,7 +33,18 @@ class MixerSection(Section):
     gate_std: float | None = Field(
         None, gt=0, description="spread of the gates' logits at the start; none: as of any other matrix"
     )
+    half_life: tuple[float, float] | None = Field(
+        None, description="[shortest, longest] in tokens of bd_lru's states at the start; none: equal gates"
+    )
+    short_conv: int | None = Field(
+        None, ge=2, description="tokens that a convolution before bd_lru's projections reaches; none: no such"
+    )
+    output_gate: bool = Field(False, description="bd_lru's states times silu(W x) before they are read out")
+    norm_groups: int | None = Field(
+        None, ge=1, description="bd_lru: RMS norm of the states before the read-out, in so many groups"
+    )
     num_heads: int = Field(8, ge=1, description="heads of attention, the delta rules and gla")
+    qk_norm: bool = Field(False, description="attention: RMS norm of each head's queries and keys")
     rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
     expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
@@ -209,9 +220,11 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the layers' matrices, AdamW for the rest; not under FSDP2"
+    )
     lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

@@ -22,12 +22,12 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from .checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
+from .optim import state_keys
 from .parallel import like_parameter
 from .runtime import restore_random_state
 
 Group = dist.ProcessGroup | None
 WEIGHTS = "model.safetensors"
-_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -125,9 +125,14 @@ def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) ->
 
 
 def fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The state that AdamW would make of itself at its first step, where it has none yet."""
-    missing = [name for name, parameter in model.named_parameters() if not optimizer.state.get(parameter)]
-    _make_state(model, optimizer, [f"{name}/{key}" for name in missing for key in _ADAMW_STATE])
+    """The state that the optimizer would make of itself at its first step, where it has none yet."""
+    keys = [
+        f"{name}/{key}"
+        for name, parameter in model.named_parameters()
+        if not optimizer.state.get(parameter)
+        for key in state_keys(optimizer, parameter)
+    ]
+    _make_state(model, optimizer, keys)
 
 
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keys: Iterable[str]) -> None:

@@ -213,3 +213,17 @@ def test_a_second_interrupt_quits_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(QuitError):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("options", [("optim.name=muon",), ("optim.name=muon", "data.num_workers=2")])
+def test_muon_stopped_and_resumed_is_straight_through(build: Build, options: tuple[str, ...]) -> None:
+    straight = build(*options, "name=straight")
+    straight.run()
+    first = build(*options, "name=parts")
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    build(*options, "name=parts").run()
+    runs = straight.folder.parent
+    assert losses(runs / "parts") == losses(runs / "straight")
+    assert fingerprint(runs / "parts" / LAST) == fingerprint(runs / "straight" / LAST)

@@ -86,7 +86,7 @@ def test_every_parameter_is_in_exactly_one_group(mixer: str, tied: bool) -> None
         {"name": "t", "model": small | {"mixer": {"type": mixer, "num_heads": 2, "order": 2}}}
     )
     model = LRNNForCausalLM(model_config(recipe, vocab_size=50))
-    groups = decay_groups(model, 0.1)
+    groups = decay_groups(model.parameters(), 0.1)
     listed = [id(p) for group in groups for p in group["params"]]
     assert sorted(listed) == sorted({id(p) for p in model.parameters()})
     names = {id(p): name for name, p in model.named_parameters()}

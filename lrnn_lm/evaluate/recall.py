@@ -1,0 +1,262 @@
+"""Where a model's loss comes from: `lrnn eval CHECKPOINT.. --recall`, several checkpoints side by side.
+
+    n-gram hits   loss of the tokens that complete an n-gram seen earlier in the same context, against all
+                  others (the split of Zoology, arXiv 2312.04927): what a model could copy if it remembered
+    distance      the same for bigrams, by how far back the last occurrence lies
+    position      loss by position in the row
+    frequency     loss by how often the target occurs in the whole held-out text
+    gates         of each BD-LRU layer: half-life, share of rows with one gate above 0.99, share of A_t off
+                  its diagonal; and the loss when every A_t is cut down to its diagonal
+
+Rows are held-out documents, one after the other, each row read from an empty state.
+
+Legend: b rows, T tokens a row, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import context_length, describe, document_start, load_checkpoint
+from .compare import checkpoint_names
+from .heldout import heldout_path, read_documents
+from .show import decimal, table_console
+from .transitions import mixer_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LONGEST = 4  # n-grams longer than this count as this long
+DISTANCES = (1, 4, 16, 64, 256, 1024, 4096)  # lower edges of the bins of distances, in tokens
+PIECE_LOGITS = 2**25  # logits that exist at once
+SATURATED = 0.99
+ROWS_OF_GATES = 4096  # tokens of a layer whose gates are looked at
+
+
+def probe_recall(
+    checkpoints: Sequence[str | Path],
+    *,
+    rows: int = 64,
+    data: Path | None = None,
+    output: Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Split each checkpoint's held-out loss; print a table, write JSON and a picture; returns the facts.
+
+    All checkpoints read the same documents, cut into rows of their own training length by their own
+    tokenizer. rows: at most so many. data: held-out documents (JSONL); None: those of the first checkpoint's
+    run. output: a folder; None: eval/ of the first checkpoint's run.
+
+    Raises ValueError for a checkpoint without text, or text too short for a row.
+    """
+    from .recall_plot import draw_recall
+
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows}")
+    names = checkpoint_names(checkpoints)
+    first = describe(checkpoints[0])
+    text = heldout_path(data, first.path)
+    found = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        model, tokenizer = load_checkpoint(describe(checkpoint).path, device)
+        inputs, targets = text_rows(
+            model, tokenizer, text, rows, context_length(model, describe(checkpoint).run)
+        )
+        size = {"rows": len(inputs), "length": inputs.shape[1]}
+        found.append({"name": name, **size, **split(model, inputs, targets)})
+    folder = Path(output).expanduser() if output is not None else first.run / "eval" if first.run else None
+    written = []
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / "recall.json", folder / "recall.png"]
+        written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        draw_recall(found, written[1])
+    if not quiet:
+        _show(found, written)
+    return found
+
+
+def text_rows(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path, rows: int, T: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (b, T) of held-out documents, one after the other, the start token before each."""
+    start = document_start(model, tokenizer)
+    ids: list[int] = []
+    for document in read_documents(path):
+        ids += [] if start is None else [start]
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if len(ids) > rows * T:
+            break
+    whole = min(rows, (len(ids) - 1) // T)
+    if not whole:
+        raise ValueError(f"{path} has {len(ids)} tokens, which do not fill one row of {T} + 1")
+    stream = torch.tensor(ids[: whole * T + 1])
+    return stream[:-1].view(whole, T), stream[1:].view(whole, T)
+
+
+def split(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    """The loss of a model on rows, by every question of this module's head."""
+    with mixer_inputs(model) as seen:
+        losses = token_losses(model, inputs, targets)
+    order, distance = seen_before(torch.cat([inputs, targets[:, -1:]], dim=1))
+    counts = targets.flatten().bincount(minlength=int(model.config.vocab_size))[targets]
+    facts = {
+        "loss": float(losses.mean()),
+        "seen_ngram": {
+            f"n={n}" if n < LONGEST else f"n>={n}": _mean(losses, order == n) for n in range(LONGEST + 1)
+        },
+        "copyable": _mean(losses, order >= 2),
+        "other": _mean(losses, order < 2),
+        "distance": [
+            {
+                "from": low,
+                "to": high - 1,
+                **_mean(losses, (order >= 2) & (distance >= low) & (distance < high)),
+            }
+            for low, high in pairwise((*DISTANCES, 2**31))
+        ],
+        "position": [
+            {
+                "from": low,
+                "to": high - 1,
+                **_mean(losses[:, low:high], torch.ones_like(losses[:, low:high]) > 0),
+            }
+            for low, high in _octaves(losses.shape[1])
+        ],
+        "frequency": [
+            {"from": low, "to": high - 1, **_mean(losses, (counts >= low) & (counts < high))}
+            for low, high in _octaves(int(counts.max()) + 1)[1:]
+        ],
+        "gates": gate_facts(model, seen),
+    }
+    with only_diagonals(model) as cut:
+        facts["loss_with_diagonal_transitions"] = (
+            float(token_losses(model, inputs, targets).mean()) if cut else None
+        )
+    return facts
+
+
+@torch.no_grad()
+def token_losses(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (b, T) in nats, fp32, on the CPU."""
+    size = max(1, PIECE_LOGITS // (inputs.shape[1] * model.config.vocab_size))
+    parts = []
+    for ids, labels in zip(inputs.split(size), targets.split(size), strict=True):
+        logits = model(ids.to(model.device), use_cache=False).logits.float()
+        parts.append(
+            torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels.to(model.device), reduction="none"
+            )
+        )
+    return torch.cat(parts).cpu()
+
+
+def seen_before(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For each target of rows (b, T + 1), both (b, T): the longest n, up to LONGEST, such that the n tokens
+    that end with it occurred earlier in the row (0: the token is new), and how far back the last such bigram
+    lies (0: none)."""
+    b, length = rows.shape
+    order = torch.zeros(b, length - 1, dtype=torch.long)
+    distance = torch.zeros(b, length - 1, dtype=torch.long)
+    for r, row in enumerate(rows.tolist()):
+        last: dict[tuple[int, ...], int] = {}
+        for t in range(length):
+            for n in range(1, LONGEST + 1):
+                if n > t + 1:
+                    break
+                gram = tuple(row[t - n + 1 : t + 1])
+                if t and gram in last:
+                    order[r, t - 1] = n
+                    if n == 2:
+                        distance[r, t - 1] = t - last[gram]
+                last[gram] = t
+    return order, distance
+
+
+@torch.no_grad()
+def gate_facts(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
+    """Of each layer with transition matrices: quantiles of half-lives, saturated rows, mass off the diagonal.
+
+    A row's half-life is that of its absolute sum, ln 2 / -ln sum: how long what it holds lasts, in tokens, if
+    its gates stayed as they are.
+    """
+    found = []
+    for layer, parts in sorted(seen.items()):
+        x = torch.cat([part.reshape(1, -1, part.shape[-1]) for part in parts], dim=1)[:, :ROWS_OF_GATES]
+        mixer = model.model.layers[layer].mixer
+        A = mixer.transitions(x)
+        if A is None:
+            continue
+        if model.config.layer_mixers[layer]["type"] == "h_lru":
+            A = A[..., :1, :]  # the rows below only shift
+        A = A.abs().cpu()
+        kept = A.sum(dim=-1)  # (1, tokens, N, rows)
+        largest = torch.maximum(A.amax(dim=-1), 1 - kept)
+        own = A.diagonal(dim1=-2, dim2=-1) if A.shape[-1] == A.shape[-2] else A[..., 0]
+        lives = math.log(2) / -kept.clamp(1e-6, 1 - 1e-6).log()
+        mean = lives.log().mean(dim=1).exp().flatten().sort().values  # (rows,), over tokens
+        found.append({
+            "layer": layer,
+            "half_life": {q: float(mean[int(float(q) * (len(mean) - 1))]) for q in ("0.1", "0.5", "0.9")},
+            "saturated": float((largest > SATURATED).float().mean()),
+            "off_diagonal": float((1 - own.sum() / A.sum()).item()) if A.shape[-1] == A.shape[-2] else None,
+        })  # fmt: skip
+    return found
+
+
+@contextmanager
+def only_diagonals(model: "PreTrainedModel") -> Iterator[bool]:
+    """While it lasts, BD-LRU layers with blocks above 1 use the diagonal of A_t alone; whether there are any."""
+    mixers = [layer.mixer for layer in model.model.layers] if model.config.model_type == "lrnn" else []
+    mixed = [m for m in mixers if hasattr(m, "diagonal_only") and m.block_size > 1]
+    for mixer in mixed:
+        mixer.diagonal_only = True
+    try:
+        yield bool(mixed)
+    finally:
+        for mixer in mixed:
+            mixer.diagonal_only = False
+
+
+def _mean(losses: Tensor, chosen: Tensor) -> dict[str, Any]:
+    count = int(chosen.sum())
+    return {"tokens": count, "loss": float(losses[chosen].mean()) if count else None}
+
+
+def _octaves(end: int) -> list[tuple[int, int]]:
+    edges = [0, *(2**i for i in range(64) if 2**i < end), end]
+    return list(pairwise(edges))
+
+
+def _show(found: list[dict[str, Any]], written: list[Path]) -> None:
+    from rich.table import Table
+
+    console = table_console()
+    table = Table(title="loss in nats a token, by what the context holds")
+    for i, title in enumerate(["tokens that", "share", *(facts["name"] for facts in found)]):
+        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+    total = sum(part["tokens"] for part in found[0]["seen_ngram"].values())
+    rows = [("all", "100%", [facts["loss"] for facts in found])]
+    for key, label in (("copyable", "complete a bigram seen before"), ("other", "do not")):
+        rows.append(
+            (label, f"{found[0][key]['tokens'] / total:.1%}", [facts[key]["loss"] for facts in found])
+        )
+    for i, part in enumerate(found[0]["distance"]):
+        label = f"  last seen {part['from']} to {part['to']:,} back" if part["to"] < 2**30 else "  farther"
+        if part["tokens"]:
+            share = f"{part['tokens'] / total:.1%}"
+            rows.append((label, share, [facts["distance"][i]["loss"] for facts in found]))
+    rows.append(("all, A_t cut to its diagonal", "", [f["loss_with_diagonal_transitions"] for f in found]))
+    for label, share, values in rows:
+        table.add_row(label, share, *map(decimal, values))
+    console.print(table)
+    for path in written:
+        console.print(f"written to {path}", soft_wrap=True, highlight=False)

@@ -1,0 +1,53 @@
+"""A short causal convolution that respects documents: what lets a gate read the token before.
+
+    y_t = x_t + sum_{j=0..W-1} w_j * x_{t-j}        w_j in R^D, a weight a channel and a lag
+
+Legend: B batch, T time, D channels, W the kernel's reach in tokens (its own token included).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution added to its input; zero at the start, so a new layer is the identity.
+
+    It is written as W shifted products, which a compiler fuses into one kernel; a document's start is one
+    more mask.
+
+    Args:
+        channels: D.
+        kernel_size: W, at least 2.
+    """
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        if kernel_size < 2:
+            raise ValueError(f"conv_kernel must be at least 2 tokens (or none), not {kernel_size}")
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.zeros(kernel_size, channels))
+
+    def forward(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), past (B, W-1, D) the inputs before (None: none), reset (B, T) bool or None.
+
+        Returns:
+            y (B, T, D) in the dtype of x, and the last W-1 inputs (B, W-1, D) of the document that goes on.
+        """
+        B, T, D = x.shape
+        lags = self.kernel_size - 1
+        before = x.new_zeros(B, lags, D) if past is None else past.to(x.dtype)
+        inputs = torch.cat([before, x], dim=1)  # (B, W-1+T, D)
+        weight = self.weight.to(x.dtype)
+        y = x * (1 + weight[0])
+        if reset is None:
+            for lag in range(1, lags + 1):
+                y = y + weight[lag] * inputs[:, lags - lag : lags - lag + T]
+            return y, inputs[:, T:]
+        starts = torch.cat([reset.new_zeros(B, lags), reset], dim=1)  # none is known of before
+        same = torch.ones_like(reset)  # (B, T): no document starts in (t - lag, t]
+        for lag in range(1, lags + 1):
+            same = same & ~starts[:, lags - lag + 1 : lags - lag + 1 + T]
+            y = y + weight[lag] * inputs[:, lags - lag : lags - lag + T] * same.unsqueeze(-1)
+        later = starts[:, T + 1 :].flip(1).cumsum(dim=1).flip(1)  # (B, W-2): starts after each kept input
+        keep = torch.cat([later == 0, reset.new_ones(B, 1)], dim=1)
+        return y, inputs[:, T:] * keep.unsqueeze(-1)

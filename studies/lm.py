@@ -1,0 +1,271 @@
+"""The language-model study: contenders at equal parameters and tokens, several runs on one device at a time.
+
+    python -m studies.lm PLAN --data CORPUS --output ROWS.jsonl [--workers 3] [--budget-seconds 500]
+
+PLAN is YAML: `sizes` (a parameter budget and what every model of that size shares), `contenders` (mixers) and
+`waves` (which contenders, at which tokens, learning rates and seeds), run in the order in which they stand. A
+contender is brought to its size's parameters by the width of its SwiGLU, in steps of 16. Each run is
+`lrnn train` with overrides; its row (settings, held-out bits per byte at each validation, device, commit) is
+appended to ROWS as it ends. A row that is there is not run again; a run that was cut goes on from its
+checkpoint.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+import torch
+import yaml
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.recipe import load_recipe
+
+STEP = 16  # the SwiGLU's width is a multiple of it
+TOLERANCE = 0.005  # parameters may differ by this share
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row to be made: `model` holds the resolved keys of the recipe's section."""
+
+    wave: str
+    contender: str
+    size: str
+    model: dict[str, Any]
+    parameters: int
+    tokens: int
+    lr: float
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The run's name, which also tells a row that is there already."""
+        extra = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", o.partition(".")[2]) for o in self.overrides)
+        tokens = f"{self.tokens / 10**6:.0f}M"
+        return f"{self.contender}-{self.size}-{tokens}-lr{self.lr:g}-s{self.seed}{extra}"
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan. ValueError if it cannot be read or a wave names what is not there."""
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    for wave in plan["waves"]:
+        for kind, names in (("contenders", wave["contenders"]), ("sizes", [wave["size"]])):
+            for name in names:
+                if name not in plan[kind]:
+                    raise ValueError(
+                        f"{path}: wave {wave['name']!r} names {name!r}; known {kind}: {', '.join(plan[kind])}"
+                    )
+    return plan
+
+
+def runs_of(plan: dict[str, Any], only: set[str] | None = None) -> list[Run]:
+    """Every run of the plan's waves, in order."""
+    runs: dict[str, Run] = {}
+    for wave in plan["waves"]:
+        if only and wave["name"] not in only:
+            continue
+        size = plan["sizes"][wave["size"]]
+        for contender in wave["contenders"]:
+            model, parameters = fitted(plan["contenders"][contender], size)
+            for seed in wave.get("seeds", [0]):
+                for lr in wave["rates"]:
+                    own = plan["contenders"][contender].get("set", ())
+                    overrides = (*wave.get("set", ()), *own)
+                    run = Run(
+                        wave["name"], contender, wave["size"], model, parameters, int(wave["tokens"]),
+                        float(lr), seed, overrides,
+                    )  # fmt: skip
+                    runs.setdefault(run.name, run)
+    return list(runs.values())
+
+
+def fitted(contender: dict[str, Any], size: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The model section of a contender at a size, and its parameters. ValueError if no SwiGLU fits."""
+    shared = {**size["model"], **contender.get("model", {})}
+    D = shared["hidden_size"]
+    model = {**shared, "mixer": _mixer(contender["mixer"], D)}
+    if "pattern" in contender:
+        model["layer_pattern"] = [_mixer({**entry}, D) for entry in contender["pattern"]]
+    narrow, wide = (count({**model, "intermediate_size": width}) for width in (STEP, 2 * STEP))
+    width = STEP * max(1, round(1 + (size["parameters"] - narrow) / (wide - narrow)))
+    model["intermediate_size"] = width
+    parameters = count(model)
+    if abs(parameters / size["parameters"] - 1) > TOLERANCE:
+        raise ValueError(
+            f"{contender}: {parameters:,} parameters are not within 0.5% of {size['parameters']:,}"
+        )
+    return model, parameters
+
+
+def _mixer(spec: dict[str, Any], hidden_size: int) -> dict[str, Any]:
+    """`expansion` is the state's width over hidden_size, for mixers that are sized by their blocks."""
+    spec = dict(spec)
+    expansion = spec.pop("expansion", None)
+    if expansion is not None:
+        spec["num_blocks"] = round(expansion * hidden_size / spec.get("block_size", 1))
+    return spec
+
+
+def count(model: dict[str, Any]) -> int:
+    """Parameters; none are made."""
+    with torch.device("meta"):
+        built = LRNNForCausalLM(LRNNConfig(**model))
+    return sum(p.numel() for p in built.parameters())
+
+
+def command(run: Run, recipe: Path, data: Path, runs: Path, more: list[str]) -> list[str]:
+    """`lrnn train` for a run."""
+    model = {key: value for key, value in run.model.items() if key != "vocab_size"}
+    settings = [f"model.{key}={json.dumps(value)}" for key, value in model.items()]
+    return [
+        sys.executable, "-m", "lrnn_lm.train", str(recipe), f"name={run.name}", f"seed={run.seed}",
+        f"optim.lr={run.lr}", f"train.tokens={run.tokens}", f"train.runs_dir={runs}",
+        f"data.source.path={data}/train-*.jsonl.zst", f"data.validation_source.path={data}/valid.jsonl.zst",
+        *settings, *run.overrides, *more,
+    ]  # fmt: skip
+
+
+def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log: Path) -> dict[str, Any]:
+    """The row of a run that has ended."""
+    row = {
+        "run": run.name, "wave": run.wave, "contender": run.contender, "size": run.size,
+        "parameters": run.parameters, "tokens": run.tokens, "lr": run.lr, "seed": run.seed,
+        "overrides": list(run.overrides), "model": run.model, "seconds": round(seconds, 1),
+        "workers": workers, "device": device_name(), "commit": commit(),
+    }  # fmt: skip
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    validations = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]
+    speeds = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
+    row["curve"] = [[step, round(bits, 5)] for step, bits in validations]
+    row["tokens_per_second_shared"] = round(speeds[len(speeds) // 2]) if speeds else None
+    if code == 0 and validations:
+        row["bits_per_byte"] = validations[-1][1]
+    else:
+        tail = log.read_text(errors="replace").strip().splitlines()[-3:]
+        row["failed"] = f"exit code {code}: " + " / ".join(tail)[-600:]
+    return row
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or os.environ.get("STUDY_COMMIT", "unknown")
+
+
+class Pool:
+    """Runs several trainings at a time until the queue or the budget is spent."""
+
+    def __init__(self, recipe: Path, options: argparse.Namespace, deadline: float):
+        self.recipe, self.deadline = recipe, deadline
+        self.data, self.runs, self.output = options.data, options.runs, options.output
+        self.workers, self.more = options.workers, options.set
+        self.lock = Lock()
+        self.devices: SimpleQueue[str] = SimpleQueue()  # a place a worker: devices take turns
+        count = torch.cuda.device_count()
+        for i in range(self.workers):
+            self.devices.put(str(i % count) if count else "")
+
+    def make(self, runs: list[Run]) -> None:
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(self._one, runs))
+
+    def _one(self, run: Run) -> None:
+        if time.time() > self.deadline - 15:
+            return
+        device = self.devices.get()
+        try:
+            self._train(run, device)
+        finally:
+            self.devices.put(device)
+
+    def _train(self, run: Run, device: str) -> None:
+        log = self.runs / f"{run.name}.log"
+        began = time.time()
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command(run, self.recipe, self.data, self.runs, self.more),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": device} if device else None,
+            )
+            try:
+                code = process.wait(max(1.0, self.deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
+                process.wait()
+                print(f"{run.name}: cut by the budget", flush=True)
+                return
+        row = result(run, self.runs / run.name, time.time() - began, self.workers, code, log)
+        with self.lock, self.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        bits = row.get("bits_per_byte")
+        print(
+            f"{run.name}: {f'{bits:.4f}' if bits else row['failed']} ({row['seconds']:.0f} s, "
+            f"{row['tokens_per_second_shared']} tokens/s, SwiGLU {run.model['intermediate_size']})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of train-*.jsonl.zst, valid.jsonl.zst"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time on this device")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--only", help="waves, by name, with commas")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of every run that change no number")
+    parser.add_argument("--list", action="store_true", help="print the runs and end")
+    options = parser.parse_args()
+    deadline = time.time() + options.budget_seconds
+    try:
+        plan = read_plan(options.plan)
+        if not (options.data / "valid.jsonl.zst").exists():
+            raise ValueError(f"{options.data}: holds no valid.jsonl.zst; --data is the corpus' folder")
+        runs = runs_of(plan, set(options.only.split(",")) if options.only else None)
+        recipe = options.plan.parent / plan["recipe"]
+        load_recipe(recipe)
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"studies.lm: {error}", file=sys.stderr)
+        sys.exit(2)
+    done = set()
+    if options.output.exists():
+        rows = [json.loads(line) for line in options.output.read_text().splitlines()]
+        done = {row["run"] for row in rows if "bits_per_byte" in row}
+    runs = [run for run in runs if run.name not in done]
+    if options.list:
+        for run in runs:
+            print(run.name, run.parameters, run.model["intermediate_size"])
+        return
+    Pool(recipe, options, deadline).make(runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`lrnn eval --recall`: which tokens a context could tell, and what a diagonal transition would lose."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import RECURRENT, small_model, tokens
+
+from lrnn_lm.evaluate.recall import only_diagonals, seen_before, split, token_losses
+
+
+def naive(row: list[int], t: int) -> tuple[int, int]:
+    """The longest n-gram that ends at t and stood before, and the distance of the last bigram, by search."""
+    best = 0
+    for n in range(1, 5):
+        if n <= t + 1 and any(row[s - n + 1 : s + 1] == row[t - n + 1 : t + 1] for s in range(n - 1, t)):
+            best = n
+    back = [t - s for s in range(1, t) if row[s - 1 : s + 1] == row[t - 1 : t + 1]] if t else []
+    return best, min(back, default=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ngrams_are_those_of_a_plain_search(seed: int) -> None:
+    rows = torch.randint(0, 4, (3, 40), generator=torch.Generator().manual_seed(seed))
+    order, distance = seen_before(rows)
+    for r, row in enumerate(rows.tolist()):
+        for t in range(1, 40):
+            assert (int(order[r, t - 1]), int(distance[r, t - 1])) == naive(row, t)
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "attention", "hybrid"])
+def test_parts_make_up_the_whole(name: str) -> None:
+    model, ids = small_model(name), tokens(rows=3, length=30)
+    facts = split(model, ids[:, :-1], ids[:, 1:])
+    with torch.no_grad():
+        assert facts["loss"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+    for parts in (facts["seen_ngram"].values(), facts["position"], facts["frequency"]):
+        assert sum(part["tokens"] for part in parts) == 3 * 29
+        whole = sum(part["tokens"] * part["loss"] for part in parts if part["tokens"]) / (3 * 29)
+        assert whole == pytest.approx(facts["loss"], rel=1e-5)
+    bigrams = sum(part["tokens"] for part in facts["distance"])
+    assert bigrams == facts["copyable"]["tokens"] == 3 * 29 - facts["other"]["tokens"]
+
+
+def test_a_diagonal_is_all_that_is_left() -> None:
+    model, ids = small_model("bd_lru"), tokens(rows=2, length=20)
+    whole = token_losses(model, ids[:, :-1], ids[:, 1:])
+    with only_diagonals(model) as cut:
+        assert cut
+        diagonal = token_losses(model, ids[:, :-1], ids[:, 1:])
+    assert (whole - diagonal).abs().max() > 1e-3
+    assert torch.equal(token_losses(model, ids[:, :-1], ids[:, 1:]), whole)  # put back
+    with torch.no_grad():  # gates that mix nothing: the diagonal is the whole
+        for layer in model.model.layers:
+            M, N = layer.mixer.block_size, layer.mixer.num_blocks
+            layer.mixer.gate_proj.weight.zero_()
+            bias = torch.full((N * M, M + 1), -40.0)
+            bias[torch.arange(N * M), torch.arange(N * M) % M] = 1.0
+            bias[:, M] = 0.0
+            layer.mixer.gate_proj.bias.copy_(bias.T.flatten())
+    whole = token_losses(model, ids[:, :-1], ids[:, 1:])
+    with only_diagonals(model):
+        torch.testing.assert_close(token_losses(model, ids[:, :-1], ids[:, 1:]), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_slow_gates_have_the_half_lives_that_were_asked_for() -> None:
+    model = small_model("bd_lru-all")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mixer.gate_proj.weight.zero_()
+    ids = tokens(rows=2, length=20)
+    for layer in split(model, ids[:, :-1], ids[:, 1:])["gates"]:
+        lives = layer["half_life"]
+        assert 1.9 < lives["0.1"] < lives["0.9"] < 18  # [2, 16], and what the block's other rows pass on
+
+
+def test_the_command_writes_table_json_and_picture(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from lrnn_lm.cli import app
+
+    with pytest.raises(SystemExit) as ended:
+        app([
+            "eval", str(checkpoint), "--recall", "--rows", "2", "--device", "cpu", "--output", str(tmp_path),
+        ])  # fmt: skip
+    assert ended.value.code in (0, None)
+    assert "complete a bigram seen before" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "recall.json").read_text())
+    assert facts[0]["rows"] == 2
+    assert (tmp_path / "recall.png").stat().st_size > 10_000

@@ -1,0 +1,79 @@
+"""Muon: each plane of a packed projection is orthogonalised alone, and what is no matrix gets AdamW."""
+
+import pytest
+import torch
+from small_models import small_model
+
+from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.train.muon import MOMENTUM, orthogonalised
+from lrnn_lm.train.optim import layer_matrices, make_optimizer, state_keys
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes) -> OptimSection:
+    return OptimSection(name="muon", lr=0.02, weight_decay=0.1, **changes)
+
+
+def with_gradients(model, seed: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 24, 8), (1, 8, 24)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = orthogonalised(x)
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.5
+    assert values.max() < 1.35
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    aligned = u.mT @ y @ vh.mT  # diagonal where the vectors are the same
+    off = aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "attention", "hybrid", "mamba2"])
+def test_a_step_is_that_of_each_plane_alone(name: str) -> None:
+    model = with_gradients(small_model(name))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    make_optimizer(model, settings(), CPU).step()
+    planes = dict(layer_matrices(model))
+    matrices = 0
+    for n, p in model.named_parameters():
+        if p not in planes:
+            continue
+        matrices += 1
+        ahead = p.grad * (1 + MOMENTUM)
+        pieces = [orthogonalised(piece[None])[0] for piece in ahead.chunk(planes[p])]
+        scale = 0.02 * 0.2 * max(pieces[0].shape) ** 0.5
+        want = before[n] * (1 - 0.02 * 0.1) - scale * torch.cat(pieces)
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=1e-5)
+    assert matrices >= 3 * 4  # of three layers: the SwiGLU's three and the mixer's
+    if name == "bd_lru":
+        gates = model.model.layers[0].mixer.gate_proj.weight
+        assert planes[gates] == model.model.layers[0].mixer.block_size + 1
+
+
+def test_what_is_no_layer_matrix_moves_as_under_adamw() -> None:
+    ours, theirs = with_gradients(small_model("hybrid")), with_gradients(small_model("hybrid"))
+    make_optimizer(ours, settings(), CPU).step()
+    make_optimizer(theirs, OptimSection(lr=0.02, weight_decay=0.1), CPU).step()
+    taken = {p for p, _ in layer_matrices(ours)}
+    same = [
+        torch.equal(p, q)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+        if p not in taken
+    ]
+    assert len(same) > 4  # embedding, head, norms, biases
+    assert all(same)
+
+
+def test_state_keys_are_those_that_a_step_makes() -> None:
+    model = with_gradients(small_model("hybrid"))
+    optimizer = make_optimizer(model, settings(), CPU)
+    optimizer.step()
+    for parameter in model.parameters():
+        assert set(optimizer.state[parameter]) == set(state_keys(optimizer, parameter))
