@@ -18,6 +18,11 @@ MIXER_ROWS = {
         "output_gate": True,
         "norm_groups": 2,
     },
+    "bd_matrix": {"type": "bd_matrix", "num_heads": 2, "head_dim": 6, "value_dim": 8, "block_size": 3},
+    "bd_matrix-conv": {
+        "type": "bd_matrix", "num_heads": 2, "head_dim": 4, "block_size": 2, "gate": "silu", "short_conv": 3,
+        "output_gate": False, "head_norm": False,
+    },
     "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},
     "attention": {"type": "attention", "num_heads": 2},

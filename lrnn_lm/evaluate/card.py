@@ -19,6 +19,7 @@ UNKNOWN_LICENCE = "unknown"  # the hub's word for it: whose data it was decides,
 _PAPER = "https://arxiv.org/abs/2602.12021"
 _KINDS = {
     "bd_lru": f"a block-diagonal linear recurrent unit (BD-LRU, {_PAPER})",
+    "bd_matrix": f"a block-diagonal linear recurrent unit with a matrix for a state (after {_PAPER})",
     "h_lru": f"a higher-order linear recurrent unit (H-LRU, {_PAPER})",
     "attention": "causal softmax attention",
     "lstm": "an LSTM",

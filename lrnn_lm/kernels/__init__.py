@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the two recurrences, from the specification to the fastest path."""
+"""Tensors in, tensors out: the recurrences, from the specification to the fastest path."""
 
 from .dispatch import (
     BACKENDS,
@@ -10,6 +10,7 @@ from .dispatch import (
     runs_fused,
 )
 from .gates import GATES, check_gate, normalise
+from .matrix_scan import matrix_scan
 
 __all__ = [
     "BACKENDS",
@@ -19,6 +20,7 @@ __all__ = [
     "check_gate",
     "higher_order_scan",
     "higher_order_scan_packed",
+    "matrix_scan",
     "normalise",
     "plane_width",
     "runs_fused",

@@ -1,6 +1,6 @@
-"""The specification: both recurrences as plain loops over time, differentiated by autograd.
+"""The specification: the recurrences as plain loops over time, differentiated by autograd.
 
-Everything faster is tested against these two functions, on outputs and on every gradient. They are written to
+Everything faster is tested against these functions, on outputs and on every gradient. They are written to
 be read, not to be quick.
 
 Legend: B batch, T time, N blocks (block-diagonal) or channels (higher-order), M block size or order; z gate
@@ -84,3 +84,37 @@ def higher_order_scan(
         past = torch.cat([h.unsqueeze(-1), past[..., :-1]], dim=-1)
         states.append(h)
     return torch.stack(states, dim=1).to(values.dtype), past
+
+
+def matrix_scan(
+    transitions: Tensor,
+    writes: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """BD-LRU of a matrix: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t` per head.
+
+    Args:
+        transitions: (B, T, H, K, M), row r = n M + i of head h is row i of block n of A_t.
+        writes: (B, T, H, K) k.
+        values: (B, T, H, V) v.
+        queries: (B, T, H, K) q.
+        h0: (B, H, K, V) state before the first step; zeros if None.
+        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
+    Returns:
+        y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in the compute dtype.
+    """
+    dtype = compute_dtype(transitions, writes, values, queries)
+    B, T, H, K, M = transitions.shape
+    S = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype) if h0 is None else h0.to(dtype)
+    outputs = []
+    for t in range(T):
+        if reset is not None:
+            S = S * (~reset[:, t]).to(dtype)[:, None, None, None]
+        A, k, v, q = (x[:, t].to(dtype) for x in (transitions, writes, values, queries))
+        mixed = A.unflatten(2, (K // M, M)) @ S.unflatten(2, (K // M, M))  # (B, H, K/M, M, V)
+        S = mixed.flatten(2, 3) + k.unsqueeze(-1) * v.unsqueeze(-2)
+        outputs.append((q.unsqueeze(-1) * S).sum(-2))
+    return torch.stack(outputs, dim=1).to(values.dtype), S

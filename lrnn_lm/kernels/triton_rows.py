@@ -33,10 +33,8 @@ def _halves(x, LANES: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
-    """[STEPS, LANES * P] as STEPS * P blocks [LANES] in fp32, step-major: a lane's P rows at every step."""
-    R: tl.constexpr = STEPS * P
-    tile = tl.reshape(tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2]), [LANES, R])
+def columns_of(tile, LANES: tl.constexpr, R: tl.constexpr):
+    """[LANES, R] as R blocks [LANES] in fp32."""
     parts = (tile if R > 1 else tl.reshape(tile, [LANES]),)
     for level in tl.static_range(6):
         if (R >> level) > 1:
@@ -52,9 +50,8 @@ def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
-    """The tile [STEPS, LANES * P] of STEPS * P blocks [LANES]: the inverse of `unstack`."""
-    R: tl.constexpr = STEPS * P
+def of_columns(parts, DTYPE: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr):
+    """[LANES, R] of R blocks [LANES] (for R = 1 the block): the inverse of `columns_of`."""
     cast = ()
     for j in tl.static_range(R):
         cast = cast + (parts[j].to(DTYPE),)
@@ -68,7 +65,21 @@ def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, 
                     pair = tl.reshape(tl.permute(pair, [0, 2, 1]), [LANES, 2 << level])
                 joined = joined + (pair,)
             parts = joined
-    return tl.reshape(tl.permute(tl.reshape(parts[0], [LANES, STEPS, P]), [1, 0, 2]), [STEPS, LANES * P])
+    return parts[0]
+
+
+@triton.jit
+def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
+    """[STEPS, LANES * P] as STEPS * P blocks [LANES] in fp32, step-major: a lane's P rows at every step."""
+    tile = tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2])
+    return columns_of(tl.reshape(tile, [LANES, STEPS * P]), LANES, STEPS * P)
+
+
+@triton.jit
+def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
+    """The tile [STEPS, LANES * P] of STEPS * P blocks [LANES]: the inverse of `unstack`."""
+    tile = tl.reshape(of_columns(parts, DTYPE, LANES, STEPS * P), [LANES, STEPS, P])
+    return tl.reshape(tl.permute(tile, [1, 0, 2]), [STEPS, LANES * P])
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from .base import (
     plain_weight,
 )
 from .bd_lru import BlockDiagonalLRU
+from .bd_matrix import BlockDiagonalMatrixLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
@@ -22,6 +23,7 @@ from .mamba2 import Mamba2
 
 MIXERS: dict[str, type[Mixer]] = {
     "bd_lru": BlockDiagonalLRU,
+    "bd_matrix": BlockDiagonalMatrixLRU,
     "h_lru": HigherOrderLRU,
     "attention": Attention,
     "lstm": LSTM,
@@ -70,6 +72,7 @@ __all__ = [
     "Attention",
     "AttentionWeights",
     "BlockDiagonalLRU",
+    "BlockDiagonalMatrixLRU",
     "DeltaNet",
     "GatedDeltaNet",
     "GatedDeltaProduct",

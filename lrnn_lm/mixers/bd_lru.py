@@ -38,7 +38,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         half_life: [shortest, longest] in tokens of the state's rows at the start, see `initial_gates`; None
             for equal gates.
         short_conv: reach in tokens of a short convolution of the input; None for none.
-        output_gate: whether the states are multiplied by silu(W_g x) before they are read out.
+        output_gate: whether the states are multiplied by silu(W_g x) before they are read out; None for no.
         norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
             square before they are read out; None for no norm.
     """
@@ -58,7 +58,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         gate_std: float | None = None,
         half_life: list[float] | None = None,
         short_conv: int | None = None,
-        output_gate: bool = False,
+        output_gate: bool | None = None,
         norm_groups: int | None = None,
     ):
         super().__init__()

@@ -13,7 +13,7 @@ from .quantities import Every, Span, TokenCount
 from .section import Section
 
 MIXER_TYPES = (
-    "bd_lru", "h_lru", "attention", "lstm", "mamba2",
+    "bd_lru", "bd_matrix", "h_lru", "attention", "lstm", "mamba2",
     "deltanet", "gated_deltanet", "gated_deltaproduct", "gla",
 )  # fmt: skip
 MixerType = Literal[MIXER_TYPES]
@@ -27,28 +27,36 @@ class MixerSection(Section):
     num_blocks: int | None = Field(
         None, ge=1, description="blocks (bd_lru) or channels (h_lru); none: width = hidden_size"
     )
-    block_size: int = Field(4, ge=1, le=64, description="M of bd_lru")
+    block_size: int = Field(4, ge=1, le=64, description="M of bd_lru and bd_matrix")
     order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
     gate: GateName = "softmax"
     gate_std: float | None = Field(
         None, gt=0, description="spread of the gates' logits at the start; none: as of any other matrix"
     )
     half_life: tuple[float, float] | None = Field(
-        None, description="[shortest, longest] in tokens of bd_lru's states at the start; none: equal gates"
+        None,
+        description="[shortest, longest] in tokens of the states at the start; none: equal gates in bd_lru, "
+        "[2, 512] in bd_matrix",
     )
     short_conv: int | None = Field(
-        None, ge=2, description="tokens that a convolution before bd_lru's projections reaches; none: no such"
+        None, ge=2, description="tokens that a convolution before bd_*'s projections reaches; none: no such"
     )
-    output_gate: bool = Field(False, description="bd_lru's states times silu(W x) before they are read out")
+    output_gate: bool | None = Field(
+        None, description="what is read out of the states times silu(W x); none: in bd_matrix only"
+    )
     norm_groups: int | None = Field(
         None, ge=1, description="bd_lru: RMS norm of the states before the read-out, in so many groups"
     )
-    num_heads: int = Field(8, ge=1, description="heads of attention, the delta rules and gla")
+    num_heads: int = Field(8, ge=1, description="heads of attention, bd_matrix, the delta rules and gla")
+    value_dim: int | None = Field(None, ge=1, description="columns of a head of bd_matrix; none: head_dim")
+    head_norm: bool = Field(True, description="bd_matrix: RMS norm of each head's output")
     qk_norm: bool = Field(False, description="attention: RMS norm of each head's queries and keys")
     rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
     expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
-    head_dim: int = Field(64, ge=1, description="head width of mamba2; key width of a head of gated_delta*")
+    head_dim: int = Field(
+        64, ge=1, description="head width of mamba2; key width of a head of gated_delta*, slots of bd_matrix's"
+    )
     state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
     n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")
     conv_kernel: int = Field(4, ge=1, description="reach of the convolution of mamba2 and the delta rules")
@@ -107,6 +115,10 @@ class ModelSection(Section):
                 raise ValueError(
                     f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
                     f"heads of width {mixer.head_dim}"
+                )
+            if mixer.type == "bd_matrix" and mixer.head_dim % mixer.block_size:
+                raise ValueError(
+                    f"bd_matrix: head_dim {mixer.head_dim} does not split into blocks of {mixer.block_size}"
                 )
             for key, base, parts in _expansions(mixer, self.hidden_size):
                 if (width := base * getattr(mixer, key)) % parts:

@@ -1,0 +1,215 @@
+"""The matrix-valued BD-LRU in Triton, the host's side: shapes of launches, outputs, and the custom op.
+
+The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk). What is
+saved for the backward pass is the inputs.
+
+Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .matrix_kernels import chunk_backward_kernel, chunk_forward_kernel
+from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
+from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset_flags
+
+CHUNK = 16  # L, the least that a product on tensor cores takes
+# Times that columns join a chunk's scan, by whether it is the backward pass: fewer compute with zeros, more are
+# more code (Triton's time to compile grows with its cube).
+MOST_PHASES = {False: 4, True: 1}
+PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
+WIDE_STATE = 8192  # numbers of a head's state from which a program has eight warps, not four
+
+
+class _Chunks(NamedTuple):
+    """What a scan's chunks are, and how they are laid out on lanes; see `matrix_kernels.py`."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    M: int
+    V: int
+    count: int
+    options: dict[str, Any]
+
+    @property
+    def total(self) -> int:
+        return self.B * self.count * self.H
+
+    def phases(self, backward: bool) -> int:
+        return min(CHUNK // self.options["G"], MOST_PHASES[backward])
+
+    @property
+    def work(self) -> int:
+        """Programs that take all items, some each."""
+        return triton.cdiv(self.total, self.options["ITEMS"])
+
+
+def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
+    B, T, H, K, M = transitions.shape
+    count = triton.cdiv(T, CHUNK)
+    lanes = min(K // M, LANES)  # that share the head's blocks
+    groups = min(M, LANES // lanes, CHUNK)
+    # The interpreter runs a program at a time: few and wide.
+    items = max(1, (8 if INTERPRETED else 1) * LANES // (lanes * groups))
+    options = {
+        "H": H, "K": K, "M": M, "R": K // M // lanes, "NL": lanes, "G": groups, "ITEMS": items, "L": CHUNK,
+        "MASKED": T % CHUNK != 0 or B * count * H % items != 0,
+        "HAS_RESET": reset is not None, "num_warps": max(1, items * groups * lanes // LANES),
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    return _Chunks(B, T, H, K, M, V, count, options)
+
+
+def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
+    """Of all axes but the batch's, by their names in the kernels."""
+    return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, x.stride()[1:], strict=True)}
+
+
+def _within(transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor | None) -> dict[str, Any]:
+    """Arguments that both kernels within chunks take."""
+    return {
+        "transitions": transitions, "writes": writes, "queries": queries, "flags": flags,
+        "a_b": transitions.stride(0), "k_b": writes.stride(0), "q_b": queries.stride(0),
+        **_strides("A", "THKM", transitions), **_strides("K", "THK", writes), **_strides("Q", "THK", queries),
+    }  # fmt: skip
+
+
+def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """scores, reads, keys, whole: all that the state and the values need to know of the chunks."""
+    B, H, K, C = chunks.B, chunks.H, chunks.K, chunks.count
+    new = inputs["transitions"].new_empty
+    scores = new(B, C, H, CHUNK, CHUNK, dtype=dtype)
+    reads, keys = (new(B, C, H, CHUNK, K, dtype=dtype) for _ in range(2))
+    whole = new(B, C, H, K, chunks.M, dtype=torch.float32)
+    chunk_forward_kernel[(chunks.work,)](
+        scores=scores, reads=reads, keys=keys, whole=whole, T=chunks.T, n_chunks=C, total=chunks.total,
+        PHASES=chunks.phases(backward=False), **inputs, **chunks.options,
+    )  # fmt: skip
+    return scores, reads, keys, whole
+
+
+def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
+    """Arguments that both kernels from chunk to chunk take."""
+    K, V = chunks.K, chunks.V
+    return {
+        "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
+        "n_chunks": chunks.count, "H": chunks.H, "K": K, "M": chunks.M, "V": V, "KP": max(K, 16),
+        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": 8 if K * V >= WIDE_STATE else 4,
+        "FP32": "ieee" if torch.version.hip else "tf32x3",
+    }  # fmt: skip
+
+
+def _forward(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    chunks = _chunks(transitions, values.shape[-1], reset)
+    y = values.new_empty(values.shape)
+    last = values.new_empty(chunks.B, chunks.H, chunks.K, chunks.V, dtype=torch.float32)
+    with on_device(values):
+        inputs = _within(transitions, writes, queries, reset_flags(reset))
+        summaries = _summaries(chunks, inputs, values.dtype)
+        state_forward_kernel[(chunks.B * chunks.H,)](
+            *summaries, start=h0, y=y, last=last, states=None, HAS_START=h0 is not None, KEEP=False,
+            **_of_state(chunks, values),
+        )  # fmt: skip
+    return y, last
+
+
+def _backward(
+    grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
+    h0: Tensor | None, reset: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dL/d of transitions, writes, values, queries, and h0 in fp32."""
+    chunks = _chunks(transitions, values.shape[-1], reset)
+    B, C, H, K, V = chunks.B, chunks.count, chunks.H, chunks.K, chunks.V
+    d_a, d_k, d_v, d_q, d_h0 = _gradients_like(transitions, writes, values, queries)
+    with on_device(values):
+        inputs = _within(transitions, writes, queries, reset_flags(reset))
+        summaries = _summaries(chunks, inputs, values.dtype)
+        states = values.new_empty(B, C, H, K, V)
+        of_state = _of_state(chunks, values)
+        state_forward_kernel[(B * H,)](
+            *summaries, start=h0, y=None, last=None, states=states, HAS_START=h0 is not None, KEEP=True,
+            **of_state,
+        )  # fmt: skip
+        d_scores, d_reads, d_keys, d_whole = (torch.empty_like(x) for x in summaries)
+        state_backward_kernel[(B * H,)](
+            *summaries, states=states, grad=grad, grad_last=grad_last.contiguous(), d_scores=d_scores,
+            d_reads=d_reads, d_keys=d_keys, d_whole=d_whole, d_values=d_v, d_start=d_h0,
+            g_b=grad.stride(0), **_strides("G", "THV", grad), **of_state,
+        )  # fmt: skip
+        programs = min(chunks.work, PROGRAMS_PER_SM * multiprocessors(values.device))
+        options = chunks.options
+        columns = (chunks.M + CHUNK) // options["G"] * options["R"] * chunks.M  # numbers a lane
+        lanes = options["ITEMS"] * options["G"] * options["NL"]
+        chunk_backward_kernel[(programs,)](
+            d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
+            d_transitions=d_a, d_writes=d_k, d_queries=d_q,
+            scratch=values.new_empty(programs, CHUNK, columns * lanes), T=chunks.T, n_chunks=C,
+            total=chunks.total, work=chunks.work, PHASES=chunks.phases(backward=True), **inputs, **options,
+        )  # fmt: skip
+    return d_a, d_k, d_v, d_q, d_h0
+
+
+def _gradients_like(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+    """New tensors for the gradients; that of transitions lies as planes (B, T, M, H, K) in memory."""
+    B, T, H, K, M = transitions.shape
+    d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
+    d_h0 = values.new_empty(B, H, K, values.shape[-1], dtype=torch.float32)
+    return d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0
+
+
+@torch.library.custom_op("lrnn_lm::matrix_scan_triton", mutates_args=())
+def _scan(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(transitions, writes, values, queries, h0, reset)
+
+
+@torch.library.custom_op("lrnn_lm::matrix_scan_triton_backward", mutates_args=())
+def _scan_backward(
+    grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
+    h0: Tensor | None, reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward(grad, grad_last, transitions, writes, values, queries, h0, reset)
+
+
+@_scan.register_fake
+def _(transitions, writes, values, queries, h0, reset):
+    B, _, H, V = values.shape
+    last = values.new_empty(B, H, queries.shape[-1], V, dtype=torch.float32)
+    return values.new_empty(values.shape), last
+
+
+@_scan_backward.register_fake
+def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
+    return _gradients_like(transitions, writes, values, queries)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _run_backward(ctx, grad, grad_last):
+    *inputs, h0, reset = ctx.saved_tensors
+    *gradients, d_h0 = _scan_backward(grad, grad_last, *inputs, h0, reset)
+    return *gradients, None if h0 is None else d_h0, None
+
+
+_scan.register_autograd(_run_backward, setup_context=_setup_context)
+
+
+def matrix_scan_triton(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`reference.matrix_scan` on a GPU; h0 in fp32."""
+    h0 = None if h0 is None else h0.contiguous()
+    return _scan(transitions, writes, values, queries, h0, reset)

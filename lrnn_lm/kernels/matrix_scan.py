@@ -1,0 +1,231 @@
+"""BD-LRU whose state is a matrix: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t` in every head.
+
+The door to its backends, the plain-torch scan (any block size, fp64), and a lone step. The Triton scan is in
+`matrix.py`. Gates come normalised: a row of A_t and its write weight have absolute values that sum to at most
+1, so that no number of S exceeds the largest of v.
+
+Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a block, N = K / M blocks a head, V
+columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import has_triton
+from .reference import compute_dtype
+
+SLAB_BYTES = 1 << 26  # states of as many steps as the torch scan holds at once
+TRITON_BLOCKS = (1, 2, 4, 8, 16)
+TRITON_MOST = 128  # slots of a head, and columns: a head's state is in the registers of one program
+BACKENDS = ("reference", "torch", "triton")
+
+
+def matrix_scan(
+    transitions: Tensor,
+    writes: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan of the matrix-valued BD-LRU, `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`.
+
+    Args:
+        transitions: (B, T, H, K, M), row r = n M + i of a head is row i of block n of A_t; any strides. Decay
+            rates near 1 need fp32: bf16 has no number between 0.996 and 1.
+        writes: (B, T, H, K) k; any strides.
+        values: (B, T, H, V) v; any strides.
+        queries: (B, T, H, K) q; any strides.
+        h0: (B, H, K, V) state before the first step; zeros if None.
+        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
+        backend: auto, or a name in BACKENDS.
+    Returns:
+        y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both are
+        differentiable, once, with respect to all inputs but `reset`.
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or a backend that cannot run here.
+    """
+    _check(transitions, writes, values, queries, h0, reset)
+    inputs = (transitions, writes, values, queries)
+    backend = _choose(backend, *inputs)
+    if backend == "reference" or transitions.shape[1] == 1:  # a step of decoding is one of the loop
+        return reference.matrix_scan(*inputs, h0, reset)
+    dtype = compute_dtype(*inputs)
+    h0 = None if h0 is None else h0.to(dtype)
+    if backend == "triton":
+        from .matrix import matrix_scan_triton  # triton is imported only where it runs
+
+        return matrix_scan_triton(*inputs, h0, reset)
+    if h0 is None:
+        B, _, H, K = queries.shape
+        h0 = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype)
+    return _scan(*inputs, h0, reset)
+
+
+def _check(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
+    reset: Tensor | None,
+) -> None:  # fmt: skip
+    if transitions.ndim != 5 or values.ndim != 4:
+        raise ValueError(
+            f"transitions has shape {tuple(transitions.shape)} and values {tuple(values.shape)}; "
+            "(B, T, H, K, M) and (B, T, H, V) are wanted"
+        )
+    B, T, H, K, M = transitions.shape
+    V = values.shape[-1]
+    if T < 1:
+        raise ValueError("a scan needs at least one step")
+    if M < 1 or K % M:
+        raise ValueError(f"{K} slots do not split into blocks of {M}")
+    wanted = {"writes": (writes, (B, T, H, K)), "values": (values, (B, T, H, V)),
+              "queries": (queries, (B, T, H, K)), "h0": (h0, (B, H, K, V)), "reset": (reset, (B, T))}  # fmt: skip
+    for name, (x, shape) in wanted.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is wanted")
+    for name, x in (("transitions", transitions), ("writes", writes), ("values", values), ("queries", queries)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; floating-point numbers are wanted")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset is a bool mask, not {reset.dtype}")
+
+
+def _choose(backend: str, *inputs: Tensor) -> str:
+    if backend == "auto":
+        on_gpu = inputs[0].is_cuda
+        return "triton" if on_gpu and _triton_obstacle(*inputs) is None else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and (reason := _triton_obstacle(*inputs)):
+        raise ValueError(f"backend 'triton' cannot run here: {reason}")
+    return backend
+
+
+def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> str | None:
+    K, M = transitions.shape[-2:]
+    V = values.shape[-1]
+    if not has_triton():
+        return "triton is not installed"
+    if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {values.device.type}, and triton compiles for GPUs"
+    if compute_dtype(transitions, writes, values, queries) == torch.float64:
+        return "its state is fp32, too coarse for fp64 inputs"
+    if M not in TRITON_BLOCKS:
+        return f"block size {M} is not one of {', '.join(map(str, TRITON_BLOCKS))}"
+    if not _is_power_of_two(K // M):
+        return f"{K // M} blocks a head are not a power of two"
+    if K > TRITON_MOST or V > TRITON_MOST or not _is_power_of_two(V):
+        return f"a head of {K} x {V} is no power of two of columns, or above {TRITON_MOST} x {TRITON_MOST}"
+    return None
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+# The plain-torch scan. Working tensors put time first; a step is [B, H, N, M, ..] -------------------------
+
+
+def _slabs(T: int, state: Tensor) -> list[slice]:
+    steps = max(1, min(T, SLAB_BYTES // max(1, state.numel() * state.element_size())))
+    return [slice(start, min(start + steps, T)) for start in range(0, T, steps)]
+
+
+def _slab(x: Tensor, part: slice, dtype: torch.dtype, M: int) -> Tensor:
+    """Steps `part` of (B, T, H, K, ..) as (t, B, H, N, M, ..) in `dtype`."""
+    return x[:, part].transpose(0, 1).to(dtype).unflatten(3, (-1, M))
+
+
+def _row(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """Steps `part` of (B, T, H, V) as (t, B, H, 1, 1, V) in `dtype`."""
+    return x[:, part].transpose(0, 1).to(dtype)[:, :, :, None, None]
+
+
+def _keep(reset: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(T, B, 1, 1, 1, 1): 0 where a document starts."""
+    return None if reset is None else (~reset).to(dtype).t()[:, :, None, None, None, None]
+
+
+def _states(
+    S: Tensor, A: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, part: slice
+) -> tuple[Tensor, Tensor]:
+    """S (B, H, N, M, V) before every step of a slab, (t, B, H, N, M, V), and after the last."""
+    before = S.new_empty(A.shape[0], *S.shape)
+    for i in range(A.shape[0]):
+        before[i] = S if keep is None else S * keep[part.start + i]
+        S = torch.addcmul(A[i] @ before[i], k[i].unsqueeze(-1), v[i])
+    return before, S
+
+
+@torch.library.custom_op("lrnn_lm::matrix_scan_torch", mutates_args=())
+def _scan(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
+    keep = _keep(reset, dtype)
+    y = values.new_empty(values.shape)
+    S = h0.unflatten(2, (-1, M)).clone()
+    for part in _slabs(T, h0):
+        A, k, q = (_slab(x, part, dtype, M) for x in (transitions, writes, queries))
+        v = _row(values, part, dtype)
+        for i in range(len(A)):
+            S = S if keep is None else S * keep[part.start + i]
+            S = torch.addcmul(A[i] @ S, k[i].unsqueeze(-1), v[i])
+            y[:, part.start + i] = (q[i].unsqueeze(-1) * S).sum((2, 3)).to(y.dtype)
+    return y, S.flatten(2, 3).contiguous()
+
+
+@torch.library.custom_op("lrnn_lm::matrix_scan_torch_backward", mutates_args=())
+def _scan_backward(
+    grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
+    h0: Tensor, reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
+    keep = _keep(reset, dtype)
+    d_a, d_k, d_v, d_q = (x.new_empty(x.shape) for x in (transitions, writes, values, queries))
+    slabs, S, starts = _slabs(T, h0), h0.unflatten(2, (-1, M)), []
+    for part in slabs:
+        starts.append(S)
+        A, k = (_slab(x, part, dtype, M) for x in (transitions, writes))
+        S = _states(S, A, k, _row(values, part, dtype), keep, part)[1]
+    s = grad_last.unflatten(2, (-1, M)).clone()
+    for part, start in zip(reversed(slabs), reversed(starts), strict=True):
+        A, k, q = (_slab(x, part, dtype, M) for x in (transitions, writes, queries))
+        v, g = _row(values, part, dtype), _row(grad, part, dtype)
+        before, _ = _states(start, A, k, v, keep, part)
+        for i in range(len(A) - 1, -1, -1):
+            t = part.start + i
+            after = torch.addcmul(A[i] @ before[i], k[i].unsqueeze(-1), v[i])
+            s = torch.addcmul(s, q[i].unsqueeze(-1), g[i])
+            d_q[:, t] = (after * g[i]).sum(-1).flatten(2).to(d_q.dtype)
+            d_k[:, t] = (s * v[i]).sum(-1).flatten(2).to(d_k.dtype)
+            d_v[:, t] = (s * k[i].unsqueeze(-1)).sum((2, 3)).to(d_v.dtype)
+            d_a[:, t] = (s @ before[i].mT).flatten(2, 3).to(d_a.dtype)
+            s = A[i].mT @ s
+            if keep is not None:
+                s = s * keep[t]
+    return d_a, d_k, d_v, d_q, s.flatten(2, 3).contiguous()
+
+
+@_scan.register_fake
+def _(transitions, writes, values, queries, h0, reset):
+    return values.new_empty(values.shape), h0.new_empty(h0.shape)
+
+
+@_scan_backward.register_fake
+def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
+    return tuple(x.new_empty(x.shape) for x in (transitions, writes, values, queries, h0))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _run_backward(ctx, grad, grad_last):
+    return (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)
+
+
+_scan.register_autograd(_run_backward, setup_context=_setup_context)

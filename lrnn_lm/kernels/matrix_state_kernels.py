@@ -1,0 +1,166 @@
+"""The matrix-valued BD-LRU in Triton, from chunk to chunk: products of small matrices on tensor cores.
+
+With what `matrix_kernels.py` has found of a chunk, its outputs and the state after it are
+
+    y = reads S_0 + scores v        S_L = blockdiag(whole) S_0 + keys^T v
+
+and the state goes from chunk to chunk in fp32, in the registers of one program a head. The backward pass goes
+the other way with dL/dS. Factors of products are in the values' dtype, those of the state's own step in fp32
+(three products of tf32).
+
+Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks; KP and VP
+are K and V, at least 16; P the dense matrix of `whole`. Columns of scores and keys are in the order of
+`step_of_column`.
+"""
+
+import triton
+import triton.language as tl
+
+from .matrix_kernels import step_of_column
+from .triton_launch import INTERPRETED, settle_cache_keys
+from .triton_rows import wide
+
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
+
+
+@triton.jit
+def _product(x, y, sums, FP32: tl.constexpr):
+    """sums + x y in fp32."""
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sums, input_precision=FP32)
+
+
+@triton.jit
+def _matrix(at, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, columns] of a matrix of ROWS x COLUMNS, rows S apart; zeros beyond it."""
+    inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(at + rows[:, None] * S + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_matrix(at, x, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    at = at + rows[:, None] * S + columns[None, :]
+    tl.store(at, x.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _transposed(at, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[columns, rows] of the same matrix."""
+    inside = (columns < COLUMNS)[:, None] & (rows < ROWS)[None, :]
+    return tl.load(at + rows[None, :] * S + columns[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _own_block(rows, other, M: tl.constexpr, K: tl.constexpr):
+    """[rows, other]: whether both are slots of one block."""
+    return (rows[:, None] // M == other[None, :] // M) & (rows < K)[:, None] & (other < K)[None, :]
+
+
+@triton.jit
+def _steps_of(at, base, steps, T, columns, S_T: tl.constexpr, S_V: tl.constexpr, V: tl.constexpr):
+    """[steps, columns] of (T, V) at some of the steps from `base` on; zeros from T on."""
+    inside = (base + steps < T)[:, None] & (columns < V)[None, :]
+    return tl.load(at + steps[:, None] * S_T + columns[None, :] * S_V, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "n_chunks"])
+def state_forward_kernel(
+    scores, reads, keys, whole, values, start, y, last, states, T, n_chunks, v_b,
+    V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
+    HAS_START: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides, start
+    (B, H, K, V) fp32. KEEP: out is states (B, C, H, K, V), before each chunk; else y (B, T, H, V) and last
+    (B, H, K, V) fp32; all contiguous."""
+    head = tl.program_id(0) % H
+    b = wide(tl.program_id(0) // H)
+    rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
+    written = step_of_column(steps, L, G)
+    dtype = values.dtype.element_ty
+    if HAS_START:
+        S = _matrix(start + (b * H + head) * (K * V), rows, cols, V, K, V)
+    else:
+        S = tl.zeros([KP, VP], tl.float32)
+    for chunk in range(n_chunks):
+        item = (b * n_chunks + chunk) * H + head
+        v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
+        v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
+        if KEEP:
+            _store_matrix(states + item * (K * V), S, rows, cols, V, K, V)
+        else:
+            read = _matrix(reads + item * (L * K), steps, rows, K, L, K)
+            score = _matrix(scores + item * (L * L), steps, steps, L, L, L)
+            out = _product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
+            out = _product(score, v, out, FP32)
+            y_at = y + ((b * T + wide(chunk * L)) * H + head) * V
+            _store_matrix(y_at, out, steps, cols, H * V, tl.minimum(T - chunk * L, L), V)
+        key = _transposed(keys + item * (L * K), steps, rows, K, L, K)
+        if M == 1:
+            S = S * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
+        else:
+            at = whole + item * (K * M) + rows[:, None] * M + rows[None, :] % M
+            P = tl.load(at, mask=_own_block(rows, rows, M, K), other=0.0)
+            S = _product(P, S, tl.zeros_like(S), FP32)
+        S = _product(key, v, S, FP32)
+    if not KEEP:
+        _store_matrix(last + (b * H + head) * (K * V), S, rows, cols, V, K, V)
+
+
+@triton.jit(do_not_specialize=["T", "n_chunks"])
+def state_backward_kernel(
+    scores, reads, keys, whole, values, states, grad, grad_last, d_scores, d_reads, d_keys, d_whole, d_values,
+    d_start, T, n_chunks, v_b, g_b,
+    V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, G_T: tl.constexpr, G_H: tl.constexpr,
+    G_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
+    VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """From grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32 and states of the forward pass: the
+    gradients of what that one reads, each as the tensor itself but contiguous, d_start = dL/dh0 fp32."""
+    head = tl.program_id(0) % H
+    b = wide(tl.program_id(0) // H)
+    rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
+    written = step_of_column(steps, L, G)
+    dtype = values.dtype.element_ty
+    dS = _matrix(grad_last + (b * H + head) * (K * V), rows, cols, V, K, V)
+    for back in range(n_chunks):
+        chunk = n_chunks - 1 - back
+        item = (b * n_chunks + chunk) * H + head
+        v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
+        g_at = grad + b * g_b + wide(chunk * L) * G_T + head * G_H
+        v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
+        g = _steps_of(g_at, chunk * L, steps, T, cols, G_T, G_V, V)
+        S = _matrix(states + item * (K * V), rows, cols, V, K, V)
+        owed = dS.to(dtype)
+        d_score = _product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
+        d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)
+        _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
+        d_read = _product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
+        _store_matrix(d_reads + item * (L * K), d_read, steps, rows, K, L, K)
+        d_key = _product(v, tl.trans(owed), tl.zeros([L, KP], tl.float32), FP32)
+        _store_matrix(d_keys + item * (L * K), d_key, steps, rows, K, L, K)
+        score = _transposed(scores + item * (L * L), steps, steps, L, L, L)
+        dv = _product(score, g, tl.zeros([L, VP], tl.float32), FP32)
+        key = _matrix(keys + item * (L * K), steps, rows, K, L, K)
+        dv = _product(key, owed, dv, FP32)
+        dv_at = d_values + ((b * T + wide(chunk * L)) * H + head) * V
+        _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
+        if M == 1:
+            d_decay = tl.sum(dS * S.to(tl.float32), axis=1)
+            tl.store(d_whole + item * K + rows, d_decay, mask=rows < K)
+            dS = dS * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
+        else:
+            dP = _product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
+            at = rows[:, None] * M + rows[None, :] % M
+            tl.store(d_whole + item * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))
+            at = rows[None, :] * M + rows[:, None] % M  # of the transposed
+            P = tl.load(whole + item * (K * M) + at, mask=_own_block(rows, rows, M, K), other=0.0)
+            dS = _product(P, dS, tl.zeros_like(dS), FP32)
+        read = _transposed(reads + item * (L * K), steps, rows, K, L, K)
+        dS = _product(read, g, dS, FP32)
+    _store_matrix(d_start + (b * H + head) * (K * V), dS, rows, cols, V, K, V)
+
+
+settle_cache_keys(globals())

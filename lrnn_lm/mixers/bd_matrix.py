@@ -1,0 +1,176 @@
+"""BD-LRU with a matrix for a state: columns share block-diagonal gates, and a query reads them out.
+
+    z_t = W_z x_t + b_z      [A_t, k_t] = normalise(z_t) row by row      v_t = W_v x_t      q_t = W_q x_t
+    S_t = A_t S_{t-1} + k_t v_t^T      y_t = S_t^T q_t      in each head
+    out_t = W_o (norm(y_t) * silu(W_g x_t))
+
+A head has K slots in blocks of M and V columns: K V numbers of state for K (M + 1) gates. With M = 1 it is HGRN2
+(arXiv 2404.07904).
+
+Legend: B batch, T time, D model width, H heads, K slots a head, M slots a block, V columns a head; W reach of
+the convolution.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..kernels import check_gate, matrix_scan
+from ..kernels.gates import normalise
+from .base import (
+    JointProjections,
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    check_sizes,
+    gate_matrix,
+)
+from .initial_gates import check_half_life, gate_bias_of_half_lives
+from .short_conv import ShortConvolution
+
+HALF_LIFE = (2.0, 512.0)  # in tokens, at the start
+NORM_EPS = 1e-6
+
+
+class BlockDiagonalMatrixLRU(JointProjections, Mixer):
+    """Block-diagonal linear recurrent unit whose state is a matrix.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        head_dim: K.
+        value_dim: V; None for K.
+        block_size: M, which divides K.
+        gate: name of the gate function, see `kernels.gates`.
+        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+        half_life: [shortest, longest] in tokens of a head's slots at the start, see `initial_gates`; None for
+            [2, 512], or equal gates where the gate function has no such start.
+        short_conv: reach W in tokens of a short convolution of the input; None for none.
+        output_gate: whether outputs are multiplied by silu(W_g x); None for yes.
+        head_norm: whether each head's output is divided by its root mean square.
+    """
+
+    options = (
+        "num_heads", "head_dim", "value_dim", "block_size", "gate", "gate_std", "half_life", "short_conv",
+        "output_gate", "head_norm",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        block_size: int = 4,
+        gate: str = "softmax",
+        gate_std: float | None = None,
+        half_life: list[float] | None = None,
+        short_conv: int | None = None,
+        output_gate: bool | None = None,
+        head_norm: bool = True,
+    ):
+        super().__init__()
+        check_sizes(
+            num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
+            short_conv=short_conv,
+        )  # fmt: skip
+        check_gate(gate)
+        check_half_life(half_life, gate)
+        if head_dim % block_size:
+            raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
+        H, K, V, M = num_heads, head_dim, value_dim or head_dim, block_size
+        self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
+        self.gate, self.gate_std = gate, gate_std
+        self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
+        self.backend = "auto"  # of the scan
+        self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
+        self.gate_proj = nn.Linear(hidden_size, (M + 1) * H * K)
+        self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
+        self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.output_gate_proj = None if output_gate is False else nn.Linear(hidden_size, H * V, bias=False)
+        self.norm_weight = nn.Parameter(torch.ones(H, V)) if head_norm else None
+        self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
+        self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
+
+    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution (B, H K V + (W-1) D), its
+        inputs after the recurrence's state."""
+        if self.conv is None:
+            return self._mix(x, state, context)
+        past = None
+        if state is not None:
+            recurrence = state.shape[1] - (self.conv.kernel_size - 1) * self.hidden_size
+            state, past = state.split([recurrence, state.shape[1] - recurrence], dim=1)
+            state, past = state.unflatten(1, self.head_shape), past.unflatten(1, (-1, self.hidden_size))
+        x, past = self.conv(x, past, context.reset)
+        y, state = self._mix(x, state, context)
+        return y, torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)
+
+    def _mix(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+        """The same without the convolution: state (B, H, K, V)."""
+        H, K, V = self.head_shape
+        gates, values, queries, *output_gate = self.project(x)
+        transitions, writes = self._coefficients(gates)
+        y, state = matrix_scan(
+            transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state,
+            context.reset, self.backend,
+        )  # fmt: skip
+        if self.norm_weight is not None:
+            y = functional.rms_norm(y, (V,), eps=NORM_EPS) * self.norm_weight.to(y.dtype)
+        y = y.flatten(2)
+        if output_gate:
+            y = y * functional.silu(output_gate[0])
+        return self.out_proj(y), state
+
+    def joint_projections(self) -> list[nn.Linear]:
+        projections = [self.gate_proj, self.value_proj, self.query_proj]
+        return projections if self.output_gate_proj is None else [*projections, self.output_gate_proj]
+
+    def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32: bf16
+        has no number between 0.996 and 1."""
+        H, K, _ = self.head_shape
+        M = self.block_size
+        planes = gates.unflatten(-1, (M + 1, H, K))
+        p = normalise(planes if planes.dtype == torch.float64 else planes.float(), self.gate, dim=2)
+        if self.diagonal_only:
+            own = torch.arange(K, device=p.device) % M == torch.arange(M, device=p.device).unsqueeze(1)
+            p = torch.cat([p[:, :, :M] * own.unsqueeze(1), p[:, :, M:]], dim=2)
+        return p[:, :, :M].permute(0, 1, 3, 4, 2), p[:, :, M]
+
+    def planes(self) -> dict[str, int]:
+        return {"gate_proj.weight": self.block_size + 1}
+
+    def transitions(self, x: Tensor) -> Tensor:
+        """A_t (B, T, H K / M, M, M) in fp32, head after head."""
+        if self.conv is not None:
+            x, _ = self.conv(x, None, None)
+        A, _ = self._coefficients(self.gate_proj(x))
+        return A.flatten(2, 3).unflatten(2, (-1, self.block_size))
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        H, K, V = self.head_shape
+        values = gate_matrix(self.gate_proj, self.gate_std)
+        if self.half_life is not None:
+            bias = gate_bias_of_half_lives(K, self.block_size, self.half_life)  # (K, M+1)
+            values["gate_proj.bias"] = bias.T.unsqueeze(1).expand(-1, H, -1).flatten()
+        if self.conv is not None:
+            values["conv.weight"] = torch.zeros_like(self.conv.weight, device="cpu")
+        if self.norm_weight is not None:
+            values["norm_weight"] = torch.ones(H, V)
+        return values
+
+    def cost(self, context_length: int) -> MixerCost:
+        """A number of the state is M + 1 multiply-adds and one to be read; normalising gates is about 3
+        operations each."""
+        H, K, V = self.head_shape
+        taps = 0 if self.conv is None else self.conv.weight.numel()
+        gates = self.block_size + 1
+        return MixerCost(products=2 * taps, scan=H * K * (2 * V * (gates + 1) + 3 * gates))
+
+    def state_elements(self, context_length: int) -> int:
+        H, K, V = self.head_shape
+        kept = 0 if self.conv is None else (self.conv.kernel_size - 1) * self.hidden_size
+        return H * K * V + kept

@@ -1,0 +1,117 @@
+"""The matrix scan on a GPU: Triton against the specification in fp64, then its time.
+
+    python tests/gpu/matrix_scan.py [out.json]        # about a minute on one H100, most of it compiling
+
+Times are medians of 10, of forward and of forward and backward, with fp32 gates and bf16 values as the mixer has
+them.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lrnn_lm.bench import measure
+from lrnn_lm.kernels.matrix_scan import matrix_scan
+
+SIZES = (1, 2, 4, 8, 16)
+TIMED = (1, 4, 16)
+NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+
+
+def inputs(B: int, T: int, H: int, K: int, V: int, M: int, dtype: torch.dtype, device: str = "cuda") -> list:
+    """Normalised gates as planes (B, T, M+1, H, K) in fp32 and bf16 values alike on every device."""
+    generator = torch.Generator().manual_seed(T + K + M)
+    z = torch.randn(B, T, M + 1, H, K, generator=generator)
+    z[:, :, 0] += 3 * torch.rand(H, K, generator=generator)
+    gates = z.softmax(2).to(device)
+    values, queries, h0 = (
+        torch.randn(*shape, generator=generator).to(device)
+        for shape in ((B, T, H, V), (B, T, H, K), (B, H, K, V))
+    )
+    reset = (torch.rand(B, T, generator=generator) < 0.02).to(device)
+    transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
+    return [transitions, writes, values.to(dtype), queries.to(dtype), h0, reset]
+
+
+def run(given: list, backend: str) -> list[torch.Tensor]:
+    *tensors, reset = (x.detach().requires_grad_() if x.is_floating_point() else x for x in given)
+    *scanned, h0 = tensors
+    outputs = matrix_scan(*scanned, h0, reset, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, tensors)]
+
+
+def check(M: int, dtype: torch.dtype, T: int) -> None:
+    given = inputs(2, T, 2, 64, 64, M, dtype)
+    exact = [x.double() if x.is_floating_point() else x for x in given]
+    errors = {}
+    for name, got, want in zip(NAMES, run(given, "triton"), run(exact, "torch"), strict=True):
+        error = float((got.double() - want).norm() / want.norm())
+        errors[name] = error if got.isfinite().all() else float("inf")
+    again = run(given, "triton")
+    same = all(torch.equal(a, b) for a, b in zip(again, run(given, "triton"), strict=True))
+    text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    verdict = "ok" if max(errors.values()) <= TOLERANCE[dtype] and same else "WRONG"
+    print(f"M {M} {dtype} T {T}: {verdict}; {text}; same bits twice: {same}", flush=True)
+
+
+def compile_case(case: tuple[int, torch.dtype, int]) -> float:
+    """In a process of its own, for Triton's cache on disk."""
+    M, dtype, T = case
+    started = time.perf_counter()
+    run(inputs(2, T, 2 if T % 16 else 8, 64, 64, M, dtype), "triton")
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def milliseconds(call) -> float:
+    times = []
+    for _ in range(12):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[2:])
+
+
+def clock(M: int) -> dict[str, float]:
+    B, T, H, K, V = 64, 1024, 8, 64, 64
+    given = [x.repeat(16, *[1] * (x.ndim - 1)) for x in inputs(4, T, H, K, V, M, torch.bfloat16)]
+    *tensors, h0, _ = (x.requires_grad_() if x.is_floating_point() else x for x in given)
+    planes = given[0].detach().permute(0, 1, 4, 2, 3).contiguous()
+    tensors[0] = planes.permute(0, 1, 3, 4, 2).requires_grad_()
+    grad = torch.randn_like(tensors[2])
+    with torch.no_grad():
+        forward = milliseconds(lambda: matrix_scan(*tensors, backend="triton"))
+    y, _ = matrix_scan(*tensors, backend="triton")
+    backward = milliseconds(lambda: torch.autograd.grad(y, tensors, grad, retain_graph=True))
+    row = {"B": B, "T": T, "H": H, "K": K, "V": V, "M": M, "forward_ms": forward, "backward_ms": backward}
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    cases = [(M, dtype, T) for M in SIZES for dtype, T in ((torch.float32, 77), (torch.bfloat16, 77))]
+    timed = [(M, torch.bfloat16, 1024) for M in TIMED]
+    with ProcessPoolExecutor(13, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for case, seconds in zip(cases + timed, pool.map(compile_case, cases + timed), strict=True):
+            print(f"{case}: compiled in {seconds:.0f} s", flush=True)
+    for case in cases:
+        check(*case)
+    rows = [clock(M) for M in TIMED]
+    if len(sys.argv) > 1:
+        measure.write_json(Path(sys.argv[1]), {"about": measure.describe(torch.device("cuda")), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
