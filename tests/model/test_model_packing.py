@@ -32,8 +32,6 @@ def flattened(form: str) -> dict[str, torch.Tensor]:
         "return_seq_idx": form in ("seq_idx", "all"),
         "return_flash_attn_kwargs": form in FLASH,
     }
-    if form != "from 2":
-        asks.pop("position_ids_start")  # not in the oldest transformers
     batch = dict(DataCollatorWithFlattening(**asks)(examples()))
     if form == "cu_seq_lens":
         batch = {key: batch[key] for key in ("input_ids", "labels", "cu_seq_lens_q")}
