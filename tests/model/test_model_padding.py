@@ -100,13 +100,18 @@ def test_documents_among_padding(name, kind):
     model, ids, mask = small_model(name), tokens(rows=3, length=T), mask_of(kind)
     reset = torch.zeros_like(mask, dtype=torch.bool)
     reset[:, [2, 7]] = True
-    out = model(ids, attention_mask=mask, reset=reset, use_cache=True)
+    out = model(ids, attention_mask=mask, reset=reset, labels=ids, use_cache=True)
+    nats, count = 0, 0
     for row in range(3):
         kept = mask[row].bool()
         for place in reset[row].cumsum(0).unique():
             inside = kept & (reset[row].cumsum(0) == place)
             if inside.any():
-                close(out.logits[row, inside], model(ids[row : row + 1, inside]).logits[0], SUMS)
+                alone = model(ids[row : row + 1, inside], labels=ids[row : row + 1, inside])
+                close(out.logits[row, inside], alone.logits[0], SUMS)
+                targets = int(inside.sum()) - 1
+                nats, count = nats + alone.loss * targets, count + targets
+    close(out.loss, nats / count, SUMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
