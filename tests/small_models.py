@@ -51,13 +51,16 @@ def small_config(name: str, **changes) -> LRNNConfig:
 
 
 def small_model(name: str, **changes) -> LRNNForCausalLM:
-    """A model in evaluation mode whose weights are large enough that every part shows in the logits."""
+    """A model in evaluation mode whose weights are large enough that every part shows in the logits.
+
+    Biases too: with zeros, as a model starts, padding would leave most states at zero by itself.
+    """
     torch.manual_seed(0)
     model = LRNNForCausalLM(small_config(name, **changes)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1 or key.split(".")[-1].startswith("bias"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return model
 

@@ -8,7 +8,6 @@ Legend: B batch, T time, D model width, V vocabulary.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,6 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
         num_items_in_batch: Tensor | float | None = None,
         return_logits: bool | None = None,
         use_cache: bool = False,
-        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V) of the sequence that was read, and the mean cross-entropy in nats with labels.
 

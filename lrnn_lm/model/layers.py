@@ -3,6 +3,7 @@
 Legend: B batch, T time, D model width.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,18 +67,20 @@ class LRNNBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         context: SequenceContext,
         token_mask: Tensor | None = None,
+        order: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """hidden_states (B, T, D); token_mask (B, T, 1), false on padding. Returns (B, T, D)."""
+        """hidden_states (B, T, D); token_mask (B, T, 1), false on padding; order (B, T) where each token lies
+        once the padding is in front of its row, None if it is. Returns (B, T, D)."""
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
-        if isinstance(state, Tensor) and token_mask is not None and not torch.compiler.is_compiling():
-            y, state = _mix_after_padding(self.mixer, x, state, context, token_mask)
-        else:
+        if token_mask is None or self.mixer.layer_type == "full_attention":
             y, state = self.mixer(x, state, context)
+        else:
+            y, state = _mix_around_padding(self.mixer, x, state, context, token_mask, order)
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
         hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
@@ -120,6 +123,42 @@ class LRNNBlock(GradientCheckpointingLayer):
         return residual_step(h, mlp.down_proj.weight, stream, next_norm, workspace)
 
 
+def _mix_around_padding(
+    mixer: Mixer,
+    x: Tensor,
+    state: Tensor | None,
+    context: SequenceContext,
+    token_mask: Tensor,
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A recurrent mixer on rows with padding, which leaves outputs and states as they would be without.
+
+    A row's padding is moved to its front. What a new sequence's state makes of it there is forgotten, as its
+    first token starts a document. Shapes as in `LRNNBlock.forward`, state (B, ..).
+    """
+    if order is not None:
+        where = order.unsqueeze(-1)
+        x, token_mask = x.gather(1, where.expand_as(x)), token_mask.gather(1, where)
+        if context.reset is not None:
+            context = replace(context, reset=context.reset.gather(1, order))
+    if state is None:
+        y, after = mixer(x, None, context)
+        old = None if after is None else torch.zeros_like(after)
+    elif x.shape[1] == 1:
+        y, after = mixer(x, state, context)
+        old = state
+    else:
+        y, after = _mix_after_padding(mixer, x, state, context, token_mask)
+        old = None
+    if old is not None:  # a row of padding alone
+        some = token_mask.any(dim=1).view(-1, *[1] * (after.ndim - 1))
+        after = torch.where(some, after, old.to(after.dtype))
+    if order is not None:
+        y = torch.empty_like(y).scatter(1, where.expand_as(y), y)
+    return y, after
+
+
+@torch.compiler.disable
 def _mix_after_padding(
     mixer: Mixer, x: Tensor, state: Tensor, context: SequenceContext, token_mask: Tensor
 ) -> tuple[Tensor, Tensor]:

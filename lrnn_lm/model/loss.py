@@ -32,9 +32,8 @@ def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     nats = ((log_z - x.gather(1, target).squeeze(1)) * valid).sum()
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        p.index_fill_(
-            0, (~valid).nonzero().squeeze(1), 0
-        )  # few rows; elsewhere to find them would be to wait
+        # Few rows; on a GPU nonzero() would wait for the device.
+        p.index_fill_(0, (~valid).nonzero().squeeze(1), 0)
     else:
         p.masked_fill_(~valid.unsqueeze(1), 0)
     return nats, p.to(logits.dtype)
@@ -89,6 +88,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: these are constants to autograd, so it would go wrong
+            raise RuntimeError(
+                "the chunked loss has no second derivatives: compute the loss from the logits "
+                "(model(..).logits without labels, torch.nn.functional.cross_entropy)"
+            )
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
@@ -120,7 +126,8 @@ def linear_cross_entropy(
     hidden = hidden.to(compute_dtype(hidden))  # the weight keeps its dtype: so does its gradient
     if hidden.device.type == "cpu":
         chunk = min(chunk, max(128, CACHED_LOGITS // weight.shape[0]))
-    labels = labels.reshape(-1)
+    check_labels(labels, hidden)
+    labels = labels.reshape(-1).long()
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
@@ -131,12 +138,70 @@ def linear_cross_entropy(
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
     """The same from logits (B, T, V), where the head is no plain matrix (adapted, quantised)."""
-    labels = labels.reshape(-1)
+    check_labels(labels, logits)
+    labels = labels.reshape(-1).long()
     logits = logits.reshape(labels.shape[0], -1).float()
     total = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
 
 
-def shift_labels(labels: Tensor) -> Tensor:
-    """Labels as transformers passes them (the inputs themselves), moved to where they are predicted."""
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+def check_labels(labels: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError for labels that are not one whole number for each of `tokens` (B, T, ..)."""
+    if labels.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not fit inputs of shape {tuple(tokens.shape[:2])}: "
+            f"pass one label a token, {IGNORE} where there is none"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are token ids, whole numbers, not {labels.dtype}")
+
+
+def shift_labels(labels: Tensor, starts: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
+    """Labels as transformers passes them (the inputs themselves), moved to where they are predicted.
+
+    Args:
+        labels: (B, T).
+        starts: (B, T) bool, true where a document starts: nothing before it predicts that token.
+        token_mask: (B, T) bool, false on padding: what comes after it is predicted by the token before it.
+    """
+    if token_mask is None:
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return (
+            targets if starts is None else targets.masked_fill(functional.pad(starts[:, 1:], (0, 1)), IGNORE)
+        )
+    T = labels.shape[1]
+    steps = torch.arange(T, device=labels.device)
+    # The next token of each: the last column stands for none.
+    following = torch.where(token_mask, steps, T).flip(1).cummin(dim=1).values.flip(1)
+    following = functional.pad(following[:, 1:], (0, 1), value=T)
+    targets = functional.pad(labels, (0, 1), value=IGNORE).gather(1, following)
+    nothing = ~token_mask
+    if starts is not None:
+        nothing = nothing | functional.pad(starts, (0, 1)).gather(1, following)
+    return targets.masked_fill(nothing, IGNORE)
+
+
+def counted_targets(
+    labels: Tensor, targets: Tensor, num_items: Tensor | float | None
+) -> Tensor | float | None:
+    """What a sum over `targets` is divided by, given the Trainer's count of all labels but each row's first.
+
+    It counts a row's first token where padding comes before it, which nothing predicts. In one batch that is
+    told by comparing; over several batches it cannot be put right, for the others are not known here.
+
+    Raises:
+        ValueError: such tokens in one of several accumulated batches.
+    """
+    if num_items is None:
+        return None
+    claimed, true = (labels[:, 1:] != IGNORE).sum(), (targets != IGNORE).sum()
+    if torch.compiler.is_compiling():
+        return torch.where(torch.as_tensor(num_items, device=claimed.device) == claimed, true, num_items)
+    if bool(claimed == true):
+        return num_items
+    if bool((torch.as_tensor(num_items, device=claimed.device) == claimed).all()):
+        return true.clamp_min(1)
+    raise ValueError(
+        f"num_items_in_batch counts {int(claimed - true)} labels that nothing predicts (first tokens after "
+        "padding or of a document): pad on the right (tokenizer.padding_side = 'right') or label them -100"
+    )

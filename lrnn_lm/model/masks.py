@@ -1,14 +1,165 @@
 """What documents and padding mean for the layers: who may see whom, and where a sequence begins.
 
-Legend: B batch, T time.
+Legend: B batch, T new tokens, S tokens so far: those in the cache and the new ones.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cache import document_start
+from .documents import before, document_starts
+
+HIDDEN = -1e4  # a mask that is added hides what it lowers by at least so much
+
+
+class Layout(NamedTuple):
+    """Padding and documents of a batch; each None where there is nothing to tell.
+
+    attention_mask: (B, S) bool, false on padding; (B, 1, T, S) as given, for attention alone.
+    token_mask: (B, T) bool, false where a new token is padding.
+    first: (B, T) bool, true on a sequence's first token where padding precedes it.
+    starts: (B, T) bool, true where a document starts.
+    """
+
+    attention_mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    first: Tensor | None = None
+    starts: Tensor | None = None
+
+
+def layout(
+    tokens: Tensor,
+    past: int | Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    reset: Tensor | None,
+    packing: dict[str, Any],
+    only_attention: bool,
+) -> Layout:
+    """What the model's arguments say of the batch `tokens` (B, T, ..) after `past` tokens in the cache.
+
+    Raises:
+        ValueError: a mask that is none of 0 and 1, or of another shape; documents that contradict each other.
+    """
+    B, T = tokens.shape[:2]
+    blocks = token_mask = first = None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        fresh = isinstance(past, int) and past == 0 and not torch.compiler.is_compiling()
+        read = _blocks(attention_mask, B, T) if fresh else None
+        if read is None:
+            _check_unread(reset, packing, only_attention)
+            return Layout(attention_mask)
+        attention_mask, blocks = read
+    if attention_mask is not None:
+        attention_mask, token_mask, first = padding(attention_mask, B, T, past)
+    starts = document_starts(tokens, token_mask, past, position_ids, reset, packing, first, blocks)
+    return Layout(attention_mask, token_mask, first, starts)
+
+
+def padding(
+    attention_mask: Tensor, B: int, T: int, past: int | Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`attention_mask`, `token_mask` and `first` of a Layout, from a mask (B, S), 0 on padding, else 1.
+
+    A mask of the T new tokens alone will do if the cache holds what came before.
+    """
+    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == B
+    if fits and not traced and not isinstance(past, Tensor):
+        fits = attention_mask.shape[1] in (T, past + T)
+    if not fits:
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {B} rows of {T} new tokens "
+            f"after {past}: pass (rows, tokens so far), 0 on padding"
+        )
+    if not traced and bool((attention_mask == 1).all()):
+        return None, None, None
+    mask = attention_mask.bool()
+    if not traced and not torch.equal(mask.to(attention_mask.dtype), attention_mask):
+        raise ValueError(
+            "attention_mask holds other numbers than 0 and 1; pass documents as seq_idx or reset"
+        )
+    new, earlier = mask[:, -T:], mask[:, :-T]
+    token_mask = None if not traced and bool(new.all()) else new
+    if not earlier.shape[1] and not isinstance(past, Tensor) and past:
+        return mask, token_mask, None
+    first = new & (new.cumsum(dim=1) == 1) & ~earlier.any(dim=1, keepdim=True)
+    return mask, token_mask, first if traced or bool(first.any()) else None
+
+
+def tokens_last(token_mask: Tensor, keep_state: bool) -> Tensor | None:
+    """(B, T) where each token lies once the padding of its row is moved to the front, for recurrent layers.
+
+    None where that is not needed: with padding in front already, or at the end of a state that nobody keeps.
+    """
+    if token_mask.shape[1] == 1:
+        return None
+    if not torch.compiler.is_compiling():
+        ends = token_mask[:, :-1] & ~token_mask[:, 1:]
+        if not keep_state:  # only what comes after the padding
+            ends = ends.cumsum(dim=1).bool() & token_mask[:, 1:]
+        if not bool(ends.any()):
+            return None
+    return token_mask.long().argsort(dim=1, stable=True)
+
+
+def positions_of(attention_mask: Tensor | None, x: Tensor, past: int | Tensor) -> Tensor:
+    """(B or 1, T) the position of each new token of x (B, T, D) in its row, padding not counted."""
+    T = x.shape[1]
+    if attention_mask is None or attention_mask.ndim == 4:
+        return (torch.arange(T, device=x.device) + past).unsqueeze(0)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+
+
+def check_padding(layer: Any, attention_mask: Tensor | None, T: int, past: int | Tensor) -> None:
+    """Raise ValueError where an attention layer's keys hold padding that the mask (B, S) does not tell.
+
+    The cache layer keeps whether it has seen padding.
+    """
+    if layer is None or isinstance(past, Tensor) or torch.compiler.is_compiling():
+        return
+    told = attention_mask is not None and attention_mask.shape[-1] == past + T
+    if past and not told and (attention_mask is not None or (hasattr(layer, "padded") and layer.padded)):
+        raise ValueError(
+            f"there is padding, so attention layers need an attention_mask over all {past + T} tokens: "
+            f"{past} in the cache and {T} new ones"
+        )
+    layer.padded = told
+
+
+def _blocks(mask: Tensor, B: int, T: int) -> tuple[Tensor, Tensor] | None:
+    """(B, T) whether a token is none of padding, and whether it begins a block, of a mask causal in blocks.
+
+    None for any other mask (B or 1, heads or 1, T, S), and for one of another shape.
+    """
+    if mask.shape[2:] != (T, T) or mask.shape[0] not in (1, B):
+        return None
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and bool((seen | (mask <= HIDDEN)).all())):
+        return None
+    token = seen[:, 0].diagonal(dim1=1, dim2=2)  # (B or 1, T): a token sees itself
+    steps = torch.arange(T, device=mask.device)
+    begins = token & (seen[:, 0].long().argmax(dim=-1) == steps)
+    block = begins.cumsum(dim=1)
+    want = (block.unsqueeze(2) == block.unsqueeze(1)) & (steps.unsqueeze(1) >= steps)
+    want = want & token.unsqueeze(1)
+    if not bool(((seen == want.unsqueeze(1)) | ~token[:, None, :, None]).all()):
+        return None
+    inner = before(token, token, torch.zeros_like(token))
+    return token.expand(B, T).long(), (begins & inner).expand(B, T)
+
+
+def _check_unread(reset: Tensor | None, packing: dict[str, Any], only_attention: bool) -> None:
+    """Raise ValueError for a 4-d mask that is only attention's to read, beside what it cannot take in."""
+    if not only_attention:
+        raise ValueError(
+            "recurrent layers take a 4-d attention_mask only if it is causal within blocks (T x T, not under "
+            "torch.compile); pass documents as reset, seq_idx or position_ids, padding as a mask (B, S)"
+        )
+    if reset is not None or any(value is not None for value in packing.values()):
+        raise ValueError("a 4-d attention_mask tells who sees whom; give no documents beside it")
 
 
 def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
@@ -34,24 +185,3 @@ def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tenso
         return document[batch, query] == document[batch, key]
 
     return visible
-
-
-def padding(attention_mask: Tensor | None, T: int, past: int) -> tuple[Tensor | None, Tensor | None]:
-    """What padding means for recurrent layers.
-
-    Returns:
-        token_mask (B, T, 1) bool over the new tokens, false on padding, and first (B, T) bool, true on a
-        sequence's first token where padding precedes it; each None where there is nothing to tell.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None, None
-    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
-    if not traced and bool(attention_mask.all()):
-        return None, None
-    mask = attention_mask.bool()
-    new, earlier = mask[:, -T:], mask[:, :-T]
-    token_mask = None if not traced and bool(new.all()) else new.unsqueeze(-1)
-    if not earlier.shape[1] and past:  # a mask of the new tokens alone: the cache holds what came before
-        return token_mask, None
-    first = new & (new.cumsum(dim=1) == 1) & ~earlier.any(dim=1, keepdim=True)
-    return token_mask, first if traced or bool(first.any()) else None

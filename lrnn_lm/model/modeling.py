@@ -41,9 +41,10 @@ from ..mixers import (
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
+from .documents import PACKING, check_arguments
 from .layers import LRNNBlock, RMSNorm
-from .loss import cross_entropy, linear_cross_entropy, shift_labels
-from .masks import padding, same_document
+from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
+from .masks import Layout, check_padding, layout, positions_of, same_document, tokens_last
 from .sample import is_usual, sample
 
 
@@ -120,13 +121,19 @@ class LRNNModel(LRNNPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) instead.
-            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding before the first
-                token leaves the result as it would be without.
-            position_ids: (B, T) positions for attention layers; counted on from the cache if None.
+            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding anywhere leaves the
+                result and the states as they would be without. Or (B, 1, T, T), causal within documents.
+            position_ids: (B, T) positions for attention layers; counted on from the cache if None. Where they
+                do not grow, a document starts; where they jump ahead, none does.
             past_key_values: a cache, read and written in place; any number of new tokens continues it.
             use_cache: whether to make a cache where none is given.
             reset: (B, T) bool, true where a document starts: nothing before it is seen from there on.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: other ways to say that.
+
+        Raises:
+            ValueError: arguments that contradict each other, or that the model does not read.
         """
+        check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -136,51 +143,48 @@ class LRNNModel(LRNNPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
-        if past_key_values is not None:
-            check_cache(self.config, past_key_values)
-        token_mask, first = padding(attention_mask, hidden_states.shape[1], tokens_seen(past_key_values))
-        context = self._context(hidden_states, attention_mask, first, position_ids, past_key_values, reset)
+        masks = (attention_mask, position_ids, reset)
+        batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
+        context = self._context(hidden_states, batch, position_ids, past_key_values)
+        token_mask = order = None
+        if batch.token_mask is not None:
+            token_mask = batch.token_mask.unsqueeze(-1)
+            if "linear_attention" in self.config.layer_types:
+                order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context, token_mask, past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, context, token_mask, order, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
 
     def _context(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        first: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        reset: Tensor | None,
+        self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
     ) -> SequenceContext:
         """What the mixers need to know of positions; the attention parts only if there is attention."""
-        documents = reset
-        if first is not None:  # padding before the first token must not show: that token starts a document
-            reset = first if reset is None else reset | first
+        reset = batch.starts
+        if batch.first is not None:  # padding before the first token must not show: it starts a document
+            reset = batch.first if reset is None else reset | batch.first
         keep_state = cache is not None
         if "full_attention" not in self.config.layer_types:
             return SequenceContext(reset=reset, keep_state=keep_state)
         layer_idx = self.config.layer_types.index("full_attention")
         layer = None if cache is None else cache.layers[layer_idx]
         past = 0 if layer is None else layer.get_seq_length()
-        counted = position_ids is None
-        if counted:
-            position_ids = (torch.arange(x.shape[1], device=x.device) + past).unsqueeze(0)
+        check_padding(layer, batch.attention_mask, x.shape[1], past)
+        if position_ids is None:
+            position_ids = positions_of(batch.attention_mask, x, past)
         rotary = self.layers[layer_idx].mixer.rotary(position_ids)
-        visible = same_document(documents, layer, past, x)
+        visible = same_document(batch.starts, layer, past, x)
         eager = self.config._attn_implementation == "eager"
-        if counted and visible is None and attention_mask is None and layer is None and not eager:
+        if visible is None and batch.attention_mask is None and layer is None and not eager:
             # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
             return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
-            attention_mask=attention_mask,
+            attention_mask=batch.attention_mask,
             past_key_values=cache,
-            position_ids=position_ids if visible is None else None,
             and_mask_function=visible,
             layer_idx=layer_idx,
         )
@@ -270,7 +274,8 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
 
         Args:
-            labels: (B, T) the inputs themselves, -100 where there is no target; shifted here.
+            labels: (B, T) the inputs themselves, -100 where there is no target; shifted here, from each token
+                to the one before it in its document. Padding neither is a target nor predicts one.
             num_items_in_batch: how many targets the loss is averaged over; None for those in this batch.
             logits_to_keep: compute logits of the last so many positions (0: all), or of these positions.
             return_logits: whether logits are wanted; None: always, but when training with labels, where the
@@ -279,7 +284,15 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
                 Among the kwargs, as the Trainer takes every named argument with "label" for one to be given.
             The rest: as in LRNNModel.
         """
-        targets = _targets(labels, kwargs.pop("shift_labels", None))
+        targets = kwargs.pop("shift_labels", None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if targets is None and labels is not None and tokens is not None:
+            check_labels(labels, tokens)
+            masks = (attention_mask, position_ids, kwargs.get("reset"))
+            batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
+            targets = shift_labels(labels, batch.starts, batch.token_mask)
+            if batch.token_mask is not None or batch.starts is not None:
+                num_items_in_batch = counted_targets(labels, targets, num_items_in_batch)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -315,11 +328,21 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         return linear_cross_entropy(hidden, weight, targets, num_items, self.config.loss_chunk)
 
 
-def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
-    """Targets aligned with hidden states, from either of the two ways to give them."""
-    if shifted is not None:
-        return shifted
-    return None if labels is None else shift_labels(labels)
+def _layout(
+    config: LRNNConfig,
+    tokens: Tensor,
+    cache: Cache | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    reset: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Layout:
+    """Padding and documents of `tokens` (B, T, ..), from whatever says something of them."""
+    if cache is not None:
+        check_cache(config, cache)
+    packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}
+    only_attention = "linear_attention" not in config.layer_types
+    return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, only_attention)
 
 
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)

@@ -85,8 +85,8 @@ def sample(
     going = torch.ones(B, dtype=torch.bool, device=input_ids.device)
     behind = _Behind(B, input_ids.device)
     step = Decoder(model, config.compile_config)
-    logits = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits  # fmt: skip
+    logits = model(input_ids=input_ids, attention_mask=mask, position_ids=arguments.get("position_ids"),
+                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # fmt: skip
     n, newest = T - 1, input_ids[:, -1:]
     for n in range(T, last):
         if n > T:

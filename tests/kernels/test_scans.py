@@ -6,7 +6,7 @@ import pytest
 import torch
 from scans import LENGTHS, SCANS, SIZES, TOLERANCE, make_inputs, relative_error, run
 
-from lrnn_lm.kernels import BACKENDS, GATES, block_diagonal_scan, higher_order_scan, normalise
+from lrnn_lm.kernels import BACKENDS, GATES, block_diagonal_scan, higher_order_scan, normalise, torch_scan
 
 FAST = [name for name in BACKENDS if name not in ("reference", "triton")]  # triton has its own file
 
@@ -83,6 +83,35 @@ def test_split_scan_is_the_whole_scan(scan, backend, cut):
     second, end = scan(gates[:, cut:], values[:, cut:], carried, reset[:, cut:], backend=backend)
     torch.testing.assert_close(whole, torch.cat([first, second], 1))
     torch.testing.assert_close(last, end)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_documents_that_start_where_a_slab_does(scan, steps, offset, monkeypatch):
+    """The torch scan walks time in slabs: a start just before, at, and just after the start of each."""
+    inputs = make_inputs(scan, T=20, N=3, M=4, dtype=torch.float64)
+    inputs[3] = torch.zeros_like(inputs[3])
+    inputs[3][0, [t + offset for t in range(steps, 19, 2 * steps)]] = True  # row 1 has one document
+    monkeypatch.setattr(torch_scan, "SLAB_BYTES", steps * 4 * inputs[0][:, 0].numel())
+    assert [part.start for part in torch_scan._slabs(inputs[0])] == list(range(0, 20, steps))
+    want = run(scan, inputs, "softmax", "reference")
+    for name, a, b in zip(
+        ("h", "last", "gates", "values", "h0"), run(scan, inputs, "softmax", "torch"), want, strict=True
+    ):
+        assert relative_error(a, b) <= TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_second_derivatives_are_refused(scan, backend, number):
+    gates, values, h0, reset = make_inputs(scan, T=5, N=2, M=2, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (gates, values, h0)]
+    h, _ = scan(*inputs, reset, backend=backend)
+    (first,) = torch.autograd.grad(h.square().sum(), inputs[number], create_graph=True)
+    with pytest.raises(RuntimeError, match="backward"):
+        torch.autograd.grad(first.square().sum(), inputs)
 
 
 @pytest.mark.parametrize("scan", SCANS)

@@ -298,6 +298,22 @@ def test_generation_with_a_cache_is_that_without(interpreted, kind):
     )
 
 
+@pytest.mark.parametrize("kind", TYPES)
+@torch.no_grad()
+def test_padding_and_documents_in_a_row_do_not_show(interpreted, kind):
+    """On the right and inside, with positions that begin again: outputs and the state after."""
+    model, ids = model_of(kind, layers=1), torch.arange(1, 9).view(1, 8)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 0]])
+    positions = torch.tensor([[0, 1, 0, 2, 0, 0, 1, 0]])
+    out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    before, after = model(ids[:, [0, 1, 3]]), model(ids[:, [4, 6]], use_cache=True)
+    want = torch.cat([before.logits, after.logits], dim=1)
+    torch.testing.assert_close(out.logits[mask.bool()], want[0], atol=1e-4, rtol=1e-4)
+    state = out.past_key_values.layers[0].recurrent_states[0]
+    expected = after.past_key_values.layers[0].recurrent_states[0]
+    torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
+
+
 # fla's kernels as they are meant to run.
 
 

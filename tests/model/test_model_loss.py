@@ -1,5 +1,6 @@
 """The chunked cross-entropy is torch's cross-entropy, in value and in every gradient."""
 
+import re
 from unittest import mock
 
 import pytest
@@ -97,6 +98,63 @@ def test_the_models_loss_is_the_logits_cross_entropy(name):
     close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), SUMS)
     close(model(ids, shift_labels=shift_labels(ids)).loss, out.loss, 0.0)
     close(model(ids, labels=ids, num_items_in_batch=10).loss, out.loss * 40 / 10, SUMS)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 20), (2, 22), (1, 21), (2, 1), (2, 15), (42,), (2, 21, 1), (0, 21)], ids=str
+)
+@pytest.mark.parametrize("kind", ["labels", "shift_labels"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_labels_of_another_shape(shape, kind, adapted):
+    """Refused with both shapes, whatever the chunks leave for the last: (2, 15) leaves one label for it."""
+    model = small_model("bd_lru")
+    if adapted:
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    words = f"labels of shape {shape} do not fit inputs of shape (2, 21)"
+    for given in (
+        {"input_ids": tokens()},
+        {"inputs_embeds": model.get_input_embeddings()(tokens()).detach()},
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            model(**given, **{kind: torch.zeros(shape, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("kind", ["labels", "shift_labels"])
+def test_labels_of_another_dtype(kind):
+    model, ids = small_model("bd_lru"), tokens()
+    with pytest.raises(ValueError, match=r"labels are token ids, whole numbers, not torch.float32"):
+        model(ids, **{kind: ids.float()})
+    close(model(ids, **{kind: ids.int()}).loss, model(ids, **{kind: ids}).loss, 0)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_second_derivatives_are_refused(number):
+    """The backward pass multiplies constants: a second one through them would be wrong without a word."""
+    hidden, weight, labels = case(dtype=torch.float64)
+    loss = linear_cross_entropy(hidden, weight, labels, None, 4)
+    with pytest.raises(RuntimeError, match=r"the chunked loss has no second derivatives.*logits"):
+        torch.autograd.grad(loss, (hidden, weight)[number], create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention"])
+def test_second_derivatives_through_the_logits(name):
+    """What the error advises gives finite differences of the first derivative."""
+    model, ids = small_model(name).double(), tokens(length=7)
+    weight = model.model.norm.weight
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def first(create_graph):
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, ids[:, 1:].flatten())
+        return torch.autograd.grad(loss, weight, create_graph=create_graph)[0]
+
+    got = torch.autograd.grad(first(True) @ direction, weight)[0]
+    ends = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            weight += step * direction
+        ends.append(first(False))
+    close(got, (ends[0] - ends[1]) / 2e-5, 1e-7)
 
 
 def test_training_makes_no_logits_unless_asked():
