@@ -72,7 +72,7 @@ def load_checkpoint(
     path = describe(checkpoint).path
     target = pick_device(device)
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
@@ -89,6 +89,7 @@ def load_checkpoint(
     disable_progress_bar()  # it would stand between the user and a message, or the text
     try:
         trust = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on standard input
+        AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # its refusal is the plainest
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         if encodes:
             model = LRNNForReconstruction.from_pretrained(path, dtype="auto", local_files_only=True)
