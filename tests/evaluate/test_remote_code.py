@@ -66,7 +66,7 @@ def lrnn(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("command", ["eval", "length", "generate"])
+@pytest.mark.parametrize("command", ["eval", "length", "recall", "generate"])
 def test_a_folder_with_code_is_refused_in_a_line(folder, marker, lrnn, command):
     words = {
         "eval": [
@@ -87,6 +87,7 @@ def test_a_folder_with_code_is_refused_in_a_line(folder, marker, lrnn, command):
             "--data",
             folder.parent / "heldout.jsonl",
         ],
+        "recall": ["eval", folder, "--recall", "--rows", "1", "--data", folder.parent / "heldout.jsonl"],
         "generate": ["generate", folder, "--max-new-tokens", "2", "--prompt", "the"],
     }[command]
     code, told = lrnn(*words, "--device", "cpu")
