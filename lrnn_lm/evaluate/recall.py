@@ -54,8 +54,8 @@ def probe_recall(
 
     All checkpoints read the same documents, cut into rows of their own training length by their own
     tokenizer. rows: at most so many. data: held-out documents (JSONL); None: those of the first checkpoint's
-    run. output: a folder; None: eval/ of the first checkpoint's run. trust_remote_code: whether the folders may
-    run code of their own.
+    run. output: a folder; None: eval/ of the first checkpoint's run. trust_remote_code: whether the
+    checkpoints' folders may run code of their own.
 
     Raises ValueError for a checkpoint without text, or text too short for a row.
     """
