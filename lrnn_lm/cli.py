@@ -6,6 +6,7 @@ LRNN_TRACEBACK=1 to see where it came from.
 """
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="dotted overrides")
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint folder")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run the code that comes with a model of others")
+]
 
 
 @app.callback()
@@ -194,6 +198,7 @@ def evaluate_checkpoint(
     ] = False,
     rows: Annotated[int | None, typer.Option(help="rows of a probe; default: 16, of --recall 64")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
     from .evaluate.team import join, leave
@@ -206,12 +211,16 @@ def evaluate_checkpoint(
 
         for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
             probe_length(
-                checkpoint, length, rows=16 if rows is None else rows, data=data, output=where, device=device
-            )
+                checkpoint, length, rows=16 if rows is None else rows, data=data, output=where, device=device,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
     if recall and team.is_main:
         from .evaluate.recall import probe_recall
 
-        probe_recall(checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device)
+        probe_recall(
+            checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     if tasks or suite is not None or (length is None and not recall):
         from .evaluate.compare import evaluate_each
 
@@ -228,6 +237,7 @@ def evaluate_checkpoint(
             max_length=max_length,
             lengths=wanted,
             device=device,
+            trust_remote_code=trust_remote_code,
             team=team,
         )
     leave(team)
@@ -258,6 +268,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="for the same text again")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write text, token by token."""
     from .evaluate import generate as stream
@@ -274,6 +285,7 @@ def generate(
         seed=seed,
         greedy=greedy,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -346,6 +358,8 @@ def kernels(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a command's work
     try:
         app(args=arguments, prog_name="lrnn")
     except (ValueError, OSError, UnmetRequirementError) as mistake:

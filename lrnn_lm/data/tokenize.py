@@ -249,8 +249,14 @@ def import_tokenizer(name: str, folder: Path) -> None:
     local = Path(name).is_dir()
     try:
         # without a network the hub's cache may still hold it
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local or not hub_is_reachable())
+        offline = local or not hub_is_reachable()
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {name!r} only loads with code of its own (trust_remote_code), which is not run "
+                "here; choose a fast tokenizer (tokenizer.json)"
+            ) from None
         why = " ".join(str(error).split())[:200]
         advice = (
             "it needs tokenizer.json and tokenizer_config.json"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..recipe import parse_count
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,7 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "sequence_len
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Where a checkpoint lies and how far it was trained; None for what its folder does not tell."""
+    """Where a checkpoint lies and how far it was trained; None for what its folder and run do not tell."""
 
     path: Path
     run: Path | None
@@ -43,29 +45,34 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
         hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
         raise ValueError(f"{checkpoint}: not a checkpoint folder{hint}")
     path = path.resolve()
-    manifest = _manifest(path)
-    step = re.fullmatch(r"step-(\d+)", path.name)
-    return CheckpointInfo(
-        path=path,
-        run=path.parent.parent if path.parent.name == "checkpoints" else None,
-        step=int(step[1]) if step else manifest.get("step"),
-        tokens=manifest.get("tokens"),
-    )
+    run = path.parent.parent if path.parent.name == "checkpoints" else None
+    named = re.fullmatch(r"step-(\d+)", path.name)
+    step = int(named[1]) if named else _manifest(path).get("step")
+    tokens_per_step = _run_recipe(run).get("train", {}).get("tokens_per_step")
+    known = step is not None and tokens_per_step is not None
+    return CheckpointInfo(path, run, step, step * parse_count(tokens_per_step) if known else None)
 
 
 def load_checkpoint(
-    checkpoint: str | Path, device: str = "auto", autoencoder: bool = False
+    checkpoint: str | Path,
+    device: str = "auto",
+    *,
+    autoencoder: bool = False,
+    trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in evaluation mode and in the precision it is stored in, and its tokenizer.
 
     device: auto (CUDA if there is any), cpu, cuda or cuda:N. autoencoder: whether that of the task
-    compression will do, too. Raises ValueError for a folder that cannot be loaded or a device that is not
-    there.
+    compression will do, too. trust_remote_code: whether the folder may run code of its own; this project's
+    models load with this package in any case, never with the code beside them.
+
+    Raises ValueError for a folder that cannot be loaded, or needs code that is not trusted, or a device that
+    is not there.
     """
     path = describe(checkpoint).path
     target = pick_device(device)
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
@@ -81,10 +88,18 @@ def load_checkpoint(
     _check_files(path, checkpoint)
     disable_progress_bar()  # it would stand between the user and a message, or the text
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model_class = LRNNForReconstruction if encodes else AutoModelForCausalLM
-        model = model_class.from_pretrained(path, dtype="auto", local_files_only=True)
+        trust = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on standard input
+        AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # its refusal is the plainest
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
+        if encodes:
+            model = LRNNForReconstruction.from_pretrained(path, dtype="auto", local_files_only=True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, **trust)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{checkpoint}: only loads with code of its own; read it, then pass --trust-remote-code"
+            ) from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
     except RuntimeError as error:  # transformers has listed the weights, its reason is a setting of its own
@@ -154,13 +169,17 @@ def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
     for key in _LENGTH_KEYS:
         if isinstance(config.get(key), int) and config[key] > 0:
             return config[key]
-    recipe = run / "recipe.yaml" if run is not None else None
-    if recipe is not None and recipe.is_file():
-        sections = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-        length = (sections.get("data") or {}).get("sequence_length")
-        if isinstance(length, int) and length > 0:
-            return length
+    length = _run_recipe(run).get("data", {}).get("sequence_length")
+    if isinstance(length, int) and length > 0:
+        return length
     return DEFAULT_LENGTH
+
+
+def has_window(model: "PreTrainedModel") -> bool:
+    """Whether what a model can read at once is limited, by its positions or as attention's memory grows with
+    it: not of this project's models without attention.
+    """
+    return model.config.model_type != "lrnn" or "full_attention" in model.config.layer_types
 
 
 def check_window(model: "PreTrainedModel", tokens: int) -> None:
@@ -187,6 +206,19 @@ def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int
     if wanted is None or model.config.model_type == "lrnn":
         return wanted or usual
     return min(wanted, usual)
+
+
+def _run_recipe(run: Path | None) -> dict[str, Any]:
+    """The recipe that a run was trained by, section by section; empty without one."""
+    file = run / "recipe.yaml" if run is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{file}: not valid YAML; copy it anew") from None
+    sections = sections if isinstance(sections, dict) else {}
+    return {key: section for key, section in sections.items() if isinstance(section, dict)}
 
 
 def _manifest(path: Path) -> dict[str, Any]:

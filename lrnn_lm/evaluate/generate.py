@@ -28,6 +28,7 @@ def generate(
     seed: int | None = None,
     greedy: bool = False,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> str:
     """Print the prompt and its continuation to stdout, word by word, and return them.
 
@@ -37,14 +38,15 @@ def generate(
 
     Sampling divides logits by temperature and keeps the top_k likeliest tokens and the likeliest that hold
     top_p of the probability (None: all); temperature 0 is greedy. The same seed gives the same text on the
-    same machine; the caller's random state is left as it was. Raises ValueError for a number out of range, a
+    same machine; the caller's random state is left as it was. trust_remote_code: whether the folder may run
+    code of its own. Raises ValueError for a number out of range, a
     file that cannot be read, a text longer than the model takes, or a checkpoint that is not one.
     """
     _check(max_new_tokens, temperature, top_k, top_p, segment)
     prompt = _text(prompt)
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
-    model, tokenizer = load_checkpoint(checkpoint, device)
+    model, tokenizer = load_checkpoint(checkpoint, device, trust_remote_code=trust_remote_code)
     import torch
     from transformers import TextStreamer
 

@@ -3,20 +3,25 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
-import logging
 import os
 import platform
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointInfo, check_window, describe, document_start, load_checkpoint, widest_window
+from .checkpoint import (
+    CheckpointInfo,
+    check_window,
+    describe,
+    document_start,
+    has_window,
+    load_checkpoint,
+    widest_window,
+)
 from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
 from .offline import error_of_the_mean
-from .show import decimal, table_console
+from .scoring import quiet_lm_eval, score_tasks
+from .show import decimal, finite, table_console
 from .tasks import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
 
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
 TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
 WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on all of a row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
@@ -45,6 +49,7 @@ def evaluate(
     num_fewshot: int | None = None,
     max_length: int | None = None,
     lengths: list[int] | None = None,
+    trust_remote_code: bool = False,
     team: Team = ALONE,
 ) -> dict[str, Any]:
     """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
@@ -56,8 +61,10 @@ def evaluate(
     (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
     tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
     max_length: tokens a window (default: that of the suite, or of the shipped one that has all the tasks, up
-    to the model's limit; else `context_length`).
-    lengths: of the state, mad and long tasks' rows, in place of their own.
+    to the model's limit; else `context_length`). Unless it is passed, models without attention read all
+    but rolling requests whole, however long.
+    lengths: of the state, mad and long tasks' rows, in place of their own. trust_remote_code: whether the
+    checkpoint's folder may run code of its own.
     team: the processes that share the work, all of which call this; the main one prints and writes, the
     others return {}.
 
@@ -76,10 +83,12 @@ def evaluate(
     documents = _documents(info, data)
     metadata: dict[str, Any] = {"pretrained": str(info.path)}
     metadata |= {key: value for key, value in (("data", documents), ("lengths", lengths)) if value}
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         manager, names, hub = find_tasks(names, metadata)
         if model is None or tokenizer is None:
-            model, tokenizer = load_checkpoint(info.path, device, autoencoder=True)
+            model, tokenizer = load_checkpoint(
+                info.path, device, autoencoder=True, trust_remote_code=trust_remote_code
+            )
         from .reconstruction import check_kind
 
         check_kind(info.path, model, names)
@@ -88,10 +97,12 @@ def evaluate(
             widest = max(widest, TOKENS_A_STEP * max(lengths))
         window = max_length or widest_window(model, info.run, widest)
         check_window(model, window)
+        unlimited = max_length is None and not has_window(model)
         with hub_data(hub):
-            results, truncated = _run(
-                model, tokenizer, manager, names, limit, batch_size, num_fewshot, window, team
-            )
+            results, truncated = score_tasks(
+                model, tokenizer, manager, names, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot,
+                max_length=window, unlimited=unlimited, start=document_start(model, tokenizer), team=team,
+            )  # fmt: skip
     whole = [name for name in names if name.startswith(WHOLE_ROWS)]
     if truncated and whole:
         raise ValueError(
@@ -108,6 +119,7 @@ def evaluate(
         "limit": limit,
         "num_fewshot": num_fewshot,
         "max_length": window,
+        "unlimited": unlimited,
         "lengths": lengths,
         "batch_size": batch_size,
         "device": str(model.device),
@@ -117,9 +129,10 @@ def evaluate(
         "processes": team.size,
     }
     results["software"] = _versions()
-    written = _write(results, info, names, limit, suite, output, lengths, tasks)
+    stored = finite(results)
+    written = _write(stored, info, names, limit, suite, output, lengths, tasks)
     _show(results, written)
-    return results
+    return stored
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> None:
@@ -127,7 +140,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 
     data: the held-out documents that the tasks will read, if they are there already.
     """
-    with _quiet_lm_eval():
+    with quiet_lm_eval():
         _, tasks, _ = find_tasks(names, {})
     if data is not None and "heldout_cloze" in tasks:
         cloze_dataset(data=str(data))
@@ -184,84 +197,6 @@ def _check(
             raise ValueError(f"{what} must be at least {least}, not {value}")
 
 
-def _run(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    manager: Any,
-    names: list[str],
-    limit: int | None,
-    batch_size: int,
-    num_fewshot: int | None,
-    max_length: int,
-    team: Team,
-) -> tuple[dict[str, Any], int]:
-    """lm-eval's results, and how many requests lost the beginning of their context."""
-    import lm_eval
-
-    from .lm import LiveLM
-    from .reconstruction import Reconstruction, encodes
-
-    training = model.training
-    start = document_start(model, tokenizer)
-    try:
-        with _random_state_kept(), contextlib.redirect_stdout(io.StringIO()):
-            lm: Any
-            if encodes(model):
-                lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
-            else:
-                lm = LiveLM(
-                    model, tokenizer, batch_size=batch_size, max_length=max_length, start=start, team=team
-                )
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=names,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAP,
-                log_samples=False,
-                task_manager=manager,
-            )
-    except ModuleNotFoundError as error:
-        raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
-    finally:
-        model.train(training)
-    # Functions and tensors in task configs become text here, so that what is returned is what is written.
-    return json.loads(json.dumps(results, default=str)), lm.truncated
-
-
-@contextlib.contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """Only errors from lm-eval's log; its bootstrap in this process, as forking beside threads is unsafe."""
-    logger = logging.getLogger("lm_eval")
-    level, pool = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if pool is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = pool
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds every generator; a training run that evaluates must go on as if it had not."""
-    import numpy
-    import torch
-
-    python, legacy = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(legacy)
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -300,7 +235,7 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(path)
     except OSError as error:
         raise ValueError(f"{path}: the results cannot be written: {error.strerror}") from error

@@ -27,7 +27,7 @@ from ..data import SyntheticTask
 from ..model.long_input import prefill
 from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
 from .heldout import heldout_path, read_documents
-from .show import decimal, table_console
+from .show import decimal, finite, table_console
 from .synthetic_tasks import run_source
 from .transitions import mixer_inputs, transitions
 
@@ -49,12 +49,14 @@ def probe_length(
     output: Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Probe a checkpoint at rows of `length`, print a table, write JSON and a picture; returns the facts.
 
     length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
-    a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). quiet: print nothing.
+    a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). trust_remote_code:
+    whether the checkpoint's folder may run code of its own. quiet: print nothing.
 
     Raises ValueError for a length that is none, that a model with limited positions cannot take, or that
     there is not text enough for.
@@ -66,7 +68,7 @@ def probe_length(
         raise ValueError(f"rows must be at least 1, not {rows}")
     if output is not None and (Path(output).suffix == ".json" or Path(output).is_file()):
         raise ValueError(f"{output}: a probe writes JSON and a picture; --output takes a folder for them")
-    model, tokenizer = load_checkpoint(info.path, device)
+    model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
     trained = context_length(model, info.run)
     N = parse_length(length, trained)
     _check_limit(model, N, trained)
@@ -152,15 +154,6 @@ def _rows(
         raise ValueError(f"the held-out text has {len(ids)} tokens, which do not fill one row of {N} + 1")
     stream = torch.tensor(ids[: whole * N + 1])
     return stream[:-1].view(-1, N)[:rows], stream[1:].view(-1, N)[:rows]
-
-
-def finite(facts: Any) -> Any:
-    """The same with null for what is no number, which JSON has no word for: a state may have diverged."""
-    if isinstance(facts, dict):
-        return {key: finite(value) for key, value in facts.items()}
-    if isinstance(facts, list):
-        return [finite(value) for value in facts]
-    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
 
 
 def bin_edges(N: int, trained: int | None = None) -> list[int]:

@@ -3,8 +3,10 @@
 Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +14,24 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model import prefill
 from .team import ALONE, Team
+
+PIECE = 2048  # tokens of a long request that are read at once, and so the logits that exist at once
+_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's aliases
 
 
 class LiveLM(HFLM):
     """HFLM over a model in memory.
 
-    start: the token put before every context (BOS), or None to leave that to the tokenizer. A rolling
-    log-likelihood starts at BOS in any case, and exactly once. `truncated` counts the requests that did not
-    fit max_length tokens and lost the beginning of their context. team: those who share the requests;
-    each of them looks like a process alone to lm-eval.
+    Args:
+        max_length: tokens a window. A rolling log-likelihood is taken window by window; a longer request of
+            another kind loses the beginning of its context, and is counted in `truncated`.
+        unlimited: whether requests are read whole instead, however long; rolling ones keep their windows.
+            For models without attention, whose memory does not grow with the length.
+        start: the token put before every context (BOS), or None to leave that to the tokenizer. A rolling
+            log-likelihood starts at BOS in any case, and exactly once.
+        team: those who share the requests; each of them looks like a process alone to lm-eval.
     """
 
     def __init__(
@@ -32,9 +42,11 @@ class LiveLM(HFLM):
         batch_size: int,
         max_length: int,
         start: int | None,
+        unlimited: bool = False,
         team: Team = ALONE,
     ) -> None:
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
+        self._window, self._unlimited = max_length, unlimited
         self._bare = (
             tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
         )  # nothing to begin with
@@ -42,7 +54,7 @@ class LiveLM(HFLM):
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=sys.maxsize if unlimited else max_length,
             softmax_dtype="float32",
             add_bos_token=None if start is None else False,  # with `start`, this class adds it
         )
@@ -80,13 +92,47 @@ class LiveLM(HFLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
-        self, strings: list[str], *args: Any, **kwargs: Any
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padded ids and attention mask, each (B, T), with the start token before each text."""
-        if self._start is not None:
-            mark = self.tokenizer.decode([self._start])
-            strings = [text if text.startswith(mark) else mark + text for text in strings]
-        return super().tok_batch_encode(strings, *args, **kwargs)
+        """Ids and attention mask of contexts to go on from, each (B, T), padded on the left.
+
+        A row is what `tok_encode` gives for its text alone; an empty one is the prefix token.
+        """
+        rows = [self.tok_encode(text) or [self.prefix_token_id] for text in strings]
+        rows = [row[-left_truncate_len:] if left_truncate_len else row for row in rows]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # the mask tells padding
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
+        """Text of token ids; None of None, which stands for the EOS of a tokenizer that has none."""
+        return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood in nats of each continuation after its context, and whether it is the greedy one.
+
+        Raises ValueError for a continuation that is longer than the window of a model that has one.
+        """
+        pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        sizes = [len(context) + len(target) for _, context, target in pairs]
+        for request, (_, _, target) in zip(requests, pairs, strict=True):
+            if len(target) > self.max_length:
+                raise ValueError(
+                    f"task {request.task_name}: an answer of {len(target)} tokens is longer than the window "
+                    f"of {self.max_length} tokens; pass a larger --max-length"
+                )
+        self.truncated += sum(size - 1 > self.max_length for size in sizes)  # the last is only predicted
+        contexts = [tuple(context) for _, context, _ in pairs]
+
+        def score(share: list[Any]) -> list[tuple[float, bool]]:
+            return self._score(share, self._quiet(disable_tqdm))
+
+        return self._team.share(pairs, contexts, sizes, score)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text given BOS, in windows of max_length tokens."""
@@ -95,43 +141,117 @@ class LiveLM(HFLM):
         def score(share: list[Instance]) -> list[float]:
             return super(LiveLM, self).loglikelihood_rolling(share, disable_tqdm=self._quiet(disable_tqdm))
 
-        with self._without_start():
+        with self._in_windows():
             return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of each context."""
+        """Continuations of each context.
+
+        Raises ValueError for settings that are none, or an answer that leaves a window no room for a context.
+        """
+        requests = [_with_plain_settings(request, self.max_gen_toks) for request in requests]
         contexts = [request.args[0] for request in requests]
+        for request in requests:
+            context, settings = request.args
+            room = self.max_length - settings["max_gen_toks"]
+            if room < 1:
+                raise ValueError(
+                    f"task {request.task_name}: answers of up to {settings['max_gen_toks']} tokens leave no "
+                    f"room for a context in the window of {self.max_length} tokens; pass a larger "
+                    "--max-length, or lower max_gen_toks in the task"
+                )
+            self.truncated += not self._unlimited and len(self.tok_encode(context)) > room
 
         def write(share: list[Instance]) -> list[str]:
             return super(LiveLM, self).generate_until(share, disable_tqdm=self._quiet(disable_tqdm))
 
         return self._team.share(requests, range(len(contexts)), list(map(len, contexts)), write)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context, at least one, and of its continuation: those of the whole text, cut in two.
+
+        The cut lies where the context ends; where a token reaches over that place, or white space does, it
+        belongs to the continuation, as lm-eval has it for white space.
+        """
+        end = len(context.rstrip())
+        context, continuation = context[:end], context[end:] + continuation
+        if not context:
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            return [self.prefix_token_id], ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+        ids, before = self.tok_encode(context + continuation), self.tok_encode(context)
+        most = min(len(ids), len(before))
+        shared = next((i for i in range(most) if ids[i] != before[i]), most)
+        return ids[:shared] or [self.prefix_token_id], ids[shared:]
+
+    def _score(self, pairs: list[Any], quiet: bool) -> list[tuple[float, bool]]:
+        """This process's share: in batches, and one by one what is too long for a batch."""
+        most = max(self._window, PIECE) + 1
+        alone = [self._unlimited and len(context) + len(target) > most for _, context, target in pairs]
+        batched = [pair for pair, long in zip(pairs, alone, strict=True) if pair[2] and not long]
+        scored = iter(self._loglikelihood_tokens(batched, quiet) if batched else ())
+        answers = []
+        for (_, context, target), long in zip(pairs, alone, strict=True):
+            if not target:  # nothing is asked: certain
+                answers.append((0.0, True))
+            else:
+                answers.append(self._score_long(context, target) if long else next(scored))
+        return answers
+
+    @torch.no_grad()
+    def _score_long(self, context: list[int], target: list[int]) -> tuple[float, bool]:
+        """As `loglikelihood`, for one pair of any length: it is read piece by piece through the cache."""
+        ids = torch.tensor([context + target], device=self.device)  # (1, T)
+        first, end = len(context) - 1, ids.shape[1] - 1  # the last token is only predicted
+        cache = prefill(self.model, ids[:, :first], PIECE).past_key_values if first else None
+        nats, greedy = 0.0, True
+        for start in range(first, end, PIECE):
+            stop = min(start + PIECE, end)
+            output = self.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache, after = output.past_key_values, ids[0, start + 1 : stop + 1]
+            logprobs = output.logits[0].float().log_softmax(dim=-1)  # (t, V)
+            nats += float(logprobs.gather(1, after.unsqueeze(1)).sum())
+            greedy = greedy and bool((logprobs.argmax(dim=-1) == after).all())
+        return nats, greedy
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        fits = self.max_length + 1  # the last token is only predicted
-        self.truncated += sum(len(context) + len(target) > fits for _, context, target in requests)
         # A rolling request comes here once a batch: one progress bar each would be a wall of them.
         quiet = self._quiet(disable_tqdm) or override_bs is not None
-
-        def score(share: list[Any]) -> list[tuple[float, bool]]:
-            return super(LiveLM, self)._loglikelihood_tokens(share, quiet, override_bs)
-
-        if self._rolling:  # this process's share already
-            return score(requests)
-        contexts = [tuple(context) for _, context, _ in requests]
-        costs = [len(context) + len(target) for _, context, target in requests]
-        return self._team.share(requests, contexts, costs, score)
+        return super()._loglikelihood_tokens(requests, quiet, override_bs)
 
     def _quiet(self, disable_tqdm: bool) -> bool:
         """One progress bar is enough."""
         return disable_tqdm or not self._team.is_main
 
     @contextmanager
-    def _without_start(self) -> Iterator[None]:
-        self._rolling = True
+    def _in_windows(self) -> Iterator[None]:
+        """While rolling requests are scored: windows of max_length, which bring the prefix token along."""
+        before, self._max_length, self._rolling = self._max_length, self._window, True
         try:
             yield
         finally:
-            self._rolling = False
+            self._max_length, self._rolling = before, False
+
+
+def _with_plain_settings(request: Instance, usual: int) -> Instance:
+    """A generation request with `until` as a list of texts and its length as `max_gen_toks` (`usual` if it
+    says none). Raises ValueError for other settings than lm-eval knows them.
+    """
+    context, given = request.args
+    settings = {key: value for key, value in given.items() if value is not None}
+    until = settings.pop("until", [])
+    stops = [until] if isinstance(until, str) else until
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"task {request.task_name}: until must be a text or a list of texts, not {until!r}")
+    lengths = [settings.pop(key) for key in _LENGTH_KEYS if key in settings]
+    try:
+        length = int((lengths or [usual])[0])
+    except (TypeError, ValueError, OverflowError):
+        length = 0
+    if length < 1:
+        raise ValueError(
+            f"task {request.task_name}: max_gen_toks must be a whole number above 0, not {lengths[0]!r}"
+        )
+    stops = [stop for stop in stops if stop]  # an empty text is in every answer
+    return replace(request, arguments=(context, {**settings, "until": stops, "max_gen_toks": length}))

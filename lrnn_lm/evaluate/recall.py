@@ -27,7 +27,7 @@ from torch import Tensor
 from .checkpoint import context_length, describe, document_start, load_checkpoint
 from .compare import checkpoint_names
 from .heldout import heldout_path, read_documents
-from .show import decimal, table_console
+from .show import decimal, finite, table_console
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:
@@ -47,13 +47,15 @@ def probe_recall(
     data: Path | None = None,
     output: Path | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Split each checkpoint's held-out loss; print a table, write JSON and a picture; returns the facts.
 
     All checkpoints read the same documents, cut into rows of their own training length by their own
     tokenizer. rows: at most so many. data: held-out documents (JSONL); None: those of the first checkpoint's
-    run. output: a folder; None: eval/ of the first checkpoint's run.
+    run. output: a folder; None: eval/ of the first checkpoint's run. trust_remote_code: whether the
+    checkpoints' folders may run code of their own.
 
     Raises ValueError for a checkpoint without text, or text too short for a row.
     """
@@ -66,7 +68,9 @@ def probe_recall(
     text = heldout_path(data, first.path)
     found = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        model, tokenizer = load_checkpoint(describe(checkpoint).path, device)
+        model, tokenizer = load_checkpoint(
+            describe(checkpoint).path, device, trust_remote_code=trust_remote_code
+        )
         inputs, targets = text_rows(
             model, tokenizer, text, rows, context_length(model, describe(checkpoint).run)
         )
@@ -77,7 +81,7 @@ def probe_recall(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "recall.json", folder / "recall.png"]
-        written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        written[0].write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         draw_recall(found, written[1])
     if not quiet:
         _show(found, written)

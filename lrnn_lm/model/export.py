@@ -128,8 +128,13 @@ def _check_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by where a file is torn
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{folder}: its tokenizer only loads with code of its own (trust_remote_code), which an "
+                "export does not take along; save it as a fast tokenizer (tokenizer.json) first"
+            ) from error
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder}: its tokenizer cannot be loaded ({reason[:200]}): tokenizer.json or "

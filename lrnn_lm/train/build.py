@@ -253,7 +253,7 @@ def _make_model(
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_unchanged(recipe: Recipe, folder: Path) -> None:

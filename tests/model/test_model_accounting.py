@@ -49,6 +49,20 @@ def test_recurrences_by_hand():
     assert account(small_config("h_lru"), 8).work.scan == 3 * 7 * 5 * 5
 
 
+def test_mamba2_by_hand():
+    """Inner width 32 = 4 heads of 8, state 3, one group. In: gate and values 32 each, B and C of 3, a step a
+    head. The convolution reaches 4 steps over values, B and C. A state element takes a decay, a product with
+    its input and a sum, and is read by a product and a sum; a channel's own input comes in by a multiply-add.
+    """
+    work = account(small_config("mamba2"), 8).work
+    mlp, head = 3 * 2 * 16 * 24, 2 * 16 * 53
+    into, convolution, out = 2 * 16 * (32 + 32 + 3 + 3 + 4), 2 * 4 * (32 + 3 + 3), 2 * 32 * 16
+    assert work.products == 3 * (into + convolution + out + mlp) + head
+    assert work.scan == 3 * (4 * 8 * 3 * (3 + 2) + 2 * 4 * 8)
+    assert work.sequential == work.attention == 0
+    assert work.total == work.products + work.scan
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_only_attention_depends_on_the_context(name):
     short, long = account(small_config(name), 10), account(small_config(name), 1000)

@@ -1,0 +1,138 @@
+"""lm-eval's evaluator around a live model: without its log, its random seeds, and numbers that overflow."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import random
+import traceback
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from .team import Team
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
+
+
+def score_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    manager: Any,
+    names: list[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int | None,
+    max_length: int,
+    unlimited: bool,
+    start: int | None,
+    team: Team,
+) -> tuple[dict[str, Any], int]:
+    """lm-eval's results, and how many requests lost the beginning of their context.
+
+    max_length, unlimited, start: as LiveLM takes them. Raises ValueError for what lm-eval refuses.
+    """
+    import lm_eval
+
+    from .lm import LiveLM
+    from .reconstruction import Reconstruction, encodes
+
+    training = model.training
+    try:
+        with _random_state_kept(), _overflow_is_infinite(), contextlib.redirect_stdout(io.StringIO()):
+            lm: Any
+            if encodes(model):
+                lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
+            else:
+                lm = LiveLM(
+                    model, tokenizer, batch_size=batch_size, max_length=max_length, start=start,
+                    unlimited=unlimited, team=team,
+                )  # fmt: skip
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=names,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+                task_manager=manager,
+            )
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
+    except AssertionError as error:  # how lm-eval tells what is wrong in a task's file
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        if "lm_eval" not in place.filename.replace("\\", "/").split("/"):
+            raise
+        reason = " ".join(str(error).split()) or place.line
+        raise ValueError(f"lm-eval refuses a task of {', '.join(names)}: {reason}") from error
+    finally:
+        model.train(training)
+    # Functions and tensors in task configs become text here, so that what is returned is what is written.
+    return json.loads(json.dumps(results, default=str)), lm.truncated
+
+
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Only errors from lm-eval's log; its bootstrap in this process, as forking beside threads is unsafe."""
+    logger = logging.getLogger("lm_eval")
+    level, pool = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if pool is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = pool
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """lm-eval seeds every generator; a training run that evaluates must go on as if it had not."""
+    import numpy
+    import torch
+
+    python, legacy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def _overflow_is_infinite() -> Iterator[None]:
+    """lm-eval's perplexity of a long answer, e to its nats, would end all with an OverflowError above 709
+    nats; so would the standard error of perplexities whose squares overflow.
+    """
+    from lm_eval.api import metrics
+
+    def exp(x: float) -> float:
+        try:
+            return math.exp(x)
+        except OverflowError:
+            return math.inf
+
+    deviation = metrics.sample_stddev
+
+    def sample_stddev(values: Any) -> float:
+        try:
+            return deviation(values)
+        except OverflowError:
+            return math.inf
+
+    metrics.math, metrics.sample_stddev = SimpleNamespace(**{**vars(math), "exp": exp}), sample_stddev
+    try:
+        yield
+    finally:
+        metrics.math, metrics.sample_stddev = math, deviation

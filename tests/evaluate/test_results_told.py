@@ -1,0 +1,88 @@
+"""What a result says beside its scores: tokens trained on; and that no terminal costs the work."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from short_models import RECURRENT, build
+from tiny_run import ROOT, environment
+
+from lrnn_lm.evaluate.checkpoint import describe
+from lrnn_lm.recipe import format_count
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer, write_documents):
+    run = tmp_path_factory.mktemp("runs") / "told"
+    folder = run / "checkpoints" / "step-00000024"
+    build(tokenizer, mixer=RECURRENT).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (run / "checkpoints" / "latest").symlink_to(folder.name)
+    write_documents(run / "heldout.jsonl")
+    return run
+
+
+@pytest.mark.parametrize("tokens_per_step", [4096, "4096", "512K", format_count(524_288)])
+def test_tokens_are_the_steps_times_their_tokens(run, tokens_per_step):
+    recipe = run / "recipe.yaml"
+    recipe.write_text(f"train: {{tokens_per_step: {tokens_per_step}}}\n")
+    each = 512_000 if tokens_per_step == "512K" else int(tokens_per_step)
+    for name in ("latest", "step-00000024"):
+        info = describe(run / "checkpoints" / name)
+        assert (info.step, info.tokens) == (24, 24 * each)
+
+
+@pytest.mark.parametrize("recipe", [None, "", "train: null\n", "train: {lr: 1}\n", "- a\n"])
+def test_tokens_are_unknown_where_nothing_tells_them(run, recipe):
+    (run / "recipe.yaml").unlink(missing_ok=True)
+    if recipe is not None:
+        (run / "recipe.yaml").write_text(recipe)
+    info = describe(run / "checkpoints" / "latest")
+    assert (info.step, info.tokens) == (24, None)
+
+
+def test_a_broken_recipe_is_named(run):
+    (run / "recipe.yaml").write_text("train: [\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        describe(run / "checkpoints" / "latest")
+    (run / "recipe.yaml").unlink()
+
+
+def test_a_folder_by_another_name_tells_its_step(run, tmp_path):
+    copy = shutil.copytree(run / "checkpoints" / "step-00000024", tmp_path / "copy")
+    (copy / "trainer").mkdir()
+    (copy / "trainer" / "manifest.json").write_text(json.dumps({"step": 7}))
+    info = describe(copy)
+    assert (info.step, info.tokens, info.run) == (7, None, None)
+
+
+LIBRARY = "import sys; from lrnn_lm.evaluate import evaluate; evaluate(sys.argv[1], sys.argv[3:], limit=2)"
+TERMINALS = {
+    "ascii": ("été", ["-m", "lrnn_lm.cli", "eval"], {"PYTHONIOENCODING": "ascii"}),
+    "library": ("été", ["-c", LIBRARY], {"PYTHONIOENCODING": "ascii"}),
+    "C": ("plain", ["-m", "lrnn_lm.cli", "eval"],
+          {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_a_terminal_without_the_signs_costs_nothing(run, tmp_path, terminal):
+    """The table has a ±, the path an é; the scores are written, and the exit code is 0."""
+    name, start, variables = TERMINALS[terminal]
+    named = shutil.copytree(run, tmp_path / name, symlinks=True)
+    command = [
+        sys.executable,
+        *start,
+        str(named / "checkpoints" / "latest"),
+        "--tasks",
+        "heldout_bits_per_byte",
+    ]
+    clean = {key: value for key, value in environment().items() if not key.startswith(("LC_", "LANG"))}
+    done = subprocess.run(command, env=clean | variables, cwd=ROOT, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    (file,) = (named / "eval").glob("*.json")
+    assert json.loads(file.read_text())["results"]
+    assert file.name.encode() in done.stdout
+    assert b"? standard error" in done.stdout
