@@ -157,7 +157,9 @@ def _backward(
     return d_a, d_k, d_v, d_q, d_h0
 
 
-def _gradients_like(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+def _gradients_like(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor
+) -> tuple[Tensor, ...]:
     """New tensors for the gradients; that of transitions lies as planes (B, T, M, H, K) in memory."""
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)

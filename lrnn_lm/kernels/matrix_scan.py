@@ -86,7 +86,12 @@ def _check(
     for name, (x, shape) in wanted.items():
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is wanted")
-    for name, x in (("transitions", transitions), ("writes", writes), ("values", values), ("queries", queries)):
+    for name, x in (
+        ("transitions", transitions),
+        ("writes", writes),
+        ("values", values),
+        ("queries", queries),
+    ):
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}; floating-point numbers are wanted")
     if reset is not None and reset.dtype != torch.bool:

@@ -41,13 +41,12 @@ def test_pairs_of_any_length_are_read_whole(recurrent, tokenizer):
     bos = tokenizer.bos_token_id
     pairs = [
         ("the old", " river"), ("the old ", "river"), ("", "the river"), (" \n", "the river"),
-        ("the old", LONG), (LONG, " rope"), (LONG, LONG), ("", LONG), ("<s>the old", " river"),
+        ("the old", LONG), (LONG, " rope"), (LONG, LONG), ("", LONG),
     ]  # fmt: skip
     wanted = []
     for context, answer in pairs:
-        text = (context + answer).removeprefix("<s>")
-        before = encode(tokenizer, context.rstrip().removeprefix("<s>"))
-        ids = [bos, *encode(tokenizer, text)]
+        before = encode(tokenizer, context.rstrip())
+        ids = [bos, *encode(tokenizer, context + answer)]
         assert ids[1 : 1 + len(before)] == before, "no token over the join here"
         wanted.append(by_hand(recurrent, ids, len(ids) - 1 - len(before)))
     scorer = live(recurrent, tokenizer)
