@@ -1,7 +1,7 @@
 """The matrix-valued BD-LRU in Triton, the host's side: shapes of launches, outputs, and the custom op.
 
-The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk). What is
-saved for the backward pass is the inputs.
+The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk).
+What is saved for the backward pass is the inputs.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
 """
@@ -17,8 +17,8 @@ from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset_flags
 
 CHUNK = 16  # L, the least that a product on tensor cores takes
-# Times that columns join a chunk's scan, by whether it is the backward pass: fewer compute with zeros, more are
-# more code (Triton's time to compile grows with its cube).
+# Times that columns join a chunk's scan, by whether it is the backward pass: fewer compute with zeros, more
+# are more code, and Triton's time to compile grows with the cube of that.
 MOST_PHASES = {False: 4, True: 1}
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
 WIDE_STATE = 8192  # numbers of a head's state from which a program has eight warps, not four
@@ -157,7 +157,9 @@ def _backward(
     return d_a, d_k, d_v, d_q, d_h0
 
 
-def _gradients_like(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+def _gradients_like(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
     """New tensors for the gradients; that of transitions lies as planes (B, T, M, H, K) in memory."""
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)

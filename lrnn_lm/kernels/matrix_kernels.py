@@ -5,19 +5,19 @@ S is linear in the state before the chunk, S_0, and in its values v_1 .. v_L:
     S_t = P_t S_0 + sum_{s <= t} u_{t,s} v_s^T       P_t = A_t .. A_1      u_{t,s} = A_t .. A_{s+1} k_s
     y_t = S_0^T (P_t^T q_t) + sum_s (q_t . u_{t,s}) v_s
 
-So one scan of M + L columns, P_t and u_{t,.}, takes the place of one of V columns; the rest is products of small
-matrices, for tensor cores (`matrix_state_kernels.py`). These columns give the queries' view of S_0 (`reads`,
-P_t^T q_t), what each value weighs in each output (`scores`, q_t . u_{t,s}), what it weighs in the state after the
-chunk (`keys`, u_{L,s}), and P_L (`whole`). No inverse is taken, and products of A stay bounded. Chunks do not wait
-for one another.
+So one scan of M + L columns, P_t and u_{t,.}, takes the place of one of V columns; the rest is products of
+small matrices, for tensor cores (`matrix_state_kernels.py`). These columns give the queries' view of S_0
+(`reads`, P_t^T q_t), what each value weighs in each output (`scores`, q_t . u_{t,s}), what it weighs in the
+state after the chunk (`keys`, u_{L,s}), and P_L (`whole`). No inverse is taken, and products of A stay
+bounded. Chunks do not wait for one another.
 
-A lane owns R blocks (of M rows) in M / G of the columns of P and L / G of those of u; a block's NL lanes lie
-side by side, G groups of them share the columns, and where a head is small a program takes several. Columns of
-u are zero before their step, so they join as they begin, in PHASES groups.
+A lane owns R blocks (of M rows) in M / G of the columns of P and L / G of those of u. The NL lanes of a
+head's blocks lie side by side, G groups of them share the columns, and where a head is small a program takes
+several. Columns of u are zero before their step, so they join as they begin, in PHASES groups.
 
-Legend: B batch, T time, H heads, K slots a head, M slots a block, N = K / M blocks, L steps a chunk, C chunks;
-an item is a chunk of a head, of (B, C, H). Column l of u and of all that is stored by it is that of step
-`step_of_column(l)`. Blocks are [LANES]; x, the columns of a lane, is flat [column R M + row].
+Legend: B batch, T time, H heads, K slots a head, M slots a block, L steps a chunk, C chunks; an item is a
+chunk of a head, of (B, C, H). Column l of u and of all that is stored by it is that of step
+`step_of_column(l)`. Lane blocks are [LANES]; x, the columns of a lane, is flat [column R M + row].
 """
 
 import triton
@@ -50,10 +50,7 @@ def _places(
 def _tile(at, mask, COUNT: tl.constexpr, S: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
     """COUNT numbers S apart from each of `at` [LANES], as blocks; zeros where masked."""
     many = at[:, None] + tl.arange(0, COUNT)[None, :] * S
-    if MASKED:
-        tile = tl.load(many, mask=mask[:, None], other=0.0)
-    else:
-        tile = tl.load(many)
+    tile = tl.load(many, mask=mask[:, None], other=0.0) if MASKED else tl.load(many)
     return columns_of(tile, LANES, COUNT)
 
 
@@ -114,8 +111,8 @@ def _sum_over(x, lane, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _scattered(x, lane, g, M: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr):
-    """Group g receives the sums over the groups of x[g M / G ..], M / G of them: every exchange halves what is
-    left."""
+    """Group g receives the sums over the groups of x[g M / G ..], M / G of them: every exchange halves what
+    is left."""
     for level in tl.static_range(4):
         if (G >> level) > 1:
             upper = (g & (G >> (level + 1))) != 0
@@ -133,7 +130,7 @@ def _identity(g, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """P before the first step."""
     x = ()
     for c in tl.static_range(M // G):
-        for r in tl.static_range(R):
+        for _ in tl.static_range(R):
             for i in tl.static_range(M):
                 x = x + (tl.where(g * (M // G) + c == i, 1.0, 0.0),)
     return x
@@ -221,9 +218,9 @@ def chunk_forward_kernel(
     ITEMS: tl.constexpr, L: tl.constexpr, PHASES: tl.constexpr, MASKED: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32, nonzero
-    where a document starts; out, contiguous: scores (B, C, H, L, L), by step and column; reads (B, C, H, L, K) by
-    step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32."""
+    """transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32,
+    nonzero where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads
+    (B, C, H, L, K) by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32."""
     LANES: tl.constexpr = ITEMS * G * NL
     CP: tl.constexpr = M // G
     CU: tl.constexpr = L // G
@@ -377,7 +374,8 @@ def _weights(
     d_reads_at, d_scores_at, real, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, CP: tl.constexpr,
     CU: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """What a step's outputs owe to q_t^T x, flat [column R + block]: dL/dreads, and dL/dscores of every block."""
+    """What a step's outputs owe to q_t^T x, flat [column R + block]: dL/dreads, and dL/dscores for every
+    block."""
     by_block = ()
     for r in tl.static_range(R):
         by_block = by_block + _tile(d_reads_at + r * NL * M, real, CP, 1, LANES, True)
@@ -506,8 +504,8 @@ def chunk_backward_kernel(
 ):  # fmt: skip
     """Gradients of `chunk_forward_kernel`'s inputs from those of its outputs; states are computed again.
 
-    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. A program goes through items
-    one after another, with `scratch` (programs, L, columns R M LANES) for the columns before each step.
+    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. A program goes
+    through items one after another, with `scratch` (programs, L, columns R M LANES) for the columns before each step.
     """
     LANES: tl.constexpr = ITEMS * G * NL
     CP: tl.constexpr = M // G
@@ -532,7 +530,8 @@ def chunk_backward_kernel(
         s = _gradients_at_the_end(d_whole, d_keys, item, n, g, real, K, M, R, NL, G, L, LANES)
         _walk_back(
             s, a_at, k_at, q_at, flags_at, own, d_reads + item * (L * K) + (n * M + g * CP),
-            d_scores + item * (L * L), d_transitions + (b * T + t0) * (M * H * K) + (head * K + n * M + g * CP),
+            d_scores + item * (L * L),
+            d_transitions + (b * T + t0) * (M * H * K) + (head * K + n * M + g * CP),
             d_writes + (b * T + t0) * (H * K) + (head * K + n * M),
             d_queries + (b * T + t0) * (H * K) + (head * K + n * M), lane, g, real, steps,
             A_T, A_K, A_M, K_T, K_K, Q_T, Q_K, H, K, M, R, NL, G, L, PHASES, SLOT, LANES, MASKED, HAS_RESET,
