@@ -1,7 +1,7 @@
 """The matrix-valued BD-LRU in Triton, the host's side: shapes of launches, outputs, and the custom op.
 
-The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk). What is
-saved for the backward pass is the inputs.
+The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk).
+What is saved for the backward pass is the inputs.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
 """
@@ -17,9 +17,7 @@ from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset_flags
 
 CHUNK = 16  # L, the least that a product on tensor cores takes
-# Times that columns join a chunk's scan, by whether it is the backward pass: fewer compute with zeros, more are
-# more code (Triton's time to compile grows with its cube).
-MOST_PHASES = {False: 4, True: 1}
+MOST_PHASES = 4  # times that columns join a chunk's scan: more compute less with zeros, and are more code
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
 WIDE_STATE = 8192  # numbers of a head's state from which a program has eight warps, not four
 
@@ -39,9 +37,6 @@ class _Chunks(NamedTuple):
     @property
     def total(self) -> int:
         return self.B * self.count * self.H
-
-    def phases(self, backward: bool) -> int:
-        return min(CHUNK // self.options["G"], MOST_PHASES[backward])
 
     @property
     def work(self) -> int:
@@ -88,7 +83,7 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
     whole = new(B, C, H, K, chunks.M, dtype=torch.float32)
     chunk_forward_kernel[(chunks.work,)](
         scores=scores, reads=reads, keys=keys, whole=whole, T=chunks.T, n_chunks=C, total=chunks.total,
-        PHASES=chunks.phases(backward=False), **inputs, **chunks.options,
+        PHASES=min(CHUNK // chunks.options["G"], MOST_PHASES), **inputs, **chunks.options,
     )  # fmt: skip
     return scores, reads, keys, whole
 
@@ -152,14 +147,14 @@ def _backward(
             d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
             d_transitions=d_a, d_writes=d_k, d_queries=d_q,
             scratch=values.new_empty(programs, CHUNK, columns * lanes), T=chunks.T, n_chunks=C,
-            total=chunks.total, work=chunks.work, PHASES=chunks.phases(backward=True), **inputs, **options,
+            total=chunks.total, work=chunks.work, **inputs, **options,
         )  # fmt: skip
     return d_a, d_k, d_v, d_q, d_h0
 
 
 def _gradients_like(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """New tensors for the gradients; that of transitions lies as planes (B, T, M, H, K) in memory."""
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)

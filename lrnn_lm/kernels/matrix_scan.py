@@ -1,11 +1,11 @@
-"""BD-LRU whose state is a matrix: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t` in every head.
+"""BD-LRU whose state is a matrix: in each head `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`.
 
-The door to its backends, the plain-torch scan (any block size, fp64), and a lone step. The Triton scan is in
-`matrix.py`. Gates come normalised: a row of A_t and its write weight have absolute values that sum to at most
-1, so that no number of S exceeds the largest of v.
+The door to its backends, and the plain-torch scan (any block size, fp64). The Triton scan is in `matrix.py`.
+Gates come normalised: absolute values of a row of A_t and of its write weight sum to at most 1, so that no
+number of S exceeds the largest of v.
 
-Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a block, N = K / M blocks a head, V
-columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
+Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a block, N = K / M blocks a head,
+V columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
 """
 
 import os
@@ -44,8 +44,8 @@ def matrix_scan(
         reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
         backend: auto, or a name in BACKENDS.
     Returns:
-        y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both are
-        differentiable, once, with respect to all inputs but `reset`.
+        y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both
+        are differentiable, once, with respect to all inputs but `reset`.
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or a backend that cannot run here.
     """
@@ -81,17 +81,15 @@ def _check(
         raise ValueError("a scan needs at least one step")
     if M < 1 or K % M:
         raise ValueError(f"{K} slots do not split into blocks of {M}")
-    wanted = {"writes": (writes, (B, T, H, K)), "values": (values, (B, T, H, V)),
-              "queries": (queries, (B, T, H, K)), "h0": (h0, (B, H, K, V)), "reset": (reset, (B, T))}  # fmt: skip
+    wanted = {
+        "writes": (writes, (B, T, H, K)), "values": (values, (B, T, H, V)),
+        "queries": (queries, (B, T, H, K)), "h0": (h0, (B, H, K, V)), "reset": (reset, (B, T)),
+    }  # fmt: skip
     for name, (x, shape) in wanted.items():
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is wanted")
-    for name, x in (
-        ("transitions", transitions),
-        ("writes", writes),
-        ("values", values),
-        ("queries", queries),
-    ):
+    numbers = {"transitions": transitions, "writes": writes, "values": values, "queries": queries}
+    for name, x in numbers.items():
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}; floating-point numbers are wanted")
     if reset is not None and reset.dtype != torch.bool:

@@ -8,8 +8,8 @@ and the state goes from chunk to chunk in fp32, in the registers of one program 
 the other way with dL/dS. Factors of products are in the values' dtype, those of the state's own step in fp32
 (three products of tf32).
 
-Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks; KP and VP
-are K and V, at least 16; P the dense matrix of `whole`. Columns of scores and keys are in the order of
+Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks; KP
+and VP are K and V, at least 16; P the dense matrix of `whole`. Columns of scores and keys are in the order of
 `step_of_column`.
 """
 
@@ -72,9 +72,9 @@ def state_forward_kernel(
     M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
     HAS_START: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides, start
-    (B, H, K, V) fp32. KEEP: out is states (B, C, H, K, V), before each chunk; else y (B, T, H, V) and last
-    (B, H, K, V) fp32; all contiguous."""
+    """scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides,
+    start (B, H, K, V) fp32. KEEP: out is states (B, C, H, K, V), before each chunk; else y (B, T, H, V) and
+    last (B, H, K, V) fp32; all contiguous."""
     head = tl.program_id(0) % H
     b = wide(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
@@ -117,8 +117,8 @@ def state_backward_kernel(
     G_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """From grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32 and states of the forward pass: the
-    gradients of what that one reads, each as the tensor itself but contiguous, d_start = dL/dh0 fp32."""
+    """From grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32 and states of the forward pass:
+    the gradients of what that one reads, each as the tensor itself but contiguous, d_start = dL/dh0 fp32."""
     head = tl.program_id(0) % H
     b = wide(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)

@@ -4,8 +4,8 @@
     S_t = A_t S_{t-1} + k_t v_t^T      y_t = S_t^T q_t      in each head
     out_t = W_o (norm(y_t) * silu(W_g x_t))
 
-A head has K slots in blocks of M and V columns: K V numbers of state for K (M + 1) gates. With M = 1 it is HGRN2
-(arXiv 2404.07904).
+A head has K slots in blocks of M and V columns: K V numbers of state for K (M + 1) gates. With M = 1 it is
+HGRN2 (arXiv 2404.07904).
 
 Legend: B batch, T time, D model width, H heads, K slots a head, M slots a block, V columns a head; W reach of
 the convolution.
@@ -94,8 +94,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
 
     def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution (B, H K V + (W-1) D), its
-        inputs after the recurrence's state."""
+        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution (B, H K V + (W-1) D),
+        its inputs after the recurrence's state."""
         if self.conv is None:
             return self._mix(x, state, context)
         past = None
@@ -128,8 +128,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return projections if self.output_gate_proj is None else [*projections, self.output_gate_proj]
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32: bf16
-        has no number between 0.996 and 1."""
+        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32:
+        bf16 has no number between 0.996 and 1."""
         H, K, _ = self.head_shape
         M = self.block_size
         planes = gates.unflatten(-1, (M + 1, H, K))

@@ -191,10 +191,10 @@ def training_memory(
         checkpointing: whether layers are recomputed in the backward pass.
     """
     parameters = sum(_parameters_by_part(meta_model(config)).values())
-    kinds = Counter(tuple(sorted(spec.items())) for spec in config.layer_mixers)
+    kinds = Counter(repr(sorted(spec.items())) for spec in config.layer_mixers)
     layers = {}
     for layer_idx, spec in enumerate(config.layer_mixers):
-        kind = tuple(sorted(spec.items()))
+        kind = repr(sorted(spec.items()))
         if kind not in layers:
             layers[kind] = saved_bytes(config, layer_idx, micro_batch, sequence_length, dtype)
     hidden = micro_batch * sequence_length * config.hidden_size * dtype.itemsize

@@ -2,8 +2,8 @@
 
     python tests/gpu/matrix_scan.py [out.json]        # about a minute on one H100, most of it compiling
 
-Times are medians of 10, of forward and of forward and backward, with fp32 gates and bf16 values as the mixer has
-them.
+Times are medians of 10, of the forward and of the backward pass, with fp32 gates and bf16 values as the mixer
+has them.
 """
 
 import multiprocessing
@@ -87,7 +87,7 @@ def milliseconds(call) -> float:
 def clock(M: int) -> dict[str, float]:
     B, T, H, K, V = 64, 1024, 8, 64, 64
     given = [x.repeat(16, *[1] * (x.ndim - 1)) for x in inputs(4, T, H, K, V, M, torch.bfloat16)]
-    *tensors, h0, _ = (x.requires_grad_() if x.is_floating_point() else x for x in given)
+    *tensors, _, _ = (x.requires_grad_() if x.is_floating_point() else x for x in given)
     planes = given[0].detach().permute(0, 1, 4, 2, 3).contiguous()
     tensors[0] = planes.permute(0, 1, 3, 4, 2).requires_grad_()
     grad = torch.randn_like(tensors[2])
