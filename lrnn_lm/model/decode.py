@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.dispatch import TRITON_MOST, has_triton
 from ..mixers import joined, plain_weight
 from .cache import is_recurrent
-from .layers import LRNNBlock, RMSNorm
+from .layers import RMSNorm
 
 KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
@@ -43,8 +43,8 @@ KEPT_STEPS = 2  # a model keeps the steps of the last so many batch sizes
 class Decoder:
     """What `generate` calls in place of the model for each new token; one for each call of `generate`."""
 
-    def __init__(self, model: PreTrainedModel, compile_config: Any = None):
-        self.model, self.compile_config = model, compile_config
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
         self._step: DecodeStep | None = None
 
     @property
@@ -55,7 +55,7 @@ class Decoder:
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the model's forward pass: logits (B, 1, V), in memory that the next call writes to."""
         if self._step is None and _is_step(self.model, input_ids, kwargs):
-            self._step = decode_step(self.model, kwargs["past_key_values"], self.compile_config)
+            self._step = decode_step(self.model, kwargs["past_key_values"])
         if self._step is None or not _is_one_token(input_ids, kwargs):
             return self.model(input_ids=input_ids, **kwargs)
         cache = kwargs["past_key_values"]
@@ -65,16 +65,11 @@ class Decoder:
 class DecodeStep:
     """A step of one model for one batch size, with the states that it continues."""
 
-    def __init__(
-        self, model: PreTrainedModel, cache: Cache, compile_config: Any, capture: bool, fused: bool = False
-    ):
-        self.key, self.fused = _key(model, cache, compile_config, fused), fused
+    def __init__(self, model: PreTrainedModel, cache: Cache, capture: bool, fused: bool = False):
+        self.key, self.fused = _key(model, cache, fused), fused
         self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
         B = self.states[0].shape[0]
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=self.states[0].device)
-        self.block_step: Callable[..., tuple[Tensor, Tensor]] = LRNNBlock.step
-        if compile_config is not None:
-            self.block_step = torch.compile(LRNNBlock.step, **_options(compile_config))
         self.capture, self.tiled = capture, fused and FEW < B and has_tiles(model)
         self.workspace: Any = None  # of a fused step of many sequences
         self.joint: list[Any] = []  # weights that lie together, kept for as long as a graph reads them
@@ -102,7 +97,7 @@ class DecodeStep:
             return self._fused_forward(model)
         x = model.model.embed_tokens(self.ids)  # (B, 1, D)
         for block, state in zip(model.model.layers, self.states, strict=True):
-            x, after = self.block_step(block, x, state)
+            x, after = block.step(x, state)
             state.copy_(after)
         return model.lm_head(model.model.norm(x))
 
@@ -188,24 +183,23 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 def decode_step(
     model: PreTrainedModel,
     cache: Cache,
-    compile_config: Any = None,
     capture: bool | None = None,
     fused: bool | None = None,
 ) -> DecodeStep:
     """The step of a model for a cache's batch size: the one there is, or a new one.
 
     capture: whether to record a CUDA graph; None: on a GPU. fused: by four kernels of our own a layer; None:
-    on a GPU where they can, unless a `compile_config` asks for other kernels.
+    on a GPU where they can.
 
     Raises:
         ValueError: the fused kernels were asked for and cannot run this model here.
     """
     state = cache.layers[0].recurrent_states[0]
     if fused is None:
-        fused = state.is_cuda and compile_config is None and fused_obstacle(model, state.shape[0]) is None
+        fused = state.is_cuda and fused_obstacle(model, state.shape[0]) is None
     elif fused and (reason := fused_obstacle(model, state.shape[0])):
         raise ValueError(f"the fused decoding step cannot run here: {reason}")
-    key = _key(model, cache, compile_config, fused)
+    key = _key(model, cache, fused)
     steps = _steps.setdefault(model, [])
     for step in steps:
         if step.key == key:
@@ -213,7 +207,7 @@ def decode_step(
     if capture is None:
         capture = state.is_cuda
     with torch.inference_mode(False):  # states are written wherever the step is called from
-        step = DecodeStep(model, cache, compile_config, capture, fused)
+        step = DecodeStep(model, cache, capture, fused)
     stale = [old for old in steps if old.key[1] != key[1]]  # of other weights: their copies are wrong now
     steps[:] = [step, *(old for old in steps if old not in stale)][:KEPT_STEPS]
     return step
@@ -312,30 +306,13 @@ def _is_one_token(ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
     return ids is not None and ids.shape[1] == 1 and kwargs.get("use_cache", True) is not False
 
 
-def _key(model: PreTrainedModel, cache: Cache, compile_config: Any, fused: bool = False) -> tuple:
+def _key(model: PreTrainedModel, cache: Cache, fused: bool = False) -> tuple:
     """The states' shapes, and what a step keeps of a model: where its weights lie, how often they changed."""
     shapes = tuple(
         (s.shape, s.dtype, s.device) for s in (layer.recurrent_states[0] for layer in cache.layers)
     )
     weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
-    return (
-        shapes,
-        weights,
-        fused or (None if compile_config is None else repr(sorted(_options(compile_config).items()))),
-    )
-
-
-def _options(compile_config: Any) -> dict[str, Any]:
-    """torch.compile's options from transformers' CompileConfig; the CUDA graph is ours."""
-    options = {"dynamic": False, **compile_config.to_dict()}
-    if options.get("dynamic") is None:
-        options["dynamic"] = False
-    mode = options.pop("mode", None)
-    if mode == "max-autotune" and options.get("backend") == "inductor":
-        options["mode"] = "max-autotune-no-cudagraphs"
-    if options.get("options") is None:
-        options.pop("options", None)
-    return options
+    return shapes, weights, fused
 
 
 def _side_by_side(projections: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:

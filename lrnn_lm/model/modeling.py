@@ -239,18 +239,19 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> bool:
         """Whether `generate` decodes through `get_compiled_call`; `disable_compile=True` is the way out."""
-        if not generation_config.disable_compile and can_decode(self):
+        asked = generation_config.compile_config is not None
+        if not asked and not generation_config.disable_compile and can_decode(self):
             return True
-        asked = generation_config.compile_config or generation_config.cache_implementation == "static"
+        asked = asked or generation_config.cache_implementation == "static"
         if "full_attention" not in self.config.layer_types and not asked:
             return False  # transformers would compile whatever decodes on a GPU without keys and values
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """What decodes a token: our own step where every layer is recurrent, transformers' otherwise."""
-        return (
-            Decoder(self, compile_config) if can_decode(self) else super().get_compiled_call(compile_config)
-        )
+        if compile_config is None and can_decode(self):
+            return Decoder(self)
+        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     def forward(
