@@ -38,6 +38,7 @@ from ..mixers import (
     compute_dtype,
     plain_weight,
 )
+from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
@@ -323,6 +324,7 @@ def _targets(labels: Tensor | None, shifted: Tensor | None) -> Tensor | None:
     return None if labels is None else shift_labels(labels)
 
 
+remember(LRNNModel, LRNNForCausalLM)
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
 # Tables of class names, where the Trainer looks for whether label smoothing has to shift the labels.
