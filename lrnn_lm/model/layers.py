@@ -3,6 +3,7 @@
 Legend: B batch, T time, D model width.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,6 +134,23 @@ class LRNNBlock(GradientCheckpointingLayer):
         stream = residual_step(h, mixer.out_proj.weight, stream, self.mlp_norm.weight, workspace)
         h = normed_step(stream, self.mlp_norm.eps, mlp_joint[0], gated=True)
         return residual_step(h, mlp.down_proj.weight, stream, next_norm, workspace)
+
+
+def checkpoint_without_cache(
+    checkpoint: Callable[..., Tensor],
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    context: SequenceContext,
+    token_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> Tensor:
+    """A block's `forward` through `checkpoint`, unless a cache is in use or no gradient is needed.
+
+    A second pass in the backward pass would go on from the state after, and write it again.
+    """
+    if past_key_values is None and torch.is_grad_enabled():
+        return checkpoint(forward, hidden_states, context, token_mask, None)
+    return forward(hidden_states, context, token_mask, past_key_values)
 
 
 def _mix_after_padding(

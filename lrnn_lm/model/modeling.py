@@ -5,10 +5,12 @@ Legend: B batch, T time, D model width, V vocabulary.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -27,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModel,
     AutoModelForCausalLM,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers import (
@@ -42,7 +44,7 @@ from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
-from .layers import LRNNBlock, RMSNorm
+from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import cross_entropy, linear_cross_entropy, shift_labels
 from .masks import padding, same_document
 from .sample import is_usual, sample
@@ -72,6 +74,16 @@ class LRNNPreTrainedModel(PreTrainedModel):
         them.
         """
         return False
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **options: Any,
+    ) -> None:
+        """transformers calls this to switch checkpointing of layers on and off."""
+        function = partial(checkpoint_without_cache, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,7 +116,6 @@ class LRNNModel(LRNNPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -125,7 +136,8 @@ class LRNNModel(LRNNPreTrainedModel):
                 token leaves the result as it would be without.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None.
             past_key_values: a cache, read and written in place; any number of new tokens continues it.
-            use_cache: whether to make a cache where none is given.
+            use_cache: whether to make a cache where none is given, and return it; None: as the config says,
+                but none in training with gradient checkpointing. With a cache, layers are not checkpointed.
             reset: (B, T) bool, true where a document starts: nothing before it is seen from there on.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -133,8 +145,9 @@ class LRNNModel(LRNNPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if use_cache is None:  # layers that are recomputed have no cache, unless the caller has one
+            use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
         if past_key_values is not None:
@@ -142,7 +155,8 @@ class LRNNModel(LRNNPreTrainedModel):
         token_mask, first = padding(attention_mask, hidden_states.shape[1], tokens_seen(past_key_values))
         context = self._context(hidden_states, attention_mask, first, position_ids, past_key_values, reset)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context, token_mask, past_key_values=past_key_values)
+            # By position: transformers drops a cache of that name where it checkpoints a layer.
+            hidden_states = layer(hidden_states, context, token_mask, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
