@@ -27,7 +27,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..kernels.dispatch import TRITON_MOST, has_triton
-from ..mixers import MIXERS, ResidualOutput, plain_weight
+from ..mixers import MIXERS, BlockDiagonalLRU, ResidualOutput, plain_weight
+from ..mixers.attention import AttentionWeights
+from ..mixers.short_conv import ShortConvolution
 from .built import as_written, remember
 from .cache import is_recurrent
 from .layers import LRNNBlock, RMSNorm, SwiGLU
@@ -41,7 +43,7 @@ MOST_FUSED = 128  # as tiles; not measured beyond
 _lock = threading.Lock()  # guards `_pools`
 _pools: "weakref.WeakKeyDictionary[nn.Module, Pool]" = weakref.WeakKeyDictionary()
 
-remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, *MIXERS.values())
+remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, AttentionWeights, *MIXERS.values())
 
 
 class Decoder:
@@ -127,7 +129,9 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     if not can_decode(model):
         return "modules are not as they were built (adapters, hooks, patches), or in training"
     if any(block.mixer.fused_window is None for block in model.model.layers):
-        return "it knows bd_lru and h_lru only"
+        return "it knows bd_lru and h_lru only, as plain layers"
+    if any(isinstance(b.mixer, BlockDiagonalLRU) and b.mixer.diagonal_only for b in model.model.layers):
+        return "it knows no transitions without what is off their diagonal"
     if not _is_what_kernels_compute(model):
         return "it knows no bias but that of gates and values, and no norm but RMSNorm with weights"
     widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)

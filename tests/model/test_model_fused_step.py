@@ -149,6 +149,14 @@ def test_a_replaced_head_has_no_fused_step():
     assert fused_obstacle(model, 1) is not None
 
 
+@INTERPRETED
+def test_a_probe_of_the_diagonal_has_no_fused_step():
+    pytest.importorskip("triton")
+    model = small_model("bd_lru")
+    model.model.layers[1].mixer.diagonal_only = True
+    assert "diagonal" in fused_obstacle(model, 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
 @torch.no_grad()
