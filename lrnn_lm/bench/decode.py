@@ -2,7 +2,7 @@
 
 Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
 Recurrent models decode by `model/decode.py`'s step, attention by a static cache of the context's size; both
-replay a CUDA graph (`captured`), and both with blocks compiled alike in the mode `compiled`. In
+replay a CUDA graph (`captured`), attention with compiled blocks in the mode `compiled`. In
 the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`, of more than a few rows
 `kernels/fused_tiles.py`). The mode `generate` is the time of a token in `model.generate`, transformers' loop
 included, after a context that is really read.
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from ..model import LRNNConfig, LRNNForCausalLM, prefill
@@ -198,11 +198,12 @@ def _recurrent_token(
 ) -> tuple[Callable[[], Any], bool]:
     """A step of `model/decode.py` after a prefill's output, `context` tokens by the cache's count; whether it
     is a CUDA graph."""
+    if mode == "compiled":
+        raise ValueError("a recurrent model's step is not compiled: see the modes graph and fused")
     cache, on_gpu = output.past_key_values, output.logits.is_cuda
     for layer in cache.layers:
         layer.seen_tokens = context  # more than were read where the context is emulated
-    compile_config = CompileConfig(options=_INDUCTOR) if mode == "compiled" and on_gpu else None
-    step = decode_step(model, cache, compile_config, fused=mode == "fused")
+    step = decode_step(model, cache, fused=mode == "fused")
     newest = output.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
 
     def token() -> Tensor:

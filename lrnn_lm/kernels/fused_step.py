@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import multiprocessors, on_device, starts_early
+from .triton_launch import multiprocessors, on_device, settle_cache_keys, starts_early
 from .triton_rows import coefficients
 
 INPUTS = 256  # a warp's copies of 16 bytes
@@ -170,6 +170,9 @@ def _mix_kernel(
             before = before + (tl.load(block + j, mask=valid, other=0.0),)
         h = new_state(z, before, M, GATE, lane)
         write_state(h, before, block, out + b * (N * M) + row, i, valid, N, M, WINDOW)
+
+
+settle_cache_keys(globals())
 
 
 def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tuple[int, int, int]:

@@ -146,9 +146,12 @@ def batch_alignment(*inputs: Tensor) -> int:
 def settle_cache_keys(module: dict[str, Any]) -> None:
     """Hash a module's kernels in order of definition; `module`: its globals.
 
-    Triton 3.6 reads a function's constants into its caller's key before it hashes the function, that is, only
-    if another kernel has been hashed that calls it too. A kernel's key would depend on what ran before it in
-    the process, and what another process compiled would be compiled again.
+    Upstream's cause: in Triton 3.6 `DependenciesFinder._update_hash` (triton/runtime/jit.py) reads a called
+    function's `used_global_vals` before its `cache_key` fills them: they are complete only if another kernel
+    that calls the function was hashed before. A kernel's key would depend on what ran before it in the
+    process, and what another process compiled would be compiled again. Called in every module whose kernels
+    call functions of others. Delete it when torch 2.11 (Triton 3.6) is no longer supported: Triton 3.9 takes
+    the `cache_key` first.
     """
     for function in list(module.values()):
         if isinstance(function, triton.JITFunction):

@@ -5,13 +5,13 @@ from typing import Any
 
 from .attention import Attention, AttentionWeights
 from .base import (
+    Joint,
     JointProjections,
     Mixer,
     MixerCost,
     ResidualOutput,
     SequenceContext,
     compute_dtype,
-    joined,
     plain_weight,
 )
 from .bd_lru import BlockDiagonalLRU
@@ -78,6 +78,7 @@ __all__ = [
     "GatedDeltaProduct",
     "GatedLinearAttention",
     "HigherOrderLRU",
+    "Joint",
     "JointProjections",
     "Mamba2",
     "Mixer",
@@ -86,7 +87,6 @@ __all__ = [
     "SequenceContext",
     "build_mixer",
     "compute_dtype",
-    "joined",
     "mixer_class",
     "mixer_options",
     "plain_weight",

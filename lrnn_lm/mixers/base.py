@@ -3,8 +3,6 @@
 Legend: B batch, T time, D model width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -51,24 +49,25 @@ def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tenso
     return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
 
 
+Joint = tuple[Tensor, Tensor | None]  # weight and bias of several projections side by side
+
+
 class JointProjections:
     """For a module with several projections of the same input: one product, where their weights lie together.
 
-    `joint` is (weight, bias or None) of all of them, for as long as `joined` lends it; the projections' own
-    weights are what is trained, saved and adapted.
+    The projections' own weights are what is trained, saved and adapted; a step of decoding passes copies that
+    lie side by side.
     """
 
-    joint: tuple[Tensor, Tensor | None] | None = None
     joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
 
     def joint_projections(self) -> list[nn.Linear]:
         """The projections, in the order of their outputs."""
         raise NotImplementedError
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Each projection of x (.., D); views of one tensor where the weights are lent."""
+    def project(self, x: Tensor, joint: Joint | None = None) -> tuple[Tensor, ...]:
+        """Each projection of x (.., D); views of one tensor where `joint` is given, all of them as one."""
         projections = self.joint_projections()
-        joint = self.joint
         if (
             joint is None
             and self.joint_gradients
@@ -107,11 +106,10 @@ def _plane_weights(
 def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, columns: int) -> Tensor | None:
     """A mixer's gates and values by one product, planes (B, T, M+2, columns), for the fused scan.
 
-    None for other scans, for a step of decoding, whose weights lie together already, and where a projection
-    is not plain.
+    None for other scans, for a step of decoding, and where a projection is not plain.
     """
     fused = mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
-    if not fused or mixer.joint is not None or x.shape[1] == 1:
+    if not fused or x.shape[1] == 1:
         return None
     weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns)
     return None if weights is None else functional.linear(x, *weights).unflatten(-1, (M + 2, columns))
@@ -120,18 +118,6 @@ def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, colum
 def gate_bias(gates: nn.Linear, rows: int) -> Tensor | None:
     """The gates' bias (M+1, rows), as the packed scans take it."""
     return None if gates.bias is None else gates.bias.view(-1, rows)
-
-
-@contextmanager
-def joined(lent: list[tuple[JointProjections, tuple[Tensor, Tensor | None]]]) -> Iterator[None]:
-    """Lend modules their joint weights."""
-    for module, joint in lent:
-        module.joint = joint
-    try:
-        yield
-    finally:
-        for module, _ in lent:
-            module.joint = None
 
 
 class Rotary(NamedTuple):
@@ -153,6 +139,7 @@ class SequenceContext:
     keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
     attention_weights: whether attention is computed through its weights, so that they can be recorded.
     rotary: of these positions, for attention layers that have such angles; others make their own.
+    joint: a mixer's projections side by side, for a step of decoding; None: each is called.
     """
 
     reset: Tensor | None = None
@@ -161,6 +148,7 @@ class SequenceContext:
     keep_state: bool = True
     attention_weights: bool = False
     rotary: Rotary | None = None
+    joint: Joint | None = None
 
 
 @dataclass(frozen=True)

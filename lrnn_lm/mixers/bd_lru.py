@@ -119,7 +119,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         """x (B, T, D), state (B, N, M) -> states of all tokens (B, T, N, M) and the last one in fp32."""
         N, M = self.num_blocks, self.block_size
         if self.diagonal_only:
-            gates, values = self.project(x)
+            gates, values = self.project(x, context.joint)
             p = normalise(self._planes(gates).float(), self.gate)
             p = p * torch.eye(M, M + 1, device=p.device).index_fill(
                 1, torch.tensor([M], device=p.device), 1.0
@@ -134,7 +134,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
                 planes, N, M, state, context.reset, self.gate, self.backend, bias
             )
             return h, state
-        gates, values = self.project(x)
+        gates, values = self.project(x, context.joint)
         values = values.unflatten(-1, (N, M))
         return block_diagonal_scan(self._planes(gates), values, state, context.reset, self.gate, self.backend)
 

@@ -110,7 +110,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
     def _mix(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """The same without the convolution: state (B, H, K, V)."""
         H, K, V = self.head_shape
-        gates, values, queries, *output_gate = self.project(x)
+        gates, values, queries, *output_gate = self.project(x, context.joint)
         transitions, writes = self._coefficients(gates)
         y, state = matrix_scan(
             transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state,

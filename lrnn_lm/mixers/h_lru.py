@@ -70,7 +70,7 @@ class HigherOrderLRU(JointProjections, Mixer):
                 planes, N, M, state, context.reset, self.gate, self.backend, gate_bias(self.gate_proj, N)
             )
         else:
-            gates, values = self.project(x)
+            gates, values = self.project(x, context.joint)
             h, new_state = higher_order_scan(
                 self._planes(gates), values, state, context.reset, self.gate, self.backend
             )

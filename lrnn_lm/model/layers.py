@@ -3,6 +3,7 @@
 Legend: B batch, T time, D model width.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..mixers import JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
+from ..mixers import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
@@ -41,8 +42,8 @@ class SwiGLU(JointProjections, nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = ResidualOutput(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x)
+    def forward(self, x: Tensor, joint: Joint | None = None) -> Tensor:
+        gate, up = self.project(x, joint)
         return self.down_proj(nn.functional.silu(gate) * up)
 
     def joint_projections(self) -> list[nn.Linear]:
@@ -85,17 +86,26 @@ class LRNNBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
-    def step(self, hidden_states: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        self,
+        hidden_states: Tensor,
+        state: Tensor,
+        mixer_joint: Joint | None = None,
+        mlp_joint: Joint | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """`forward` for one more token of every sequence after a recurrent state, and no more than that.
 
-        hidden_states (B, 1, D), state (B, ..) -> (B, 1, D) and the state after.
+        hidden_states (B, 1, D), state (B, ..) -> (B, 1, D) and the state after. The joint weights are those
+        of the two modules' projections, side by side.
         """
-        y, state = self.mixer(self.mixer_norm(hidden_states), state, SequenceContext())
+        y, state = self.mixer(self.mixer_norm(hidden_states), state, SequenceContext(joint=mixer_joint))
         hidden_states = hidden_states + y
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), state
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states), mlp_joint), state
 
-    def fused_step(self, hidden_states: Tensor, state: Tensor) -> Tensor:
-        """`step` of a few sequences by four kernels, with the weights that `joined` lends, `state` in place.
+    def fused_step(
+        self, hidden_states: Tensor, state: Tensor, mixer_joint: Joint, mlp_joint: Joint
+    ) -> Tensor:
+        """`step` of a few sequences by four kernels, `state` in place.
 
         hidden_states (B, D) -> (B, D).
         """
@@ -103,24 +113,48 @@ class LRNNBlock(GradientCheckpointingLayer):
 
         mixer, norm, mlp = self.mixer, self.mixer_norm, self.mlp
         h = mix_step(
-            hidden_states, norm.weight, norm.eps, *mixer.joint, state, mixer.gate, mixer.fused_window
+            hidden_states, norm.weight, norm.eps, *mixer_joint, state, mixer.gate, mixer.fused_window
         )
         x = linear_step(h, mixer.out_proj.weight, residual=hidden_states)
-        h = linear_step(x, mlp.joint[0], self.mlp_norm.weight, self.mlp_norm.eps, gated=True)
+        h = linear_step(x, mlp_joint[0], self.mlp_norm.weight, self.mlp_norm.eps, gated=True)
         return linear_step(h, mlp.down_proj.weight, residual=x)
 
     def fused_step_of_many(
-        self, stream: "Stream", state: Tensor, next_norm: Tensor, workspace: "Workspace"
+        self,
+        stream: "Stream",
+        state: Tensor,
+        mixer_joint: Joint,
+        mlp_joint: Joint,
+        next_norm: Tensor,
+        workspace: "Workspace",
     ) -> "Stream":
         """The same for many sequences: from the stream before this block to that before the next, whose norm
         has weights `next_norm`."""
         from ..kernels.fused_tiles import mix_step, normed_step, residual_step
 
         mixer, mlp = self.mixer, self.mlp
-        h = mix_step(stream, self.mixer_norm.eps, *mixer.joint, state, mixer.gate, mixer.fused_window)
+        h = mix_step(stream, self.mixer_norm.eps, *mixer_joint, state, mixer.gate, mixer.fused_window)
         stream = residual_step(h, mixer.out_proj.weight, stream, self.mlp_norm.weight, workspace)
-        h = normed_step(stream, self.mlp_norm.eps, mlp.joint[0], gated=True)
+        h = normed_step(stream, self.mlp_norm.eps, mlp_joint[0], gated=True)
         return residual_step(h, mlp.down_proj.weight, stream, next_norm, workspace)
+
+
+def checkpoint_without_cache(
+    checkpoint: Callable[..., Tensor],
+    forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    context: SequenceContext,
+    token_mask: Tensor | None = None,
+    order: Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> Tensor:
+    """A block's `forward` through `checkpoint`, unless a cache is in use or no gradient is needed.
+
+    A second pass in the backward pass would go on from the state after, and write it again.
+    """
+    if past_key_values is None and torch.is_grad_enabled():
+        return checkpoint(forward, hidden_states, context, token_mask, order, None)
+    return forward(hidden_states, context, token_mask, order, past_key_values)
 
 
 def _mix_around_padding(

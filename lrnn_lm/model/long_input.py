@@ -36,7 +36,8 @@ def prefill(
     Returns:
         the output for the last segment: `past_key_values`, and `logits` (B, 1, V) of the last token.
     Raises:
-        ValueError: a segment below 1, an empty input, a stream with a mask, or a cache of another model.
+        ValueError: a segment below 1, an empty input, a stream with a mask, a cache of another model, or a
+            model that gives no cache back.
     """
     if segment < 1:
         raise ValueError(f"segment must be at least 1, not {segment}")
@@ -55,6 +56,11 @@ def prefill(
             logits_to_keep=1,
         )
         past_key_values = output.past_key_values
+        if past_key_values is None:
+            raise ValueError(
+                "the model gave no cache back, so the next segment would begin anew: call it so "
+                "that its forward pass returns past_key_values"
+            )
     if output is None:
         raise ValueError("there are no tokens to read")
     return output

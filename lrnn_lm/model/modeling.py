@@ -5,10 +5,12 @@ Legend: B batch, T time, D model width, V vocabulary.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -27,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModel,
     AutoModelForCausalLM,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers import (
@@ -38,11 +40,12 @@ from ..mixers import (
     compute_dtype,
     plain_weight,
 )
+from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decode import Decoder, can_decode
 from .documents import PACKING, check_arguments
-from .layers import LRNNBlock, RMSNorm
+from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
 from .masks import Layout, check_padding, layout, positions_of, same_document, tokens_last
 from .sample import is_usual, sample
@@ -72,6 +75,16 @@ class LRNNPreTrainedModel(PreTrainedModel):
         them.
         """
         return False
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **options: Any,
+    ) -> None:
+        """transformers calls this to switch checkpointing of layers on and off."""
+        function = partial(checkpoint_without_cache, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,7 +117,6 @@ class LRNNModel(LRNNPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -126,7 +138,8 @@ class LRNNModel(LRNNPreTrainedModel):
             position_ids: (B, T) positions for attention layers; counted on from the cache if None. Where they
                 do not grow, a document starts; where they jump ahead, none does.
             past_key_values: a cache, read and written in place; any number of new tokens continues it.
-            use_cache: whether to make a cache where none is given.
+            use_cache: whether to make a cache where none is given, and return it; None: as the config says,
+                but none in training with gradient checkpointing. With a cache, layers are not checkpointed.
             reset: (B, T) bool, true where a document starts: nothing before it is seen from there on.
             seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: other ways to say that.
 
@@ -139,8 +152,9 @@ class LRNNModel(LRNNPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if use_cache is None:  # layers that are recomputed have no cache, unless the caller has one
+            use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
         masks = (attention_mask, position_ids, reset)
@@ -152,7 +166,8 @@ class LRNNModel(LRNNPreTrainedModel):
             if "linear_attention" in self.config.layer_types:
                 order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, context, token_mask, order, past_key_values=past_key_values)
+            # By position: transformers drops a cache of that name where it checkpoints a layer.
+            hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
@@ -243,18 +258,19 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> bool:
         """Whether `generate` decodes through `get_compiled_call`; `disable_compile=True` is the way out."""
-        if not generation_config.disable_compile and can_decode(self):
+        asked = generation_config.compile_config is not None
+        if not asked and not generation_config.disable_compile and can_decode(self):
             return True
-        asked = generation_config.compile_config or generation_config.cache_implementation == "static"
+        asked = asked or generation_config.cache_implementation == "static"
         if "full_attention" not in self.config.layer_types and not asked:
             return False  # transformers would compile whatever decodes on a GPU without keys and values
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """What decodes a token: our own step where every layer is recurrent, transformers' otherwise."""
-        return (
-            Decoder(self, compile_config) if can_decode(self) else super().get_compiled_call(compile_config)
-        )
+        if compile_config is None and can_decode(self):
+            return Decoder(self)
+        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     def forward(
@@ -345,6 +361,7 @@ def _layout(
     return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, only_attention)
 
 
+remember(LRNNModel, LRNNForCausalLM)
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
 # Tables of class names, where the Trainer looks for whether label smoothing has to shift the labels.

@@ -54,7 +54,8 @@ def is_usual(
     cache = arguments.get("past_key_values")
     return (
         can_decode(model)
-        and not (config.return_dict_in_generate or config.disable_compile or config.prefill_chunk_size)
+        and not (config.return_dict_in_generate or config.prefill_chunk_size)
+        and not (config.disable_compile or config.compile_config)
         and all(type(processor) in _PROCESSORS for processor in processors)
         and all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in criteria)
         and arguments.get("use_cache") is True
@@ -84,7 +85,7 @@ def sample(
     tokens = torch.cat([input_ids, input_ids.new_zeros(B, max(0, last - T))], dim=1)
     going = torch.ones(B, dtype=torch.bool, device=input_ids.device)
     behind = _Behind(B, input_ids.device)
-    step = Decoder(model, config.compile_config)
+    step = Decoder(model)
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=arguments.get("position_ids"),
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # fmt: skip
     n, newest = T - 1, input_ids[:, -1:]

@@ -1,16 +1,12 @@
 """The decoding step: the same numbers as the forward pass, and caches that stay true whoever reads them."""
 
-import copy
-
 import pytest
 import torch
 from small_models import RECURRENT, close, plain, prefilled, small_model, states, tokens
 from tolerances import TOLERANCE
-from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
-from lrnn_lm.mixers import joined
-from lrnn_lm.model import copy_states, decode
+from lrnn_lm.model import copy_states, step
 from lrnn_lm.model.cache import tokens_seen
 from lrnn_lm.model.decode import Decoder, can_decode, decode_step
 
@@ -23,10 +19,10 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 def test_steps_are_the_forward_pass(name):
     model, ids = small_model(name), tokens(length=12)
     ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
-    step = decode_step(model, ours)
+    one_step = decode_step(model, ours)
     for t in range(8, 12):
         want = plain(model, ids[:, t : t + 1], theirs)
-        assert torch.equal(step(model, ids[:, t : t + 1], ours), want)
+        assert torch.equal(one_step(model, ids[:, t : t + 1], ours), want)
         for a, b in zip(states(ours), states(theirs), strict=True):
             assert torch.equal(a, b)
         assert tokens_seen(ours) == tokens_seen(theirs) == t + 1
@@ -46,20 +42,12 @@ def test_a_step_outlives_inference_mode():
 @pytest.mark.parametrize("name", RECURRENT)
 def test_generate_decodes_through_it(name, monkeypatch):
     model, ids = small_model(name), tokens(length=6)
-    calls = []
-    monkeypatch.setattr(type(model), "forward", _counting(type(model).forward, calls))
+    calls, one_step = [], step.DecodeStep.__call__
+    monkeypatch.setattr(step.DecodeStep, "__call__", lambda *args: calls.append(1) or one_step(*args))
     got = model.generate(ids, **GREEDY)
-    assert len(calls) == 1, "the prefill, and no more"
+    assert len(calls) == 5, "every token but the first, which is the prefill's"
     assert torch.equal(got, model.generate(ids, disable_compile=True, **GREEDY))
-    assert len(calls) == 1 + 6
-
-
-def _counting(forward, calls):
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return forward(self, *args, **kwargs)
-
-    return counted
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("name", ["bd_lru", "mamba2"])
@@ -107,16 +95,16 @@ def test_caches_take_turns():
     """One step, several caches: each goes on from its own text, and a copy is a copy."""
     model, ids = small_model("bd_lru"), tokens(rows=3, length=10)
     caches = [prefilled(model, ids[i : i + 1, :5]) for i in range(3)]
-    step = decode_step(model, caches[0])
+    one_step = decode_step(model, caches[0])
     kept = copy_states(caches[0])
     for t in range(5, 9):
         for i in (0, 1, 2):
             if not (i == 1 and t == 8):
-                step(model, ids[i : i + 1, t : t + 1], caches[i])
+                one_step(model, ids[i : i + 1, t : t + 1], caches[i])
         if t == 7:
             copied = copy_states(caches[1])
     del caches[2]
-    step(model, ids[1:2, 8:9], caches[1])
+    one_step(model, ids[1:2, 8:9], caches[1])
     for cache, upto, row in ((caches[0], 9, 0), (caches[1], 9, 1), (kept, 5, 0), (copied, 8, 1)):
         assert tokens_seen(cache) == upto
         for got, want in zip(states(cache), states(prefilled(model, ids[row : row + 1, :upto])), strict=True):
@@ -131,28 +119,27 @@ def test_a_graph_is_the_step(name, monkeypatch):
     """With CUDA's graph replaced by calls: what warms up is undone, and joint weights change no number."""
     model, ids = small_model(name), tokens(length=12)
     ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
-    step = decode_step(model, ours, capture=True)
+    ours_step = decode_step(model, ours, capture=True)
     replayed = []
 
     class Graph:
         def replay(self):
             replayed.append(1)
-            with joined(step.joint):
-                step.logits = step.forward(model)
+            ours_step.memory.logits = ours_step.forward(model)
 
     fakes = {"stream": _Nothing, "graph": _Nothing, "CUDAGraph": Graph}
     for attribute, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, attribute, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(decode, "_capture_stream", _Stream)
+    monkeypatch.setattr(step, "_capture_stream", _Stream)
     for t in range(8, 12):
         want = plain(model, ids[:, t : t + 1], theirs)
-        close(step(model, ids[:, t : t + 1], ours), want, SUMS)
+        close(ours_step(model, ids[:, t : t + 1], ours), want, SUMS)
     for a, b in zip(states(ours), states(theirs), strict=True):
         close(a, b, SUMS)
     assert len(replayed) == 4
-    assert len(step.joint) == (3 if name == "lstm" else 6)
-    assert all(module.joint is None for module, _ in step.joint)
+    joint = [one for pair in ours_step.memory.joint for one in pair if one is not None]
+    assert len(joint) == (3 if name == "lstm" else 6)
 
 
 class _Stream:
@@ -180,24 +167,10 @@ def test_without_a_graph_it_still_decodes():
         pytest.skip("capturing works here")
     model, ids = small_model("bd_lru"), tokens(length=8)
     cache, other = prefilled(model, ids[:, :7]), prefilled(model, ids[:, :7])
-    step = decode_step(model, cache, capture=True)
+    one_step = decode_step(model, cache, capture=True)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
-        got = step(model, ids[:, 7:], cache)
-    assert torch.equal(got, plain(model, ids[:, 7:], other))
-
-
-@torch.no_grad()
-def test_other_weights_are_another_step():
-    model, ids = small_model("bd_lru"), tokens(length=6)
-    cache = prefilled(model, ids)
-    step = decode_step(model, cache)
-    assert decode_step(model, copy_states(cache)) is step
-    assert decode_step(model, copy_states(cache, 2)) is not step
-    model.lm_head.weight.mul_(2)
-    assert decode_step(model, cache) is not step
-    assert torch.equal(
-        model.generate(ids, **GREEDY), copy.deepcopy(model).generate(ids, disable_compile=True, **GREEDY)
-    )
+        got = one_step(model, ids[:, 7:], cache)
+    close(got, plain(model, ids[:, 7:], other), SUMS)
 
 
 def test_what_a_step_does_not_know_goes_the_plain_way():
@@ -228,26 +201,15 @@ def test_a_row_that_begins_late():
     close(got[1], model(ids[1:]).logits[0, -1:], SUMS)
 
 
-def test_compiled_blocks():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_compiled_forward_that_is_asked_for(everywhere):
+    """`compile_config` has transformers compile the forward pass, where it would for other models."""
     torch.compiler.reset()
     model, ids = small_model("bd_lru"), tokens(length=6)
     config = CompileConfig(backend="aot_eager", fullgraph=True)
+    config._compile_all_devices = everywhere
     assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), model.generate(ids, **GREEDY))
-
-
-@torch.no_grad()
-def test_compiled_blocks_with_joint_weights():
-    """What a GPU captures: one graph for all blocks, with the lent weights as its inputs."""
-    torch.compiler.reset()
-    model, ids = small_model("bd_lru", num_hidden_layers=10), tokens(length=9)
-    ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
-    counters.clear()
-    step = decode_step(model, ours, CompileConfig(backend="aot_eager", fullgraph=True))
-    step.join(model)
-    with joined(step.joint):
-        got = step(model, ids[:, 8:], ours)
-    close(got, plain(model, ids[:, 8:], theirs), SUMS)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert hasattr(model, "_compiled_call") == everywhere
 
 
 def test_a_given_cache_comes_back_continued():
@@ -269,11 +231,11 @@ def test_cuda_graph(name, dtype, fused):
         pytest.skip("no CUDA device")
     model, ids = small_model(name).to("cuda", dtype), tokens(length=12).cuda()
     ours, theirs = prefilled(model, ids[:, :8]), prefilled(model, ids[:, :8])
-    step = decode_step(model, ours, fused=fused)
-    assert step.fused == (fused is None and name in ("bd_lru", "h_lru"))
+    one_step = decode_step(model, ours, fused=fused)
+    assert one_step.fused == (fused is None and name in ("bd_lru", "h_lru"))
     for t in range(8, 12):
         want = plain(model, ids[:, t : t + 1], theirs)
-        close(step(model, ids[:, t : t + 1], ours), want, SUMS if dtype == torch.float32 else 0.3)
-    assert step.graph is not None
+        close(one_step(model, ids[:, t : t + 1], ours), want, SUMS if dtype == torch.float32 else 0.3)
+    assert one_step.memory.graph is not None
     if dtype == torch.float32:
         assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, disable_compile=True, **GREEDY))

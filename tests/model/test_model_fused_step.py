@@ -142,16 +142,19 @@ def test_norms_that_the_fused_step_would_take_for_another():
 
 
 @INTERPRETED
-@torch.no_grad()
-def test_steps_of_few_and_of_many_sequences_are_both_kept():
-    """Few are decoded by the fused kernels, many by products: each would be captured again and again."""
+def test_a_replaced_head_has_no_fused_step():
     pytest.importorskip("triton")
-    model, ids = small_model("bd_lru"), tokens(length=4)
-    few, many = prefilled(model, ids[:1]), prefilled(model, ids.repeat(4, 1))
-    steps = decode_step(model, few, fused=True), decode_step(model, many)
-    assert not steps[1].fused
-    assert decode_step(model, few, fused=True) is steps[0]
-    assert decode_step(model, many) is steps[1]
+    model = small_model("bd_lru")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert fused_obstacle(model, 1) is not None
+
+
+@INTERPRETED
+def test_a_probe_of_the_diagonal_has_no_fused_step():
+    pytest.importorskip("triton")
+    model = small_model("bd_lru")
+    model.model.layers[1].mixer.diagonal_only = True
+    assert "diagonal" in fused_obstacle(model, 1)
 
 
 @pytest.mark.gpu

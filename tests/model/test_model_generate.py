@@ -6,6 +6,9 @@ from small_models import NAMES, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache
 
+from lrnn_lm.model import prefill
+from lrnn_lm.model.cache import tokens_seen
+
 WAYS = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
@@ -65,3 +68,61 @@ def test_scores_are_the_logits_of_a_full_pass():
     with torch.no_grad():
         full = model(out.sequences).logits[:, 5:-1]
     close(torch.stack(out.logits, dim=1), full, TOLERANCE["other order of sums"])
+
+
+def checkpointed(name, reentrant):
+    """In training mode, with layers that are recomputed for the backward pass."""
+    model = small_model(name).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_keeps_what_came_before(name, reentrant):
+    model, want, ids = checkpointed(name, reentrant), small_model(name), tokens(length=12)
+    for way in ("greedy", "beams"):
+        assert torch.equal(generate(model, ids, **WAYS[way]), generate(want, ids, **WAYS[way]))
+    logits = want(ids).logits[:, -1:]
+    close(prefill(model, ids, 5).logits, logits, TOLERANCE["other order of sums"])
+    for context in (torch.no_grad(), torch.enable_grad()):
+        for first in ({"past_key_values": DynamicCache(config=model.config)}, {"use_cache": True}):
+            with context:
+                cache = model(ids[:, :7], **first).past_key_values
+                got = model(ids[:, 7:], past_key_values=cache)
+            assert tokens_seen(got.past_key_values) == 12
+            close(got.logits[:, -1:], logits, TOLERANCE["other order of sums"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_through_a_cache_are_those_without_checkpointing(name):
+    ids, grads = tokens(length=12), []
+    for model in (checkpointed(name, False), small_model(name)):
+        cache = model(ids[:, :7], past_key_values=DynamicCache(config=model.config)).past_key_values
+        model(ids[:, 7:], past_key_values=cache).logits.square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_training_recomputes_layers():
+    """Without a cache each block runs twice."""
+    model, ids, calls = checkpointed("bd_lru", False), tokens(length=6), []
+    model.model.layers[1].mixer.register_forward_hook(lambda *_: calls.append(1))
+    out = model(ids, labels=ids)
+    assert out.past_key_values is None
+    out.loss.backward()
+    assert len(calls) == 2
+    model.gradient_checkpointing_disable()
+    model(ids, labels=ids).loss.backward()
+    assert len(calls) == 3
+
+
+def test_a_model_that_gives_no_cache_back():
+    model, ids = small_model("bd_lru"), tokens(length=12)
+    model.forward = lambda *args, forward=model.forward, **kwargs: forward(
+        *args, **{**kwargs, "use_cache": False}
+    )
+    with pytest.raises(ValueError, match="no cache back"):
+        prefill(model, ids, 5)

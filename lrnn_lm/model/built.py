@@ -1,0 +1,57 @@
+"""Whether modules run the code that they were written with.
+
+Decoding goes around `forward` where it can. It may do so only if nobody has put other code there: a patched
+class or instance, a hook, a compiled module, an adapter.
+"""
+
+from functools import cache
+from inspect import ismethod
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose classes are trusted
+_written: dict[type, tuple[Any, Any]] = {}  # `forward` and `__call__` of each class
+
+
+def remember(*classes: type[nn.Module]) -> None:
+    """Note `forward` and `__call__` of classes as they are now: called where the classes are defined."""
+    for cls in classes:
+        _written[cls] = (cls.forward, cls.__call__)
+
+
+remember(*(c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, nn.Module)))
+
+
+def as_written(model: nn.Module) -> bool:
+    """Whether a call of the model runs its classes' own code and nothing besides, in every module.
+
+    Other packages' classes that `remember` was not told of are taken as they are when they are first seen.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    return all(_is_untouched(module) for module in model.modules())
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    cls = type(module)
+    now = (cls.forward, cls.__call__)
+    if cls.__module__.split(".")[0] not in _OURS or _written.setdefault(cls, now) != now:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        return False
+    if module._compiled_call_impl is not None:  # `module.compile()`
+        return False
+    return all(_is_put_back(module, name) for name in vars(module).keys() & _methods(cls))
+
+
+def _is_put_back(module: nn.Module, name: str) -> bool:
+    """Whether a method on the instance is its class's own: what a patch leaves behind when it is undone."""
+    value = vars(module)[name]
+    return ismethod(value) and value.__self__ is module and value.__func__ is vars(type(module)).get(name)
+
+
+@cache
+def _methods(cls: type) -> frozenset[str]:
+    return frozenset(name for name in dir(cls) if callable(getattr(cls, name)))

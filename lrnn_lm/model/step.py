@@ -1,0 +1,263 @@
+"""A decoding step: what it writes to, how it runs, and which call has it.
+
+Captured graphs are dear, and a graph writes to fixed memory: a `Pool` lends each to one call at a time.
+
+Legend: B batch, D model width, V vocabulary.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..mixers import Joint, JointProjections, plain_weight
+
+KEPT = 4  # captured steps a model keeps, in use or not; further calls at the same time run uncaptured
+_capturing = threading.Lock()  # one capture at a time: it synchronises with the device
+
+
+class Memory:
+    """What one step writes to, the weights that it reads side by side, and the graph that was captured.
+
+    key: what a captured graph depends on; None where it is not to be captured. lent: whether a step has it.
+    """
+
+    def __init__(self, cache: Cache, joint: list[tuple[Joint | None, Joint | None]] | None, key: Any = None):
+        self.key, self.lent, self.joint = key, True, joint
+        self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
+        self.ids = self.states[0].new_zeros(self.states[0].shape[0], 1, dtype=torch.long)
+        self.workspace: Any = None  # of a fused step of many sequences
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.uncapturable = False  # a capture was tried and failed
+        self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
+        self.stream: torch.cuda.Stream | None = None  # where the step ran last
+
+    def order_after_last(self) -> None:
+        """Have the current stream wait for the step's last run, which may have been on another stream."""
+        if not self.ids.is_cuda:
+            return
+        current = torch.cuda.current_stream(self.ids.device)
+        if self.stream is not None and self.stream != current:
+            current.wait_stream(self.stream)
+        self.stream = current
+
+
+class Pool:
+    """The captured steps of one model, each lent to one call at a time, and weights that lie side by side."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memories: list[Memory] = []  # the one used last is the last
+        self._joint: list[tuple[Joint | None, Joint | None]] = []
+
+    def joint(self, model: PreTrainedModel) -> list[tuple[Joint | None, Joint | None]]:
+        """Weights of projections of the same input, (mixer's, MLP's) a block: one product in place of two.
+
+        Copied anew at each call, for no sign tells of every write to a weight: `.data` and inference mode
+        leave the version as it is. It costs about the time of one token. The memory is the same as before
+        where shapes are, as captured graphs read it.
+        """
+        groups = [(block.mixer, block.mlp) for block in model.model.layers]
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            old = self._joint if len(self._joint) == len(groups) else [(None, None)] * len(groups)
+            new = [
+                tuple(_side_by_side(module, into) for module, into in zip(*pair, strict=True))
+                for pair in zip(groups, old, strict=True)
+            ]
+            if any(n is not o for n, o in zip(chain(*new), chain(*old), strict=True)):
+                self._joint = new
+            return self._joint
+
+    def borrow(self, cache: Cache, joint: Any, key: Any) -> Memory | None:
+        """A memory that nobody uses, with its graph if it has one; None if KEPT are in use."""
+        with self._lock:
+            kept = [m for m in self._memories if m.lent or (m.joint is joint and m.key[1] == key[1])]
+            free = [m for m in kept if not m.lent]
+            memory = next((m for m in free if m.key == key and m.joint is joint), None)
+            if memory is None and len(kept) >= KEPT:
+                if not free:
+                    return None
+                kept.remove(free[0])
+            if memory is None:
+                memory = Memory(cache, joint, key)
+            else:
+                kept.remove(memory)
+            memory.lent = True
+            self._memories = [*kept, memory]
+            return memory
+
+
+class DecodeStep:
+    """A step of one model for one batch size, for one call of `generate` (or one caller at a time)."""
+
+    def __init__(self, memory: Memory, fused: bool, tiled: bool):
+        self.memory, self.fused, self.tiled = memory, fused, tiled
+        self._owners: list[Callable[[], Any]] = []  # the cache layers that hold the states
+        # The memory goes back when this step is dropped, after an exception too; until then nobody has it.
+        weakref.finalize(self, _give_back, memory, self._owners).atexit = False
+
+    def __call__(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+        """Feed ids (B, 1), write the states in place, count the token; returns logits (B, 1, V)."""
+        memory = self.memory
+        self._adopt(cache)
+        memory.ids.copy_(ids)
+        if memory.key is not None and memory.graph is None and not memory.uncapturable:
+            self._capture(model)
+        if memory.graph is not None:
+            memory.graph.replay()
+        else:
+            memory.logits = self.forward(model)
+        for layer in cache.layers:
+            layer.seen_tokens += 1
+        return memory.logits
+
+    def forward(self, model: PreTrainedModel) -> Tensor:
+        """The step as it is written: what is captured."""
+        if self.fused:  # four kernels a layer, and one for the head
+            x = model.model.embed_tokens(self.memory.ids).squeeze(1)  # (B, D)
+            step = self._step_of_many if self.tiled else self._step_of_few
+            return step(model, x).unsqueeze(1)
+        x = model.model.embed_tokens(self.memory.ids)  # (B, 1, D)
+        for i, (block, state) in enumerate(zip(model.model.layers, self.memory.states, strict=True)):
+            x, after = block.step(x, state, *(self.memory.joint[i] if self.memory.joint else ()))
+            state.copy_(after)
+        return model.lm_head(model.model.norm(x))
+
+    def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
+        from ..kernels.fused_step import linear_step
+
+        memory = self.memory
+        for block, state, joint in zip(model.model.layers, memory.states, memory.joint, strict=True):
+            x = block.fused_step(x, state, *joint)
+        norm = model.model.norm
+        return linear_step(x, model.lm_head.weight, norm.weight, norm.eps)
+
+    def _step_of_many(self, model: PreTrainedModel, x: Tensor) -> Tensor:
+        from ..kernels.fused_tiles import Workspace, begin, normed_step
+
+        memory = self.memory
+        if memory.workspace is None:
+            memory.workspace = Workspace(x.device)
+        blocks, last = model.model.layers, model.model.norm
+        norms = [*(block.mixer_norm.weight for block in blocks), last.weight]
+        stream = begin(x, norms[0])
+        for block, state, joint, norm in zip(blocks, memory.states, memory.joint, norms[1:], strict=True):
+            stream = block.fused_step_of_many(stream, state, *joint, norm, memory.workspace)
+        return normed_step(stream, last.eps, model.lm_head.weight)
+
+    def _adopt(self, cache: Cache) -> None:
+        """Make this cache the one that is continued; the one before, if it lives, gets its own copies."""
+        states = self.memory.states
+        if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
+            return
+        self.memory.order_after_last()
+        _part(self.memory, self._owners)
+        for layer, state in zip(cache.layers, states, strict=True):
+            state.copy_(layer.recurrent_states[0])
+            layer.recurrent_states[0] = state
+        self._owners[:] = [weakref.ref(layer) for layer in cache.layers]
+
+    def _capture(self, model: PreTrainedModel) -> None:
+        """Record the step as a CUDA graph; where that fails, it is run as it is written from then on."""
+        memory, device = self.memory, self.memory.ids.device
+        before = [state.clone() for state in memory.states]
+        try:
+            with _capturing:
+                stream = _capture_stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # kernels are compiled and chosen here
+                        self.forward(model)
+                torch.cuda.current_stream(device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                # thread_local: other threads go on launching and allocating meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    memory.logits = self.forward(model)
+            memory.graph = graph
+        except (RuntimeError, ValueError) as error:  # the latter of torch with CUDA, where there is no device
+            said = str(error).strip().splitlines() or [""]
+            warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
+            memory.uncapturable = True
+        for state, value in zip(memory.states, before, strict=True):
+            state.copy_(value)
+
+
+def _part(memory: Memory, owners: list[Callable[[], Any]]) -> None:
+    """Give cache layers that hold a step's states copies of their own."""
+    for owner, state in zip(owners, memory.states, strict=False):
+        layer = owner()
+        if layer is not None and layer.recurrent_states[0] is state:
+            with torch.inference_mode(False), torch.no_grad():
+                layer.recurrent_states[0] = state.clone()
+
+
+def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
+    """A step is dropped: its cache, if it lives, keeps its states, and the next call may have the memory."""
+    if memory.key is None:  # nobody will: the states stay the cache's
+        return
+    with nullcontext() if memory.stream is None else torch.cuda.stream(memory.stream):
+        _part(memory, owners)
+    memory.lent = False  # no lock: the garbage collector may call this amid `Pool.borrow`
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: each new stream has cuBLAS keep 32 MiB for it."""
+    return torch.cuda.Stream(device)
+
+
+def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> tuple:
+    """What a captured graph depends on: (the states' shapes and how it decodes; of the model: where weights
+    lie, and the numbers that modules hold).
+
+    A graph reads weights where they lie, so writes to them need no key; other memory does.
+    """
+    shapes = tuple((s.shape, s.dtype, s.device) for s in (c.recurrent_states[0] for c in cache.layers))
+    weights = tuple(
+        (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in chain(model.parameters(), model.buffers())
+    )
+    numbers = tuple(
+        (type(module), *(v for v in vars(module).values() if isinstance(v, bool | int | float | str)))
+        for module in chain(model.model.modules(), [model.lm_head])
+    )
+    return (shapes, way), (weights, numbers)
+
+
+def _side_by_side(module: nn.Module, into: Joint | None) -> Joint | None:
+    """A module's projections of the same input as one: weight (sum of outputs, D), and bias where one has it.
+
+    Written to `into` where that has the right shape; None where the module has no such projections, or one of
+    them does more than W x + b.
+    """
+    if not isinstance(module, JointProjections):
+        return None
+    projections = module.joint_projections()
+    weights = [plain_weight(p) for p in projections]
+    if any(weight is None for weight in weights):
+        return None
+    like, rows = weights[0], sum(weight.shape[0] for weight in weights)
+    biased = any(p.bias is not None for p in projections)
+    if (
+        into is None
+        or (into[0].shape, into[0].dtype) != ((rows, like.shape[1]), like.dtype)
+        or into[0].device != like.device
+        or (into[1] is not None) != biased
+    ):
+        into = like.new_empty(rows, like.shape[1]), like.new_empty(rows) if biased else None
+    torch.cat(weights, out=into[0])
+    if biased:
+        biases = [
+            w.new_zeros(len(w)) if p.bias is None else p.bias
+            for p, w in zip(projections, weights, strict=True)
+        ]
+        torch.cat(biases, out=into[1])
+    return into

@@ -1,0 +1,148 @@
+"""Code that was put in the place of a module's own is run by `generate`, for every token."""
+
+import types
+
+import pytest
+import torch
+from small_models import small_model, tokens
+from torch import nn
+
+from lrnn_lm.model.built import as_written
+from lrnn_lm.model.decode import can_decode
+
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+PLACES = {
+    "model": "",
+    "body": "model",
+    "block": "model.layers.1",
+    "mixer": "model.layers.1.mixer",
+    "mlp": "model.layers.0.mlp",
+    "norm": "model.layers.2.mixer_norm",
+    "projection": "model.layers.2.mlp.down_proj",
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+}
+
+
+def counting(calls, forward):
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    return counted
+
+
+def on_the_instance(module, calls, monkeypatch):
+    monkeypatch.setattr(module, "forward", counting(calls, module.forward), raising=False)
+
+
+def bound_to_the_instance(module, calls, monkeypatch):
+    own = type(module).forward
+    module.forward = types.MethodType(counting(calls, own), module)
+
+
+def on_the_class(module, calls, monkeypatch):
+    own = type(module).forward
+    counted = counting(calls, lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    monkeypatch.setattr(type(module), "forward", lambda self, *args, **kwargs: counted(self, *args, **kwargs))
+
+
+def of_a_subclass(module, calls, monkeypatch):
+    own = type(module).forward
+    namespace = {"forward": lambda self, *args, **kwargs: counting(calls, own)(self, *args, **kwargs)}
+    module.__class__ = type(type(module).__name__, (type(module),), namespace)
+
+
+def by_a_hook(module, calls, monkeypatch):
+    module.register_forward_hook(lambda *_: calls.append(1))
+
+
+def by_a_hook_before(module, calls, monkeypatch):
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+
+def by_compiling(module, calls, monkeypatch):
+    def backend(graph, example_inputs):
+        return counting(calls, graph.forward)
+
+    torch.compiler.reset()
+    module.compile(backend=backend)
+
+
+def by_compiling_forward(module, calls, monkeypatch):
+    def backend(graph, example_inputs):
+        return counting(calls, graph.forward)
+
+    torch.compiler.reset()
+    module.forward = torch.compile(module.forward, backend=backend)
+
+
+WAYS = [on_the_instance, bound_to_the_instance, on_the_class, of_a_subclass, by_a_hook, by_a_hook_before,
+        by_compiling, by_compiling_forward]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_replaced_forward_is_called_for_every_token(way, place, monkeypatch):
+    model, ids, calls = small_model("bd_lru"), tokens(length=5), []
+    want = model.generate(ids, **OPTIONS)
+    assert can_decode(model)
+    way(model.get_submodule(PLACES[place]), calls, monkeypatch)
+    assert not can_decode(model)
+    assert torch.equal(model.generate(ids, **OPTIONS), want)
+    if way is not by_compiling or place not in ("projection", "embedding", "head"):  # torch skips its own
+        assert len(calls) >= 6
+
+
+def test_another_result_shows_in_the_text():
+    model, ids = small_model("bd_lru"), tokens(length=5)
+    forward = model.forward
+
+    def always_five(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits[..., 5] = 1e4
+        return out
+
+    model.forward = always_five
+    assert (model.generate(ids, **OPTIONS)[:, 5:] == 5).all()
+    model.forward = forward  # the class's own again, though it lies on the instance
+    assert can_decode(model)
+    assert not (model.generate(ids, **OPTIONS)[:, 5:] == 5).all()
+
+
+def test_hooks_of_all_modules():
+    model, ids, calls = small_model("bd_lru"), tokens(length=5), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        model.generate(ids, **OPTIONS)
+    finally:
+        handle.remove()
+    assert calls.count(model) == 6
+    assert as_written(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, torch.compile])
+def test_a_module_in_the_place_of_another(wrap):
+    ids = tokens(length=5)
+    for place in ("model.norm", "lm_head", "model.embed_tokens", "model.layers.1.mlp"):
+        model = small_model("bd_lru")
+        want = model.generate(ids, **OPTIONS)
+        parent, _, name = place.rpartition(".")
+        options = {"backend": "eager"} if wrap is torch.compile else {}
+        setattr(model.get_submodule(parent), name, wrap(model.get_submodule(place), **options))
+        assert torch.equal(model.generate(ids, **OPTIONS), want)
+
+
+def test_a_compiled_model_writes_the_same():
+    torch.compiler.reset()
+    model, ids = small_model("bd_lru"), tokens(length=5)
+    want = model.generate(ids, **OPTIONS)
+    assert torch.equal(torch.compile(model, backend="eager").generate(ids, **OPTIONS), want)
+
+
+def test_inputs_of_every_token_are_seen_by_who_exports():
+    """transformers exports generation from the inputs that `forward` gets, of the prefill and of a token."""
+    exporters = pytest.importorskip("transformers.exporters.utils")
+    model, ids = small_model("bd_lru"), tokens(length=5)
+    parts = exporters.decompose_for_generation(model, {"input_ids": ids})
+    assert any("decode" in name for name in parts)

@@ -1,0 +1,194 @@
+"""Calls of `generate` at the same time, one inside another, and after one that failed: exact texts."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from small_models import close, prefilled, small_model, states, tokens
+from tolerances import TOLERANCE
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from lrnn_lm.model import step
+from lrnn_lm.model.decode import decode_step
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+WAYS = {
+    "our loop": {},
+    "transformers' loop": {"repetition_penalty": 1.2},
+    "a dict": {"return_dict_in_generate": True},
+    "forward": {"disable_compile": True},
+    "beams": {"num_beams": 2},
+    "static": {"cache_implementation": "static"},
+}
+OURS = ("h_lru", "lstm", "mamba2")
+ROWS = [*(("bd_lru", way) for way in WAYS), *((name, "our loop") for name in OURS), ("hybrid", "forward")]
+
+
+def on(device, name):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return small_model(name).to(device)
+
+
+def prompts(model, count=8):
+    """Of different rows and lengths: some share a step's shape, some do not."""
+    return [tokens(1 + i % 2, 3 + i % 3, seed=i).to(model.device) for i in range(count)]
+
+
+def write(model, ids, **options):
+    options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return (out if isinstance(out, torch.Tensor) else out.sequences).tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "way"), ROWS)
+def test_threads(name, way, device):
+    model = on(device, name)
+    want = [write(model, ids, **WAYS[way]) for ids in prompts(model)]
+    assert len({str(text) for text in want}) == len(want)
+    with ThreadPoolExecutor(16) as pool:
+        got = [pool.submit(write, model, ids, **WAYS[way]) for _ in range(4) for ids in prompts(model)]
+    assert [future.result() for future in got] == want * 4
+
+
+@pytest.mark.gpu
+def test_threads_with_streams_of_their_own():
+    model = on("cuda", "bd_lru")
+    want = [write(model, ids) for ids in prompts(model)]
+
+    def alone(ids):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
+            return write(model, ids)
+
+    with ThreadPoolExecutor(16) as pool:
+        got = [pool.submit(alone, ids) for _ in range(10) for ids in prompts(model)]
+    assert [future.result() for future in got] == want * 10
+
+
+class StopError(Exception):
+    pass
+
+
+class Raises:
+    """A streamer that fails at its third call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def put(self, _):
+        self.calls += 1
+        if self.calls == 3:
+            raise StopError
+
+    def end(self):
+        pass
+
+
+class RaisingProcessor(Raises, LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        self.put(input_ids)
+        return scores
+
+
+class RaisingCriterion(Raises, StoppingCriteria):
+    def __call__(self, input_ids, scores):
+        self.put(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+FAILURES = {
+    "processor": lambda: {"logits_processor": LogitsProcessorList([RaisingProcessor()])},
+    "criterion": lambda: {"stopping_criteria": StoppingCriteriaList([RaisingCriterion()])},
+    "streamer": lambda: {"streamer": Raises()},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", FAILURES)
+def test_after_an_exception(kind, device):
+    """Also while the exception lives, and with it the frames of the call."""
+    model = on(device, "bd_lru")
+    batch = [ids[:1] for ids in prompts(model)]
+    want = [write(model, ids) for ids in batch]
+    raised = []
+    for ids, text in zip(batch, want, strict=True):
+        with pytest.raises(StopError) as error:
+            write(model, ids, **FAILURES[kind]())
+        raised.append(error)
+        assert write(model, ids) == text
+    with ThreadPoolExecutor(8) as pool:
+        failing = [pool.submit(write, model, ids, **FAILURES[kind]()) for ids in batch]
+        got = [pool.submit(write, model, ids) for ids in batch]
+    assert [future.result() for future in got] == want
+    assert all(isinstance(future.exception(), StopError) for future in failing)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["our loop", "transformers' loop"])
+def test_a_call_inside_a_call(way, device):
+    model = on(device, "bd_lru")
+    batch = [ids[:1] for ids in prompts(model)]
+    want = [write(model, ids, **WAYS[way]) for ids in batch]
+    inner = []
+
+    class Nested(Raises):
+        def put(self, _):
+            if len(inner) < len(batch):
+                inner.append(write(model, batch[len(inner)], **WAYS[way]))
+
+    assert write(model, batch[0], streamer=Nested(), **WAYS[way]) == want[0]
+    assert inner == want[: len(inner)]
+    assert len(inner) >= 7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_a_cache_outlives_its_step(device):
+    """A returned cache is its caller's own, whoever has the step's memory next."""
+    model, ids = on(device, "bd_lru"), tokens().to(device)
+    pool = step.Pool()
+    first, second = prefilled(model, ids[:, :4]), prefilled(model, ids[:, 4:9])
+    one_step = decode_step(model, first, pool, capture=True)
+    with_warning(one_step, model, ids[:, 4:5], first)
+    memory = one_step.memory
+    del one_step
+    assert not memory.lent
+    assert all(a is not b for a, b in zip(states(first), memory.states, strict=True))
+    one_step = decode_step(model, second, pool, capture=True)
+    assert one_step.memory is memory
+    one_step(model, ids[:, 9:10], second)
+    for cache, want in ((first, ids[:, :5]), (second, ids[:, 4:10])):
+        for a, b in zip(states(cache), states(prefilled(model, want)), strict=True):
+            close(a, b, TOLERANCE["other order of sums"])
+
+
+def with_warning(one_step, model, ids, cache):
+    """Where there is no GPU, the first capture says that it failed."""
+    if model.device.type == "cuda":
+        return one_step(model, ids, cache)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        return one_step(model, ids, cache)
+
+
+@torch.no_grad()
+def test_captured_steps_are_few():
+    """Each is lent once; calls beyond KEPT run uncaptured; other shapes take the place of the oldest."""
+    model, pool = small_model("bd_lru"), step.Pool()
+    caches = [prefilled(model, tokens(rows=1 + i, length=4)) for i in range(step.KEPT + 2)]
+    lent = [decode_step(model, caches[0], pool, capture=True) for _ in range(step.KEPT + 1)]
+    assert len({id(one.memory) for one in lent}) == step.KEPT + 1
+    assert [one.memory.key is None for one in lent] == [False] * step.KEPT + [True]
+    memories = [one.memory for one in lent[:-1]]
+    del lent
+    assert not any(memory.lent for memory in memories)
+    again = decode_step(model, caches[0], pool, capture=True).memory
+    assert any(again is memory for memory in memories)
+    for cache in caches[1 : step.KEPT]:
+        decode_step(model, cache, pool, capture=True)
+    assert decode_step(model, caches[0], pool, capture=True).memory is again
+    for cache in caches[1:]:
+        decode_step(model, cache, pool, capture=True)
+    assert decode_step(model, caches[0], pool, capture=True).memory is not again
