@@ -154,7 +154,9 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
     speeds = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
     row["curve"] = [[step, round(bits, 5)] for step, bits in validations]
     row["tokens_per_second_shared"] = round(speeds[len(speeds) // 2]) if speeds else None
-    if code == 0 and validations:
+    if code == 85:
+        row["failed"] = f"cut by the budget at step {lines[-1]['step'] if lines else 0}"
+    elif code == 0 and validations:
         row["bits_per_byte"] = validations[-1][1]
     else:
         tail = log.read_text(errors="replace").strip().splitlines()[-3:]
@@ -223,9 +225,7 @@ class Pool:
                 code = process.wait(max(1.0, self.deadline - time.time()))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
-                process.wait()
-                print(f"{run.name}: cut by the budget", flush=True)
-                return
+                code = process.wait()
         row = result(run, self.runs / run.name, time.time() - began, self.workers, code, log)
         with self.lock, self.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
