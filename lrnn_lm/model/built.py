@@ -31,19 +31,23 @@ def as_written(model: nn.Module) -> bool:
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
-    return all(_is_untouched(module) for module in model.modules())
+    modules = list(model.modules())
+    return all(_is_as_written(cls) for cls in {type(m) for m in modules}) and all(map(_is_untouched, modules))
+
+
+def _is_as_written(cls: type[nn.Module]) -> bool:
+    now = (cls.forward, cls.__call__)
+    return cls.__module__.split(".")[0] in _OURS and _written.setdefault(cls, now) == now
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    cls = type(module)
-    now = (cls.forward, cls.__call__)
-    if cls.__module__.split(".")[0] not in _OURS or _written.setdefault(cls, now) != now:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+    own = vars(module)
+    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in own:
         return False
     if module._compiled_call_impl is not None:  # `module.compile()`
         return False
-    return all(_is_put_back(module, name) for name in vars(module).keys() & _methods(cls))
+    methods = _methods(type(module))
+    return methods.isdisjoint(own) or all(_is_put_back(module, name) for name in methods & own.keys())
 
 
 def _is_put_back(module: nn.Module, name: str) -> bool:
