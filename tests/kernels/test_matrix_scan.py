@@ -1,5 +1,5 @@
-"""The scan of a matrix-valued state: closed forms, the specification, plain torch, and Triton in the interpreter
-(natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes)."""
+"""The scan of a matrix-valued state: closed forms, the specification, plain torch, and Triton in the
+interpreter (natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes)."""
 
 import importlib
 from itertools import pairwise

@@ -82,7 +82,7 @@ def test_options_change_the_output_and_their_parameters(change):
 
 
 def test_work_by_hand():
-    """2 heads of 8 x 4: a number takes 5 multiply-adds and one to be read, a row's 5 gates 3 operations each."""
+    """2 heads of 8 x 4: a number takes 5 multiply-adds and one to be read, a gate 3 operations."""
     assert build_mixer(SPEC, 16).cost(100).scan == 2 * 8 * 4 * 6 * 2 + 2 * 8 * 5 * 3
 
 
