@@ -19,7 +19,7 @@ from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset
 CHUNK = 16  # L, the least that a product on tensor cores takes
 MOST_PHASES = 4  # times that columns join a chunk's scan: more compute less with zeros, and are more code
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
-WIDE_STATE = 8192  # numbers of a head's state from which a program has eight warps, not four
+WIDE_STATE = 16384  # bytes of a head's state in the values' dtype from which a program has eight warps
 
 
 class _Chunks(NamedTuple):
@@ -91,10 +91,11 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
 def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
     """Arguments that both kernels from chunk to chunk take."""
     K, V = chunks.K, chunks.V
+    warps = 8 if K * V * values.element_size() >= WIDE_STATE else 4
     return {
         "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
         "n_chunks": chunks.count, "H": chunks.H, "K": K, "M": chunks.M, "V": V, "KP": max(K, 16),
-        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": 8 if K * V >= WIDE_STATE else 4,
+        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": warps,
         "FP32": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
 

@@ -118,15 +118,12 @@ def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, querie
         return "its state is fp32, too coarse for fp64 inputs"
     if M not in TRITON_BLOCKS:
         return f"block size {M} is not one of {', '.join(map(str, TRITON_BLOCKS))}"
-    if not _is_power_of_two(K // M):
-        return f"{K // M} blocks a head are not a power of two"
-    if K > TRITON_MOST or V > TRITON_MOST or not _is_power_of_two(V):
-        return f"a head of {K} x {V} is no power of two of columns, or above {TRITON_MOST} x {TRITON_MOST}"
+    for count, what in ((K // M, "blocks"), (V, "columns")):
+        if count & (count - 1):
+            return f"{count} {what} a head are not a power of two"
+    if max(K, V) > TRITON_MOST:
+        return f"a head of {K} x {V} is above {TRITON_MOST} x {TRITON_MOST}"
     return None
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
 
 
 # The plain-torch scan. Working tensors put time first; a step is [B, H, N, M, ..] -------------------------

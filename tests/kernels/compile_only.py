@@ -106,6 +106,20 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
         )  # fmt: skip
 
 
+def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool) -> None:
+    """Every kernel of the scan of a matrix-valued state, at a head's usual size."""
+    from lrnn_lm.kernels import matrix
+
+    B, H, K, V = 2, 2, 64, 64
+    gates = torch.zeros(B, T, M + 1, H, K)
+    transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
+    values, queries = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H, K, dtype=dtype)
+    h0 = torch.zeros(B, H, K, V) if states else None
+    reset = torch.zeros(B, T, dtype=torch.bool) if states else None
+    y, last = matrix._forward(transitions, writes, values, queries, h0, reset)
+    matrix._backward(y, last, transitions, writes, values, queries, h0, reset)
+
+
 if __name__ == "__main__":
     driver.set_active(CompileOnly())
     JITFunction.__getitem__ = compile_instead
@@ -115,6 +129,13 @@ if __name__ == "__main__":
     assert len(COMPILED) == 4, "another T compiled again"
     launch_all(3, 40, "tanh", states=True, chunk=16)
     launch_all(2, 1, "silu", states=True)
+    first = len(SPILLED)
+    launch_matrix(4, torch.bfloat16, 64, states=False)
+    launch_matrix(1, torch.float32, 33, states=True)
+    assert len(COMPILED) == first + 10, COMPILED[first:]
+    launch_matrix(4, torch.bfloat16, 96, states=False)
+    assert len(COMPILED) == first + 10, "another T compiled again"
+    assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     first = len(SPILLED)
     launch_step(768, 2048, 4, torch.bfloat16)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lrnn_lm.mixers import SequenceContext
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
-WHOLE = ["bd_lru", "bd_lru-tanh", "h_lru", "attention"]
+WHOLE = ["bd_lru", "bd_lru-tanh", "bd_matrix", "h_lru", "attention"]
 
 
 def losses_and_gradients(model, ids, reset):

@@ -1,0 +1,239 @@
+"""The scan of a matrix-valued state: closed forms, the specification, plain torch, and Triton in the
+interpreter (natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes)."""
+
+import importlib
+from itertools import pairwise
+
+import pytest
+import torch
+from scans import TOLERANCE, relative_error
+from triton_cases import DEVICE, TOLERANCES, poison, to_device  # noqa: F401  (a fixture)
+
+from lrnn_lm.kernels import matrix_scan
+from lrnn_lm.kernels.matrix_scan import BACKENDS
+
+NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0")
+PLAIN = [name for name in BACKENDS if name != "triton"]
+
+
+def make_inputs(B=2, T=9, H=2, K=4, M=2, V=4, dtype=torch.float32, reset_probability=0.1):
+    """Gates as the mixer lays them out, M + 1 planes in fp32 or more; the first half of the slots is slow."""
+    generator = torch.Generator().manual_seed(B * 1000 + T * 100 + K * 10 + M)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    z = draw(B, T, M + 1, H, K)
+    z[:, :, M, :, : K // 2] -= 4
+    gates = z.softmax(dim=2).to(wide)
+    reset = torch.rand(B, T, generator=generator) < reset_probability
+    return [
+        gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M], draw(B, T, H, V).to(dtype),
+        draw(B, T, H, K).to(dtype), draw(B, H, K, V).to(wide), reset,
+    ]  # fmt: skip
+
+
+def run(inputs, backend):
+    """y, h_last and the gradients of a random weighing of both."""
+    *numbers, reset = inputs
+    numbers = [x.detach().requires_grad_() if x is not None else None for x in numbers]
+    outputs = matrix_scan(*numbers, reset, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    gradients = torch.autograd.grad(loss, [x for x in numbers if x is not None])
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+def compare(backend, dtype=torch.float32, inputs=None, **shape):
+    inputs = make_inputs(dtype=dtype, **shape) if inputs is None else inputs
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    tolerance = TOLERANCES[dtype] if backend == "triton" else TOLERANCE[dtype]
+    if dtype in (torch.bfloat16, torch.float16) and backend == "triton":
+        tolerance *= 2.5  # what passes between its kernels is in that dtype, too
+    given = to_device(inputs) if backend == "triton" else inputs
+    for name, got, want in zip(NAMES, run(given, backend), run(exact, "reference"), strict=False):
+        error = relative_error(got.cpu(), want)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+def test_the_state_is_a_sum_of_products():
+    """S_T = A_T .. A_1 S_0 + sum_s A_T .. A_{s+1} k_s v_s^T, with dense block-diagonal matrices."""
+    A, k, v, q, h0, _ = make_inputs(B=1, H=1, T=5, K=6, M=3, dtype=torch.float64)
+    dense = [torch.block_diag(*A[0, t, 0].unflatten(0, (2, 3))) for t in range(5)]
+    S = h0[0, 0]
+    for t in range(5):
+        S = dense[t] @ S + torch.outer(k[0, t, 0], v[0, t, 0])
+    for backend in PLAIN:
+        y, last = matrix_scan(A, k, v, q, h0, backend=backend)
+        torch.testing.assert_close(last[0, 0], S)
+        torch.testing.assert_close(y[0, -1, 0], S.T @ q[0, -1, 0])
+
+
+def test_a_block_of_one_is_a_gated_sum():
+    """M = 1, with decays d and k = 1 - d: HGRN2's S_t = d S_{t-1} + (1 - d) v^T, all steps at once."""
+    A, _, v, q, _, _ = make_inputs(T=7, M=1, dtype=torch.float64)
+    d = A.squeeze(-1)  # (B, T, H, K)
+    decay = d.log().cumsum(dim=1)
+    weight = (decay.unsqueeze(2) - decay.unsqueeze(1)).exp() * (1 - d).unsqueeze(1)  # (B, t, s, H, K)
+    weight = weight * torch.ones(7, 7).tril().view(1, 7, 7, 1, 1)
+    want = torch.einsum("btshk,bthk,bshv->bthv", weight, q, v)
+    torch.testing.assert_close(matrix_scan(A, 1 - d, v, q)[0], want)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 33])
+@pytest.mark.parametrize(("K", "M"), [(3, 1), (6, 3), (5, 5), (8, 4)])
+def test_plain_torch(T, K, M):
+    compare("torch", torch.float64, T=T, K=K, M=M, V=3)
+    compare("torch", T=T, K=K, M=M, V=5)
+
+
+def test_slabs_of_time(monkeypatch):
+    """Memory is bounded: states of a few steps at once."""
+    module = importlib.import_module(
+        "lrnn_lm.kernels.matrix_scan"
+    )  # the package has the function by its name
+    monkeypatch.setattr(module, "SLAB_BYTES", 3 * 8 * 2 * 2 * 4 * 4)
+    compare("torch", torch.float64, T=11)
+
+
+def test_gradcheck_and_no_second_derivative():
+    *numbers, reset = make_inputs(B=1, T=4, H=1, dtype=torch.float64)
+    numbers = [x.requires_grad_() for x in numbers]
+    assert torch.autograd.gradcheck(lambda *x: matrix_scan(*x, reset), numbers)
+    (gradient,) = torch.autograd.grad(matrix_scan(*numbers)[0].square().sum(), numbers[2], create_graph=True)
+    with pytest.raises(RuntimeError, match="matrix_scan_torch_backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "M", "V"),
+    [(2, 4, 4, 4), (19, 4, 1, 4), (17, 4, 2, 16), (32, 8, 4, 2), (18, 64, 1, 4), (16, 32, 8, 8)],
+)
+def test_triton(T, K, M, V):
+    pytest.importorskip("triton")
+    compare("triton", T=T, K=K, M=M, V=V, B=1 if M > 4 else 2)
+
+
+def test_triton_of_blocks_of_sixteen():
+    pytest.importorskip("triton")
+    compare("triton", T=5, K=32, M=16, V=4, B=1, H=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_in_half_precision(dtype):
+    pytest.importorskip("triton")
+    compare("triton", dtype, T=21, K=8, M=4, V=4)
+
+
+def test_triton_without_states_or_documents():
+    pytest.importorskip("triton")
+    *numbers, _, _ = make_inputs(T=35)
+    compare("triton", inputs=[*numbers, None, None])
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_triton_programs_take_several_chunks(programs, monkeypatch):
+    pytest.importorskip("triton")
+    from lrnn_lm.kernels import matrix
+
+    monkeypatch.setattr(matrix, "INTERPRETED", False)  # an item a warp, as on a GPU
+    monkeypatch.setattr(matrix, "PROGRAMS_PER_SM", programs)
+    monkeypatch.setattr(matrix, "multiprocessors", lambda device: 2)
+    compare("triton", T=33, K=8, M=2, V=4, B=1)
+
+
+def test_triton_reads_any_strides():
+    """And gradients that are expanded, as those of a sum are."""
+    pytest.importorskip("triton")
+    inputs = to_device(make_inputs(T=18, H=3))
+    strange = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[:4]]
+    strange[0] = inputs[0].contiguous()
+    for got, want in zip(run([*strange, *inputs[4:]], "triton"), run(inputs, "triton"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    values = inputs[2].clone().requires_grad_()
+    y, _ = matrix_scan(*inputs[:2], values, inputs[3], backend="triton")
+    (got,) = torch.autograd.grad(y.sum(), values)
+    y, _ = matrix_scan(*inputs[:2], values, inputs[3], backend="torch")
+    torch.testing.assert_close(got, torch.autograd.grad(y.sum(), values)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_are_sequences_of_their_own(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    A, k, v, q, _, _ = to_device(make_inputs(T=20))
+    starts = [0, 3, 4, 17, 20]
+    reset = torch.zeros(2, 20, dtype=torch.bool, device=DEVICE)
+    reset[:, starts[1:-1]] = True
+    whole, last = matrix_scan(A, k, v, q, None, reset, backend=backend)
+    parts = [matrix_scan(*(x[:, a:b] for x in (A, k, v, q)), backend=backend) for a, b in pairwise(starts)]
+    torch.testing.assert_close(whole, torch.cat([y for y, _ in parts], 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, parts[-1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cut", [1, 17])
+def test_a_split_scan_is_the_whole_scan(backend, cut):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    *numbers, h0, reset = to_device(make_inputs(T=19))
+    whole, last = matrix_scan(*numbers, h0, reset, backend=backend)
+    first, S = matrix_scan(*(x[:, :cut] for x in numbers), h0, reset[:, :cut], backend=backend)
+    second, end = matrix_scan(*(x[:, cut:] for x in numbers), S, reset[:, cut:], backend=backend)
+    torch.testing.assert_close(whole, torch.cat([first, second], 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_it_compiles_without_a_graph_break(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    torch.compiler.reset()
+    *numbers, h0, reset = to_device(make_inputs(T=5, B=1))
+    numbers = [x.requires_grad_() for x in numbers]
+
+    def loss(h0):
+        y, last = matrix_scan(*numbers, h0, reset, backend=backend)
+        return y.square().sum() + last.sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for got, want in zip(
+        torch.autograd.grad(compiled(h0), numbers), torch.autograd.grad(loss(h0), numbers), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_mistakes_are_told():
+    A, k, v, q, h0, reset = make_inputs(K=6, M=3)
+    wrong = [
+        ((A, k, v[:, :1], q, None, None, "auto"), "values has shape"),
+        ((A, k, v, q[..., :1], None, None, "auto"), "queries has shape"),
+        ((A, k, v, q, h0[:1], None, "auto"), "h0 has shape"),
+        ((A, k, v, q, None, reset.float(), "auto"), "bool mask"),
+        ((A[:, :, :, :4], k, v, q, None, None, "auto"), "do not split into blocks"),
+        ((A.unsqueeze(0), k, v, q, None, None, "auto"), r"\(B, T, H, K, M\)"),
+        ((A, k, v.long(), q, None, None, "auto"), "floating-point"),
+        ((A, k, v, q, None, None, "cuda"), "unknown backend 'cuda'"),
+    ]
+    for given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            matrix_scan(*given)
+
+
+def test_what_triton_cannot_run_is_told(monkeypatch):
+    pytest.importorskip("triton")
+
+    def told(message, **shape):
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: .*{message}"):
+            matrix_scan(*make_inputs(**shape), backend="triton")
+
+    told("block size 3", K=6, M=3)
+    told("3 blocks a head", K=6)
+    told("3 columns a head are not a power of two", V=3)
+    told("256 x 4 is above 128", K=256)
+    told("fp64", dtype=torch.float64)
+    if DEVICE == "cpu":
+        monkeypatch.delenv("TRITON_INTERPRET")
+        told("triton compiles for GPUs")

@@ -1,0 +1,124 @@
+"""The matrix-valued BD-LRU as a mixer: what the tests of every mixer (tests/model) do not ask."""
+
+import pytest
+import torch
+
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.mixers import SequenceContext, build_mixer
+from lrnn_lm.mixers.bd_matrix import HALF_LIFE
+
+SPEC = {"type": "bd_matrix", "num_heads": 2, "head_dim": 8, "value_dim": 4, "block_size": 4}
+
+
+def made(spec, hidden_size=16):
+    """A mixer with the initial values of its own and gates that vary."""
+    torch.manual_seed(0)
+    mixer = build_mixer(spec, hidden_size)
+    with torch.no_grad():
+        for name, value in mixer.initial_values(0.02).items():
+            mixer.get_parameter(name).copy_(value)
+    return mixer
+
+
+@pytest.mark.parametrize("gate", ["softmax", "tanh"])
+@torch.no_grad()
+def test_the_state_goes_through_the_reported_transitions(gate):
+    """Without values, every column of S_T is A_T .. A_1 of that of S_0."""
+    mixer = made(SPEC | {"gate": gate})
+    mixer.value_proj.weight.zero_()
+    x, S = torch.randn(3, 7, 16), torch.randn(3, 2, 8, 4)
+    _, last = mixer(x, S, SequenceContext())
+    blocks = S.flatten(1, 2).unflatten(1, (-1, 4))  # (B, H K / M, M, V)
+    for A in mixer.transitions(x).unbind(1):
+        blocks = A @ blocks
+    torch.testing.assert_close(last, blocks.flatten(1, 2).unflatten(1, (2, 8)))
+
+
+@pytest.mark.parametrize("gate", ["softmax", "silu", "tanh", "sigmoid"])
+@torch.no_grad()
+def test_the_state_is_bounded_by_the_values(gate):
+    """Prop. 1: no number of a column of S exceeds the largest value that the column has seen."""
+    mixer = made(SPEC | {"gate": gate, "half_life": None})
+    mixer.gate_proj.weight.normal_(std=2.0)
+    x = 3 * torch.randn(4, 200, 16)
+    _, S = mixer(x, None, SequenceContext())
+    most = mixer.value_proj(x).abs().amax(dim=1).unflatten(-1, (2, 4))  # (B, H, V)
+    assert (S.abs().amax(dim=2) <= most * (1 + 1e-5)).all()
+    assert (mixer.transitions(x).abs().sum(-1) <= 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@torch.no_grad()
+def test_half_lives_at_the_start_span_the_range_in_every_head(block_size):
+    mixer = made(SPEC | {"block_size": block_size})
+    A = mixer.transitions(torch.zeros(1, 1, 16))[0, 0]  # (H K / M, M, M)
+    lives = (-1 / A.diagonal(dim1=1, dim2=2).log2()).flatten().view(2, 8)
+    torch.testing.assert_close(lives[0], lives[1])
+    torch.testing.assert_close(lives[0, [0, -1]], torch.tensor(HALF_LIFE), rtol=1e-3, atol=0)
+    mixed = A.sum(-1) - A.diagonal(dim1=1, dim2=2)
+    assert (mixed <= 0.021 * (1 - A.diagonal(dim1=1, dim2=2))).all()
+
+
+@torch.no_grad()
+def test_a_probe_forces_its_transitions_to_their_diagonal():
+    mixer, x = made(SPEC), torch.randn(2, 5, 16)
+    A = mixer.transitions(x)
+    mixer.diagonal_only = True
+    torch.testing.assert_close(mixer.transitions(x), A * torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    "change", [{"output_gate": False}, {"head_norm": False}, {"value_dim": None}], ids=str
+)
+def test_options_change_the_output_and_their_parameters(change):
+    plain, other, x = made(SPEC), made(SPEC | change), torch.randn(2, 5, 16)
+    names = {name for name, _ in plain.named_parameters()} - {name for name, _ in other.named_parameters()}
+    gone = {"output_gate": "output_gate_proj.weight", "head_norm": "norm_weight"}
+    assert names == {gone[option] for option in change if option in gone}
+    y, state = other(x, None, SequenceContext())
+    assert state.shape == (2, 2, 8, 8 if "value_dim" in change else 4)
+    assert other.state_elements(9) == state[0].numel()
+    assert not torch.allclose(y, plain(x, None, SequenceContext())[0])
+
+
+def test_work_by_hand():
+    """2 heads of 8 x 4: a number takes 5 multiply-adds and one to be read, a gate 3 operations."""
+    assert build_mixer(SPEC, 16).cost(100).scan == 2 * 8 * 4 * 6 * 2 + 2 * 8 * 5 * 3
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_step_after_a_state_is_a_step_of_the_pass(documents):
+    """Token by token, with the Triton scan before and without."""
+    pytest.importorskip("triton")
+    mixer, x = made(SPEC), torch.randn(2, 19, 16)
+    reset = (torch.rand(2, 19) < 0.2) if documents else None
+    mixer.backend = "triton"
+    whole, _ = mixer(x, None, SequenceContext(reset=reset))
+    state, parts = None, []
+    for start, stop in ((0, 17), (17, 18), (18, 19)):
+        part = None if reset is None else reset[:, start:stop]
+        y, state = mixer(x[:, start:stop], state, SequenceContext(reset=part))
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_stay_in_fp32_under_autocast():
+    """A half-life of 512 is a rate of 0.9986, which bf16 does not have."""
+    mixer, x = made(SPEC), torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        A, k = mixer._coefficients(mixer.gate_proj(x))
+        y, state = mixer(x, None, SequenceContext())
+    assert A.dtype == k.dtype == state.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"block_size": 3}, "head_dim 8 does not split into blocks of block_size 3"),
+    ({"half_life": [4, 2]}, "half_life is"),
+    ({"half_life": [2, 4], "gate": "tanh"}, "half_life needs a gate"),
+    ({"value_dim": 0}, "value_dim must be at least 1"),
+    ({"gate": "softmaxx"}, "unknown gate"),
+])  # fmt: skip
+def test_mistakes_are_told(change, message):
+    with pytest.raises(ValueError, match=message):
+        LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=16, num_hidden_layers=1, mixer=SPEC | change))
