@@ -46,12 +46,6 @@ TrustRemoteCode = Annotated[
 ]
 
 
-@app.callback()
-def before_any_command() -> None:
-    """Pretrain, score and run language models built on linear recurrent networks."""
-    check_transformers()
-
-
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"lrnn-lm {__version__}")
@@ -65,6 +59,7 @@ def lrnn(
     ] = False,
 ) -> None:
     """Pretrain, score and run language models built on linear recurrent networks."""
+    check_transformers()  # before a command imports it: an old one fails in the midst of an import
 
 
 @app.command()

@@ -44,9 +44,24 @@ def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tenso
     """
     if gate_std is None:
         return {}
+    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
+
+
+@torch.no_grad()
+def spread_gates(gate_proj: nn.Linear, gate_std: float | None) -> None:
+    """Make the logits of a new `gate_proj` spread by gate_std, for a mixer that no model initialises.
+
+    What torch drew is scaled: another draw would move the numbers of every model that is drawn anew after.
+
+    Raises:
+        ValueError: a gate_std that is no number above 0.
+    """
+    if gate_std is None:
+        return
     if not isinstance(gate_std, int | float) or gate_std <= 0:
         raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
-    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
+    gate_proj.weight.mul_(3**0.5 * gate_std)  # uniform within 1 / sqrt(in_features), by torch's custom
+    gate_proj.bias.zero_()
 
 
 Joint = tuple[Tensor, Tensor | None]  # weight and bias of several projections side by side

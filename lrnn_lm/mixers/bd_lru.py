@@ -21,6 +21,7 @@ from .base import (
     gate_bias,
     gate_matrix,
     packed_planes,
+    spread_gates,
 )
 from .initial_gates import check_half_life, gate_bias_of_half_lives
 from .short_conv import ShortConvolution
@@ -76,6 +77,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
+        spread_gates(self.gate_proj, gate_std)
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None

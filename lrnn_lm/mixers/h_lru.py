@@ -25,6 +25,7 @@ from .base import (
     gate_matrix,
     packed_planes,
     plain_weight,
+    spread_gates,
 )
 
 
@@ -59,6 +60,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         self.gate = gate
         self.backend = "auto"  # of the scan
         self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
+        spread_gates(self.gate_proj, gate_std)
         self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
         self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
 

@@ -74,11 +74,15 @@ def test_too_old_transformers(version, with_transformers):
         f"lrnn: lrnn-lm needs transformers {needed} or newer, {version} is installed: "
         f"pip install 'transformers>={needed}'\n"
     )
+    # Commands that need no model are refused as well: none begins work that it cannot end.
+    for command in (["report", "runs/none"], ["bench", "--compare", "none.json"], ["prepare", "none.yaml"]):
+        assert python("-m", "lrnn_lm.cli", *command, first=folder).stderr == done.stderr
     done = python("-c", "import lrnn_lm.model", first=folder)
     assert done.stderr.splitlines()[-1].startswith(
         "lrnn_lm.requirements.UnmetRequirementError: lrnn-lm needs"
     )
     assert "Usage" in python("-m", "lrnn_lm.cli", "--help", first=folder).stdout
+    assert python("-m", "lrnn_lm.cli", "--version", first=folder).stdout == f"lrnn-lm {__version__}\n"
 
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "6.0.0", "5.100.1"])

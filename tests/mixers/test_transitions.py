@@ -62,5 +62,24 @@ def test_gate_std_is_the_spread_of_the_logits_at_the_start(spec):
         logits = mixer.gate_proj(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
         assert abs(logits.std().item() / (gate_std or 0.02 * 64**0.5) - 1) < 0.1
         assert abs(mixer.value_proj.weight.std().item() / 0.02 - 1) < 0.1
-    with pytest.raises(ValueError, match="gate_std must be above 0"):
-        LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=8, mixer={**spec, "gate_std": 0.0}))
+    for wrong in (0.0, -1, "wide"):
+        with pytest.raises(ValueError, match="gate_std must be above 0"):
+            LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=8, mixer={**spec, "gate_std": wrong}))
+        with pytest.raises(ValueError, match="gate_std must be above 0"):
+            build_mixer({**spec, "gate_std": wrong}, 8)
+
+
+@pytest.mark.parametrize("gate_std", [0.25, 1, 3.0])
+@pytest.mark.parametrize(
+    "spec", [{"type": "bd_lru", "block_size": 3}, {"type": "h_lru", "order": 2}], ids=str
+)
+def test_gate_std_of_a_mixer_alone(spec, gate_std):
+    """A mixer that no model initialises starts with that spread too, and takes no other draws for it."""
+    torch.manual_seed(0)
+    mixer = build_mixer({**spec, "gate_std": gate_std}, 64)
+    logits = mixer.gate_proj(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
+    assert abs(logits.std().item() / gate_std - 1) < 0.1
+    torch.manual_seed(0)
+    plain = build_mixer(spec, 64)
+    assert torch.equal(mixer.value_proj.weight, plain.value_proj.weight)
+    assert not torch.equal(mixer.gate_proj.weight, plain.gate_proj.weight)
