@@ -2,11 +2,13 @@
 
 The interpreter never sees what a compiler may refuse (a constexpr assigned twice, an argument that is None)
 or how arguments bind to a launch. Here the driver is one that knows its target and launches nothing. Run as a
-script, in a process where TRITON_INTERPRET is not set.
+script, `compile_only.py scans | steps | everything`, in a process where TRITON_INTERPRET is not set; it
+prints the names of the kernels that it compiled.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def compile_instead(kernel: JITFunction, grid):
         before = sum(len(cache[0]) for cache in kernel.device_caches.values())
         compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
         if sum(len(cache[0]) for cache in kernel.device_caches.values()) > before:
-            COMPILED.append(kernel.__name__)
+            COMPILED.append(f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}")
             SPILLED.append(stack_bytes(compiled.asm["cubin"]))
 
     return call
@@ -120,15 +122,42 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool) -> None:
     matrix._backward(y, last, transitions, writes, values, queries, h0, reset)
 
 
-if __name__ == "__main__":
-    driver.set_active(CompileOnly())
-    JITFunction.__getitem__ = compile_instead
+def launch_wide_transfer(M: int) -> None:
+    from lrnn_lm.kernels.chunk_transfer import block_transfer
+
+    gates = torch.zeros(1, 32, M + 1, 3, M, dtype=torch.bfloat16).movedim(2, -1)
+    block_transfer(gates, gates[..., 0], None, "softmax", 16, 2, reverse=False)
+
+
+def launch_loss(V: int) -> None:
+    from lrnn_lm.kernels.cross_entropy import cross_entropy_in_place
+
+    cross_entropy_in_place(torch.zeros(2, V, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.long), -100)
+
+
+def some_scans() -> None:
+    """Every kernel of a scan in chunks of time, at the smallest size."""
+    launch_all(1, 40, "softmax", states=True, chunk=16)
+    launch_wide_transfer(16)
+
+
+def some_steps() -> None:
+    """Every kernel of a step of decoding, scans of one step, the loss, and the matrix-valued scan."""
+    launch_all(2, 1, "silu", states=True)
+    launch_matrix(1, torch.bfloat16, 33, states=False)
+    launch_loss(50_280)
+    launch_step(768, 2048, 4, torch.bfloat16)
+    launch_tiles(8, 768, 2048, 4)
+
+
+def everything() -> None:
+    """Sizes, dtypes and gates that compile differently; minutes."""
     launch_all(2, 40, "softmax", states=False)
     assert len(COMPILED) == 4, COMPILED
     launch_all(2, 96, "softmax", states=False)
     assert len(COMPILED) == 4, "another T compiled again"
     launch_all(3, 40, "tanh", states=True, chunk=16)
-    launch_all(2, 1, "silu", states=True)
+    some_steps()
     first = len(SPILLED)
     launch_matrix(4, torch.bfloat16, 64, states=False)
     launch_matrix(1, torch.float32, 33, states=True)
@@ -136,14 +165,18 @@ if __name__ == "__main__":
     launch_matrix(4, torch.bfloat16, 96, states=False)
     assert len(COMPILED) == first + 10, "another T compiled again"
     assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
     first = len(SPILLED)
-    launch_step(768, 2048, 4, torch.bfloat16)
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.float32)
-    launch_tiles(8, 768, 2048, 4)
     launch_tiles(64, 768, 2048, 4)
     launch_tiles(64, 2048, 5504, 16)
     assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
-    print(f"compiled {len(COMPILED)} kernels for sm_90")
+
+
+if __name__ == "__main__":
+    driver.set_active(CompileOnly())
+    JITFunction.__getitem__ = compile_instead
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    {"scans": some_scans, "steps": some_steps, "everything": everything}[sys.argv[1]]()
+    print(*sorted(set(COMPILED)))

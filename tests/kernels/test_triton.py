@@ -5,6 +5,7 @@ Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten f
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from scans import SCANS, TOLERANCE, make_inputs, relative_error, run
 from triton_cases import DEVICE, GPU, compare, cut_time, poison, to_device  # noqa: F401  (a fixture)
 
+import lrnn_lm.kernels
 from lrnn_lm.kernels import (
     BACKENDS,
     GATES,
@@ -343,14 +345,41 @@ def test_importing_the_kernels_does_not_import_triton():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.slow
-def test_compiles_for_hopper_without_a_gpu():
-    """See compile_only.py: also, that a new T compiles nothing."""
+def compile_for_hopper(what: str, cache: Path) -> subprocess.Popen[str]:
+    """See compile_only.py; a cache of its own, so that it is this code that compiles."""
     script = Path(__file__).with_name("compile_only.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    subprocess.run([sys.executable, "-W", "ignore", str(script)], check=True, env=environment)
+    environment["TRITON_CACHE_DIR"] = str(cache / what)
+    command = [sys.executable, "-W", "ignore", str(script), what]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
+    """At the smallest sizes, in two processes side by side; the sizes that differ are below."""
+    running = [compile_for_hopper(what, tmp_path) for what in ("scans", "steps")]
+    compiled = set()
+    for process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        compiled |= set(said.splitlines()[-1].split())
+    written = {
+        f"{file.stem}.{name}"
+        for file in Path(lrnn_lm.kernels.__file__).parent.glob("*.py")
+        for name in re.findall(r"^def (\w*_kernel)\(", file.read_text(), re.MULTILINE)
+    }
+    assert compiled == written
+
+
+@pytest.mark.slow
+def test_compiles_for_hopper_without_a_gpu(tmp_path):
+    """Sizes, dtypes and gates that compile differently; also, that a new T compiles nothing."""
+    process = compile_for_hopper("everything", tmp_path)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
 
 
 def test_a_kernels_cache_key_does_not_depend_on_what_ran_before():
