@@ -6,9 +6,13 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from tiny_run import STEPS, fingerprint, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits, send_at
@@ -64,6 +68,45 @@ def test_stopped_and_resumed_is_straight_through(build: Build, straight: Path, w
     second.run()
     assert_same_run(second.folder, straight)
     assert parts == whole
+
+
+@pytest.fixture
+def in_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trainers under bf16 autocast. A recipe has that on a GPU only; a CPU's stands in for it."""
+
+    def accelerator(*_: object) -> Accelerator:
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps its first precision
+        return Accelerator(cpu=True, mixed_precision="bf16")
+
+    monkeypatch.setattr("lrnn_lm.train.build.make_accelerator", accelerator)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_bf16")
+def test_in_bf16_and_compiled(build: Build) -> None:
+    """A hybrid under autocast, its blocks compiled: what is resumed has compiled anew."""
+    plain = ("model.layer_pattern=[bd_lru, attention]", "train.tokens=3072", "eval.every=3 steps")
+    overrides = ("train.compile=true", *plain)
+    eager = build("name=eager", *plain)
+    eager.run()
+    torch.compiler.reset()
+    whole = build("name=whole", *overrides)
+    whole.run()
+    assert losses(whole.folder) != losses(eager.folder), "nothing was compiled"
+    first = build(*overrides)
+    send_at(first, 4, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    torch.compiler.reset()
+    second = build(*overrides)
+    assert second.position.step == 4
+    second.run()
+    last = "checkpoints/step-00000006"
+    assert losses(second.folder) == losses(whole.folder)
+    assert validations(second.folder) == validations(whole.folder)
+    assert fingerprint(second.folder / last) == fingerprint(whole.folder / last)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
