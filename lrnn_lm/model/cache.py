@@ -2,7 +2,8 @@
 
 A cache layer of type `linear_attention` holds a state of constant size and counts nothing, while `generate`
 asks a cache for its length (to continue from it, or to cut the inputs to the new tokens). So the count is
-kept on the first layer, where every view of the cache finds it, and `RecurrentCache` answers with it.
+kept on the first layer, where every view of the cache finds it, and `RecurrentCache` answers with it. Beside
+attention, whose keys are counted anyway, it is not kept.
 
 What is done with states as values, saving and copying, is in states.py.
 """
@@ -113,13 +114,15 @@ def check_state(state: Any, batch_size: int, elements: int) -> None:
         )
 
 
-def tokens_seen(cache: Cache | None) -> int:
-    """Tokens that a cache has seen, whatever its layers are."""
+def tokens_seen(cache: Cache | None) -> int | Tensor:
+    """Tokens that a cache has seen, whatever its layers are; of a static cache a tensor within a graph."""
     if cache is None:
         return 0
+    attention = next((layer for layer in cache.layers if not is_recurrent(layer)), None)
+    if attention is not None:
+        length = attention.get_seq_length()
+        return length if torch.compiler.is_compiling() else int(length)
     layer = cache.layers[0]
-    if not is_recurrent(layer):
-        return layer.get_seq_length()
     return layer.seen_tokens if layer.has_previous_state[0] else 0
 
 
@@ -155,7 +158,8 @@ def keep_layer_state(
     if cache is None or not is_recurrent(cache.layers[layer_idx]):
         return
     layer = cache.layers[layer_idx]
-    layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
+    if all(map(is_recurrent, cache.layers)):  # else attention counts, and a count here would change a graph
+        layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
     layer.mixer_type = mixer_type
     cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True

@@ -86,7 +86,8 @@ def document_starts(
         _check_shape("position_ids", position_ids, B, T)
         positions = position_ids.expand(B, T)
         _check_continuation(positions, token_mask, past, reset, first)
-        found["position_ids"] = _starts(positions, positions - 1, token_mask, torch.le)
+        if T > 1:  # of one token they say nothing
+            found["position_ids"] = _starts(positions, positions - 1, token_mask, torch.le)
     if packing.get("seq_idx") is not None:
         ids = packing["seq_idx"]
         _check_shape("seq_idx", ids, B, T)

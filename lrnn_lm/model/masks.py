@@ -169,15 +169,14 @@ def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tenso
     """
     # A static cache tells its length by a tensor, on whose value a graph must not depend.
     start = document_start(layer) if isinstance(past, Tensor) or past else None  # (B,)
-    if reset is None and start is None:
-        return None
+    if reset is None:
+        return None if start is None else lambda batch, head, query, key: key >= start[batch]
     B, T, _ = x.shape
     keys = torch.arange(past + T, device=x.device)  # (past + T,)
     new = torch.zeros(B, past + T, dtype=torch.long, device=x.device)
-    if reset is not None:
-        new[:, past:] = reset.long().cumsum(dim=1)
+    new[:, past:] = reset.long().cumsum(dim=1)
     document = new if start is None else new - (keys < start.unsqueeze(1)).long()  # (B, past + T)
-    if layer is not None and reset is not None:
+    if layer is not None:
         began = torch.where(new[:, past:].any(dim=1), (document != document[:, -1:]).sum(dim=1), 0)
         layer.document_start = began if start is None else torch.maximum(began, start)
 

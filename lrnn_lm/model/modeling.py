@@ -61,6 +61,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LRNNBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _can_compile_fullgraph = True  # a step on a static cache
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LRNNBlock,
@@ -195,14 +196,7 @@ class LRNNModel(LRNNPreTrainedModel):
         if visible is None and batch.attention_mask is None and layer is None and not eager:
             # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
             return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=batch.attention_mask,
-            past_key_values=cache,
-            and_mask_function=visible,
-            layer_idx=layer_idx,
-        )
+        mask = _attention_mask(self.config, x, batch.attention_mask, cache, visible)
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
 
 
@@ -219,9 +213,28 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it."""
-        return attention_mask
+    def create_masks_for_generate(
+        config: LRNNConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache,
+        is_first_iteration: bool | None = True,
+        **kwargs: Any,
+    ) -> Tensor | dict[str, Tensor] | None:
+        """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it.
+
+        But for a step on a static cache: there the 2-d mask grows with every token, and a graph with it, so
+        attention's mask (B, 1, 1, S) over all S places is made here. What was generated is never padding.
+        """
+        step = inputs_embeds.shape[1] == 1 and not is_first_iteration
+        if not step or "full_attention" not in config.layer_types:
+            return attention_mask
+        layer_idx = config.layer_types.index("full_attention")
+        layer = past_key_values.layers[layer_idx]
+        return {"full_attention": _attention_mask(
+            config, inputs_embeds, attention_mask, past_key_values,
+            same_document(None, layer, layer.get_seq_length(), inputs_embeds),
+        )}  # fmt: skip
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -348,7 +361,7 @@ def _layout(
     config: LRNNConfig,
     tokens: Tensor,
     cache: Cache | None,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | dict[str, Tensor] | None,
     position_ids: Tensor | None,
     reset: Tensor | None,
     kwargs: dict[str, Any],
@@ -356,9 +369,30 @@ def _layout(
     """Padding and documents of `tokens` (B, T, ..), from whatever says something of them."""
     if cache is not None:
         check_cache(config, cache)
+    if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
+        if set(attention_mask) != {"full_attention"} or tokens.shape[1] > 1 or reset is not None:
+            raise ValueError(
+                "masks by kind of layer are for one token after a static cache, as generate passes them; "
+                "pass one attention_mask (rows, tokens so far), 0 on padding"
+            )
+        return Layout(attention_mask["full_attention"])
     packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}
     only_attention = "linear_attention" not in config.layer_types
     return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, only_attention)
+
+
+def _attention_mask(
+    config: LRNNConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, visible: Any
+) -> Tensor | None:
+    """(B, 1, T, S) for the attention layers, in the form that their implementation takes."""
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=x,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        and_mask_function=visible,
+        layer_idx=config.layer_types.index("full_attention"),
+    )
 
 
 remember(LRNNModel, LRNNForCausalLM)
