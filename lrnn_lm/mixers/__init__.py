@@ -12,6 +12,7 @@ from .base import (
     ResidualOutput,
     SequenceContext,
     compute_dtype,
+    is_traced,
     plain_weight,
 )
 from .bd_lru import BlockDiagonalLRU
@@ -87,6 +88,7 @@ __all__ = [
     "SequenceContext",
     "build_mixer",
     "compute_dtype",
+    "is_traced",
     "mixer_class",
     "mixer_options",
     "plain_weight",

@@ -71,7 +71,7 @@ class Attention(Mixer):
         if context.attention_weights:
             y = self.weights(q, k, mask) @ v
         else:
-            causal = mask is None and T > 1
+            causal = bool(mask is None and T > 1)  # of an exported graph's T a symbol, which SDPA refuses
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 

@@ -3,6 +3,7 @@
 Legend: B batch, T time, D model width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,6 +63,38 @@ def spread_gates(gate_proj: nn.Linear, gate_std: float | None) -> None:
         raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
     gate_proj.weight.mul_(3**0.5 * gate_std)  # uniform within 1 / sqrt(in_features), by torch's custom
     gate_proj.bias.zero_()
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made, which must not depend on values: by torch.compile, export or trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exported() -> bool:
+    """Whether that graph has to be whole: torch.compile breaks one at what depends on values."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def by_tokens(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, reset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A mixer's `run` token by token, its state zero where a document starts.
+
+    For graphs to export, whose shapes cannot depend on where that is; they grow with T. torch.compile rather
+    breaks its graph at the documents.
+
+    Args:
+        run: (x (B, 1, D), state (B, ..)) -> (y (B, 1, D), the state after).
+        x, state, reset: (B, T, D), (B, ..) and (B, T) bool.
+    Returns:
+        y (B, T, D) and the state after.
+    """
+    y = []
+    for x_t, reset_t in zip(x.split(1, dim=1), reset.unbind(dim=1), strict=True):
+        state = state.masked_fill(reset_t.view(-1, *[1] * (state.ndim - 1)), 0)
+        y_t, state = run(x_t, state)
+        y.append(y_t)
+    return torch.cat(y, dim=1), state
 
 
 Joint = tuple[Tensor, Tensor | None]  # weight and bias of several projections side by side

@@ -131,7 +131,7 @@ def _alive_taps(reset: Tensor, order: int) -> Tensor:
     T = reset.shape[1]
     alive, living = [torch.ones_like(reset)], torch.ones_like(reset)
     for lag in range(1, order):
-        living = living & ~nn.functional.pad(reset[:, : max(T - lag + 1, 0)], (min(lag - 1, T), 0))
+        living = living & ~nn.functional.pad(reset, (lag - 1, 0))[:, :T]
         alive.append(living)
     return torch.stack(alive, dim=2).unsqueeze(-1)
 

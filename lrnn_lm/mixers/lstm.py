@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
 
 
 class LSTM(Mixer):
@@ -31,7 +31,9 @@ class LSTM(Mixer):
         """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
         if state is None:
             state = x.new_zeros(x.shape[0], 2, self.width)
-        if context.reset is None or not bool(context.reset.any()):
+        if context.reset is not None and is_exported():
+            h, state = by_tokens(self._run, x, state, context.reset)
+        elif context.reset is None or not bool(context.reset.any()):
             h, state = self._run(x, state)
         else:
             h, state = self._run_documents(x, state, context.reset)

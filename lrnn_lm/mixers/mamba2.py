@@ -10,7 +10,7 @@ S state size.
 import torch
 from torch import Tensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
 
 
 class Mamba2(Mixer):
@@ -64,6 +64,10 @@ class Mamba2(Mixer):
         self, x: Tensor, state: Tensor | None, context: SequenceContext
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), state (B, C k + H P S) -> y (B, T, D), such a state in fp32, or None if not wanted."""
+        if context.reset is not None and is_exported():
+            if state is None:
+                state = x.new_zeros(x.shape[0], self.state_elements(1), dtype=torch.float32)
+            return by_tokens(lambda *now: self._run(*now, None, True), x, state, context.reset)
         if context.reset is None or not bool(context.reset.any()):
             return self._run(x, state, None, context.keep_state)
         return self._run_documents(x, state, context.reset)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..mixers import is_traced
 from .config import LRNNConfig
 
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
@@ -50,7 +51,9 @@ class RecurrentCache(DynamicCache):
                 layer.batch_select_indices(indices)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Always a ValueError: a state cannot be cut back to an earlier token."""
+        """As transformers' for attention alone; else a ValueError: a state cannot be cut back."""
+        if not any(map(is_recurrent, self.layers)):
+            return super().crop(*args, **kwargs)
         raise ValueError(
             "a recurrent state cannot be cut back to an earlier token; "
             "keep a copy with lrnn_lm.model.copy_states"
@@ -75,8 +78,10 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
         raise ValueError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
     kinds = ["linear_attention" if is_recurrent(layer) else "full_attention" for layer in cache.layers]
     if kinds != config.layer_types:
+        keys = "linear_attention" in config.layer_types and "linear_attention" not in kinds
+        hint = " (recurrent layers take no keys and values, as prefix tuning makes them)" if keys else ""
         raise ValueError(
-            f"past_key_values does not fit this model's {config.num_hidden_layers} layers; {_REMEDY}"
+            f"past_key_values does not fit this model's {config.num_hidden_layers} layers{hint}; {_REMEDY}"
         )
     for layer, spec in zip(cache.layers, config.layer_mixers, strict=True):
         if (found := state_mixer(layer)) is not None and found != spec["type"]:
@@ -121,7 +126,7 @@ def tokens_seen(cache: Cache | None) -> int | Tensor:
     attention = next((layer for layer in cache.layers if not is_recurrent(layer)), None)
     if attention is not None:
         length = attention.get_seq_length()
-        return length if torch.compiler.is_compiling() else int(length)
+        return length if is_traced() else int(length)
     layer = cache.layers[0]
     return layer.seen_tokens if layer.has_previous_state[0] else 0
 

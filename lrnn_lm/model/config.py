@@ -64,6 +64,7 @@ class LRNNConfig(PreTrainedConfig):
             self.layer_pattern = [
                 mixer_options({**options, **_table("layer_pattern", entry)}) for entry in entries
             ]
+        kwargs.pop("num_attention_heads", None)  # what `to_dict` wrote; the mixers say it
         super().__post_init__(**kwargs)
         # The Auto classes look a model up by the type of a config that exists: now is early enough to
         # register ours, and late enough that transformers has been imported as a whole.
@@ -86,6 +87,10 @@ class LRNNConfig(PreTrainedConfig):
         return next(
             (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds, and `num_attention_heads`, which PEFT looks for there."""
+        return {**super().to_dict(), "num_attention_heads": self.num_attention_heads}
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:

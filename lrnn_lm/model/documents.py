@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..mixers import is_traced
+
 PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Read by transformers' own decorators; `cache_position`, of older releases, is counted by the cache itself.
 _TRANSFORMERS = ("output_hidden_states", "output_attentions", "return_dict", "cache_position")
@@ -29,7 +31,7 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
             continue
         if name == "is_causal" and value is True:
             continue
-        if name == "token_type_ids" and not torch.compiler.is_compiling() and not bool(value.any()):
+        if name == "token_type_ids" and not is_traced() and not bool(value.any()):
             continue  # a tokenizer's default: all tokens are of one type
         near = difflib.get_close_matches(name, (*_NAMED, *PACKING), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
@@ -120,7 +122,7 @@ def _agreed(found: dict[str, Tensor], token_mask: Tensor | None) -> Tensor | Non
     if not found or list(found) == ["reset"]:
         return found.get("reset")
     name, starts = next(iter(found.items()))
-    if torch.compiler.is_compiling():
+    if is_traced():
         for its in found.values():
             starts = starts | its
         return starts
@@ -149,7 +151,7 @@ def _check_continuation(
     first: Tensor | None,
 ) -> None:
     """Raise ValueError where the first new token is at position 0 though its row has a past, and no reset."""
-    if isinstance(past, Tensor) or not past or torch.compiler.is_compiling():
+    if isinstance(past, Tensor) or not past or is_traced():
         return
     if token_mask is None:
         again = positions[:, 0] == 0
@@ -170,7 +172,7 @@ def _from_offsets(name: str, offsets: Tensor, longest: Any, tokens: Tensor) -> T
     B, T = tokens.shape[:2]
     if not isinstance(offsets, Tensor) or offsets.ndim != 1 or offsets.shape[0] < 2:
         raise ValueError(f"{name} must be one row of offsets, from 0 to the number of tokens")
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         places = offsets.tolist()
         lengths = [b - a for a, b in pairwise(places)]
         if places[0] != 0 or places[-1] != B * T or min(lengths) < 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.dispatch import has_triton
-from ..mixers import compute_dtype
+from ..mixers import compute_dtype, is_traced
 
 IGNORE = -100  # label of a position without a target
 
@@ -195,7 +195,7 @@ def counted_targets(
     if num_items is None:
         return None
     claimed, true = (labels[:, 1:] != IGNORE).sum(), (targets != IGNORE).sum()
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.where(torch.as_tensor(num_items, device=claimed.device) == claimed, true, num_items)
     if bool(claimed == true):
         return num_items

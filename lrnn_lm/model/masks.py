@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..mixers import is_traced
 from .cache import document_start
 from .documents import before, document_starts
 
@@ -46,7 +47,7 @@ def layout(
     B, T = tokens.shape[:2]
     blocks = token_mask = first = None
     if attention_mask is not None and attention_mask.ndim == 4:
-        fresh = isinstance(past, int) and past == 0 and not torch.compiler.is_compiling()
+        fresh = isinstance(past, int) and past == 0 and not is_traced()
         read = _blocks(attention_mask, B, T) if fresh else None
         if read is None:
             _check_unread(reset, packing, only_attention)
@@ -65,7 +66,7 @@ def padding(
 
     A mask of the T new tokens alone will do if the cache holds what came before.
     """
-    traced = torch.compiler.is_compiling()  # a graph has the masks always: it cannot depend on values
+    traced = is_traced()  # a graph has the masks always: it cannot depend on values
     fits = attention_mask.ndim == 2 and attention_mask.shape[0] == B
     if fits and not traced and not isinstance(past, Tensor):
         fits = attention_mask.shape[1] in (T, past + T)
@@ -96,7 +97,7 @@ def tokens_last(token_mask: Tensor, keep_state: bool) -> Tensor | None:
     """
     if token_mask.shape[1] == 1:
         return None
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         ends = token_mask[:, :-1] & ~token_mask[:, 1:]
         if not keep_state:  # only what comes after the padding
             ends = ends.cumsum(dim=1).bool() & token_mask[:, 1:]
@@ -118,7 +119,7 @@ def check_padding(layer: Any, attention_mask: Tensor | None, T: int, past: int |
 
     The cache layer keeps whether it has seen padding.
     """
-    if layer is None or isinstance(past, Tensor) or torch.compiler.is_compiling():
+    if layer is None or isinstance(past, Tensor) or is_traced():
         return
     told = attention_mask is not None and attention_mask.shape[-1] == past + T
     if past and not told and (attention_mask is not None or (hasattr(layer, "padded") and layer.padded)):
@@ -172,12 +173,15 @@ def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tenso
     if reset is None:
         return None if start is None else lambda batch, head, query, key: key >= start[batch]
     B, T, _ = x.shape
-    keys = torch.arange(past + T, device=x.device)  # (past + T,)
-    new = torch.zeros(B, past + T, dtype=torch.long, device=x.device)
-    new[:, past:] = reset.long().cumsum(dim=1)
-    document = new if start is None else new - (keys < start.unsqueeze(1)).long()  # (B, past + T)
+    seen = past + T
+    places = seen if layer is None else layer.get_mask_sizes(T)[0]  # S, and what a static cache has beyond
+    document = torch.zeros(B, places, dtype=torch.long, device=x.device)
+    document[:, past:seen] = reset.long().cumsum(dim=1)
+    if start is not None:
+        document -= (torch.arange(places, device=x.device) < start.unsqueeze(1)).long()
     if layer is not None:
-        began = torch.where(new[:, past:].any(dim=1), (document != document[:, -1:]).sum(dim=1), 0)
+        earlier = (document[:, :seen] != document[:, seen - 1 : seen]).sum(dim=1)
+        began = torch.where(reset.any(dim=1), earlier, 0)
         layer.document_start = began if start is None else torch.maximum(began, start)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -210,6 +210,7 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self.model = LRNNModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._is_stateful = "linear_attention" in config.layer_types  # else assisted decoding can cut back
         self.post_init()
 
     @staticmethod
@@ -223,12 +224,14 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
     ) -> Tensor | dict[str, Tensor] | None:
         """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it.
 
-        But for a step on a static cache: there the 2-d mask grows with every token, and a graph with it, so
-        attention's mask (B, 1, 1, S) over all S places is made here. What was generated is never padding.
+        But for a step of one token, where it would grow with every token, and a compiled graph with it. What
+        was generated is never padding, so recurrent layers need no mask; attention's is made here,
+        (B, 1, 1, S) over all S places of a static cache.
         """
-        step = inputs_embeds.shape[1] == 1 and not is_first_iteration
-        if not step or "full_attention" not in config.layer_types:
+        if inputs_embeds.shape[1] > 1 or is_first_iteration:
             return attention_mask
+        if "full_attention" not in config.layer_types:
+            return None
         layer_idx = config.layer_types.index("full_attention")
         layer = past_key_values.layers[layer_idx]
         return {"full_attention": _attention_mask(
@@ -240,6 +243,11 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
+        if self._is_stateful and generation_config.is_assistant:
+            raise ValueError(
+                "assisted decoding cuts its assistant's cache back, which a recurrent state cannot be; "
+                "take an assistant whose layers are all attention"
+            )
         given = model_kwargs.get("past_key_values") is not None
         if given:
             check_cache(self.config, model_kwargs["past_key_values"])
@@ -370,10 +378,11 @@ def _layout(
     if cache is not None:
         check_cache(config, cache)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
-        if set(attention_mask) != {"full_attention"} or tokens.shape[1] > 1 or reset is not None:
+        alone = position_ids is None or reset is not None
+        if set(attention_mask) != {"full_attention"} or tokens.shape[1] > 1 or alone:
             raise ValueError(
-                "masks by kind of layer are for one token after a static cache, as generate passes them; "
-                "pass one attention_mask (rows, tokens so far), 0 on padding"
+                "masks by kind of layer are for one token after a static cache, beside position_ids, as in "
+                "generate; pass one attention_mask (rows, tokens so far), 0 on padding"
             )
         return Layout(attention_mask["full_attention"])
     packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}

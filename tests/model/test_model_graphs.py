@@ -1,0 +1,144 @@
+"""What is made of a model beside running it: exported and traced graphs, a step on a static cache."""
+
+import pytest
+import torch
+from small_models import HYBRIDS, MIXER_ROWS, close, small_model, tokens
+from tolerances import TOLERANCE
+from torch import Tensor
+from torch.export import Dim, export
+from transformers import CompileConfig, StaticCache
+
+ANY_LENGTH = ["bd_lru", "h_lru", "attention", "hybrid"]
+ROUNDING = TOLERANCE["other order of sums"]
+
+
+def left_padded(rows: int, length: int) -> Tensor:
+    """(rows, length) with more padding in each further row."""
+    return (torch.arange(length) >= torch.arange(rows).unsqueeze(1)).long()
+
+
+def padded(rows: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": tokens(rows, length), "attention_mask": left_padded(rows, length)}
+
+
+def compare(graph, model, inputs: dict[str, Tensor]) -> None:
+    """The graph's logits are the model's, but on padding."""
+    want, got = model(**inputs, use_cache=False).logits, graph(**inputs)
+    got = got if isinstance(got, Tensor) else got["logits"]
+    inside = inputs["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+    close(got[inside], want[inside], ROUNDING)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_export(name, masked):
+    """A graph made of one mask is right for another: with other padding, in the middle too, or without."""
+    model = small_model(name, num_hidden_layers=2)
+    inputs = padded(2, 6)
+    if not masked:
+        del inputs["attention_mask"]
+    graph = export(model, (), kwargs={**inputs, "use_cache": False}, strict=False).module()
+    graph = lambda run=graph, **given: run(**given, use_cache=False)  # noqa: E731
+    compare(graph, model, inputs)
+    if masked:
+        for mask in (torch.ones(2, 6), torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]])):
+            compare(graph, model, {**inputs, "attention_mask": mask.long()})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ANY_LENGTH)
+@pytest.mark.parametrize("masked", [False, True])
+def test_export_for_any_length(name, masked):
+    model = small_model(name)
+    inputs = padded(2, 9) if masked else {"input_ids": tokens(2, 9)}
+    sizes = {0: Dim("B", min=2, max=64), 1: Dim("T", min=2, max=4096)}
+    shapes = {**dict.fromkeys(inputs, sizes), "use_cache": None}
+    exported = export(model, (), kwargs={**inputs, "use_cache": False}, dynamic_shapes=shapes, strict=False)
+    graph = lambda **given: exported.module()(**given, use_cache=False)  # noqa: E731
+    for rows, length in ((2, 9), (3, 14), (5, 2)):
+        other = padded(rows, length)
+        compare(graph, model, other if masked else {"input_ids": other["input_ids"]})
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
+def test_trace(name):
+    """Traced without padding, used with it."""
+    model = small_model(name, num_hidden_layers=1 if name in MIXER_ROWS else 2)
+    inputs = padded(2, 6)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    nothing = torch.ones_like(inputs["input_ids"])
+    graph = torch.jit.trace(Logits(), (inputs["input_ids"], nothing), check_trace=False)
+    compare(graph, model, inputs)
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid"])
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_step_on_a_static_cache_is_one_graph(name, dynamic):
+    """Of one shape at every token, for rows of unequal length; the text is that of a growing cache."""
+    torch.compiler.reset()
+    model, inputs = small_model(name), padded(3, 7)
+    want = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    shapes, graphs = set(), []
+
+    def backend(graph, examples, **options):
+        graphs.append(graph)
+
+        def call(*given):
+            shapes.add(tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in given))
+            return graph(*given)
+
+        return call
+
+    config = CompileConfig(backend=backend, dynamic=dynamic, fullgraph=True)
+    config._compile_all_devices = True
+    got = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=config
+    )
+    assert torch.equal(got, want)
+    assert len(graphs) == len(shapes) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention", *HYBRIDS])
+@pytest.mark.parametrize("padding", [False, True])
+def test_documents_in_a_static_cache(name, padding):
+    """A step sees the last document alone, as on a growing cache, and none of the padding."""
+    model, ids = small_model(name), tokens(2, 9)
+    mask = left_padded(2, 9) if padding else torch.ones_like(ids)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, 4] = reset[1, 6] = True
+    caches = [StaticCache(config=model.config, max_cache_len=16), None]
+    out = [model(ids, attention_mask=mask, reset=reset, past_key_values=c, use_cache=True) for c in caches]
+    caches = [o.past_key_values for o in out]
+    for token in (5, 7):
+        new = torch.full((2, 1), token)
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        steps = []
+        for cache in caches:
+            inputs = model.prepare_inputs_for_generation(
+                new, past_key_values=cache, attention_mask=mask, use_cache=True, is_first_iteration=False,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+            )  # fmt: skip
+            steps.append(model(**inputs).logits)
+        close(steps[0], steps[1], ROUNDING)
+    alone = model(torch.cat([ids[:1, 4:], torch.tensor([[5, 7]])], dim=1)).logits[:, -1:]
+    close(steps[0][:1], alone, ROUNDING)
+
+
+def test_masks_by_kind_of_layer_are_refused_elsewhere():
+    model, ids = small_model("hybrid"), tokens(2, 5)
+    step = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    for mask in ({"full_attention": step}, {"full_attention": None, "linear_attention": None}, {}):
+        with pytest.raises(ValueError, match="masks by kind of layer are for one token"):
+            model(ids, attention_mask=mask)
