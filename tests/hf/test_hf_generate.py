@@ -4,7 +4,7 @@ from threading import Thread
 
 import pytest
 import torch
-from small_models import NAMES, close, small_model, tokens
+from small_models import HYBRIDS, NAMES, RECURRENT, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import (
     AutoModelForCausalLM,
@@ -78,11 +78,28 @@ def test_prefill_in_chunks(name, chunk):
     assert torch.equal(got, want)
 
 
-def test_assistants_are_refused():
-    model = small_model("bd_lru")
-    for options in ({"assistant_model": small_model("bd_lru")}, {"prompt_lookup_num_tokens": 2}):
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": 1}, {"assistant_model": 3}],
+    ids=["lookup", "smaller", "itself"],
+)
+def test_assisted_decoding_of_attention(options):
+    """Wrong guesses are cut out of the cache again: the text is that of greedy decoding."""
+    model, ids = small_model("attention"), tokens(rows=1, length=6).repeat(1, 3)
+    if layers := options.get("assistant_model"):
+        options = {"assistant_model": small_model("attention", num_hidden_layers=layers)}
+    want = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **options, **GREEDY), want)
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, *HYBRIDS])
+def test_assistants_are_refused_where_a_layer_is_recurrent(name):
+    model, attention = small_model(name), small_model("attention")
+    for options in ({"assistant_model": attention}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="stateful"):
             model.generate(tokens(rows=1), **options, **GREEDY)
+    with pytest.raises(ValueError, match="take an assistant whose layers are all attention"):
+        attention.generate(tokens(rows=1), assistant_model=model, **GREEDY)
 
 
 def test_streamed_text_is_the_text(make_checkpoint, tokenizer):

@@ -124,3 +124,45 @@ def test_int8_weights(name):
         options = {"max_new_tokens": 4, "do_sample": False}
         assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
     assert got.shape[-1] == VOCAB
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_peft(name, kind):
+    """Vectors in front of the text are trained alone, and are there in every way of decoding."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
+    model, ids = small_model(name), tokens(length=7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    plain = model(ids, attention_mask=mask).logits
+    options = {"encoder_hidden_size": 8} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.mul_(5)
+    output = model(input_ids=ids, attention_mask=mask, labels=ids)
+    assert (output.logits[1, 3] - plain[1, 0]).abs().max() > 0.1
+    output.loss.backward()
+    assert all("prompt_encoder" in key for key, p in model.named_parameters() if p.grad is not None)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    got, again = (model.generate(input_ids=ids, use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefixes_of_peft_are_for_attention(name):
+    """A prefix is keys and values: a plain refusal where a layer takes none."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
+    ids = tokens(length=7)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(small_model(name), config).eval()
+    if "linear_attention" in model.config.layer_types:
+        with pytest.raises(ValueError, match="take no keys and values, as prefix tuning makes them"):
+            model(input_ids=ids)
+        return
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
+    options = {"max_new_tokens": 6, "do_sample": False}
+    got, again = (model.generate(input_ids=ids, use_cache=cached, **options) for cached in (True, False))
+    assert torch.equal(got, again)
