@@ -61,7 +61,6 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LRNNBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _can_compile_fullgraph = True  # a step on a static cache
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LRNNBlock,
