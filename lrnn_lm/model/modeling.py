@@ -268,8 +268,7 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Greedy decoding and sampling: our own loop for what is usual, transformers' for the rest."""
         chosen = (logits_processor, stopping_criteria, generation_config)
-        patched = "prepare_inputs_for_generation" in vars(self)  # PEFT's puts its prompt in front
-        if synced_gpus or patched or not is_usual(self, *chosen, model_kwargs):
+        if synced_gpus or not is_usual(self, *chosen, model_kwargs):
             return super()._sample(
                 input_ids, *chosen, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
             )
