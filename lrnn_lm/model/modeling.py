@@ -218,16 +218,20 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache,
-        is_first_iteration: bool | None = True,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | dict[str, Tensor] | None:
         """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it.
 
-        But for a step of one token, where it would grow with every token, and a compiled graph with it. What
-        was generated is never padding, so recurrent layers need no mask; attention's is made here,
+        But for a step of one token, where it would grow with every token, and a compiled graph with it: where
+        no row begins or is padding there, recurrent layers need no mask, and attention's is made here,
         (B, 1, 1, S) over all S places of a static cache.
         """
-        if inputs_embeds.shape[1] > 1 or is_first_iteration:
+        if inputs_embeds.shape[1] > 1 or position_ids is None:
+            return attention_mask
+        if attention_mask is not None and not (
+            attention_mask.shape[1] > 1 and bool(attention_mask[:, -2:].all())
+        ):
             return attention_mask
         if "full_attention" not in config.layer_types:
             return None
