@@ -229,10 +229,10 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         """
         if inputs_embeds.shape[1] > 1 or position_ids is None:
             return attention_mask
-        if attention_mask is not None and not (
-            attention_mask.shape[1] > 1 and bool(attention_mask[:, -2:].all())
-        ):
-            return attention_mask
+        if attention_mask is not None:
+            goes_on = attention_mask[:, :-1].any(dim=1) & attention_mask[:, -1].bool()
+            if not bool(goes_on.all()):
+                return attention_mask
         if "full_attention" not in config.layer_types:
             return None
         layer_idx = config.layer_types.index("full_attention")
