@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..recipe import Recipe, RecipeError, load_recipe, read_yaml
+from ..recipe import Recipe, RecipeError, load_recipe, read_yaml, typed_value
 
 MOST_RUNS = 10_000
 _LONGEST_NAME = 200  # bytes of a folder's name, with room for what is written beside it
@@ -56,7 +56,7 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
     """Dotted keys and values of each run."""
     if not sweep.is_file():
         raise RecipeError(f"{sweep}: no such sweep file")
-    data = read_yaml(sweep)
+    data = _typed(read_yaml(sweep))
     if isinstance(data, list):
         wrong = next((entry for entry in data if not isinstance(entry, dict)), None)
         if wrong is not None or not data:
@@ -80,6 +80,20 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
     if wrong is not None:
         raise RecipeError(f"{sweep}: keys are dotted names such as optim.lr, not {wrong!r}")
     return runs
+
+
+def _typed(data: Any) -> Any:
+    """Each value as its key takes it: `1.10` is a number for a rate, and text for a name."""
+    if isinstance(data, list):
+        return [_typed(run) for run in data]
+    if not isinstance(data, dict):
+        return typed_value("", data)
+    return {
+        key: [typed_value(key, each) for each in value]
+        if isinstance(value, list)
+        else typed_value(key, value)
+        for key, value in data.items()
+    }
 
 
 def _labels(keys: list[str]) -> dict[str, str]:

@@ -106,6 +106,7 @@ class Trainer:
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
+        self.validation_bytes: int | None = None  # of the held-out text, once it was read
         self._worked = self.stalled = 0.0
         self.saved_step = position.step if position.step else -1
         self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
@@ -318,7 +319,7 @@ class Trainer:
             return
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
-            tell_validation(self, *validate(self))
+            tell_validation(self, validate(self))
 
     def _save_is_due(self, rang: bool) -> bool:
         """Never amid bad steps: what became due in one is made up after the next good one."""
