@@ -84,16 +84,21 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
 
 def _typed(data: Any) -> Any:
     """Each value as its key takes it: `1.10` is a number for a rate, and text for a name."""
-    if isinstance(data, list):
-        return [_typed(run) for run in data]
-    if not isinstance(data, dict):
+    if isinstance(data, dict):  # a grid: lists of values
+        return {
+            key: [typed_value(key, value) for value in values]
+            if isinstance(values, list)
+            else typed_value(key, values)
+            for key, values in data.items()
+        }
+    if not isinstance(data, list):
         return typed_value("", data)
-    return {
-        key: [typed_value(key, each) for each in value]
-        if isinstance(value, list)
-        else typed_value(key, value)
-        for key, value in data.items()
-    }
+    return [
+        {key: typed_value(key, value) for key, value in run.items()}
+        if isinstance(run, dict)
+        else typed_value("", run)
+        for run in data
+    ]
 
 
 def _labels(keys: list[str]) -> dict[str, str]:

@@ -60,11 +60,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them; the layer pattern
-    with all that its mixers read."""
+    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them.
+
+    Of a layer pattern all that its mixers read, and not the `mixer` that they took it from.
+    """
     data = recipe.model_dump(mode="json")
     if recipe.model.layer_pattern is not None:
         data["model"]["layer_pattern"] = [m.model_dump(mode="json") for m in recipe.model.layer_pattern]
+        del data["model"]["mixer"]
     return _flatten(data, "")
 
 
@@ -152,8 +155,9 @@ def _options_read(data: dict[str, Any]) -> set[str]:
     model = data.get("model")
     model = model if isinstance(model, dict) else {}
     mixer, pattern = model.get("mixer"), model.get("layer_pattern")
-    tables = [mixer or {}, *(pattern if isinstance(pattern, list) else [])]
-    types = [table.get("type", DEFAULT_TYPE) if isinstance(table, dict) else table for table in tables]
+    default = mixer.get("type", DEFAULT_TYPE) if isinstance(mixer, dict) else DEFAULT_TYPE
+    entries = pattern if isinstance(pattern, list) else []
+    types = [default, *(e.get("type", default) if isinstance(e, dict) else e for e in entries)]
     return {option for kind in types if isinstance(kind, str) for option in MIXER_OPTIONS.get(kind, ())}
 
 

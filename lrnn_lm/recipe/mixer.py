@@ -10,7 +10,8 @@ from .section import Section
 _GATED_DELTA = ("num_heads", "head_dim", "expand_v", "conv_kernel", "allow_neg_eigval")
 MIXER_OPTIONS: dict[str, tuple[str, ...]] = {  # as the classes in lrnn_lm.mixers have them
     "bd_lru": (
-        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate", "norm_groups",
+        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate",
+        "norm_groups",
     ),
     "bd_matrix": (
         "num_heads", "head_dim", "value_dim", "block_size", "gate", "gate_std", "half_life", "short_conv",

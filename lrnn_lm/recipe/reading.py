@@ -27,7 +27,7 @@ class TwiceError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `6e-3` as text, where people mean a number; `24:00:00` as 86400; `010` as 8; dates."""
+    """YAML 1.1 reads `6e-3` as text, where people mean a number, `24:00:00` as 86400, `010` as 8; and dates."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Checked here, where a mapping is as written: merge keys (`<<`) are spread out later."""
@@ -48,7 +48,7 @@ def _keep_text(construct: Any, loader: _Loader, node: yaml.ScalarNode) -> Scalar
     return Scalar(construct(loader, node), node.value)
 
 
-_LEFT_OUT = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "timestamp")}
+_LEFT_OUT = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
     key: [(tag, pattern) for tag, pattern in resolvers if tag not in _LEFT_OUT]
     for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -95,11 +95,10 @@ def load_override(text: str, annotation: Any) -> Any:
             return text
     loader = _Loader("")
     try:
-        return loader.construct_document(
-            yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
-        )
-    except ValueError:  # `=`, which YAML 1.1 gives a meaning of its own
-        return text
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        if _takes_text(annotation) and tag != "tag:yaml.org,2002:null":
+            return text
+        return loader.construct_document(yaml.ScalarNode(tag, text))
     finally:
         loader.dispose()
 
