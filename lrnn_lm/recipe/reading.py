@@ -27,7 +27,7 @@ class TwiceError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `6e-3` as text, where people mean a number, `24:00:00` as 86400, `010` as 8; and dates."""
+    """YAML 1.1 reads `6e-3` as text, where people mean a number, `24:00:00` as 86400, `010` as 8; dates."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Checked here, where a mapping is as written: merge keys (`<<`) are spread out later."""

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -100,6 +101,7 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
         )
+        self.saver.good = checkpoint.folder_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
@@ -137,6 +139,12 @@ class Trainer:
         """
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
             self.metrics = Metrics(self.folder, self.accelerator, self.position)
+            if self.metrics.put_away is not None:
+                self.console.print(
+                    f"[yellow]begins anew: no checkpoint was written yet, or they were removed; the lines of "
+                    f"the steps before are in {escape(str(self.metrics.put_away))}",
+                    soft_wrap=True,
+                )
             try:
                 self._start_trackers()
                 with ProgressLine(

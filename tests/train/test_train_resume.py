@@ -66,7 +66,7 @@ def test_stopped_and_resumed_is_straight_through(build: Build, straight: Path, w
     assert parts == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("validating", [False, True])
 def test_a_signal_saves_at_that_step_and_exits_85(
     build: Build, straight: Path, number: signal.Signals, validating: bool
