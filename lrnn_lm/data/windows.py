@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 WINDOW = 100_000  # characters tokenised at once; a tokenizer needs many times the text's memory
 OVERLAP = 1_000  # characters that two windows share
 _MARGIN = 4  # two windows are joined no nearer to the end of either than a quarter of the overlap
-# The place of the whole text at which a window begins, its tokens, and the first and last + 1 of those that count.
+# Where in the whole text a window begins, its tokens, and the first and the last + 1 of those that count.
 Part = tuple[int, "Encoding", int, int]
 
 

@@ -67,7 +67,9 @@ class MixerSection(Section):
     width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
     expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
     head_dim: int = Field(
-        64, ge=1, description="head width of mamba2; key width of a head of gated_delta*, slots of bd_matrix's"
+        64,
+        ge=1,
+        description="head width of mamba2; key width of a head of gated_delta*, slots of bd_matrix's",
     )
     state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
     n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")

@@ -187,7 +187,10 @@ def test_the_table_of_options_is_that_of_the_mixers() -> None:
     }
 
 
-VALUES = {"gate": "tanh", "half_life": [2, 8], "output_gate": True, "qk_norm": True, "allow_neg_eigval": True}
+VALUES = {
+    "gate": "tanh", "half_life": [2, 8], "output_gate": True, "head_norm": False, "qk_norm": True,
+    "allow_neg_eigval": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", MIXER_OPTIONS)

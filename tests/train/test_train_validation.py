@@ -107,7 +107,8 @@ def own(folder: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("make", [byte_level, own])
 def test_bytes_of_any_number_of_tokens(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within characters, blanks and pieces; a text that holds U+2581 and U+FFFD."""
-    monkeypatch.setattr("lrnn_lm.data.encode._PIECE_CHARS", 40)
+    monkeypatch.setattr("lrnn_lm.data.encode.WINDOW", 40)
+    monkeypatch.setattr("lrnn_lm.data.windows.OVERLAP", 16)
     text = " ".join(SCRIPTS.values()) + "  two blanks \u2581 \ufffd <0xE6> end\n" * 3
     make(tmp_path, [text])
     encoder = Encoder(tmp_path, read_facts(tmp_path))
