@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 _USERS_ERRNO = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
 
 app = typer.Typer(

@@ -19,7 +19,10 @@ starts=$run/launch/starts # the checkpoint that this start found, and how many b
 export LRNN_LOGS=$run/logs/$job-start$restart
 
 say() { echo "lrnn: $(date '+%F %T') $*"; }
-newest() { readlink "$run/checkpoints/latest" || echo none; }
+newest() { # of a file system without links, or a copy of the run, by number
+    local folders=("$run"/checkpoints/step-*)
+    readlink "$run/checkpoints/latest" || { [[ -d ${folders[-1]} ]] && basename "${folders[-1]}"; } || echo none
+}
 
 signalled=
 warned= # by SIGUSR1: the time limit is near

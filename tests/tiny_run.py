@@ -49,7 +49,7 @@ def write_recipe(folder: Path, documents: int = 150, **sections: Any) -> Path:
             "cache_dir": str(folder / "cache"),
             "num_proc": 1,
         },
-        "optim": {"lr": 0.01, "warmup": "2 steps"},
+        "optim": {"lr": 0.01, "warmup": "10%"},
         "train": {
             "tokens": STEPS * TOKENS_PER_STEP,
             "tokens_per_step": TOKENS_PER_STEP,

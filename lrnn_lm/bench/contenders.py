@@ -181,7 +181,7 @@ def _scaled(contender: Contender, size: Size, vocab_size: int | None, length: in
         scale = size.hidden_size / PAPER_WIDTH
         mixer = model.mixer.model_dump() | contender.mixer
         rows = mixer["block_size"] if mixer["type"] == "bd_lru" else 1
-        mixer |= {k: _at(mixer[k], scale, rows) for k in ("num_blocks", "width") if mixer[k] is not None}
+        mixer |= {k: _at(mixer[k], scale, rows) for k in ("num_blocks", "width") if mixer.get(k) is not None}
         if mixer["type"] in ("attention", "gated_deltanet"):  # heads stay as wide as they are
             mixer["num_heads"] = max(1, round(mixer["num_heads"] * scale))
         if mixer["type"] == "mamba2":

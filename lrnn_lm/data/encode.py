@@ -7,6 +7,7 @@ is.
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,13 @@ import numpy.typing as npt
 from .shards import concatenate_ids
 from .specs import DataError
 from .tokenize import TokenizerFacts, load_backend
-from .windows import WINDOW, encode_stream
+from .windows import WINDOW, Part, encode_windows
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 BATCH_CHARS = 250_000  # text handed to a process at once
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _Encoded = list[npt.NDArray[np.uint32]]
 T = TypeVar("T")
 
@@ -39,12 +44,43 @@ class Encoder:
         self._facts = facts
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
-        if len(text) <= WINDOW:
-            ids = [self._tokenizer.encode(text, add_special_tokens=False).ids]
-        else:
-            pieces = (text[start : start + WINDOW] for start in range(0, len(text), WINDOW))
-            ids = list(encode_stream(pieces, partial(self._tokenizer.encode, add_special_tokens=False)))
+        ids = [encoding.ids[first:stop] for _, encoding, first, stop in self._parts(text)]
         return concatenate_ids([[self._facts.first], *ids, [self._facts.last]])
+
+    def bytes_of(self, text: str, count: int) -> int:
+        """Bytes of UTF-8 that the first `count` ids of a document spell; its first and last token spell none.
+
+        Exact within a character too, where tokens are bytes of it: offsets give all of them the whole one.
+        """
+        count -= 1  # the document's first token
+        self._tokenizer.post_processor = None  # GPT-2's leaves blanks out of the offsets
+        for base, encoding, first, stop in self._parts(text):
+            if count <= 0:
+                return 0
+            if count <= stop - first:
+                return len(text[:base].encode()) + _bytes_of(encoding, text[base:], first + count)
+            count -= stop - first
+        return len(text.encode())
+
+    def _parts(self, text: str) -> Iterator[Part]:
+        encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        if len(text) <= WINDOW:
+            encoding = encode(text)
+            return iter([(0, encoding, 0, len(encoding))])
+        return encode_windows((text[start : start + WINDOW] for start in range(0, len(text), WINDOW)), encode)
+
+
+def _bytes_of(encoding: "Encoding", text: str, count: int) -> int:
+    """Bytes of `text` that the first `count` > 0 tokens of its encoding spell."""
+    offsets = encoding.offsets
+    first = count  # of the tokens that share a character with the next one
+    while 0 < first < len(offsets) and offsets[first][0] < offsets[first - 1][1]:
+        first -= 1
+    if first == count:
+        return len(text[: offsets[count - 1][1]].encode())
+    # A token that holds part of a character is `<0xE6>`, or byte-level: a letter for each of its bytes.
+    sizes = [1 if _BYTE.fullmatch(token) else len(token) for token in encoding.tokens[first:count]]
+    return len(text[: offsets[first][0]].encode()) + sum(sizes)
 
 
 def encode_documents(

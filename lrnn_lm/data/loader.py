@@ -16,7 +16,7 @@ from .shards import TokenShards
 from .specs import DataError
 from .synthetic import SyntheticRows
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class TrainLoader:

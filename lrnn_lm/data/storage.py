@@ -3,9 +3,9 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +29,9 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
         if locked:  # then nobody is at work on what lies about
             for left in final.parent.glob(f"{_BUILDING}{final.name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{final.name}-", dir=final.parent))
+        aside = final.parent / f"{_BUILDING}{final.name}-{secrets.token_hex(4)}"
+        aside.mkdir()  # with the mode of any new folder, which tempfile's is not
         try:
-            aside.chmod(0o777 & ~_umask())
             build(aside)
             _flush(aside)
             _rename_new(aside, final)
@@ -102,9 +102,3 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

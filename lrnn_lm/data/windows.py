@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 WINDOW = 100_000  # characters tokenised at once; a tokenizer needs many times the text's memory
 OVERLAP = 1_000  # characters that two windows share
 _MARGIN = 4  # two windows are joined no nearer to the end of either than a quarter of the overlap
+# Where in the whole text a window begins, its tokens, and the first and the last + 1 of those that count.
+Part = tuple[int, "Encoding", int, int]
 
 
 class _Window:
@@ -40,10 +42,10 @@ class _Window:
             self[token] for token in range(bisect.bisect_left(self, low), bisect.bisect_right(self, high))
         }
 
-    def ids(self, before: int | None = None) -> list[int]:
-        """Ids of the tokens that start before a place of the whole text; None: of all."""
+    def part(self, before: int | None = None) -> Part:
+        """The tokens that start before a place of the whole text; None: all."""
         stop = len(self) if before is None else bisect.bisect_left(self, before)
-        return self._encoding.ids[self.first : self.first + stop]
+        return self.base, self._encoding, self.first, self.first + stop
 
     def begin_at(self, place: int) -> None:
         """Leave out the tokens that start before a place."""
@@ -51,7 +53,13 @@ class _Window:
 
 
 def encode_stream(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> Iterator[list[int]]:
-    """Token ids of all texts as one text, as they come.
+    """Token ids of all texts as one text, as they come."""
+    for _, encoding, first, stop in encode_windows(texts, encode):
+        yield encoding.ids[first:stop]
+
+
+def encode_windows(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> Iterator[Part]:
+    """The tokens of all texts as one text, as they come.
 
     A window begins inside the one before, at a token. The two are joined where a token starts in both, away
     from their ends: text cut off elsewhere does not matter there, nor what a tokenizer does to the beginning
@@ -69,14 +77,14 @@ def encode_stream(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> 
             if shared := window.between(low, high) & after.between(low, high):
                 break
         if shared:
-            yield window.ids(before=max(shared))
+            yield window.part(before=max(shared))
             after.begin_at(max(shared))
         else:
-            yield window.ids()
+            yield window.part()
             after = _Window(text, window.end, encode)
         window = after
     if window is not None:
-        yield window.ids()
+        yield window.part()
 
 
 def _beginnings(window: _Window) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..recipe import parse_count
+from ..recipe.run_folder import checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +34,12 @@ class CheckpointInfo:
 
 
 def describe(checkpoint: str | Path) -> CheckpointInfo:
-    """Look at a checkpoint folder without loading it; links such as `latest` are followed.
+    """Look at a checkpoint folder without loading it; links such as `latest` are followed, and `latest` holds
+    where there is no such link.
 
     Raises ValueError if the folder is not there or holds no model.
     """
-    path = Path(checkpoint).expanduser()
+    path = checkpoint_folder(Path(checkpoint).expanduser())
     if not path.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint folder")
     if not (path / "config.json").is_file():

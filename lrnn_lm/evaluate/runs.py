@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..recipe.run_folder import checkpoint_folder
 from .harness import WHOLE_ROWS, flatten
 
 
@@ -69,7 +70,7 @@ def read_run(folder: str | Path) -> Run:
         path=path,
         training=training,
         validation=validation,
-        parameters=_count_parameters(path / "checkpoints" / "latest"),
+        parameters=_count_parameters(checkpoint_folder(path / "checkpoints" / "latest")),
         scores=_read_scores(path / "eval"),
     )
 

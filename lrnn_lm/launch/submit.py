@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from ..recipe.run_folder import latest_checkpoint
 from .script import job_script
 from .sweep import read_sweep
 
@@ -118,8 +119,8 @@ def _queued(run: Path) -> str | None:
 
 def _finished(recipe: Recipe, run: Path) -> bool:
     """Whether the newest checkpoint is the last of the budget, and scored if it is to be."""
-    newest = run / "checkpoints" / "latest"
-    step = os.readlink(newest).removeprefix("step-") if newest.is_symlink() else ""
+    newest = latest_checkpoint(run / "checkpoints")
+    step = newest.name.removeprefix("step-") if newest is not None else ""
     if not step.isdecimal() or int(step) < recipe.total_steps:
         return False
     return not recipe.eval.tasks or any(_scored_step(file) == int(step) for file in run.glob("eval/*.json"))

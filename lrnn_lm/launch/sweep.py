@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..recipe import Recipe, RecipeError, load_recipe, read_yaml
+from ..recipe import Recipe, RecipeError, load_recipe, read_yaml, typed_value
 
 MOST_RUNS = 10_000
 _LONGEST_NAME = 200  # bytes of a folder's name, with room for what is written beside it
@@ -56,7 +56,7 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
     """Dotted keys and values of each run."""
     if not sweep.is_file():
         raise RecipeError(f"{sweep}: no such sweep file")
-    data = read_yaml(sweep)
+    data = _typed(read_yaml(sweep))
     if isinstance(data, list):
         wrong = next((entry for entry in data if not isinstance(entry, dict)), None)
         if wrong is not None or not data:
@@ -80,6 +80,25 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
     if wrong is not None:
         raise RecipeError(f"{sweep}: keys are dotted names such as optim.lr, not {wrong!r}")
     return runs
+
+
+def _typed(data: Any) -> Any:
+    """Each value as its key takes it: `1.10` is a number for a rate, and text for a name."""
+    if isinstance(data, dict):  # a grid: lists of values
+        return {
+            key: [typed_value(key, value) for value in values]
+            if isinstance(values, list)
+            else typed_value(key, values)
+            for key, values in data.items()
+        }
+    if not isinstance(data, list):
+        return typed_value("", data)
+    return [
+        {key: typed_value(key, value) for key, value in run.items()}
+        if isinstance(run, dict)
+        else typed_value("", run)
+        for run in data
+    ]
 
 
 def _labels(keys: list[str]) -> dict[str, str]:

@@ -10,12 +10,14 @@ from .load import (
     recipe_from_dict,
     resolve_path,
     shipped,
+    typed_value,
 )
+from .mixer import MixerSection
 from .quantities import Every, Span, format_count, parse_count, parse_time_limit
-from .schema import MixerSection, ModelSection, Recipe
+from .schema import ModelSection, Recipe
 
 __all__ = [
     "Every", "LaunchSection", "MixerSection", "ModelSection", "Recipe", "RecipeError", "Span", "dump_recipe",
     "flatten", "format_count", "load_recipe", "parse_count", "parse_time_limit", "read_yaml",
-    "recipe_from_dict", "resolve_path", "shipped",
+    "recipe_from_dict", "resolve_path", "shipped", "typed_value",
 ]  # fmt: skip

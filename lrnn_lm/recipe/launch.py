@@ -1,6 +1,7 @@
 """The `launch` section: what a recipe says of its SLURM job."""
 
 import re
+import shlex
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -13,8 +14,12 @@ _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:+-]*$")]
 _OWN_OPTIONS = (
     "--array", "--chdir", "--job-name", "--no-requeue", "--nodes", "--ntasks", "--ntasks-per-node",
     "--open-mode", "--output", "--requeue", "--signal", "--time", "--wrap",
-    "-D", "-J", "-N", "-a", "-n", "-o", "-t",
 )  # fmt: skip
+_SHORT = {
+    "D": "--chdir", "J": "--job-name", "N": "--nodes", "a": "--array", "n": "--ntasks", "o": "--output",
+    "t": "--time",
+}  # fmt: skip
+_FLAGS = "HIOQVWhksv"  # short options of sbatch that take no value of their own: more may follow, as in -QN4
 
 
 class LaunchSection(Section):
@@ -51,12 +56,11 @@ class LaunchSection(Section):
     @classmethod
     def _check_sbatch(cls, options: list[str]) -> list[str]:
         for option in options:
-            name = re.split(r"[=\s]", option, maxsplit=1)[0]
             if not re.fullmatch(r"-{1,2}[A-Za-z].*", option):
                 raise ValueError(f"an option of sbatch such as --mem=0 is wanted, not {option!r}")
-            if name in _OWN_OPTIONS:
+            if (own := _own_option(option)) is not None:
                 raise ValueError(
-                    f"{name} is set by `lrnn submit` itself (nodes, time, grace, .., or --array)"
+                    f"{option!r}: {own} is set by `lrnn submit` itself (nodes, time, grace, .., or --array)"
                 )
         return options
 
@@ -81,3 +85,22 @@ class LaunchSection(Section):
     def ranks(self) -> int:
         """Processes that train together, over all nodes."""
         return self.nodes * self.ranks_per_node
+
+
+def _own_option(line: str) -> str | None:
+    """The option of ours that a line says, however sbatch reads it: shortened, attached, one of many.
+
+    Raises ValueError for a line that sbatch could not split.
+    """
+    for word in shlex.split(line, comments=True):
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            if len(name) > 2 and (found := [own for own in _OWN_OPTIONS if own.startswith(name)]):
+                return name if name in found else found[0]
+        elif word.startswith("-"):
+            for letter in word[1:]:
+                if letter in _SHORT:
+                    return _SHORT[letter]
+                if letter not in _FLAGS:
+                    break  # the rest is its value
+    return None

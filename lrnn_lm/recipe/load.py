@@ -1,15 +1,21 @@
 """Recipes from YAML: `extends`, dotted overrides, and errors that name the key and its nearest neighbour."""
 
+import copy
 import difflib
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
+from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
 from .schema import Recipe
+
+_STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
 class RecipeError(ValueError):
@@ -19,12 +25,19 @@ class RecipeError(ValueError):
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file, apply `section.key=value` overrides, and check it.
 
-    Relative paths inside are left as written; `resolve_path` finds them.
+    Relative paths inside are left as written; `resolve_path` finds them. An override takes the place of what
+    stood at its key. Where `extends` or overrides change the mixer's type, options below that the new type
+    does not read are left out; those beside the new type must be its own.
     Raises RecipeError with one line for each mistake.
     """
-    data = _read(Path(path), ())
-    for override in overrides or []:
-        _apply(data, override)
+
+    def override(below: dict[str, Any]) -> dict[str, Any]:
+        data = copy.deepcopy(below)
+        for text in overrides or []:
+            _apply(data, text)
+        return data
+
+    data = settle(_on_top(_read(Path(path), ()), override), Recipe)
     data.setdefault("name", Path(path).stem)
     return recipe_from_dict(data, where=str(path))
 
@@ -39,13 +52,23 @@ def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, every default written out: what a run stores as recipe.yaml."""
+    """The whole recipe as YAML, every default written out: what a run stores as recipe.yaml.
+
+    The layer pattern stays as it was written, so that overrides act on it as on the first recipe.
+    """
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them."""
-    return _flatten(recipe.model_dump(mode="json"), "")
+    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them.
+
+    Of a layer pattern all that its mixers read, and not the `mixer` that they took it from.
+    """
+    data = recipe.model_dump(mode="json")
+    if recipe.model.layer_pattern is not None:
+        data["model"]["layer_pattern"] = [m.model_dump(mode="json") for m in recipe.model.layer_pattern]
+        del data["model"]["mixer"]
+    return _flatten(data, "")
 
 
 def _flatten(data: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -73,17 +96,26 @@ def shipped(name: str) -> Path:
 
 
 def read_yaml(file: Path, called: Path | None = None) -> Any:
-    """What a YAML file holds, numbers read as people mean them; RecipeError names it as `called`."""
+    """What a YAML file holds, for `settle`; RecipeError names it as `called`."""
     called = called or file
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date with 13 months
+        data = load_yaml(file.read_text(encoding="utf-8"))
+    except TwiceError as error:
+        raise RecipeError(f"{called}: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{called}: not valid YAML: it holds itself, or is too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
         raise RecipeError(f"{called}: not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise RecipeError(f"{called}: cannot be read: {error.strerror}") from None
     if data is None:
         raise RecipeError(f"{called}: is empty")
     return data
+
+
+def typed_value(key: str, value: Any) -> Any:
+    """A value from `read_yaml` as the recipe's key, in dots, takes it."""
+    return settle(value, field_type(Recipe, *str(key).split(".")))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -96,12 +128,55 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     data = read_yaml(found, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
-    parent = data.pop("extends", None)
+    parent = settle(data.pop("extends", None), str | None)
+    _upgrade(data.get("model"))
     if parent is None:
         return data
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends takes one file name, not {parent!r}")
-    return _merge(_read(_beside(found, parent), (*chain, found.resolve())), data)
+    below = _read(_beside(found, parent), (*chain, found.resolve()))
+    return _on_top(below, lambda below: _merge(below, data))
+
+
+def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """What `put` makes of `below`, without options that `below` gave to mixers which it no longer has."""
+    changed = put(below)
+    gone = _options_read(below) - _options_read(changed)
+    model = below.get("model")
+    mixer = model.get("mixer") if isinstance(model, dict) else None
+    if not isinstance(mixer, dict) or not gone & mixer.keys():
+        return changed
+    kept = {key: value for key, value in mixer.items() if key not in gone}
+    return put({**below, "model": {**model, "mixer": kept}})
+
+
+def _options_read(data: dict[str, Any]) -> set[str]:
+    """The options that the mixers of unchecked data read."""
+    model = data.get("model")
+    model = model if isinstance(model, dict) else {}
+    mixer, pattern = model.get("mixer"), model.get("layer_pattern")
+    default = mixer.get("type", DEFAULT_TYPE) if isinstance(mixer, dict) else DEFAULT_TYPE
+    entries = pattern if isinstance(pattern, list) else []
+    types = [default, *(e.get("type", default) if isinstance(e, dict) else e for e in entries)]
+    return {option for kind in types if isinstance(kind, str) for option in MIXER_OPTIONS.get(kind, ())}
+
+
+def _upgrade(model: Any) -> None:
+    """Older versions stored every option of every type, in each entry of the pattern too: keep what is read.
+
+    What an entry has in common with `mixer` comes from there again, so that overrides reach it.
+    """
+    mixer = model.get("mixer") if isinstance(model, dict) else None
+    if not isinstance(mixer, dict) or not mixer.keys() >= _STORED_OPTIONS:
+        return
+    pattern = model.get("layer_pattern")
+    read = _options_read({"model": model})
+    if isinstance(pattern, list):
+        model["layer_pattern"] = [
+            {key: value for key, value in entry.items() if key == "type" or value != mixer.get(key)}
+            for entry in pattern
+        ]
+    model["mixer"] = {key: value for key, value in mixer.items() if key == "type" or key in read}
 
 
 def _beside(recipe: Path, parent: str) -> Path:
@@ -124,9 +199,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"override {override!r}: write section.key=value, as in train.tokens=2M")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+        value = load_override(text, field_type(Recipe, *keys))
+    except TwiceError as error:
+        raise RecipeError(f"override {override!r}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        lost = f" ({error})" if "would be lost" in str(error) else ""
+        raise RecipeError(f"override {override!r}: the value is not valid YAML{lost}") from None
     for depth, key in enumerate(keys[:-1]):
         child = data.get(key)
         if child is None:
@@ -169,7 +247,7 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
-            found = _section_in(model.model_fields[part].annotation)
+            found = section_in(model.model_fields[part].annotation)
             model = found if found is not None else model
     return list(model.model_fields)
 
@@ -177,35 +255,9 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
 def _elsewhere(key: str, section: type[BaseModel], prefix: str = "") -> list[str]:
     """Where another section holds a key of this very name, as in `train.lr`: the first, in dots."""
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         if inner is not None and key in inner.model_fields:
             return [f"{prefix}{name}.{key}"]
         if inner is not None and (found := _elsewhere(key, inner, f"{prefix}{name}.")):
             return found
     return []
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((s for arg in get_args(annotation) if (s := _section_in(arg)) is not None), None)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `6e-3` as text, where people mean a number, and `24:00:00` as the number 86400."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
-    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+)$"),
-    list("-+0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)

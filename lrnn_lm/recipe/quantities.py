@@ -165,3 +165,9 @@ class Span(BaseModel):
         if self.unit == "fraction":
             return round(self.amount * total_steps)
         return int(self.amount) if self.unit == "steps" else round(self.amount / tokens_per_step)
+
+    def share(self, total_steps: int, tokens_per_step: int) -> float:
+        """The span as a part of such a run, unrounded."""
+        if self.unit == "fraction":
+            return self.amount
+        return self.amount / total_steps / (tokens_per_step if self.unit == "tokens" else 1)

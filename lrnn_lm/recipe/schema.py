@@ -6,69 +6,12 @@ could serve. Relations between fields are checked here too, so that a recipe tha
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from .launch import LaunchSection
+from .mixer import MixerSection, check_options
 from .quantities import Every, Span, TokenCount
 from .section import Section
-
-MIXER_TYPES = (
-    "bd_lru", "bd_matrix", "h_lru", "attention", "lstm", "mamba2",
-    "deltanet", "gated_deltanet", "gated_deltaproduct", "gla",
-)  # fmt: skip
-MixerType = Literal[MIXER_TYPES]
-GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
-
-
-class MixerSection(Section):
-    """A sequence mixer. Each type reads its own keys only, so `type` can be swapped by an override."""
-
-    type: MixerType = "bd_lru"
-    num_blocks: int | None = Field(
-        None, ge=1, description="blocks (bd_lru) or channels (h_lru); none: width = hidden_size"
-    )
-    block_size: int = Field(4, ge=1, le=64, description="M of bd_lru and bd_matrix")
-    order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
-    gate: GateName = "softmax"
-    gate_std: float | None = Field(
-        None, gt=0, description="spread of the gates' logits at the start; none: as of any other matrix"
-    )
-    half_life: tuple[float, float] | None = Field(
-        None,
-        description="[shortest, longest] in tokens of the states at the start; none: equal gates in bd_lru, "
-        "[2, 512] in bd_matrix",
-    )
-    short_conv: int | None = Field(
-        None, ge=2, description="tokens that a convolution before bd_*'s projections reaches; none: no such"
-    )
-    output_gate: bool | None = Field(
-        None, description="what is read out of the states times silu(W x); none: in bd_matrix only"
-    )
-    norm_groups: int | None = Field(
-        None, ge=1, description="bd_lru: RMS norm of the states before the read-out, in so many groups"
-    )
-    num_heads: int = Field(8, ge=1, description="heads of attention, bd_matrix, the delta rules and gla")
-    value_dim: int | None = Field(None, ge=1, description="columns of a head of bd_matrix; none: head_dim")
-    head_norm: bool = Field(True, description="bd_matrix: RMS norm of each head's output")
-    qk_norm: bool = Field(False, description="attention: RMS norm of each head's queries and keys")
-    rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
-    width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
-    expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
-    head_dim: int = Field(
-        64, ge=1, description="head width of mamba2; keys of a head of gated_delta*, slots of bd_matrix's"
-    )
-    state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
-    n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")
-    conv_kernel: int = Field(4, ge=1, description="reach of the convolution of mamba2 and the delta rules")
-    chunk_size: int = Field(256, ge=1, description="steps that mamba2's scan takes at once")
-    expand_k: float = Field(1.0, gt=0, description="keys of deltanet and gla, over hidden_size")
-    expand_v: float = Field(
-        1.0, gt=0, description="values: of deltanet and gla over hidden_size, of gated_delta* over head_dim"
-    )
-    allow_neg_eigval: bool | None = Field(
-        None, description="delta rules with eigenvalues down to -1; none: gated_deltaproduct only"
-    )
-    num_householder: int = Field(2, ge=1, description="updates a token in gated_deltaproduct")
 
 
 class ModelSection(Section):
@@ -87,21 +30,28 @@ class ModelSection(Section):
         None, ge=1, description="the expected parameter count; checked where it is given"
     )
 
-    @model_validator(mode="before")
+    @field_validator("layer_pattern", mode="before")
     @classmethod
-    def _fill_pattern(cls, data: Any) -> Any:
-        """An entry of layer_pattern is a mixer's name or its keys; what it leaves out comes from `mixer`."""
-        if not isinstance(data, dict) or not isinstance(data.get("layer_pattern"), list):
-            return data
-        base = data.get("mixer") or {}
-        base = (
-            base.model_dump() if isinstance(base, BaseModel) else dict(base) if isinstance(base, dict) else {}
-        )
-        entries = []
-        for entry in data["layer_pattern"]:
-            entry = {"type": entry} if isinstance(entry, str) else entry
-            entries.append({**base, **entry} if isinstance(entry, dict) else entry)
-        return {**data, "layer_pattern": entries}
+    def _name_alone(cls, entries: Any) -> Any:
+        """An entry of layer_pattern is a mixer's name or its keys."""
+        if not isinstance(entries, list):
+            return entries
+        return [{"type": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_serializer("layer_pattern", when_used="json")
+    def _as_written(self, entries: list[MixerSection] | None) -> list[dict[str, Any]] | None:
+        """Without what `mixer` lends them: a stored recipe takes overrides of `mixer` as the first did."""
+        return None if entries is None else [entry.written() for entry in entries]
+
+    @model_validator(mode="after")
+    def _fill_pattern(self) -> "ModelSection":
+        """What an entry leaves out comes from `mixer`, which may hold options for any of them."""
+        pattern = self.layer_pattern or []
+        pattern[:] = [entry.filled(self.mixer) for entry in pattern]
+        check_options("mixer", self.mixer, [self.mixer.type, *(entry.type for entry in pattern)])
+        for number, entry in enumerate(pattern):
+            check_options(f"layer_pattern.{number}", entry, [entry.type])
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
@@ -325,7 +275,7 @@ class Recipe(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # `name=12` is a name
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)  # a folder's, with room beside
     seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -357,7 +307,31 @@ class Recipe(Section):
             )
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
+        self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        """Warm-up and decay fit in the run, one after the other."""
+        total, step = self.total_steps, self.train.tokens_per_step
+        spans = {"warmup": self.optim.warmup}
+        if self.optim.schedule == "wsd":
+            spans["decay"] = self.optim.decay
+        for key, span in spans.items():
+            if span.unit == "tokens" and 0 < span.amount < step:
+                raise ValueError(
+                    f"optim.{key} {span} is a number of tokens, less than one step of {step}; write "
+                    f"'{span} steps' or a share such as 10%"
+                )
+            if span.steps(total, step) > total:
+                raise ValueError(
+                    f"optim.{key} takes {span.steps(total, step)} steps and train.tokens pays for {total}; "
+                    f"shorten it, as in optim.{key}=10%, or raise train.tokens"
+                )
+        if sum(span.share(total, step) for span in spans.values()) > 1 + 1e-9:
+            raise ValueError(
+                f"optim.warmup {self.optim.warmup} and optim.decay {self.optim.decay} overlap: together they "
+                f"take more than the {total} steps of the run; shorten one"
+            )
 
     @property
     def rows_per_step(self) -> int:

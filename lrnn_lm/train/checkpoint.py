@@ -6,7 +6,7 @@
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
                                  weights and optimiser),
                                  manifest.json (size and sha256 of every other file)
-    checkpoints/latest, best     links to the newest, and to that of lowest validation loss
+    checkpoints/latest, best     links, where there are any: the newest, that of lowest validation loss
 
 Nothing is pickled. A folder whose manifest does not hold is damaged: it is skipped, with a warning, for the
 one before, and removed once the run has saved again; if all are damaged the run ends there rather than begin
@@ -23,12 +23,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from ..recipe.run_folder import latest_checkpoint, list_checkpoints
 
 FORMAT = 2
 _READABLE = (1, 2)
 _HASHING_THREADS = 8
+_EXPECTED = ("config.json", "trainer/state.json", "trainer/rng-00000.json", "trainer/rng-00000.safetensors")
+_WHOLE, _SHARDS = ("model.safetensors", "trainer/optimizer.safetensors"), "trainer/shards"
+_LINKS = ("latest", "best")
 COPY = ".plain-"  # of a sharded checkpoint, as a plain folder, while it is exported
 
 
@@ -63,13 +68,14 @@ def aside_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f".{folder_name(step)}.tmp"
 
 
-def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool) -> Path:
+def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
     """Let what was written aside, each file with its facts, appear under its name; then drop the oldest.
 
+    `before` names the checkpoint that the run went on from or wrote last; None for what `latest` says.
     Raises OSError if the disk is full or cannot be written; what was there before stays.
     """
     final, aside = checkpoints / folder_name(step), aside_of(checkpoints, step)
-    before = latest_name(checkpoints)
+    before = before or latest_name(checkpoints)
     facts: dict[str, Any] = {}
     for path in sorted((aside / "trainer").glob("facts-*.json")):
         facts |= json.loads(path.read_text())
@@ -170,8 +176,8 @@ def _best(folders: Sequence[Path]) -> Path | None:
 
 def latest_name(checkpoints: Path) -> str:
     """The checkpoint last written or resumed from, for messages."""
-    link = checkpoints / "latest"
-    return os.readlink(link) if link.is_symlink() else "none"
+    found = latest_checkpoint(checkpoints)
+    return "none" if found is None else found.name
 
 
 def drop_after(checkpoints: Path, step: int) -> None:
@@ -185,22 +191,24 @@ def drop_after(checkpoints: Path, step: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint away at one stroke; what then lies aside is cleared now or at the next start."""
+    """Take a folder away at one stroke; what then lies aside is cleared now or at the next start."""
     aside = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose manifest holds, None if there are none; damaged ones go through `warn`.
+    """The newest checkpoint whose manifest holds, None if none was written; damaged ones go through `warn`.
 
     Clears what a killed save left, so only one process may call it. Raises CheckpointError if all are
-    damaged, or the newest was written by a version that this one does not know.
+    damaged or gone, or the newest was written by a version that this one does not know.
     """
     clear_leftovers(checkpoints)
     if any(checkpoints.glob(f"{COPY}*")):
         with room_for_copy(checkpoints):
             pass
+    _take_in(checkpoints)
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
         damage = verify(folder)
@@ -212,6 +220,11 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     if folders:
         raise CheckpointError(
             f"no checkpoint in {checkpoints} is whole. Put one back from a copy, "
+            "or remove that folder to train from the beginning."
+        )
+    if any((checkpoints / link).is_symlink() for link in _LINKS):  # purged: the run had checkpoints
+        raise CheckpointError(
+            f"the checkpoints of this run are gone from {checkpoints}. Put them back from a copy, "
             "or remove that folder to train from the beginning."
         )
     return None
@@ -232,33 +245,48 @@ def verify(folder: Path) -> str | None:
             f"{folder} was written by another version of lrnn-lm (format {manifest.get('format')}; this one "
             f"reads {' and '.join(map(str, _READABLE))}). Go on with that version, or move the folder away."
         )
+    wrong = _incomplete(folder, manifest["files"])
+    wrong = wrong or next(filter(None, (_misplaced(folder, name) for name in manifest["files"])), None)
+    if wrong is not None:
+        return wrong
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves Python's lock to others
         return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
 
 
-def _damage(folder: Path, name: str, facts: dict[str, Any]) -> str | None:
+def _incomplete(folder: Path, files: dict[str, Any]) -> str | None:
+    """What training goes on from must be among what is checked."""
+    sharded = (folder / _SHARDS).is_dir()
+    if sharded and not any(name.startswith(f"{_SHARDS}/") for name in files):
+        return f"its manifest lacks {_SHARDS}"
+    missing = [name for name in (*_EXPECTED, *(() if sharded else _WHOLE)) if name not in files]
+    return f"its manifest lacks {missing[0]}" if missing else None
+
+
+def _misplaced(folder: Path, name: str) -> str | None:
+    """A name that leads out of the folder; nothing there is read."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        return f"its manifest names {name!r}, which is not in it"
+    below = (folder / part for part in (path, *path.parents[:-1]))
+    return next((f"{part.relative_to(folder)} is a link" for part in below if part.is_symlink()), None)
+
+
+def _damage(folder: Path, name: str, facts: Any) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
-    if path.stat().st_size != facts["bytes"] or _facts(path) != facts:
+    if not isinstance(facts, dict) or path.stat().st_size != facts.get("bytes") or _facts(path) != facts:
         return f"{name} is not as its checksum says"
     return None
 
 
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Finished checkpoint folders, oldest first."""
-    found = [p for p in checkpoints.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
 def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
-    for leftover in checkpoints.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in checkpoints.glob("step-*/.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    for link in ("latest", "best"):
-        (checkpoints / f".{link}.tmp").unlink(missing_ok=True)
+    for leftover in [*checkpoints.glob(".*.tmp"), *checkpoints.glob("step-*/.*.tmp")]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -278,11 +306,38 @@ def room_for_copy(checkpoints: Path) -> Iterator[None]:
 
 
 def _point(checkpoints: Path, link: str, name: str) -> None:
-    aside = checkpoints / f".{link}.tmp"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, checkpoints / link)
-    fsync(checkpoints)
+    """Let a link name a checkpoint; without it, where the file system has none."""
+    aside, path = checkpoints / f".{link}.tmp", checkpoints / link
+    try:
+        if path.is_dir() and not path.is_symlink():  # a copy that was made of the link
+            _remove(path)
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(name)
+        os.replace(aside, path)
+        fsync(checkpoints)
+    except OSError:
+        with suppress(OSError):  # better none than one that leads elsewhere
+            path.unlink(missing_ok=True)
+
+
+def _take_in(checkpoints: Path) -> None:
+    """Whatever copied the run followed its links: make the folders that came of them links again.
+
+    A copy whose own checkpoint is gone or damaged takes its place.
+    """
+    for link in _LINKS:
+        copied = checkpoints / link
+        if copied.is_symlink() or not copied.is_dir():
+            continue
+        try:
+            named = checkpoints / folder_name(read_position(copied).step)
+        except (OSError, ValueError, TypeError):
+            continue  # damaged: `_point` will remove it
+        if named.is_dir() and verify(named) is not None and verify(copied) is None:
+            _remove(named)
+        if not named.is_dir():
+            copied.rename(named)
+        _point(checkpoints, link, named.name)
 
 
 def _facts(path: Path) -> dict[str, Any]:

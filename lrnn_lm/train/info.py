@@ -20,6 +20,7 @@ from ..model.accounting import (
     training_memory,
 )
 from ..recipe import Recipe, load_recipe, resolve_path
+from ..recipe.run_folder import checkpoint_folder
 from .build import model_config, synthetic_spec
 
 
@@ -31,7 +32,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
             parameter count other than the recipe says.
     """
     console = console or Console()
-    folder = Path(target)
+    folder = checkpoint_folder(Path(target))
     if not (folder / "config.json").is_file():
         if folder.is_dir():
             raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")

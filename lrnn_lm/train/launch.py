@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Launch as told; exits with 0, or the code of the first rank that ended with another."""
     options = launch_command_parser().parse_args(arguments)
     for number in _PASSED_ON:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # under nohup the ranks ignore it as this process does
         signal.signal(number, _pass_on)
     # torch's agent takes the signals for itself, and ends the ranks on one, unless it is in another thread
     launching = ThreadPoolExecutor(1).submit(launch_command, options)

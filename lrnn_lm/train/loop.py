@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -100,12 +101,14 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
         )
+        self.saver.good = checkpoint.folder_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
+        self.validation_bytes: int | None = None  # of the held-out text, once it was read
         self._worked = self.stalled = 0.0
         self.saved_step = position.step if position.step else -1
         self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
@@ -136,6 +139,12 @@ class Trainer:
         """
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
             self.metrics = Metrics(self.folder, self.accelerator, self.position)
+            if self.metrics.put_away is not None:
+                self.console.print(
+                    f"[yellow]begins anew: no checkpoint was written yet, or they were removed; the lines of "
+                    f"the steps before are in {escape(str(self.metrics.put_away))}",
+                    soft_wrap=True,
+                )
             try:
                 self._start_trackers()
                 with ProgressLine(
@@ -318,7 +327,7 @@ class Trainer:
             return
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
-            tell_validation(self, *validate(self))
+            tell_validation(self, validate(self))
 
     def _save_is_due(self, rang: bool) -> bool:
         """Never amid bad steps: what became due in one is made up after the next good one."""

@@ -1,7 +1,8 @@
 """metrics.jsonl, the trackers beside it, and when something is due.
 
 Lines are flushed as they are written, and on disk before a checkpoint is; a resumed run first cuts the lines
-that came after its checkpoint, so that every step stands there once.
+that came after its checkpoint, so that every step stands there once. A run that begins anew where lines of
+steps stand puts them away as metrics-1.jsonl, and so on.
 """
 
 import json
@@ -26,7 +27,10 @@ class Metrics:
         self._path = folder / "metrics.jsonl"
         self._file = None
         self.problem: str | None = None
+        self.put_away: Path | None = None  # lines of a run that went before
         if accelerator.is_main_process:
+            if resumed.step == 0:
+                self.put_away = _put_away(self._path)
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -73,6 +77,15 @@ class Metrics:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _put_away(path: Path) -> Path | None:
+    """Where the file was moved, because no checkpoint leads to its steps; None if there are none."""
+    if not path.exists() or not path.read_bytes().strip():
+        return None
+    taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
+    number = 1 + max((int(word) for word in taken if word.isdecimal()), default=0)
+    return path.rename(path.with_stem(f"{path.stem}-{number}"))
 
 
 def _cut_after(path: Path, resumed: Position) -> None:

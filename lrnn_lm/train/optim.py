@@ -79,6 +79,7 @@ def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: Opti
         progress = (step - warmup) / max(1, total_steps - 1 - warmup)
         share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
-        decay = max(1, optim.decay.steps(total_steps, tokens_per_step))
+        decay = optim.decay.steps(total_steps, tokens_per_step)
+        decay = max(1, min(decay, total_steps - warmup))  # both may have been rounded up
         share = min(1.0, max(0, total_steps - 1 - step) / decay)
     return optim.final_lr + (optim.lr - optim.final_lr) * share

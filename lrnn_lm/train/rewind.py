@@ -55,7 +55,7 @@ def rewind(trainer: "Trainer") -> None:
         {"step": good.step, "tokens": good.step * recipe.train.tokens_per_step, "went_back_from": bad.step,
          "left_out_samples": skip}
     )  # fmt: skip
-    trainer.saved_step = good.step
+    trainer.saved_step, trainer.saver.good = good.step, found[0].name
     trainer.rows.restart(good)
     if trainer.accelerator.is_main_process:
         trainer.console.print(

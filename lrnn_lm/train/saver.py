@@ -65,6 +65,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = -1
+        self.good: str | None = None  # the checkpoint last written or gone on from
 
     @property
     def written(self) -> bool:
@@ -114,10 +115,11 @@ class Saver:
         if self._accelerator.is_main_process:
             problem = _reason_of(
                 lambda: checkpoint.publish(
-                    self.checkpoints, self._step, self._section.keep_last, self._section.keep_best
+                    self.checkpoints, self._step, self._section.keep_last, self._section.keep_best, self.good
                 )
             )
         self._agree(problem)
+        self.good = checkpoint.folder_name(self._step)
 
     def complete(self, step: int) -> None:
         """Of a run that ends at a checkpoint that was only a stop: its weights as one file too, if sharded.

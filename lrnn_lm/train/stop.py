@@ -1,17 +1,19 @@
-"""SIGTERM, SIGUSR1 and SIGINT: at once while there is nothing to save, at a step boundary while training.
+"""SIGTERM, SIGUSR1, SIGINT, SIGHUP: at once while nothing is to be saved, at a step boundary in training.
 
 Only the standard library is imported here, so that the handlers stand before torch is loaded.
 """
 
 import os
 import signal
+import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STOPPED = 85  # stopped by a signal with nothing lost; SLURM requeues on it
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
@@ -29,7 +31,9 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """Handlers of the three signals, as a context manager; the old ones come back at its end.
+    """Handlers of the signals, as a context manager; the old ones come back at its end.
+
+    SIGHUP is a terminal that was closed. Under `nohup` it is ignored, and stays so.
 
     A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
     half-made is removed on the way out). Inside `held()` it only becomes a wish, `asked`, on which the ranks
@@ -43,7 +47,9 @@ class StopSignal:
         self._old: dict[int, Callable[..., Any] | int | None] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._old = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in _SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self._old = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(
@@ -89,6 +95,8 @@ class StopSignal:
             self._interrupts += 1
             if self._interrupts > 1:
                 os._exit(128 + signal.SIGINT)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self._name = signal.Signals(number).name
         if not self._held:
             self.leave_if_asked()
@@ -102,3 +110,17 @@ class StopSignal:
     def name(self) -> str:
         """The signal that came, or a word for one that came to another rank."""
         return self._name or "a signal on another rank"
+
+
+def _leave_terminal() -> None:
+    """What is written to a terminal that is gone would be an error, before anything was saved."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        try:
+            descriptor = stream.fileno() if stream is not None else -1
+            dead = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+        except (OSError, ValueError):  # closed
+            continue
+        if dead:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

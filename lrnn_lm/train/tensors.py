@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from ..recipe.run_folder import checkpoint_folder
 from .checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
 from .optim import state_keys
 from .parallel import like_parameter
@@ -205,6 +206,7 @@ def plain_folder(folder: Path) -> Iterator[Path]:
 
     Raises ValueError if the shards are damaged.
     """
+    folder = checkpoint_folder(folder)
     if (folder / WEIGHTS).exists() or not is_sharded_folder(folder):
         yield folder
         return

@@ -200,6 +200,7 @@ MISTAKES = [
     (("base.yaml", "--account="), "launch.account"),
     (("base.yaml", "--sbatch=mem=0"), "an option of sbatch such as --mem=0 is wanted, not 'mem=0'"),
     (("base.yaml", "--sbatch=--array=1-4"), "--array is set by `lrnn submit` itself"),
+    (("base.yaml", "--sbatch=-N4"), "'-N4': --nodes is set by `lrnn submit` itself"),
     (("base.yaml", "--sbatch=--mem=0\n#SBATCH --wrap=x"), "an option of sbatch such as"),
     (("base.yaml", "--module="), "one line each"),
     (("base.yaml", "--array-limit=0"), "launch.array_limit"),

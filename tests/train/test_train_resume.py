@@ -109,7 +109,7 @@ def test_in_bf16_and_compiled(build: Build) -> None:
     assert fingerprint(second.folder / last) == fingerprint(whole.folder / last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("validating", [False, True])
 def test_a_signal_saves_at_that_step_and_exits_85(
     build: Build, straight: Path, number: signal.Signals, validating: bool

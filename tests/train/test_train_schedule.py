@@ -73,7 +73,7 @@ def test_runs_of_a_few_steps(total: int) -> None:
         assert all(math.isfinite(r) and r > 0 for r in rates)
 
 
-MIXERS = ["bd_lru", "h_lru", "attention", "lstm"]
+MIXERS = {"bd_lru": {}, "h_lru": {"order": 2}, "attention": {"num_heads": 2}, "lstm": {}}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -82,9 +82,7 @@ def test_every_parameter_is_in_exactly_one_group(mixer: str, tied: bool) -> None
     from lrnn_lm import LRNNForCausalLM
 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "tie_word_embeddings": tied}
-    recipe = recipe_from_dict(
-        {"name": "t", "model": small | {"mixer": {"type": mixer, "num_heads": 2, "order": 2}}}
-    )
+    recipe = recipe_from_dict({"name": "t", "model": small | {"mixer": {"type": mixer, **MIXERS[mixer]}}})
     model = LRNNForCausalLM(model_config(recipe, vocab_size=50))
     groups = decay_groups(model.parameters(), 0.1)
     listed = [id(p) for group in groups for p in group["params"]]

@@ -206,6 +206,24 @@ def test_bits_per_byte_by_hand(build: Build) -> None:
     assert line["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_step_clips_the_gradient(build: Build) -> None:
+    """AdamW's first momentum after one step is a tenth of the gradient that it was given: of norm grad_clip,
+    along the whole one. A norm below the bound is left alone."""
+    moments = {}
+    for clip in ("null", "1e-3", "1e6"):
+        trainer = build(
+            f"optim.grad_clip={clip}", "train.tokens=512", f"name=clip{clip}", "train.precision=fp32"
+        )
+        found = trainer.step(next(iter(trainer.rows.loader)))
+        state = [trainer.optimizer.state[p]["exp_avg"].flatten() for p in trainer.bare_model.parameters()]
+        moments[clip] = torch.cat(state) / (1 - trainer.recipe.optim.betas[0])
+        norm = found.grad_norm  # before clipping
+        assert norm > 0.01
+        assert moments[clip].norm() == pytest.approx(min(norm, 1e-3) if clip == "1e-3" else norm, rel=1e-4)
+    torch.testing.assert_close(moments["1e6"], moments["null"], rtol=0, atol=0)
+    torch.testing.assert_close(moments["1e-3"] * norm / 1e-3, moments["null"], rtol=1e-3, atol=1e-6)
+
+
 def test_validation_reads_at_most_eval_tokens(build: Build) -> None:
     trainer = build("eval.tokens=512", "train.tokens=512")
     trainer.run()

@@ -1,0 +1,344 @@
+"""What a recipe says is what is understood: text as it was typed, nothing given twice, no option unread."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lrnn_lm.launch.sweep import read_sweep
+from lrnn_lm.mixers import MIXERS
+from lrnn_lm.recipe import RecipeError, dump_recipe, flatten, load_recipe, recipe_from_dict
+from lrnn_lm.recipe.mixer import MIXER_OPTIONS
+from lrnn_lm.train.optim import learning_rate
+
+TEXTS = [
+    "007", "0012", "1.10", "1e5", "12e5", "9e12345", "1_000", "0x10", "0b1", "null", "Null", "yes", "no",
+    "on", "OFF", "true", "False", "2024-01-02", "2024-13-45", "1.", "v1.0",
+]  # fmt: skip
+PATHS = [
+    *TEXTS, "corpus #2.jsonl", "#1", "a: b.txt", "*.jsonl", "[ab].txt", "{a,b}.txt", "a/[0-9]*.gz", "&x",
+    "!x", "%x", "@x", "`x", "it's", "a'b'", "- a", "?", "|", ">", ":", "=", "24:00:00", "a=b", "x:", ".inf",
+    "2M", "'a' b'", "<<", "~x",
+]  # fmt: skip
+NULLS = ("null", "Null")  # of a key that may be left out
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(
+        "model: {hidden_size: 32, mixer: {type: bd_lru, block_size: 2, gate: tanh}}\n"
+        "data: {source: {type: text, path: x}, sequence_length: 32}\n"
+        "train: {tokens: 2560, tokens_per_step: 128}\n"
+    )
+    return path
+
+
+def top(base: Path, text: str) -> Path:
+    path = base.with_name("top.yaml")
+    path.write_text("extends: base.yaml\n" + text)
+    return path
+
+
+# Text -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_name_is_the_text_that_was_typed(base: Path, text: str) -> None:
+    assert load_recipe(base, [f"name={text}"]).name == text
+    assert load_recipe(base, [f"name='{text}'"]).name == text
+    assert load_recipe(base, [f'name="{text}"']).name == text
+    assert load_recipe(top(base, f"name: {text}\n")).name == text
+    assert load_recipe(top(base, f"name: '{text}'\n")).name == text
+    stored = base.with_name("stored.yaml")
+    stored.write_text(dump_recipe(load_recipe(base, [f"name={text}"])))
+    assert load_recipe(stored).name == text
+
+
+@pytest.mark.parametrize("text", PATHS)
+@pytest.mark.parametrize("key", ["data.source.path", "data.tokenizer", "train.runs_dir", "launch.python"])
+def test_so_is_every_key_that_takes_text(base: Path, key: str, text: str) -> None:
+    may_be_none = key in ("data.source.path", "launch.python")
+    if may_be_none and text in NULLS:
+        if key == "launch.python":
+            assert flatten(load_recipe(base, [f"{key}={text}"]))[key] is None
+        return
+    assert flatten(load_recipe(base, [f"{key}={text}"]))[key] == text
+
+
+def test_so_are_lists_of_text(base: Path) -> None:
+    got = load_recipe(base, ["launch.modules=[1.10, 007, yes, cuda/12.10]", "eval.tasks=[1e5]"])
+    assert (got.launch.modules, got.eval.tasks) == (["1.10", "007", "yes", "cuda/12.10"], ["1e5"])
+    got = load_recipe(top(base, "launch: {modules: [1.10, 2024-01-02], account: 012, time: 24:00:00}\n"))
+    assert got.launch.modules == ["1.10", "2024-01-02"]
+    assert (got.launch.account, got.launch.time) == ("012", "24:00:00")
+
+
+def test_numbers_stay_numbers(base: Path) -> None:
+    got = load_recipe(
+        base,
+        ["optim.lr=6e-3", "train.tokens=1_280_000", "seed=010", "optim.betas=[0.9, 95e-2]",
+         "train.compile=yes", "optim.grad_clip=null", "optim.warmup=0.1", "model.vocab_size=0x10"],
+    )  # fmt: skip
+    assert (got.optim.lr, got.train.tokens, got.seed, got.optim.betas) == (0.006, 1_280_000, 10, (0.9, 0.95))
+    assert (got.train.compile, got.optim.grad_clip, got.model.vocab_size) == (True, None, 16)
+    assert load_recipe(top(base, "seed: 010\ntrain: {compile: on}\n")).seed == 10
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.tokens=2M #x",
+        "train.compile=true # why",
+        "seed=1 #2",
+        "eval.tasks=[a, b] # c",
+        "eval.tasks=[a #b]",
+    ],
+)
+def test_a_hash_cuts_nothing(base: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match="#") as raised:
+        load_recipe(base, [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("override", ["name=", "name=[a]", "name={a: 1}", "data.tokenizer="])
+def test_no_text_at_all(base: Path, override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe(base, [override])
+
+
+def test_a_name_fits_a_folder(base: Path) -> None:
+    assert len(load_recipe(base, [f"name={'n' * 200}"]).name) == 200
+    with pytest.raises(RecipeError, match="name: string should have at most 200"):
+        load_recipe(base, [f"name={'n' * 201}"])
+
+
+def test_sweeps_keep_text_too(base: Path) -> None:
+    sweep = base.with_name("sweep.yaml")
+    sweep.write_text("data.source.path: [1.1, 1.10, 007]\noptim.lr: [1e-3]\n")
+    runs = read_sweep(sweep, base, [])
+    assert [run.data.source.path for run in runs] == ["1.1", "1.10", "007"]
+    assert runs[1].name == "base-path_1.10-lr_0.001"
+    sweep.write_text("- {name: 1.10}\n- {name: 0012, eval.tasks: [1e5, 'a #b'], seed: 3}\n")
+    runs = read_sweep(sweep, base, [])
+    assert [run.name for run in runs] == ["1.10", "0012"]
+    assert (runs[1].eval.tasks, runs[1].seed) == (["1e5", "a #b"], 3)
+
+
+# Given twice ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("seed: 1\ntrain: {tokens: 2M}\nseed: 1\n", "seed", (2, 4)),
+        ("train: {tokens: 2560}\neval: {}\ntrain: {micro_batch: 4}\n", "train", (2, 4)),
+        ("optim:\n  lr: 1\n  warmup: 1%\n  lr: 2\n", "lr", (3, 5)),
+        ("model: {mixer: {order: 2,\n  'order': 3}}\n", "order", (2, 3)),
+        (
+            "model: {layer_pattern: [bd_lru, {type: attention,\n num_heads: 2,\n num_heads: 2}]}",
+            "num_heads",
+            (3, 4),
+        ),
+        ("data: {source: {options: {start: 1, start: 2}}}\n", "start", (2, 2)),
+        ("extends: base.yaml\n", "extends", (1, 2)),
+    ],
+)
+def test_given_twice(base: Path, text: str, key: str, lines: tuple[int, int]) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(top(base, text))
+    message = str(raised.value)
+    assert f"{key} is given twice, in lines {lines[0]} and {lines[1]}" in message
+    assert message.startswith(str(base.with_name("top.yaml")))
+    assert "\n" not in message
+
+
+def test_given_twice_elsewhere(base: Path) -> None:
+    with pytest.raises(RecipeError, match="path is given twice"):
+        load_recipe(base, ["data.source={type: text, path: a, path: b}"])
+    sweep = base.with_name("sweep.yaml")
+    sweep.write_text("seed: [1]\noptim.lr: [1]\nseed: [2]\n")
+    with pytest.raises(RecipeError, match=r"sweep.yaml: seed is given twice, in lines 1 and 3"):
+        read_sweep(sweep, base, [])
+
+
+def test_merge_keys_and_anchors_are_no_repetition(base: Path) -> None:
+    got = load_recipe(
+        top(
+            base,
+            "optim: &o {lr: 1e-2, warmup: 5%}\n"
+            "model:\n  mixer: &m {type: attention, num_heads: 4}\n"
+            "  layer_pattern: [*m, {<<: *m, num_heads: 2}, *m]\n",
+        )
+    )
+    assert [mixer.num_heads for mixer in got.model.layer_pattern] == [4, 2, 4]
+    base.with_name("loop.yaml").write_text("model: &m {mixer: *m}\n")
+    with pytest.raises(RecipeError, match="holds itself"):
+        load_recipe(base.with_name("loop.yaml"))
+
+
+# Options of mixers ------------------------------------------------------------------------------------
+
+
+def test_the_table_of_options_is_that_of_the_mixers() -> None:
+    assert {name: set(mixer.options) for name, mixer in MIXERS.items()} == {
+        name: set(options) for name, options in MIXER_OPTIONS.items()
+    }
+
+
+VALUES = {
+    "gate": "tanh", "half_life": [2, 8], "output_gate": True, "head_norm": False, "qk_norm": True,
+    "allow_neg_eigval": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXER_OPTIONS)
+def test_an_option_of_another_type_is_refused(kind: str) -> None:
+    """Its default value too, in `mixer` and in an entry of the pattern."""
+    every = {option for options in MIXER_OPTIONS.values() for option in options}
+    for option in every - {*MIXER_OPTIONS[kind]}:
+        owner = next(other for other, options in MIXER_OPTIONS.items() if option in options)
+        mixer = {"type": kind, option: VALUES.get(option, 4)}
+        for model in ({"mixer": mixer}, {"mixer": {"type": "lstm"}, "layer_pattern": ["lstm", mixer]}):
+            with pytest.raises(RecipeError) as raised:
+                recipe_from_dict({"name": "x", "model": model})
+            where = "layer_pattern.1" if "layer_pattern" in model else "mixer"
+            assert f"{where}.{option} is an option of" in str(raised.value)
+            assert owner in str(raised.value)
+            assert f"not of {kind}" in str(raised.value)
+
+
+def test_its_own_options_are_taken(base: Path) -> None:
+    for kind, options in MIXER_OPTIONS.items():
+        given = {option: VALUES.get(option, 2) for option in options} | {"type": kind}
+        given |= {"head_dim": 16} if "head_dim" in options else {}
+        got = recipe_from_dict({"name": "x", "model": {"hidden_size": 64, "mixer": given}}).model.mixer
+        assert got.model_dump(mode="json") == given
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.mixer.order=4"], ["model.mixer.num_heads=8"],
+     ["model.mixer.type=attention", "model.mixer.block_size=2"],
+     ["model.mixer.block_size=2", "model.mixer.type=attention"],
+     ["model.mixer={type: attention, gate: tanh}"],
+     ["model.layer_pattern=[bd_lru, {type: attention, block_size: 2}]"]],
+)  # fmt: skip
+def test_overrides_of_another_type_are_refused(base: Path, overrides: list[str]) -> None:
+    with pytest.raises(RecipeError, match="is an option of"):
+        load_recipe(base, overrides)
+
+
+def test_a_change_of_type_leaves_out_what_the_new_one_does_not_read(base: Path) -> None:
+    assert load_recipe(base, ["model.mixer.type=attention"]).model.mixer.model_fields_set == {"type"}
+    got = load_recipe(base, ["model.mixer.type=h_lru", "model.mixer.order=3"]).model.mixer
+    assert (got.type, got.order, got.gate) == ("h_lru", 3, "tanh")  # gate: both read it
+    child = top(base, "model: {mixer: {type: attention, num_heads: 4}}\n")
+    assert load_recipe(child).model.mixer.model_fields_set == {"type", "num_heads"}
+    assert load_recipe(child, ["model.mixer.type=bd_lru"]).model.mixer.model_fields_set == {"type"}
+    with pytest.raises(RecipeError, match="block_size is an option of bd_lru"):
+        load_recipe(top(base, "model: {mixer: {type: attention, block_size: 4}}\n"))
+    sweep = base.with_name("sweep.yaml")
+    sweep.write_text("model.mixer.type: [bd_lru, lstm, attention]\n")
+    assert [run.model.mixer.type for run in read_sweep(sweep, base, [])] == ["bd_lru", "lstm", "attention"]
+
+
+def test_an_unknown_type_is_told_as_such(base: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'bd_lru'"):
+        load_recipe(base, ["model.mixer.type=bdlru"])
+
+
+# Patterns ---------------------------------------------------------------------------------------------
+
+PATTERNS = [
+    "[bd_lru, {type: attention, num_heads: 2}]",
+    "[bd_lru, {type: bd_lru, block_size: 8}, attention]",
+    "[{gate: silu}, h_lru]",
+    "[{type: bd_lru, gate_std: 1.0}]",
+]
+CHANGES = [
+    ["model.mixer.block_size=16"], ["model.mixer.gate=sigmoid"], ["model.mixer.num_blocks=3"],
+    ["model.mixer.type=h_lru"], ["model.layer_pattern=null"], ["model.layer_pattern=[attention]"], ["seed=1"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_stored_recipe_takes_overrides_as_the_first(base: Path, pattern: str, changes: list[str]) -> None:
+    first = top(base, f"model: {{layer_pattern: {pattern}}}\n")
+    stored = base.with_name("stored.yaml")
+    stored.write_text(dump_recipe(load_recipe(first)))
+    assert load_recipe(stored) == load_recipe(first)
+    assert dump_recipe(load_recipe(stored)) == stored.read_text()
+    then = [flatten(load_recipe(path, [*changes, "name=x"])) for path in (first, stored)]
+    layers = [
+        then_.get("model.layer_pattern") or {k: v for k, v in then_.items() if ".mixer." in k}
+        for then_ in then
+    ]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_older_versions_stored_is_read(base: Path, pattern: str) -> None:
+    """Every option of every type, in `mixer` and in each entry."""
+    first = top(base, f"model: {{layer_pattern: {pattern}}}\n")
+    recipe = load_recipe(first)
+    data = yaml.safe_load(dump_recipe(recipe))
+    defaults = {name: field.default for name, field in type(recipe.model.mixer).model_fields.items()}
+    data["model"]["mixer"] = defaults | data["model"]["mixer"]
+    data["model"]["layer_pattern"] = [
+        data["model"]["mixer"] | entry.model_dump(mode="json") for entry in recipe.model.layer_pattern
+    ]
+    old = base.with_name("old.yaml")
+    old.write_text(yaml.safe_dump(data))
+    assert flatten(load_recipe(old)) == flatten(recipe)
+    change = ["model.mixer.block_size=16", "name=x"]
+    assert flatten(load_recipe(old, change)) == flatten(load_recipe(first, change))
+
+
+# The schedule -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.schedule=wsd", "optim.warmup=50%", "optim.decay=80%"], "overlap"),
+        (["optim.schedule=wsd", "optim.warmup=15 steps", "optim.decay=6 steps"], "overlap"),
+        (["optim.schedule=wsd", "optim.warmup=10%", "optim.decay=2400"], "overlap"),
+        (["optim.warmup=100000 steps"], "takes 100000 steps and train.tokens pays for 20"),
+        (["optim.warmup=21 steps"], "takes 21 steps and train.tokens pays for 20"),
+        (["optim.warmup=3K"], "pays for 20"),
+        (["optim.schedule=wsd", "optim.warmup=0", "optim.decay=21 steps"], "optim.decay takes 21 steps"),
+        (["optim.warmup=127"], "write '127 steps' or a share such as 10%"),
+        (["optim.schedule=wsd", "optim.decay=100"], "write '100 steps'"),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_does_not_fit(base: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(base, overrides)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 5, 20, 23, 100])
+@pytest.mark.parametrize("warmup", ["0%", "10%", "20%", "50%", "100%"])
+@pytest.mark.parametrize("decay", ["0%", "20%", "50%", "80%", "100%"])
+def test_what_fits_has_no_jump_and_reaches_the_rate(base: Path, total: int, warmup: str, decay: str) -> None:
+    if int(warmup[:-1]) + int(decay[:-1]) > 100:
+        return
+    keys = [f"train.tokens={128 * total}", "optim.schedule=wsd", "optim.lr=1", "optim.final_lr=0"]
+    recipe = load_recipe(base, [*keys, f"optim.warmup={warmup}", f"optim.decay={decay}"])
+    rates = [learning_rate(step, total, 128, recipe.optim) for step in range(total)]
+    steps = [span.steps(total, 128) for span in (recipe.optim.warmup, recipe.optim.decay)]
+    up, down = (1 / max(1, count) for count in steps)
+    assert max([0, *(after - before for before, after in itertools.pairwise(rates))]) <= up + 1e-9
+    if min(steps) and sum(steps) <= total:
+        assert max(before - after for before, after in itertools.pairwise(rates)) <= down + 1e-9
+        assert max(rates) == 1
+    assert load_recipe(base, ["optim.schedule=wsd", "optim.warmup=20%", "optim.decay=80%"])
+
+
+def test_other_schedules_have_no_decay_to_check(base: Path) -> None:
+    assert load_recipe(base, ["optim.warmup=90%", "optim.decay=90%"]).optim.warmup.amount == 0.9

@@ -1,0 +1,76 @@
+"""SIGHUP: a terminal that is closed stops the run, which saves; under nohup it goes on."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tiny_run import ROOT, STEPS, environment, fingerprint, finish, metrics, start
+
+LONG = ("train.tokens=5M", "checkpoint.every=100000 steps", "eval.every=100000 steps", "data.num_workers=1")
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while not ((run / "metrics.jsonl").exists() and len(metrics_so_far(run)) > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def metrics_so_far(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_hangup_saves_and_exits_85(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, f"train.runs_dir={tmp_path}", *LONG)
+    wait_for_steps(tmp_path / "tiny", process)
+    process.send_signal(signal.SIGHUP)
+    code, errors = finish(process)
+    assert code == 85, errors
+    assert "stopped by SIGHUP" in errors
+    assert list((tmp_path / "tiny/checkpoints").glob("step-*"))
+
+
+def test_a_closed_terminal_saves_and_exits_85(recipe: Path, tmp_path: Path) -> None:
+    """With the progress bar on it: writing to what is gone must not be an error."""
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lrnn_lm.cli", "train", str(recipe), f"train.runs_dir={tmp_path}", *LONG],
+        env=environment() | {"TERM": "xterm"}, cwd=ROOT, start_new_session=True,
+        preexec_fn=lambda: os.close(os.open(os.ttyname(1), os.O_RDWR)),  # becomes its controlling terminal
+        stdin=terminal, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    os.set_blocking(master, False)
+    deadline = time.monotonic() + 90
+    while not ((tmp_path / "tiny/metrics.jsonl").exists() and len(metrics_so_far(tmp_path / "tiny")) > 3):
+        try:
+            os.read(master, 1 << 16)
+        except BlockingIOError:
+            time.sleep(0.02)
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    os.close(master)
+    assert process.wait(timeout=60) == 85
+    assert list((tmp_path / "tiny/checkpoints").glob("step-*"))
+
+
+def test_under_nohup_it_goes_on(recipe: Path, tmp_path: Path, straight: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = start(recipe, f"train.runs_dir={tmp_path}", preexec=ignore)
+    deadline = time.monotonic() + 90
+    while process.poll() is None:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert time.monotonic() < deadline
+    code, errors = finish(process)
+    assert code == 0, errors
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert fingerprint(tmp_path / "tiny" / last) == fingerprint(straight / last)
+    assert len([line for line in metrics(tmp_path / "tiny") if "loss" in line]) == STEPS
