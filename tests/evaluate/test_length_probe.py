@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 from rich.console import Console
 from small_models import MIXER_ROWS, small_model
+from torch.nn import functional
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import length as probe
