@@ -60,7 +60,7 @@ class Attention(Mixer):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, T, d)
         if self.q_norm is not None:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         rotary = context.rotary
         if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
             rotary = self.rotary(context.positions)
@@ -87,6 +87,11 @@ class Attention(Mixer):
 
     def state_elements(self, context_length: int) -> int:
         return 2 * self.num_heads * self.head_dim * context_length
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """`norm` of x (B, H, T, d) in fp32, whatever the dtype of its weight; the result in that of x."""
+    return nn.functional.rms_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.eps).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -154,12 +154,12 @@ def _check_continuation(
     if isinstance(past, Tensor) or not past or is_traced():
         return
     if token_mask is None:
-        again = positions[:, 0] == 0
-        again = again if reset is None else again & ~reset[:, 0]
+        again = torch.zeros_like(positions, dtype=torch.bool)
+        again[:, 0] = positions[:, 0] == 0
     else:
         again = (positions == 0) & token_mask & (token_mask.cumsum(1) == 1)
-        for known in (reset, first):
-            again = again if known is None else again & ~known
+    for known in (reset, first):
+        again = again if known is None else again & ~known
     if bool(again.any()):
         raise ValueError(
             "position_ids begin again at 0 while the cache holds the tokens before: count on from them, or "

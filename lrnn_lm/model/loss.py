@@ -187,7 +187,8 @@ def counted_targets(
     """What a sum over `targets` is divided by, given the Trainer's count of all labels but each row's first.
 
     It counts a row's first token where padding comes before it, which nothing predicts. In one batch that is
-    told by comparing; over several batches it cannot be put right, for the others are not known here.
+    told by comparing; over several batches it cannot be put right, for the others are not known here. A number
+    below the batch's own count is no count of labels, and is taken as it is.
 
     Raises:
         ValueError: such tokens in one of several accumulated batches.
@@ -199,8 +200,11 @@ def counted_targets(
         return torch.where(torch.as_tensor(num_items, device=claimed.device) == claimed, true, num_items)
     if bool(claimed == true):
         return num_items
-    if bool((torch.as_tensor(num_items, device=claimed.device) == claimed).all()):
+    given = torch.as_tensor(num_items, device=claimed.device)
+    if bool((given == claimed).all()):
         return true.clamp_min(1)
+    if bool((given < claimed).all()):
+        return num_items
     raise ValueError(
         f"num_items_in_batch counts {int(claimed - true)} labels that nothing predicts (first tokens after "
         "padding or of a document): pad on the right (tokenizer.padding_side = 'right') or label them -100"

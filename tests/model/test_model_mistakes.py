@@ -8,7 +8,7 @@ from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.kernels import GATES
 from lrnn_lm.mixers import MIXERS, build_mixer, mixer_options
 from lrnn_lm.recipe import MixerSection
-from lrnn_lm.recipe.schema import MIXER_TYPES, GateName
+from lrnn_lm.recipe.mixer import MIXER_OPTIONS, GateName
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,6 @@ def test_pattern_repeats_and_takes_the_mixers_options():
 
 def test_the_recipe_knows_what_the_code_knows():
     assert set(get_args(GateName)) == set(GATES)
-    assert set(MIXERS) <= set(MIXER_TYPES)
+    assert set(MIXERS) == set(MIXER_OPTIONS)
     options = {option for mixer in MIXERS.values() for option in mixer.options}
     assert options == set(MixerSection.model_fields) - {"type"}

@@ -1,0 +1,134 @@
+"""Tables and a picture of the language-model study's rows, written into docs/results/lm.md between its marks.
+
+python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
+"""
+
+import json
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
+from typing import Any
+
+MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of runs that ended."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if "bits_per_byte" in row]
+
+
+def optimizer(row: Row) -> str:
+    return "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
+
+
+def setting(row: Row) -> tuple[str, int, str]:
+    """What runs are compared within: size, tokens, optimizer."""
+    return row["size"], row["tokens"], optimizer(row)
+
+
+def best_rates(rows: list[Row]) -> dict[str, list[Row]]:
+    """Of each contender, all seeds at the rate whose first seed is lowest."""
+    by_name: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_name[row["contender"]].append(row)
+    chosen = {}
+    for name, own in by_name.items():
+        first = min(row["seed"] for row in own)
+        lr = min((row for row in own if row["seed"] == first), key=lambda row: row["bits_per_byte"])["lr"]
+        chosen[name] = [row for row in own if row["lr"] == lr]
+    return chosen
+
+
+def rates_table(rows: list[Row]) -> str:
+    """Contenders that were tried at several rates: bits per byte at each."""
+    lines = []
+    for key in dict.fromkeys(setting(row) for row in rows):
+        own = [row for row in rows if setting(row) == key and row["seed"] == 0]
+        rates = sorted({row["lr"] for row in own})
+        tried = Counter(row["contender"] for row in own)
+        names = [name for name, times in tried.items() if times > 1]
+        if not names:
+            continue
+        lines += [
+            f"{key[0]}, {key[1] / 1e6:.0f}M tokens, {key[2]}:", "",
+            "| contender | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---|" + "---|" * len(rates),
+        ]  # fmt: skip
+        for name in names:
+            cells = {row["lr"]: f"{row['bits_per_byte']:.4f}" for row in own if row["contender"] == name}
+            lowest = min(cells.values())
+            cells = {lr: f"**{cell}**" if cell == lowest else cell for lr, cell in cells.items()}
+            lines.append(f"| {name} | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def results_table(rows: list[Row]) -> str:
+    """Every contender at its best rate, lowest first, a table a setting; ± is the deviation over seeds."""
+    head = ("contender", "bits per byte", "seeds", "rate", "parameters", "SwiGLU", "commit")
+    lines = []
+    for key in sorted(dict.fromkeys(setting(row) for row in rows), reverse=True):
+        chosen = best_rates([row for row in rows if setting(row) == key])
+        lines += [f"{key[0]}, {key[1] / 1e6:.0f}M tokens, {key[2]}:", ""]
+        lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for name, bits in sorted(((n, by_seed(own)) for n, own in chosen.items()), key=lambda x: mean(x[1])):
+            own = chosen[name]
+            spread = f" ± {stdev(bits):.4f}" if len(bits) > 1 else ""
+            commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
+            cells = (
+                name, f"{mean(bits):.4f}{spread}", len(bits), f"{own[0]['lr']:g}",
+                f"{own[0]['parameters']:,}", own[0]["model"]["intermediate_size"], commits,
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def by_seed(rows: list[Row]) -> list[float]:
+    """Bits per byte of each seed; a run that was repeated counts once, by its mean."""
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    return [mean(row["bits_per_byte"] for row in rows if row["seed"] == seed) for seed in seeds]
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Held-out bits per byte against tokens, a panel a size: the ten best contenders under Muon."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if optimizer(row) == "Muon"]
+    sizes = sorted({row["size"] for row in rows}, reverse=True)
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(6.5 * len(sizes), 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+            chosen = best_rates([row for row in rows if row["size"] == size])
+            order = sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"])
+            for name in order[:10]:
+                row = chosen[name][0]
+                steps = row["curve"][-1][0]
+                tokens = [step / steps * row["tokens"] / 1e6 for step, _ in row["curve"]]
+                bits = [value for _, value in row["curve"]]
+                axis.plot(tokens, bits, "o-", markersize=3, label=f"{name} {bits[-1]:.3f}")
+            axis.set_title(f"{size}: held-out bits per byte", loc="left")
+            axis.set_xlabel("training tokens, millions")
+            axis.grid(alpha=0.25)
+            axis.legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=140)
+
+
+def main(rows_path: str, page_path: str) -> None:
+    """Write the tables into the page and the picture beside it."""
+    rows, page = read_rows(Path(rows_path)), Path(page_path)
+    before, _, rest = page.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    tables = "\n".join(["", "### Results", "", results_table(rows), "### Rates", "", rates_table(rows)])
+    page.write_text(before + MARKS[0] + tables + MARKS[1] + after)
+    draw(rows, page.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
