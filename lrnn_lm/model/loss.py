@@ -187,8 +187,8 @@ def counted_targets(
     """What a sum over `targets` is divided by, given the Trainer's count of all labels but each row's first.
 
     It counts a row's first token where padding comes before it, which nothing predicts. In one batch that is
-    told by comparing; over several batches it cannot be put right, for the others are not known here. A number
-    below the batch's own count is no count of labels, and is taken as it is.
+    told by comparing; over several batches it cannot be put right, for the others are not known here. A
+    number below the batch's own count is no count of labels, and is taken as it is.
 
     Raises:
         ValueError: such tokens in one of several accumulated batches.
