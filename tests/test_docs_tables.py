@@ -11,6 +11,7 @@ from lrnn_lm.bench.decode import DecodeSettings
 from lrnn_lm.bench.results import read_results
 from lrnn_lm.bench.train import TrainSettings
 from lrnn_lm.cli import main
+from studies.lm_report import rates_table, read_rows, results_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -132,8 +133,21 @@ def test_every_ratio_says_what_it_is_read_with():
     for line in (line for line in SYNTHETIC.splitlines() if "0.924" in line and "claim" not in line):
         assert "five of its six tasks" in line or line.startswith("| bd_lru-m4"), line
     assert "mean of these five" in SYNTHETIC
-    for page in (README, SYNTHETIC):
-        assert "untested" in page
+
+
+def test_language_models_of_the_pages_are_those_of_the_rows():
+    """README's four numbers and the page's tables are made of docs/results/lm.jsonl."""
+    rows = [row for row in read_rows(RESULTS / "lm.jsonl") if row["size"] == "68m"]
+    found = {row["contender"]: f"{row['bits_per_byte']:.3f}" for row in rows}
+    line = next(line for line in README.splitlines() if line.startswith("| **1."))
+    cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+    assert cells == [found[name] for name in ("hybrid-m4-qk", "transformer-qk", "matrix-m4", "bd-m1")]
+    page = (RESULTS / "lm.md").read_text()
+    for table in (
+        results_table(read_rows(RESULTS / "lm.jsonl")),
+        rates_table(read_rows(RESULTS / "lm.jsonl")),
+    ):
+        assert table in page
 
 
 def test_sentences_of_the_pages(tables):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from eval.studies import contenders, replicas, synthetic, tables
-from eval.studies.replicas import Job, Replica, rates, train_wave, tune_nothing
-from eval.studies.rows import TrainingRows, mix, task_rows
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
 from lrnn_lm.data import order as row_order
+from studies import contenders, replicas, synthetic, tables
+from studies.replicas import Job, Replica, rates, train_wave, tune_nothing
+from studies.rows import TrainingRows, mix, task_rows
 
 CPU = torch.device("cpu")
 

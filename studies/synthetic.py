@@ -1,7 +1,7 @@
 """The study of the paper's synthetic claims: tasks against mixers, at equal parameters, over seeds.
 
-    python -m eval.studies.synthetic --study final --output runs/study --minutes 5 --processes 4
-    python -m eval.studies.synthetic --study states --output runs/study --tasks s3 --models bd_lru-m4
+    python -m studies.synthetic --study final --output runs/study --minutes 5 --processes 4
+    python -m studies.synthetic --study states --output runs/study --tasks s3 --models bd_lru-m4
 
 `states` and `mad` train every (task, model) under the same settings, each learning rate with each weight
 decay, with the search's seeds. The setting that is best on held-out rows of the training length is then
@@ -50,7 +50,7 @@ MEMORISATION_STEPS = 400  # 200 times its 256 rows, as published
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m eval.studies.synthetic",
+    parser = argparse.ArgumentParser(prog="python -m studies.synthetic",
                                      description=(__doc__ or "").split("\n")[0])  # fmt: skip
     add = parser.add_argument
     add("--output", type=Path, required=True)

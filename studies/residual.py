@@ -1,7 +1,7 @@
 """Does a residual stream in bf16 cost loss? Small models on prepared text, a seed in either dtype.
 
     lrnn prepare RECIPE                       # prints the folder DATA
-    python -m eval.studies.residual DATA --seeds 0,1,2,3 > residual.jsonl
+    python -m studies.residual DATA --seeds 0,1,2,3 > residual.jsonl
 
 Both see the same rows from the same start, under bf16 autocast; a line a run: the mean loss of the last 50
 steps and that of held-out text.
@@ -59,7 +59,7 @@ def train(
 
 def main() -> None:
     """Runs of every seed in fp32 and in bf16."""
-    parser = argparse.ArgumentParser(prog="python -m eval.studies.residual")
+    parser = argparse.ArgumentParser(prog="python -m studies.residual")
     parser.add_argument("data", type=Path, help="a folder that `lrnn prepare` wrote")
     parser.add_argument("--seeds", default="0,1,2,3")
     parser.add_argument("--steps", type=int, default=300)
