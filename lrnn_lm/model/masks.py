@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
 from ..mixers import is_traced
 from .cache import document_start
+from .config import LRNNConfig
 from .documents import before, document_starts
 
 HIDDEN = -1e4  # a mask that is added hides what it lowers by at least so much
@@ -188,3 +191,17 @@ def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tenso
         return document[batch, query] == document[batch, key]
 
     return visible
+
+
+def attention_mask_of(
+    config: LRNNConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, visible: Any
+) -> Tensor | None:
+    """(B, 1, T, S) for the attention layers, in the form that their implementation takes."""
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=x,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        and_mask_function=visible,
+        layer_idx=config.layer_types.index("full_attention"),
+    )

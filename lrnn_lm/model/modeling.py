@@ -12,16 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    CompileConfig,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteriaList,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,12 +37,19 @@ from ..mixers import (
 from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
-from .decode import Decoder, can_decode
 from .documents import PACKING, check_arguments
+from .generation import LRNNGenerationMixin
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
-from .masks import Layout, check_padding, layout, positions_of, same_document, tokens_last
-from .sample import is_usual, sample
+from .masks import (
+    Layout,
+    attention_mask_of,
+    check_padding,
+    layout,
+    positions_of,
+    same_document,
+    tokens_last,
+)
 
 
 class LRNNPreTrainedModel(PreTrainedModel):
@@ -195,11 +196,11 @@ class LRNNModel(LRNNPreTrainedModel):
         if visible is None and batch.attention_mask is None and layer is None and not eager:
             # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
             return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
-        mask = _attention_mask(self.config, x, batch.attention_mask, cache, visible)
+        mask = attention_mask_of(self.config, x, batch.attention_mask, cache, visible)
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
 
 
-class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
+class LRNNForCausalLM(LRNNPreTrainedModel, LRNNGenerationMixin):
     """The language model: LRNNModel and a linear head, tied to the embedding if the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -211,90 +212,6 @@ class LRNNForCausalLM(LRNNPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._is_stateful = "linear_attention" in config.layer_types  # else assisted decoding can cut back
         self.post_init()
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: LRNNConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor | dict[str, Tensor] | None:
-        """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it.
-
-        But for a step of one token, where it would grow with every token, and a compiled graph with it: where
-        no row begins or is padding there, recurrent layers need no mask, and attention's is made here,
-        (B, 1, 1, S) over all S places of a static cache.
-        """
-        if inputs_embeds.shape[1] > 1 or position_ids is None:
-            return attention_mask
-        if attention_mask is not None:
-            goes_on = attention_mask[:, :-1].any(dim=1) & attention_mask[:, -1].bool()
-            if not bool(goes_on.all()):
-                return attention_mask
-        if "full_attention" not in config.layer_types:
-            return None
-        layer_idx = config.layer_types.index("full_attention")
-        layer = past_key_values.layers[layer_idx]
-        return {"full_attention": _attention_mask(
-            config, inputs_embeds, attention_mask, past_key_values,
-            same_document(None, layer, layer.get_seq_length(), inputs_embeds),
-        )}  # fmt: skip
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
-        if self._is_stateful and generation_config.is_assistant:
-            raise ValueError(
-                "assisted decoding cuts its assistant's cache back, which a recurrent state cannot be; "
-                "take an assistant whose layers are all attention"
-            )
-        given = model_kwargs.get("past_key_values") is not None
-        if given:
-            check_cache(self.config, model_kwargs["past_key_values"])
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):
-            model_kwargs["past_key_values"] = make_cache(self.config, cache)
-            model_kwargs["past_key_values"].private = not given
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy decoding and sampling: our own loop for what is usual, transformers' for the rest."""
-        chosen = (logits_processor, stopping_criteria, generation_config)
-        if synced_gpus or not is_usual(self, *chosen, model_kwargs):
-            return super()._sample(
-                input_ids, *chosen, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
-            )
-        return sample(self, input_ids, *chosen, streamer, model_kwargs)
-
-    def _valid_auto_compile_criteria(
-        self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
-    ) -> bool:
-        """Whether `generate` decodes through `get_compiled_call`; `disable_compile=True` is the way out."""
-        asked = generation_config.compile_config is not None
-        if not asked and not generation_config.disable_compile and can_decode(self):
-            return True
-        asked = asked or generation_config.cache_implementation == "static"
-        if "full_attention" not in self.config.layer_types and not asked:
-            return False  # transformers would compile whatever decodes on a GPU without keys and values
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What decodes a token: our own step where every layer is recurrent, transformers' otherwise."""
-        if compile_config is None and can_decode(self):
-            return Decoder(self)
-        return super().get_compiled_call(compile_config)
 
     @can_return_tuple
     def forward(
@@ -391,20 +308,6 @@ def _layout(
     packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}
     only_attention = "linear_attention" not in config.layer_types
     return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, only_attention)
-
-
-def _attention_mask(
-    config: LRNNConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, visible: Any
-) -> Tensor | None:
-    """(B, 1, T, S) for the attention layers, in the form that their implementation takes."""
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=x,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        and_mask_function=visible,
-        layer_idx=config.layer_types.index("full_attention"),
-    )
 
 
 remember(LRNNModel, LRNNForCausalLM)
