@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from triton_cases import inside  # noqa: F401  (a fixture)
 
 pytest.importorskip("triton")
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from scans import TOLERANCE, relative_error
-from triton_cases import DEVICE, TOLERANCES, poison, to_device  # noqa: F401  (a fixture)
+from triton_cases import DEVICE, TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import matrix_scan
 from lrnn_lm.kernels.matrix_scan import BACKENDS

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from scans import SCANS, TOLERANCE, make_inputs, relative_error, run
-from triton_cases import DEVICE, GPU, compare, cut_time, poison, to_device  # noqa: F401  (a fixture)
+from triton_cases import DEVICE, GPU, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
 import lrnn_lm.kernels
 from lrnn_lm.kernels import (

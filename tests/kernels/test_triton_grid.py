@@ -6,7 +6,7 @@ Outputs are NaN-poisoned throughout, as in `test_triton.py`.
 import pytest
 import torch
 from scans import LENGTHS, SCANS, SIZES, make_inputs
-from triton_cases import DEVICE, GPU, compare, cut_time, poison, to_device  # noqa: F401  (a fixture)
+from triton_cases import DEVICE, GPU, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import GATES, block_diagonal_scan
 

@@ -1,5 +1,7 @@
 """What both files of tests of the Triton scans share: a comparison with the specification, on any device."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from scans import TOLERANCE, make_inputs, relative_error, run
@@ -12,12 +14,25 @@ TOLERANCES = TOLERANCE if GPU else {**TOLERANCE, torch.bfloat16: 2 * TOLERANCE[t
 
 
 @pytest.fixture(autouse=True)
-def poison():
+def poison() -> Iterator[None]:
     """`torch.empty` returns NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def inside() -> Iterator[None]:
+    """The interpreter refuses an address outside of a kernel's tensors; a GPU has compute-sanitizer for it."""
+    if GPU:
+        yield
+        return
+    pytest.importorskip("triton")
+    import memcheck
+
+    with memcheck.checked():
+        yield
 
 
 def cut_time(monkeypatch, chunk: int) -> None:
