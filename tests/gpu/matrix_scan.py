@@ -3,14 +3,19 @@
     python tests/gpu/matrix_scan.py [out.json]        # about a minute on one H100, most of it compiling
 
 Times are medians of 10, of the forward and of the backward pass, with fp32 gates and bf16 values as the mixer
-has them.
+has them. Every case runs in a process of its own, so that a fault names its case and spares the others: one
+that fails runs once more with CUDA_LAUNCH_BLOCKING=1, which names the kernel. To find the address:
+
+    compute-sanitizer --tool memcheck python tests/gpu/matrix_scan.py case 4 float32 77
+    compute-sanitizer --tool racecheck python tests/gpu/matrix_scan.py case 4 float32 77
 """
 
-import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,27 +54,40 @@ def run(given: list, backend: str) -> list[torch.Tensor]:
     return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, tensors)]
 
 
-def check(M: int, dtype: torch.dtype, T: int) -> None:
-    given = inputs(2, T, 2, 64, 64, M, dtype)
+def check(M: int, dtype: torch.dtype, T: int) -> bool:
+    """Whether a case is right, twice with the same bits; a synchronisation after each pass."""
+    started = time.perf_counter()
+    given = inputs(2, T, 2 if T % 16 else 8, 64, 64, M, dtype)
+    got = run(given, "triton")
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     exact = [x.double() if x.is_floating_point() else x for x in given]
     errors = {}
-    for name, got, want in zip(NAMES, run(given, "triton"), run(exact, "torch"), strict=True):
-        error = float((got.double() - want).norm() / want.norm())
-        errors[name] = error if got.isfinite().all() else float("inf")
-    again = run(given, "triton")
-    same = all(torch.equal(a, b) for a, b in zip(again, run(given, "triton"), strict=True))
+    for name, x, want in zip(NAMES, got, run(exact, "torch"), strict=True):
+        error = float((x.double() - want).norm() / want.norm())
+        errors[name] = error if x.isfinite().all() else float("inf")
+    same = all(torch.equal(a, b) for a, b in zip(got, run(given, "triton"), strict=True))
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    verdict = "ok" if max(errors.values()) <= TOLERANCE[dtype] and same else "WRONG"
-    print(f"M {M} {dtype} T {T}: {verdict}; {text}; same bits twice: {same}", flush=True)
+    right = max(errors.values()) <= TOLERANCE[dtype] and same
+    verdict = "ok" if right else "WRONG"
+    print(f"M {M} {dtype} T {T}: {verdict}; {text}; same bits twice: {same}; first call {seconds:.0f} s")
+    return right
 
 
-def compile_case(case: tuple[int, torch.dtype, int]) -> float:
-    """In a process of its own, for Triton's cache on disk."""
+def run_alone(case: tuple[int, torch.dtype, int]) -> bool:
+    """Whether a case succeeds in a process of its own; what that said is printed."""
     M, dtype, T = case
-    started = time.perf_counter()
-    run(inputs(2, T, 2 if T % 16 else 8, 64, 64, M, dtype), "triton")
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+    command = [sys.executable, __file__, "case", str(M), str(dtype).removeprefix("torch."), str(T)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout.strip() or f"M {M} {dtype} T {T}: FAILED with exit code {done.returncode}"
+    if done.returncode and "WRONG" not in said:
+        again = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"}
+        )
+        verdict = "fails again" if again.returncode else "succeeds"
+        said += f"; with CUDA_LAUNCH_BLOCKING=1 it {verdict}\n{(again.stderr or done.stderr)[-3000:]}"
+    print(said, flush=True)
+    return done.returncode == 0
 
 
 def milliseconds(call) -> float:
@@ -100,18 +118,21 @@ def clock(M: int) -> dict[str, float]:
     return row
 
 
-def main() -> None:
-    cases = [(M, dtype, T) for M in SIZES for dtype, T in ((torch.float32, 77), (torch.bfloat16, 77))]
+def main() -> int:
+    if sys.argv[1:2] == ["case"]:
+        M, dtype, T = sys.argv[2:]
+        return 0 if check(int(M), getattr(torch, dtype), int(T)) else 1
+    cases = [(M, dtype, 77) for M in reversed(SIZES) for dtype in (torch.float32, torch.bfloat16)]
     timed = [(M, torch.bfloat16, 1024) for M in TIMED]
-    with ProcessPoolExecutor(13, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for case, seconds in zip(cases + timed, pool.map(compile_case, cases + timed), strict=True):
-            print(f"{case}: compiled in {seconds:.0f} s", flush=True)
-    for case in cases:
-        check(*case)
+    with ThreadPoolExecutor(13) as pool:
+        right = list(pool.map(run_alone, cases + timed))
+    if not all(right):
+        return 1
     rows = [clock(M) for M in TIMED]
     if len(sys.argv) > 1:
         measure.write_json(Path(sys.argv[1]), {"about": measure.describe(torch.device("cuda")), "rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

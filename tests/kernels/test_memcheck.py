@@ -90,7 +90,7 @@ def test_atomics_and_gathers():
 @pytest.mark.parametrize(("N", "M"), [(201, 4), (77, 1)])
 @pytest.mark.parametrize("chunk", [8, 11])
 def test_planes_with_padding(N, M, chunk, monkeypatch):
-    """N = 201 blocks of 4: 804 rows in 832 columns; time in one piece, and in chunks of which one is short."""
+    """N = 201 blocks of 4: 804 rows in 832 columns; time in one piece and in chunks, one of them short."""
     cut_time(monkeypatch, chunk)
     planes = torch.randn(2, 11, M + 2, plane_width(N * M, M)).requires_grad_()
     bias = torch.zeros(M + 1, N * M, requires_grad=True)

@@ -24,7 +24,7 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def inside() -> Iterator[None]:
-    """The interpreter refuses an address outside of a kernel's tensors; a GPU has compute-sanitizer for it."""
+    """The interpreter refuses an address outside of a kernel's tensors; for a GPU, compute-sanitizer."""
     if GPU:
         yield
         return
