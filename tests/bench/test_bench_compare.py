@@ -91,6 +91,8 @@ def test_mistakes_are_told(tmp_path, capsys):
 
 @pytest.mark.parametrize(("about", "message"), [
     ({"benchmark": "train", "settings": {"nosuch": 1}}, "another version"),
+    ({"benchmark": "train", "settings": {"fp8": True}}, "another version"),
+    ({"benchmark": "train", "settings": "tokens"}, "another version"),
     ({"benchmark": "train"}, "another version"),
     ({"benchmark": "train", "settings": {}, "device": "a toaster"}, "measured on a toaster"),
     ({"benchmark": "kernels"}, "does not say how it was made"),
