@@ -36,8 +36,8 @@ MIXER_ROWS = {
     "lstm": {"type": "lstm", "width": 9},
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
 }
-# Of the mixer's weights added to the initial ones. A head of bd_matrix multiplies three projections of its input
-# and divides by the size of what comes out: with 0.3 it turns one ulp into 1e-4, whatever the order of the sums.
+# What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix multiplies three projections of
+# its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later.
 SPREAD = {"bd_matrix": 0.1, "bd_matrix-conv": 0.1}
 HYBRIDS = {
     "hybrid": ["bd_lru", "attention", "h_lru"],

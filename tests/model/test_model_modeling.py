@@ -17,7 +17,7 @@ SAME = TOLERANCE["same numbers"]
 
 
 def gradients(model, ids):
-    """Without a cache, as training runs: checkpointing drops it, and Mamba-2 sums in another order with one."""
+    """Without a cache, as in training: checkpointing drops it, and with one Mamba-2 sums in another order."""
     model.zero_grad()
     model.train()
     model(ids, labels=ids, use_cache=False).loss.backward()
