@@ -1,7 +1,13 @@
-"""Without a GPU, Triton kernels are tested in Triton's interpreter, which has to be chosen before triton is
-imported."""
+"""What has to be set before torch and triton are imported, here and in the processes that tests start.
+
+One thread a process: `make test` runs a process a core, small tensors are faster so, and sums come in the
+same order in every process, so that runs can be compared bit by bit. Without a GPU, Triton kernels are tested
+in Triton's interpreter.
+"""
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
 
 import torch
 

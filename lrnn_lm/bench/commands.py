@@ -61,7 +61,6 @@ def train(
     steps: Annotated[int, typer.Option(help="steps that are timed")] = 10,
     warmup: Annotated[int, typer.Option(help="steps before them, after the first")] = 3,
     checkpointing: Annotated[bool, typer.Option(help="recompute layers in the backward pass")] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="the blocks' products in fp8, through torchao")] = False,
     loss_chunk: Annotated[int | None, typer.Option(help="tokens whose logits exist at once")] = None,
     profile: Annotated[int, typer.Option(help="also list so many of a step's longest kernels")] = 0,
     residual_in_fp32: Annotated[
@@ -77,7 +76,7 @@ def train(
     settings = TrainSettings(
         contenders=contenders or DEFAULT, lengths=lengths, tokens=tokens, sizes=sizes, width=width,
         layers=layers, vocab=vocab, precision=precision, compile=compile, steps=steps, warmup=warmup,
-        checkpointing=checkpointing, fp8=fp8, loss_chunk=loss_chunk, profile=profile,
+        checkpointing=checkpointing, loss_chunk=loss_chunk, profile=profile,
         residual_in_fp32=residual_in_fp32, processes=processes,
         budget_seconds=budget_seconds,
     )  # fmt: skip

@@ -4,6 +4,7 @@ OLD is what a benchmark wrote. It is run again with the settings that it names, 
 is there; rows are matched by what they measured.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def compare_with(
 
 
 def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
-    benchmark, settings = about.get("benchmark"), about.get("settings")
+    benchmark = about.get("benchmark")
     here = measure.describe(measure.pick_device(device)).get("device")
     if benchmark not in ("train", "decode"):
         raise ValueError(f"{old} does not say how it was made: run that again, pass its file as --against")
@@ -57,10 +58,20 @@ def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
 
     module, kind = (train, train.TrainSettings) if benchmark == "train" else (decode, decode.DecodeSettings)
     try:
-        wanted = kind(**settings)
+        wanted = settings_of(about, kind)
     except TypeError as error:
         raise ValueError(f"{old} is of another version of the benchmark: {error}") from None
     return module.run(wanted, device)
+
+
+def settings_of(about: dict[str, Any], kind: type) -> Any:
+    """What a file's rows were measured with.
+
+    An option that was off, and that the benchmark no longer has, changed nothing. TypeError for any other.
+    """
+    known = {field.name for field in fields(kind)}
+    settings = {**about.get("settings")}
+    return kind(**{key: value for key, value in settings.items() if key in known or value})
 
 
 def judge(before: list[Row], after: list[Row], tolerance: float) -> list[str]:

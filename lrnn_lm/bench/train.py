@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..model import LRNNConfig, LRNNForCausalLM
 from ..model.accounting import account, saved_bytes
-from ..model.fp8 import use_fp8
 from ..recipe.schema import OptimSection
 from ..train.optim import make_optimizer
 from ..train.runtime import peak_flops
@@ -71,7 +70,6 @@ class TrainSettings:
     steps: int = 10
     warmup: int = 3
     checkpointing: bool = False
-    fp8: bool = False
     loss_chunk: int | None = None
     profile: int = 0
     residual_in_fp32: bool | None = None
@@ -86,8 +84,6 @@ class TrainingStep:
         torch.manual_seed(0)
         with torch.device(device):
             self.model = LRNNForCausalLM(config).train()
-        if settings.fp8:
-            use_fp8(self.model, device)
         if settings.checkpointing:
             options = {"use_reentrant": False}
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

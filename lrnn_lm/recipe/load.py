@@ -18,6 +18,12 @@ from .schema import Recipe
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
+# Keys that are gone: the value that said what is done anyway, which stored recipes have, and what to do.
+_REMOVED = {
+    "train.fp8": (False, "it was no faster than bf16; delete the key and use train.precision=bf16"),
+}
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message says where and what to do."""
 
@@ -45,10 +51,20 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
     """Check plain data against the schema; RecipeError lists what is wrong."""
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(_without_removed(data))
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` without removed keys whose value changes nothing, so that runs of older versions go on."""
+    for dotted, (harmless, _) in _REMOVED.items():
+        name, key = dotted.split(".")
+        section = data.get(name)
+        if isinstance(section, dict) and section.get(key) is harmless:
+            data = {**data, name: {other: value for other, value in section.items() if other != key}}
+    return data
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -220,6 +236,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _explain(detail: Any) -> str:
     """One pydantic error as a person would put it."""
     where = ".".join(str(part) for part in detail["loc"]) or "recipe"
+    if where in _REMOVED:
+        return f"{where}: was removed: {_REMOVED[where][1]}"
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
         known = _known_keys(detail["loc"][:-1])

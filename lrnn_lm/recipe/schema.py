@@ -220,7 +220,6 @@ class TrainSection(Section):
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto", description="how ranks share the model; auto: as Accelerate's config file says, else ddp"
     )
-    fp8: bool = Field(False, description="the blocks' products in fp8, through torchao; on top of bf16")
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")

@@ -29,7 +29,6 @@ from ..data import (
 )
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
-from ..model.fp8 import use_fp8
 from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
 from . import checkpoint
@@ -238,8 +237,6 @@ def _make_model(
         encodes = task.kind.head == "autoencoder"
         config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
-    if recipe.train.fp8:
-        use_fp8(model, device)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:

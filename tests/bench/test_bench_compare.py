@@ -54,7 +54,6 @@ def test_a_row_that_no_longer_runs(tmp_path):
 
 def test_run_again(tmp_path, capsys):
     """A run beside itself on a noisy machine: the same rows; only the clock may differ."""
-    torch.set_num_threads(1)
     settings = train.TrainSettings(
         "bd-m4", "16", "64", width=32, layers=1, vocab=61, compile=False, steps=2, warmup=1
     )
@@ -91,6 +90,8 @@ def test_mistakes_are_told(tmp_path, capsys):
 
 @pytest.mark.parametrize(("about", "message"), [
     ({"benchmark": "train", "settings": {"nosuch": 1}}, "another version"),
+    ({"benchmark": "train", "settings": {"fp8": True}}, "another version"),
+    ({"benchmark": "train", "settings": "tokens"}, "another version"),
     ({"benchmark": "train"}, "another version"),
     ({"benchmark": "train", "settings": {}, "device": "a toaster"}, "measured on a toaster"),
     ({"benchmark": "kernels"}, "does not say how it was made"),

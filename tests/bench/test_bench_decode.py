@@ -12,14 +12,6 @@ from lrnn_lm.bench.decode import DecodeSettings
 TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 8}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_rows_and_files(tmp_path, capsys):
     settings = DecodeSettings(
         "bd-m4,transformer", batches="1,3", contexts="16,1M", modes="graph,generate", emulate=True, **TINY

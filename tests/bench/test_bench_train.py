@@ -21,14 +21,6 @@ TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": "64", "lengths": "16,32
 LOCAL = [name for name in CONTENDERS if name not in ("gated-deltanet", "transformer-same-shape")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("size", ["50M", "212M", "1.3B"])
 def test_contenders_have_equal_parameters(size):
     counts = {name: count(build_config(CONTENDERS[name], SIZES[size], None, 2048)) for name in LOCAL}

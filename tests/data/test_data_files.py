@@ -66,9 +66,9 @@ def test_loops_end(corpus: Path, way: str) -> None:
     folders = [corpus, corpus / "b", corpus.parent / "outside"]
     for (k, folder), target in itertools.product(enumerate(folders), folders):
         (folder / f"loop-{k}-{target.name}").symlink_to(target, target_is_directory=True)
-    started = time.monotonic()
+    started = time.process_time()
     assert sorted(names(corpus / way)) == sorted([*before, "e.txt", "f.txt"])
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_globs_without_two_stars(corpus: Path) -> None:

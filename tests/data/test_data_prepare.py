@@ -60,9 +60,9 @@ def test_second_call_does_nothing(spec: DataSpec, monkeypatch: pytest.MonkeyPatc
     first = prepare(spec, progress=False)
     before = {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
     monkeypatch.setattr("lrnn_lm.data.storage.build_folder", None)
-    started = time.monotonic()
+    started = time.process_time()
     second = prepare(spec, progress=False)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert second.folder == first.folder
     assert before == {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
 

@@ -93,3 +93,26 @@ def write_documents():
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def full_manager():
+    """lm-eval's index of everything takes seconds to read: once a process."""
+    from lm_eval.tasks import TaskManager
+
+    from lrnn_lm.evaluate.tasks import own_tasks_path
+
+    return TaskManager(include_path=str(own_tasks_path()))
+
+
+@pytest.fixture
+def read_once(full_manager, monkeypatch):
+    """Whoever asks for the whole index gets the one that was read."""
+    from lm_eval import tasks as upstream
+
+    real = type(full_manager)
+
+    def manager(include_defaults=True, **settings):
+        return full_manager if include_defaults else real(include_defaults=False, **settings)
+
+    monkeypatch.setattr(upstream, "TaskManager", manager)

@@ -232,29 +232,6 @@ def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):
     assert len(str(error.value).splitlines()) <= 2
 
 
-@pytest.fixture(scope="module")
-def full_manager():
-    """lm-eval's index of everything takes seconds to read: once for this file."""
-    from lm_eval.tasks import TaskManager
-
-    from lrnn_lm.evaluate.tasks import own_tasks_path
-
-    return TaskManager(include_path=str(own_tasks_path()))
-
-
-@pytest.fixture
-def read_once(full_manager, monkeypatch):
-    """Whoever asks for the whole index gets the one that was read."""
-    from lm_eval import tasks as upstream
-
-    real = type(full_manager)
-
-    def manager(include_defaults=True, **settings):
-        return full_manager if include_defaults else real(include_defaults=False, **settings)
-
-    monkeypatch.setattr(upstream, "TaskManager", manager)
-
-
 @pytest.mark.usefixtures("read_once")
 def test_names_are_checked_against_all_of_lm_eval():
     from lrnn_lm.evaluate.tasks import find_tasks

@@ -96,6 +96,7 @@ def test_a_folder_with_code_is_refused_in_a_line(folder, marker, lrnn, command):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("folder", ["model", "tokenizer"], indirect=True)
 def test_the_flag_lets_it_run(folder, marker, tmp_path):
     """In a process of its own, as the code changes what transformers knows."""
     command = [sys.executable, "-m", "lrnn_lm.cli", "generate", str(folder), "--max-new-tokens", "2",

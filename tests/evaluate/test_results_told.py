@@ -60,8 +60,7 @@ def test_a_folder_by_another_name_tells_its_step(run, tmp_path):
 
 LIBRARY = "import sys; from lrnn_lm.evaluate import evaluate; evaluate(sys.argv[1], sys.argv[3:], limit=2)"
 TERMINALS = {
-    "ascii": ("été", ["-m", "lrnn_lm.cli", "eval"], {"PYTHONIOENCODING": "ascii"}),
-    "library": ("été", ["-c", LIBRARY], {"PYTHONIOENCODING": "ascii"}),
+    "ascii": ("été", ["-c", LIBRARY], {"PYTHONIOENCODING": "ascii"}),
     "C": ("plain", ["-m", "lrnn_lm.cli", "eval"],
           {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
 }  # fmt: skip

@@ -1,20 +1,11 @@
 """Small checkpoints with a tokenizer, and which neighbours are installed."""
 
 import pytest
-import torch
 
 TEXT = (
     "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
     "rose the water was still cold.\n\nA compiler reads a program and writes: naïve façade, 数学, 🙂.\n"
 )
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,20 +22,27 @@ def python(*arguments: str, first: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
+def children_seconds() -> float:
+    """The processor's time of the processes that were started here and have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def best_of(times: int, measure) -> float:
     return min(measure() for _ in range(times))
 
 
 def test_import_takes_less_than_300_ms():
-    code = "import time; t = time.perf_counter(); import lrnn_lm; print(time.perf_counter() - t)"
+    """Of the processor's time: what else runs on the machine does not count."""
+    code = "import time; t = time.process_time(); import lrnn_lm; print(time.process_time() - t)"
     assert best_of(5, lambda: float(python("-c", code).stdout)) < 0.3
 
 
 def test_help_takes_less_than_500_ms():
     def measure() -> float:
-        start = time.perf_counter()
+        start = children_seconds()
         assert "Usage: lrnn" in python("-m", "lrnn_lm.cli", "--help").stdout
-        return time.perf_counter() - start
+        return children_seconds() - start
 
     assert best_of(5, measure) < 0.5
 

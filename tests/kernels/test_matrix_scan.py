@@ -1,5 +1,8 @@
 """The scan of a matrix-valued state: closed forms, the specification, plain torch, and Triton in the
-interpreter (natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes)."""
+interpreter (natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes).
+
+The interpreter takes seconds for a row of a chunk: shapes are the smallest that have the case.
+"""
 
 import importlib
 from itertools import pairwise
@@ -116,6 +119,7 @@ def test_triton(T, K, M, V):
     compare("triton", T=T, K=K, M=M, V=V, B=1 if M > 4 else 2)
 
 
+@pytest.mark.slow  # 17 s in the interpreter, whatever the shape; blocks of eight take the same way
 def test_triton_of_blocks_of_sixteen():
     pytest.importorskip("triton")
     compare("triton", T=5, K=32, M=16, V=4, B=1, H=1)
@@ -124,22 +128,22 @@ def test_triton_of_blocks_of_sixteen():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_triton_in_half_precision(dtype):
     pytest.importorskip("triton")
-    compare("triton", dtype, T=21, K=8, M=4, V=4)
+    compare("triton", dtype, T=21, K=8, M=4, V=4, B=1)
 
 
 def test_triton_without_states_or_documents():
     pytest.importorskip("triton")
-    *numbers, _, _ = make_inputs(T=35)
+    *numbers, _, _ = make_inputs(T=35, B=1)
     compare("triton", inputs=[*numbers, None, None])
 
 
-@pytest.mark.parametrize("programs", [1, 2])
-def test_triton_programs_take_several_chunks(programs, monkeypatch):
+def test_triton_programs_take_several_chunks(monkeypatch):
+    """Four programs for the six chunks of two heads: some take two, some one."""
     pytest.importorskip("triton")
     from lrnn_lm.kernels import matrix
 
     monkeypatch.setattr(matrix, "INTERPRETED", False)  # an item a warp, as on a GPU
-    monkeypatch.setattr(matrix, "PROGRAMS_PER_SM", programs)
+    monkeypatch.setattr(matrix, "PROGRAMS_PER_SM", 2)
     monkeypatch.setattr(matrix, "multiprocessors", lambda device: 2)
     compare("triton", T=33, K=8, M=2, V=4, B=1)
 
@@ -147,11 +151,13 @@ def test_triton_programs_take_several_chunks(programs, monkeypatch):
 def test_triton_reads_any_strides():
     """And gradients that are expanded, as those of a sum are."""
     pytest.importorskip("triton")
-    inputs = to_device(make_inputs(T=18, H=3))
+    inputs = to_device(make_inputs(T=18))
     strange = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs[:4]]
     strange[0] = inputs[0].contiguous()
-    for got, want in zip(run([*strange, *inputs[4:]], "triton"), run(inputs, "triton"), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    strange += inputs[4:]
+    for got, want in zip(run(strange, "triton"), run(inputs, "torch"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    inputs = [x[:1] for x in inputs]
     values = inputs[2].clone().requires_grad_()
     y, _ = matrix_scan(*inputs[:2], values, inputs[3], backend="triton")
     (got,) = torch.autograd.grad(y.sum(), values)
@@ -163,9 +169,9 @@ def test_triton_reads_any_strides():
 def test_documents_are_sequences_of_their_own(backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    A, k, v, q, _, _ = to_device(make_inputs(T=20))
+    A, k, v, q, _, _ = to_device(make_inputs(T=20, B=1))
     starts = [0, 3, 4, 17, 20]
-    reset = torch.zeros(2, 20, dtype=torch.bool, device=DEVICE)
+    reset = torch.zeros(1, 20, dtype=torch.bool, device=DEVICE)
     reset[:, starts[1:-1]] = True
     whole, last = matrix_scan(A, k, v, q, None, reset, backend=backend)
     parts = [matrix_scan(*(x[:, a:b] for x in (A, k, v, q)), backend=backend) for a, b in pairwise(starts)]
@@ -178,7 +184,7 @@ def test_documents_are_sequences_of_their_own(backend):
 def test_a_split_scan_is_the_whole_scan(backend, cut):
     if backend == "triton":
         pytest.importorskip("triton")
-    *numbers, h0, reset = to_device(make_inputs(T=19))
+    *numbers, h0, reset = to_device(make_inputs(T=19, B=1))
     whole, last = matrix_scan(*numbers, h0, reset, backend=backend)
     first, S = matrix_scan(*(x[:, :cut] for x in numbers), h0, reset[:, :cut], backend=backend)
     second, end = matrix_scan(*(x[:, cut:] for x in numbers), S, reset[:, cut:], backend=backend)
@@ -191,7 +197,7 @@ def test_it_compiles_without_a_graph_break(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     torch.compiler.reset()
-    *numbers, h0, reset = to_device(make_inputs(T=5, B=1))
+    *numbers, h0, reset = to_device(make_inputs(T=5, B=1, H=1))
     numbers = [x.requires_grad_() for x in numbers]
 
     def loss(h0):

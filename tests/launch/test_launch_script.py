@@ -216,7 +216,7 @@ def test_a_signal_is_passed_on_and_waited_for(folder, program, python):
     program("srun", SLOW_SRUN)
     job = Job(folder, python)
     process = job.start("", STATE="COMPLETING")
-    ready, end = folder / "seen.ready", time.monotonic() + 20
+    ready, end = folder / "seen.ready", time.monotonic() + 60
     while not ready.exists():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -1,5 +1,7 @@
 """Recipes: reading, extending, overriding, writing back, and errors that a person can act on."""
 
+import json
+
 import pytest
 import yaml
 
@@ -232,6 +234,24 @@ def test_wrong_overrides(override, words):
     with pytest.raises(RecipeError) as error:
         load_recipe("recipes/demo.yaml", [override])
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("value", [True, 1, None, "yes", {}])
+def test_a_removed_key_names_what_takes_its_place(tmp_path, value):
+    path = write(tmp_path, "old.yaml", f"train: {{fp8: {json.dumps(value)}}}")
+    for arguments in ((path,), ("recipes/demo.yaml", [f"train.fp8={json.dumps(value)}"])):
+        with pytest.raises(RecipeError, match=r"train\.fp8: was removed: .*train\.precision=bf16") as error:
+            load_recipe(*arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_a_stored_recipe_may_hold_a_removed_key_that_was_off(tmp_path):
+    """What older versions wrote into every run folder: the run goes on."""
+    stored = yaml.safe_load(dump_recipe(load_recipe("recipes/demo.yaml")))
+    assert "fp8" not in stored["train"]
+    stored["train"]["fp8"] = False
+    path = write(tmp_path, "recipe.yaml", yaml.safe_dump(stored))
+    assert load_recipe(path) == load_recipe("recipes/demo.yaml")
 
 
 def test_a_number_is_a_name():

@@ -1,10 +1,8 @@
 """Fixtures of the trainer's tests: data prepared once, an undisturbed run to compare with."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from tiny_run import write_recipe
 from trainers import Build
@@ -12,15 +10,6 @@ from trainers import Build
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.loop import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums in the same order as in the processes that the tests start."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +32,6 @@ def build(recipe: Path, tmp_path: Path) -> Build:
 @pytest.fixture(scope="session")
 def straight(recipe: Path) -> Path:
     """The run folder of the undisturbed run. Not to be changed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer = build_trainer(load_recipe(recipe), Console(quiet=True))
     trainer.run()
-    torch.set_num_threads(threads)
     return trainer.folder

@@ -5,7 +5,6 @@ A full disk is in test_train_checkpoint.py, as is a damaged checkpoint, which is
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,9 +194,8 @@ def test_a_hub_that_refuses_is_given_up_on(
     recipe = write_recipe(tmp_path)
     surroundings = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     monkeypatch.setattr("tiny_run.environment", lambda: surroundings)
-    began = time.monotonic()
-    code, errors = finish(start(recipe, override), timeout=120)
+    code, errors = finish(start(recipe, override))
     assert code == 2, errors
     assert "Traceback" not in errors
     assert "local copy" in errors
-    assert time.monotonic() - began < 30
+    assert "Retry" not in errors  # which the hub's library tells, each time

@@ -44,11 +44,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(recipe: Path) -> Path:
     """The run of one process, whole steps at once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer = build_trainer(load_recipe(recipe, ["name=one"]), Console(quiet=True))
     trainer.run()
-    torch.set_num_threads(threads)
     return trainer.folder
 
 
