@@ -25,7 +25,7 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
     None for one that an adapter, a quantiser or an offloader has taken over: that one has to be called.
     """
     adapted = type(linear) not in (nn.Linear, ResidualOutput)
-    offloaded = hasattr(linear, "_hf_hook")  # Accelerate's, which brings the weight when the module is called
+    offloaded = "_hf_hook" in vars(linear)  # Accelerate's, which brings the weight when the module is called
     return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from inspect import ismethod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose classes are trusted
@@ -31,8 +31,25 @@ def as_written(model: nn.Module) -> bool:
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
-    modules = list(model.modules())
+    modules = all_modules(model)
     return all(_is_as_written(cls) for cls in {type(m) for m in modules}) and all(map(_is_untouched, modules))
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, in another order and ten times as fast: every call of `generate` asks."""
+    found: dict[int, nn.Module] = {}
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            ahead += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
+def all_parameters(model: nn.Module) -> list[Tensor]:
+    """Likewise; one that is tied comes as often as it is used."""
+    return [p for module in all_modules(model) for p in module._parameters.values() if p is not None]
 
 
 def _is_as_written(cls: type[nn.Module]) -> bool:

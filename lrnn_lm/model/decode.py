@@ -30,7 +30,7 @@ from ..kernels.dispatch import TRITON_MOST, has_triton
 from ..mixers import MIXERS, BlockDiagonalLRU, ResidualOutput, plain_weight
 from ..mixers.attention import AttentionWeights
 from ..mixers.short_conv import ShortConvolution
-from .built import as_written, remember
+from .built import all_modules, all_parameters, as_written, remember
 from .cache import is_recurrent
 from .layers import LRNNBlock, RMSNorm, SwiGLU
 from .step import DecodeStep, Memory, Pool, graph_key
@@ -47,7 +47,10 @@ remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, Attention
 
 
 class Decoder:
-    """What `generate` calls in place of the model for each new token; one for each call of `generate`."""
+    """What `generate` calls in place of the model for each new token; one for each call of `generate`.
+
+    For a model of which `can_decode` is true.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -111,7 +114,7 @@ def can_decode(model: PreTrainedModel) -> bool:
         return False
     if not all(type(block) is LRNNBlock and type(block.mlp) is SwiGLU for block in model.model.layers):
         return False
-    return all(plain_weight(m) is not None for m in model.modules() if isinstance(m, nn.Linear))
+    return all(plain_weight(m) is not None for m in all_modules(model) if isinstance(m, nn.Linear))
 
 
 def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
@@ -121,7 +124,7 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
         return "it needs Triton and a GPU"
     if model.dtype == torch.float64:
         return "its products are in fp32, too coarse for a model in fp64"
-    if not all(p.is_contiguous() for p in model.parameters()):
+    if not all(p.is_contiguous() for p in all_parameters(model)):
         return "it reads weights row by row as they lie, and some lie otherwise"
     most = MOST_FUSED if has_tiles(model) else FEW_WITHOUT_TILES
     if most < B:
@@ -143,7 +146,7 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
 def has_tiles(model: PreTrainedModel) -> bool:
     """Whether a fused step can take sequences as tiles. All weights are in bf16 then: in fp16 the residual
     stream times a norm's weights may be too large, and fp32 is not for tensor cores."""
-    if torch.version.hip is not None or any(p.dtype != torch.bfloat16 for p in model.parameters()):
+    if torch.version.hip is not None or any(p.dtype != torch.bfloat16 for p in all_parameters(model)):
         return False
     return model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) >= (8, 0)
 
@@ -166,7 +169,7 @@ def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any])
 
     The masks of later calls only grow by ones, so what one of them says is read once.
     """
-    if not _is_one_token(ids, kwargs) or set(kwargs) - set(KNOWN) or not can_decode(model):
+    if not _is_one_token(ids, kwargs) or set(kwargs) - set(KNOWN):
         return False
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
         return False

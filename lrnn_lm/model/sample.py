@@ -31,6 +31,7 @@ from transformers import (
 
 from .cache import RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
+from .step import turns
 
 _PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _ARGUMENTS = {
@@ -84,7 +85,7 @@ def sample(
     last = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
     tokens = torch.cat([input_ids, input_ids.new_zeros(B, max(0, last - T))], dim=1)
     going = torch.ones(B, dtype=torch.bool, device=input_ids.device)
-    behind = _Behind(B, input_ids.device)
+    behind = _Behind(B, input_ids.device, ends)
     step = Decoder(model)
     logits = model(input_ids=input_ids, attention_mask=mask, position_ids=arguments.get("position_ids"),
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # fmt: skip
@@ -99,11 +100,12 @@ def sample(
             for end in ends:
                 going = going & ~torch.isin(newest, end)
         tokens[:, n] = newest
-        if behind.ended(newest, going, streamer):
+        if behind.ended(newest, streamer):
             n -= 1
             break
         newest = newest.unsqueeze(1)
     behind.finish(streamer)
+    cache.layers.clear()  # nobody's: the step need not leave it copies of the states
     return tokens[:, : n + 1]
 
 
@@ -112,25 +114,30 @@ def _choose(scores: Tensor, tokens: Tensor, processors: LogitsProcessorList, dra
     scores = processors(tokens, scores)
     if not draw:
         return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+    chances = scores.softmax(dim=-1)
+    with turns:
+        return torch.multinomial(chances, num_samples=1).squeeze(1)
 
 
 class _Behind:
     """Reads tokens back one step late, while the device is at the next."""
 
-    def __init__(self, rows: int, device: torch.device):
-        self._pinned = device.type == "cuda"
-        self._free = deque(torch.zeros(rows + 1, dtype=torch.long, pin_memory=self._pinned) for _ in range(2))
+    def __init__(self, rows: int, device: torch.device, ends: list[Tensor]):
+        on_gpu, self._device = device.type == "cuda", device
+        self._free = deque(
+            (torch.zeros(rows, dtype=torch.long, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None)
+            for _ in range(2)
+        )
         self._waiting: deque[tuple[Tensor, Any]] = deque()
+        self._ends = {token for end in ends for token in end.tolist()}
+        self._going = [True] * rows
 
-    def ended(self, newest: Tensor, going: Tensor, streamer: Any) -> bool:
+    def ended(self, newest: Tensor, streamer: Any) -> bool:
         """Note this step's tokens (B,), stream those before, and say whether all rows had ended with them."""
-        there = self._free.popleft()
-        there.copy_(torch.cat([newest, going.any().long().unsqueeze(0)]), non_blocking=True)
-        event = None
-        if self._pinned:
-            event = torch.cuda.Event()
-            event.record()
+        there, event = self._free.popleft()
+        there.copy_(newest, non_blocking=True)
+        if event is not None:
+            event.record(torch.cuda.current_stream(self._device))
         self._waiting.append((there, event))
         return len(self._waiting) == 2 and not self._read(streamer)
 
@@ -146,9 +153,12 @@ class _Behind:
         if event is not None:
             event.synchronize()
         if streamer is not None:
-            streamer.put(there[:-1].clone())
-        going = bool(there[-1])
-        self._free.append(there)
-        if not going:
+            streamer.put(there.clone())
+        if self._ends:
+            tokens = zip(self._going, there.tolist(), strict=True)
+            self._going = [going and token not in self._ends for going, token in tokens]
+        self._free.append((there, event))
+        if not any(self._going):
             self._waiting.clear()
-        return going
+            return False
+        return True

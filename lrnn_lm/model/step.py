@@ -2,13 +2,18 @@
 
 Captured graphs are dear, and a graph writes to fixed memory: a `Pool` lends each to one call at a time.
 
+Calls may be on streams of their own. What one stream has written or still reads, another takes over by
+`after`. Captures and replays take turns (`turns`), whoever's they are: graphs share the workspace of cuBLAS,
+which belongs to the stream that they were captured on.
+
 Legend: B batch, D model width, V vocabulary.
 """
 
+import ctypes
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import cache
 from itertools import chain
@@ -20,9 +25,29 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..mixers import Joint, JointProjections, plain_weight
+from .built import all_modules
 
 KEPT = 4  # captured steps a model keeps, in use or not; further calls at the same time run uncaptured
-_capturing = threading.Lock()  # one capture at a time: it synchronises with the device
+_NUMBERS = (int, float, str)  # bool too
+turns = threading.Lock()  # of captures, replays, and draws of random numbers, which a capture forbids
+_turn: dict[torch.device, torch.cuda.Stream | None] = {}  # where the last one was
+
+
+def after(
+    last: torch.cuda.Stream | None, device: torch.device, tensors: Iterable[Tensor] = ()
+) -> torch.cuda.Stream | None:
+    """The current stream, which from now on waits for what `last` has been given so far; None on a CPU.
+
+    tensors: what both use, so that they are not freed before the current stream is done with them.
+    """
+    if device.type != "cuda":
+        return None
+    current = torch.cuda.current_stream(device)
+    if last is not None and last != current:
+        current.wait_stream(last)
+        for tensor in tensors:
+            tensor.record_stream(current)
+    return current
 
 
 class Memory:
@@ -41,14 +66,9 @@ class Memory:
         self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
         self.stream: torch.cuda.Stream | None = None  # where the step ran last
 
-    def order_after_last(self) -> None:
+    def take_over(self) -> None:
         """Have the current stream wait for the step's last run, which may have been on another stream."""
-        if not self.ids.is_cuda:
-            return
-        current = torch.cuda.current_stream(self.ids.device)
-        if self.stream is not None and self.stream != current:
-            current.wait_stream(self.stream)
-        self.stream = current
+        self.stream = after(self.stream, self.ids.device, [self.ids, *self.states])
 
 
 class Pool:
@@ -58,16 +78,20 @@ class Pool:
         self._lock = threading.Lock()
         self._memories: list[Memory] = []  # the one used last is the last
         self._joint: list[tuple[Joint | None, Joint | None]] = []
+        self._stream: torch.cuda.Stream | None = None  # where they were copied last
 
     def joint(self, model: PreTrainedModel) -> list[tuple[Joint | None, Joint | None]]:
         """Weights of projections of the same input, (mixer's, MLP's) a block: one product in place of two.
 
         Copied anew at each call, for no sign tells of every write to a weight: `.data` and inference mode
         leave the version as it is. It costs about the time of one token. The memory is the same as before
-        where shapes are, as captured graphs read it.
+        where shapes are, as captured graphs read it. Steps of other calls may be reading: they find what is
+        there, for no weight changes while a call is under way.
         """
         groups = [(block.mixer, block.mlp) for block in model.model.layers]
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            copies = [t for joint in chain(*self._joint) if joint for t in joint if t is not None]
+            self._stream = after(self._stream, model.device, copies)
             old = self._joint if len(self._joint) == len(groups) else [(None, None)] * len(groups)
             new = [
                 tuple(_side_by_side(module, into) for module, into in zip(*pair, strict=True))
@@ -113,7 +137,9 @@ class DecodeStep:
         if memory.key is not None and memory.graph is None and not memory.uncapturable:
             self._capture(model)
         if memory.graph is not None:
-            memory.graph.replay()
+            with turns:
+                _take_turn(memory.ids.device)
+                memory.graph.replay()
         else:
             memory.logits = self.forward(model)
         for layer in cache.layers:
@@ -159,7 +185,7 @@ class DecodeStep:
         states = self.memory.states
         if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
             return
-        self.memory.order_after_last()
+        self.memory.take_over()
         _part(self.memory, self._owners)
         for layer, state in zip(cache.layers, states, strict=True):
             state.copy_(layer.recurrent_states[0])
@@ -171,8 +197,9 @@ class DecodeStep:
         memory, device = self.memory, self.memory.ids.device
         before = [state.clone() for state in memory.states]
         try:
-            with _capturing:
+            with turns:
                 stream = _capture_stream(device)
+                _take_turn(device)
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
                     for _ in range(2):  # kernels are compiled and chosen here
@@ -183,7 +210,7 @@ class DecodeStep:
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     memory.logits = self.forward(model)
             memory.graph = graph
-        except (RuntimeError, ValueError) as error:  # the latter of torch with CUDA, where there is no device
+        except (RuntimeError, ValueError, OSError) as error:
             said = str(error).strip().splitlines() or [""]
             warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
             memory.uncapturable = True
@@ -209,10 +236,32 @@ def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
     memory.lent = False  # no lock: the garbage collector may call this amid `Pool.borrow`
 
 
+def _take_turn(device: torch.device) -> None:
+    """Have the current stream wait for the last capture or replay. Called with `turns` held."""
+    _turn[device] = after(_turn.get(device), device)
+
+
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: each new stream has cuBLAS keep 32 MiB for it."""
-    return torch.cuda.Stream(device)
+    """A stream for all captures that nobody else launches on.
+
+    The driver's, as torch hands out the same 32 again and again: what another thread launched there amid a
+    capture would go into the graph and not be run. One for all: each has cuBLAS keep 32 MiB for it.
+
+    Raises:
+        ValueError: a device without graphs. OSError, RuntimeError: no driver, or it makes no stream.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"there are none on {device}")
+    library, function = "libcuda.so.1", "cuStreamCreate"
+    if torch.version.hip is not None:
+        library, function = "libamdhip64.so", "hipStreamCreateWithFlags"
+    stream, non_blocking = ctypes.c_void_p(), 1  # it does not wait for the default stream
+    with torch.cuda.device(device):
+        error = getattr(ctypes.CDLL(library), function)(ctypes.byref(stream), ctypes.c_uint(non_blocking))
+    if error:
+        raise RuntimeError(f"{function}: error {error}")
+    return torch.cuda.ExternalStream(stream.value, device=device)
 
 
 def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> tuple:
@@ -222,14 +271,14 @@ def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> t
     A graph reads weights where they lie, so writes to them need no key; other memory does.
     """
     shapes = tuple((s.shape, s.dtype, s.device) for s in (c.recurrent_states[0] for c in cache.layers))
-    weights = tuple(
-        (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in chain(model.parameters(), model.buffers())
-    )
-    numbers = tuple(
-        (type(module), *(v for v in vars(module).values() if isinstance(v, bool | int | float | str)))
-        for module in chain(model.model.modules(), [model.lm_head])
-    )
-    return (shapes, way), (weights, numbers)
+    holds: list[Any] = []
+    for module in [*all_modules(model.model), model.lm_head]:
+        own = vars(module)
+        holds.append(type(module))
+        holds += [value for value in own.values() if isinstance(value, _NUMBERS)]
+        for t in chain(own["_parameters"].values(), own["_buffers"].values()):
+            holds.append(t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()))
+    return (shapes, way), tuple(holds)
 
 
 def _side_by_side(module: nn.Module, into: Joint | None) -> Joint | None:

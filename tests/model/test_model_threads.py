@@ -1,6 +1,8 @@
 """Calls of `generate` at the same time, one inside another, and after one that failed: exact texts."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,20 +54,142 @@ def test_threads(name, way, device):
     assert [future.result() for future in got] == want * 4
 
 
-@pytest.mark.gpu
-def test_threads_with_streams_of_their_own():
-    model = on("cuda", "bd_lru")
-    want = [write(model, ids) for ids in prompts(model)]
+POOL = 32  # streams that torch hands out in turn
+
+
+def on_streams(model, calls, workers=16):
+    """Each prompt's text in turn, every call in a stream of its own."""
 
     def alone(ids):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             stream.wait_stream(torch.cuda.default_stream())
-            return write(model, ids)
+            return write(model, ids, max_new_tokens=12)
 
-    with ThreadPoolExecutor(16) as pool:
-        got = [pool.submit(alone, ids) for _ in range(10) for ids in prompts(model)]
-    assert [future.result() for future in got] == want * 10
+    with ThreadPoolExecutor(workers) as pool:
+        got = [pool.submit(alone, prompts(model)[i % 8]) for i in range(calls)]
+    return [future.result() for future in got]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "fused"), [("bd_lru", True), ("h_lru", True), ("bd_lru", False), ("lstm", False)]
+)
+def test_threads_with_streams_of_their_own(name, fused, monkeypatch):
+    """Of more calls than torch has streams, and with two shapes, so that steps are captured all the time."""
+    if not fused:
+        monkeypatch.setattr("lrnn_lm.model.decode.fused_obstacle", lambda *_: "not in this test")
+    model, calls = on("cuda", name), 10 * POOL
+    want = [write(model, ids, max_new_tokens=12) for ids in prompts(model)]
+    got = on_streams(model, calls)
+    wrong = [i for i in range(calls) if got[i] != want[i % 8]]
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_two_models_with_streams_of_their_own():
+    """Their graphs share the workspace of cuBLAS."""
+    models = [on("cuda", "lstm"), on("cuda", "mamba2")]
+    want = [[write(model, ids, max_new_tokens=12) for ids in prompts(model)] for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        got = [pool.submit(on_streams, model, 2 * POOL, 4) for model in models]
+    assert [future.result() for future in got] == [texts * (2 * POOL // 8) for texts in want]
+
+
+@pytest.mark.gpu
+def test_nobody_else_has_the_stream_of_captures():
+    device = on("cuda", "bd_lru").device
+    stream = step._capture_stream(device)
+    assert stream == step._capture_stream(device)
+    handed_out = [torch.cuda.Stream(device, priority) for priority in (0, -1) for _ in range(2 * POOL)]
+    assert stream.cuda_stream not in {one.cuda_stream for one in handed_out}
+    assert stream.cuda_stream not in (0, torch.cuda.default_stream(device).cuda_stream)
+
+
+@pytest.mark.gpu
+def test_threads_that_draw_while_others_capture():
+    """A capture forbids other threads to draw random numbers: the two take turns."""
+    model = on("cuda", "bd_lru")
+    with ThreadPoolExecutor(8) as pool:
+        got = [pool.submit(write, model, tokens(1 + i % 6, 4).cuda(), do_sample=True) for i in range(96)]
+    assert all(len(row) == 11 for future in got for row in future.result())
+
+
+class FakeStream:
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+class FakeTensor:
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+def test_a_stream_takes_over_from_another(monkeypatch):
+    """It waits, and keeps what both use from being freed; on the same stream nothing is done."""
+    device, first, second = torch.device("cuda", 0), FakeStream(), FakeStream()
+    current, tensor = [first], FakeTensor()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[0])
+    last = step.after(None, device, [tensor])
+    assert step.after(last, device, [tensor]) is first
+    assert (first.waited, tensor.streams) == ([], [])
+    current[0] = second
+    assert step.after(last, device, [tensor]) is second
+    assert (first.waited, second.waited, tensor.streams) == ([], [first], [second])
+    assert step.after(None, torch.device("cpu")) is None
+
+
+def test_replays_take_turns(monkeypatch):
+    """Whatever the memory: each waits for the stream of the one before, and holds the lock."""
+    device, streams = torch.device("cuda", 0), [FakeStream(), FakeStream()]
+    monkeypatch.setattr(step, "_turn", {})
+    for stream in (streams[0], streams[1], streams[1], streams[0]):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        step._take_turn(device)
+    assert [stream.waited for stream in streams] == [[streams[1]], [streams[0]]]
+    model, ids = small_model("bd_lru"), tokens(length=6)
+    cache = prefilled(model, ids[:, :5])
+    one_step = decode_step(model, cache, step.Pool(), capture=True)
+
+    class Graph:
+        def replay(self):
+            assert step.turns.locked()
+
+    one_step.memory.graph = Graph()
+    one_step(model, ids[:, 5:], cache)
+    assert not step.turns.locked()
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_the_stream_of_captures_is_the_drivers(error, monkeypatch):
+    """Non-blocking, made once a device; an error of the driver's is told as one."""
+    made = []
+
+    def create(stream, flags):
+        made.append(flags.value)
+        stream._obj.value = 4096
+        return error
+
+    driver = SimpleNamespace(cuStreamCreate=create, hipStreamCreateWithFlags=create)
+    monkeypatch.setattr(step.ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: (pointer, device))
+    device = torch.device("cuda", 99)
+    make = step._capture_stream.__wrapped__
+    if error:
+        with pytest.raises(RuntimeError, match="error 2"):
+            make(device)
+    else:
+        assert make(device) == (4096, device)
+    assert made == [1]
+    with pytest.raises(ValueError, match="cpu"):
+        make(torch.device("cpu"))
 
 
 class StopError(Exception):
