@@ -70,8 +70,9 @@ def test_rows_are_repeated_and_chosen(name):
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
     close(rest(model, cache, ids.flip(0)), model(ids).logits[:, 10:].flip(0), SUMS)
-    with pytest.raises(ValueError, match="copy_states"):
-        cache.crop(5)
+    if "linear_attention" in model.config.layer_types:
+        with pytest.raises(ValueError, match="copy_states"):
+            cache.crop(5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from lrnn_lm.train.build import model_config
 from lrnn_lm.train.inspect_layers import summary, watched
 from lrnn_lm.train.tensors import fill_state
 from lrnn_lm.train.throughput import Spent, Throughput
+from lrnn_lm.train.validate import Validation
 from lrnn_lm.train.watch import straggler
 
 
@@ -130,7 +131,9 @@ def test_the_slowest_rank() -> None:
 def test_the_best_checkpoint_is_kept(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validated and saved every 2 steps, best at 4: kept beyond its turn, if the recipe wants it."""
     found = {2: 5.0, 4: 3.0, 6: 4.0, 8: 4.5, 10: 3.5, 12: 3.6}
-    monkeypatch.setattr("lrnn_lm.train.loop.validate", lambda trainer: (found[trainer.position.step], None))
+    monkeypatch.setattr(
+        "lrnn_lm.train.loop.validate", lambda trainer: Validation(found[trainer.position.step])
+    )
     often = ("eval.every=2 steps", "checkpoint.every=2 steps", "checkpoint.keep_last=2")
     for name, best in (("best", ["step-00000004"]), ("last", [])):
         trainer = build(*often, f"name={name}", f"checkpoint.keep_best={str(bool(best)).lower()}")
