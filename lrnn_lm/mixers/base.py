@@ -55,7 +55,7 @@ def spread_gates(gate_proj: nn.Linear, gate_std: float | None) -> None:
     What torch drew is scaled: another draw would move the numbers of every model that is drawn anew after.
 
     Raises:
-        ValueError: a gate_std that is no number above 0.
+        ValueError: a gate_std that is not a number above 0.
     """
     if gate_std is None:
         return

@@ -233,7 +233,7 @@ def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
         return
     with nullcontext() if memory.stream is None else torch.cuda.stream(memory.stream):
         _part(memory, owners)
-    memory.lent = False  # no lock: the garbage collector may call this amid `Pool.borrow`
+    memory.lent = False  # no lock: the garbage collector may call this during `Pool.borrow`
 
 
 def _take_turn(device: torch.device) -> None:
@@ -245,7 +245,7 @@ def _take_turn(device: torch.device) -> None:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream for all captures that nobody else launches on.
 
-    The driver's, as torch hands out the same 32 again and again: what another thread launched there amid a
+    The driver's, as torch hands out the same 32 again and again: what another thread launched there during a
     capture would go into the graph and not be run. One for all: each has cuBLAS keep 32 MiB for it.
 
     Raises:
