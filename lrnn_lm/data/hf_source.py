@@ -78,25 +78,41 @@ def _load(spec: SourceSpec, name: str, said: list[str]) -> tuple[Any, list[str] 
     return loaded, None
 
 
+class _Lines(logging.Handler):
+    """Collects the messages logged while one reader is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 @contextmanager
 def _log_of_datasets() -> Iterator[list[str]]:
-    """Keep the library's log lines from the screen, and hand them over: some name a file that the exception
-    after them does not.
-    """
-    said: list[str] = []
+    """Collect the library's log lines instead of printing them: some name a file that the exception after
+    them does not.
 
-    def keep(record: logging.LogRecord) -> bool:
-        said.append(record.getMessage())
+    Each reader has a handler of its own. A filter that rejects a record hides it from the filters after it, so
+    a reader left open would take the lines of the next one.
+    """
+    logger = logging.getLogger("datasets")
+    lines = _Lines()
+    printing = [handler for handler in logger.handlers if not isinstance(handler, _Lines)]
+
+    def silent(_: logging.LogRecord) -> bool:
         return False
 
-    handlers = list(logging.getLogger("datasets").handlers)
-    for handler in handlers:
-        handler.addFilter(keep)
+    for handler in printing:
+        handler.addFilter(silent)
+    logger.addHandler(lines)
     try:
-        yield said
+        yield lines.said
     finally:
-        for handler in handlers:
-            handler.removeFilter(keep)
+        logger.removeHandler(lines)
+        for handler in printing:
+            handler.removeFilter(silent)
 
 
 def _why(said: list[str], error: Exception) -> str:

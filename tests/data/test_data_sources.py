@@ -222,6 +222,8 @@ def test_hf_files_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read("hf", folder, limit=3) == TEXTS[:3]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.parquet").write_bytes(b"PAR1 but no more")
+    still_open = documents(SourceSpec(type="hf", path=str(folder)))
+    next(still_open)  # a reader that is not at its end must not take the messages of another
     with pytest.raises(DataError, match=r"broken \(split train\) cannot be loaded \(.*x\.parquet"):
         read("hf", tmp_path / "broken")
 
