@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .bench.commands import bench_app
 from .requirements import UnmetRequirementError, check_transformers
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.add_typer(bench_app, name="bench")
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
 Overrides = Annotated[
@@ -335,20 +333,26 @@ def report(
             write_run_card(run)
 
 
-@bench_app.command()
-def kernels(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the rows")] = None,
-    tokens: Annotated[int, typer.Option(help="B * T of a scan on a GPU")] = 65_536,
-    length: Annotated[int, typer.Option(help="T of a scan on a GPU")] = 2048,
-    peers: Annotated[bool, typer.Option(help="measure other formulations beside ours")] = True,
-    layers: Annotated[bool, typer.Option(help="measure whole mixer layers")] = True,
-    only: Annotated[str, typer.Option(help='on a GPU, the sizes that this names, or "peers"')] = "",
-) -> None:
-    """Time the scans against the reference on a CPU, against copy speed and peers on a GPU."""
-    from .bench.kernels import run
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)
+def bench(context: typer.Context) -> None:
+    """Measure speed, contenders side by side: kernels, train, decode, or --compare. From a clone."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "commands.py").is_file():
+        raise ValueError(
+            "the benchmarks are not part of the installed package: run lrnn bench from a clone of the "
+            "repository, installed with pip install --editable ."
+        )
+    sys.path.insert(0, str(root))  # another package of this name may be installed
+    from benchmarks.commands import bench_app
 
-    run(device, output, tokens=tokens, length=length, peers=peers, layers=layers, only=only)
+    bench_app(args=context.args, prog_name="lrnn bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

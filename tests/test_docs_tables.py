@@ -1,4 +1,4 @@
-"""Measured numbers in the pages: docs/tables.py makes the tables of the rows, sentences agree with them."""
+"""Measured numbers in the pages: benchmarks.pages.tables makes the tables, sentences agree with them."""
 
 import importlib
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lrnn_lm.bench.compare import settings_of
-from lrnn_lm.bench.decode import DecodeSettings
-from lrnn_lm.bench.results import read_results
-from lrnn_lm.bench.train import TrainSettings
+from benchmarks.compare import settings_of
+from benchmarks.decode import DecodeSettings
+from benchmarks.results import read_results
+from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
 from studies.lm_report import rates_table, read_rows, results_table
 
@@ -27,9 +27,7 @@ README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def tables():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DOCS)
-        yield importlib.import_module("tables")
+    return importlib.import_module("benchmarks.pages.tables")
 
 
 def one_line(page: str) -> str:
@@ -91,7 +89,7 @@ def test_commands_are_whole(command, monkeypatch):
     """The command line takes each as it stands; what it would run is left out."""
     seen = []
     for module in ("train", "decode"):
-        bench = importlib.import_module(f"lrnn_lm.bench.{module}")
+        bench = importlib.import_module(f"benchmarks.{module}")
         monkeypatch.setattr(bench, "run", lambda settings, device, output: seen.append(settings))
     assert ".." not in command
     with pytest.raises(SystemExit) as done:
@@ -106,7 +104,7 @@ def test_a_source_repeats_its_settings(tables, monkeypatch):
         name = str(path.relative_to(RESULTS))
         about, _ = read_results(path)
         seen = []
-        bench = importlib.import_module(f"lrnn_lm.bench.{about['benchmark']}")
+        bench = importlib.import_module(f"benchmarks.{about['benchmark']}")
         monkeypatch.setattr(bench, "run", lambda settings, device, output, seen=seen: seen.append(settings))
         command = re.search("`(lrnn [^`]*)`", tables.speed.source(name)).group(1)
         with pytest.raises(SystemExit):

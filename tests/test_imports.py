@@ -17,7 +17,6 @@ ARROWS = {  # a package may import those on its right, and itself
     "model": {"mixers", "kernels"},
     "train": {"data", "model", "recipe"},
     "evaluate": {"model", "data", "recipe"},
-    "bench": {"train", "model", "kernels", "recipe", "mixers"},
     "launch": {"recipe"},
 }
 

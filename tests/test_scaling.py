@@ -1,6 +1,6 @@
-"""docs/scaling.md: its tables are what docs/scaling.py makes, and the formulas behave as they must."""
+"""docs/scaling.md: its tables are what benchmarks.pages.scaling makes; the formulas behave as they must."""
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 
@@ -11,10 +11,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture(scope="module")
 def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", DOCS / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.pages.scaling")
 
 
 def test_the_page_is_what_the_script_makes(scaling):
@@ -40,9 +37,7 @@ def test_what_the_page_says_is_what_the_tables_say(scaling):
 
 def test_efficiency_of_what_was_measured(scaling):
     """Like for like where it was measured; over all steps a slow one counts by its time."""
-    spec = importlib.util.spec_from_file_location("two_gpus", DOCS.parent / "tests/gpu/scaling.py")
-    two = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(two)
+    two = scaling.two_gpus
     steady = {"tokens_per_second": 100.0, "tokens_per_second_each": [1.0, 100.0, 100.0]}
     slow = {"tokens_per_second": 200.0, "tokens_per_second_each": [1.0, 200.0, 50.0]}
     found = two.efficiency({"one": steady, "ddp": slow, "fsdp2": slow})

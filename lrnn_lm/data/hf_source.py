@@ -94,7 +94,7 @@ def _log_of_datasets() -> Iterator[list[str]]:
     """Collect the library's log lines instead of printing them: some name a file that the exception after
     them does not.
 
-    Each reader has a handler of its own. A filter that rejects a record hides it from the filters after it, so
+    Each reader has a handler of its own. A filter that rejects a record hides it from the filters after it:
     a reader left open would take the lines of the next one.
     """
     logger = logging.getLogger("datasets")

@@ -1,5 +1,5 @@
 """The scan of a matrix-valued state: closed forms, the specification, plain torch, and Triton in the
-interpreter (natively on a GPU, for which `tests/gpu/matrix_scan.py` has larger shapes).
+interpreter (natively on a GPU, for which `benchmarks/gpu/matrix_scan.py` has larger shapes).
 
 The interpreter takes seconds for a row of a chunk: shapes are the smallest that have the case.
 """

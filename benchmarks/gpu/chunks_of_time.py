@@ -1,7 +1,7 @@
 """Shares of copy speed of the Triton scans over numbers of chunks of time, where batches are small: what the
 rule `triton_launch.time_chunks` was read from.
 
-    python tests/gpu/chunks_of_time.py docs/results/kernels-chunks-h100.json      # about a minute on one H100
+    python -m benchmarks.gpu.chunks_of_time docs/results/kernels-chunks-h100.json  # a minute on one H100
 
 bf16, 32,768 tokens in few rows, planes as the mixers have them; one chunk reads the gates once, several read
 them twice.
@@ -15,11 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from launch_plans import scan_call
 
-from lrnn_lm.bench import measure
-from lrnn_lm.bench.shapes import PAPER_SHAPES, Shape
 from lrnn_lm.kernels import block_diagonal, higher_order
+
+from .. import measure
+from ..shapes import PAPER_SHAPES, Shape
+from .launch_plans import scan_call
 
 TOKENS, BATCHES = 32768, (4, 1)
 SHAPES = [s for s in PAPER_SHAPES if s.M in (1, 4, 8) or s.family == "h_lru"]

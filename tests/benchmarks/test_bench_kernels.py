@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lrnn_lm.bench import kernel_peers, kernels, measure
-from lrnn_lm.bench.kernels import Shape
+from benchmarks import kernel_peers, kernels, measure
+from benchmarks.kernels import Shape
 
 
 @pytest.mark.parametrize("family", ["bd_lru", "h_lru"])

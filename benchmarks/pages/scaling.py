@@ -1,15 +1,14 @@
 """Scaling on paper: the tables of docs/scaling.md, from docs/results/scaling-pieces.json; those of what was
 measured from docs/results/scaling.json.
 
-    python docs/scaling.py            print the tables
-    python docs/scaling.py --write    put them into docs/scaling.md, between the marks
+    python -m benchmarks.pages.scaling            print the tables
+    python -m benchmarks.pages.scaling --write    put them into docs/scaling.md, between the marks
 
 Legend: P parameters, E those of embedding and head, W GPUs, n blocks, a micro-batches of a step, F training
 operations a token. All times in seconds.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import textwrap
@@ -24,7 +23,9 @@ from lrnn_lm.model.accounting import account, training_memory
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import model_config
 
-HERE = Path(__file__).resolve().parent
+from ..gpu import scaling as two_gpus
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 GPUS = (8, 64, 1024)
 NODE = 8  # GPUs
 ROW = 2048  # tokens
@@ -33,7 +34,7 @@ BUCKET = 64 * 2**20  # bytes of gradients that DDP exchanges at once
 DEVICE_BYTES = 80e9
 PIECES = {
     key: entry
-    for key, entry in json.loads((HERE / "results/scaling-pieces.json").read_text()).items()
+    for key, entry in json.loads((DOCS / "results/scaling-pieces.json").read_text()).items()
     if key != "note"
 }
 
@@ -301,10 +302,7 @@ def sizes_table() -> str:
 
 def measured_table() -> str:
     """What two GPUs did, from docs/results/scaling.json."""
-    spec = importlib.util.spec_from_file_location("two_gpus", HERE.parent / "tests/gpu/scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.table(json.loads((HERE / "results/scaling.json").read_text()))
+    return two_gpus.table(json.loads((DOCS / "results/scaling.json").read_text()))
 
 
 def findings() -> str:
@@ -381,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
     if parser.parse_args().write:
-        page = HERE / "scaling.md"
+        page = DOCS / "scaling.md"
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print("\n\n".join(table() for table in TABLES.values()))

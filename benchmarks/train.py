@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import LRNNConfig, LRNNForCausalLM
-from ..model.accounting import account, saved_bytes
-from ..recipe.schema import OptimSection
-from ..train.optim import make_optimizer
-from ..train.runtime import peak_flops
+from lrnn_lm.model import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.model.accounting import account, saved_bytes
+from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.train.optim import make_optimizer
+from lrnn_lm.train.runtime import peak_flops
+
 from . import measure
 from .contenders import (
     PAPER_SIZE,

@@ -10,11 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lrnn_lm.bench.decode import DecodeSettings
-from lrnn_lm.bench.results import Row, read_results
-from lrnn_lm.bench.train import TrainSettings
+from ..decode import DecodeSettings
+from ..results import Row, read_results
+from ..train import TrainSettings
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
 
 
 def rows_of(name: str, **match: Any) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import (
+from lrnn_lm.kernels import (
     block_diagonal_scan,
     block_diagonal_scan_packed,
     higher_order_scan,

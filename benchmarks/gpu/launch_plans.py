@@ -1,6 +1,6 @@
 """Shares of copy speed of the Triton scans over launch plans, from which `triton_launch.plan` was read.
 
-    python tests/gpu/launch_plans.py docs/results/kernels-plans-h100.json      # about 2 minutes on one H100
+    python -m benchmarks.gpu.launch_plans docs/results/kernels-plans-h100.json  # about 2 minutes on one H100
 
 A plan is (lanes a row, rows a lane, steps a group, groups in flight and at work). The rule's own and plans
 beside it are compiled side by side, then timed in bf16 at T 2048, planes as the mixers have them.
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.bench import measure
-from lrnn_lm.bench.kernels import scan_backward
-from lrnn_lm.bench.shapes import PAPER_SHAPES, Shape
 from lrnn_lm.kernels import block_diagonal, higher_order, triton_launch  # noqa: F401  (they define the ops)
 from lrnn_lm.kernels.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
 from lrnn_lm.kernels.triton_ops import rows_like
+
+from .. import measure
+from ..kernels import scan_backward
+from ..shapes import PAPER_SHAPES, Shape
 
 BATCHES, LENGTH = (32, 8, 4), 2048
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
+from lrnn_lm.kernels import dispatch
+
 from .kernel_peers import associative_scan, companion_scan
 
 ASSOCIATIVE = "associative"

@@ -1,8 +1,8 @@
 """Training on two GPUs against one, with the numbers that docs/scaling.md tells:
 
-    python tests/gpu/scaling.py --output docs/results/scaling.json      # about 3 minutes on two H100
-    python tests/gpu/scaling.py --table docs/results/scaling.json       # its Markdown
-    python tests/gpu/scaling.py --device cpu --output /tmp/scaling.json # a rehearsal, with a tiny model
+    python -m benchmarks.gpu.scaling --output docs/results/scaling.json      # about 3 minutes on two H100
+    python -m benchmarks.gpu.scaling --table docs/results/scaling.json       # its Markdown
+    python -m benchmarks.gpu.scaling --device cpu --output /tmp/scaling.json # a rehearsal, with a tiny model
 
 Rows are random words, so no corpus is needed. One process measures one GPU; then two, started by our launcher
 with recipes/accelerate/ddp.yaml, train by DDP and by FSDP2 in turn. FSDP2's residual stream is bf16, as its
@@ -24,7 +24,6 @@ from statistics import harmonic_mean, mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 WORDS = 50_000
 BIG = [
     "model.vocab_size=50280",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import normalise
+from lrnn_lm.kernels import normalise
 
 
 class Peer(NamedTuple):

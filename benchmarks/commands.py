@@ -1,11 +1,13 @@
-"""`lrnn bench train | decode`, and `lrnn bench --compare`; `lrnn bench kernels` stands in cli.py."""
+"""`lrnn bench kernels | train | decode`, and `lrnn bench --compare`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-bench_app = typer.Typer(no_args_is_help=True)
+bench_app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None
+)
 SLOWER = 1  # exit code of a comparison that finds something slower
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
@@ -24,7 +26,7 @@ def bench(
     context: typer.Context,
     compare: Annotated[Path | None, typer.Option(help="an earlier run's file: run it again, compare")] = None,
     against: Annotated[Path | None, typer.Option(help="compare with this file instead of running")] = None,
-    tolerance: Annotated[float, typer.Option(help="how much slower is no matter, as a share")] = 0.05,
+    tolerance: Annotated[float, typer.Option(help="allowed slowdown, as a fraction")] = 0.05,
     device: Device = "auto",
 ) -> None:
     """Measure speed, contenders side by side in one run. --compare exits with 1 where something is slower."""
@@ -41,6 +43,22 @@ def bench(
     worse = compare_with(compare, against, device, tolerance)
     print("\n".join(worse) or "nothing is slower")
     raise typer.Exit(SLOWER if worse else 0)
+
+
+@bench_app.command()
+def kernels(
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the rows")] = None,
+    tokens: Annotated[int, typer.Option(help="B * T of a scan on a GPU")] = 65_536,
+    length: Annotated[int, typer.Option(help="T of a scan on a GPU")] = 2048,
+    peers: Annotated[bool, typer.Option(help="measure other formulations beside ours")] = True,
+    layers: Annotated[bool, typer.Option(help="measure whole mixer layers")] = True,
+    only: Annotated[str, typer.Option(help='on a GPU, the sizes that this names, or "peers"')] = "",
+) -> None:
+    """Time the scans against the reference on a CPU, against copy speed and peers on a GPU."""
+    from .kernels import run
+
+    run(device, output, tokens=tokens, length=length, peers=peers, layers=layers, only=only)
 
 
 @bench_app.command()

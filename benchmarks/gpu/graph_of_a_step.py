@@ -1,6 +1,6 @@
 """Whether one CUDA graph of a whole training step pays: `bench train`'s step of bd-m4, eager and replayed.
 
-    python tests/gpu/graph_of_a_step.py docs/results/graph-of-a-step-h100.json     # a minute on one H100
+    python -m benchmarks.gpu.graph_of_a_step docs/results/graph-of-a-step-h100.json     # a minute on one H100
 
 Prints the median, the shortest and the longest of 20 steps of each, with the residual stream in fp32 and in
 bf16, and writes all of them.
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrnn_lm.bench import measure
-from lrnn_lm.bench.contenders import CONTENDERS, PAPER_SIZE, build_config, pick_size
-from lrnn_lm.bench.train import TrainingStep, TrainSettings, time_calls
+from .. import measure
+from ..contenders import CONTENDERS, PAPER_SIZE, build_config, pick_size
+from ..train import TrainingStep, TrainSettings, time_calls
 
 B, T, STEPS = 16, 2048, 20
 

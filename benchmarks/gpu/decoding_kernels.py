@@ -1,6 +1,6 @@
 """Microseconds of a fused decoding step's kernels at 212M, each kind in a chain of 48.
 
-    python tests/gpu/decoding_kernels.py docs/results/decoding-kernels-h100.json [--sequences 64,16]
+    python -m benchmarks.gpu.decoding_kernels docs/results/decoding-kernels-h100.json [--sequences 64,16]
 
 A chain is one CUDA graph over so many sets of weights that the L2 holds none of them for long, as in a step.
 Beside them cuBLAS's products of the same sizes, which leave out norms, gates, states and residuals.
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrnn_lm.bench.measure import describe, write_json
-from lrnn_lm.bench.train import time_calls
 from lrnn_lm.kernels import fused_tiles
+
+from ..measure import describe, write_json
+from ..train import time_calls
 
 Kernel = Callable[[int], Tensor]
 D, N, M, INNER, KERNELS = 768, 302, 4, 2048, 48

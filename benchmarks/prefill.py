@@ -1,6 +1,6 @@
 """Peak memory of `lrnn generate --prompt-file` for a short and a long prompt, on a CPU with a tiny model.
 
-    python tests/hf/measure_prefill.py [SHORT LONG]     tokens, 65536 and 1048576 by default
+    python -m benchmarks.prefill [SHORT LONG]     tokens, 65536 and 1048576 by default
 
 Prints both peaks and their ratio; exits with 1 if the ratio is above 1.2.
 """
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LIMIT = 1.2
 
 

@@ -159,7 +159,7 @@ def tabulate(title: str, columns: list[str], cells: list[list[str]], output: Pat
 
 def numbers(text: str, what: str) -> list[int]:
     """`2048,32K` as counts; ValueError naming what is wrong."""
-    from ..recipe import parse_count
+    from lrnn_lm.recipe import parse_count
 
     try:
         counts = [parse_count(part.strip()) for part in text.split(",") if part.strip()]

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from lrnn_lm.bench import compare, decode, results
-from lrnn_lm.bench.contenders import CONTENDERS, build_config, pick_size
-from lrnn_lm.bench.decode import DecodeSettings
+from benchmarks import compare, decode, results
+from benchmarks.contenders import CONTENDERS, build_config, pick_size
+from benchmarks.decode import DecodeSettings
 
 TINY = {"width": 32, "layers": 2, "vocab": 61, "tokens": 8}
 

@@ -30,9 +30,10 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from ..model import LRNNConfig, LRNNForCausalLM, prefill
-from ..model.accounting import account
-from ..model.decode import decode_step
+from lrnn_lm.model import LRNNConfig, LRNNForCausalLM, prefill
+from lrnn_lm.model.accounting import account
+from lrnn_lm.model.decode import decode_step
+
 from . import measure
 from .contenders import PAPER_SIZE, Contender, Size, build_config, count, label_of, pick_contenders, pick_size
 from .pictures import draw_decoding

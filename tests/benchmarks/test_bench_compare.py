@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrnn_lm.bench import compare, measure, train
+from benchmarks import compare, measure, train
 from lrnn_lm.cli import main
 
 ROWS = [

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from lrnn_lm.bench import peers, results, train
-from lrnn_lm.bench.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
-from lrnn_lm.bench.processes import median_rows
-from lrnn_lm.bench.profile import kind_of
-from lrnn_lm.bench.train import TrainingStep, TrainSettings
+from benchmarks import peers, results, train
+from benchmarks.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
+from benchmarks.processes import median_rows
+from benchmarks.profile import kind_of
+from benchmarks.train import TrainingStep, TrainSettings
 from lrnn_lm.kernels import block_diagonal_scan, higher_order_scan
 from lrnn_lm.kernels.dispatch import BACKENDS
 from lrnn_lm.model.accounting import account

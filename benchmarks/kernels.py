@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixers import SequenceContext, build_mixer
+from lrnn_lm.mixers import SequenceContext, build_mixer
+
 from . import measure
 from .kernel_peers import Peer, associative_peer, fla_obstacle, fla_peers
 from .shapes import CPU_SHAPES, PAPER_SHAPES, Shape

@@ -9,11 +9,11 @@ Legend: D model width, V vocabulary.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..model import LRNNConfig
-from ..model.accounting import account
-from ..recipe import load_recipe, shipped
-from ..recipe.schema import ModelSection
-from ..train.build import model_config
+from lrnn_lm.model import LRNNConfig
+from lrnn_lm.model.accounting import account
+from lrnn_lm.recipe import load_recipe, shipped
+from lrnn_lm.recipe.schema import ModelSection
+from lrnn_lm.train.build import model_config
 
 REFERENCE = "bd-m4"
 TOLERANCE = 0.015  # of the parameters: further off, the SwiGLU's width makes up for it

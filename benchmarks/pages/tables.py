@@ -1,8 +1,9 @@
 """The tables of measured numbers, from the rows in docs/results: no number of theirs is written by hand.
 
-python docs/tables.py            print the tables
-python docs/tables.py --write    put them between the marks of README.md, docs/performance.md and
-                                 docs/results/synthetic.md, and draw the two pictures of whole models
+python -m benchmarks.pages.tables            print the tables
+python -m benchmarks.pages.tables --write    put them between the marks of README.md, docs/performance.md
+                                             and docs/results/synthetic.md, and draw the two pictures of
+                                             whole models
 """
 
 import argparse
@@ -12,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 
-import speed
+from ..pictures import draw_decoding, draw_training
+from ..results import Row, read_results
+from . import speed
 
-from lrnn_lm.bench.pictures import draw_decoding, draw_training
-from lrnn_lm.bench.results import Row, read_results
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MAD = ("in_context_recall", "noisy_in_context_recall", "selective_copying", "compression", "memorisation")
 
 MODELS = ("bd_lru-m1", "bd_lru-m2", "bd_lru-m4", "bd_lru-m5", "bd_lru-m8", "h_lru-m2", "h_lru-m4", "h_lru-m8",

@@ -1,13 +1,13 @@
 """The matrix scan on a GPU: Triton against the specification in fp64, then its time.
 
-    python tests/gpu/matrix_scan.py [out.json]        # about a minute on one H100, most of it compiling
+    python -m benchmarks.gpu.matrix_scan [out.json]        # about a minute on one H100, most of it compiling
 
 Times are medians of 10, of the forward and of the backward pass, with fp32 gates and bf16 values as the mixer
 has them. Every case runs in a process of its own, so that a fault names its case and spares the others: one
 that fails runs once more with CUDA_LAUNCH_BLOCKING=1, which names the kernel. To find the address:
 
-    compute-sanitizer --tool memcheck python tests/gpu/matrix_scan.py case 4 float32 77
-    compute-sanitizer --tool racecheck python tests/gpu/matrix_scan.py case 4 float32 77
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu.matrix_scan case 4 float32 77
+    compute-sanitizer --tool racecheck python -m benchmarks.gpu.matrix_scan case 4 float32 77
 """
 
 import os
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.bench import measure
 from lrnn_lm.kernels.matrix_scan import matrix_scan
+
+from .. import measure
 
 SIZES = (1, 2, 4, 8, 16)
 TIMED = (1, 4, 16)
@@ -77,7 +78,8 @@ def check(M: int, dtype: torch.dtype, T: int) -> bool:
 def run_alone(case: tuple[int, torch.dtype, int]) -> bool:
     """Whether a case succeeds in a process of its own; what that said is printed."""
     M, dtype, T = case
-    command = [sys.executable, __file__, "case", str(M), str(dtype).removeprefix("torch."), str(T)]
+    case = ["case", str(M), str(dtype).removeprefix("torch."), str(T)]
+    command = [sys.executable, "-m", "benchmarks.gpu.matrix_scan", *case]
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout.strip() or f"M {M} {dtype} T {T}: FAILED with exit code {done.returncode}"
     if done.returncode and "WRONG" not in said:
