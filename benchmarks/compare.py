@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lrnn_lm.files import pick_device
+
 from . import measure
 from .results import Row, read_results
 
@@ -49,7 +51,7 @@ def compare_with(
 
 def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
     benchmark = about.get("benchmark")
-    here = measure.describe(measure.pick_device(device)).get("device")
+    here = measure.describe(pick_device(device)).get("device")
     if benchmark not in ("train", "decode"):
         raise ValueError(f"{old} does not say how it was made: run that again, pass its file as --against")
     if here != about.get("device"):

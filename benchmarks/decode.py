@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from lrnn_lm.files import pick_device
 from lrnn_lm.model import LRNNConfig, LRNNForCausalLM, prefill
 from lrnn_lm.model.accounting import account
 from lrnn_lm.model.decode import decode_step
@@ -82,7 +83,7 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
         about, rows = run_in_processes(run, settings, device, output, "token_seconds")
         _show(rows, output, about)
         return rows
-    where = measure.pick_device(device)
+    where = pick_device(device)
     contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
     size = pick_size(settings.size, settings.width, settings.layers)
     batches, contexts = numbers(settings.batches, "--batches"), numbers(settings.contexts, "--contexts")

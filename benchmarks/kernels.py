@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrnn_lm.files import pick_device
 from lrnn_lm.mixers import SequenceContext, build_mixer
 
 from . import measure
@@ -239,7 +240,7 @@ def run(
     Returns:
         {"about", "ceilings", "rows"}: what is written.
     """
-    where = measure.pick_device(device)
+    where = pick_device(device)
     alone = only.casefold() == PEERS
     shapes = tuple(s for s in PAPER_SHAPES if only.casefold() in s.label().casefold())
     if not shapes and not alone:

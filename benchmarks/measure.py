@@ -21,17 +21,6 @@ from rich.table import Table
 Work = Callable[[], Any]
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one. ValueError for a GPU that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is visible to torch; use --device cpu")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not supported here; use auto, cpu or cuda")
-    return torch.device(device)
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """What a result has to be read with."""
     about: dict[str, Any] = {"torch": torch.__version__, "device": "cpu", "threads": torch.get_num_threads()}

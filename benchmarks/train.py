@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrnn_lm.files import pick_device
 from lrnn_lm.model import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.model.accounting import account, saved_bytes
 from lrnn_lm.recipe.schema import OptimSection
@@ -139,7 +140,7 @@ def run(
         about, rows = run_in_processes(run, settings, device, output, "step_seconds")
         _show(rows, output, about)
         return rows
-    where = measure.pick_device(device)
+    where = pick_device(device)
     contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
     sizes = {}
     for name in settings.sizes.split(","):

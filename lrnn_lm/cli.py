@@ -16,6 +16,7 @@ import typer
 
 from . import __version__
 from .requirements import UnmetRequirementError, check_transformers
+from .runs.layout import RunFolder
 
 if TYPE_CHECKING:
     from .train.stop import StopSignal
@@ -110,7 +111,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
             check_answerable(loaded.eval.tasks, source.task or "", source.options)
 
         def check(folder: Path) -> None:
-            check_tasks(loaded.eval.tasks, folder / "heldout.jsonl")
+            check_tasks(loaded.eval.tasks, RunFolder(folder).heldout)
 
     trainer = build_trainer(loaded, stop=stop, check=check)
     before = trainer.position.step
@@ -329,7 +330,7 @@ def report(
     from .evaluate.card import write_run_card
 
     for run in runs:
-        if (run / "README.md").is_file():  # training wrote it; now there may be a curve to show
+        if RunFolder(run).card.is_file():  # training wrote it; now there may be a curve to show
             write_run_card(run)
 
 

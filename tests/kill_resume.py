@@ -86,7 +86,7 @@ def assert_codes(kind: str, codes: list[int], errors: str) -> None:
 
 def _assert_whole(run: Path, saved: bool) -> None:
     """Once there has been a checkpoint, there is one whose files are all as its manifest says."""
-    from lrnn_lm.train.checkpoint import list_checkpoints, verify
+    from lrnn_lm.runs.checkpoint import list_checkpoints, verify
 
     folders = list_checkpoints(run / "checkpoints")
     assert any(verify(folder) is None for folder in folders) or not saved, folders

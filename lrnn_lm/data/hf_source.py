@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .hub import hub_is_reachable
+from ..files import hub_is_reachable
 from .specs import DataError, SourceSpec
 
 

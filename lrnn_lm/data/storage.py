@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from ..files import fsync
+
 _BUILDING = ".building-"
 
 
@@ -88,17 +90,9 @@ def _rename_new(source: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():  # where locks do not work another may have been first, with the same bytes
             raise
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fsync(path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .hub import hub_is_reachable
+from ..files import hub_is_reachable
 from .specs import DataError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import describe
+from ..runs.layout import RunFolder
+from ..runs.load import describe
 from .report import to_markdown
 from .runs import Run, read_run
 
@@ -34,9 +35,9 @@ def write_run_card(run: str | Path, licence: str = UNKNOWN_LICENCE) -> Path:
         ValueError: the run has no checkpoint.
     """
     run = Path(run).expanduser()
-    picture = "plots/loss.png" if (run / "plots" / "loss.png").is_file() else None
-    file = run / "README.md"
-    text = model_card(run / "checkpoints" / "latest", licence, picture, folder="checkpoints/latest")
+    picture = "plots/loss.png" if RunFolder(run).loss_plot.is_file() else None
+    file = RunFolder(run).card
+    text = model_card(RunFolder(run).latest, licence, picture, folder="checkpoints/latest")
     file.write_text(text, encoding="utf-8")
     return file
 
@@ -44,7 +45,7 @@ def write_run_card(run: str | Path, licence: str = UNKNOWN_LICENCE) -> Path:
 def write_export_card(checkpoint: str | Path, target: Path, licence: str = UNKNOWN_LICENCE) -> Path:
     """Write TARGET/README.md, and the picture of the curve beside it, for an exported checkpoint."""
     run = describe(checkpoint).run
-    curve = run / "plots" / "loss.png" if run is not None else None
+    curve = RunFolder(run).loss_plot if run is not None else None
     picture = None
     if curve is not None and curve.is_file():
         picture = shutil.copyfile(curve, target / "loss.png").name
@@ -71,7 +72,7 @@ def model_card(
     """
     info = describe(checkpoint)
     config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
-    recipe = _yaml(info.run / "recipe.yaml") if info.run else {}
+    recipe = _yaml(RunFolder(info.run).recipe) if info.run else {}
     name = recipe.get("name") or info.path.name
     mixers = _mixers(config)
     parts = [
@@ -79,10 +80,10 @@ def model_card(
         f"# {name}\n",
         _model(info.path, mixers),
         _training(recipe, info.step),
-        _data(info.run / "data.json") if info.run else "",
+        _data(RunFolder(info.run).data) if info.run else "",
         _results(info.run, picture),
         _loading(folder) if _is_language_model(config) else "",
-        _recipe_text(info.run / "recipe.yaml") if info.run else "",
+        _recipe_text(RunFolder(info.run).recipe) if info.run else "",
     ]
     return "\n".join(part for part in parts if part)
 

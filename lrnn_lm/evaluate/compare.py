@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import describe
+from ..runs.layout import RunFolder
+from ..runs.load import describe
 from .harness import check_output, evaluate, flatten
 from .score_plot import draw_scores
 from .show import decimal, table_console
@@ -83,7 +84,7 @@ def checkpoint_names(checkpoints: Sequence[str | Path]) -> list[str]:
 def _picture(first: str | Path, output: Path | None) -> Path | None:
     """Where the picture goes: into `output`, else among the plots of the first one's run, if it has a run."""
     run = describe(first).run
-    folder = Path(output) if output is not None else run / "plots" if run is not None else None
+    folder = Path(output) if output is not None else RunFolder(run).plots if run is not None else None
     return None if folder is None else folder / "comparison.png"
 
 

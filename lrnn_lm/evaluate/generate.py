@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import check_window, load_checkpoint
+from ..runs.load import check_window, load_checkpoint
 from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import (
+from ..runs.layout import RunFolder
+from ..runs.load import (
     CheckpointInfo,
     check_window,
     describe,
@@ -18,7 +19,7 @@ from .checkpoint import (
     load_checkpoint,
     widest_window,
 )
-from .heldout import FOLDER_NAMES, HELDOUT_NAME, cloze_dataset, heldout_path
+from .heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .offline import error_of_the_mean
 from .scoring import quiet_lm_eval, score_tasks
 from .show import decimal, finite, table_console
@@ -175,7 +176,7 @@ def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
         folder = Path(data).expanduser()
         if not any((folder / name).is_file() for name in FOLDER_NAMES):
             return str(folder)  # the offline tasks' own; what is missing in it they will say
-    if data is None and (info.run is None or not (info.run / HELDOUT_NAME).is_file()):
+    if data is None and (info.run is None or not RunFolder(info.run).heldout.is_file()):
         return None  # which matters to the heldout tasks only: they will say what to pass
     return str(heldout_path(data, info.path))
 
@@ -219,7 +220,9 @@ def _write(
 
     In a folder that is not the run's own, after the run too: other runs' results may lie there.
     """
-    folder = Path(output) if output is not None else info.run / "eval" if info.run is not None else None
+    folder = (
+        Path(output) if output is not None else RunFolder(info.run).scores if info.run is not None else None
+    )
     if folder is None:
         return None
     if folder.suffix == ".json":

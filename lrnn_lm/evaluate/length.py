@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..data import SyntheticTask
 from ..model.long_input import prefill
-from .checkpoint import CheckpointInfo, context_length, describe, document_start, load_checkpoint
+from ..runs.layout import RunFolder
+from ..runs.load import CheckpointInfo, context_length, describe, document_start, load_checkpoint
 from .heldout import heldout_path, read_documents
 from .show import decimal, finite, table_console
 from .synthetic_tasks import run_source
@@ -254,7 +255,7 @@ def _last_distribution(model: "PreTrainedModel", inputs: Tensor, cache: Any) -> 
 def _folders(info: CheckpointInfo, output: Path | None) -> tuple[Path, Path] | None:
     if output is not None:
         return Path(output).expanduser(), Path(output).expanduser()
-    return None if info.run is None else (info.run / "eval", info.run / "plots")
+    return None if info.run is None else (RunFolder(info.run).scores, RunFolder(info.run).plots)
 
 
 def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.windows import WINDOW, encode_stream
-from .checkpoint import check_window
+from ..runs.load import check_window
 
 if TYPE_CHECKING:
     from torch import Tensor

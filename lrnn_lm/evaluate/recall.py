@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import context_length, describe, document_start, load_checkpoint
+from ..runs.layout import RunFolder
+from ..runs.load import context_length, describe, document_start, load_checkpoint
 from .compare import checkpoint_names
 from .heldout import heldout_path, read_documents
 from .show import decimal, finite, table_console
@@ -76,7 +77,13 @@ def probe_recall(
         )
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         found.append({"name": name, **size, **split(model, inputs, targets)})
-    folder = Path(output).expanduser() if output is not None else first.run / "eval" if first.run else None
+    folder = (
+        Path(output).expanduser()
+        if output is not None
+        else RunFolder(first.run).scores
+        if first.run
+        else None
+    )
     written = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..runs.layout import RunFolder
 from .runs import Run, Score, read_run
 from .show import decimal, table_console
 from .synthetic_report import synthetic_table
@@ -52,9 +53,7 @@ def _targets(runs: list[Run], output: Path | None) -> tuple[Path, Path | None]:
     """Where the picture goes, and where the Markdown goes, if it is asked for."""
     if output is None:
         alone = len(runs) == 1
-        return (
-            runs[0].path / "plots" / "loss.png" if alone else runs[0].path.parent / "comparison.png"
-        ), None
+        return (RunFolder(runs[0].path).loss_plot if alone else runs[0].path.parent / "comparison.png"), None
     output = Path(output).expanduser()
     suffix = output.suffix.lower()
     if suffix in (".png", ".svg", ".pdf"):

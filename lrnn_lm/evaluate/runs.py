@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..recipe.run_folder import checkpoint_folder
+from ..runs.layout import RunFolder, checkpoint_folder
 from .harness import WHOLE_ROWS, flatten
 
 
@@ -59,7 +59,7 @@ def read_run(folder: str | Path) -> Run:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"{folder}: no such run")
-    file = path / "metrics.jsonl"
+    file = RunFolder(path).metrics
     if not file.is_file():
         raise ValueError(f"{folder}: not a run (there is no metrics.jsonl in it)")
     training, validation = _read_metrics(file)
@@ -70,8 +70,8 @@ def read_run(folder: str | Path) -> Run:
         path=path,
         training=training,
         validation=validation,
-        parameters=_count_parameters(checkpoint_folder(path / "checkpoints" / "latest")),
-        scores=_read_scores(path / "eval"),
+        parameters=_count_parameters(checkpoint_folder(RunFolder(path).latest)),
+        scores=_read_scores(RunFolder(path).scores),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..runs.layout import RunFolder
 from .runs import Run
 
 
@@ -50,7 +51,7 @@ def _but_the_seed(recipe: dict[str, Any]) -> str:
 
 def _recipe(run: Path) -> dict[str, Any] | None:
     """The run's recipe, if its source is a synthetic task. ValueError for a file that is damaged."""
-    file = run / "recipe.yaml"
+    file = RunFolder(run).recipe
     if not file.is_file():
         return None
     try:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data import SYNTHETIC_TASKS, SyntheticTask
-from .checkpoint import json_table
+from ..runs.layout import CheckpointFolder
+from ..runs.load import json_table
 
 if TYPE_CHECKING:
     import datasets
@@ -111,9 +112,9 @@ def run_source(pretrained: str | Path | None) -> dict[str, Any]:
     folder = Path(pretrained).expanduser().resolve()
     if source := json_table(folder / "config.json").get("synthetic_task"):
         return source
-    if folder.parent.name != "checkpoints":
+    if (run := CheckpointFolder(folder).run) is None:
         return {}
-    source = json_table(folder.parent.parent / "data.json").get("source", {})
+    source = json_table(run.data).get("source", {})
     return source if isinstance(source, dict) and source.get("type") == "synthetic" else {}
 
 

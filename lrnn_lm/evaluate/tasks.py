@@ -1,18 +1,17 @@
 """Which tasks to run: names checked against lm-eval's index and the project's, suites, the hub's reach."""
 
 import difflib
-import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrnn_lm.recipe import resolve_path, shipped
+
+from ..files import hub_is_reachable
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -102,7 +101,7 @@ def hub_data(needed: bool) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    offline = any(before) or not _reachable(constants.ENDPOINT)
+    offline = any(before) or not hub_is_reachable()
     if offline:  # the libraries would else retry every file for half a minute
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
@@ -116,16 +115,3 @@ def hub_data(needed: bool) -> Iterator[None]:
         raise ValueError(f"a task's data set is not to be had: {reason}\n{advice}") from error
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def _reachable(endpoint: str, seconds: float = 3.0) -> bool:
-    """Whether a connection to the hub opens. Behind a proxy only a request would tell: it counts as open."""
-    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
-        return True
-    address = urlsplit(endpoint)
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname or "", port), timeout=seconds).close()
-    except OSError:
-        return False
-    return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
-from ..recipe.run_folder import latest_checkpoint
+from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .script import job_script
 from .sweep import read_sweep
 
@@ -66,7 +66,8 @@ def submit(
     if not todo:
         return None
     if sweep is None:
-        name, folder, output = recipes[0].name, runs[0] / "launch", runs[0] / "logs" / "slurm-%j.out"
+        run = RunFolder(runs[0])
+        name, folder, output = recipes[0].name, run.launch, run.logs / "slurm-%j.out"
     else:
         name = load_recipe(recipe, overrides).name
         folder = runs[0].parent / f"{name}.sweep"
@@ -76,13 +77,13 @@ def submit(
         say(script.removesuffix("\n"))
         return None
     for index in todo:
-        _write(runs[index] / "launch" / "recipe.yaml", dump_recipe(recipes[index]))
+        _write(RunFolder(runs[index]).launch / "recipe.yaml", dump_recipe(recipes[index]))
     output.parent.mkdir(parents=True, exist_ok=True)
     _write(folder / "job.sh", script)
     job = _sbatch(folder / "job.sh")
     for index in todo:
-        _write(runs[index] / "launch" / "job", f"{job}_{index}\n" if sweep else f"{job}\n")
-    where = output.parent if sweep else runs[0] / "logs"
+        _write(RunFolder(runs[index]).job, f"{job}_{index}\n" if sweep else f"{job}\n")
+    where = output.parent if sweep else RunFolder(runs[0]).logs
     say(f"{name} is job {job}" + (f", an array of {len(todo)} runs" if sweep else "") + f"; logs in {where}")
     return job
 
@@ -107,7 +108,7 @@ def _check_ranks(recipe: Recipe) -> None:
 
 def _queued(run: Path) -> str | None:
     """The job that a run waits or trains in."""
-    file = run / "launch" / "job"
+    file = RunFolder(run).job
     if not file.is_file():
         return None
     job = file.read_text().strip()
@@ -119,11 +120,13 @@ def _queued(run: Path) -> str | None:
 
 def _finished(recipe: Recipe, run: Path) -> bool:
     """Whether the newest checkpoint is the last of the budget, and scored if it is to be."""
-    newest = latest_checkpoint(run / "checkpoints")
-    step = newest.name.removeprefix("step-") if newest is not None else ""
-    if not step.isdecimal() or int(step) < recipe.total_steps:
+    newest = latest_checkpoint(RunFolder(run).checkpoints)
+    step = step_of(newest) if newest is not None else None
+    if step is None or step < recipe.total_steps:
         return False
-    return not recipe.eval.tasks or any(_scored_step(file) == int(step) for file in run.glob("eval/*.json"))
+    return not recipe.eval.tasks or any(
+        _scored_step(file) == step for file in RunFolder(run).scores.glob("*.json")
+    )
 
 
 def _scored_step(file: Path) -> int | None:

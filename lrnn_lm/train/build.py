@@ -27,11 +27,13 @@ from ..data import (
     prepare,
     prepare_synthetic,
 )
+from ..files import replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe, resolve_path
 from ..recipe.schema import SourceSection
-from . import checkpoint
+from ..runs import checkpoint
+from ..runs.layout import RunFolder
 from .loop import Trainer
 from .optim import make_optimizer
 from .parallel import launch_plan, share
@@ -189,7 +191,7 @@ def _check_text(recipe: Recipe, newest: Path, position: checkpoint.Position, con
 def _lock(folder: Path) -> TextIO:
     """Hold the run folder until the file is closed or the process gone; ValueError if another holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a")
+    file = RunFolder(folder).lock.open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -203,7 +205,7 @@ def _lock(folder: Path) -> TextIO:
 def _find_checkpoint(folder: Path, console: Console) -> Path | None:
     """The checkpoint to go on from."""
     return checkpoint.newest_valid(
-        folder / "checkpoints", lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
+        RunFolder(folder).checkpoints, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
     )
 
 
@@ -255,8 +257,8 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def check_unchanged(recipe: Recipe, folder: Path) -> None:
     """Raise ValueError, naming every difference, if a run's checkpoints are of another model or data."""
-    stored = folder / "recipe.yaml"
-    if not stored.exists() or not checkpoint.list_checkpoints(folder / "checkpoints"):
+    stored = RunFolder(folder).recipe
+    if not stored.exists() or not checkpoint.list_checkpoints(RunFolder(folder).checkpoints):
         return
     old, new = flatten(_load_stored(stored)), flatten(recipe)
     differing = [
@@ -296,15 +298,14 @@ def _write_run_folder(
     A finished run keeps its recipe: nothing is trained by the one that it is run again with.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder)
     contents = {
-        "recipe.yaml": dump_recipe(recipe).encode(),
-        "data.json": json.dumps(prepared.manifest, indent=1).encode() + b"\n",
+        run.recipe: dump_recipe(recipe).encode(),
+        run.data: json.dumps(prepared.manifest, indent=1).encode() + b"\n",
     }
     if prepared.heldout_path is not None:
-        contents["heldout.jsonl"] = prepared.heldout_path.read_bytes()
-    if finished and (folder / "recipe.yaml").exists():
-        del contents["recipe.yaml"]
-    aside = folder / ".aside.tmp"  # a kill may come while one of them is written
-    for name, content in contents.items():
-        aside.write_bytes(content)
-        os.replace(aside, folder / name)
+        contents[run.heldout] = prepared.heldout_path.read_bytes()
+    if finished and run.recipe.exists():
+        del contents[run.recipe]
+    for path, content in contents.items():
+        replace_file(path, content)

@@ -20,7 +20,7 @@ from ..model.accounting import (
     training_memory,
 )
 from ..recipe import Recipe, load_recipe, resolve_path
-from ..recipe.run_folder import checkpoint_folder
+from ..runs.layout import checkpoint_folder
 from .build import model_config, synthetic_spec
 
 

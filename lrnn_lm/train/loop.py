@@ -27,8 +27,9 @@ from ..model import LRNNForCausalLM
 from ..model.export import write_remote_code
 from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
-from . import checkpoint
-from .checkpoint import Position
+from ..runs import checkpoint
+from ..runs.checkpoint import Position
+from ..runs.layout import RunFolder
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
@@ -101,7 +102,7 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
         )
-        self.saver.good = checkpoint.folder_name(position.step) if position.step else None
+        self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
@@ -116,7 +117,7 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return RunFolder(self.folder).checkpoints
 
     @property
     def whole_model(self) -> nn.Module | None:
@@ -162,7 +163,7 @@ class Trainer:
                     tracker.finish()
                 if self.lock is not None:
                     self.lock.close()
-        return self.checkpoints / checkpoint.folder_name(self.position.step)
+        return self.checkpoints / checkpoint.step_name(self.position.step)
 
     def _train(self) -> None:
         self._validate_if_due()  # a stop may have come before the validation of the step resumed from

@@ -15,8 +15,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..files import replace_file
 from ..recipe.quantities import Every
-from .checkpoint import Position
+from ..runs.checkpoint import Position
+from ..runs.layout import RunFolder
 
 
 class Metrics:
@@ -24,7 +26,7 @@ class Metrics:
 
     def __init__(self, folder: Path, accelerator: Accelerator, resumed: Position):
         self._accelerator = accelerator
-        self._path = folder / "metrics.jsonl"
+        self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
         self.put_away: Path | None = None  # lines of a run that went before
@@ -104,9 +106,7 @@ def _cut_after(path: Path, resumed: Position) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    replace_file(path, "".join(kept))
 
 
 class Cadence:

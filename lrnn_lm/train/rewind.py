@@ -5,14 +5,15 @@ the run folder: a run that is killed in between replays the good steps, and step
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from ..files import replace_file
+from ..runs import checkpoint
+from ..runs.checkpoint import CheckpointError
+from ..runs.layout import RunFolder
 from .tensors import load
 
 if TYPE_CHECKING:
@@ -92,10 +93,7 @@ def merged(*lists: list[list[int]]) -> list[list[int]]:
 
 
 def write_skips(folder: Path, skips: list[list[int]]) -> None:
-    aside = folder / ".skips.tmp"
-    aside.write_text(json.dumps(skips) + "\n")
-    checkpoint.fsync(aside)
-    os.replace(aside, folder / "skips.json")
+    replace_file(RunFolder(folder).skips, json.dumps(skips) + "\n", durable=True)
 
 
 def read_skips(folder: Path) -> list[list[int]]:
@@ -103,7 +101,7 @@ def read_skips(folder: Path) -> list[list[int]]:
 
     Raises ValueError, naming the file, if it is not a list of ranges.
     """
-    path = folder / "skips.json"
+    path = RunFolder(folder).skips
     if not path.exists():
         return []
     try:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from ..data import PreparedData, SyntheticData, TrainLoader
 from ..recipe import Recipe
-from .checkpoint import Position
+from ..runs.checkpoint import Position
 
 Batch = dict[str, torch.Tensor]
 

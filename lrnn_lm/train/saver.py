@@ -22,8 +22,9 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..recipe.schema import CheckpointSection
-from . import checkpoint
-from .checkpoint import CheckpointError, Position
+from ..runs import checkpoint
+from ..runs.checkpoint import CheckpointError, Position
+from ..runs.layout import CheckpointFolder
 from .parallel import is_sharded
 from .runtime import random_state
 from .tensors import (
@@ -119,7 +120,7 @@ class Saver:
                 )
             )
         self._agree(problem)
-        self.good = checkpoint.folder_name(self._step)
+        self.good = checkpoint.step_name(self._step)
 
     def complete(self, step: int) -> None:
         """Of a run that ends at a checkpoint that was only a stop: its weights as one file too, if sharded.
@@ -127,7 +128,7 @@ class Saver:
         Raises CheckpointError on every rank if they could not be written.
         """
         self._step = step
-        folder, problem = self.checkpoints / checkpoint.folder_name(step), None
+        folder, problem = self.checkpoints / checkpoint.step_name(step), None
         if self._accelerator.is_main_process and is_sharded_folder(folder):
             problem = _reason_of(
                 lambda: checkpoint.add_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
@@ -150,7 +151,7 @@ class Saver:
             raise CheckpointError("")  # the main rank tells
         shutil.rmtree(checkpoint.aside_of(self.checkpoints, self._step), ignore_errors=True)
         raise CheckpointError(
-            f"could not save {self.checkpoints / checkpoint.folder_name(self._step)}: {told}; "
+            f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {told}; "
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
             "Free some space and run the same command again to go on from it."
         )
@@ -188,11 +189,11 @@ class Saver:
     ) -> None:
         """In the thread: this rank's files, on disk, with their facts."""
         rank, main = self._accelerator.process_index, self._accelerator.is_main_process
-        trainer = aside / "trainer"
+        trainer = CheckpointFolder(aside).trainer
         files: list[Path] = []
         if is_sharded(self._model):  # first: a rank that failed before it would leave the others in it
             write_shards(tensors, aside, self._group)
-            files += sorted((trainer / "shards").glob(f"shard-{rank + 1:05d}-*"))
+            files += sorted(CheckpointFolder(aside).shards.glob(f"shard-{rank + 1:05d}-*"))
         files += write_random_state(trainer, rank, random)
         if main:
             files += self._write_main(aside, position, tensors, weights)
@@ -202,7 +203,7 @@ class Saver:
         self, aside: Path, position: Position, tensors: dict[str, Tensor], weights: dict[str, Tensor] | None
     ) -> list[Path]:
         """What only the main rank writes; every file of it."""
-        trainer = aside / "trainer"
+        trainer = CheckpointFolder(aside).trainer
         if not is_sharded(self._model):
             write_whole(tensors, aside, self._model)
         elif weights is not None:
@@ -210,8 +211,8 @@ class Saver:
         else:
             write_config(aside, self._model)
         self._write_extras(aside)
-        (trainer / "state.json").write_text(json.dumps(asdict(position), indent=1) + "\n")
-        own = [trainer / "state.json", trainer / "optimizer.safetensors"]
+        CheckpointFolder(aside).state.write_text(json.dumps(asdict(position), indent=1) + "\n")
+        own = [CheckpointFolder(aside).state, CheckpointFolder(aside).optimizer]
         files = [path for path in aside.rglob("*") if path.is_file() and trainer not in path.parents]
         return sorted(files) + [path for path in own if path.exists()]
 
@@ -219,7 +220,7 @@ class Saver:
 def _make_room(checkpoints: Path, aside: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(checkpoints)
-    (aside / "trainer").mkdir(parents=True)
+    CheckpointFolder(aside).trainer.mkdir(parents=True)
 
 
 def _reason_of(work: Callable[[], object]) -> str | None:

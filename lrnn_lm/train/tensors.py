@@ -21,8 +21,8 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from ..recipe.run_folder import checkpoint_folder
-from .checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
+from ..runs.checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
+from ..runs.layout import CheckpointFolder, checkpoint_folder
 from .optim import state_keys
 from .parallel import like_parameter
 from .runtime import restore_random_state
@@ -51,12 +51,12 @@ def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 def write_whole(tensors: Mapping[str, Tensor], aside: Path, model: nn.Module) -> None:
     """Weights, configuration and optimiser, from whole tensors on the CPU."""
     model.save_pretrained(aside, state_dict=part(tensors, "model"))
-    save_file(part(tensors, "optimizer"), aside / "trainer" / "optimizer.safetensors")
+    save_file(part(tensors, "optimizer"), CheckpointFolder(aside).optimizer)
 
 
 def write_shards(tensors: dict[str, Tensor], aside: Path, group: Group) -> None:
     """This rank's part; all ranks of the group at the same time."""
-    shards = aside / "trainer" / "shards"
+    shards = CheckpointFolder(aside).shards
     dcp.save(
         tensors,
         storage_writer=HuggingFaceStorageWriter(str(shards), save_distributed=True),
@@ -81,7 +81,7 @@ def write_random_state(trainer: Path, rank: int, state: tuple[dict, dict[str, Te
 
 
 def is_sharded_folder(folder: Path) -> bool:
-    return (folder / "trainer" / "shards").is_dir()
+    return CheckpointFolder(folder).shards.is_dir()
 
 
 def load(
@@ -103,7 +103,7 @@ def load(
         with torch.no_grad():
             for key, value in _whole_tensors(folder):
                 targets[key].copy_(like_parameter(value, targets[key]))
-    _restore_random(folder / "trainer", rank)
+    _restore_random(CheckpointFolder(folder).trainer, rank)
     return read_position(folder)
 
 
@@ -152,7 +152,7 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keys: Iterab
 
 def _whole_files(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "model", folder / WEIGHTS
-    yield "optimizer", folder / "trainer" / "optimizer.safetensors"
+    yield "optimizer", CheckpointFolder(folder).optimizer
 
 
 def _whole_sizes(folder: Path) -> dict[str, torch.Size]:
@@ -172,7 +172,7 @@ def _whole_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shard_sizes(folder: Path) -> dict[str, torch.Size]:
-    metadata = HuggingFaceStorageReader(str(folder / "trainer" / "shards")).read_metadata()
+    metadata = HuggingFaceStorageReader(str(CheckpointFolder(folder).shards)).read_metadata()
     return {key: value.size for key, value in metadata.state_dict_metadata.items()}
 
 
@@ -181,7 +181,7 @@ def _load_shards(folder: Path, targets: dict[str, Tensor], group: Group) -> None
         warnings.filterwarnings("ignore", "torch.distributed is")  # one process reads alone, as it should
         dcp.load(
             targets,
-            storage_reader=HuggingFaceStorageReader(str(folder / "trainer" / "shards")),
+            storage_reader=HuggingFaceStorageReader(str(CheckpointFolder(folder).shards)),
             process_group=group,
             no_dist=group is None,
         )

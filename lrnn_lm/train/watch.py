@@ -5,11 +5,15 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from ..files import replace_file
+from ..runs.layout import RunFolder
 
 _BEAT_SECONDS = 5.0  # between writes of the file, which may lie on a network
 _SLOW = 1.5  # times the median: a straggler
@@ -23,7 +27,7 @@ class Heartbeat:
     """
 
     def __init__(self, folder: Path, main: bool, stall_seconds: float):
-        self._path, self._main, self._stall = folder / "heartbeat.json", main, stall_seconds
+        self._path, self._main, self._stall = RunFolder(folder).heartbeat, main, stall_seconds
         self._last = -_BEAT_SECONDS
 
     def beat(self, step: int, tokens: int, doing: str = "training", now: bool = False) -> None:
@@ -34,13 +38,9 @@ class Heartbeat:
         if not self._main or (not now and moment - self._last < _BEAT_SECONDS):
             return
         self._last = moment
-        aside = self._path.with_suffix(".tmp")
         facts = {"step": step, "time": time.time(), "tokens": tokens, "doing": doing, "pid": os.getpid()}
-        try:
-            aside.write_text(json.dumps(facts) + "\n")
-            os.replace(aside, self._path)
-        except OSError:  # no room for a line: the next checkpoint will tell, and better
-            aside.unlink(missing_ok=True)
+        with suppress(OSError):  # no room for a line: the next checkpoint will tell, and better
+            replace_file(self._path, json.dumps(facts) + "\n")
 
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()

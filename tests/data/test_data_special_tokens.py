@@ -94,8 +94,8 @@ def live(made):
     from transformers import AutoTokenizer
 
     from lrnn_lm import LRNNConfig, LRNNForCausalLM
-    from lrnn_lm.evaluate.checkpoint import document_start
     from lrnn_lm.evaluate.lm import LiveLM
+    from lrnn_lm.runs.load import document_start
 
     @cache
     def make(kind: str) -> LiveLM:

@@ -11,9 +11,9 @@ from tiny_run import fingerprint, metrics
 
 from lrnn_lm.cli import main
 from lrnn_lm.data import SYNTHETIC_TASKS, TrainLoader
-from lrnn_lm.evaluate.checkpoint import load_checkpoint
 from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.recipe import load_recipe, shipped
+from lrnn_lm.runs.load import load_checkpoint
 from lrnn_lm.train.build import build_trainer
 
 RECIPES = sorted(p for p in shipped("recipes/synthetic").glob("*.yaml") if p.name != "base.yaml")

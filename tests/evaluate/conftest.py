@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory, tokenizer, write_documents) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
-    from lrnn_lm.evaluate.checkpoint import load_checkpoint
+    from lrnn_lm.runs.load import load_checkpoint
 
     return load_checkpoint(checkpoint, "cpu")
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrnn_lm.evaluate import heldout
-from lrnn_lm.evaluate.checkpoint import context_length, load_checkpoint
 from lrnn_lm.evaluate.harness import evaluate, flatten
 from lrnn_lm.evaluate.tasks import read_suite
+from lrnn_lm.runs.load import context_length, load_checkpoint
 
 BOTH = ["heldout_bits_per_byte", "heldout_cloze"]
 
@@ -136,8 +136,8 @@ def test_scores_repeat_exactly_and_leave_the_random_state_alone(results, checkpo
 
 
 def test_documents_start_at_bos_for_our_models_only(checkpoint, loaded):
-    from lrnn_lm.evaluate.checkpoint import document_start
     from lrnn_lm.evaluate.lm import LiveLM
+    from lrnn_lm.runs.load import document_start
 
     model, tokenizer = loaded
     assert document_start(model, tokenizer) is None
@@ -292,7 +292,7 @@ def test_a_hub_task_without_a_network_ends_at_once(checkpoint, loaded, tmp_path,
 
     from lrnn_lm.evaluate import tasks
 
-    monkeypatch.setattr(tasks, "_reachable", lambda endpoint: False)
+    monkeypatch.setattr(tasks, "hub_is_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model, tokenizer = loaded

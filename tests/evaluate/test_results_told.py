@@ -9,8 +9,8 @@ import pytest
 from short_models import RECURRENT, build
 from tiny_run import ROOT, environment
 
-from lrnn_lm.evaluate.checkpoint import describe
 from lrnn_lm.recipe import format_count
+from lrnn_lm.runs.load import describe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from tiny_run import STEPS, write_recipe
 
 from lrnn_lm import cli
 from lrnn_lm.model.remote_code import remote_code
-from lrnn_lm.train.checkpoint import verify
+from lrnn_lm.runs.checkpoint import verify
 
 READ = """
 from transformers import AutoModelForCausalLM, AutoTokenizer

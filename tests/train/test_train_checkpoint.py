@@ -11,8 +11,8 @@ import torch
 from tiny_run import STEPS, fingerprint, finish, losses, start
 from trainers import Build, main_exits, send_at
 
-from lrnn_lm.train import checkpoint
-from lrnn_lm.train.checkpoint import CheckpointError
+from lrnn_lm.runs import checkpoint
+from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.train.stop import Stopped
 
 LAST = f"checkpoints/step-{STEPS:08d}"

@@ -11,14 +11,14 @@ from rich.console import Console
 from tiny_run import STEPS, fingerprint, losses, metrics
 from trainers import Build, main_exits, send_at
 
-from lrnn_lm.evaluate.checkpoint import describe
 from lrnn_lm.evaluate.runs import read_run
 from lrnn_lm.launch.submit import _finished
 from lrnn_lm.recipe import load_recipe
-from lrnn_lm.recipe.run_folder import checkpoint_folder, latest_checkpoint
-from lrnn_lm.train import checkpoint
+from lrnn_lm.runs import checkpoint
+from lrnn_lm.runs.checkpoint import CheckpointError
+from lrnn_lm.runs.layout import checkpoint_folder, latest_checkpoint
+from lrnn_lm.runs.load import describe
 from lrnn_lm.train.build import build_trainer
-from lrnn_lm.train.checkpoint import CheckpointError
 from lrnn_lm.train.stop import Stopped
 
 LAST = f"checkpoints/step-{STEPS:08d}"

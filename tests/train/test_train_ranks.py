@@ -18,7 +18,7 @@ from trainers import main_exits
 from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.recipe import load_recipe
-from lrnn_lm.train import checkpoint
+from lrnn_lm.runs import checkpoint
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.tensors import is_sharded_folder, read_shards
 

@@ -17,7 +17,7 @@ from trainers import Build, main_exits, send_at
 
 from lrnn_lm.data import validation_batches
 from lrnn_lm.data.pack import PackedRows, collate
-from lrnn_lm.train.checkpoint import list_checkpoints, read_position
+from lrnn_lm.runs.checkpoint import list_checkpoints, read_position
 from lrnn_lm.train.loop import StepResult, Trainer
 from lrnn_lm.train.stop import Stopped
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..recipe import parse_count
-from ..recipe.run_folder import checkpoint_folder
+from ..files import pick_device
+from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +43,14 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
     path = checkpoint_folder(Path(checkpoint).expanduser())
     if not path.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint folder")
-    if not (path / "config.json").is_file():
-        inner = path / "checkpoints" / "latest"
+    if not CheckpointFolder(path).config.is_file():
+        inner = RunFolder(path).latest
         hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
         raise ValueError(f"{checkpoint}: not a checkpoint folder{hint}")
     path = path.resolve()
-    run = path.parent.parent if path.parent.name == "checkpoints" else None
-    named = re.fullmatch(r"step-(\d+)", path.name)
-    step = int(named[1]) if named else _manifest(path).get("step")
+    run = folder.path if (folder := CheckpointFolder(path).run) else None
+    step = step_of(path)
+    step = _manifest(path).get("step") if step is None else step
     tokens_per_step = _run_recipe(run).get("train", {}).get("tokens_per_step")
     known = step is not None and tokens_per_step is not None
     return CheckpointInfo(path, run, step, step * parse_count(tokens_per_step) if known else None)
@@ -80,11 +81,11 @@ def load_checkpoint(
     import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
     from lrnn_lm.model import LRNNForReconstruction
 
-    if not any(path.glob("*.safetensors")) and (path / "trainer" / "shards").is_dir():
+    if not any(path.glob("*.safetensors")) and CheckpointFolder(path).shards.is_dir():
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    encodes = "LRNNForReconstruction" in (json_table(path / "config.json").get("architectures") or [])
+    encodes = "LRNNForReconstruction" in (json_table(CheckpointFolder(path).config).get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
@@ -132,23 +133,6 @@ def _check_files(path: Path, checkpoint: str | Path) -> None:
     ):
         if not any(file for pattern in patterns for file in path.glob(pattern)):
             raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
-
-
-def pick_device(device: str = "auto") -> "torch.device":
-    """A torch device by name; ValueError for one that this machine lacks."""
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-        if target.type not in ("cpu", "cuda"):
-            raise RuntimeError
-    except RuntimeError:
-        raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r}: there is no such CUDA device on this machine; use cpu or auto")
-    return target
 
 
 def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -212,7 +196,7 @@ def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int
 
 def _run_recipe(run: Path | None) -> dict[str, Any]:
     """The recipe that a run was trained by, section by section; empty without one."""
-    file = run / "recipe.yaml" if run is not None else None
+    file = RunFolder(run).recipe if run is not None else None
     if file is None or not file.is_file():
         return {}
     try:
@@ -224,7 +208,7 @@ def _run_recipe(run: Path | None) -> dict[str, Any]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    file = path / "trainer" / "manifest.json"
+    file = CheckpointFolder(path).manifest
     if not file.is_file():
         return {}
     try:

@@ -26,14 +26,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..recipe.run_folder import latest_checkpoint, list_checkpoints
+from ..files import fsync, replace_file
+from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name, step_of
 
 FORMAT = 2
 _READABLE = (1, 2)
 _HASHING_THREADS = 8
 _EXPECTED = ("config.json", "trainer/state.json", "trainer/rng-00000.json", "trainer/rng-00000.safetensors")
 _WHOLE, _SHARDS = ("model.safetensors", "trainer/optimizer.safetensors"), "trainer/shards"
-_LINKS = ("latest", "best")
+_LINKS = (LATEST, BEST)
 COPY = ".plain-"  # of a sharded checkpoint, as a plain folder, while it is exported
 
 
@@ -59,13 +60,9 @@ class Position:
     skips: list[list[int]] = field(default_factory=list)
 
 
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def aside_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of this step is written before it appears."""
-    return checkpoints / f".{folder_name(step)}.tmp"
+    return checkpoints / f".{step_name(step)}.tmp"
 
 
 def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
@@ -74,14 +71,14 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
     `before` names the checkpoint that the run went on from or wrote last; None for what `latest` says.
     Raises OSError if the disk is full or cannot be written; what was there before stays.
     """
-    final, aside = checkpoints / folder_name(step), aside_of(checkpoints, step)
+    final, aside = checkpoints / step_name(step), aside_of(checkpoints, step)
     before = before or latest_name(checkpoints)
     facts: dict[str, Any] = {}
-    for path in sorted((aside / "trainer").glob("facts-*.json")):
+    for path in sorted(CheckpointFolder(aside).trainer.glob("facts-*.json")):
         facts |= json.loads(path.read_text())
         path.unlink()
     manifest = {"format": FORMAT, "step": step, "files": dict(sorted(facts.items()))}
-    path = aside / "trainer" / "manifest.json"
+    path = CheckpointFolder(aside).manifest
     path.write_text(json.dumps(manifest, indent=1) + "\n")
     folders = [folder for folder in aside.rglob("*") if folder.is_dir()]
     for written in (path, *folders, aside):
@@ -90,7 +87,7 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
         _remove(final)
     aside.rename(final)
     fsync(checkpoints)
-    _point(checkpoints, "latest", final.name)
+    _point(checkpoints, LATEST, final.name)
     _prune(checkpoints, before, final, keep_last, keep_best)
     return final
 
@@ -101,24 +98,20 @@ def add_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
     Nothing that the manifest names is touched, so the checkpoint is whole at every moment: the file appears
     first, then in one go the manifest that names it. Raises OSError if the disk is full.
     """
-    path = folder / "trainer" / "manifest.json"
+    path = CheckpointFolder(folder).manifest
     manifest = json.loads(path.read_text())
     if name in manifest["files"]:
         return
-    aside, aside_manifest = folder / f".{name}.tmp", folder / ".manifest.json.tmp"
+    aside = folder / f".{name}.tmp"
     try:
         write(aside)
         fsync(aside)
         os.replace(aside, folder / name)
         fsync(folder)
         manifest["files"] = dict(sorted({**manifest["files"], name: _facts(folder / name)}.items()))
-        aside_manifest.write_text(json.dumps(manifest, indent=1) + "\n")
-        fsync(aside_manifest)
-        os.replace(aside_manifest, path)
-        fsync(path.parent)
+        replace_file(path, json.dumps(manifest, indent=1) + "\n", durable=True)
     finally:
         aside.unlink(missing_ok=True)
-        aside_manifest.unlink(missing_ok=True)
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
@@ -126,12 +119,12 @@ def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
     for path in files:
         fsync(path)
     facts = {str(path.relative_to(aside)): _facts(path) for path in files}
-    (aside / "trainer" / f"facts-{rank:05d}.json").write_text(json.dumps(facts))
+    (CheckpointFolder(aside).trainer / f"facts-{rank:05d}.json").write_text(json.dumps(facts))
 
 
 def read_position(folder: Path) -> Position:
     """Where a checkpoint stands."""
-    return Position(**json.loads((folder / "trainer" / "state.json").read_text()))
+    return Position(**json.loads(CheckpointFolder(folder).state.read_text()))
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
@@ -146,13 +139,13 @@ def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_bes
     whole = [folder for folder in saved if folder not in damaged]
     best = _best(whole) if keep_best else None
     if best is not None:
-        _point(checkpoints, "best", best.name)
+        _point(checkpoints, BEST, best.name)
     sound = [folder for folder in whole if (at := _position(folder)) is not None and at.bad_in_a_row == 0]
     for folder in saved:
         if folder not in (*whole[-keep_last:], *sound[-1:], best):
             _remove(folder)
-    if not (checkpoints / "best").exists():
-        (checkpoints / "best").unlink(missing_ok=True)
+    if not (checkpoints / BEST).exists():
+        (checkpoints / BEST).unlink(missing_ok=True)
 
 
 def _position(folder: Path) -> Position | None:
@@ -183,11 +176,11 @@ def latest_name(checkpoints: Path) -> str:
 def drop_after(checkpoints: Path, step: int) -> None:
     """Take away the checkpoints of a future that the run has given up."""
     for folder in list_checkpoints(checkpoints):
-        if int(folder.name.removeprefix("step-")) > step:
+        if step_of(folder) > step:
             _remove(folder)
-    _point(checkpoints, "latest", folder_name(step))
-    if not (checkpoints / "best").exists():
-        (checkpoints / "best").unlink(missing_ok=True)
+    _point(checkpoints, LATEST, step_name(step))
+    if not (checkpoints / BEST).exists():
+        (checkpoints / BEST).unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:
@@ -213,7 +206,7 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     for folder in reversed(folders):
         damage = verify(folder)
         if damage is None:
-            _point(checkpoints, "latest", folder.name)
+            _point(checkpoints, LATEST, folder.name)
             return folder
         before = "trying the one before" if folder != folders[0] else "there is none before"
         warn(f"checkpoint {folder} is damaged ({damage}); {before}")
@@ -236,7 +229,7 @@ def verify(folder: Path) -> str | None:
     Raises CheckpointError for a checkpoint of another version.
     """
     try:
-        manifest = json.loads((folder / "trainer" / "manifest.json").read_text())
+        manifest = json.loads(CheckpointFolder(folder).manifest.read_text())
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is missing or unreadable"
@@ -282,7 +275,7 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
 
 def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
-    for leftover in [*checkpoints.glob(".*.tmp"), *checkpoints.glob("step-*/.*.tmp")]:
+    for leftover in [*checkpoints.glob(".*.tmp"), *checkpoints.glob("step-*/.*.tmp"), *checkpoints.glob("step-*/trainer/.*.tmp")]:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -330,7 +323,7 @@ def _take_in(checkpoints: Path) -> None:
         if copied.is_symlink() or not copied.is_dir():
             continue
         try:
-            named = checkpoints / folder_name(read_position(copied).step)
+            named = checkpoints / step_name(read_position(copied).step)
         except (OSError, ValueError, TypeError):
             continue  # damaged: `_point` will remove it
         if named.is_dir() and verify(named) is not None and verify(copied) is None:
@@ -346,11 +339,3 @@ def _facts(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

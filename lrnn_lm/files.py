@@ -1,0 +1,80 @@
+"""What several parts need of the machine: files replaced in one go, the hub's reach, a device by name."""
+
+import os
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_HUB_SECONDS = 5.0  # for a connection
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a file so that a reader, or a process killed in between, sees the old content or the new one.
+
+    `durable` waits until both the content and the name are on disk. Raises OSError, and leaves the old
+    content, if there is no room.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            fsync(aside)
+        os.replace(aside, path)
+        if durable:
+            fsync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hugging Face hub answers: its libraries would spend a minute on retries first.
+
+    False in offline mode. True behind a proxy, where only a request would tell.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return True
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), _HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def pick_device(device: str = "auto") -> "torch.device":
+    """A torch device by name: auto (CUDA if there is any), cpu, cuda or cuda:N.
+
+    Raises ValueError for another name, or a device that this machine lacks.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        if target.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: there is no such CUDA device on this machine; use cpu or auto")
+    return target
