@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.layout import HELDOUT_NAME, RunFolder
-
 if TYPE_CHECKING:
     import datasets
 
+# As `runs.layout` has it: this file is also copied beside the YAML files, and imports nothing of ours.
+HELDOUT_NAME = "heldout.jsonl"
 FOLDER_NAMES = (HELDOUT_NAME, "validation.jsonl")
 MAX_BYTES = 20_000_000  # of text read from the file: a corpus' held-out share can be gigabytes
 PASSAGE_CHARACTERS = 8192  # about 2,000 tokens of English: longer documents are scored in pieces
@@ -54,7 +54,7 @@ def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None =
         return path
     if checkpoint is not None:
         # `checkpoints/latest` is a link: the run is two folders above what it points to.
-        path = RunFolder(Path(checkpoint).expanduser().resolve().parents[1]).heldout
+        path = Path(checkpoint).expanduser().resolve().parents[1] / HELDOUT_NAME
         if path.is_file():
             return path
     raise ValueError(

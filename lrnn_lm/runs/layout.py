@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LATEST, BEST = "latest", "best"
-HELDOUT_NAME = "heldout.jsonl"
 _STEP = "step-"
 
 
@@ -32,7 +31,7 @@ class RunFolder:
     @property
     def heldout(self) -> Path:
         """Held-out documents, one JSON object a line; evaluation reads them."""
-        return self.path / HELDOUT_NAME
+        return self.path / "heldout.jsonl"
 
     @property
     def metrics(self) -> Path:

@@ -1,5 +1,7 @@
 """Held-out documents: how they are found, read and cut, cloze passages made of them, gzip's figure."""
 
+import ast
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import subprocess
 import pytest
 
 from lrnn_lm.evaluate import check_tasks, heldout
+from lrnn_lm.runs.layout import RunFolder
 
 
 def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write_documents):
@@ -123,3 +126,13 @@ def test_a_cloze_that_the_documents_cannot_fill_is_told_before_training(tmp_path
     check_tasks(["heldout_bits_per_byte"], path)
     with pytest.raises(ValueError, match="leave heldout_cloze out"):
         check_tasks(["heldout_bits_per_byte", "heldout_cloze"], path)
+
+
+def test_the_file_stands_alone(tmp_path):
+    """Beside an exported model it is copied to the YAML files, where this package may not be."""
+    alone = shutil.copy(heldout.__file__, tmp_path / "functions.py")
+    names = {n.module or "" for n in ast.walk(ast.parse(open(alone).read())) if isinstance(n, ast.ImportFrom)}
+    assert not any(name.startswith("lrnn_lm") for name in names)
+    assert RunFolder(tmp_path).heldout.name == heldout.HELDOUT_NAME
+    spec = importlib.util.spec_from_file_location("functions", alone)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))  # a relative import would fail here
