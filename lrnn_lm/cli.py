@@ -103,7 +103,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     check = None
     if loaded.eval.tasks:
         from .evaluate import check_tasks
-        from .evaluate.synthetic_tasks import check_answerable
+        from .evaluate.tasks.synthetic import check_answerable
 
         check_tasks(loaded.eval.tasks)  # hours of training later is too late
         source = loaded.data.source
@@ -121,7 +121,7 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
     what = "was trained already" if before >= loaded.total_steps else "is trained"
     print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
     from .evaluate import evaluate
-    from .evaluate.card import write_run_card
+    from .evaluate.reporting.card import write_run_card
 
     try:
         if loaded.eval.tasks:
@@ -201,7 +201,7 @@ def evaluate_checkpoint(
     team, device = join(device)
     if length is not None and team.is_main:
         from .evaluate.compare import folders
-        from .evaluate.length import probe_length
+        from .evaluate.probe.length import probe_length
 
         for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
             probe_length(
@@ -209,7 +209,7 @@ def evaluate_checkpoint(
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
     if recall and team.is_main:
-        from .evaluate.recall import probe_recall
+        from .evaluate.probe.recall import probe_recall
 
         probe_recall(
             checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device,
@@ -295,7 +295,7 @@ def export(
     """Write a checkpoint as a folder that loads without lrnn-lm: weights, tokenizer, code and model card."""
     from transformers.utils.logging import disable_progress_bar
 
-    from .evaluate.card import write_export_card
+    from .evaluate.reporting.card import write_export_card
     from .model.export import export as write
     from .train.tensors import plain_folder
 
@@ -324,10 +324,10 @@ def report(
     output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
 ) -> None:
     """Draw loss against tokens, and print a table of runs and their scores."""
-    from .evaluate import report as draw
+    from .evaluate.reporting import report as draw
 
     draw(runs, output)
-    from .evaluate.card import write_run_card
+    from .evaluate.reporting.card import write_run_card
 
     for run in runs:
         if RunFolder(run).card.is_file():  # training wrote it; now there may be a curve to show

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .replicas import Job
 from .tables import groups
 
-# The palette of lrnn_lm.evaluate.plot, whose imports (pydantic) a bare GPU machine may lack.
+# The palette of lrnn_lm.evaluate.reporting.plot, whose imports (pydantic) a bare GPU machine may lack.
 INK, GREY = "#222222", "#8a8f98"
 COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#3a8fb7", "#5d5d5d")
 MARKS = "os^Dv"  # models of more than the palette's colours

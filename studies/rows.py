@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lrnn_lm.data import SYNTHETIC_TASKS, SyntheticTask
-from lrnn_lm.data.draws import Draws
 from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import IGNORED
-from lrnn_lm.data.state_tracking import GROUPS, composition_table
+from lrnn_lm.data.synthetic.draws import Draws
+from lrnn_lm.data.synthetic.state_tracking import GROUPS, composition_table
 
 WEYL, MIX_1, MIX_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 

@@ -57,7 +57,7 @@ cd ..
 step "lm_eval"
 # The tasks are YAML files and one module of functions, which the repository's copy takes from the package.
 cp -r "$here/eval/tasks/heldout" tasks
-cp "$here/lrnn_lm/evaluate/heldout.py" tasks/functions.py
+cp "$here/lrnn_lm/evaluate/tasks/heldout.py" tasks/functions.py
 cp "$heldout" heldout.jsonl
 score() { # TASK MODEL_ARGUMENT: the table, and lm-eval's log if it fails
     venv/bin/lm_eval --model hf --device "${DEVICE:-cpu}" --batch_size 8 \

@@ -103,7 +103,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["lrnn_lm.cli", "lrnn_lm.train.build", "lrnn_lm.evaluate.card", "rank_runs"]
+        ["lrnn_lm.cli", "lrnn_lm.train.build", "lrnn_lm.evaluate.reporting.card", "rank_runs"]
     )
     return context
 

@@ -6,8 +6,8 @@ from .loader import TrainLoader, validation_batches
 from .prepare import PreparedData, open_prepared, prepare
 from .shards import TokenShards
 from .specs import DataError, DataSpec, SourceSpec, SyntheticSpec
-from .synthetic import MAD_TASKS, STATE_TASKS, SYNTHETIC_TASKS, SyntheticRows, SyntheticTask
-from .synthetic_prepare import SyntheticData, prepare_synthetic
+from .synthetic.prepare import SyntheticData, prepare_synthetic
+from .synthetic.tasks import MAD_TASKS, STATE_TASKS, SYNTHETIC_TASKS, SyntheticRows, SyntheticTask
 from .tokenize import tokenizer_hash
 
 __all__ = [

@@ -14,7 +14,7 @@ from .order import rows_of_samples
 from .pack import IGNORED, PackedRows, Row, collate
 from .shards import TokenShards
 from .specs import DataError
-from .synthetic import SyntheticRows
+from .synthetic.tasks import SyntheticRows
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 

@@ -2,6 +2,6 @@
 
 from .generate import generate
 from .harness import check_tasks, evaluate
-from .report import report
+from .reporting.report import report
 
 __all__ = ["check_tasks", "evaluate", "generate", "report"]

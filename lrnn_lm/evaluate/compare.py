@@ -9,7 +9,7 @@ from typing import Any
 from ..runs.layout import RunFolder
 from ..runs.load import describe
 from .harness import check_output, evaluate, flatten
-from .score_plot import draw_scores
+from .reporting.score_plot import draw_scores
 from .show import decimal, table_console
 from .team import ALONE, Team
 

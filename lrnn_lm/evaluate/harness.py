@@ -19,11 +19,11 @@ from ..runs.load import (
     load_checkpoint,
     widest_window,
 )
-from .heldout import FOLDER_NAMES, cloze_dataset, heldout_path
-from .offline import error_of_the_mean
 from .scoring import quiet_lm_eval, score_tasks
 from .show import decimal, finite, table_console
-from .tasks import find_tasks, hub_data, read_suite, usual_window
+from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
+from .tasks.names import find_tasks, hub_data, read_suite, usual_window
+from .tasks.offline import error_of_the_mean
 from .team import ALONE, Team
 
 if TYPE_CHECKING:

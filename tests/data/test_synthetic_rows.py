@@ -15,8 +15,8 @@ from lrnn_lm.data import (
     SyntheticTask,
     prepare_synthetic,
 )
-from lrnn_lm.data.draws import Draws
-from lrnn_lm.data.state_tracking import composition_table
+from lrnn_lm.data.synthetic.draws import Draws
+from lrnn_lm.data.synthetic.state_tracking import composition_table
 
 GOLDEN = [[750, 221, 564], [340, 315, 29], [10, 851, 243]]
 GOLDEN_S3 = [[0, 3, 0, 2, 2, 4, 4, 5]]

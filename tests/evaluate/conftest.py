@@ -100,7 +100,7 @@ def full_manager():
     """lm-eval's index of everything takes seconds to read: once a process."""
     from lm_eval.tasks import TaskManager
 
-    from lrnn_lm.evaluate.tasks import own_tasks_path
+    from lrnn_lm.evaluate.tasks.names import own_tasks_path
 
     return TaskManager(include_path=str(own_tasks_path()))
 

@@ -6,7 +6,7 @@ import pytest
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.compare import beside, folders
-from lrnn_lm.evaluate.score_plot import arrange, draw_scores
+from lrnn_lm.evaluate.reporting.score_plot import arrange, draw_scores
 
 
 def evaluate(*arguments: object) -> int:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrnn_lm.evaluate import heldout
 from lrnn_lm.evaluate.harness import evaluate, flatten
-from lrnn_lm.evaluate.tasks import read_suite
+from lrnn_lm.evaluate.tasks import heldout
+from lrnn_lm.evaluate.tasks.names import read_suite
 from lrnn_lm.runs.load import context_length, load_checkpoint
 
 BOTH = ["heldout_bits_per_byte", "heldout_cloze"]
@@ -234,7 +234,7 @@ def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):
 
 @pytest.mark.usefixtures("read_once")
 def test_names_are_checked_against_all_of_lm_eval():
-    from lrnn_lm.evaluate.tasks import find_tasks
+    from lrnn_lm.evaluate.tasks.names import find_tasks
 
     for name, near in [("heldout_clozze", "heldout_cloze"), ("hellaswagg", "hellaswag")]:
         with pytest.raises(ValueError, match=f"unknown task '{name}'; did you mean {near}") as error:
@@ -290,7 +290,7 @@ def test_a_hub_task_without_a_network_ends_at_once(checkpoint, loaded, tmp_path,
     import datasets
     from huggingface_hub import constants
 
-    from lrnn_lm.evaluate import tasks
+    from lrnn_lm.evaluate.tasks import names as tasks
 
     monkeypatch.setattr(tasks, "hub_is_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
@@ -306,17 +306,23 @@ def test_a_hub_task_without_a_network_ends_at_once(checkpoint, loaded, tmp_path,
 def test_the_hub_is_tried_before_it_is_given_up(monkeypatch):
     import socket
 
-    from lrnn_lm.evaluate.tasks import _reachable
+    from huggingface_hub import constants
 
+    from lrnn_lm.files import hub_is_reachable
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert _reachable(f"http://127.0.0.1:{port}")
-    assert not _reachable(f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_is_reachable()
+    assert not hub_is_reachable()
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
-    assert _reachable("https://nowhere.invalid")
+    monkeypatch.setattr(constants, "ENDPOINT", "https://nowhere.invalid")
+    assert hub_is_reachable()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub_is_reachable()
 
 
 def test_a_suite_names_tasks_and_settings(checkpoint, loaded, tmp_path):

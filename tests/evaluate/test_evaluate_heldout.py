@@ -5,10 +5,12 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from lrnn_lm.evaluate import check_tasks, heldout
+from lrnn_lm.evaluate import check_tasks
+from lrnn_lm.evaluate.tasks import heldout
 from lrnn_lm.runs.layout import RunFolder
 
 
@@ -131,7 +133,9 @@ def test_a_cloze_that_the_documents_cannot_fill_is_told_before_training(tmp_path
 def test_the_file_stands_alone(tmp_path):
     """Beside an exported model it is copied to the YAML files, where this package may not be."""
     alone = shutil.copy(heldout.__file__, tmp_path / "functions.py")
-    names = {n.module or "" for n in ast.walk(ast.parse(open(alone).read())) if isinstance(n, ast.ImportFrom)}
+    names = {
+        n.module or "" for n in ast.walk(ast.parse(Path(alone).read_text())) if isinstance(n, ast.ImportFrom)
+    }
     assert not any(name.startswith("lrnn_lm") for name in names)
     assert RunFolder(tmp_path).heldout.name == heldout.HELDOUT_NAME
     spec = importlib.util.spec_from_file_location("functions", alone)

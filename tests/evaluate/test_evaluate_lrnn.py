@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lrnn_lm.evaluate import evaluate, generate, heldout
+from lrnn_lm.evaluate import evaluate, generate
+from lrnn_lm.evaluate.tasks import heldout
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from lrnn_lm.evaluate.plot import smooth
-from lrnn_lm.evaluate.report import report, to_markdown
-from lrnn_lm.evaluate.runs import read_run
+from lrnn_lm.evaluate.reporting.plot import smooth
+from lrnn_lm.evaluate.reporting.report import report, to_markdown
+from lrnn_lm.evaluate.reporting.runs import read_run
 
 
 def _write_run(folder, steps=100, floor=3.0, tail=""):

@@ -11,8 +11,8 @@ from small_models import MIXER_ROWS, small_model
 from torch.nn import functional
 
 from lrnn_lm.cli import main
-from lrnn_lm.evaluate import length as probe
-from lrnn_lm.evaluate.length import bin_edges, by_multiple, parse_length, probe_length
+from lrnn_lm.evaluate.probe import length as probe
+from lrnn_lm.evaluate.probe.length import bin_edges, by_multiple, parse_length, probe_length
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 

@@ -9,7 +9,7 @@ from lm_eval.api.metrics import unweighted_mean_stderr
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.offline import blimp_dataset, lambada_dataset, pages, wikitext_dataset
+from lrnn_lm.evaluate.tasks.offline import blimp_dataset, lambada_dataset, pages, wikitext_dataset
 
 ARTICLE = (
     " \n = {0} = \n \n {0} is a river @-@ town , and {0} 's bridge ( old ) has 1 @,@ 000 stones . \n \n"

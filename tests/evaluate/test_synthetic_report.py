@@ -5,10 +5,10 @@ import shutil
 import pytest
 from rich.console import Console
 
-from lrnn_lm.evaluate.card import write_run_card
-from lrnn_lm.evaluate.report import report, to_markdown
-from lrnn_lm.evaluate.runs import read_run
-from lrnn_lm.evaluate.synthetic_report import synthetic_table
+from lrnn_lm.evaluate.reporting.card import write_run_card
+from lrnn_lm.evaluate.reporting.report import report, to_markdown
+from lrnn_lm.evaluate.reporting.runs import read_run
+from lrnn_lm.evaluate.reporting.synthetic import synthetic_table
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 

@@ -12,9 +12,9 @@ from lrnn_lm.cli import main
 from lrnn_lm.data import STATE_TASKS, SyntheticTask
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.long_context import needle_dataset, passkey_dataset
-from lrnn_lm.evaluate.synthetic_tasks import check_answerable, run_source, synthetic_dataset
-from lrnn_lm.evaluate.tasks import own_tasks_path, read_suite
+from lrnn_lm.evaluate.tasks.long_context import needle_dataset, passkey_dataset
+from lrnn_lm.evaluate.tasks.names import own_tasks_path, read_suite
+from lrnn_lm.evaluate.tasks.synthetic import check_answerable, run_source, synthetic_dataset
 from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.runs.load import load_checkpoint

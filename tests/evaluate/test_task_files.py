@@ -6,7 +6,8 @@ import math
 import pytest
 from short_models import LONG, RECURRENT, WINDOW, build, by_hand, encode
 
-from lrnn_lm.evaluate import evaluate, tasks
+from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate.tasks import names as tasks
 
 
 @pytest.fixture(scope="module")

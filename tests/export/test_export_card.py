@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from lrnn_lm.evaluate.card import model_card, write_export_card, write_run_card
+from lrnn_lm.evaluate.reporting.card import model_card, write_export_card, write_run_card
 from lrnn_lm.recipe import dump_recipe, load_recipe
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny_run import STEPS, fingerprint, losses, metrics
 from trainers import Build, main_exits, send_at
 
-from lrnn_lm.evaluate.runs import read_run
+from lrnn_lm.evaluate.reporting.runs import read_run
 from lrnn_lm.launch.submit import _finished
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.runs import checkpoint

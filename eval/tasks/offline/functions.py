@@ -2,7 +2,7 @@
 
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 
-from lrnn_lm.evaluate.offline import (
+from lrnn_lm.evaluate.tasks.offline import (
     blimp_dataset,
     lambada_dataset,
     mean_over_paradigms,

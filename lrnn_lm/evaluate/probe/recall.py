@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..runs.layout import RunFolder
-from ..runs.load import context_length, describe, document_start, load_checkpoint
-from .compare import checkpoint_names
-from .heldout import heldout_path, read_documents
-from .show import decimal, finite, table_console
+from ...runs.layout import RunFolder
+from ...runs.load import context_length, describe, document_start, load_checkpoint
+from ..compare import checkpoint_names
+from ..show import decimal, finite, table_console
+from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:

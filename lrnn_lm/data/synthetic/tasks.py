@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..pack import IGNORED, Row
+from ..specs import DataError
 from . import mad, state_tracking
 from .draws import Draws, Integers
-from .pack import IGNORED, Row
-from .specs import DataError
 
 Option = int | float
 KEPT_NUMBERS = 50_000_000  # a finite set with no more numbers than this is made once and kept

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .specs import DataError, SyntheticSpec
-from .storage import build_folder
-from .synthetic import ENDLESS, SyntheticRows, SyntheticTask, task_kind
-from .tokenize import tokenizer_hash
+from ..specs import DataError, SyntheticSpec
+from ..storage import build_folder
+from ..tokenize import tokenizer_hash
+from .tasks import ENDLESS, SyntheticRows, SyntheticTask, task_kind
 
 FORMAT = 1  # raise it when the same spec would give other rows
 

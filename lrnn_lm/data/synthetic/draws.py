@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from .order import mix, word
+from ..order import mix, word
 
 Integers = npt.NDArray[np.int64]
 

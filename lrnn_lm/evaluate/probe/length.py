@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import SyntheticTask
-from ..model.long_input import prefill
-from ..runs.layout import RunFolder
-from ..runs.load import CheckpointInfo, context_length, describe, document_start, load_checkpoint
-from .heldout import heldout_path, read_documents
-from .show import decimal, finite, table_console
-from .synthetic_tasks import run_source
+from ...data import SyntheticTask
+from ...model.long_input import prefill
+from ...runs.layout import RunFolder
+from ...runs.load import CheckpointInfo, context_length, describe, document_start, load_checkpoint
+from ..show import decimal, finite, table_console
+from ..tasks.heldout import heldout_path, read_documents
+from ..tasks.synthetic import run_source
 from .transitions import mixer_inputs, transitions
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
     """Root mean square of each recurrent layer's state, by layer; empty for models of others."""
     if model.config.model_type != "lrnn":
         return {}
-    from ..model.cache import layer_state
+    from ...model.cache import layer_state
 
     found = {}
     for layer in range(model.config.num_hidden_layers):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data import SYNTHETIC_TASKS, SyntheticTask
-from ..runs.layout import CheckpointFolder
-from ..runs.load import json_table
+from ...data import SYNTHETIC_TASKS, SyntheticTask
+from ...runs.layout import CheckpointFolder
+from ...runs.load import json_table
 
 if TYPE_CHECKING:
     import datasets

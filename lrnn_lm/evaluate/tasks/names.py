@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrnn_lm.recipe import resolve_path, shipped
 
-from ..files import hub_is_reachable
+from ...files import hub_is_reachable
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -17,8 +17,8 @@ Legend: b rows, T time, P pairs of a row.
 import numpy as np
 import numpy.typing as npt
 
+from ..pack import IGNORED
 from .draws import Draws, Integers
-from .pack import IGNORED
 
 Rows = tuple[Integers, Integers]  # inputs and labels, each (b, T)
 Mask = npt.NDArray[np.bool_]

@@ -10,7 +10,7 @@ through the text from row to row.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.draws import Draws
+from ...data.synthetic.draws import Draws
 
 if TYPE_CHECKING:
     import datasets

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .harness import flatten
+from ..harness import flatten
 from .plot import COLOURS, GREY, INK
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..runs.layout import RunFolder, checkpoint_folder
-from .harness import WHOLE_ROWS, flatten
+from ...runs.layout import RunFolder, checkpoint_folder
+from ..harness import WHOLE_ROWS, flatten
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..runs.layout import RunFolder
+from ...runs.layout import RunFolder
 from .runs import Run
 
 
@@ -73,7 +73,7 @@ def _task(recipe: dict[str, Any]) -> str:
 
 def _model(recipe: dict[str, Any]) -> str:
     """The mixers with the options that their types read, and the model's size."""
-    from ..model.config import LRNNConfig
+    from ...model.config import LRNNConfig
 
     section = recipe["model"]
     config = LRNNConfig(mixer=section["mixer"], layer_pattern=section["layer_pattern"])

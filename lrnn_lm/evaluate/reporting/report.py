@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runs.layout import RunFolder
+from ...runs.layout import RunFolder
+from ..show import decimal, table_console
 from .runs import Run, Score, read_run
-from .show import decimal, table_console
-from .synthetic_report import synthetic_table
+from .synthetic import synthetic_table
 
 _COLUMNS = ("run", "parameters", "tokens", "training loss", "validation loss")
 

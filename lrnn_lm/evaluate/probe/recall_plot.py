@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .plot import COLOURS, GREY, INK
+from ..reporting.plot import COLOURS, GREY, INK
 
 
 def draw_recall(found: list[dict[str, Any]], path: Path) -> None:

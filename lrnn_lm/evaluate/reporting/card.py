@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..runs.layout import RunFolder
-from ..runs.load import describe
+from ...runs.layout import RunFolder
+from ...runs.load import describe
 from .report import to_markdown
 from .runs import Run, read_run
 
@@ -110,8 +110,8 @@ def _front_matter(licence: str, mixers: list[dict[str, Any]]) -> str:
 
 
 def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
-    from ..model import LRNNConfig
-    from ..model.accounting import account
+    from ...model import LRNNConfig
+    from ...model.accounting import account
 
     config = LRNNConfig.from_pretrained(checkpoint)
     costs = account(config, config.max_position_embeddings)

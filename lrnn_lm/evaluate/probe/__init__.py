@@ -1,0 +1,1 @@
+"""Probes of a checkpoint beyond its scores: long rows, and what the context already holds."""
