@@ -55,6 +55,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
+        """The widths that the mixers split, which their classes check too: a person should hear of a mistake
+        before a job has waited in a queue, and where torch is not imported."""
         for mixer in self.layer_pattern or [self.mixer]:
             if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
                 raise ValueError(
