@@ -1,5 +1,6 @@
 """The registry of optimizers: what each must say of itself, and a new one that is a class and a line."""
 
+import signal
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +11,7 @@ from test_train_muon import with_gradients
 from test_train_resume import assert_same_run
 from tiny_run import STEPS, losses
 from torch import Tensor, nn
-from trainers import Build, send_at, signal
+from trainers import Build, send_at
 
 from lrnn_lm.recipe.schema import OptimSection
 from lrnn_lm.runs.checkpoint import CheckpointError
