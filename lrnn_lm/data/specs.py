@@ -1,4 +1,9 @@
-"""What to prepare, as plain frozen data, and the one error that users' mistakes raise."""
+"""What to prepare, as plain frozen data, and the one error that users' mistakes raise.
+
+These are not the recipe's sections: a recipe's `data.source` also says what a loader or a task does with the
+rows, while a manifest holds a SourceSpec whole, as all that decides which text was read. This folder imports
+nothing of ours, so that it also prepares text without a recipe.
+"""
 
 from dataclasses import dataclass, field
 

@@ -32,7 +32,6 @@ class Attention(Mixer):
     """
 
     layer_type = "full_attention"
-    options = ("num_heads", "rope_theta", "qk_norm")
 
     def __init__(
         self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0, qk_norm: bool = False

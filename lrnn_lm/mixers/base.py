@@ -3,7 +3,8 @@
 Legend: B batch, T time, D model width.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +14,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels import runs_fused
+
+# Types of options, by whose names a recipe checks them too (OPTION_TYPES in recipe/mixer.py).
+BlockSize = int  # 1 to 64
+Reach = int  # of a convolution, in tokens: at least 2
+GateName = str  # in kernels.GATES
+HalfLives = Sequence[float]  # [shortest, longest] in tokens
 
 
 class ResidualOutput(nn.Linear):
@@ -227,16 +234,22 @@ def check_sizes(**sizes: int | None) -> None:
 class Mixer(nn.Module):
     """Base of the mixers.
 
-    A subclass takes `hidden_size` and its own `options` by keyword; what it is given but does not list in
-    `options` never reaches it. `layer_type` is the kind of transformers' cache layer that holds its state:
+    A subclass's `__init__` takes `hidden_size` and then its options, each with a type and a default. That
+    declares an option for recipes and config.json too. `layer_type` is the kind of transformers' cache layer
+    that holds its state:
 
     - "linear_attention": `state` is one tensor (B, ..) of constant size;
     - "full_attention": `state` is the cache layer itself, which grows with the context.
     """
 
     layer_type: ClassVar[str] = "linear_attention"
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()  # names, from the signature of `__init__`
     fused_window: ClassVar[bool | None] = None  # `window` of kernels/fused_step.py; None: nothing for it
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _, *arguments = inspect.signature(cls).parameters.values()  # the first is hidden_size
+        cls.options = tuple(a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD)
 
     def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
         """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""

@@ -12,9 +12,13 @@ from torch.nn import functional
 from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
 from ..kernels.gates import normalise
 from .base import (
+    BlockSize,
+    GateName,
+    HalfLives,
     JointProjections,
     Mixer,
     MixerCost,
+    Reach,
     ResidualOutput,
     SequenceContext,
     check_sizes,
@@ -44,21 +48,17 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             square before they are read out; None for no norm.
     """
 
-    options = (
-        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate",
-        "norm_groups",
-    )  # fmt: skip
     fused_window = False
 
     def __init__(
         self,
         hidden_size: int,
         num_blocks: int | None = None,
-        block_size: int = 4,
-        gate: str = "softmax",
+        block_size: BlockSize = 4,
+        gate: GateName = "softmax",
         gate_std: float | None = None,
-        half_life: list[float] | None = None,
-        short_conv: int | None = None,
+        half_life: HalfLives | None = None,
+        short_conv: Reach | None = None,
         output_gate: bool | None = None,
         norm_groups: int | None = None,
     ):

@@ -18,9 +18,13 @@ from torch.nn import functional
 from ..kernels import check_gate, matrix_scan
 from ..kernels.gates import normalise
 from .base import (
+    BlockSize,
+    GateName,
+    HalfLives,
     JointProjections,
     Mixer,
     MixerCost,
+    Reach,
     ResidualOutput,
     SequenceContext,
     check_sizes,
@@ -51,22 +55,17 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         head_norm: whether each head's output is divided by its root mean square.
     """
 
-    options = (
-        "num_heads", "head_dim", "value_dim", "block_size", "gate", "gate_std", "half_life", "short_conv",
-        "output_gate", "head_norm",
-    )  # fmt: skip
-
     def __init__(
         self,
         hidden_size: int,
         num_heads: int = 8,
         head_dim: int = 64,
         value_dim: int | None = None,
-        block_size: int = 4,
-        gate: str = "softmax",
+        block_size: BlockSize = 4,
+        gate: GateName = "softmax",
         gate_std: float | None = None,
-        half_life: list[float] | None = None,
-        short_conv: int | None = None,
+        half_life: HalfLives | None = None,
+        short_conv: Reach | None = None,
         output_gate: bool | None = None,
         head_norm: bool = True,
     ):

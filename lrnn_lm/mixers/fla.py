@@ -25,7 +25,6 @@ class DeltaNet(FlaMixer):
         allow_neg_eigval: beta in 0 .. 2 instead of 0 .. 1.
     """
 
-    options = ("num_heads", "expand_k", "expand_v", "conv_kernel", "allow_neg_eigval")
     layer = "DeltaNet"
     operations = 6  # recall (2), write (2), read (2)
     chunk_takes_fp32 = False
@@ -60,7 +59,6 @@ class GatedDeltaNet(FlaMixer):
         conv_kernel, allow_neg_eigval: as in DeltaNet.
     """
 
-    options = ("num_heads", "head_dim", "expand_v", "conv_kernel", "allow_neg_eigval")
     layer = "GatedDeltaNet"
     operations = 7  # decay, and the delta rule
     value_first = True
@@ -95,7 +93,6 @@ class GatedDeltaProduct(GatedDeltaNet):
         The rest: as in GatedDeltaNet.
     """
 
-    options = (*GatedDeltaNet.options, "num_householder")
     layer = "GatedDeltaProduct"
     value_first = False
     chunk_takes_fp32 = False
@@ -103,13 +100,18 @@ class GatedDeltaProduct(GatedDeltaNet):
     def __init__(
         self,
         hidden_size: int,
-        num_householder: int = 2,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        expand_v: float = 1.0,
+        conv_kernel: int = 4,
         allow_neg_eigval: bool | None = None,
-        **options: Any,
+        num_householder: int = 2,
     ):
         check_sizes(num_householder=num_householder)
         negative = True if allow_neg_eigval is None else allow_neg_eigval
-        super().__init__(hidden_size, num_householder=num_householder, allow_neg_eigval=negative, **options)
+        super().__init__(
+            hidden_size, num_heads, head_dim, expand_v, conv_kernel, negative, num_householder=num_householder
+        )
         self.updates = num_householder
 
     def cost(self, context_length: int) -> MixerCost:
@@ -127,7 +129,6 @@ class GatedLinearAttention(FlaMixer):
         expand_k, expand_v: all heads' keys and values over D.
     """
 
-    options = ("num_heads", "expand_k", "expand_v")
     layer = "GatedLinearAttention"
     operations = 5  # decay, write (2), read (2)
     value_first = True

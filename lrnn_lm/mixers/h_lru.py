@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 from ..kernels import check_gate, higher_order_scan, higher_order_scan_packed, plane_width
 from ..kernels.gates import normalise
 from .base import (
+    BlockSize,
+    GateName,
     JointProjections,
     Mixer,
     MixerCost,
@@ -40,15 +42,14 @@ class HigherOrderLRU(JointProjections, Mixer):
         gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
     """
 
-    options = ("num_blocks", "order", "gate", "gate_std")
     fused_window = True
 
     def __init__(
         self,
         hidden_size: int,
         num_blocks: int | None = None,
-        order: int = 4,
-        gate: str = "softmax",
+        order: BlockSize = 4,
+        gate: GateName = "softmax",
         gate_std: float | None = None,
     ):
         super().__init__()

@@ -18,8 +18,6 @@ class LSTM(Mixer):
         width: W, the cell's width; None for D.
     """
 
-    options = ("width",)
-
     def __init__(self, hidden_size: int, width: int | None = None):
         super().__init__()
         check_sizes(width=width)

@@ -26,8 +26,6 @@ class Mamba2(Mixer):
         chunk_size: steps that the scan takes at once; changes no result.
     """
 
-    options = ("expand", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
-
     def __init__(
         self,
         hidden_size: int,

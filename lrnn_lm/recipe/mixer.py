@@ -1,115 +1,153 @@
-"""A sequence mixer as a recipe says it, and which options belong to which type."""
+"""A sequence mixer as a recipe says it: its type, and the options of that type.
 
+An option is declared in one place, the mixer's own `__init__`: its name, its type and its default. A recipe
+is also checked where importing torch takes long or fails (a login node), so the declarations are read from
+the source of the classes that `lrnn_lm/mixers/__init__.py` registers. No mixer is imported.
+"""
+
+import ast
 from collections.abc import Iterable
-from typing import Any, Literal
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from .section import Section
 
-_GATED_DELTA = ("num_heads", "head_dim", "expand_v", "conv_kernel", "allow_neg_eigval")
-MIXER_OPTIONS: dict[str, tuple[str, ...]] = {  # as the classes in lrnn_lm.mixers have them
-    "bd_lru": (
-        "num_blocks", "block_size", "gate", "gate_std", "half_life", "short_conv", "output_gate",
-        "norm_groups",
-    ),
-    "bd_matrix": (
-        "num_heads", "head_dim", "value_dim", "block_size", "gate", "gate_std", "half_life", "short_conv",
-        "output_gate", "head_norm",
-    ),
-    "h_lru": ("num_blocks", "order", "gate", "gate_std"),
-    "attention": ("num_heads", "rope_theta", "qk_norm"),
-    "lstm": ("width",),
-    "mamba2": ("expand", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size"),
-    "deltanet": ("num_heads", "expand_k", "expand_v", "conv_kernel", "allow_neg_eigval"),
-    "gated_deltanet": _GATED_DELTA,
-    "gated_deltaproduct": (*_GATED_DELTA, "num_householder"),
-    "gla": ("num_heads", "expand_k", "expand_v"),
-}  # fmt: skip
+MIXERS_FOLDER = Path(__file__).parents[1] / "mixers"
 DEFAULT_TYPE = "bd_lru"
-MixerType = Literal[tuple(MIXER_OPTIONS)]
+# What an annotation in a mixer's `__init__` allows in a recipe. `| None` may follow each.
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
+OPTION_TYPES: dict[str, Any] = {
+    "int": Annotated[int, Field(ge=1)],  # a size
+    "float": Annotated[float, Field(gt=0)],  # a factor
+    "bool": bool,
+    "str": str,
+    "BlockSize": Annotated[int, Field(ge=1, le=64)],
+    "Reach": Annotated[int, Field(ge=2)],
+    "GateName": GateName,
+    "HalfLives": tuple[float, float],
+}
 
 
-class MixerSection(Section):
+class Option(NamedTuple):
+    """An option as a mixer's `__init__` declares it: `annotation` is its source text."""
+
+    annotation: str
+    default: Any
+
+
+def read_options() -> dict[str, dict[str, Option]]:
+    """Of each type in MIXERS, the options that its class declares."""
+    tree = _parsed("__init__")
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    modules = {alias.name: node.module for node in imports for alias in node.names}
+    assignments = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+    registry = next(node.value for node in assignments if ast.unparse(node.target) == "MIXERS")
+    return {
+        name.value: _options_of(modules[cls.id], cls.id)
+        for name, cls in zip(registry.keys, registry.values, strict=True)
+    }
+
+
+def _options_of(module: str, class_name: str) -> dict[str, Option]:
+    """The arguments after `hidden_size` of a class's `__init__`.
+
+    Raises TypeError for a declaration that a recipe cannot check.
+    """
+    called = f"mixers/{module}.py: {class_name}"
+    classes = [node for node in _parsed(module).body if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == class_name)
+    init = next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init is None:
+        raise TypeError(f"{called} needs an __init__ of its own, where a recipe reads its options")
+    _, _, *arguments = init.args.args
+    if len(init.args.defaults) != len(arguments):
+        raise TypeError(f"{called}: each option needs a default, and hidden_size none")
+    options = {}
+    for argument, default in zip(arguments, init.args.defaults, strict=True):
+        annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
+        if annotation.removesuffix(" | None") not in OPTION_TYPES:
+            raise TypeError(
+                f"{called}: option {argument.arg} has a type that a recipe cannot check, "
+                f"{annotation or 'none'}; known: {', '.join(OPTION_TYPES)}, each also with `| None`"
+            )
+        options[argument.arg] = Option(annotation, ast.literal_eval(default))
+    return options
+
+
+def _parsed(module: str) -> ast.Module:
+    return ast.parse((MIXERS_FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+
+
+MIXER_OPTIONS = read_options()
+
+
+def _fields() -> dict[str, Any]:
+    """Every option of every type; one that two types declare differently takes what either allows."""
+    annotations: dict[str, dict[str, Any]] = {}
+    for options in MIXER_OPTIONS.values():
+        for name, (text, _) in options.items():
+            kind = OPTION_TYPES[text.removesuffix(" | None")]
+            annotations.setdefault(name, {})[text] = kind | None if text.endswith(" | None") else kind
+    return {name: (reduce(or_, kinds.values()), None) for name, kinds in annotations.items()}
+
+
+class _Mixer(Section):
     """A sequence mixer. What is written out of it is the options of its type, and those given beside them
-    for the other mixers of a pattern."""
+    for the other mixers of a pattern. An option that the type does not have is None."""
 
-    type: MixerType = DEFAULT_TYPE
-    num_blocks: int | None = Field(
-        None, ge=1, description="blocks (bd_lru) or channels (h_lru); none: width = hidden_size"
-    )
-    block_size: int = Field(4, ge=1, le=64, description="M of bd_lru and bd_matrix")
-    order: int = Field(4, ge=1, le=64, description="M of h_lru: how many past states a step reads")
-    gate: GateName = "softmax"
-    gate_std: float | None = Field(
-        None, gt=0, description="spread of the gates' logits at the start; none: as of any other matrix"
-    )
-    half_life: tuple[float, float] | None = Field(
-        None,
-        description="[shortest, longest] in tokens of the states at the start; none: equal gates in bd_lru, "
-        "[2, 512] in bd_matrix",
-    )
-    short_conv: int | None = Field(
-        None, ge=2, description="tokens that a convolution before bd_*'s projections reaches; none: no such"
-    )
-    output_gate: bool | None = Field(
-        None, description="what is read out of the states times silu(W x); none: in bd_matrix only"
-    )
-    norm_groups: int | None = Field(
-        None, ge=1, description="bd_lru: RMS norm of the states before the read-out, in so many groups"
-    )
-    num_heads: int = Field(8, ge=1, description="heads of attention, bd_matrix, the delta rules and gla")
-    value_dim: int | None = Field(None, ge=1, description="columns of a head of bd_matrix; none: head_dim")
-    head_norm: bool = Field(True, description="bd_matrix: RMS norm of each head's output")
-    qk_norm: bool = Field(False, description="attention: RMS norm of each head's queries and keys")
-    rope_theta: float = Field(10_000.0, gt=0, description="rotary base of attention")
-    width: int | None = Field(None, ge=1, description="state width of lstm; none: hidden_size")
-    expand: int = Field(2, ge=1, description="inner width of mamba2, over hidden_size")
-    head_dim: int = Field(
-        64,
-        ge=1,
-        description="head width of mamba2; key width of a head of gated_delta*, slots of bd_matrix's",
-    )
-    state_size: int = Field(128, ge=1, description="state of mamba2, numbers a channel")
-    n_groups: int = Field(1, ge=1, description="groups of mamba2's heads that share input and output maps")
-    conv_kernel: int = Field(4, ge=1, description="reach of the convolution of mamba2 and the delta rules")
-    chunk_size: int = Field(256, ge=1, description="steps that mamba2's scan takes at once")
-    expand_k: float = Field(1.0, gt=0, description="keys of deltanet and gla, over hidden_size")
-    expand_v: float = Field(
-        1.0, gt=0, description="values: of deltanet and gla over hidden_size, of gated_delta* over head_dim"
-    )
-    allow_neg_eigval: bool | None = Field(
-        None, description="delta rules with eigenvalues down to -1; none: gated_deltaproduct only"
-    )
-    num_householder: int = Field(2, ge=1, description="updates a token in gated_deltaproduct")
+    model_config = ConfigDict(validate_default=False)
+
+    @model_validator(mode="after")
+    def _fill(self) -> "_Mixer":
+        """Defaults are those of the type; `model_fields_set` stays what was given."""
+        defaults = {name: option.default for name, option in MIXER_OPTIONS[self.type].items()}
+        self.__dict__.update({k: value for k, value in defaults.items() if k not in self.model_fields_set})
+        return self
 
     @model_serializer(mode="wrap")
     def _write(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         shown = {"type", *MIXER_OPTIONS[self.type], *self.model_fields_set}
         return {key: value for key, value in write(self).items() if key in shown}
 
-    def filled(self, base: "MixerSection") -> "MixerSection":
+    def filled(self, base: "_Mixer") -> "_Mixer":
         """An entry of a pattern with what it leaves out taken from `mixer`, as far as its type reads it.
 
         `model_fields_set` stays what the entry itself says.
         """
         kind = self.type if "type" in self.model_fields_set else base.type
-        inherited = base.model_fields_set & {*MIXER_OPTIONS[kind]}
-        values = {"type": kind}
-        for name, field in MixerSection.model_fields.items():
-            if name in self.model_fields_set:
-                values[name] = getattr(self, name)
-            elif name != "type":
-                values[name] = getattr(base, name) if name in inherited else field.default
-        return MixerSection.model_construct(_fields_set=set(self.model_fields_set), **values)
+        values = dict.fromkeys(type(self).model_fields) | {"type": kind}
+        for name, option in MIXER_OPTIONS[kind].items():
+            values[name] = getattr(base, name) if name in base.model_fields_set else option.default
+        values |= {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self).model_construct(_fields_set=set(self.model_fields_set), **values)
 
     def written(self) -> dict[str, Any]:
         """What was said of it, without what was filled in."""
         return self.model_dump(mode="json", include=set(self.model_fields_set))
 
 
-def check_options(where: str, mixer: MixerSection, types: Iterable[str]) -> None:
+def make_section() -> type[_Mixer]:
+    """The section of a recipe that takes any of the types, and any of their options."""
+    kind = Literal[tuple(MIXER_OPTIONS)]
+    fields = {"type": (kind, DEFAULT_TYPE), **_fields()}
+    return create_model("MixerSection", __base__=_Mixer, __module__=__name__, **fields)
+
+
+MixerSection = make_section()
+
+
+def check_options(where: str, mixer: _Mixer, types: Iterable[str]) -> None:
     """Raise ValueError, naming its owners, for a written option that none of `types` reads."""
     types = list(dict.fromkeys(types))
     known = {option for kind in types for option in MIXER_OPTIONS[kind]}

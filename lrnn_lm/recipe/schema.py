@@ -55,6 +55,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
+        """The widths that the mixers split, which their classes check too: a person should hear of a mistake
+        before a job has waited in a queue, and where torch is not imported."""
         for mixer in self.layer_pattern or [self.mixer]:
             if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
                 raise ValueError(
@@ -184,8 +186,10 @@ class DataSection(Section):
 class OptimSection(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for the layers' matrices, AdamW for the rest; not under FSDP2"
+    name: str = Field(
+        "adamw",
+        description="muon: Muon for the layers' matrices, AdamW for the rest; not under FSDP2. A name in "
+        "OPTIMIZERS of train/optim.py: the trainer looks it up before it prepares or writes anything",
     )
     lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)

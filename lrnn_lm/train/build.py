@@ -35,7 +35,7 @@ from ..recipe.schema import SourceSection
 from ..runs import checkpoint
 from ..runs.layout import RunFolder
 from .loop import Trainer
-from .optim import make_optimizer
+from .optim import make_optimizer, optimizer_class
 from .parallel import launch_plan, share
 from .rewind import merged, read_skips
 from .runtime import make_accelerator, seed_everything
@@ -119,6 +119,7 @@ def build_trainer(
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
+    optimizer_class(recipe.optim.name)  # an unknown name is told before anything is prepared or written
     plan = launch_plan(recipe.train.parallel)
     stop = stop or StopSignal()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

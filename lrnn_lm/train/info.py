@@ -1,6 +1,7 @@
 """What `lrnn info` prints: the costs of a recipe's or a checkpoint's model, before anything runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from rich.table import Table
 from ..data import SyntheticTask
 from ..model import LRNNConfig
 from ..model.accounting import (
-    OPTIMIZER_BYTES,
     TRAINING_PASSES,
     Account,
     TrainingMemory,
     account,
     check_parameters,
+    meta_model,
     training_memory,
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
 from .build import model_config, synthetic_spec
+from .optim import state_bytes
 
 
 def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
@@ -68,6 +70,7 @@ def describe(recipe: Recipe) -> RenderableType:
     memory = training_memory(
         config, recipe.train.micro_batch, length, dtype, recipe.train.activation_checkpointing
     )
+    memory = replace(memory, optimizer=state_bytes(meta_model(config), recipe.optim))
     return Group(
         _parameters(recipe.name, costs),
         _work(costs),
@@ -164,7 +167,8 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
         shape += ", layers recomputed"
     table.add_row("weights", _bytes(memory.weights), "fp32")
     table.add_row("gradients", _bytes(memory.gradients), "fp32")
-    table.add_row("optimiser", _bytes(memory.optimizer), f"AdamW, {OPTIMIZER_BYTES} bytes a parameter")
+    each = memory.optimizer / (memory.weights / 4)
+    table.add_row("optimiser", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
     table.add_row("activations", _bytes(memory.activations), shape)
     table.add_row("loss", _bytes(memory.loss), f"logits of {recipe.train.loss_chunk:,} tokens at once")
     table.add_row("total", _bytes(memory.total))

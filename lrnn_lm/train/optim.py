@@ -1,14 +1,42 @@
-"""The optimizers by name, and the learning rate as a pure function of the step."""
+"""The optimizers by name, and the learning rate as a pure function of the step.
 
+A new optimizer is a class here and a line in OPTIMIZERS (docs/extending.md).
+"""
+
+import difflib
 import math
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..recipe.schema import OptimSection
-from .muon import Muon
+from .muon import MOMENTUM, orthogonalised
+
+
+class Optimizer(torch.optim.Optimizer):
+    """What the trainer needs of an optimizer beyond torch's.
+
+    takes_shards: whether it can update the shards of a parameter one by one, as FSDP2 has them.
+    """
+
+    takes_shards: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        """An optimizer of the parameters of `model` that are trained."""
+        raise NotImplementedError
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What `self.state[parameter]` is before the first step, all zeros, by name.
+
+        Checkpoints, loading and the memory estimate of `lrnn info` go by it. A first step from this state
+        must be the first step of an optimizer that has none.
+        """
+        raise NotImplementedError
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -23,28 +51,133 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` names, fused on a GPU.
+def _adamw_settings(optim: OptimSection, device: torch.device) -> dict[str, Any]:
+    """Of AdamW, fused on a GPU: one launch for all parameters."""
+    fused = True if device.type == "cuda" else None
+    return {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": fused}
 
-    Raises ValueError where Muon would see parts of matrices.
-    """
-    settings = {
-        "lr": optim.lr,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "fused": True if device.type == "cuda" else None,
+
+def _adamw_state(parameter: nn.Parameter, fused: bool | None) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
     }
-    if optim.name == "adamw":
-        return torch.optim.AdamW(decay_groups(model.parameters(), optim.weight_decay), **settings)
-    matrices = layer_matrices(model)
-    if any(isinstance(p, DTensor) for p, _ in matrices):
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """torch's AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        return cls(decay_groups(model.parameters(), optim.weight_decay), **_adamw_settings(optim, device))
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return _adamw_state(parameter, self.defaults["fused"])
+
+
+class Muon(Optimizer):
+    """Muon with Nesterov momentum over `matrices`, AdamW over `others`, as one optimizer.
+
+    A matrix moves by its momentum with all singular values brought near 1 (`muon.py`), scaled by
+    0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's and one learning rate and weight
+    decay serve both (arXiv 2502.16982). torch.optim.Muon takes matrices one at a time; here all of one shape
+    go through the iteration as a batch (a step of 60 matrices is 15 launches for 900), and a projection to
+    several planes is one matrix a plane, as its planes are separate maps that only lie together in memory.
+
+    Args:
+        matrices: (parameter (rows, columns), planes) each; planes divides the rows.
+        others: AdamW's parameter groups.
+        lr, weight_decay: of the matrices; decoupled, as AdamW's.
+        adamw: further settings of AdamW.
+    """
+
+    takes_shards = False  # the singular values are those of the whole matrix
+
+    def __init__(
+        self,
+        matrices: list[tuple[nn.Parameter, int]],
+        others: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        **adamw: Any,
+    ):
+        self._adamw = torch.optim.AdamW(others, lr=lr, **adamw)
+        group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay, "matrices": True}
+        super().__init__([group], {**self._adamw.defaults, "matrices": False})
+        self.param_groups += self._adamw.param_groups  # the same objects: a rate that is set reaches both
+        self._adamw.state = self.state
+        self._planes = dict(matrices)
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        matrices = layer_matrices(model)
+        taken = {p for p, _ in matrices}
+        others = decay_groups((p for p in model.parameters() if p not in taken), optim.weight_decay)
+        return cls(matrices, others, weight_decay=optim.weight_decay, **_adamw_settings(optim, device))
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        if parameter in self._planes:
+            return {"momentum": torch.zeros_like(parameter, requires_grad=False)}
+        return _adamw_state(parameter, self.defaults["fused"])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        group = self.param_groups[0]
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state.update(self.new_state(parameter))
+            momentum, planes = state["momentum"], self._planes[parameter]
+            momentum.mul_(MOMENTUM).add_(parameter.grad)
+            ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
+            rows = parameter.shape[0] // planes
+            for i in range(planes):
+                plane = slice(i * rows, (i + 1) * rows)
+                by_shape[(rows, parameter.shape[1])].append((parameter[plane], ahead[plane]))
+        if parameters:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for shape, pairs in by_shape.items():
+            updates = orthogonalised(torch.stack([update for _, update in pairs]))
+            scale = -group["lr"] * 0.2 * max(shape) ** 0.5
+            torch._foreach_add_([target for target, _ in pairs], list(updates.unbind()), alpha=scale)
+        self._adamw.step()
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that `optim.name` names; ValueError with the nearest name if there is none."""
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(OPTIMIZERS)}"
+        raise ValueError(f"optim.name: {name!r} is not known; {hint}")
+    return OPTIMIZERS[name]
+
+
+def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> Optimizer:
+    """The optimizer that `optim.name` names.
+
+    Raises ValueError for an unknown name, and where the optimizer would see parts of what it needs whole.
+    """
+    cls = optimizer_class(optim.name)
+    if not cls.takes_shards and any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
-            "optim.name=muon needs whole matrices on each rank and FSDP2 shards them: "
+            f"optim.name={optim.name} needs whole matrices on each rank and FSDP2 shards them: "
             "set train.parallel=ddp, or optim.name=adamw"
         )
-    taken = {p for p, _ in matrices}
-    others = decay_groups((p for p in model.parameters() if p not in taken), optim.weight_decay)
-    return Muon(matrices, others, weight_decay=optim.weight_decay, **settings)
+    return cls.build(model, optim, device)
+
+
+def state_bytes(model: nn.Module, optim: OptimSection) -> int:
+    """Bytes that the optimizer will keep of all parameters of `model`, which may be on `meta`."""
+    optimizer = make_optimizer(model, optim, torch.device("meta"))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(value.nbytes for parameter in trained for value in optimizer.new_state(parameter).values())
 
 
 def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
@@ -55,13 +188,6 @@ def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
         planes |= {block.mixer.get_parameter(name): number for name, number in named}
     weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
     return [(w, planes.get(w, 1)) for w in weights if w.requires_grad]
-
-
-def state_keys(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
-    """Names of what the optimizer keeps of a parameter."""
-    if isinstance(optimizer, Muon) and optimizer.is_matrix(parameter):
-        return ("momentum",)
-    return ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: OptimSection) -> float:

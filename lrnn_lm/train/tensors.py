@@ -8,6 +8,7 @@ whichever way they share the model. Keys are `model/NAME` and `optimizer/NAME/KE
 import json
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from ..runs.checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
 from ..runs.layout import CheckpointFolder, checkpoint_folder
-from .optim import state_keys
+from .optim import Optimizer
 from .parallel import like_parameter
 from .runtime import restore_random_state
 
@@ -84,18 +85,16 @@ def is_sharded_folder(folder: Path) -> bool:
     return CheckpointFolder(folder).shards.is_dir()
 
 
-def load(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, group: Group
-) -> Position:
+def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: int, group: Group) -> Position:
     """Put a checkpoint that passed `verify` into model, optimiser and random generators; its position.
 
     Every rank calls it; the checkpoint may be of another number of ranks, or another way to share the model.
-    Raises CheckpointError if its tensors are not those of this model.
+    Raises CheckpointError if its tensors are not those of this model, or of this optimizer.
     """
     names = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
     _check_fit(folder, model, part(names, "model"))
     optimizer.state.clear()
-    _make_state(model, optimizer, part(names, "optimizer"))
+    _make_state(folder, model, optimizer, part(names, "optimizer"))
     targets = training_tensors(model, optimizer)
     if is_sharded_folder(folder):
         _load_shards(folder, targets, group)
@@ -125,29 +124,28 @@ def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) ->
         )
 
 
-def fill_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def fill_state(model: nn.Module, optimizer: Optimizer) -> None:
     """The state that the optimizer would make of itself at its first step, where it has none yet."""
-    keys = [
-        f"{name}/{key}"
-        for name, parameter in model.named_parameters()
-        if not optimizer.state.get(parameter)
-        for key in state_keys(optimizer, parameter)
-    ]
-    _make_state(model, optimizer, keys)
+    for parameter in model.parameters():
+        if not optimizer.state.get(parameter):
+            optimizer.state[parameter] = optimizer.new_state(parameter)
 
 
-def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keys: Iterable[str]) -> None:
-    """Zeros under these keys, `NAME/KEY`, as the optimiser itself would make them."""
-    on_device = bool(optimizer.defaults.get("fused"))  # AdamW counts steps on the CPU unless it is fused
+def _make_state(folder: Path, model: nn.Module, optimizer: Optimizer, stored: Iterable[str]) -> None:
+    """Zeros for each parameter of which a checkpoint has something stored, under `NAME/KEY`."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    for path in stored:
+        name, _, key = path.rpartition("/")
+        keys[name].add(key)
     parameters = dict(model.named_parameters())
-    for key in keys:
-        name, _, kind = key.rpartition("/")
-        parameter = parameters[name]
-        if kind == "step":
-            value = torch.zeros((), device=parameter.device if on_device else "cpu")
-        else:
-            value = torch.zeros_like(parameter, requires_grad=False)
-        optimizer.state[parameter][kind] = value
+    for name, found in keys.items():
+        state = optimizer.new_state(parameters[name])
+        if found != state.keys():
+            raise CheckpointError(
+                f"{folder} holds the state of another optimizer ({', '.join(sorted(found))} of {name}, not "
+                f"{', '.join(sorted(state))}): set optim.name back, or give this run another name=.."
+            )
+        optimizer.state[parameters[name]] = state
 
 
 def _whole_files(folder: Path) -> Iterator[tuple[str, Path]]:

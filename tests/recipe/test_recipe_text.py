@@ -1,17 +1,22 @@
 """What a recipe says is what is understood: text as it was typed, nothing given twice, no option unread."""
 
+import inspect
 import itertools
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lrnn_lm import mixers
 from lrnn_lm.launch.sweep import read_sweep
 from lrnn_lm.mixers import MIXERS
 from lrnn_lm.recipe import RecipeError, dump_recipe, flatten, load_recipe, recipe_from_dict
-from lrnn_lm.recipe.mixer import MIXER_OPTIONS
+from lrnn_lm.recipe.mixer import MIXER_OPTIONS, check_options, make_section, read_options
 from lrnn_lm.train.optim import learning_rate
 
+SOURCES = Path(inspect.getfile(mixers)).parent
 TEXTS = [
     "007", "0012", "1.10", "1e5", "12e5", "9e12345", "1_000", "0x10", "0b1", "null", "Null", "yes", "no",
     "on", "OFF", "true", "False", "2024-01-02", "2024-13-45", "1.", "v1.0",
@@ -181,10 +186,69 @@ def test_merge_keys_and_anchors_are_no_repetition(base: Path) -> None:
 # Options of mixers ------------------------------------------------------------------------------------
 
 
-def test_the_table_of_options_is_that_of_the_mixers() -> None:
-    assert {name: set(mixer.options) for name, mixer in MIXERS.items()} == {
-        name: set(options) for name, options in MIXER_OPTIONS.items()
-    }
+def test_what_is_read_from_the_source_is_what_the_classes_take() -> None:
+    assert list(MIXER_OPTIONS) == list(MIXERS)
+    for name, mixer in MIXERS.items():
+        taken = inspect.signature(mixer).parameters
+        assert {k: option.default for k, option in MIXER_OPTIONS[name].items()} == {
+            k: taken[k].default for k in mixer.options
+        }
+        assert set(taken) - {*mixer.options} <= {"hidden_size", "settings"}
+
+
+TOY = """
+class Toy(Mixer):
+    def __init__(self, hidden_size: int, width: int{first}, order: float | None = 0.5, {last}):
+        super().__init__()
+"""
+
+
+@pytest.fixture
+def with_toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., type]:
+    """The section of mixers as it is where a file and a line in the registry have added one more."""
+
+    def add(first: str = " = 3", last: str = 'name: str = "a"') -> type:
+        for module in ("lstm", "attention"):
+            shutil.copy(SOURCES / f"{module}.py", tmp_path)
+        (tmp_path / "toy.py").write_text(TOY.format(first=first, last=last))
+        (tmp_path / "__init__.py").write_text(
+            "from .attention import Attention\nfrom .lstm import LSTM\nfrom .toy import Toy\n"
+            'MIXERS: dict[str, type] = {"lstm": LSTM, "attention": Attention, "toy": Toy}\n'
+        )
+        monkeypatch.setattr("lrnn_lm.recipe.mixer.MIXERS_FOLDER", tmp_path)
+        monkeypatch.setattr("lrnn_lm.recipe.mixer.MIXER_OPTIONS", read_options())
+        return make_section()
+
+    return add
+
+
+def test_a_new_mixer_is_a_file_and_a_line(with_toy: Callable[..., type]) -> None:
+    section = with_toy()
+    assert section(type="toy").model_dump() == {"type": "toy", "width": 3, "order": 0.5, "name": "a"}
+    assert section(type="lstm").model_dump() == {"type": "lstm", "width": None}  # each its own default
+    for wrong in ({"width": 0}, {"order": -1.0}, {"name": 3}, {"type": "top"}, {"with": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            section(**{"type": "toy", **wrong})
+    toy, attention = section(type="toy", width=2), section(type="attention")
+    with pytest.raises(ValueError, match=r"mixer.width is an option of lstm, toy, not of attention"):
+        check_options("mixer", toy, ["attention"])
+    assert attention.filled(toy).model_dump() == attention.model_dump()
+    assert section(type="lstm").filled(toy).width == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"first": ""}, "toy.py: Toy: each option needs a default"),
+        ({"last": "other=3"}, "option other has a type that a recipe cannot check, none"),
+        ({"last": "other: dict = None"}, "option other has a type that a recipe cannot check, dict"),
+    ],
+)
+def test_a_declaration_that_no_recipe_could_check(
+    with_toy: Callable[..., type], change: dict[str, str], words: str
+) -> None:
+    with pytest.raises(TypeError, match=words):
+        with_toy(**change)
 
 
 VALUES = {
@@ -285,7 +349,9 @@ def test_what_older_versions_stored_is_read(base: Path, pattern: str) -> None:
     first = top(base, f"model: {{layer_pattern: {pattern}}}\n")
     recipe = load_recipe(first)
     data = yaml.safe_load(dump_recipe(recipe))
-    defaults = {name: field.default for name, field in type(recipe.model.mixer).model_fields.items()}
+    defaults = {
+        name: option.default for options in MIXER_OPTIONS.values() for name, option in options.items()
+    }
     data["model"]["mixer"] = defaults | data["model"]["mixer"]
     data["model"]["layer_pattern"] = [
         data["model"]["mixer"] | entry.model_dump(mode="json") for entry in recipe.model.layer_pattern

@@ -72,6 +72,7 @@ CASES = [
     Case("block size 0", ("model.mixer.block_size=0",), ("model.mixer.block_size", "1", "0")),
     Case("no value", ("model.hidden_size",), ("model.hidden_size", "section.key=value")),
     Case("budget below a step", ("train.tokens=100",), ("train.tokens 100", "one step", "512")),
+    Case("unknown optimizer", ("optim.name=adamww",), ("optim.name", "'adamww'", "did you mean 'adamw'")),
     Case("parameter count", ("model.parameters=7",), ("model.parameters", "7")),
     Case("unknown task", ("eval.tasks=[heldout_clze]",), ("unknown task", "heldout_cloze")),
     Case("no such text", text("none.txt"), ("none.txt", "no such file")),

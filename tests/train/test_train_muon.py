@@ -6,7 +6,7 @@ from small_models import small_model
 
 from lrnn_lm.recipe.schema import OptimSection
 from lrnn_lm.train.muon import MOMENTUM, orthogonalised
-from lrnn_lm.train.optim import layer_matrices, make_optimizer, state_keys
+from lrnn_lm.train.optim import layer_matrices, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -69,11 +69,3 @@ def test_what_is_no_layer_matrix_moves_as_under_adamw() -> None:
     ]
     assert len(same) > 4  # embedding, head, norms, biases
     assert all(same)
-
-
-def test_state_keys_are_those_that_a_step_makes() -> None:
-    model = with_gradients(small_model("hybrid"))
-    optimizer = make_optimizer(model, settings(), CPU)
-    optimizer.step()
-    for parameter in model.parameters():
-        assert set(optimizer.state[parameter]) == set(state_keys(optimizer, parameter))

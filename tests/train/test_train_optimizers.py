@@ -1,0 +1,97 @@
+"""The registry of optimizers: what each must say of itself, and a new one that is a class and a line."""
+
+import signal
+from pathlib import Path
+from typing import Self
+
+import pytest
+import torch
+from small_models import small_model
+from test_train_muon import with_gradients
+from test_train_resume import assert_same_run
+from tiny_run import STEPS, losses
+from torch import Tensor, nn
+from trainers import Build, send_at
+
+from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.runs.checkpoint import CheckpointError
+from lrnn_lm.train.optim import OPTIMIZERS, Optimizer, decay_groups, make_optimizer, state_bytes
+from lrnn_lm.train.stop import Stopped
+
+CPU = torch.device("cpu")
+
+
+class SGD(Optimizer, torch.optim.SGD):
+    """The docs' example (docs/extending.md)."""
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        return cls(decay_groups(model.parameters(), optim.weight_decay), lr=optim.lr, momentum=0.9)
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+
+
+@pytest.fixture
+def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "sgd", SGD)
+
+
+@pytest.mark.usefixtures("sgd")
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "sgd"])
+def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
+    """Names, shapes, dtypes and devices, and the first step from it."""
+    section = OptimSection(name=name, lr=0.02)
+    plain, filled = with_gradients(small_model("hybrid")), with_gradients(small_model("hybrid"))
+    optimizers = [make_optimizer(model, section, CPU) for model in (plain, filled)]
+    expected = {}
+    for key, parameter in filled.named_parameters():
+        expected[key] = optimizers[1].new_state(parameter)
+        optimizers[1].state[parameter] = optimizers[1].new_state(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    for (key, ours), theirs in zip(plain.named_parameters(), filled.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+        made = optimizers[0].state[ours]
+        assert made.keys() == expected[key].keys()
+        for kind, value in made.items():
+            like = expected[key][kind]
+            assert (value.shape, value.dtype, value.device) == (like.shape, like.dtype, like.device)
+            assert not like.any()
+    held = sum(value.nbytes for state in optimizers[0].state.values() for value in state.values())
+    assert state_bytes(plain.to("meta"), section) == held
+
+
+@pytest.mark.usefixtures("sgd")
+def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) -> None:
+    whole = build("name=whole", "optim.name=sgd")
+    whole.run()
+    first = build("optim.name=sgd")
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build("optim.name=sgd")
+    assert second.position.step == 5
+    second.run()
+    assert_same_run(second.folder, whole.folder)
+    assert len(losses(second.folder)) == STEPS
+    assert losses(second.folder) != losses(straight)
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(build: Build) -> None:
+    first = build()
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    words = r"another optimizer \(exp_avg, .*: set optim\.name back"
+    with pytest.raises(CheckpointError, match=words) as raised:
+        build("optim.name=muon")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_name_is_told_before_anything_is_written(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim\.name: 'muonn' is not known; did you mean 'muon'"):
+        build("optim.name=muonn")
+    with pytest.raises(ValueError, match=r"optim\.name: 'sgd' is not known; known here: adamw, muon"):
+        build("optim.name=sgd")
+    assert not any(tmp_path.iterdir())
