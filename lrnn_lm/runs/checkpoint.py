@@ -275,7 +275,8 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
 
 def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
-    for leftover in [*checkpoints.glob(".*.tmp"), *checkpoints.glob("step-*/.*.tmp"), *checkpoints.glob("step-*/trainer/.*.tmp")]:
+    places = (".*.tmp", "step-*/.*.tmp", "step-*/trainer/.*.tmp")
+    for leftover in [path for place in places for path in checkpoints.glob(place)]:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -1,19 +1,17 @@
 """A checkpoint folder as evaluation sees it: any Hugging Face causal language model with its tokenizer."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..recipe import parse_count
 from ..files import pick_device
+from ..recipe import parse_count
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LENGTH = 2048
@@ -85,7 +83,7 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    encodes = "LRNNForReconstruction" in (json_table(CheckpointFolder(path).config).get("architectures") or [])
+    encodes = "LRNNForReconstruction" in _architectures(path)
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
@@ -123,6 +121,10 @@ def json_table(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file}: not a JSON object; copy the folder anew")
     return found
+
+
+def _architectures(path: Path) -> list[str]:
+    return json_table(CheckpointFolder(path).config).get("architectures") or []
 
 
 def _check_files(path: Path, checkpoint: str | Path) -> None:
