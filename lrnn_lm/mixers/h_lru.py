@@ -20,12 +20,12 @@ from .base import (
     MixerCost,
     ResidualOutput,
     SequenceContext,
+    check_gate_std,
     check_sizes,
     gate_bias,
     gate_matrix,
     packed_planes,
     plain_weight,
-    spread_gates,
 )
 
 
@@ -54,18 +54,22 @@ class HigherOrderLRU(JointProjections, Mixer):
         super().__init__()
         check_sizes(num_blocks=num_blocks, order=order)
         check_gate(gate)
+        check_gate_std(gate_std)
         self.gate_std = gate_std
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate
         self.backend = "auto"  # of the scan
         self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
-        spread_gates(self.gate_proj, gate_std)
         self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
         self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
+        context = context or SequenceContext()
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             h, new_state = higher_order_scan_packed(
