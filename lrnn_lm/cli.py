@@ -10,16 +10,13 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import __version__
 from .requirements import UnmetRequirementError, check_transformers
 from .runs.layout import RunFolder
-
-if TYPE_CHECKING:
-    from .train.stop import StopSignal
 
 EXIT_USER_ERROR = 2
 _USERS_ERRNO = (
@@ -88,13 +85,17 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     try:
         with StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
-            _train(recipe, overrides, stop)
+            from .api import train_and_score
+            from .recipe import load_recipe
+
+            train_and_score(load_recipe(recipe, overrides), stop)
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.code) from None
 
 
+<<<<<<< HEAD
 def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> None:
     from .recipe import load_recipe
     from .train.build import build_trainer
@@ -137,6 +138,8 @@ def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> Non
         write_run_card(trainer.folder)
 
 
+=======
+>>>>>>> 9b7f316 (from lrnn_lm import layers, scans, load_recipe, train, evaluate, generate; docs/api.md, its examples run)
 @app.command()
 def submit(
     recipe: RecipeArgument,

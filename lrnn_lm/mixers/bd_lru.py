@@ -42,6 +42,19 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         output_gate: whether the states are multiplied by silu(W_g x) before they are read out; None for no.
         norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
             square before they are read out; None for no norm.
+    Raises:
+        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have.
+
+    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import BlockDiagonalLRU
+        >>> layer = BlockDiagonalLRU(hidden_size=64, block_size=4)
+        >>> y, state = layer(torch.randn(2, 10, 64))  # (B, T, D)
+        >>> tuple(y.shape), tuple(state.shape)  # (B, T, D), (B, N, M)
+        ((2, 10, 64), (2, 16, 4))
+        >>> y, state = layer(torch.randn(2, 1, 64), state)  # one more token
     """
 
     options = (

@@ -38,6 +38,18 @@ class HigherOrderLRU(JointProjections, Mixer):
         order: M, how many past states a step reads.
         gate: name of the gate function, see `kernels.gates`.
         gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+    Raises:
+        ValueError: a size below 1, an unknown gate, a gate_std that is not above 0.
+
+    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import HigherOrderLRU
+        >>> layer = HigherOrderLRU(hidden_size=64, order=3)
+        >>> y, state = layer(torch.randn(2, 10, 64))  # (B, T, D)
+        >>> tuple(y.shape), tuple(state.shape)  # (B, T, D), (B, N, M), the newest first
+        ((2, 10, 64), (2, 64, 3))
     """
 
     options = ("num_blocks", "order", "gate", "gate_std")
