@@ -86,6 +86,7 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
 
 def train_and_score(recipe: "Recipe", stop: "StopSignal") -> Path:
     """Train to the end of the budget, score, and write the run's card; returns the last checkpoint."""
+    from .runs.layout import RunFolder
     from .train.build import build_trainer
 
     check = None
@@ -99,7 +100,7 @@ def train_and_score(recipe: "Recipe", stop: "StopSignal") -> Path:
             check_answerable(recipe.eval.tasks, source.task or "", source.options)
 
         def check(folder: Path) -> None:
-            check_tasks(recipe.eval.tasks, folder / "heldout.jsonl")
+            check_tasks(recipe.eval.tasks, RunFolder(folder).heldout)
 
     trainer = build_trainer(recipe, stop=stop, check=check)
     before = trainer.position.step

@@ -95,51 +95,6 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         raise typer.Exit(stopped.code) from None
 
 
-<<<<<<< HEAD
-def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> None:
-    from .recipe import load_recipe
-    from .train.build import build_trainer
-
-    loaded = load_recipe(recipe, overrides)
-    check = None
-    if loaded.eval.tasks:
-        from .evaluate import check_tasks
-        from .evaluate.synthetic_tasks import check_answerable
-
-        check_tasks(loaded.eval.tasks)  # hours of training later is too late
-        source = loaded.data.source
-        if source.type == "synthetic":
-            check_answerable(loaded.eval.tasks, source.task or "", source.options)
-
-        def check(folder: Path) -> None:
-            check_tasks(loaded.eval.tasks, RunFolder(folder).heldout)
-
-    trainer = build_trainer(loaded, stop=stop, check=check)
-    before = trainer.position.step
-    checkpoint = trainer.run(stop)
-    if not trainer.accelerator.is_main_process:
-        return
-    what = "was trained already" if before >= loaded.total_steps else "is trained"
-    print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
-    from .evaluate import evaluate
-    from .evaluate.card import write_run_card
-
-    try:
-        if loaded.eval.tasks:
-            stop.leave_if_asked()
-            evaluate(
-                checkpoint,
-                loaded.eval.tasks,
-                limit=loaded.eval.limit,
-                model=trainer.whole_model,
-                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
-            )
-    finally:  # the run is trained, whatever became of its scores
-        write_run_card(trainer.folder)
-
-
-=======
->>>>>>> 9b7f316 (from lrnn_lm import layers, scans, load_recipe, train, evaluate, generate; docs/api.md, its examples run)
 @app.command()
 def submit(
     recipe: RecipeArgument,
