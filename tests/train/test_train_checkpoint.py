@@ -176,7 +176,7 @@ def test_a_checkpoint_is_whole_while_a_file_is_put_there(
         patch.setattr(checkpoint, "fsync", looking(checkpoint.fsync))
         patch.setattr(checkpoint.os, "replace", looking(checkpoint.os.replace))
         checkpoint.put_file(folder, name, looking(lambda path: path.write_bytes(b"{}")))
-    assert looks == [None] * (20 if name == "config.json" else 14)
+    assert looks == [None] * (12 if name == "config.json" else 10)
     assert not list(folder.rglob(".*"))
     assert (folder / name).read_bytes() == b"{}"
     (folder / name).write_bytes(b"[]")
