@@ -288,7 +288,11 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
 
 def clear_leftovers(checkpoints: Path) -> None:
     """Remove what a killed save left half-written."""
-    for leftover in [*checkpoints.glob(".*.tmp"), *checkpoints.glob("step-*/.*.tmp"), *checkpoints.glob("step-*/trainer/.*.tmp")]:
+    for leftover in [
+        *checkpoints.glob(".*.tmp"),
+        *checkpoints.glob("step-*/.*.tmp"),
+        *checkpoints.glob("step-*/trainer/.*.tmp"),
+    ]:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

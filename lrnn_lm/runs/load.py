@@ -85,7 +85,9 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    encodes = "LRNNForReconstruction" in (json_table(CheckpointFolder(path).config).get("architectures") or [])
+    encodes = "LRNNForReconstruction" in (
+        json_table(CheckpointFolder(path).config).get("architectures") or []
+    )
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)

@@ -212,11 +212,11 @@ def test_tied_weights_are_saved_once_and_come_back(build: Build) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2300 KiB: room for some checkpoints of this model, not for all."""
+    """A file system of 1500 KiB: room for some checkpoints of this model, not for all."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2300k", "tmpfs", folder], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
