@@ -1,22 +1,22 @@
 """lrnn-lm: pretraining language models built on linear recurrent networks with rich state mixing.
 
 Importing it makes transformers' `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know `model_type: lrnn`.
-Torch and transformers themselves are imported when one of the classes below is first asked for.
+Torch and transformers themselves are imported when one of the names below is first asked for; docs/api.md has
+an example of each.
 """
 
 from typing import Any
 
+from .api import HOMES, public
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["LRNNConfig", "LRNNForCausalLM", "LRNNModel"]
+__all__ = [*HOMES]
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import model
-
-        return getattr(model, name)
+    if name in HOMES:
+        return public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,16 +10,13 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import __version__
 from .requirements import UnmetRequirementError, check_transformers
 from .runs.layout import RunFolder
-
-if TYPE_CHECKING:
-    from .train.stop import StopSignal
 
 EXIT_USER_ERROR = 2
 _USERS_ERRNO = (
@@ -88,53 +85,14 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     try:
         with StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
-            _train(recipe, overrides, stop)
+            from .api import train_and_score
+            from .recipe import load_recipe
+
+            train_and_score(load_recipe(recipe, overrides), stop)
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.code) from None
-
-
-def _train(recipe: Path, overrides: list[str] | None, stop: "StopSignal") -> None:
-    from .recipe import load_recipe
-    from .train.build import build_trainer
-
-    loaded = load_recipe(recipe, overrides)
-    check = None
-    if loaded.eval.tasks:
-        from .evaluate import check_tasks
-        from .evaluate.tasks.synthetic import check_answerable
-
-        check_tasks(loaded.eval.tasks)  # hours of training later is too late
-        source = loaded.data.source
-        if source.type == "synthetic":
-            check_answerable(loaded.eval.tasks, source.task or "", source.options)
-
-        def check(folder: Path) -> None:
-            check_tasks(loaded.eval.tasks, RunFolder(folder).heldout)
-
-    trainer = build_trainer(loaded, stop=stop, check=check)
-    before = trainer.position.step
-    checkpoint = trainer.run(stop)
-    if not trainer.accelerator.is_main_process:
-        return
-    what = "was trained already" if before >= loaded.total_steps else "is trained"
-    print(f"{loaded.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
-    from .evaluate import evaluate
-    from .evaluate.reporting.card import write_run_card
-
-    try:
-        if loaded.eval.tasks:
-            stop.leave_if_asked()
-            evaluate(
-                checkpoint,
-                loaded.eval.tasks,
-                limit=loaded.eval.limit,
-                model=trainer.whole_model,
-                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
-            )
-    finally:  # the run is trained, whatever became of its scores
-        write_run_card(trainer.folder)
 
 
 @app.command()

@@ -1,7 +1,12 @@
-"""Judging a checkpoint: lm-eval tasks, offline held-out tasks, generated text, and reports over runs."""
+"""Judging a checkpoint: lm-eval tasks, offline held-out tasks, generated text, and reports over runs.
 
+As a function, `evaluate.harness.evaluate`.
+"""
+
+from ..api import make_callable
 from .generate import generate
 from .harness import check_tasks, evaluate
 from .reporting.report import report
 
 __all__ = ["check_tasks", "evaluate", "generate", "report"]
+make_callable(__name__, "lrnn_lm.evaluate.harness", "evaluate")

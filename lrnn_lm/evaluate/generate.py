@@ -41,6 +41,12 @@ def generate(
     same machine; the caller's random state is left as it was. trust_remote_code: whether the folder may run
     code of its own. Raises ValueError for a number out of range, a
     file that cannot be read, a text longer than the model takes, or a checkpoint that is not one.
+
+    Example:
+        >>> from lrnn_lm import generate
+        >>> text = generate("runs/demo/checkpoints/latest", "the state", max_new_tokens=5, greedy=True)
+        >>> text.startswith("the state")
+        True
     """
     _check(max_new_tokens, temperature, top_k, top_p, segment)
     prompt = _text(prompt)

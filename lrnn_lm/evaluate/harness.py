@@ -72,6 +72,12 @@ def evaluate(
     The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
     a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
     not one.
+
+    Example:
+        >>> from lrnn_lm import evaluate
+        >>> scores = evaluate("runs/demo/checkpoints/latest", ["heldout_bits_per_byte"], limit=4)
+        >>> scores["results"]["heldout_bits_per_byte"]["bits_per_byte,none"] > 0  # bits a byte of text
+        True
     """
     chosen = read_suite(suite) if suite is not None else None
     names = [*(chosen.tasks if chosen else []), *tasks]

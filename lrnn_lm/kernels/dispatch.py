@@ -94,6 +94,18 @@ def block_diagonal_scan(
         differentiable with respect to gates, values and h0.
     Raises:
         ValueError: shapes that do not fit, an unknown gate or backend, or a backend that cannot run here.
+
+    Source: Dubinin, Orvieto, Effenberger, arXiv 2602.12021; resets and gradients: docs/design.md section 2.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import block_diagonal_scan
+        >>> gates, values = torch.randn(2, 10, 16, 4, 5), torch.randn(2, 10, 16, 4)
+        >>> h, h_last = block_diagonal_scan(gates, values)
+        >>> tuple(h.shape), bool(torch.equal(h[:, -1], h_last))
+        ((2, 10, 16, 4), True)
+        >>> bool(h.abs().max() <= values.abs().max())  # never above the largest value
+        True
     """
     B, T, N, M = _shape("values", values, 4)
     _expect("gates", gates, (B, T, N, M, M + 1))
@@ -122,6 +134,16 @@ def higher_order_scan(
         inputs). Both are differentiable with respect to gates, values and h0.
     Raises:
         ValueError: as in `block_diagonal_scan`.
+
+    Source: as of `block_diagonal_scan`.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import higher_order_scan
+        >>> gates, values = torch.randn(2, 10, 16, 4), torch.randn(2, 10, 16)
+        >>> h, h_last = higher_order_scan(gates, values)
+        >>> tuple(h.shape), tuple(h_last.shape)  # the order M is 3
+        ((2, 10, 16), (2, 16, 3))
     """
     B, T, N = _shape("values", values, 3)
     M = _shape("gates", gates, 4)[-1] - 1

@@ -50,10 +50,18 @@ class Attention(Mixer):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.weights = AttentionWeights()
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
-        """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T."""
+    def forward(
+        self, x: Tensor, state: Any = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Any]:
+        """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T.
+
+        A cache layer is transformers' (`DynamicLayer()` for a new one). Without a context the tokens are the
+        first ones, or those after the cache's.
+        """
         B, T, D = x.shape
+        context = context or _context_after(x, state)
         q, k, v = (
             proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -86,6 +94,16 @@ class Attention(Mixer):
 
     def state_elements(self, context_length: int) -> int:
         return 2 * self.num_heads * self.head_dim * context_length
+
+
+def _context_after(x: Tensor, state: Any) -> SequenceContext:
+    """Of new tokens x (B, T, D) that follow what a cache layer holds, or begin."""
+    T, past = x.shape[1], 0 if state is None else state.get_seq_length()
+    positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
+    if not past or T == 1:
+        return SequenceContext(positions=positions)
+    visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+    return SequenceContext(attention_mask=visible[None, None], positions=positions)
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:

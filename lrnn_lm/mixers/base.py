@@ -4,8 +4,11 @@ Legend: B batch, T time, D model width.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -55,21 +58,58 @@ def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tenso
     return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
 
 
-@torch.no_grad()
-def spread_gates(gate_proj: nn.Linear, gate_std: float | None) -> None:
-    """Make the logits of a new `gate_proj` spread by gate_std, for a mixer that no model initialises.
-
-    What torch drew is scaled: another draw would move the numbers of every model that is drawn anew after.
-
-    Raises:
-        ValueError: a gate_std that is not a number above 0.
-    """
-    if gate_std is None:
-        return
-    if not isinstance(gate_std, int | float) or gate_std <= 0:
+def check_gate_std(gate_std: float | None) -> None:
+    """Raise ValueError for a spread of the gate logits that is given and not a number above 0."""
+    if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
         raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
-    gate_proj.weight.mul_(3**0.5 * gate_std)  # uniform within 1 / sqrt(in_features), by torch's custom
-    gate_proj.bias.zero_()
+
+
+class PlainInit:
+    """How `initialise` writes. A model passes transformers' functions instead: they spare what was loaded."""
+
+    normal_ = staticmethod(nn.init.normal_)
+    zeros_ = staticmethod(nn.init.zeros_)
+    ones_ = staticmethod(nn.init.ones_)
+
+    @staticmethod
+    def copy_(tensor: Tensor, value: Tensor) -> Tensor:
+        return tensor.copy_(value)
+
+
+@torch.no_grad()
+def initialise(
+    module: nn.Module, std: float = 0.02, residual_std: float | None = None, init: Any = PlainInit
+) -> None:
+    """Draw what one module holds itself, its children aside: the start of every parameter of a model.
+
+    Matrices are Normal(0, std), those that write to the residual stream Normal(0, residual_std), biases 0 and
+    norms 1; then a mixer's own `initial_values`.
+    """
+    if isinstance(module, nn.Linear):
+        narrow = isinstance(module, ResidualOutput) and residual_std is not None
+        init.normal_(module.weight, mean=0.0, std=residual_std if narrow else std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, mean=0.0, std=std)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, Mixer):
+        for name, value in module.initial_values(std).items():
+            init.copy_(module.get_parameter(name), value)
+
+
+_drawn_by_model: ContextVar[bool] = ContextVar("_drawn_by_model", default=False)
+
+
+@contextmanager
+def drawn_by_model() -> Iterator[None]:
+    """Inside, new mixers are left as torch made them: their model draws all its parameters, in one order."""
+    token = _drawn_by_model.set(True)
+    try:
+        yield
+    finally:
+        _drawn_by_model.reset(token)
 
 
 def is_traced() -> bool:
@@ -235,8 +275,8 @@ class Mixer(nn.Module):
     """Base of the mixers.
 
     A subclass's `__init__` takes `hidden_size` and then its options, each with a type and a default. That
-    declares an option for recipes and config.json too. `layer_type` is the kind of transformers' cache layer
-    that holds its state:
+    declares an option for recipes and config.json too. It ends with `self.draw_parameters()`. `layer_type` is
+    the kind of transformers' cache layer that holds its state:
 
     - "linear_attention": `state` is one tensor (B, ..) of constant size;
     - "full_attention": `state` is the cache layer itself, which grows with the context.
@@ -251,9 +291,29 @@ class Mixer(nn.Module):
         _, *arguments = inspect.signature(cls).parameters.values()  # the first is hidden_size
         cls.options = tuple(a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD)
 
-    def forward(self, x: Tensor, state: Any, context: SequenceContext) -> tuple[Tensor, Any]:
-        """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after."""
+    def forward(
+        self, x: Tensor, state: Any = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Any]:
+        """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after.
+
+        context: what there is to know of the positions; None for one document a row, from its first token on
+        or after the state.
+        """
         raise NotImplementedError
+
+    def reset_parameters(
+        self, std: float = 0.02, residual_std: float | None = None, init: Any = PlainInit
+    ) -> None:
+        """Draw all parameters anew, as a model with initializer_range `std` does.
+
+        residual_std: of the output projection; in a model of L layers std / sqrt(2 L). None for std.
+        """
+        self.apply(partial(initialise, std=std, residual_std=residual_std, init=init))
+
+    def draw_parameters(self) -> None:
+        """`reset_parameters` of a new mixer, unless a model will do it."""
+        if not _drawn_by_model.get():
+            self.reset_parameters()
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
         """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""

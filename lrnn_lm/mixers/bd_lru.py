@@ -21,11 +21,11 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
+    check_gate_std,
     check_sizes,
     gate_bias,
     gate_matrix,
     packed_planes,
-    spread_gates,
 )
 from .initial_gates import check_half_life, gate_bias_of_half_lives
 from .short_conv import ShortConvolution
@@ -46,6 +46,19 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         output_gate: whether the states are multiplied by silu(W_g x) before they are read out; None for no.
         norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
             square before they are read out; None for no norm.
+    Raises:
+        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have.
+
+    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import BlockDiagonalLRU
+        >>> layer = BlockDiagonalLRU(hidden_size=64, block_size=4)
+        >>> y, state = layer(torch.randn(2, 10, 64))  # (B, T, D)
+        >>> tuple(y.shape), tuple(state.shape)  # (B, T, D), (B, N, M)
+        ((2, 10, 64), (2, 16, 4))
+        >>> y, state = layer(torch.randn(2, 1, 64), state)  # one more token
     """
 
     fused_window = False
@@ -67,6 +80,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             num_blocks=num_blocks, block_size=block_size, short_conv=short_conv, norm_groups=norm_groups
         )
         check_gate(gate)
+        check_gate_std(gate_std)
         check_half_life(half_life, gate)
         self.hidden_size = hidden_size
         self.gate_std, self.half_life = gate_std, half_life
@@ -77,7 +91,6 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
-        spread_gates(self.gate_proj, gate_std)
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
@@ -89,10 +102,14 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             self.norm_weight = nn.Parameter(torch.ones(width))
         if short_conv or output_gate or norm_groups:
             self.fused_window = None  # the fused step of decoding knows the plain layer only
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32, with a convolution (B, N M + (W-1) D), its
         inputs after the recurrence's state."""
+        context = context or SequenceContext()
         if self.conv is None:
             h, state = self._scan(x, state, context)
             return self._read_out(h, x), state

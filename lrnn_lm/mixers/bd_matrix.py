@@ -27,6 +27,7 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
+    check_gate_std,
     check_sizes,
     gate_matrix,
 )
@@ -75,6 +76,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             short_conv=short_conv,
         )  # fmt: skip
         check_gate(gate)
+        check_gate_std(gate_std)
         check_half_life(half_life, gate)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
@@ -91,10 +93,14 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.norm_weight = nn.Parameter(torch.ones(H, V)) if head_norm else None
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution (B, H K V + (W-1) D),
         its inputs after the recurrence's state."""
+        context = context or SequenceContext()
         if self.conv is None:
             return self._mix(x, state, context)
         past = None

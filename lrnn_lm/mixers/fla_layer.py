@@ -54,9 +54,10 @@ class FlaMixer(Mixer):
         H, K, V = self.head_shape
         recurrence = (H, V, K) if self.value_first else (H, K, V)
         self.shapes = [*((C, W) for C, _, W in convolutions), recurrence]
+        self.draw_parameters()
 
     def forward(
-        self, x: Tensor, state: Tensor | None, context: SequenceContext
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), state (B, sum of C W over q, k, v + H K V) -> y (B, T, D), such a state or None.
 
@@ -65,6 +66,7 @@ class FlaMixer(Mixer):
         Raises:
             ValueError: a device or a precision that fla's kernels cannot run.
         """
+        context = context or SequenceContext()
         if isinstance(x, FakeTensor) or x.is_meta:
             return self._outline(x)
         self.check_device(x.device)

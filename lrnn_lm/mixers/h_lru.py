@@ -22,12 +22,12 @@ from .base import (
     MixerCost,
     ResidualOutput,
     SequenceContext,
+    check_gate_std,
     check_sizes,
     gate_bias,
     gate_matrix,
     packed_planes,
     plain_weight,
-    spread_gates,
 )
 
 
@@ -40,6 +40,18 @@ class HigherOrderLRU(JointProjections, Mixer):
         order: M, how many past states a step reads.
         gate: name of the gate function, see `kernels.gates`.
         gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+    Raises:
+        ValueError: a size below 1, an unknown gate, a gate_std that is not above 0.
+
+    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+
+    Example:
+        >>> import torch
+        >>> from lrnn_lm import HigherOrderLRU
+        >>> layer = HigherOrderLRU(hidden_size=64, order=3)
+        >>> y, state = layer(torch.randn(2, 10, 64))  # (B, T, D)
+        >>> tuple(y.shape), tuple(state.shape)  # (B, T, D), (B, N, M), the newest first
+        ((2, 10, 64), (2, 64, 3))
     """
 
     fused_window = True
@@ -55,18 +67,22 @@ class HigherOrderLRU(JointProjections, Mixer):
         super().__init__()
         check_sizes(num_blocks=num_blocks, order=order)
         check_gate(gate)
+        check_gate_std(gate_std)
         self.gate_std = gate_std
         self.num_blocks = num_blocks or hidden_size
         self.order = order
         self.gate = gate
         self.backend = "auto"  # of the scan
         self.gate_proj = nn.Linear(hidden_size, self.num_blocks * (order + 1))
-        spread_gates(self.gate_proj, gate_std)
         self.value_proj = nn.Linear(hidden_size, self.num_blocks, bias=False)
         self.out_proj = ResidualOutput(self.num_blocks * order, hidden_size, bias=False)
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
+        context = context or SequenceContext()
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             h, new_state = higher_order_scan_packed(

@@ -24,9 +24,13 @@ class LSTM(Mixer):
         self.width = width or hidden_size
         self.cell = nn.LSTM(hidden_size, self.width, batch_first=True)
         self.out_proj = ResidualOutput(self.width, hidden_size, bias=False)
+        self.draw_parameters()
 
-    def forward(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
+        context = context or SequenceContext()
         if state is None:
             state = x.new_zeros(x.shape[0], 2, self.width)
         if context.reset is not None and is_exported():

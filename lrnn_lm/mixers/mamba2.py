@@ -57,11 +57,13 @@ class Mamba2(Mixer):
         self.inner.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.conv_shape = (self.inner.conv_dim, conv_kernel)
         self.ssm_shape = (self.inner.num_heads, head_dim, state_size)
+        self.draw_parameters()
 
     def forward(
-        self, x: Tensor, state: Tensor | None, context: SequenceContext
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), state (B, C k + H P S) -> y (B, T, D), such a state in fp32, or None if not wanted."""
+        context = context or SequenceContext()
         if context.reset is not None and is_exported():
             if state is None:
                 state = x.new_zeros(x.shape[0], self.state_elements(1), dtype=torch.float32)

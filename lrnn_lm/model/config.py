@@ -1,12 +1,13 @@
-"""LRNNConfig: what config.json holds, in Hugging Face's names."""
+"""LRNNConfig: what config.json holds, in Hugging Face's names.
+
+The mixers are imported where their options are read: importing this module loads neither layers nor kernels.
+"""
 
 import importlib
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
-
-from ..mixers import mixer_class, mixer_options
 
 
 class LRNNConfig(PreTrainedConfig):
@@ -50,6 +51,8 @@ class LRNNConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        from ..mixers import mixer_options
+
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk"):
             if not isinstance(size := getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number, not {size!r}")
@@ -79,6 +82,8 @@ class LRNNConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """The kind of cache layer that each layer needs; transformers' caches read this."""
+        from ..mixers import mixer_class
+
         return [mixer_class(spec["type"]).layer_type for spec in self.layer_mixers]
 
     @property

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..mixers import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
+from ..mixers.base import drawn_by_model
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
@@ -59,7 +60,8 @@ class LRNNBlock(GradientCheckpointingLayer):
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         spec = config.layer_mixers[layer_idx]
         self.mixer_type = spec["type"]
-        self.mixer = build_mixer(spec, config.hidden_size)
+        with drawn_by_model():
+            self.mixer = build_mixer(spec, config.hidden_size)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 

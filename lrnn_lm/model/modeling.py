@@ -28,12 +28,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers import (
     AttentionWeights,
-    Mixer,
-    ResidualOutput,
     SequenceContext,
     compute_dtype,
     plain_weight,
 )
+from ..mixers.base import initialise
 from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
@@ -91,20 +90,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, initializer_range) for matrices, narrower where they write to the residual stream."""
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            narrow = (
-                math.sqrt(2 * self.config.num_hidden_layers) if isinstance(module, ResidualOutput) else 1.0
-            )
-            init.normal_(module.weight, mean=0.0, std=std / narrow)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, Mixer):
-            for name, value in module.initial_values(std).items():
-                init.copy_(module.get_parameter(name), value)
+        initialise(module, std, std / math.sqrt(2 * self.config.num_hidden_layers), init)
 
 
 class LRNNModel(LRNNPreTrainedModel):

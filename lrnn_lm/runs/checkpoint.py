@@ -1,6 +1,7 @@
 """Checkpoints: a Hugging Face folder plus `trainer/`; written aside, fsynced, renamed, checked on load.
 
-    checkpoints/step-00001000/   config.json, generation_config.json, the tokenizer's files, the model's code
+    checkpoints/step-00001000/   config.json, generation_config.json, the tokenizer's files
+        *_lrnn.py                the model's code; at the end of a run only
         model.safetensors        the weights; of a sharded run, at its end only
         trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
@@ -92,26 +93,37 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
     return final
 
 
-def add_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Put one more file into a finished checkpoint, unless its manifest has it: `write` makes it aside.
+def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
+    """Put a file into a finished checkpoint, in place of one of that name if there is one; `write` makes it.
 
-    Nothing that the manifest names is touched, so the checkpoint is whole at every moment: the file appears
-    first, then in one go the manifest that names it. Raises OSError if the disk is full.
+    The checkpoint is whole at every moment. A new file appears before the manifest names it; while one is
+    replaced, the manifest has the checksums of both. Raises OSError if the disk is full.
     """
-    path = CheckpointFolder(folder).manifest
-    manifest = json.loads(path.read_text())
-    if name in manifest["files"]:
-        return
+    manifest = CheckpointFolder(folder).manifest
+    files = json.loads(manifest.read_text())["files"]
     aside = folder / f".{name}.tmp"
     try:
         write(aside)
         fsync(aside)
+        facts = _facts(aside)
+        if name in files:
+            _write_files(manifest, {**files, name: [*_alternatives(files[name]), facts]})
         os.replace(aside, folder / name)
         fsync(folder)
-        manifest["files"] = dict(sorted({**manifest["files"], name: _facts(folder / name)}.items()))
-        replace_file(path, json.dumps(manifest, indent=1) + "\n", durable=True)
+        _write_files(manifest, {**files, name: facts})
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _write_files(path: Path, files: dict[str, Any]) -> None:
+    """Have the manifest of a finished checkpoint name these files, in one go."""
+    manifest = {**json.loads(path.read_text()), "files": dict(sorted(files.items()))}
+    replace_file(path, json.dumps(manifest, indent=1) + "\n", durable=True)
+
+
+def _alternatives(facts: Any) -> list[Any]:
+    """What a file may be: one thing, or two where a process ended while the file was replaced."""
+    return facts if isinstance(facts, list) else [facts]
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
@@ -268,7 +280,8 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
-    if not isinstance(facts, dict) or path.stat().st_size != facts.get("bytes") or _facts(path) != facts:
+    sizes = [each.get("bytes") for each in _alternatives(facts) if isinstance(each, dict)]
+    if path.stat().st_size not in sizes or _facts(path) not in _alternatives(facts):
         return f"{name} is not as its checksum says"
     return None
 

@@ -23,8 +23,6 @@ from torch import distributed as dist
 
 from ..data import PreparedData, SyntheticData
 from ..data.loader import past
-from ..model import LRNNForCausalLM
-from ..model.export import write_remote_code
 from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from ..runs import checkpoint
@@ -360,10 +358,8 @@ class Trainer:
         self.stalled += time.perf_counter() - began
 
     def _write_extras(self, folder: Path) -> None:
-        """The tokenizer, and the model's code: a checkpoint loads where this package is not."""
+        """The tokenizer, so that a checkpoint is all that a reader needs."""
         shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
-        if isinstance(self.bare_model, LRNNForCausalLM):
-            write_remote_code(folder)
 
     def stop_if_asked(self) -> None:
         """Between the batches of a validation: every rank must call it."""

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..model.export import files_with_code, write_remote_code
+from ..model.modeling import LRNNForCausalLM
 from ..recipe.schema import CheckpointSection
 from ..runs import checkpoint
 from ..runs.checkpoint import CheckpointError, Position
@@ -56,11 +58,12 @@ class Saver:
         section: CheckpointSection,
         group: Group = None,
     ):
-        """`model` is the bare one; `write_extras` writes what else belongs in the folder (tokenizer, code);
+        """`model` is the bare one; `write_extras` writes what else belongs in the folder (the tokenizer);
         `group` is one of gloo's over all ranks, for the writing threads alone, where there are shards."""
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, section
         self._write_extras, self._group = write_extras, group
+        self._has_code = isinstance(model, LRNNForCausalLM)  # an auto-encoder's does not travel
         # Not its public face DefaultStager, which in torch 2.11 can be used once only and keeps no buffers.
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, "checkpoint")
@@ -84,7 +87,8 @@ class Saver:
             self._copied()
 
     def begin(self, position: Position, last: bool = False) -> None:
-        """Save the run as it is now. `last`: of a sharded run, with the weights as one file too.
+        """Save the run as it is now. `last`: with the model's code, so that it loads where this package is
+        not, and of a sharded run with the weights as one file too.
 
         Returns once the tensors are copied, or all is written where `checkpoint.background` is false.
         Raises CheckpointError if this or the save before failed on any rank.
@@ -99,7 +103,7 @@ class Saver:
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position, skips=[list(skip) for skip in position.skips])
-        self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random_state())
+        self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random_state(), last)
         if not self._section.background:
             self.finish()
 
@@ -123,17 +127,22 @@ class Saver:
         self.good = checkpoint.step_name(self._step)
 
     def complete(self, step: int) -> None:
-        """Of a run that ends at a checkpoint that was only a stop: its weights as one file too, if sharded.
+        """Of a run that ends at a checkpoint that was only a stop: add what the last one has, see `begin`.
 
-        Raises CheckpointError on every rank if they could not be written.
+        Raises CheckpointError on every rank if it could not be written.
         """
         self._step = step
         folder, problem = self.checkpoints / checkpoint.step_name(step), None
-        if self._accelerator.is_main_process and is_sharded_folder(folder):
-            problem = _reason_of(
-                lambda: checkpoint.add_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
-            )
+        if self._accelerator.is_main_process:
+            problem = _reason_of(lambda: self._complete(folder))
         self._agree(problem)
+
+    def _complete(self, folder: Path) -> None:
+        if is_sharded_folder(folder) and not (folder / WEIGHTS).exists():
+            checkpoint.put_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
+        if self._has_code and "auto_map" not in json.loads(CheckpointFolder(folder).config.read_text()):
+            for name, text in files_with_code(folder).items():
+                checkpoint.put_file(folder, name, lambda aside, text=text: aside.write_text(text, "utf-8"))
 
     def close(self) -> None:
         """Of a run that ends with an error; what is half-written is cleared at the next start."""
@@ -186,6 +195,7 @@ class Saver:
         tensors: dict[str, Tensor],
         weights: dict[str, Tensor] | None,
         random: tuple[dict[str, Any], dict[str, Tensor]],
+        last: bool,
     ) -> None:
         """In the thread: this rank's files, on disk, with their facts."""
         rank, main = self._accelerator.process_index, self._accelerator.is_main_process
@@ -196,11 +206,16 @@ class Saver:
             files += sorted(CheckpointFolder(aside).shards.glob(f"shard-{rank + 1:05d}-*"))
         files += write_random_state(trainer, rank, random)
         if main:
-            files += self._write_main(aside, position, tensors, weights)
+            files += self._write_main(aside, position, tensors, weights, last)
         checkpoint.record_facts(aside, files, rank)
 
     def _write_main(
-        self, aside: Path, position: Position, tensors: dict[str, Tensor], weights: dict[str, Tensor] | None
+        self,
+        aside: Path,
+        position: Position,
+        tensors: dict[str, Tensor],
+        weights: dict[str, Tensor] | None,
+        last: bool,
     ) -> list[Path]:
         """What only the main rank writes; every file of it."""
         trainer = CheckpointFolder(aside).trainer
@@ -211,6 +226,8 @@ class Saver:
         else:
             write_config(aside, self._model)
         self._write_extras(aside)
+        if last and self._has_code:
+            write_remote_code(aside)
         CheckpointFolder(aside).state.write_text(json.dumps(asdict(position), indent=1) + "\n")
         own = [CheckpointFolder(aside).state, CheckpointFolder(aside).optimizer]
         files = [path for path in aside.rglob("*") if path.is_file() and trainer not in path.parents]

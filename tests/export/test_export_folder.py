@@ -121,7 +121,7 @@ def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
 
 def test_a_missing_code_file_is_named_by_the_loader(checkpoint, tmp_path, read_elsewhere):
     target = export(checkpoint, tmp_path / "out")
-    (target / "lrnn_mixers_base.py").unlink()
+    (target / "configuration_lrnn.py").unlink()
     script = """
 from transformers import AutoModelForCausalLM
 try:
@@ -129,4 +129,4 @@ try:
 except OSError as error:
     result["message"] = str(error)
 """
-    assert "lrnn_mixers_base.py" in read_elsewhere(script, str(target))["message"]
+    assert "configuration_lrnn.py" in read_elsewhere(script, str(target))["message"]

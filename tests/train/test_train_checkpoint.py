@@ -1,5 +1,7 @@
 """Checkpoints: what is in them, what happens to damaged ones, and a disk that fills up while saving."""
 
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -103,8 +105,59 @@ def test_a_checkpoint_of_another_model_is_no_crash(build: Build, stopped: Path) 
         build("model.hidden_size=40")
 
 
-def test_a_checkpoint_is_whole_while_a_file_is_added(
-    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CODE = {"configuration_lrnn.py", "modeling_lrnn.py", "kernels_lrnn.py"}
+
+
+def code_of(folder: Path) -> set[str]:
+    """The Python files of a checkpoint, which its config.json names if there are any."""
+    code = {file.name for file in folder.glob("*.py")}
+    assert ("auto_map" in json.loads((folder / "config.json").read_text())) == bool(code)
+    return code
+
+
+def test_only_the_last_checkpoint_of_a_run_carries_the_code(straight: Path) -> None:
+    *before, last = checkpoint.list_checkpoints(straight / "checkpoints")
+    assert before
+    assert [code_of(folder) for folder in before] == [set()] * len(before)
+    assert code_of(last) == CODE
+    assert json.loads((last / "trainer/manifest.json").read_text())["files"].keys() > CODE
+
+
+def test_a_run_that_ends_where_it_was_stopped_gets_the_code(
+    build: Build, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever moment the process ends at while it is added: the next one completes it."""
+    last = stopped / "checkpoints/step-00000010"
+    before = {p.name: p.read_bytes() for p in last.iterdir() if p.is_file()}
+    assert code_of(last) == set()
+    replaced = []
+
+    def interrupted(source: Path, target: Path) -> None:
+        replaced.append(target.name)
+        if replaced.count("config.json"):
+            raise OSError("no more")
+        os.rename(source, target)
+
+    trainer = build("train.tokens=5120")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", interrupted)
+        with pytest.raises(CheckpointError, match="no more"):
+            trainer.run()
+    assert checkpoint.verify(last) is None
+    trainer = build("train.tokens=5120")
+    assert trainer.finished
+    trainer.run()
+    assert code_of(last) == CODE
+    assert checkpoint.verify(last) is None
+    assert all((last / name).read_bytes() == data for name, data in before.items() if name != "config.json")
+    once = fingerprint(last)
+    build("train.tokens=5120").run()
+    assert fingerprint(last) == once
+
+
+@pytest.mark.parametrize("name", ["more", "config.json"])
+def test_a_checkpoint_is_whole_while_a_file_is_put_there(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Before and after every step of it, so a kill may come between any two."""
     folder = Path(shutil.copytree(straight / LAST, tmp_path / "checkpoints/step-00000012"))
@@ -122,11 +175,12 @@ def test_a_checkpoint_is_whole_while_a_file_is_added(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "fsync", looking(checkpoint.fsync))
         patch.setattr(checkpoint.os, "replace", looking(checkpoint.os.replace))
-        checkpoint.add_file(folder, "more", looking(lambda path: path.write_bytes(b"more")))
-    assert looks == [None] * 14
+        checkpoint.put_file(folder, name, looking(lambda path: path.write_bytes(b"{}")))
+    assert looks == [None] * (12 if name == "config.json" else 10)
     assert not list(folder.rglob(".*"))
-    (folder / "more").write_bytes(b"less")
-    assert checkpoint.verify(folder) == "more is not as its checksum says"
+    assert (folder / name).read_bytes() == b"{}"
+    (folder / name).write_bytes(b"[]")
+    assert checkpoint.verify(folder) == f"{name} is not as its checksum says"
 
 
 def test_a_checkpoint_is_a_plain_model_folder(straight: Path, build: Build) -> None:
@@ -158,11 +212,11 @@ def test_tied_weights_are_saved_once_and_come_back(build: Build) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2300 KiB: room for some checkpoints of this model, not for all."""
+    """A file system of 1500 KiB: room for some checkpoints of this model, not for all."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2300k", "tmpfs", folder], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")

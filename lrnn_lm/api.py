@@ -1,0 +1,127 @@
+"""What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .train.stop import StopSignal
+
+HOMES = {  # name: module; `train` and `evaluate` are packages that can be called
+    "BlockDiagonalLRU": "mixers",
+    "HigherOrderLRU": "mixers",
+    "LRNNConfig": "model",
+    "LRNNForCausalLM": "model",
+    "LRNNModel": "model",
+    "block_diagonal_scan": "kernels",
+    "evaluate": "",
+    "generate": "evaluate",
+    "higher_order_scan": "kernels",
+    "load_recipe": "recipe",
+    "train": "",
+}
+
+
+def public(name: str) -> Any:
+    """An object of HOMES."""
+    module = importlib.import_module(f"lrnn_lm.{HOMES[name] or name}")
+    return getattr(module, name) if HOMES[name] else module
+
+
+def make_callable(package: str, home: str, name: str) -> None:
+    """Let a package stand for its main function too: `lrnn_lm.train(recipe)` beside `lrnn_lm.train.loop`.
+
+    Once the package is imported, the import system makes `lrnn_lm.train` mean the package, whatever else had
+    that name.
+    """
+
+    class CallableModule(ModuleType):
+        @property
+        def __wrapped__(self) -> Any:  # where `inspect.signature` looks
+            return getattr(importlib.import_module(home), name)
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            return self.__wrapped__(*arguments, **options)
+
+    sys.modules[package].__class__ = CallableModule
+
+
+def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
+    """Train a recipe, or go on with its run where that stopped; then score it on its `eval.tasks`.
+
+    What `lrnn train` does. Under `accelerate launch`, all processes call it.
+
+    Args:
+        recipe: a recipe file, or what `load_recipe` made of one.
+        overrides: `section.key=value` each, on top of a recipe file.
+    Returns:
+        The run's last checkpoint: a Hugging Face folder with the model's code. Its run is two folders up.
+    Raises:
+        ValueError: a mistake in the recipe, or what it asks for cannot be done here; one or two lines.
+        KeyboardInterrupt: a signal (Ctrl-C, SIGTERM) asked it to stop. The run is saved; the same call goes
+            on with it.
+
+    Example:
+        >>> from lrnn_lm import train
+        >>> checkpoint = train("recipes/demo.yaml", ["train.tokens=2K", "eval.tasks=[]"])
+        >>> sorted(file.name for file in checkpoint.glob("*.py"))
+        ['configuration_lrnn.py', 'kernels_lrnn.py', 'modeling_lrnn.py']
+    """
+    from .recipe import Recipe, load_recipe
+    from .train.stop import Stopped, StopSignal
+
+    if isinstance(recipe, Recipe) and overrides:
+        raise ValueError("overrides go with a recipe file; give them to load_recipe, or pass the file's path")
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    try:
+        with StopSignal() as stop:
+            stop.hold()  # within an import it would come out as that import's error
+            return train_and_score(loaded, stop)
+    except Stopped as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
+
+
+def train_and_score(recipe: "Recipe", stop: "StopSignal") -> Path:
+    """Train to the end of the budget, score, and write the run's card; returns the last checkpoint."""
+    from .runs.layout import RunFolder
+    from .train.build import build_trainer
+
+    check = None
+    if recipe.eval.tasks:
+        from .evaluate import check_tasks
+        from .evaluate.tasks.synthetic import check_answerable
+
+        check_tasks(recipe.eval.tasks)  # hours of training later is too late
+        source = recipe.data.source
+        if source.type == "synthetic":
+            check_answerable(recipe.eval.tasks, source.task or "", source.options)
+
+        def check(folder: Path) -> None:
+            check_tasks(recipe.eval.tasks, RunFolder(folder).heldout)
+
+    trainer = build_trainer(recipe, stop=stop, check=check)
+    before = trainer.position.step
+    checkpoint = trainer.run(stop)
+    if not trainer.accelerator.is_main_process:
+        return checkpoint
+    what = "was trained already" if before >= recipe.total_steps else "is trained"
+    print(f"{recipe.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
+    from .evaluate import evaluate
+    from .evaluate.reporting.card import write_run_card
+
+    try:
+        if recipe.eval.tasks:
+            stop.leave_if_asked()
+            evaluate(
+                checkpoint,
+                recipe.eval.tasks,
+                limit=recipe.eval.limit,
+                model=trainer.whole_model,
+                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
+            )
+    finally:  # the run is trained, whatever became of its scores
+        write_run_card(trainer.folder)
+    return checkpoint

@@ -1,0 +1,61 @@
+"""A mixer is a layer of its own: no arguments but the input, and the start that a model gives it."""
+
+import math
+
+import pytest
+import torch
+from small_models import MIXER_ROWS, small_config
+from transformers.cache_utils import DynamicLayer
+
+from lrnn_lm import LRNNForCausalLM
+from lrnn_lm.mixers import build_mixer
+from lrnn_lm.mixers.base import drawn_by_model
+
+WIDTH = 16
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_it_needs_no_state_and_no_context(name):
+    """All tokens at once, and in three parts, each going on from the state before: the same."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH).double()
+    x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        y, *_ = layer(x)
+        state = DynamicLayer() if layer.layer_type == "full_attention" else None
+        parts = []
+        for part in (x[:, :4], x[:, 4:5], x[:, 5:]):
+            out, state = layer(part, state)
+            parts.append(out)
+    assert y.shape == x.shape
+    torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-6)  # some states are fp32
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_it_starts_as_in_a_model(name):
+    """The same draws, bit for bit, where the random state is the same."""
+    model = LRNNForCausalLM(small_config(name, initializer_range=0.05))
+    mixer = model.model.layers[0].mixer
+    torch.manual_seed(1)
+    mixer.apply(model._init_weights)
+    modelled = {key: value.clone() for key, value in mixer.state_dict().items()}
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.fill_(7.0)
+            parameter._is_hf_initialized = False
+    torch.manual_seed(1)
+    mixer.reset_parameters(0.05, 0.05 / math.sqrt(2 * 3))
+    assert all(torch.equal(value, modelled[key]) for key, value in mixer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["bd_lru", "bd_lru-all", "bd_matrix", "h_lru", "lstm", "attention", "mamba2"]
+)
+def test_a_new_one_is_drawn_by_these_rules(name):
+    torch.manual_seed(2)
+    with drawn_by_model():
+        plain = build_mixer(MIXER_ROWS[name], WIDTH)
+    plain.reset_parameters()
+    torch.manual_seed(2)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), plain.parameters(), strict=True))

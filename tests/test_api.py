@@ -1,0 +1,110 @@
+"""The names that `from lrnn_lm import ..` gives: their examples, those of docs/api.md, and how they fail."""
+
+import doctest
+import inspect
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_run import write_recipe
+
+import lrnn_lm
+from lrnn_lm import evaluate, generate, load_recipe, train
+from lrnn_lm.api import HOMES
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+WITH_EXAMPLES = [name for name in HOMES if not name.startswith("LRNN") and name != "load_recipe"]
+
+
+class IfAnythingIsExpected(doctest.OutputChecker):
+    """A line of an example without an answer below it may print what it likes."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe where the examples expect the demo's, and a run of it."""
+    folder = tmp_path_factory.mktemp("place")
+    recipe = yaml.safe_load(write_recipe(folder).read_text())
+    recipe |= {"name": "demo"}
+    (folder / "recipes").mkdir()
+    (folder / "recipes/demo.yaml").write_text(yaml.safe_dump(recipe))
+    train(folder / "recipes/demo.yaml", ["train.tokens=2K", "eval.tasks=[]"])
+    return folder
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    text = inspect.unwrap(getattr(lrnn_lm, name)).__doc__
+    example = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
+    assert len(example.examples) >= 3
+    report: list[str] = []
+    results = doctest.DocTestRunner(IfAnythingIsExpected()).run(example, out=report.append)
+    assert results.failed == 0, "".join(report)
+
+
+def test_examples_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert names["text"].startswith("the state")
+    assert names["gates"].grad is not None
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_every_name_is_there_and_on_the_page(name: str) -> None:
+    assert callable(getattr(lrnn_lm, name))
+    assert name in lrnn_lm.__all__
+    assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
+
+
+def test_packages_are_functions_and_stay_packages() -> None:
+    import lrnn_lm.train.build as build
+
+    assert inspect.isfunction(build.build_trainer)
+    assert list(inspect.signature(train).parameters) == ["recipe", "overrides"]
+    assert next(iter(inspect.signature(evaluate).parameters)) == "checkpoint"
+    assert lrnn_lm.train is train
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda place: train(place / "nowhere.yaml"), "nowhere.yaml"),
+        (lambda place: train(place / "recipes/demo.yaml", ["train.tokenz=2K"]), "tokenz"),
+        (lambda place: train(load_recipe(place / "recipes/demo.yaml"), ["seed=2"]), "overrides go with"),
+        (lambda place: evaluate(place / "nowhere", ["heldout_bits_per_byte"]), "nowhere"),
+        (lambda place: generate(place / "runs/demo/checkpoints/latest", max_new_tokens=0), "max_new_tokens"),
+    ],
+)
+def test_mistakes_are_value_errors(call, problem: str, place: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        call(place)
+
+
+def test_a_stopped_run_raises_and_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exit of the process that called, a notebook say."""
+    from lrnn_lm.train.loop import Trainer
+
+    step = Trainer._train_step
+
+    def interrupted(self: Trainer) -> object:
+        result = step(self)
+        if self.position.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    overrides = ["name=stopped", "train.tokens=2560", "eval.tasks=[]", f"train.runs_dir={place / 'runs'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGINT after step"):
+            train(place / "recipes/demo.yaml", overrides)
+    assert train(place / "recipes/demo.yaml", overrides).name == "step-00000005"
