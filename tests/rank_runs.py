@@ -1,16 +1,18 @@
-"""Runs of several gloo processes: through `accelerate launch`, or forked from a server that has imported
-all.
+"""Runs of one process or of several that meet by gloo: through `accelerate launch`, or forked from a server
+that has imported all.
 """
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,38 @@ def launch(
         text=True,
         start_new_session=True,
     )
+
+
+class Forked:
+    """`lrnn train` in a process forked from the server: what it does, says and ends with, not its imports.
+
+    `first` is called before all else, and before this returns.
+    """
+
+    def __init__(self, recipe: Path, *overrides: str, first: Callable[[], object] | None = None):
+        self._log = recipe.parent / f"forked-{free_port()}.log"
+        self._log.write_text("")
+        begun = _server().Event()
+        self.process = _server().Process(
+            target=_train, args=(self._log, first, begun, str(recipe), *overrides)
+        )
+        self.process.start()
+        assert begun.wait(60), self._log.read_text()
+
+    def runs(self) -> bool:
+        return self.process.exitcode is None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.runs():
+            os.kill(self.process.pid, number)
+
+    def finish(self, timeout: float = 120) -> tuple[int, str]:
+        """Exit code and what it said."""
+        self.process.join(timeout)
+        if self.runs():
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s: {self._log.read_text()}")
+        return self.process.exitcode, self._log.read_text()
 
 
 @dataclass(frozen=True)
@@ -125,11 +159,7 @@ def _rank(
     log: Path,
 ) -> None:
     """One rank, in its own process."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    _speak_into(log)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     if count > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -144,6 +174,25 @@ def _rank(
         main(["train", *arguments])
     else:
         _dump(arguments, Path(action))
+
+
+def _train(log: Path, first: Callable[[], object] | None, begun: Event, *arguments: str) -> None:
+    _speak_into(log)
+    torch.set_num_threads(1)
+    if first is not None:
+        first()
+    begun.set()
+    from lrnn_lm.cli import main
+
+    main(["train", *arguments])
+
+
+def _speak_into(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def _disturb(rank: int, prank: Prank | None) -> None:

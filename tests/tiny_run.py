@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +72,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(
-    recipe: Path, *overrides: str, preexec: Callable[[], None] | None = None, **variables: str
-) -> subprocess.Popen[str]:
-    """`lrnn train` as a process, with these variables in its environment."""
+def start(recipe: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    """`lrnn train` as a process of its own, with these variables in its environment.
+
+    It imports torch and transformers, which takes seconds: `Forked` does not.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "lrnn_lm.cli", "train", str(recipe), *overrides],
         env=environment() | variables,
-        preexec_fn=preexec,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -148,15 +148,23 @@ def greedy(model, tokenizer, context, count):
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
+CONTEXTS = ["the old", LONG, "", "she carried"]
+
+
+@pytest.fixture(scope="module")
+def long_answers(recurrent, tokenizer):
+    """To CONTEXTS, longer than the window."""
+    return [greedy(recurrent, tokenizer, context, 2 * WINDOW) for context in CONTEXTS]
+
+
 @pytest.mark.parametrize("until", [[], None, [""], ""])
-def test_answers_are_as_long_as_they_are_asked(recurrent, tokenizer, until):
+def test_answers_are_as_long_as_they_are_asked(recurrent, tokenizer, long_answers, until):
     """Longer than the window, after contexts of any length beside each other, an empty one too."""
-    contexts = ["the old", LONG, "", "she carried"]
     settings = {"until": until, "max_gen_toks": 2 * WINDOW}
-    requests = ask("generate_until", *((context, settings) for context in contexts))
+    requests = ask("generate_until", *((context, settings) for context in CONTEXTS))
     scorer = live(recurrent, tokenizer)
     found = scorer.generate_until(requests, disable_tqdm=True)
-    assert found == [greedy(recurrent, tokenizer, context, 2 * WINDOW) for context in contexts]
+    assert found == long_answers
     assert scorer.truncated == 0
 
 

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 from tiny_run import ROOT, environment
 
+from lrnn_lm.cli import main
 from lrnn_lm.evaluate.team import Team
 
 TASKS = "state_s3,offline_blimp,offline_lambada,offline_wikitext"
@@ -19,7 +21,7 @@ def test_shares_are_alike_and_keep_groups_together():
     assert Team(2, 4).owners(["a"], [1]) == [0]  # fewer requests than processes
 
 
-def test_two_processes_are_one(checkpoint, tmp_path):
+def test_two_processes_are_one(checkpoint, tmp_path, capsys):
     """Rolling texts, pairs, last words and an accuracy by length, of which some processes meet some only."""
     data = tmp_path / "data"
     (data / "blimp").mkdir(parents=True)
@@ -32,21 +34,19 @@ def test_two_processes_are_one(checkpoint, tmp_path):
     for paradigm, count in (("one", 3), ("two", 4)):
         rows = [{"sentence_good": f"the road {i}", "sentence_bad": f"road the {i}"} for i in range(count)]
         (data / "blimp" / f"{paradigm}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = []
-    for processes in (1, 2):
-        file = tmp_path / f"{processes}.json"
-        launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
-                  "--multi_gpu", "--main_process_port", "0", "--mixed_precision", "no",
-                  "--dynamo_backend", "no"] if processes == 2 else []  # fmt: skip
-        command = [sys.executable, *launch, "-m", "lrnn_lm.evaluate", str(checkpoint),
-                   "--device", "cpu", "--limit", "5", "--data", str(data), "--output", str(file),
-                   "--tasks", TASKS, "--lengths", "4,6"]  # fmt: skip
-        done = subprocess.run(
-            command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("written to") == 1
-        results.append(json.loads(file.read_text()))
+    words = [str(checkpoint), "--device", "cpu", "--limit", "5", "--data", str(data), "--tasks", TASKS,
+             "--lengths", "4,6", "--output"]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *words, str(tmp_path / "1.json")])
+    assert not ended.value.code
+    assert capsys.readouterr().out.count("written to") == 1
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines",
+               "1", "--multi_gpu", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend",
+               "no", "-m", "lrnn_lm.evaluate", *words, str(tmp_path / "2.json")]  # fmt: skip
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    results = [json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)]
     one, two = results
     assert [found["settings"]["processes"] for found in results] == [1, 2]
     assert one["results"].keys() == two["results"].keys()

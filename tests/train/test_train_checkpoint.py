@@ -2,15 +2,18 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import STEPS, fingerprint, finish, losses, start
+from rank_runs import Forked
+from tiny_run import STEPS, fingerprint, losses
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.runs import checkpoint
@@ -284,13 +287,9 @@ def test_whichever_write_finds_no_room(
 
 def test_a_process_that_may_not_write_large_files(recipe: Path, tmp_path: Path) -> None:
     """A limit on the size of files, met by safetensors' own writing, in a process."""
-    import resource
-
     limit = (60_000, resource.RLIM_INFINITY)
-    process = start(
-        recipe, f"train.runs_dir={tmp_path}", preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    )
-    code, errors = finish(process)
+    first = partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+    code, errors = Forked(recipe, f"train.runs_dir={tmp_path}", first=first).finish()
     assert code == 2, errors
     assert "could not save" in errors
     assert "Traceback" not in errors

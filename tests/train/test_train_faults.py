@@ -168,11 +168,11 @@ def test_a_mistake_that_every_rank_sees_is_told_once(recipe: Path, mistake: str)
 
 
 def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
-    process = launch(recipe, 4, "train.tokens_per_step=384", "train.tokens=768", "name=mistake")
+    process = launch(recipe, 2, "train.tokens_per_step=192", "train.tokens=384", "name=mistake")
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 2, errors
     assert [line for line in errors.splitlines() if line.startswith("lrnn: ")] == [
-        "lrnn: a step of 6 rows does not split over 4 ranks; make train.tokens_per_step a multiple of 256"
+        "lrnn: a step of 3 rows does not split over 2 ranks; make train.tokens_per_step a multiple of 128"
     ]
     assert "Traceback" not in errors
 

@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from tiny_run import ROOT, STEPS, environment, fingerprint, finish, metrics, start
+from rank_runs import Forked
+from tiny_run import ROOT, STEPS, environment, fingerprint, metrics
 
 LONG = ("train.tokens=5M", "checkpoint.every=100000 steps", "eval.every=100000 steps", "data.num_workers=1")
 
 
-def wait_for_steps(run: Path, process: subprocess.Popen) -> None:
+def wait_for_steps(run: Path, process: Forked) -> None:
     deadline = time.monotonic() + 90
     while not ((run / "metrics.jsonl").exists() and len(metrics_so_far(run)) > 3):
-        assert process.poll() is None
+        assert process.runs()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -26,10 +28,10 @@ def metrics_so_far(run: Path) -> list[str]:
 
 
 def test_a_hangup_saves_and_exits_85(recipe: Path, tmp_path: Path) -> None:
-    process = start(recipe, f"train.runs_dir={tmp_path}", *LONG)
+    process = Forked(recipe, f"train.runs_dir={tmp_path}", *LONG)
     wait_for_steps(tmp_path / "tiny", process)
     process.send_signal(signal.SIGHUP)
-    code, errors = finish(process)
+    code, errors = process.finish()
     assert code == 85, errors
     assert "stopped by SIGHUP" in errors
     assert list((tmp_path / "tiny/checkpoints").glob("step-*"))
@@ -60,16 +62,14 @@ def test_a_closed_terminal_saves_and_exits_85(recipe: Path, tmp_path: Path) -> N
 
 
 def test_under_nohup_it_goes_on(recipe: Path, tmp_path: Path, straight: Path) -> None:
-    def ignore() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    process = start(recipe, f"train.runs_dir={tmp_path}", preexec=ignore)
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = Forked(recipe, f"train.runs_dir={tmp_path}", first=ignore)
     deadline = time.monotonic() + 90
-    while process.poll() is None:
+    while process.runs():
         process.send_signal(signal.SIGHUP)
         time.sleep(0.1)
         assert time.monotonic() < deadline
-    code, errors = finish(process)
+    code, errors = process.finish()
     assert code == 0, errors
     last = f"checkpoints/step-{STEPS:08d}"
     assert fingerprint(tmp_path / "tiny" / last) == fingerprint(straight / last)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from rank_runs import Forked
 from rich.console import Console
-from tiny_run import STEPS, fingerprint, finish, losses, metrics, start, validations, write_recipe
+from tiny_run import STEPS, fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.recipe import load_recipe
@@ -195,12 +196,12 @@ def test_a_signal_in_data_preparation_leaves_nothing_half_made(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     recipe = write_recipe(tmp_path, documents=4000)
-    process = start(recipe, "train.tokens=512")
+    process = Forked(recipe, "train.tokens=512")
     while not list((tmp_path / "cache/data").glob(".building-*")):
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.01)
     process.send_signal(number)
-    code, errors = finish(process)
+    code, errors = process.finish()
     assert code == 85, errors
     assert errors.splitlines()[-1] == f"stopped by {number.name}; run the same command again to go on"
     assert "Traceback" not in errors
@@ -231,14 +232,14 @@ def test_a_stop_that_python_drops_is_not_lost(
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
-    process = start(recipe, "train.tokens=10M")
+    process = Forked(recipe, "train.tokens=10M")
     while not (tmp_path / "runs/tiny/metrics.jsonl").exists():
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.05)
     main_exits(2, "train", recipe, "train.tokens=10M")
     assert "another process is training" in capsys.readouterr().err
-    process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.finish()[0] == -signal.SIGKILL
     main_exits(0, "train", recipe, "train.tokens=512")
 
 
