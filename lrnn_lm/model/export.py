@@ -48,7 +48,7 @@ def export(
         checkpoint: a checkpoint folder.
         target: where to; a folder that does not exist yet, or an empty one.
         dtype: bf16 or fp32; None for what the checkpoint holds.
-        write_card: adds README.md to the finished folder that it is given (`evaluate.reporting.card` has one).
+        write_card: adds README.md to the finished folder that it is given (see `evaluate.reporting.card`).
     Returns:
         The target.
     Raises:
