@@ -9,9 +9,9 @@ from typing import Any
 
 from .api import HOMES, public
 from .registration import register
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = [*HOMES]
+__all__ = [*HOMES, "__version__"]
 
 register()
 

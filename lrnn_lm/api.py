@@ -1,9 +1,7 @@
 """What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
 
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,24 +27,6 @@ def public(name: str) -> Any:
     """An object of HOMES."""
     module = importlib.import_module(f"lrnn_lm.{HOMES[name] or name}")
     return getattr(module, name) if HOMES[name] else module
-
-
-def make_callable(package: str, home: str, name: str) -> None:
-    """Let a package stand for its main function too: `lrnn_lm.train(recipe)` beside `lrnn_lm.train.loop`.
-
-    Once the package is imported, the import system makes `lrnn_lm.train` mean the package, whatever else had
-    that name.
-    """
-
-    class CallableModule(ModuleType):
-        @property
-        def __wrapped__(self) -> Any:  # where `inspect.signature` looks
-            return getattr(importlib.import_module(home), name)
-
-        def __call__(self, *arguments: Any, **options: Any) -> Any:
-            return self.__wrapped__(*arguments, **options)
-
-    sys.modules[package].__class__ = CallableModule
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:

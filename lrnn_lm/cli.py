@@ -14,9 +14,9 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
 from .requirements import UnmetRequirementError, check_transformers
 from .runs.layout import RunFolder
+from .version import __version__
 
 EXIT_USER_ERROR = 2
 _USERS_ERRNO = (

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,36 @@ def test_arrows(part):
 def test_every_part_has_its_arrows():
     parts = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert parts <= set(ARROWS)
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports anywhere in it, also for type checking."""
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            named = {f"{base}.{alias.name}" for alias in node.names}
+            found |= (named & modules) | (set() if named <= modules else {base})
+    return found & modules - {name}
+
+
+def test_no_circle(capsys):
+    """Not even one that only functions close when they run, or type checkers."""
+    files = {
+        ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in PACKAGE.rglob("*.py")
+        if p.name != "__main__.py"
+    }
+    graph = {name: imported_modules(path, set(files)) for name, path in files.items()}
+    order = list(TopologicalSorter(graph).static_order())  # CycleError names a circle
+    with capsys.disabled():
+        print(f"\n{len(order)} modules, {sum(map(len, graph.values()))} imports among them, no circle")
+    assert order.index("lrnn_lm.kernels.reference") < order.index("lrnn_lm.train.loop")
 
 
 def python(code: str) -> str:

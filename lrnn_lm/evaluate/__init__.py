@@ -3,7 +3,7 @@
 As a function, `evaluate.harness.evaluate`.
 """
 
-from ..api import make_callable
+from ..callable_package import make_callable
 from .generate import generate
 from .harness import check_tasks, evaluate
 from .reporting.report import report

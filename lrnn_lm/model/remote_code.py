@@ -17,7 +17,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from .. import __version__
+from ..version import __version__
 from .bundle import Bundle, render_imports
 from .scopes import Module, Sources, path_of
 

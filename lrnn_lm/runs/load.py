@@ -76,8 +76,7 @@ def load_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    import lrnn_lm  # noqa: F401 (registers the project's model with the Auto classes)
-    from lrnn_lm.model import LRNNForReconstruction
+    from ..model import LRNNForReconstruction
 
     if not any(path.glob("*.safetensors")) and CheckpointFolder(path).shards.is_dir():
         raise ValueError(

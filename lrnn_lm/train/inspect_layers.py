@@ -5,7 +5,7 @@ gate_saturation  share of rows of A_t in which one gate takes more than 0.99 of 
                  kept, moved or overwritten, and little gradient comes through
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,13 @@ def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def inspect(model: nn.Module, forward: Callable[[], Any]) -> dict[str, list[float | None]]:
+    """Each layer's state and gates in a forward pass of the model."""
+    with watched(model) as seen:
+        forward()
+    return summary(seen)
 
 
 def summary(seen: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:

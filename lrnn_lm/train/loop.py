@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
+from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
@@ -35,32 +36,12 @@ from .progress import ProgressLine
 from .rewind import rewind
 from .rows import Batch, Rows
 from .saver import Saver
-from .step_log import log_step
+from .step_log import StepResult, step_line
 from .stop import Stopped, StopSignal
-from .tensors import Group
+from .tensors import Group, load
 from .throughput import Spent, Throughput
-from .validate import tell_validation, validate
+from .validate import bytes_read, validate, validation_line
 from .watch import Heartbeat, Stopwatch, slots
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step came to, the same on every rank.
-
-    Mean loss in nats a target over the global step, gradient norm before clipping, whether it was applied;
-    whether any rank was asked to stop, how many have written the checkpoint under way, whether one could not
-    write its metrics, what is due by the main rank's clock (saving, validation), each one's seconds.
-    """
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    stop: bool = False
-    written: int = 0
-    unwritten: bool = False
-    clocks: tuple[bool, bool] = (False, False)
-    seconds: tuple[float, ...] = ()
-    waited: float = 0.0
 
 
 class Trainer:
@@ -107,11 +88,10 @@ class Trainer:
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
         self.rewinds = 0
-        self.validation_bytes: int | None = None  # of the held-out text, once it was read
         self._worked = self.stalled = 0.0
         self.saved_step = position.step if position.step else -1
         self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
-        self._save_rang = False  # the clock, amid bad steps
+        self._timed_save_pending = False  # the clock rang during bad steps
 
     @property
     def checkpoints(self) -> Path:
@@ -175,7 +155,7 @@ class Trainer:
         while not self.finished:
             save_rang, eval_rang = self._train_step().clocks
             if first and self.accelerator.device.type == "cuda":
-                # What stands by now stays: a collection that looks it all over stops this rank for 0.2 s.
+                # Freeze long-lived objects: a full garbage collection pauses this rank for 0.2 s.
                 gc.collect()
                 gc.freeze()
             first = False
@@ -221,12 +201,12 @@ class Trainer:
         position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
         if position.step % self.recipe.train.log_every == 0 or not result.applied:
-            log_step(self, result, lr, spent, batches)
+            self._log(result, lr, spent, batches[0])
         if result.written == self.accelerator.num_processes:
             with self._stalling():
                 self.saver.finish()
         if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
-            rewind(self)
+            self._rewind()
         if result.unwritten:
             self.metrics.check()
         if result.stop:
@@ -326,17 +306,75 @@ class Trainer:
             return
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
-            tell_validation(self, validate(self))
+            self._validate()
+
+    def _validate(self) -> None:
+        found = validate(
+            self.prepared,
+            self.recipe,
+            self.accelerator,
+            self.model,
+            self.forward,
+            self._between_batches,
+            self._held_out_bytes,
+        )
+        position = self.position
+        position.validated, position.validation_loss = position.step, found.loss
+        self.metrics.write(validation_line(position.step, self.recipe.train.tokens_per_step, found))
+        self.line.validation(position.step, found.loss, found.bits_per_byte, found.accuracy)
+
+    @cached_property
+    def _held_out_bytes(self) -> int | None:
+        """Bytes of the text that each validation reads; None for a synthetic task."""
+        if isinstance(self.prepared, SyntheticData):
+            return None
+        return bytes_read(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
+
+    def _between_batches(self) -> None:
+        self.beat("validating")
+        self.stop_if_asked()
+
+    def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
+        """A line of metrics.jsonl, now and then with what the layers do, and the progress line."""
+        step, every = self.position.step, self.recipe.train.inspect_every
+        measured = self.throughput.line(spent)
+        line = step_line(result, self.position, self.recipe.train.tokens_per_step, lr, measured)
+        if self.stalled:
+            line["checkpoint_seconds"], self.stalled = self.stalled, 0.0
+        if every is not None and step % every == 0:  # every rank must pass through the model
+            line |= inspect(self.bare_model, lambda: self.forward(shortened(batch), 1.0, return_logits=False))
+            reshard(self.model)
+        self.metrics.write(line)
+        self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
+
+    def _rewind(self) -> None:
+        """Back to the last good checkpoint; every rank calls it."""
+        self.saver.finish()
+        bad = self.position
+        found = rewind(
+            bad, self.folder, self.recipe, self.rewinds, self.accelerator, self._load, self.last_name
+        )
+        self.rewinds += 1
+        self.position = found.position
+        self.metrics.cut_after(found.position)
+        self.metrics.write(found.line(bad.step, self.recipe.train.tokens_per_step))
+        self.saved_step, self.saver.good = found.position.step, found.folder.name
+        self.rows.restart(found.position)
+        if self.accelerator.is_main_process:
+            self.console.print(f"[yellow]{escape(found.message(bad))}", soft_wrap=True)
+
+    def _load(self, folder: Path) -> Position:
+        return load(folder, self.bare_model, self.optimizer, self.accelerator.process_index, self.group)
 
     def _save_is_due(self, rang: bool) -> bool:
         """Never amid bad steps: what became due in one is made up after the next good one."""
-        self._save_rang = self._save_rang or rang
+        self._timed_save_pending = self._timed_save_pending or rang
         if self.position.bad_in_a_row:
             return False
         steps = range(self._good_step + 1, self.position.step + 1)
         self._good_step = self.position.step
-        due = any(self.save_cadence.due(step, self._save_rang) for step in steps)
-        self._save_rang = self._save_rang and not due
+        due = any(self.save_cadence.due(step, self._timed_save_pending) for step in steps)
+        self._timed_save_pending = self._timed_save_pending and not due
         return due
 
     def _save(self, wait: bool = False) -> None:

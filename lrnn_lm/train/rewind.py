@@ -5,65 +5,80 @@ the run folder: a run that is killed in between replays the good steps, and step
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..files import replace_file
+from ..recipe import Recipe
 from ..runs import checkpoint
-from ..runs.checkpoint import CheckpointError
+from ..runs.checkpoint import CheckpointError, Position
 from ..runs.layout import RunFolder
-from .tensors import load
-
-if TYPE_CHECKING:
-    from .loop import Trainer
 
 
-def rewind(trainer: "Trainer") -> None:
-    """Put the trainer back to its last good checkpoint, with the rows of the bad steps left out from then on.
+@dataclass(frozen=True)
+class Rewound:
+    """Where the run goes on after bad steps, from which checkpoint, without which samples [first, end)."""
 
-    Every rank calls it. Raises ValueError if there is no such checkpoint, or it went back often enough.
+    position: Position
+    folder: Path
+    skip: list[int]
+
+    def line(self, bad_step: int, tokens_per_step: int) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        step = self.position.step
+        return {"step": step, "tokens": step * tokens_per_step, "went_back_from": bad_step,
+                "left_out_samples": self.skip}  # fmt: skip
+
+    def message(self, bad: Position) -> str:
+        return (
+            f"not finite for {bad.bad_in_a_row} steps up to step {bad.step}: back to "
+            f"{self.folder.name}, leaving out samples {self.skip[0]} to {self.skip[1] - 1}"
+        )
+
+
+def rewind(
+    bad: Position,
+    run: Path,
+    recipe: Recipe,
+    rewinds: int,
+    accelerator: Accelerator,
+    load: Callable[[Path], Position],
+    resume_from: Callable[[], str],
+) -> Rewound:
+    """Load the last good checkpoint of a run, with the rows of the bad steps left out from then on.
+
+    Every rank calls it. rewinds: how often the run did so before; load: puts a checkpoint into the model and
+    the optimizer; resume_from: the checkpoint that a new start would go on from, for the message.
+
+    Raises ValueError if there is no such checkpoint, or the run did so `max_rewinds` times.
     """
-    recipe, bad = trainer.recipe, trainer.position
-    trainer.saver.finish()
+    checkpoints = RunFolder(run).checkpoints
     found: list[Path | None] = [None]
-    if trainer.accelerator.is_main_process:
-        found[0] = _last_good(trainer.checkpoints)
-    if trainer.accelerator.num_processes > 1:
+    if accelerator.is_main_process:
+        found[0] = _last_good(checkpoints)
+    if accelerator.num_processes > 1:
         broadcast_object_list(found)
-    if found[0] is None or trainer.rewinds >= recipe.train.max_rewinds:
-        if not trainer.accelerator.is_main_process:
+    if found[0] is None or rewinds >= recipe.train.max_rewinds:
+        if not accelerator.is_main_process:
             raise ValueError("")  # the main rank tells
-        often = f" after going back {trainer.rewinds} times" if trainer.rewinds else ""
+        often = f" after going back {rewinds} times" if rewinds else ""
         raise ValueError(
             f"the loss or its gradient was not finite for {bad.bad_in_a_row} steps in a row, up to "
-            f"step {bad.step}{often}; lower optim.lr, then run again to go on from {trainer.last_name()}"
+            f"step {bad.step}{often}; lower optim.lr, then run again to go on from {resume_from()}"
         )
-    trainer.rewinds += 1
     skip = [before(bad.samples, bad.bad_in_a_row, recipe.rows_per_step, bad.skips), bad.samples]
-    good = load(
-        found[0], trainer.bare_model, trainer.optimizer, trainer.accelerator.process_index, trainer.group
-    )
+    good = load(found[0])
     good.skips = merged(bad.skips, [skip])
     good.skipped = bad.skipped
-    trainer.position = good
-    if trainer.accelerator.is_main_process:
-        write_skips(trainer.folder, good.skips)
-        checkpoint.drop_after(trainer.checkpoints, good.step)
-    trainer.metrics.cut_after(good)
-    trainer.metrics.write(
-        {"step": good.step, "tokens": good.step * recipe.train.tokens_per_step, "went_back_from": bad.step,
-         "left_out_samples": skip}
-    )  # fmt: skip
-    trainer.saved_step, trainer.saver.good = good.step, found[0].name
-    trainer.rows.restart(good)
-    if trainer.accelerator.is_main_process:
-        trainer.console.print(
-            f"[yellow]not finite for {bad.bad_in_a_row} steps up to step {bad.step}: back to "
-            f"{found[0].name}, leaving out samples {skip[0]} to {skip[1] - 1}",
-            soft_wrap=True,
-        )
+    if accelerator.is_main_process:
+        write_skips(run, good.skips)
+        checkpoint.drop_after(checkpoints, good.step)
+    return Rewound(good, found[0], skip)
 
 
 def _last_good(checkpoints: Path) -> Path | None:

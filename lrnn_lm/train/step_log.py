@@ -1,41 +1,38 @@
-"""A line of numbers a step, and now and then what the layers do."""
+"""What a step came to, and the line of metrics.jsonl that says so."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
-from .inspect_layers import shortened, summary, watched
-from .parallel import reshard
-from .rows import Batch
-from .throughput import Spent
+from ..runs.checkpoint import Position
 from .watch import straggler
 
-if TYPE_CHECKING:
-    from .loop import StepResult, Trainer
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to, the same on every rank."""
+
+    loss: float  # mean over the valid targets of the global step, nats
+    grad_norm: float  # before clipping
+    applied: bool  # whether the update was done: loss and gradient norm were finite
+    stop: bool = False  # whether any rank was asked to stop
+    written: int = 0  # ranks that have written their part of the checkpoint in progress
+    unwritten: bool = False  # whether any rank could not write its metrics
+    clocks: tuple[bool, bool] = (False, False)  # due by the main rank's clock: saving, validation
+    seconds: tuple[float, ...] = ()  # of each rank's device, for the search for slow ranks
+    waited: float = 0.0  # seconds that the host waited for the device
 
 
-def log_step(trainer: "Trainer", result: "StepResult", lr: float, spent: Spent, batches: list[Batch]) -> None:
-    """Write the trainer's last step to `metrics.jsonl` and to the progress line."""
-    step, every = trainer.position.step, trainer.recipe.train.inspect_every
-    line = {
-        "step": step,
-        "tokens": step * trainer.recipe.train.tokens_per_step,
+def step_line(
+    result: StepResult, position: Position, tokens_per_step: int, lr: float, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """The line of the step that `position` has just done; `measured` is the throughput's part of it."""
+    return {
+        "step": position.step,
+        "tokens": position.step * tokens_per_step,
         "loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
-        **trainer.throughput.line(spent),
-        "skipped": trainer.position.skipped,
+        **measured,
+        "skipped": position.skipped,
         **straggler(result.seconds),
     }
-    if trainer.stalled:
-        line["checkpoint_seconds"], trainer.stalled = trainer.stalled, 0.0
-    if every is not None and step % every == 0:
-        line |= _inspect(trainer, batches[0])
-    trainer.metrics.write(line)
-    trainer.line.step(step, result.loss, line["tokens_per_second"], result.applied)
-
-
-def _inspect(trainer: "Trainer", batch: Batch) -> dict[str, list[float | None]]:
-    """Each layer's state and gates on the main rank's rows; every rank must pass through the model."""
-    with watched(trainer.bare_model) as seen:
-        trainer.forward(shortened(batch), 1.0, return_logits=False)
-    reshard(trainer.model)
-    return summary(seen)

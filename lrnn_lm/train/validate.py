@@ -2,22 +2,22 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from torch import distributed as dist
+from torch import nn
 
 from ..data import PreparedData, SyntheticData, validation_batches
 from ..data.encode import Encoder
 from ..data.tokenize import read_facts
 from ..model.loss import IGNORE
+from ..recipe import Recipe
 from .parallel import reshard
-
-if TYPE_CHECKING:
-    from .loop import Trainer
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,44 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(trainer: "Trainer") -> Validation:
+def validate(
+    prepared: PreparedData | SyntheticData,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    between: Callable[[], None],
+    held_out_bytes: int | None,
+) -> Validation:
     """The loss over the first `eval.tokens` held out: over their targets, whatever the rows of a batch hold.
 
-    Raises Stopped if any rank was asked to, after saving.
+    Every rank calls it. forward(batch, num_items, return_logits=..) gives the outputs of `model`; between()
+    is called after each batch and may raise; held_out_bytes: of the text that is read, None if it is no text.
     """
-    recipe, accelerator = trainer.recipe, trainer.accelerator
-    trainer.model.eval()
-    synthetic = isinstance(trainer.prepared, SyntheticData)
+    model.eval()
+    synthetic = held_out_bytes is None
     total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # nats, targets, hits
     for batch in validation_batches(
-        trainer.prepared.validation,
+        prepared.validation,
         recipe.data.sequence_length,
         recipe.train.micro_batch,
         recipe.eval.tokens,
         accelerator.process_index,
         accelerator.num_processes,
     ):
-        targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
-        loss, hits = _score(trainer, batch) if synthetic else (trainer._loss(batch, 1.0), targets * 0)
-        total += torch.stack([loss.double(), targets.double(), hits.double()])
-        trainer.beat("validating")
-        trainer.stop_if_asked()
-    reshard(trainer.model)
+        labels = batch["labels"].to(accelerator.device)
+        targets = (labels != IGNORE).sum()
+        outputs = forward(batch, 1.0, return_logits=synthetic)
+        hits = (outputs.logits.argmax(dim=-1) == labels).sum() if synthetic else targets * 0
+        total += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
+        between()
+    reshard(model)
     if accelerator.num_processes > 1:
         dist.all_reduce(total)
     nats, targets, hits = total.tolist()
     if synthetic:
         return Validation(nats / targets, accuracy=hits / targets)
-    if trainer.validation_bytes is None:  # the same text each time
-        trainer.validation_bytes = bytes_read(
-            trainer.prepared, recipe.data.sequence_length, recipe.eval.tokens
-        )
-    return Validation(nats / targets, bits_per_byte=nats / math.log(2) / trainer.validation_bytes)
+    return Validation(nats / targets, bits_per_byte=nats / math.log(2) / held_out_bytes)
 
 
 def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int:
@@ -84,25 +89,9 @@ def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) ->
     return sum(len(text.encode()) for text in texts[:-1]) + cut
 
 
-def tell_validation(trainer: "Trainer", found: Validation) -> None:
-    """Into the position, metrics.jsonl and the eyes of whoever looks."""
-    position = trainer.position
-    position.validated, position.validation_loss = position.step, found.loss
-    line = {
-        "step": position.step,
-        "tokens": position.step * trainer.recipe.train.tokens_per_step,
-        "validation_loss": found.loss,
-    }
+def validation_line(step: int, tokens_per_step: int, found: Validation) -> dict[str, Any]:
+    """The line of metrics.jsonl."""
+    line = {"step": step, "tokens": step * tokens_per_step, "validation_loss": found.loss}
     if found.accuracy is None:
-        line["bits_per_byte"] = found.bits_per_byte
-    else:
-        line["accuracy"] = found.accuracy
-    trainer.metrics.write(line)
-    trainer.line.validation(position.step, found.loss, found.bits_per_byte, found.accuracy)
-
-
-def _score(trainer: "Trainer", batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed loss, and how many targets are the likeliest token."""
-    outputs = trainer.forward(batch, 1.0, return_logits=True)
-    labels = batch["labels"].to(outputs.logits.device)
-    return outputs.loss, (outputs.logits.argmax(dim=-1) == labels).sum()
+        return line | {"bits_per_byte": found.bits_per_byte}
+    return line | {"accuracy": found.accuracy}
