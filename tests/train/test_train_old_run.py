@@ -1,6 +1,6 @@
 """A run that commit 9c681f8 made: its checkpoint still loads, and training goes on from it.
 
-`run_of_9c681f8.tar.xz` is what `lrnn train old.yaml` left there: eight steps of a model of 16 channels, and its
+`run_of_9c681f8.tar.xz` is what `lrnn train old.yaml` left there: eight steps of a model of 16 channels, its
 34 files of code. The losses below are those of the eight steps after them, by 9c681f8 too.
 """
 
