@@ -282,7 +282,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
 ) -> None:
     """Draw loss against tokens, and print a table of runs and their scores."""
-    from .evaluate.reporting import report as draw
+    from .evaluate import report as draw
 
     draw(runs, output)
     from .evaluate.reporting.card import write_run_card

@@ -115,6 +115,11 @@ def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def named_files(folder: Path) -> set[str]:
+    """The files that the manifest names. Others may be what a killed process left: they count for nothing."""
+    return set(json.loads(CheckpointFolder(folder).manifest.read_text())["files"])
+
+
 def _write_files(path: Path, files: dict[str, Any]) -> None:
     """Have the manifest of a finished checkpoint name these files, in one go."""
     manifest = {**json.loads(path.read_text()), "files": dict(sorted(files.items()))}

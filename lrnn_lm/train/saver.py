@@ -138,7 +138,7 @@ class Saver:
         self._agree(problem)
 
     def _complete(self, folder: Path) -> None:
-        if is_sharded_folder(folder) and not (folder / WEIGHTS).exists():
+        if is_sharded_folder(folder) and WEIGHTS not in checkpoint.named_files(folder):
             checkpoint.put_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
         if self._has_code and "auto_map" not in json.loads(CheckpointFolder(folder).config.read_text()):
             for name, text in files_with_code(folder).items():

@@ -49,7 +49,7 @@ def test_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
 def test_an_absent_gpu_is_said():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="no CUDA device"):
+    with pytest.raises(ValueError, match="no such CUDA device"):
         kernels.run(device="cuda")
 
 
