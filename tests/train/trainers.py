@@ -14,14 +14,14 @@ Build = Callable[..., Trainer]
 
 def send_at(trainer: Trainer, step: int, number: signal.Signals, validating: bool = False) -> None:
     """Have this process send itself a signal within step `step`, or within the validation after it."""
-    name = "_loss" if validating else "step"
+    name = "forward" if validating else "step"
     original = getattr(trainer, name)
 
-    def wrapped(*args: object) -> object:
+    def wrapped(*args: object, **options: object) -> object:
         now = trainer.position.step + (not validating)
         if now == step and not (validating and trainer.model.training):
             os.kill(os.getpid(), number)
-        return original(*args)
+        return original(*args, **options)
 
     setattr(trainer, name, wrapped)
 
