@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.scaling --output docs/results/scaling.json      # about 3 minutes on two H100
     python -m benchmarks.gpu.scaling --table docs/results/scaling.json       # its Markdown
-    python -m benchmarks.gpu.scaling --device cpu --output /tmp/scaling.json # a rehearsal, with a tiny model
+    python -m benchmarks.gpu.scaling --device cpu --output scaling.json # a rehearsal, with a tiny model
 
 Rows are random words, so no corpus is needed. One process measures one GPU; then two, started by our launcher
 with recipes/accelerate/ddp.yaml, train by DDP and by FSDP2 in turn. FSDP2's residual stream is bf16, as its

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from ..data import PreparedData, SyntheticData, validation_batches
 from ..data.encode import Encoder
@@ -56,10 +56,9 @@ def validate(
         accelerator.process_index,
         accelerator.num_processes,
     ):
-        labels = batch["labels"].to(accelerator.device)
-        targets = (labels != IGNORE).sum()
+        targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
         outputs = forward(batch, 1.0, return_logits=synthetic)
-        hits = (outputs.logits.argmax(dim=-1) == labels).sum() if synthetic else targets * 0
+        hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
         total += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
         between()
     reshard(model)
@@ -69,6 +68,11 @@ def validate(
     if synthetic:
         return Validation(nats / targets, accuracy=hits / targets)
     return Validation(nats / targets, bits_per_byte=nats / math.log(2) / held_out_bytes)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """() how many targets are the likeliest token. logits (B, T, V), labels (B, T) on any device."""
+    return (logits.argmax(dim=-1) == labels.to(logits.device)).sum()
 
 
 def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int:
