@@ -32,8 +32,8 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
             for left in final.parent.glob(f"{_BUILDING}{final.name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         aside = final.parent / f"{_BUILDING}{final.name}-{secrets.token_hex(4)}"
-        aside.mkdir()  # with the mode of any new folder, which tempfile's is not
-        try:
+        try:  # before the folder is made: a signal can hit between two lines
+            aside.mkdir()  # with the mode of any new folder, which tempfile's is not
             build(aside)
             _flush(aside)
             _rename_new(aside, final)

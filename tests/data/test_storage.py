@@ -1,0 +1,65 @@
+"""A prepared folder is whole or absent, whatever line a signal hits, and has the mode of any new folder."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+from types import FrameType
+
+import pytest
+
+from lrnn_lm.data.storage import build_folder
+
+
+def fill(folder: Path) -> None:
+    (folder / "file").write_text("x")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_prepared_folder_has_the_mode_of_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        monkeypatch.setattr(os, "umask", lambda value: pytest.fail("another thread would see it"))
+        build_folder(tmp_path / "made", fill)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o777 & ~umask
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["made"]
+
+
+def build_with_exit_at(line_event: int, final: Path) -> bool:
+    """Build `final` with SystemExit raised as the `line_event`th line of build_folder begins; whether it was."""
+    events = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal events
+        if frame.f_code is not build_folder.__code__:
+            return None
+        events += event == "line"
+        if events == line_event + 1 and event == "line":
+            raise SystemExit
+        return trace
+
+    old = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        build_folder(final, fill)
+    except SystemExit:
+        return True
+    finally:
+        sys.settrace(old)
+    return False
+
+
+def test_a_signal_between_any_two_lines_leaves_nothing_half_made(tmp_path: Path) -> None:
+    stopped = 0
+    while build_with_exit_at(stopped, tmp_path / f"{stopped}" / "made"):
+        parent = tmp_path / f"{stopped}"
+        assert not list(parent.glob(".building-*")), f"at line event {stopped}"
+        if (parent / "made").exists():
+            assert (parent / "made/file").read_text() == "x"
+        stopped += 1
+    assert stopped > 10  # each line once, and the build that no line stopped
