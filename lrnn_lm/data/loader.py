@@ -24,9 +24,8 @@ class TrainLoader:
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
     `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
-    loader to go on from there, on any number of ranks. `skips` are ranges of samples to leave out, from the
-    first sample of a step to that of another. `curriculum` is (length, steps) one after the other: in these
-    steps no token after the first `length` of a row has a target; steps that are skipped count.
+    loader to go on from there, on any number of ranks. `curriculum` is (length, steps) one after the other:
+    in these steps no token after the first `length` of a row has a target.
     `shards` are a split of text, or the rows of a synthetic task. Raises DataError if R does not split over
     the ranks, if the text is too short, or for a curriculum that leaves nothing to learn.
     """
@@ -43,7 +42,6 @@ class TrainLoader:
         num_workers: int = 0,
         position: int = 0,
         pin_memory: bool = False,
-        skips: Sequence[Sequence[int]] = (),
         curriculum: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.rows = _rows(shards, sequence_length)
@@ -69,7 +67,7 @@ class TrainLoader:
         self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
         self.rank, self.share = rank, rows_per_step // world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.skips, self.curriculum = skips, curriculum
+        self.curriculum = curriculum
         self.position = position
 
     @property
@@ -100,12 +98,11 @@ class TrainLoader:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         while True:
             step = [next(batches) for _ in range(self.micro_batches_per_step)]
-            first = past(self.position, self.skips)
-            learnt = self._learnt_length(first // self.rows_per_step)
+            learnt = self._learnt_length(self.position // self.rows_per_step)
             if learnt < self.rows.sequence_length:
                 for batch in step:
                     batch["labels"][:, learnt:] = IGNORED
-            self.position = first + self.rows_per_step
+            self.position += self.rows_per_step
             yield step
 
     def _learnt_length(self, step: int) -> int:
@@ -122,14 +119,6 @@ class TrainLoader:
         return self.rows.sequence_length
 
 
-def past(sample: int, skips: Sequence[Sequence[int]]) -> int:
-    """Where to read on from `sample`, if these ranges [first, end) are left out."""
-    for first, end in sorted(skips):
-        if first <= sample < end:
-            sample = end
-    return sample
-
-
 class _Batches:
     """Row numbers of this rank's micro-batches, from the loader's position on, without end."""
 
@@ -140,7 +129,6 @@ class _Batches:
         own = self._loader
         step = own.position
         while True:
-            step = past(step, own.skips)
             first = step + own.rank * own.share
             rows = rows_of_samples(first, own.share, own.num_rows, own.seed).tolist()
             for start in range(0, own.share, own.micro_batch):

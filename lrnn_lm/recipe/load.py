@@ -18,9 +18,13 @@ from .schema import Recipe
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
-# Keys that are gone: the value that said what is done anyway, which stored recipes have, and what to do.
-_REMOVED = {
-    "train.fp8": (False, "it was no faster than bf16; delete the key and use train.precision=bf16"),
+# Keys that are gone: the values that stored recipes may hold, as their runs go on, and what to do.
+_REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "train.fp8": ((False,), "it was no faster than bf16; delete the key and use train.precision=bf16"),
+    "train.max_rewinds": (
+        (0, 3),
+        "after train.max_bad_steps the run ends and says what to do; delete the key",
+    ),
 }
 
 
@@ -62,7 +66,7 @@ def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
     for dotted, (harmless, _) in _REMOVED.items():
         name, key = dotted.split(".")
         section = data.get(name)
-        if isinstance(section, dict) and section.get(key) is harmless:
+        if isinstance(section, dict) and any(section.get(key) is value for value in harmless):
             data = {**data, name: {other: value for other, value in section.items() if other != key}}
     return data
 

@@ -231,10 +231,7 @@ class TrainSection(Section):
         True,
         description="the residual stream in fp32 beside bf16 products (FSDP2's is in bf16 anyway)",
     )
-    max_bad_steps: int = Field(
-        10, ge=1, description="non-finite steps in a row after which it goes back to a good checkpoint"
-    )
-    max_rewinds: int = Field(3, ge=0, description="how often it may go back so; then the run ends")
+    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run ends")
     timeout_minutes: float = Field(
         10, gt=0, description="how long a rank waits for the others before the run ends"
     )

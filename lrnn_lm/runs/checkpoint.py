@@ -23,12 +23,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..files import fsync, replace_file
-from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name, step_of
+from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name
 
 FORMAT = 2
 _READABLE = (1, 2)
@@ -47,8 +47,7 @@ class CheckpointError(ValueError):
 class Position:
     """Where a run stands: optimiser steps done, samples passed, steps skipped, the last validation.
 
-    `data` is the content hash of the prepared text whose samples are counted; `skips` are the ranges of
-    samples [first, end) that are left out because they led nowhere.
+    `data` is the content hash of the prepared text whose samples are counted.
     """
 
     step: int = 0
@@ -58,7 +57,6 @@ class Position:
     validated: int = -1
     validation_loss: float | None = None
     data: str = ""
-    skips: list[list[int]] = field(default_factory=list)
 
 
 def aside_of(checkpoints: Path, step: int) -> Path:
@@ -141,13 +139,15 @@ def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
 
 def read_position(folder: Path) -> Position:
     """Where a checkpoint stands."""
-    return Position(**json.loads(CheckpointFolder(folder).state.read_text()))
+    state = json.loads(CheckpointFolder(folder).state.read_text())
+    state.pop("skips", None)  # of older versions; a run that has any is refused by its skips.json
+    return Position(**state)
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
     """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best.
 
-    And the last that was not written amid bad steps, to which the run may have to go back.
+    And the last that was not written amid bad steps: later weights may be the cause of them.
     """
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
@@ -188,16 +188,6 @@ def latest_name(checkpoints: Path) -> str:
     """The checkpoint last written or resumed from, for messages."""
     found = latest_checkpoint(checkpoints)
     return "none" if found is None else found.name
-
-
-def drop_after(checkpoints: Path, step: int) -> None:
-    """Take away the checkpoints of a future that the run has given up."""
-    for folder in list_checkpoints(checkpoints):
-        if step_of(folder) > step:
-            _remove(folder)
-    _point(checkpoints, LATEST, step_name(step))
-    if not (checkpoints / BEST).exists():
-        (checkpoints / BEST).unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def skips(self) -> Path:
-        """Ranges of samples that the run leaves out."""
+        """Ranges of samples that a run of an older version left out."""
         return self.path / "skips.json"
 
     @property

@@ -37,7 +37,6 @@ from ..runs.layout import RunFolder
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class
 from .parallel import launch_plan, share
-from .rewind import merged, read_skips
 from .runtime import make_accelerator, seed_everything
 from .stop import StopSignal
 from .tensors import load
@@ -141,11 +140,10 @@ def build_trainer(
     def resume() -> checkpoint.Position:
         content = prepared.manifest["content_hash"]
         if newest is None:
-            return checkpoint.Position(data=content, skips=read_skips(folder))
+            return checkpoint.Position(data=content)
         prepared.check_tokenizer(newest)
         position = load(newest, bare_model, optimizer, accelerator.process_index, group)
         _check_text(recipe, newest, position, content)
-        position.skips = merged(position.skips, read_skips(folder))
         return position
 
     def write(finished: bool) -> None:
@@ -258,6 +256,11 @@ def _load_tokenizer(folder: Path) -> Any:
 
 def check_unchanged(recipe: Recipe, folder: Path) -> None:
     """Raise ValueError, naming every difference, if a run's checkpoints are of another model or data."""
+    if RunFolder(folder).skips.exists():
+        raise ValueError(
+            f"{RunFolder(folder).skips}: this run left out samples after steps that were not finite, which "
+            "only an older lrnn-lm (commit 9065c68) goes on with; use that, or give this run another name=.."
+        )
     stored = RunFolder(folder).recipe
     if not stored.exists() or not checkpoint.list_checkpoints(RunFolder(folder).checkpoints):
         return

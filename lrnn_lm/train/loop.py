@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..data import PreparedData, SyntheticData
-from ..data.loader import past
 from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from ..runs import checkpoint
@@ -33,12 +32,11 @@ from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .progress import ProgressLine
-from .rewind import rewind
 from .rows import Batch, Rows
 from .saver import Saver
 from .step_log import StepResult, step_line
 from .stop import Stopped, StopSignal
-from .tensors import Group, load
+from .tensors import Group
 from .throughput import Spent, Throughput
 from .validate import bytes_read, validate, validation_line
 from .watch import Heartbeat, Stopwatch, slots
@@ -87,11 +85,9 @@ class Trainer:
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # held to the end of `run`
-        self.rewinds = 0
         self._worked = self.stalled = 0.0
         self.saved_step = position.step if position.step else -1
-        self._good_step = position.step - position.bad_in_a_row  # up to it, what was due is saved
-        self._timed_save_pending = False  # the clock rang during bad steps
+        self._save_pending = False  # a save came due during bad steps
 
     @property
     def checkpoints(self) -> Path:
@@ -149,7 +145,7 @@ class Trainer:
             self.saver.complete(self.position.step)
             return
         self.saver.warm_up()
-        self.rows.restart(self.position)
+        self.rows.start()
         settle_buckets(self.model, self._empty_pass)
         first = True
         while not self.finished:
@@ -185,7 +181,6 @@ class Trainer:
     def _train_step(self) -> StepResult:
         """One step with everything around it: rate, rows, measurement, the guard, the wish to stop."""
         position = self.position
-        position.samples = past(position.samples, position.skips)
         started = time.perf_counter()
         lr = learning_rate(
             position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
@@ -206,7 +201,7 @@ class Trainer:
             with self._stalling():
                 self.saver.finish()
         if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
-            self._rewind()
+            self._end_after_bad_steps()
         if result.unwritten:
             self.metrics.check()
         if result.stop:
@@ -347,34 +342,22 @@ class Trainer:
         self.metrics.write(line)
         self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
 
-    def _rewind(self) -> None:
-        """Back to the last good checkpoint; every rank calls it."""
+    def _end_after_bad_steps(self) -> None:
+        """Raise ValueError, with words on the main rank; a save under way is finished first."""
         self.saver.finish()
-        bad = self.position
-        found = rewind(
-            bad, self.folder, self.recipe, self.rewinds, self.accelerator, self._load, self.last_name
+        if not self.accelerator.is_main_process:
+            raise ValueError("")
+        raise ValueError(
+            f"the loss or its gradient was not finite for {self.position.bad_in_a_row} steps in a row, up to "
+            f"step {self.position.step}; lower optim.lr, then run again to go on from {self.last_name()}"
         )
-        self.rewinds += 1
-        self.position = found.position
-        self.metrics.cut_after(found.position)
-        self.metrics.write(found.line(bad.step, self.recipe.train.tokens_per_step))
-        self.saved_step, self.saver.good = found.position.step, found.folder.name
-        self.rows.restart(found.position)
-        if self.accelerator.is_main_process:
-            self.console.print(f"[yellow]{escape(found.message(bad))}", soft_wrap=True)
-
-    def _load(self, folder: Path) -> Position:
-        return load(folder, self.bare_model, self.optimizer, self.accelerator.process_index, self.group)
 
     def _save_is_due(self, rang: bool) -> bool:
-        """Never amid bad steps: what became due in one is made up after the next good one."""
-        self._timed_save_pending = self._timed_save_pending or rang
+        """Whether to save now. What comes due amid bad steps waits for the next good one."""
+        self._save_pending |= self.save_cadence.due(self.position.step, rang)
         if self.position.bad_in_a_row:
             return False
-        steps = range(self._good_step + 1, self.position.step + 1)
-        self._good_step = self.position.step
-        due = any(self.save_cadence.due(step, self._timed_save_pending) for step in steps)
-        self._timed_save_pending = self._timed_save_pending and not due
+        due, self._save_pending = self._save_pending, False
         return due
 
     def _save(self, wait: bool = False) -> None:

@@ -59,13 +59,6 @@ class Metrics:
         if self.problem is not None or self._file is None:
             raise ValueError(self.problem or "")
 
-    def cut_after(self, position: Position) -> None:
-        """Drop the lines of steps that the run has gone back over."""
-        if self._file is not None:
-            self._file.close()
-            _cut_after(self._path, position)
-            self._file = self._path.open("a", encoding="utf-8")
-
     def sync(self) -> None:
         """Have the lines on disk, so that no checkpoint is ahead of them."""
         if self._file is not None:

@@ -24,16 +24,12 @@ class Rows:
         position: Position,
     ):
         """Raises ValueError if a step's rows do not split over the ranks."""
-        self._recipe, self._prepared, self._accelerator = recipe, prepared, accelerator
+        self._recipe, self._accelerator = recipe, accelerator
         self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
         self._waited = 0.0
-        self.loader = self._make_loader(position)
-
-    def _make_loader(self, position: Position) -> TrainLoader:
-        recipe, accelerator = self._recipe, self._accelerator
-        return TrainLoader(
-            self._prepared.train,
+        self.loader = TrainLoader(
+            prepared.train,
             recipe.data.sequence_length,
             recipe.seed,
             recipe.rows_per_step,
@@ -43,15 +39,12 @@ class Rows:
             num_workers=recipe.data.num_workers,
             position=position.samples,
             pin_memory=accelerator.device.type == "cuda",
-            skips=position.skips,
             curriculum=[(stage.length, stage.steps) for stage in recipe.data.curriculum],
         )
 
-    def restart(self, position: Position) -> None:
-        """Read from this position on."""
-        self.close()
-        self.loader = self._make_loader(position)
-        self._batches, self._ahead = iter(self.loader), None
+    def start(self) -> None:
+        """Begin to read: workers start here."""
+        self._batches = iter(self.loader)
 
     def take(self) -> list[Batch]:
         """The next step's micro-batches."""

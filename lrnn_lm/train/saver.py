@@ -102,7 +102,7 @@ class Saver:
         self._agree(problem)
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
-        state = replace(position, skips=[list(skip) for skip in position.skips])
+        state = replace(position)  # training goes on while it is written
         self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random_state(), last)
         if not self._section.background:
             self.finish()

@@ -31,7 +31,7 @@ def test_a_prepared_folder_has_the_mode_of_a_new_one(
 
 
 def build_with_exit_at(line_event: int, final: Path) -> bool:
-    """Build `final` with SystemExit raised as the `line_event`th line of build_folder begins; whether it was."""
+    """Build `final` with SystemExit raised as build_folder's `line_event`th line begins; whether it was."""
     events = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> object:

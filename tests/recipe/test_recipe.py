@@ -236,11 +236,17 @@ def test_wrong_overrides(override, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("value", [True, 1, None, "yes", {}])
-def test_a_removed_key_names_what_takes_its_place(tmp_path, value):
-    path = write(tmp_path, "old.yaml", f"train: {{fp8: {json.dumps(value)}}}")
-    for arguments in ((path,), ("recipes/demo.yaml", [f"train.fp8={json.dumps(value)}"])):
-        with pytest.raises(RecipeError, match=r"train\.fp8: was removed: .*train\.precision=bf16") as error:
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        *(("fp8", v, "train.precision=bf16") for v in (True, 1, None, "yes", {})),
+        ("max_rewinds", 5, "max_bad_steps"),
+    ],
+)
+def test_a_removed_key_names_what_takes_its_place(tmp_path, key, value, instead):
+    path = write(tmp_path, "old.yaml", f"train: {{{key}: {json.dumps(value)}}}")
+    for arguments in ((path,), ("recipes/demo.yaml", [f"train.{key}={json.dumps(value)}"])):
+        with pytest.raises(RecipeError, match=rf"train\.{key}: was removed: .*{instead}") as error:
             load_recipe(*arguments)
         assert "\n" not in str(error.value)
 
@@ -249,7 +255,7 @@ def test_a_stored_recipe_may_hold_a_removed_key_that_was_off(tmp_path):
     """What older versions wrote into every run folder: the run goes on."""
     stored = yaml.safe_load(dump_recipe(load_recipe("recipes/demo.yaml")))
     assert "fp8" not in stored["train"]
-    stored["train"]["fp8"] = False
+    stored["train"] |= {"fp8": False, "max_rewinds": 3}
     path = write(tmp_path, "recipe.yaml", yaml.safe_dump(stored))
     assert load_recipe(path) == load_recipe("recipes/demo.yaml")
 

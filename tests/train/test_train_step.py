@@ -142,7 +142,7 @@ def test_what_was_due_at_a_poisoned_step_is_made_up(build: Build) -> None:
     assert [step for step, _ in validations(trainer.folder)] == [5, 10, 12]
 
 
-def test_made_up_by_a_run_that_was_stopped_amid_poisoned_steps(build: Build) -> None:
+def test_a_stop_amid_poisoned_steps_is_saved_and_gone_on_from(build: Build) -> None:
     trainer = build("checkpoint.keep_last=9")
     poison(trainer, [4, 5])
     send_at(trainer, 4, signal.SIGTERM)
@@ -151,7 +151,8 @@ def test_made_up_by_a_run_that_was_stopped_amid_poisoned_steps(build: Build) -> 
     resumed = build("checkpoint.keep_last=9")
     poison(resumed, [5])
     resumed.run()
-    assert saved(resumed) == [4, 6, 8, 12]
+    assert saved(resumed) == [4, 8, 12]
+    assert metrics(resumed.folder)[-1]["step"] == 12
 
 
 def test_a_clock_that_rang_amid_poisoned_steps(build: Build) -> None:
