@@ -71,24 +71,27 @@ def test_stopped_and_resumed_is_straight_through(build: Build, straight: Path, w
     assert parts == whole
 
 
-@pytest.fixture
-def in_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trainers under bf16 autocast. A recipe has that on a GPU only; a CPU's stands in for it."""
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def bf16_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where trainers are under bf16 autocast. A recipe has that on a GPU only; a CPU's stands in for it."""
 
     def accelerator(*_: object) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps its first precision
         return Accelerator(cpu=True, mixed_precision="bf16")
 
-    monkeypatch.setattr("lrnn_lm.train.build.make_accelerator", accelerator)
-    yield
+    if request.param == "cpu":
+        monkeypatch.setattr("lrnn_lm.train.build.make_accelerator", accelerator)
+    yield request.param
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_bf16")
-def test_in_bf16_and_compiled(build: Build) -> None:
+def test_in_bf16_and_compiled(build: Build, bf16_device: str) -> None:
     """A hybrid under autocast, its blocks compiled: what is resumed has compiled anew."""
-    plain = ("model.layer_pattern=[bd_lru, attention]", "train.tokens=3072", "eval.every=3 steps")
+    plain = (
+        "model.layer_pattern=[bd_lru, attention]", "train.tokens=3072", "eval.every=3 steps",
+        f"train.device={bf16_device}",
+    )  # fmt: skip
     overrides = ("train.compile=true", *plain)
     eager = build("name=eager", *plain)
     eager.run()
