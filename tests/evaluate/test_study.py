@@ -93,7 +93,6 @@ def test_a_rehearsal_leaves_no_trace(after):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("model", ["bd_lru-m5", "h_lru-m4", "lstm", "attention", "mamba2"])
 def test_a_graph_does_what_the_step_does(model):
     """Losses of a captured run against those of the same steps as written, over two lengths."""

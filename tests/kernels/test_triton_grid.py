@@ -6,13 +6,13 @@ Outputs are NaN-poisoned throughout, as in `test_triton.py`.
 import pytest
 import torch
 from scans import LENGTHS, SCANS, SIZES, make_inputs
-from triton_cases import DEVICE, GPU, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
+from triton_cases import DEVICE, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import GATES, block_diagonal_scan
 
 pytest.importorskip("triton")
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+gpu = pytest.mark.gpu
 PARAMETERS = [pytest.param(scan, marks=gpu) for scan in SCANS]
 
 

@@ -45,7 +45,6 @@ installed = pytest.mark.skipif(
     importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
 )
 interpreted = pytest.fixture(interpreted_kernels)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> FlaMixer:
@@ -318,7 +317,6 @@ def test_padding_and_documents_in_a_row_do_not_show(interpreted, kind):
 
 
 @installed
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
@@ -339,7 +337,6 @@ def test_native_output_and_state(name):
 
 
 @installed
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TYPES)
 def test_native_training_lowers_the_loss(kind):

@@ -162,8 +162,6 @@ def test_a_probe_of_the_diagonal_has_no_fused_step():
 @torch.no_grad()
 def test_kernels_that_begin_before_the_ones_ahead_have_ended(name):
     """Programs enough to fill a device, layers enough to overtake: the right numbers, and the same twice."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     mixer = {"type": name, "num_blocks": 300, ("block_size" if name == "bd_lru" else "order"): 4}
     sizes = {"vocab_size": 5000, "hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2048}
     model = small_model(name, mixer=mixer, **sizes).to("cuda")

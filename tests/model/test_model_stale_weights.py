@@ -116,8 +116,6 @@ WRITES = [through_data, other_data, other_storage, in_inference_mode, foreach, f
 @torch.no_grad()
 def test_the_next_step_has_the_new_weights(write, device):
     pytest.importorskip("triton")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     model, ids = small_model("bd_lru", num_hidden_layers=2).to(device), tokens(rows=1, length=7).to(device)
 
     def by_step():
@@ -142,8 +140,6 @@ def test_the_next_step_has_the_new_weights(write, device):
 @pytest.mark.parametrize("write", [through_data, other_data, in_inference_mode, one_projection_of_each])
 def test_generate_on_a_gpu_has_the_new_weights(write, rows, name):
     """Fused for one row, the plain graph for nine in fp32."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     if name == "lstm" and write is one_projection_of_each:
         pytest.skip("an LSTM has no such projection")
     model, ids = small_model(name).cuda(), tokens(rows=rows, length=6).cuda()

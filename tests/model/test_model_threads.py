@@ -27,8 +27,6 @@ ROWS = [*(("bd_lru", way) for way in WAYS), *((name, "our loop") for name in OUR
 
 
 def on(device, name):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     return small_model(name).to(device)
 
 
