@@ -150,8 +150,9 @@ Joint = tuple[Tensor, Tensor | None]  # weight and bias of several projections s
 class JointProjections:
     """For a module with several projections of the same input: one product, where their weights lie together.
 
-    The projections' own weights are what is trained, saved and adapted; a step of decoding passes copies that
-    lie side by side.
+    Why not one parameter for all: adapters (PEFT's `target_modules`), Muon, which orthogonalises each matrix,
+    and the checkpoints of every version find each projection under its own name. The cost: each call of
+    `generate` copies the weights side by side, which takes about as long as one token.
     """
 
     joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
