@@ -3,7 +3,7 @@
 If transformers' table of configurations is loaded already, ours is imported and registers; otherwise an
 import hook waits for it. So `import lrnn_lm`, and with it `lrnn --help`, takes 0.05 s of CPU time in place of
 the 4 s of torch and transformers, and whoever then uses the Auto classes finds `model_type: lrnn` in them; no
-plug-in interface of transformers does that. The model classes follow with the first LRNNConfig that is made, see
+plug-in interface of transformers does that. The model classes follow with the first LRNNConfig, see
 model/config.py: importing them from the hook, in the middle of transformers' own imports, would run into
 half-made modules.
 """

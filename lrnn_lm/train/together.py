@@ -2,7 +2,7 @@
 
 Why not Accelerate's `main_process_first`: its barrier is a collective. A rank in one hears no signal, so a
 job that SLURM stops during an hour of tokenisation would be killed, not requeued; it times out after
-`train.timeout_minutes`; and a rank that has failed leaves the others waiting. So while the first rank prepares
+`train.timeout_minutes`; and a rank that failed leaves the others waiting. So while the first rank prepares
 data the others ask the rendezvous store, a few times a second, how it stands; a stop on any of them comes to
 the first one by the same way; and what one rank cannot do ends all of them with its message.
 """
