@@ -11,29 +11,34 @@ bench_app = typer.Typer(
 SLOWER = 1  # exit code of a comparison that finds something slower
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-Output = Annotated[Path | None, typer.Option(help="JSON lines for the rows; pictures go beside it")]
-Contenders = Annotated[str, typer.Option(help="names or recipes, separated by commas; the first come first")]
-Budget = Annotated[float | None, typer.Option(help="leave out what would end after so many seconds")]
-Width = Annotated[int | None, typer.Option(help="model width in place of the size's; the rest is scaled")]
-Layers = Annotated[int | None, typer.Option(help="layers of the reference in place of the size's")]
-Vocab = Annotated[int | None, typer.Option(help="vocabulary in place of the recipes'")]
-Processes = Annotated[int, typer.Option(help="measure so often, each time in a new process; medians")]
+Output = Annotated[Path | None, typer.Option(help="write rows as JSON lines; plots go beside the file")]
+Contenders = Annotated[str, typer.Option(help="names or recipes in order of running, separated by commas")]
+Budget = Annotated[float | None, typer.Option(help="time budget: skip (and report) what would end later")]
+Width = Annotated[int | None, typer.Option(help="model width instead of the size's; the rest is scaled")]
+Layers = Annotated[int | None, typer.Option(help="layers of the reference model instead of the size's")]
+Vocab = Annotated[int | None, typer.Option(help="vocabulary size instead of the recipes'")]
+Processes = Annotated[int, typer.Option(help="measure in this many processes, report the median")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
 
 
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    compare: Annotated[Path | None, typer.Option(help="an earlier run's file: run it again, compare")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="result file of an earlier run: run it again and compare")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="compare with this file instead of running")] = None,
     tolerance: Annotated[float, typer.Option(help="allowed slowdown, as a fraction")] = 0.05,
     device: Device = "auto",
 ) -> None:
-    """Measure speed, contenders side by side in one run. --compare exits with 1 where something is slower."""
+    """Measure speed, contenders side by side in one run.
+
+    --compare exits with code 1 if something is slower.
+    """
     if compare is None:
         if context.invoked_subcommand is None:
             raise ValueError(
-                "name a benchmark (kernels, train, decode), or --compare and an earlier run's file"
+                "name a benchmark (kernels, train, decode), or --compare and the file of an earlier run"
             )
         return
     if context.invoked_subcommand is not None:
@@ -48,14 +53,17 @@ def bench(
 @bench_app.command()
 def kernels(
     device: Device = "auto",
-    output: Annotated[Path | None, typer.Option(help="JSON file for the rows")] = None,
-    tokens: Annotated[int, typer.Option(help="B * T of a scan on a GPU")] = 65_536,
-    length: Annotated[int, typer.Option(help="T of a scan on a GPU")] = 2048,
-    peers: Annotated[bool, typer.Option(help="measure other formulations beside ours")] = True,
-    layers: Annotated[bool, typer.Option(help="measure whole mixer layers")] = True,
-    only: Annotated[str, typer.Option(help='on a GPU, the sizes that this names, or "peers"')] = "",
+    output: Annotated[Path | None, typer.Option(help="write rows to this JSON file")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of a scan on a GPU: B * T")] = 65_536,
+    length: Annotated[int, typer.Option(help="tokens a row of a scan on a GPU: T")] = 2048,
+    peers: Annotated[bool, typer.Option(help="also measure other implementations")] = True,
+    layers: Annotated[bool, typer.Option(help="also measure whole mixer layers")] = True,
+    only: Annotated[str, typer.Option(help='on a GPU: only sizes whose label holds this, or "peers"')] = "",
 ) -> None:
-    """Time the scans against the reference on a CPU, against copy speed and peers on a GPU."""
+    """Time the scans.
+
+    On a CPU against the reference loop; on a GPU against copy speed and other implementations.
+    """
     from .kernels import run
 
     run(device, output, tokens=tokens, length=length, peers=peers, layers=layers, only=only)
@@ -66,24 +74,29 @@ def train(
     device: Device = "auto",
     output: Output = None,
     contenders: Contenders = "",
-    lengths: Annotated[str, typer.Option(help="tokens a row, separated by commas")] = "2048",
-    tokens: Annotated[str, typer.Option(help="tokens a step, separated by commas")] = "32768",
+    lengths: Annotated[str, typer.Option(help="tokens per row, separated by commas")] = "2048",
+    tokens: Annotated[str, typer.Option(help="tokens per step, separated by commas")] = "32768",
     sizes: Annotated[
-        str, typer.Option(help="50M, 125M, 212M, 350M, 760M, 1.3B, separated by commas")
+        str, typer.Option(help="of 50M, 125M, 212M, 350M, 760M, 1.3B, separated by commas")
     ] = "212M",
     width: Width = None,
     layers: Layers = None,
     vocab: Vocab = None,
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option(help="compile the blocks")] = True,
-    steps: Annotated[int, typer.Option(help="steps that are timed")] = 10,
-    warmup: Annotated[int, typer.Option(help="steps before them, after the first")] = 3,
-    checkpointing: Annotated[bool, typer.Option(help="recompute layers in the backward pass")] = False,
-    loss_chunk: Annotated[int | None, typer.Option(help="tokens whose logits exist at once")] = None,
-    profile: Annotated[int, typer.Option(help="also list so many of a step's longest kernels")] = 0,
+    steps: Annotated[int, typer.Option(help="timed steps")] = 10,
+    warmup: Annotated[int, typer.Option(help="untimed steps before them, the first not counted")] = 3,
+    checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = False,
+    loss_chunk: Annotated[
+        int | None, typer.Option(help="tokens whose logits exist at once in the loss")
+    ] = None,
+    profile: Annotated[int, typer.Option(help="also list this many of a step's longest kernels")] = 0,
     residual_in_fp32: Annotated[
         bool | None,
-        typer.Option("--residual-in-fp32/--residual-in-bf16", help="between blocks; default: the recipes'"),
+        typer.Option(
+            "--residual-in-fp32/--residual-in-bf16",
+            help="dtype of the residual stream; default: the recipes'",
+        ),
     ] = None,
     processes: Processes = 1,
     budget_seconds: Budget = None,
@@ -106,26 +119,26 @@ def decode(
     device: Device = "auto",
     output: Output = None,
     contenders: Contenders = "",
-    batches: Annotated[str, typer.Option(help="rows decoded at once, separated by commas")] = "1,64",
+    batches: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,64",
     contexts: Annotated[
-        str, typer.Option(help="tokens before, separated by commas")
+        str, typer.Option(help="tokens of context, separated by commas")
     ] = "1024,8192,32768,1048576",
     modes: Annotated[
-        str, typer.Option(help="how a token is made, separated by commas")
+        str, typer.Option(help="ways to decode, separated by commas")
     ] = "fused,graph,compiled,generate",
     size: Annotated[str, typer.Option(help="50M, 125M, 212M, 350M, 760M or 1.3B")] = "212M",
     width: Width = None,
     layers: Layers = None,
     vocab: Vocab = None,
     precision: Precision = "auto",
-    tokens: Annotated[int, typer.Option(help="tokens that are timed")] = 64,
+    tokens: Annotated[int, typer.Option(help="timed tokens")] = 64,
     emulate: Annotated[
-        bool, typer.Option("--emulate", help="recurrent models read 1k tokens, however long the context")
+        bool, typer.Option("--emulate", help="recurrent models read only 1,024 tokens of any context")
     ] = False,
     processes: Processes = 1,
     budget_seconds: Budget = None,
 ) -> None:
-    """Time prefill and decoding, a token at a time, beside the limit of the device's memory."""
+    """Time prefill and decoding, against the memory bandwidth limit."""
     from .decode import DEFAULT, DecodeSettings, run
 
     settings = DecodeSettings(

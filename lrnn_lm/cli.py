@@ -1,8 +1,8 @@
 """The command line: `lrnn prepare | train | submit | eval | generate | bench | export | info | report`.
 
-Each command imports what it needs when it runs, so that `--help` is quick. Whatever a user can get wrong
-arrives here as a ValueError with a message of one or two lines, and leaves as exit code 2; set
-LRNN_TRACEBACK=1 to see where it came from.
+Each command imports what it needs when it runs, so that `--help` is quick. A user's mistake arrives here as a
+ValueError. `main` prints its message (one or two lines) and exits with code 2; LRNN_TRACEBACK=1 shows the
+traceback instead.
 """
 
 import errno
@@ -32,13 +32,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file (YAML)")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="dotted overrides")
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of the recipe")
 ]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a checkpoint folder")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run the code that comes with a model of others")
+    bool, typer.Option("--trust-remote-code", help="run the Python code in the checkpoint's folder")
 ]
 
 
@@ -54,13 +54,20 @@ def lrnn(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """Pretrain, score and run language models built on linear recurrent networks."""
-    check_transformers()  # before a command imports it: an old one fails in the midst of an import
+    """Pretrain, score and run language models built on linear recurrent networks.
+
+    Exit codes: 0 done; 2 a mistake in what you asked for, explained in one or two lines (LRNN_TRACEBACK=1
+    shows where it was found); 85 stopped by a signal after saving.
+    """
+    check_transformers()  # before a command imports it: an old version fails halfway through the import
 
 
 @app.command()
 def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train or fetch the tokenizer, and tokenise the text into shards."""
+    """Train or fetch the tokenizer and write the token shards.
+
+    `lrnn train` does this itself. Run it first where many GPUs would wait for it.
+    """
     from .data import SyntheticData
     from .recipe import load_recipe
     from .train.build import prepare_data
@@ -79,12 +86,17 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train a recipe, or go on with its run where that stopped; then score it on eval.tasks."""
+    """Train a recipe, or resume its run.
+
+    Resumes from the newest valid checkpoint of runs/NAME. Scores the trained model on eval.tasks at the end.
+    SIGTERM, SIGUSR1, SIGINT or SIGHUP saves what was trained and exits with code 85. On several GPUs:
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
+    """
     from .train.stop import Stopped, StopSignal
 
     try:
         with StopSignal() as stop:
-            stop.hold()  # within an import it would come out as that import's error
+            stop.hold()  # a signal during an import would be reported as that import's error
             from .api import train_and_score
             from .recipe import load_recipe
 
@@ -99,22 +111,24 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def submit(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="machines")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each; 0 trains on its CPUs")] = None,
-    time: Annotated[str | None, typer.Option(help="SLURM's time limit, as in 24:00:00")] = None,
-    array: Annotated[Path | None, typer.Option(help="a sweep (YAML): one run for each of its lines")] = None,
-    array_limit: Annotated[int | None, typer.Option(help="runs of an array at one time")] = None,
-    partition: Annotated[str | None, typer.Option(help="where to run")] = None,
-    account: Annotated[str | None, typer.Option(help="who pays")] = None,
-    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
-    module: Annotated[list[str] | None, typer.Option(help="load a module; may be repeated")] = None,
-    container: Annotated[str | None, typer.Option(help="an image to run in")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="another option of sbatch; may be repeated")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script only")] = False,
+    nodes: Annotated[int | None, typer.Option(help="number of machines")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per machine; 0: train on its CPUs")] = None,
+    time: Annotated[str | None, typer.Option(help="time limit of the job, as in 24:00:00")] = None,
+    array: Annotated[Path | None, typer.Option(help="sweep file (YAML), one run per combination")] = None,
+    array_limit: Annotated[int | None, typer.Option(help="runs of the array at a time, at most")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account to charge")] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM quality of service")] = None,
+    module: Annotated[list[str] | None, typer.Option(help="environment module to load; repeatable")] = None,
+    container: Annotated[str | None, typer.Option(help="container image to run in")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="any other sbatch option; repeatable")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script, submit nothing")] = False,
 ) -> None:
-    """Train a recipe as a SLURM job that saves, requeues and resumes by itself until it is done."""
+    """Train a recipe as a SLURM job that requeues itself until done.
+
+    The job saves before its time limit or a preemption, requeues, and resumes from its newest checkpoint. The
+    recipe's launch section sets the same options; slurm/README.md explains them.
+    """
     from .launch import submit as submit_job
 
     flags = {
@@ -130,29 +144,35 @@ def submit(
 def evaluate_checkpoint(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoint folders")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas")] = "",
-    suite: Annotated[Path | None, typer.Option(help="a suite file of tasks (YAML)")] = None,
-    limit: Annotated[int | None, typer.Option(help="documents a task")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for the JSON; default: the run's eval/")] = None,
+    suite: Annotated[Path | None, typer.Option(help="YAML file of tasks, or a name in eval/suites")] = None,
+    limit: Annotated[int | None, typer.Option(help="score at most this many documents per task")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for results; default: eval/ of the run")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="held-out documents (JSONL), or the folder of the offline tasks")
+        Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="examples before each question")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="solved examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
-    max_length: Annotated[int | None, typer.Option(help="longest window in tokens")] = None,
+    max_length: Annotated[int | None, typer.Option(help="longest window, in tokens")] = None,
     length: Annotated[
-        str | None, typer.Option(help="probe rows this long: 16x the training length, or tokens")
+        str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="of the rows of state, mad and long tasks, separated by commas")
+        str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
     ] = "",
     recall: Annotated[
-        bool, typer.Option("--recall", help="probe the loss of what the context already holds")
+        bool, typer.Option("--recall", help="probe the loss on tokens that already occurred in the context")
     ] = False,
-    rows: Annotated[int | None, typer.Option(help="rows of a probe; default: 16, of --recall 64")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score checkpoints on lm-eval tasks, those in eval/tasks included; or probe them at a length."""
+    """Score checkpoints on lm-eval tasks, or probe them.
+
+    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length and --recall are probes: no
+    task is scored then, unless --tasks or --suite is given too. eval/README.md explains tasks and probes.
+    """
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)
@@ -201,28 +221,28 @@ def _numbers(text: str) -> list[int] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--lengths {text}: whole numbers are wanted, as in --lengths 32,512")
+        raise ValueError(f"--lengths {text}: expected whole numbers above 0, as in --lengths 32,512")
     return [int(part) for part in parts]
 
 
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    prompt: Annotated[str, typer.Option(help="beginning of the text")] = "",
     prompt_file: Annotated[
-        Path | None, typer.Option(help="text of any length before the prompt; not printed again")
+        Path | None, typer.Option(help="file to read before the prompt, of any length; not printed")
     ] = None,
-    segment: Annotated[int, typer.Option(help="tokens of a prompt file read at once")] = 2048,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="sample among the k likeliest")] = None,
-    top_p: Annotated[float | None, typer.Option(help="sample among the likeliest of this mass")] = None,
-    seed: Annotated[int | None, typer.Option(help="for the same text again")] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="the likeliest token each time")] = False,
+    segment: Annotated[int, typer.Option(help="tokens of the prompt file read at once")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(help="write at most this many tokens")] = 100,
+    temperature: Annotated[float, typer.Option(help="divides the logits before sampling; 0: greedy")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="sample from the k likeliest tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="nucleus sampling: probability to keep")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed: the same seed gives the same text")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="always take the likeliest token")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write text, token by token."""
+    """Continue a prompt, printed as it is generated."""
     from .evaluate import generate as stream
 
     stream(
@@ -244,13 +264,17 @@ def generate(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: as the checkpoint has it")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write")],
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the checkpoint")] = None,
     license: Annotated[
-        str, typer.Option(help="the model's licence, for its card: apache-2.0, ..")
+        str, typer.Option(help="licence named in the model card, as in apache-2.0")
     ] = "unknown",
 ) -> None:
-    """Write a checkpoint as a folder that loads without lrnn-lm: weights, tokenizer, code and model card."""
+    """Write a folder that loads without lrnn-lm.
+
+    It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
+    (trust_remote_code=True).
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from .evaluate.reporting.card import write_export_card
@@ -266,11 +290,14 @@ def export(
 @app.command()
 def info(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="a recipe or a checkpoint folder")
+        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="recipe file or checkpoint folder")
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Tell what a recipe or a checkpoint costs: parameters, FLOPs a token, state, memory, steps."""
+    """Show the cost of a recipe or checkpoint, without training.
+
+    Parameters, FLOPs per token, state size, training memory (estimated), steps.
+    """
     from .train.info import print_info
 
     print_info(target, overrides)
@@ -278,10 +305,10 @@ def info(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
-    output: Annotated[Path | None, typer.Option(help="picture, Markdown file or folder")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, as in runs/demo")],
+    output: Annotated[Path | None, typer.Option(help="plot (.png, ..), report (.md) or folder")] = None,
 ) -> None:
-    """Draw loss against tokens, and print a table of runs and their scores."""
+    """Plot loss curves and print a table of runs and scores."""
     from .evaluate import report as draw
 
     draw(runs, output)
@@ -301,42 +328,43 @@ def report(
     },
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed, contenders side by side: kernels, train, decode, or --compare. From a clone."""
+    """Measure speed: kernels, train, decode (from a clone only)."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "commands.py").is_file():
         raise ValueError(
             "the benchmarks are not part of the installed package: run lrnn bench from a clone of the "
             "repository, installed with pip install --editable ."
         )
-    sys.path.insert(0, str(root))  # another package of this name may be installed
+    sys.path.insert(0, str(root))  # first: another package named benchmarks may be installed
     from benchmarks.commands import bench_app
 
     bench_app(args=context.args, prog_name="lrnn bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 0 when done, 2 on a user's mistake, 85 when stopped by a signal."""
+    """Run the command line. Exit codes: 0 done, 2 a user's mistake, 85 stopped by a signal."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a command's work
+        sys.stdout.reconfigure(errors="replace")  # print ? for what the terminal cannot show, do not crash
     try:
         app(args=arguments, prog_name="lrnn")
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        if (message := _message(mistake)) and _tells():  # no message where another rank tells it
+        if (message := _message(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
 def _is_users(mistake: Exception) -> bool:
-    """What we raise is a message to the user; of the system's errors, those that a user can mend."""
+    """Whether a user can fix it: every ValueError of ours, and the system errors listed in _USERS_ERRNO."""
     return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 
 def _tells() -> bool:
-    """Until the ranks of a run have met each finds the same mistake: the first of a machine tells it.
+    """Whether this rank prints the message.
 
-    In a job of `lrnn submit` each has a log of its own, and tells it there.
+    Before the process group exists every rank finds the same mistake, so only local rank 0 prints it. In a
+    job of `lrnn submit` (LRNN_LOGS) every rank has its own log and prints it there.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0" or "LRNN_LOGS" in os.environ:
         return True

@@ -269,7 +269,7 @@ def decode() -> str:
 
 
 def readme() -> str:
-    """The README's: what bd-m4 does, and what to read it with."""
+    """The README's table: what bd-m4 does, with the note that each number needs."""
     scans = [r for r in rows_of("kernels-h100.json") if "forward_share" in r and r["B"] > 1]
     upto_8 = [r for r in scans if r["shape"]["family"] == "bd_lru" and r["shape"]["M"] <= 8]
     shares = [r[key] for r in upto_8 for key in ("forward_share", "backward_share")]
@@ -278,30 +278,31 @@ def readme() -> str:
         at[row["contender"], row["T"]] = row
     deep = [ratio(at["transformer", T], at["bd-m4", T]) for T in (2048, 8192, 32768)]
     others = [
-        [f"training beside {name}", f"{ratio(rows_of(file)[0], at['bd-m4', 2048])} times as fast", handicap]
+        [f"training, against {name}", f"{ratio(rows_of(file)[0], at['bd-m4', 2048])} times as fast", handicap]
         for name, file, handicap in PEERS
     ]
     same = rows_of("train-h100.jsonl", contender="transformer-same-shape", T=2048)
     same_shape = [
-        f"not measured; {estimate_same_shape():.2f} by estimate",
-        "from the profile: bd-m4 is slower",
+        f"not measured; estimate: {estimate_same_shape():.2f} times as fast",
+        "estimated from the profile of 19 layers: BD-LRU is slower",
     ]
     if same:
-        same_shape = [f"{ratio(same[0], at['bd-m4', 2048])} times as fast", "162M parameters for 212M"]
+        same_shape = [f"{ratio(same[0], at['bd-m4', 2048])} times as fast", "it has 162M parameters"]
     one = row_of("decode-h100.jsonl", B=1, mode="fused", context=1024)
     peer = row_of("decode-transformer-h100.jsonl", context=1024)
     lines = [
-        ["scans, blocks of 1 to 8, full batch", f"{min(shares):.2f} to {max(shares):.2f} of copy speed", ""],
-        ["training, 212M, 2,048 tokens a row", f"MFU {at['bd-m4', 2048]['mfu']:.3f}", "residual in fp32"],
-        ["beside a Transformer of equal parameters, 2,048 / 8,192 / 32,768 tokens a row",
-         " / ".join(deep) + " times as fast", "it has 19 layers for 12"],
-        ["beside a Transformer of equal depth and width, 2,048 tokens a row", *same_shape],
+        ["scan kernels, M = 1 to 8, full batch", f"{min(shares):.2f} to {max(shares):.2f} of copy speed", ""],
+        ["training, rows of 2,048 tokens", f"MFU {at['bd-m4', 2048]['mfu']:.3f}", "residual stream in fp32"],
+        ["training, against a Transformer of equal parameters, rows of 2,048 / 8,192 / 32,768 tokens",
+         " / ".join(deep) + " times as fast", "it has 19 layers, BD-LRU 12"],
+        ["training, against a Transformer of equal depth and width, rows of 2,048 tokens", *same_shape],
         *others,
-        ["decoding, batch 1, after 1,024 tokens", f"{1e3 * one['token_seconds']:.3f} ms a token",
+        ["decoding, batch 1, context of 1,024 tokens", f"{1e3 * one['token_seconds']:.3f} ms a token",
          f"Transformer of 19 layers, not compiled: {1e3 * peer['token_seconds']:.2f} ms"],
     ]  # fmt: skip
     least = min(processes(row) for row in (*at.values(), one, peer))
-    return table([f"BD-LRU M = 4 on one H100, processes a row: {least}", "", "read it with"], lines)
+    head = [f"BD-LRU M = 4, 212M parameters, one H100, {least} process a row", "", "note"]
+    return table(head, lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""The `launch` section: what a recipe says of its SLURM job."""
+"""The `launch` section of a recipe: its SLURM job."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from .quantities import TimeLimit, parse_time_limit
 from .section import Section
 
 _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:+-]*$")]
-# What `lrnn submit` says itself, and its script relies on.
+# Options that `lrnn submit` sets itself, because its job script relies on them.
 _OWN_OPTIONS = (
     "--array", "--chdir", "--job-name", "--no-requeue", "--nodes", "--ntasks", "--ntasks-per-node",
     "--open-mode", "--output", "--requeue", "--signal", "--time", "--wrap",
@@ -19,45 +19,49 @@ _SHORT = {
     "D": "--chdir", "J": "--job-name", "N": "--nodes", "a": "--array", "n": "--ntasks", "o": "--output",
     "t": "--time",
 }  # fmt: skip
-_FLAGS = "HIOQVWhksv"  # short options of sbatch that take no value of their own: more may follow, as in -QN4
+_FLAGS = "HIOQVWhksv"  # short options of sbatch without a value: more letters may follow, as in -QN4
 
 
 class LaunchSection(Section):
-    """The SLURM job of a run, read by `lrnn submit`; slurm/README.md says which of these a site needs."""
+    """The SLURM job of a run, read by `lrnn submit`. slurm/README.md explains what a site needs."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
     nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(1, ge=0, description="one rank each; 0: one rank a node, on its CPUs")
-    cpus_per_rank: int | None = Field(None, ge=1, description="none: as many as the site gives")
-    time: TimeLimit = Field("24:00:00", description="the job's limit, as SLURM writes times")
+    gpus_per_node: int = Field(1, ge=0, description="one rank per GPU; 0: one rank per node, on its CPUs")
+    cpus_per_rank: int | None = Field(None, ge=1, description="default: what the site gives")
+    time: TimeLimit = Field("24:00:00", description="time limit of the job, in SLURM's notation")
     grace: int = Field(
-        300, ge=1, le=65_535, description="seconds before the limit at which the job is told to save"
+        300, ge=1, le=65_535, description="seconds before the time limit at which the job is told to save"
     )
     attempts: int = Field(
-        3, ge=1, description="starts in a row that leave no new checkpoint after which a job gives up"
+        3, ge=1, description="consecutive starts without a new checkpoint after which the job gives up"
     )
-    array_limit: int | None = Field(None, ge=1, description="runs of an array at one time; none: all")
+    array_limit: int | None = Field(
+        None, ge=1, description="maximum number of array runs at once; default: all"
+    )
     partition: _Word | None = None
     account: _Word | None = None
     qos: _Word | None = None
-    sbatch: list[str] = Field(default_factory=list, description="more options of sbatch, as in --mem=0")
-    modules: list[str] = Field(default_factory=list, description="what `module load` loads")
-    setup: list[str] = Field(default_factory=list, description="lines of shell before the ranks are started")
+    sbatch: list[str] = Field(default_factory=list, description="other sbatch options, as in --mem=0")
+    modules: list[str] = Field(default_factory=list, description="environment modules to load")
+    setup: list[str] = Field(default_factory=list, description="shell lines to run before the ranks start")
     python: str | None = Field(
-        None, description="none: the Python of `lrnn submit`, or `python` in a container"
+        None, description="default: the Python that runs `lrnn submit`, or `python` in a container"
     )
-    container: str | None = Field(None, description="the image that ranks run in")
+    container: str | None = Field(None, description="container image for the ranks")
     container_runtime: Literal["apptainer", "pyxis"] = "apptainer"
-    container_options: list[str] = Field(default_factory=list, description="more options of the runtime")
-    template: str = Field("slurm/job.sh", description="the job script that all of this is put into")
+    container_options: list[str] = Field(
+        default_factory=list, description="other options of the container runtime"
+    )
+    template: str = Field("slurm/job.sh", description="job script template that this section fills in")
 
     @field_validator("sbatch")
     @classmethod
     def _check_sbatch(cls, options: list[str]) -> list[str]:
         for option in options:
             if not re.fullmatch(r"-{1,2}[A-Za-z].*", option):
-                raise ValueError(f"an option of sbatch such as --mem=0 is wanted, not {option!r}")
+                raise ValueError(f"expected an option of sbatch such as --mem=0, not {option!r}")
             if (own := _own_option(option)) is not None:
                 raise ValueError(
                     f"{option!r}: {own} is set by `lrnn submit` itself (nodes, time, grace, .., or --array)"
@@ -88,8 +92,9 @@ class LaunchSection(Section):
 
 
 def _own_option(line: str) -> str | None:
-    """The option of ours that a line says, however sbatch reads it: shortened, attached, one of many.
+    """The option in a line that `lrnn submit` sets itself, in any spelling that sbatch accepts; else None.
 
+    Spellings: a shortened long option, a value attached to a short option, several short options in one word.
     Raises ValueError for a line that sbatch could not split.
     """
     for word in shlex.split(line, comments=True):

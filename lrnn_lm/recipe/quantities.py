@@ -1,5 +1,5 @@
-"""Quantities as people write them in a recipe: token counts (`2M`), cadences (`200 steps`), spans (`10%`),
-time limits of SLURM (`1-12:00:00`)."""
+"""Quantities in a recipe: token counts (`2M`), intervals (`200 steps`), spans of the run (`10%`), SLURM time
+limits (`1-12:00:00`)."""
 
 import re
 from decimal import Decimal
@@ -23,12 +23,14 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 def parse_count(value: object) -> int:
     """An integer from `524288`, `524_288`, `524,288`, `2M` or `1.5B`; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"a count such as 2M or 524288 is wanted, not {value!r}")
+        raise ValueError(f"expected a count such as 2M or 524288, not {value!r}")
     if isinstance(value, str):
         match = _COUNT.fullmatch(value.strip().replace("_", "").replace(",", ""))
         if not match:
-            raise ValueError(f"a count such as 2M or 524288 is wanted, not {value!r}")
-        number = Decimal(match[1]) * SUFFIX[match[2].lower()]  # exact, as 64.1 * 1000 is not
+            raise ValueError(f"expected a count such as 2M or 524288, not {value!r}")
+        number = (
+            Decimal(match[1]) * SUFFIX[match[2].lower()]
+        )  # Decimal is exact; the float 64.1 * 1000 is not
     else:
         number = Decimal(value)
     if not number.is_finite() or number != int(number) or number < 0:
@@ -37,7 +39,7 @@ def parse_count(value: object) -> int:
 
 
 def format_count(number: int) -> str | int:
-    """A short exact way to write a count: 2000000 -> `2M`; 524288 stays the number that it is."""
+    """A count in short form where that is exact: 2000000 -> `2M`; 524288 stays a number."""
     for suffix, scale in sorted(SUFFIX.items(), key=lambda item: -item[1]):
         if scale > 1 and number >= scale and number % (scale // 10) == 0:
             whole, tenths = divmod(number // (scale // 10), 10)
@@ -63,7 +65,7 @@ def parse_time_limit(value: object) -> int | None:
             hours, minutes, seconds = 0, *(*numbers, 0)[:2]
         if seconds < 60 and (minutes < 60 or (days is None and len(numbers) < 3)):
             return 86_400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds or None
-    raise ValueError(f"a time such as 90 (minutes), 24:00:00 or 2-12:00:00 (days-) is wanted, not {value!r}")
+    raise ValueError(f"expected a time such as 90 (minutes), 24:00:00 or 2-12:00:00 (days-), not {value!r}")
 
 
 def _checked_time(value: object) -> str:
@@ -81,7 +83,7 @@ TokenCount = Annotated[int, BeforeValidator(parse_count), PlainSerializer(format
 
 
 class Every(BaseModel):
-    """A cadence: `100K` tokens, `200 steps` or `30 min`."""
+    """An interval: `100K` tokens, `200 steps` or `30 min`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     amount: float
@@ -107,7 +109,7 @@ class Every(BaseModel):
                     break
                 return {"amount": amount, "unit": unit}
         raise ValueError(
-            f"a cadence such as '100K' (tokens), '200 steps' or '30 min' is wanted, not {value!r}"
+            f"expected an interval such as '100K' (tokens), '200 steps' or '30 min', not {value!r}"
         )
 
     @model_serializer
@@ -121,7 +123,7 @@ class Every(BaseModel):
 
 
 class Span(BaseModel):
-    """A part of the budget: `10%` or 0.1 of it, `2M` tokens, or `200 steps`."""
+    """A part of the run: `10%` or 0.1 of the budget, `2M` tokens, or `200 steps`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     amount: float
@@ -161,13 +163,13 @@ class Span(BaseModel):
         return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
 
     def steps(self, total_steps: int, tokens_per_step: int) -> int:
-        """The span in optimiser steps of a run of `total_steps`."""
+        """Length of the span in optimizer steps, in a run of `total_steps`."""
         if self.unit == "fraction":
             return round(self.amount * total_steps)
         return int(self.amount) if self.unit == "steps" else round(self.amount / tokens_per_step)
 
     def share(self, total_steps: int, tokens_per_step: int) -> float:
-        """The span as a part of such a run, unrounded."""
+        """Length of the span as an unrounded fraction of such a run."""
         if self.unit == "fraction":
             return self.amount
         return self.amount / total_steps / (tokens_per_step if self.unit == "tokens" else 1)

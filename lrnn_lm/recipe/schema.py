@@ -1,7 +1,7 @@
-"""What a recipe may say: pure data, checked strictly. `load.py` reads YAML into these classes.
+"""The recipe's schema: every key with its type, default and meaning. `load.py` reads YAML into these classes.
 
-Every section forbids keys that it does not know; every field has a default except the few that no default
-could serve. Relations between fields are checked here too, so that a recipe that validates can be built.
+Unknown keys are errors. Almost every key has a default. Relations between keys are checked here too, so a
+recipe that validates can be built.
 """
 
 from typing import Any, Literal
@@ -15,37 +15,37 @@ from .section import Section
 
 
 class ModelSection(Section):
-    """The model, in Hugging Face's names. `layer_pattern` (mixers, repeated over depth) makes hybrids."""
+    """The model, in Hugging Face's names. Hybrids: `layer_pattern`, mixers repeated over the depth."""
 
     hidden_size: int = Field(768, ge=1)
     num_hidden_layers: int = Field(12, ge=1)
     intermediate_size: int = Field(2048, ge=1)
-    vocab_size: int | None = Field(None, ge=2, description="none: the tokenizer's")
+    vocab_size: int | None = Field(None, ge=2, description="default: the tokenizer's")
     tie_word_embeddings: bool = False
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
     parameters: int | None = Field(
-        None, ge=1, description="the expected parameter count; checked where it is given"
+        None, ge=1, description="expected number of parameters; a model with another number is an error"
     )
 
     @field_validator("layer_pattern", mode="before")
     @classmethod
     def _name_alone(cls, entries: Any) -> Any:
-        """An entry of layer_pattern is a mixer's name or its keys."""
+        """An entry of layer_pattern may be a type alone, as in `bd_lru`."""
         if not isinstance(entries, list):
             return entries
         return [{"type": entry} if isinstance(entry, str) else entry for entry in entries]
 
     @field_serializer("layer_pattern", when_used="json")
     def _as_written(self, entries: list[MixerSection] | None) -> list[dict[str, Any]] | None:
-        """Without what `mixer` lends them: a stored recipe takes overrides of `mixer` as the first did."""
+        """Store entries without options taken from `mixer`, so that overrides of `mixer` still reach them."""
         return None if entries is None else [entry.written() for entry in entries]
 
     @model_validator(mode="after")
     def _fill_pattern(self) -> "ModelSection":
-        """What an entry leaves out comes from `mixer`, which may hold options for any of them."""
+        """An entry takes the options that it leaves out from `mixer`, as far as its type has them."""
         pattern = self.layer_pattern or []
         pattern[:] = [entry.filled(self.mixer) for entry in pattern]
         check_options("mixer", self.mixer, [self.mixer.type, *(entry.type for entry in pattern)])
@@ -55,8 +55,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSection":
-        """The widths that the mixers split, which their classes check too: a person should hear of a mistake
-        before a job has waited in a queue, and where torch is not imported."""
+        """Widths split into heads and blocks. The mixer classes check this too, but they need torch, and a
+        user should learn of a mistake before a job has waited in a queue."""
         for mixer in self.layer_pattern or [self.mixer]:
             if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
                 raise ValueError(
@@ -82,7 +82,7 @@ class ModelSection(Section):
 
 
 def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
-    """Fractional expansions of a mixer: the key, the width that it multiplies, what it then splits into."""
+    """(key, width that it multiplies, number of heads to split into) of a mixer's fractional expansions."""
     if mixer.type in ("deltanet", "gla"):
         return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
     if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
@@ -91,26 +91,26 @@ def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, i
 
 
 class SourceSection(Section):
-    """Where text comes from, or which synthetic task makes the rows."""
+    """Where the text comes from, or which synthetic task generates the rows."""
 
     type: Literal["python-docs", "text", "jsonl", "parquet", "hf", "synthetic"] = "python-docs"
     path: str | None = Field(
         None,
-        description="a file, a folder or a glob (text, jsonl, parquet), or a dataset (hf); a text file is a "
-        "document, one alone is cut into many",
+        description="text, jsonl, parquet: a file, folder or glob; hf: a dataset. Each text file is a "
+        "document, but a single one is cut into many",
     )
-    name: str | None = Field(None, description="configuration of an hf dataset")
-    split: str = Field("train", description="split of an hf dataset")
+    name: str | None = Field(None, description="hf: configuration of the dataset")
+    split: str = Field("train", description="hf: split of the dataset")
     text_field: str = "text"
     limit: int | None = Field(None, ge=1, description="read at most this many documents")
     task: str | None = Field(None, description="synthetic: s5, parity, in_context_recall, ..")
-    length: int | None = Field(None, ge=2, description="synthetic: T; none: data.sequence_length")
+    length: int | None = Field(None, ge=2, description="synthetic: tokens per row; default: sequence_length")
     examples: TokenCount | None = Field(
-        None, ge=1, description="synthetic: rows to train on; none: as published, or without end"
+        None, ge=1, description="synthetic: number of training rows; default: as published, or unlimited"
     )
-    validation_examples: TokenCount = Field(1280, ge=1, description="synthetic: held-out rows")
+    validation_examples: TokenCount = Field(1280, ge=1, description="synthetic: number of held-out rows")
     options: dict[str, int | float] = Field(
-        default_factory=dict, description="synthetic: what the task lets vary, as in {vocab_size: 32}"
+        default_factory=dict, description="synthetic: options of the task, as in {vocab_size: 32}"
     )
 
     @model_validator(mode="after")
@@ -128,41 +128,41 @@ class SourceSection(Section):
 
 
 class CurriculumStage(Section):
-    """Steps in which only the beginning of each row is learnt from."""
+    """A stage in which the loss covers only the first tokens of each row."""
 
-    length: int = Field(ge=1, description="tokens of a row that have targets")
-    steps: int = Field(ge=1)
+    length: int = Field(ge=1, description="number of tokens of a row that have targets")
+    steps: int = Field(ge=1, description="number of optimizer steps")
 
 
 class DataSection(Section):
-    """Text to token shards, and shards to rows of sequence_length + 1 tokens."""
+    """From text to token shards, and from shards to rows of sequence_length tokens (and their targets)."""
 
     source: SourceSection = Field(default_factory=SourceSection)
     validation_source: SourceSection | None = Field(
-        None, description="held-out text; none: a share of `source`"
+        None, description="held-out text; default: a fraction of `source`"
     )
     validation_fraction: float = Field(
-        0.02, gt=0, lt=1, description="share of `source`'s documents held out, by hash"
+        0.02, gt=0, lt=1, description="fraction of documents held out, chosen by hash"
     )
     tokenizer: str = Field(
-        "tokenizers/bpe-4k.yaml", description="a folder, a hub name or a SentencePiece recipe"
+        "tokenizers/bpe-4k.yaml", description="a folder, a hub name, or a recipe for SentencePiece (YAML)"
     )
     sequence_length: int = Field(2048, ge=2)
     cache_dir: str = Field(
-        "cache", description="where tokenizers and shards are kept, named by what made them"
+        "cache", description="folder of prepared tokenizers and shards, shared by runs with equal settings"
     )
     shard_tokens: TokenCount = Field(100_000_000, ge=1)
-    num_proc: int | None = Field(None, ge=1, description="tokenising processes; none: one a core")
-    num_workers: int = Field(0, ge=0, description="loader processes a rank")
+    num_proc: int | None = Field(None, ge=1, description="tokenising processes; default: one per core")
+    num_workers: int = Field(0, ge=0, description="data loader processes per rank")
     curriculum: list[CurriculumStage] = Field(
         default_factory=list,
-        description="shorter rows first, as in [{length: 4, steps: 800}]; after these steps, whole rows",
+        description="loss on short prefixes of rows first, as in [{length: 4, steps: 800}]; then whole rows",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_length(cls, data: Any) -> Any:
-        """A synthetic row's length may be said once, at the task; rows of T tokens are what is trained on."""
+        """source.length of a synthetic task also sets sequence_length, so it need not be given twice."""
         source = data.get("source") if isinstance(data, dict) else None
         if isinstance(source, dict) and source.get("type") == "synthetic" and source.get("length"):
             return {"sequence_length": source["length"], **data}
@@ -188,19 +188,21 @@ class OptimSection(Section):
 
     name: str = Field(
         "adamw",
-        description="muon: Muon for the layers' matrices, AdamW for the rest; not under FSDP2. A name in "
-        "OPTIMIZERS of train/optim.py: the trainer looks it up before it prepares or writes anything",
+        description="a name in OPTIMIZERS of train/optim.py: adamw, or muon (Muon for the layers' matrices, "
+        "AdamW for the rest; not under FSDP2)",
     )
     lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
-        0.1, ge=0, description="matrices only: none on norms, biases and embeddings' scales"
+        0.1, ge=0, description="of matrices, embeddings included; none on norms and biases"
     )
-    grad_clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null: no clipping")
+    grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Span = Field(Span(amount=0.1, unit="fraction"), description="10%, 2M (tokens) or 200 steps")
-    decay: Span = Field(Span(amount=0.2, unit="fraction"), description="length of the final decay of wsd")
+    warmup: Span = Field(
+        Span(amount=0.1, unit="fraction"), description="length of the warm-up: 10%, 2M (tokens) or 200 steps"
+    )
+    decay: Span = Field(Span(amount=0.2, unit="fraction"), description="length of wsd's final decay")
     final_lr: float = Field(1e-5, ge=0)
 
     @field_validator("betas")
@@ -212,70 +214,76 @@ class OptimSection(Section):
 
 
 class TrainSection(Section):
-    """The budget and how a step is cut into micro-batches."""
+    """The training budget, the step size, and how a step runs on the devices."""
 
     tokens: TokenCount = Field(10_000_000, ge=1)
     tokens_per_step: TokenCount = Field(524_288, ge=1)
-    micro_batch: int = Field(8, ge=1, description="rows a rank takes through the model at once")
+    micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the device has it, else fp32"
+        "auto", description="auto: bf16 if the device supports it, else fp32"
     )
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
-        "auto", description="how ranks share the model; auto: as Accelerate's config file says, else ddp"
+        "auto", description="how ranks share the model; auto: what Accelerate's config file says, else ddp"
     )
     compile: bool = False
     activation_checkpointing: bool = False
-    loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once in the loss")
+    loss_chunk: int = Field(
+        1024,
+        ge=1,
+        description="tokens whose logits are computed at once: fewer need less memory, more are faster",
+    )
     residual_in_fp32: bool = Field(
         True,
-        description="the residual stream in fp32 beside bf16 products (FSDP2's is in bf16 anyway)",
+        description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run ends")
     timeout_minutes: float = Field(
-        10, gt=0, description="how long a rank waits for the others before the run ends"
+        10, gt=0, description="time a rank waits for the others before the run ends with an error"
     )
-    stall_minutes: float = Field(5, gt=0, description="a step that takes longer has its stacks printed")
-    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    stall_minutes: float = Field(5, gt=0, description="a longer step prints its stack traces")
+    log_every: int = Field(1, ge=1, description="steps between lines in metrics.jsonl")
     inspect_every: int | None = Field(
-        100, ge=1, description="steps between looks at each layer's state and gates; null: never"
+        100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
     )
-    runs_dir: str = Field("runs", description="the run lives in runs_dir/name")
+    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
 
 
 class CheckpointSection(Section):
-    """When to save, and how much to keep."""
+    """When to save a checkpoint, and which checkpoints to keep."""
 
-    every: Every = Every(amount=1000, unit="steps")
-    keep_last: int = Field(2, ge=1)
+    every: Every = Field(Every(amount=1000, unit="steps"), description="100K (tokens), 200 steps or 30 min")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints kept")
     keep_best: bool = Field(
-        True, description="keep the one of lowest validation loss too, among those validated at their step"
+        True, description="also keep the checkpoint with the lowest validation loss, if validated at its step"
     )
-    background: bool = Field(True, description="write while training goes on")
+    background: bool = Field(True, description="write in the background while training continues")
 
 
 class EvalSection(Section):
-    """What is measured during and after training."""
+    """Validation during training, and lm-eval tasks at the end."""
 
-    every: Every = Every(amount=500, unit="steps")
-    tokens: TokenCount = Field(500_000, ge=1, description="validation tokens read each time")
-    tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end")
-    limit: int | None = Field(None, ge=1, description="documents a task")
+    every: Every = Field(Every(amount=500, unit="steps"), description="time between validations")
+    tokens: TokenCount = Field(500_000, ge=1, description="tokens per validation")
+    tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end of training")
+    limit: int | None = Field(None, ge=1, description="maximum number of documents per task")
 
 
 class TrackingSection(Section):
-    """metrics.jsonl is always written; these come beside it."""
+    """Experiment trackers, in addition to metrics.jsonl, which is always written."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     project: str = "lrnn-lm"
 
 
 class Recipe(Section):
-    """One run, whole."""
+    """The whole recipe of one run."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # `name=12` is a name
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)  # a folder's, with room beside
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200
+    )  # a folder name, with room for suffixes
     seed: int = Field(0, ge=0, lt=2**63)
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -302,8 +310,8 @@ class Recipe(Section):
             )
         if (short := sum(stage.steps for stage in self.data.curriculum)) >= self.total_steps:
             raise ValueError(
-                f"data.curriculum takes {short} steps and train.tokens pays for {self.total_steps}: no whole "
-                "row would be learnt from; shorten it, or pass data.curriculum=[]"
+                f"data.curriculum takes {short} steps and train.tokens pays for {self.total_steps}: no step "
+                "would train on whole rows; shorten it, or pass data.curriculum=[]"
             )
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
@@ -311,7 +319,7 @@ class Recipe(Section):
         return self
 
     def _check_schedule(self) -> None:
-        """Warm-up and decay fit in the run, one after the other."""
+        """Check that warm-up and decay fit into the run without overlap."""
         total, step = self.total_steps, self.train.tokens_per_step
         spans = {"warmup": self.optim.warmup}
         if self.optim.schedule == "wsd":
@@ -335,10 +343,10 @@ class Recipe(Section):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of sequence_length tokens in one optimiser step, over all ranks."""
+        """Rows per optimizer step, over all ranks."""
         return self.train.tokens_per_step // self.data.sequence_length
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps that the token budget pays for (a remainder of less than a step is not trained)."""
+        """Optimizer steps in the token budget; a remainder of less than one step is not trained."""
         return self.train.tokens // self.train.tokens_per_step

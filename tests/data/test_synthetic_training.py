@@ -136,7 +136,7 @@ def test_compression_trains_an_autoencoder(tmp_path):
     ("s5", ["data.sequence_length=64"], "give one of them"),
     ("s5", ["data.source.task=null"], "needs a task"),
     ("s5", ["data.curriculum=[{length: 64, steps: 2}]"], "rows of 64 tokens"),
-    ("s5", ["data.curriculum=[{length: 4, steps: 20000}]"], "no whole row would be learnt from"),
+    ("s5", ["data.curriculum=[{length: 4, steps: 20000}]"], "no step would train on whole rows"),
     ("s5", ["data.source.options.start=1", "data.curriculum=[{length: 1, steps: 2}]"], "have no targets"),
     ("compression", ["data.curriculum=[{length: 4, steps: 2}]"], "is read whole"),
     ("parity", ["data.source.type=python-docs"], "belong to type 'synthetic'"),

@@ -167,7 +167,7 @@ def test_pattern_entries_take_the_mixers_options():
             {"train": {"tokens_per_step": 1000}},
             "not a multiple of data.sequence_length 256; the nearest below is 768",
         ),
-        ({"train": {"tokens": "lots"}}, "train.tokens: a count such as 2M"),
+        ({"train": {"tokens": "lots"}}, "train.tokens: expected a count such as 2M"),
         ({"train": {"precision": "fp64"}}, "'fp64' is not known"),
         ({"data": {"source": {"type": "text"}}}, "source type 'text' needs a path"),
         ({"checkpoint": {"every": "sometimes"}}, "checkpoint.every"),
