@@ -76,10 +76,6 @@ class Saver:
         """Whether a checkpoint waits to be published, as far as this rank is concerned."""
         return self._writing is not None and self._writing.done()
 
-    @property
-    def under_way(self) -> bool:
-        return self._writing is not None
-
     def warm_up(self) -> None:
         """Make the pinned buffers that copies go to: a second for gigabytes, better spent before training."""
         if self._accelerator.device.type == "cuda" and self._section.background:
