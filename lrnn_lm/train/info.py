@@ -9,7 +9,6 @@ import yaml
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from ..data import SyntheticTask
 from ..model import LRNNConfig
 from ..model.accounting import (
     TRAINING_PASSES,
@@ -22,7 +21,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
-from .build import model_config, synthetic_spec
+from .build import model_config, synthetic_task
 from .optim import state_bytes
 
 
@@ -95,8 +94,7 @@ def vocabulary(recipe: Recipe) -> int:
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size
     if recipe.data.source.type == "synthetic":
-        spec = synthetic_spec(recipe)
-        return SyntheticTask(spec.task, recipe.data.sequence_length, spec.options).vocab_size
+        return synthetic_task(recipe).vocab_size
     path = resolve_path(recipe.data.tokenizer)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         size = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("vocab_size")
