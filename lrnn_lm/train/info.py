@@ -1,4 +1,4 @@
-"""What `lrnn info` prints: the costs of a recipe's or a checkpoint's model, before anything runs."""
+"""`lrnn info`: parameters, operations, state and memory of a recipe's or a checkpoint's model."""
 
 import json
 from dataclasses import replace
@@ -61,14 +61,11 @@ def describe(recipe: Recipe) -> RenderableType:
     check_parameters(config, recipe.model.parameters)
     length = recipe.data.sequence_length
     costs = account(config, length)
-    full = recipe.train.precision == "fp32" or (recipe.train.precision, recipe.train.device) == (
-        "auto",
-        "cpu",
-    )
+    train = recipe.train
+    on_cpu = train.device == "cpu"  # where `auto` means fp32
+    full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
-    memory = training_memory(
-        config, recipe.train.micro_batch, length, dtype, recipe.train.activation_checkpointing
-    )
+    memory = training_memory(config, train.micro_batch, length, dtype, train.activation_checkpointing)
     memory = replace(memory, optimizer=state_bytes(meta_model(config), recipe.optim))
     return Group(
         _parameters(recipe.name, costs),
@@ -88,8 +85,7 @@ def describe_config(name: str, config: LRNNConfig) -> RenderableType:
 def vocabulary(recipe: Recipe) -> int:
     """The vocabulary's size, from the recipe or from its tokenizer's SentencePiece recipe.
 
-    Raises:
-        ValueError: only the tokenizer itself would know.
+    Raises ValueError where only the tokenizer itself knows it.
     """
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size
