@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import ROOT, environment
+from torch.distributed.tensor import DTensor
 
 
 def launch(
@@ -257,13 +258,11 @@ def _dump(arguments: Sequence[str], path: Path) -> None:
 
     from lrnn_lm.recipe import load_recipe
     from lrnn_lm.train.build import build_trainer
-    from lrnn_lm.train.parallel import whole
     from lrnn_lm.train.tensors import training_tensors
 
     trainer = build_trainer(load_recipe(arguments[0], list(arguments[1:])), Console(quiet=True))
-    tensors = {
-        key: whole(value) for key, value in training_tensors(trainer.bare_model, trainer.optimizer).items()
-    }
+    tensors = training_tensors(trainer.bare_model, trainer.optimizer)
+    tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
     if trainer.accelerator.is_main_process:
         save_file(tensors, path)
     trainer.accelerator.wait_for_everyone()

@@ -1,11 +1,9 @@
-"""Text to (B, T) batches of tokens at an exact position: sources, tokenizers, memory-mapped shards, rows,
-loaders.
-"""
+"""Text to (B, T) batches of tokens, from any position on: sources, tokenizers, shards, loaders."""
 
 from .loader import TrainLoader, validation_batches
 from .prepare import PreparedData, open_prepared, prepare
 from .shards import TokenShards
-from .specs import DataError, DataSpec, SourceSpec, SyntheticSpec
+from .specs import DataError, DataSpec, SourceSpec
 from .synthetic.prepare import SyntheticData, prepare_synthetic
 from .synthetic.tasks import MAD_TASKS, STATE_TASKS, SYNTHETIC_TASKS, SyntheticRows, SyntheticTask
 from .tokenize import tokenizer_hash
@@ -20,7 +18,6 @@ __all__ = [
     "SourceSpec",
     "SyntheticData",
     "SyntheticRows",
-    "SyntheticSpec",
     "SyntheticTask",
     "TokenShards",
     "TrainLoader",

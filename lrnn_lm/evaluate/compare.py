@@ -1,6 +1,4 @@
-"""Several checkpoints on the same tasks: one after the other, then their scores beside each other, as a table
-and as a picture.
-"""
+"""Several checkpoints on the same tasks, and their scores side by side as a table and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,7 @@ from ..runs.layout import RunFolder
 from ..runs.load import describe
 from .harness import check_output, evaluate, flatten
 from .reporting.score_plot import draw_scores
-from .show import decimal, table_console
+from .show import print_table, table_console, value_with_error
 from .team import ALONE, Team
 
 
@@ -21,10 +19,11 @@ def evaluate_each(
     team: Team = ALONE,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """`evaluate` for each checkpoint, and if there are several a table beside each other and a picture.
+    """`evaluate` for each checkpoint; of several also a table and a picture of all scores.
 
-    output: a folder; several checkpoints get one each below it, named after their run or folder. settings:
-    as `evaluate` takes them. Raises ValueError as it does, before any is scored if one is not there.
+    output: a folder; each of several checkpoints gets its own in it, named after its run or folder.
+    settings: as `evaluate` takes them. Raises ValueError as `evaluate` does; for a missing checkpoint, before
+    any is scored.
     """
     names = checkpoint_names(checkpoints)
     check_output(output)
@@ -34,7 +33,7 @@ def evaluate_each(
     for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
         results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))
     if len(results) > 1 and team.is_main:
-        _show(names, results)
+        print_table(["task", "metric", *names], beside(results), left=2, title="beside each other")
         picture = _picture(checkpoints[0], output)
         if picture is not None:
             draw_scores(names, results, picture)
@@ -43,7 +42,7 @@ def evaluate_each(
 
 
 def folders(checkpoints: Sequence[str | Path], output: Path | None) -> list[Path | None]:
-    """Where each checkpoint's results go: `output`, in which each of several has a folder of its own."""
+    """Where each checkpoint's results go: `output`, or for several checkpoints a folder each in it."""
     names = checkpoint_names(checkpoints)
     return [output if output is None or len(names) == 1 else Path(output) / name for name in names]
 
@@ -54,22 +53,20 @@ def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for task, metric in dict.fromkeys(key for column in columns for key in column):
         cells = [column.get((task, metric), [None, None]) for column in columns]
-        values = [
-            decimal(value) + (f" ± {decimal(error)}" if error is not None else "") for value, error in cells
-        ]
-        rows.append([task, metric, *values])
+        rows.append([task, metric, *(value_with_error(*cell) for cell in cells)])
     return rows
 
 
 def checkpoint_names(checkpoints: Sequence[str | Path]) -> list[str]:
-    """A name for each that tells it from the others: its run, with its step if two are of one run; folders
-    further up where that does not tell. ValueError for one that is given twice.
+    """A name for each, different from the others': its run; with its step, and folders further up, if needed.
+
+    Raises ValueError for a checkpoint that is given twice.
     """
     found = [describe(checkpoint) for checkpoint in checkpoints]
     names = [info.run.name if info.run is not None else info.name for info in found]
     if len(set(names)) == len(names):
         return names
-    parts = []  # of a name, the last first
+    parts = []  # of each name, last part first
     for info in found:
         above = info.path.parent if info.run is None else info.run
         parts.append([info.name, *reversed(above.parts[1:])])
@@ -82,18 +79,7 @@ def checkpoint_names(checkpoints: Sequence[str | Path]) -> list[str]:
 
 
 def _picture(first: str | Path, output: Path | None) -> Path | None:
-    """Where the picture goes: into `output`, else among the plots of the first one's run, if it has a run."""
+    """The picture's path: in `output`, else in plots/ of the first checkpoint's run, if it has one."""
     run = describe(first).run
     folder = Path(output) if output is not None else RunFolder(run).plots if run is not None else None
     return None if folder is None else folder / "comparison.png"
-
-
-def _show(names: list[str], results: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title="beside each other")
-    for i, title in enumerate(["task", "metric", *names]):
-        table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
-    for row in beside(results):
-        table.add_row(*row)
-    table_console().print(table)

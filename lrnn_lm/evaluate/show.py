@@ -1,8 +1,11 @@
-"""How tables are printed: the console, and numbers of any size in few characters, or none in JSON."""
+"""Printing and writing of results: tables on a console, short numbers, JSON without NaN."""
 
 import io
+import json
 import math
 import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def table_console() -> "Console":
-    """A console on stdout: as wide as the terminal, and 120 columns in a log, where there is none to fit.
+    """A console on stdout: as wide as the terminal; in a log, 120 columns.
 
-    What stdout's encoding cannot write (the ± of ASCII) comes out as `?`: the work is done and written.
+    A character that stdout's encoding lacks (± in ASCII) prints as `?`: an error would lose hours of work.
     """
     from rich.console import Console
 
@@ -22,15 +25,46 @@ def table_console() -> "Console":
     return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, title: str | None = None
+) -> None:
+    """Print a table; the first `left` columns are aligned to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    table_console().print(table)
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """Say where results are, each path on one line so that it can be copied."""
+    for path in paths:
+        table_console().print(f"written to {path}", soft_wrap=True, highlight=False)
+
+
+def write_json(facts: Any, path: Path) -> None:
+    """Write JSON; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def decimal(number: float | None) -> str:
-    """Four decimals, or four figures of a large number (an untrained model's perplexity); '' for None."""
+    """Four decimals; four digits of a large number (an untrained model's perplexity); '' for None."""
     if number is None:
         return ""
     return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"
 
 
+def value_with_error(value: float | None, error: float | None) -> str:
+    """`0.2134 ± 0.0041`; without the standard error if it is None."""
+    return decimal(value) + (f" ± {decimal(error)}" if error is not None else "")
+
+
 def finite(facts: Any) -> Any:
-    """The same with null for what is no number, which JSON has no word for: a state may have diverged."""
+    """The same with None for NaN and infinities, which JSON lacks: a state may have diverged."""
     if isinstance(facts, dict):
         return {key: finite(value) for key, value in facts.items()}
     if isinstance(facts, list):

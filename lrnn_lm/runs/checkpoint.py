@@ -9,10 +9,10 @@
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest, best     links, where there are any: the newest, that of lowest validation loss
 
-Nothing is pickled. A folder whose manifest does not hold is damaged: it is skipped, with a warning, for the
-one before, and removed once the run has saved again; if all are damaged the run ends there rather than begin
-anew over what may still be of use. A folder leaves as it comes, by one rename, so that none ever shows half.
-What is in the files is `tensors.py`; when they are written, `saver.py`.
+Nothing is pickled. A checkpoint that does not match its manifest is damaged: loading warns and takes the one
+before, and the next save removes it. If all are damaged the run ends: to begin anew would overwrite what a
+person may still repair. Folders appear and disappear by one rename, so nobody sees half a checkpoint.
+`train/tensors.py` has what the files hold, `train/saver.py` when they are written.
 """
 
 import fcntl
@@ -36,27 +36,24 @@ _HASHING_THREADS = 8
 _EXPECTED = ("config.json", "trainer/state.json", "trainer/rng-00000.json", "trainer/rng-00000.safetensors")
 _WHOLE, _SHARDS = ("model.safetensors", "trainer/optimizer.safetensors"), "trainer/shards"
 _LINKS = (LATEST, BEST)
-COPY = ".plain-"  # of a sharded checkpoint, as a plain folder, while it is exported
+COPY = ".plain-"  # prefix of temporary copies: a sharded checkpoint with its weights joined, for an export
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that could not be written or read; the message says which, and what stays."""
+    """A checkpoint cannot be written or read; the message names it and the last good one."""
 
 
 @dataclass
 class Position:
-    """Where a run stands: optimiser steps done, samples passed, steps skipped, the last validation.
+    """Where a run stands."""
 
-    `data` is the content hash of the prepared text whose samples are counted.
-    """
-
-    step: int = 0
-    samples: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    validated: int = -1
-    validation_loss: float | None = None
-    data: str = ""
+    step: int = 0  # optimiser steps done
+    samples: int = 0  # rows read, over all ranks and epochs
+    skipped: int = 0  # steps without an update: loss or gradient was not finite
+    bad_in_a_row: int = 0  # such steps since the last good one
+    validated: int = -1  # step of the last validation
+    validation_loss: float | None = None  # its loss, nats a token
+    data: str = ""  # content hash of the prepared text that `samples` counts
 
 
 def aside_of(checkpoints: Path, step: int) -> Path:
@@ -65,10 +62,10 @@ def aside_of(checkpoints: Path, step: int) -> Path:
 
 
 def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
-    """Let what was written aside, each file with its facts, appear under its name; then drop the oldest.
+    """Rename a complete aside folder to its final name, then remove checkpoints that are not kept.
 
-    `before` names the checkpoint that the run went on from or wrote last; None for what `latest` says.
-    Raises OSError if the disk is full or cannot be written; what was there before stays.
+    `before` names the checkpoint that the run resumed from or wrote last (default: what `latest` says).
+    Raises OSError if the disk is full or read-only; older checkpoints stay.
     """
     final, aside = checkpoints / step_name(step), aside_of(checkpoints, step)
     before = before or latest_name(checkpoints)
@@ -82,7 +79,7 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
     folders = [folder for folder in aside.rglob("*") if folder.is_dir()]
     for written in (path, *folders, aside):
         fsync(written)
-    if final.exists():  # a damaged one, or one of a future that was given up, that this run went back over
+    if final.exists():  # damaged, or of steps that the run has rolled back
         _remove(final)
     aside.rename(final)
     fsync(checkpoints)
@@ -92,10 +89,10 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
 
 
 def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Put a file into a finished checkpoint, in place of one of that name if there is one; `write` makes it.
+    """Add or replace a file of a finished checkpoint; `write` writes it to the path that it is given.
 
-    The checkpoint is whole at every moment. A new file appears before the manifest names it; while one is
-    replaced, the manifest has the checksums of both. Raises OSError if the disk is full.
+    The checkpoint stays valid if the process is killed: a new file appears before the manifest names it, and
+    while a file is replaced the manifest holds both checksums. Raises OSError if the disk is full.
     """
     manifest = CheckpointFolder(folder).manifest
     files = json.loads(manifest.read_text())["files"]
@@ -114,23 +111,23 @@ def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
 
 
 def named_files(folder: Path) -> set[str]:
-    """The files that the manifest names. Others may be what a killed process left: they count for nothing."""
+    """The files that the manifest names. Ignore any others: a killed process may have left them."""
     return set(json.loads(CheckpointFolder(folder).manifest.read_text())["files"])
 
 
 def _write_files(path: Path, files: dict[str, Any]) -> None:
-    """Have the manifest of a finished checkpoint name these files, in one go."""
+    """Replace the file list of a finished checkpoint's manifest."""
     manifest = {**json.loads(path.read_text()), "files": dict(sorted(files.items()))}
     replace_file(path, json.dumps(manifest, indent=1) + "\n", durable=True)
 
 
 def _alternatives(facts: Any) -> list[Any]:
-    """What a file may be: one thing, or two where a process ended while the file was replaced."""
+    """Sizes and checksums that a file may have: two if a process died while it replaced the file."""
     return facts if isinstance(facts, list) else [facts]
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
-    """Have these files on disk, and their sizes and checksums beside them until the folder is published."""
+    """Flush files to disk and store their sizes and checksums for the manifest that `publish` writes."""
     for path in files:
         fsync(path)
     facts = {str(path.relative_to(aside)): _facts(path) for path in files}
@@ -138,21 +135,22 @@ def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
 
 
 def read_position(folder: Path) -> Position:
-    """Where a checkpoint stands."""
+    """The position that a checkpoint resumes from."""
     state = json.loads(CheckpointFolder(folder).state.read_text())
     state.pop("skips", None)  # of older versions; a run that has any is refused by its skips.json
     return Position(**state)
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
-    """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best.
+    """Keep the last `keep_last`, the best, and the newest one not written amid bad steps:
 
-    And the last that was not written amid bad steps: later weights may be the cause of them.
+    later weights may be the cause of those. `final` is the newest checkpoint, `before` the good one that the
+    run held until now.
     """
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
     good = names.index(before) + 1 if before in names else len(names)
-    damaged = [folder for folder in saved[good:] if folder != final]  # else the run would have begun there
+    damaged = [folder for folder in saved[good:] if folder != final]  # the run did not resume from these
     whole = [folder for folder in saved if folder not in damaged]
     best = _best(whole) if keep_best else None
     if best is not None:
@@ -168,12 +166,12 @@ def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_bes
 def _position(folder: Path) -> Position | None:
     try:
         return read_position(folder)
-    except (OSError, ValueError, TypeError):  # damaged since it was written
+    except (OSError, ValueError, TypeError):  # damaged
         return None
 
 
 def _best(folders: Sequence[Path]) -> Path | None:
-    """The one of lowest validation loss, of those that were validated at their very step."""
+    """The checkpoint of lowest validation loss, among those validated at their own step."""
     found = []
     for folder in folders:
         position = _position(folder)
@@ -185,13 +183,13 @@ def _best(folders: Sequence[Path]) -> Path | None:
 
 
 def latest_name(checkpoints: Path) -> str:
-    """The checkpoint last written or resumed from, for messages."""
+    """Name of the checkpoint last written or resumed from, for messages; `none` if there is none."""
     found = latest_checkpoint(checkpoints)
     return "none" if found is None else found.name
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder away at one stroke; what then lies aside is cleared now or at the next start."""
+    """Hide a folder by one rename, then delete it. If this process dies, the next start deletes it."""
     aside = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -199,16 +197,16 @@ def _remove(folder: Path) -> None:
 
 
 def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose manifest holds, None if none was written; damaged ones go through `warn`.
+    """The newest undamaged checkpoint; None if none was ever written. `warn` gets a line a damaged one.
 
-    Clears what a killed save left, so only one process may call it. Raises CheckpointError if all are
-    damaged or gone, or the newest was written by a version that this one does not know.
+    Removes what a killed save left, so only one process may call it. Raises CheckpointError if all are
+    damaged or gone, or the newest has a format that this version does not read.
     """
     clear_leftovers(checkpoints)
     if any(checkpoints.glob(f"{COPY}*")):
         with room_for_copy(checkpoints):
             pass
-    _take_in(checkpoints)
+    _restore_links(checkpoints)
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
         damage = verify(folder)
@@ -222,7 +220,7 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
             f"no checkpoint in {checkpoints} is whole. Put one back from a copy, "
             "or remove that folder to train from the beginning."
         )
-    if any((checkpoints / link).is_symlink() for link in _LINKS):  # purged: the run had checkpoints
+    if any((checkpoints / link).is_symlink() for link in _LINKS):  # a dangling link: there were checkpoints
         raise CheckpointError(
             f"the checkpoints of this run are gone from {checkpoints}. Put them back from a copy, "
             "or remove that folder to train from the beginning."
@@ -231,9 +229,9 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def verify(folder: Path) -> str | None:
-    """None if every file is as the manifest says, else what is wrong.
+    """None if every file matches the manifest, else what is wrong.
 
-    Raises CheckpointError for a checkpoint of another version.
+    Raises CheckpointError for a format that this version does not read.
     """
     try:
         manifest = json.loads(CheckpointFolder(folder).manifest.read_text())
@@ -249,12 +247,12 @@ def verify(folder: Path) -> str | None:
     wrong = wrong or next(filter(None, (_misplaced(folder, name) for name in manifest["files"])), None)
     if wrong is not None:
         return wrong
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves Python's lock to others
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashlib releases the GIL
         return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
 
 
 def _incomplete(folder: Path, files: dict[str, Any]) -> str | None:
-    """What training goes on from must be among what is checked."""
+    """What training resumes from and the manifest does not name; None if it names everything."""
     sharded = (folder / _SHARDS).is_dir()
     if sharded and not any(name.startswith(f"{_SHARDS}/") for name in files):
         return f"its manifest lacks {_SHARDS}"
@@ -263,7 +261,7 @@ def _incomplete(folder: Path, files: dict[str, Any]) -> str | None:
 
 
 def _misplaced(folder: Path, name: str) -> str | None:
-    """A name that leads out of the folder; nothing there is read."""
+    """What is wrong with a name that leads out of the folder, else None. Nothing outside is ever read."""
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
         return f"its manifest names {name!r}, which is not in it"
@@ -282,7 +280,7 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
 
 
 def clear_leftovers(checkpoints: Path) -> None:
-    """Remove what a killed save left half-written."""
+    """Remove half-written files and folders of a save that was killed."""
     places = (".*.tmp", "step-*/.*.tmp", "step-*/trainer/.*.tmp")
     for leftover in [path for place in places for path in checkpoints.glob(place)]:
         if leftover.is_dir() and not leftover.is_symlink():
@@ -293,12 +291,12 @@ def clear_leftovers(checkpoints: Path) -> None:
 
 @contextmanager
 def room_for_copy(checkpoints: Path) -> Iterator[None]:
-    """Around the life of a copy beside the checkpoints; what killed processes left of theirs goes first.
+    """Hold the lock that protects temporary copies; first delete copies whose process was killed.
 
-    Whoever has a copy shares a lock. Who gets it alone knows that all there are have been left.
+    Every process with a copy shares the lock, so a process that gets it alone knows that no copy is in use.
     """
     with (checkpoints / ".plain.lock").open("a") as lock:
-        with suppress(OSError):  # others are at it, or a file system that knows no locks: then all stay
+        with suppress(OSError):  # copies in use, or a file system without locks: delete nothing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in checkpoints.glob(f"{COPY}*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -308,24 +306,24 @@ def room_for_copy(checkpoints: Path) -> Iterator[None]:
 
 
 def _point(checkpoints: Path, link: str, name: str) -> None:
-    """Let a link name a checkpoint; without it, where the file system has none."""
+    """Point a link at a checkpoint; on a file system without symbolic links, leave it out."""
     aside, path = checkpoints / f".{link}.tmp", checkpoints / link
     try:
-        if path.is_dir() and not path.is_symlink():  # a copy that was made of the link
+        if path.is_dir() and not path.is_symlink():  # a copy of the run followed the link
             _remove(path)
         aside.unlink(missing_ok=True)
         aside.symlink_to(name)
         os.replace(aside, path)
         fsync(checkpoints)
     except OSError:
-        with suppress(OSError):  # better none than one that leads elsewhere
+        with suppress(OSError):  # no link is better than an outdated one
             path.unlink(missing_ok=True)
 
 
-def _take_in(checkpoints: Path) -> None:
-    """Whatever copied the run followed its links: make the folders that came of them links again.
+def _restore_links(checkpoints: Path) -> None:
+    """Turn `latest` and `best` back into links where copying the run made folders of them.
 
-    A copy whose own checkpoint is gone or damaged takes its place.
+    A folder whose own checkpoint is gone or damaged takes that checkpoint's place.
     """
     for link in _LINKS:
         copied = checkpoints / link

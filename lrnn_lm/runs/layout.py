@@ -1,102 +1,45 @@
 """Every name inside a run folder, and which of its checkpoints is the newest.
 
 The links `latest` and `best` are for people: nothing depends on them. A copy of a run may have folders in
-their place, a file system without symbolic links has neither.
+their place, and a file system without symbolic links has neither.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LATEST, BEST = "latest", "best"
 _STEP = "step-"
 
 
+def _inside(*names: str) -> Any:
+    """A path inside the folder that the property belongs to."""
+    return property(lambda folder: folder.path.joinpath(*names))
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """`runs/NAME/`."""
+    """`runs/NAME/`; every property is a Path, whether or not the file exists."""
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def data(self) -> Path:
-        """The manifest of the prepared text."""
-        return self.path / "data.json"
-
-    @property
-    def heldout(self) -> Path:
-        """Held-out documents, one JSON object a line; evaluation reads them."""
-        return self.path / "heldout.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        """A line of numbers a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def heartbeat(self) -> Path:
-        """The last step and when it was, for whoever watches the run."""
-        return self.path / "heartbeat.json"
-
-    @property
-    def skips(self) -> Path:
-        """Ranges of samples that a run of an older version left out."""
-        return self.path / "skips.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains the run."""
-        return self.path / ".lock"
-
-    @property
-    def checkpoints(self) -> Path:
-        """`step-00001000/` and so on."""
-        return self.path / "checkpoints"
-
-    @property
-    def latest(self) -> Path:
-        """The link to the newest checkpoint; see `checkpoint_folder`."""
-        return self.checkpoints / LATEST
-
-    @property
-    def scores(self) -> Path:
-        """Scores of checkpoints, as JSON."""
-        return self.path / "eval"
-
-    @property
-    def plots(self) -> Path:
-        """Pictures."""
-        return self.path / "plots"
-
-    @property
-    def loss_plot(self) -> Path:
-        """The loss against tokens."""
-        return self.plots / "loss.png"
-
-    @property
-    def card(self) -> Path:
-        """The model card."""
-        return self.path / "README.md"
-
-    @property
-    def launch(self) -> Path:
-        """What `lrnn submit` gave to the cluster."""
-        return self.path / "launch"
-
-    @property
-    def job(self) -> Path:
-        """The SLURM job that the run waits or trains in."""
-        return self.launch / "job"
-
-    @property
-    def logs(self) -> Path:
-        """What the cluster's jobs print."""
-        return self.path / "logs"
+    recipe = _inside("recipe.yaml")  # resolved: with every default written out
+    data = _inside("data.json")  # the manifest of the prepared text
+    heldout = _inside("heldout.jsonl")  # held-out documents, one JSON object a line; evaluation reads them
+    metrics = _inside("metrics.jsonl")  # one JSON object a logged step
+    heartbeat = _inside("heartbeat.json")  # the last step and its time, for whoever watches the run
+    skips = _inside("skips.json")  # ranges of samples that a run of an older version left out
+    lock = _inside(".lock")  # held by the process that trains the run
+    checkpoints = _inside("checkpoints")  # step-00001000/ and so on
+    latest = _inside("checkpoints", LATEST)  # link to the newest checkpoint; see `checkpoint_folder`
+    scores = _inside("eval")  # scores of checkpoints, as JSON
+    plots = _inside("plots")
+    loss_plot = _inside("plots", "loss.png")  # loss against tokens
+    card = _inside("README.md")  # the model card
+    launch = _inside("launch")  # what `lrnn submit` gave to the cluster
+    job = _inside("launch", "job")  # id of the SLURM job that the run waits or trains in
+    logs = _inside("logs")  # what the cluster's jobs print
 
 
 @dataclass(frozen=True)
@@ -105,40 +48,17 @@ class CheckpointFolder:
 
     path: Path
 
+    config = _inside("config.json")  # the model's configuration
+    trainer = _inside("trainer")  # what only training needs
+    manifest = _inside("trainer", "manifest.json")  # size and sha256 of every other file
+    state = _inside("trainer", "state.json")  # where the run stood: `checkpoint.Position`
+    optimizer = _inside("trainer", "optimizer.safetensors")  # of a run that is not sharded
+    shards = _inside("trainer", "shards")  # weights and optimizer of a sharded run, a file a rank
+
     @property
     def run(self) -> RunFolder | None:
-        """The run that the checkpoint lies in; None for one that was copied out."""
+        """The run that holds this checkpoint; None for a checkpoint that was copied out."""
         return RunFolder(self.path.parents[1]) if self.path.parent.name == "checkpoints" else None
-
-    @property
-    def config(self) -> Path:
-        """The model's configuration."""
-        return self.path / "config.json"
-
-    @property
-    def trainer(self) -> Path:
-        """What only training needs."""
-        return self.path / "trainer"
-
-    @property
-    def manifest(self) -> Path:
-        """Size and sha256 of every other file."""
-        return self.trainer / "manifest.json"
-
-    @property
-    def state(self) -> Path:
-        """Where the run stood."""
-        return self.trainer / "state.json"
-
-    @property
-    def optimizer(self) -> Path:
-        """The optimizer's tensors, of a run that is not sharded."""
-        return self.trainer / "optimizer.safetensors"
-
-    @property
-    def shards(self) -> Path:
-        """Weights and optimizer of a sharded run, a file a rank."""
-        return self.trainer / "shards"
 
 
 def step_name(step: int) -> str:
@@ -168,7 +88,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """A checkpoint by the path that a person gives: `../checkpoints/latest` holds without the link, too."""
+    """The checkpoint that a person names. `checkpoints/latest` works even where that link is missing."""
     if path.name == LATEST and not path.is_dir():
         return latest_checkpoint(path.parent) or path
     return path

@@ -1,6 +1,7 @@
 """A checkpoint folder as evaluation sees it: any Hugging Face causal language model with its tokenizer."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,7 @@ class CheckpointInfo:
 
 
 def describe(checkpoint: str | Path) -> CheckpointInfo:
-    """Look at a checkpoint folder without loading it; links such as `latest` are followed, and `latest` holds
-    where there is no such link.
+    """Look at a checkpoint folder without loading it. A path that ends in `latest` needs no such link.
 
     Raises ValueError if the folder is not there or holds no model.
     """
@@ -48,7 +48,9 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
     path = path.resolve()
     run = folder.path if (folder := CheckpointFolder(path).run) else None
     step = step_of(path)
-    step = _manifest(path).get("step") if step is None else step
+    if step is None:
+        with suppress(ValueError):  # a damaged manifest: scores need only the model, resuming checks it
+            step = json_table(CheckpointFolder(path).manifest).get("step")
     tokens_per_step = _run_recipe(run).get("train", {}).get("tokens_per_step")
     known = step is not None and tokens_per_step is not None
     return CheckpointInfo(path, run, step, step * parse_count(tokens_per_step) if known else None)
@@ -61,14 +63,14 @@ def load_checkpoint(
     autoencoder: bool = False,
     trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model, in evaluation mode and in the precision it is stored in, and its tokenizer.
+    """The model, in evaluation mode and in its stored precision, and its tokenizer.
 
-    device: auto (CUDA if there is any), cpu, cuda or cuda:N. autoencoder: whether that of the task
-    compression will do, too. trust_remote_code: whether the folder may run code of its own; this project's
-    models load with this package in any case, never with the code beside them.
+    device: auto (CUDA if there is any), cpu, cuda or cuda:N.
+    autoencoder: accept the auto-encoder of the synthetic task compression, too.
+    trust_remote_code: let the folder run its own code. This project's models never need it: they load with
+    this package, not with the code beside the weights.
 
-    Raises ValueError for a folder that cannot be loaded, or needs code that is not trusted, or a device that
-    is not there.
+    Raises ValueError for a folder that cannot be loaded, code that is not trusted, or a missing device.
     """
     path = describe(checkpoint).path
     target = pick_device(device)
@@ -82,14 +84,15 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    encodes = "LRNNForReconstruction" in _architectures(path)
+    architectures = json_table(CheckpointFolder(path).config).get("architectures") or []
+    encodes = "LRNNForReconstruction" in architectures
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
-    disable_progress_bar()  # it would stand between the user and a message, or the text
+    disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
     try:
-        trust = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on standard input
-        AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # its refusal is the plainest
+        trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
+        AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         if encodes:
             model = LRNNForReconstruction.from_pretrained(path, dtype="auto", local_files_only=True)
@@ -102,7 +105,7 @@ def load_checkpoint(
             ) from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
-    except RuntimeError as error:  # transformers has listed the weights, its reason is a setting of its own
+    except RuntimeError as error:  # transformers has printed the weights that do not fit
         raise ValueError(
             f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"
         ) from error
@@ -122,12 +125,8 @@ def json_table(file: Path) -> dict[str, Any]:
     return found
 
 
-def _architectures(path: Path) -> list[str]:
-    return json_table(CheckpointFolder(path).config).get("architectures") or []
-
-
 def _check_files(path: Path, checkpoint: str | Path) -> None:
-    """Raise ValueError for a folder without weights or tokenizer, whatever form they have."""
+    """Raise ValueError for a folder without weights or without a tokenizer, in any format."""
     for what, patterns in (
         ("model.safetensors", ("*.safetensors", "*.bin")),
         ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),
@@ -137,20 +136,17 @@ def _check_files(path: Path, checkpoint: str | Path) -> None:
 
 
 def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token that every document began with in training, if that is known: for this project's models only.
-
-    For other models it is None, and what their tokenizer adds by itself is right.
-    """
+    """The token before every document in training; None for others' models, whose tokenizer adds its own."""
     if model.config.model_type != "lrnn":
         return None
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
-    """The longest window, in tokens, that a score is taken over.
+    """Tokens in the window that scores are computed over.
 
-    A position limit in the model's config; else the length the run trained on, since a recurrent model
-    takes any length but has only seen that one; else 2048.
+    The position limit in the model's config; else the run's training length, as a recurrent model takes any
+    length but has seen only that one; else 2048.
     """
     config = model.config.to_dict()
     for key in _LENGTH_KEYS:
@@ -163,9 +159,7 @@ def context_length(model: "PreTrainedModel", run: Path | None = None) -> int:
 
 
 def has_window(model: "PreTrainedModel") -> bool:
-    """Whether what a model can read at once is limited, by its positions or as attention's memory grows with
-    it: not of this project's models without attention.
-    """
+    """Whether the model reads a limited length at once: all but this project's models without attention."""
     return model.config.model_type != "lrnn" or "full_attention" in model.config.layer_types
 
 
@@ -185,10 +179,7 @@ def check_window(model: "PreTrainedModel", tokens: int) -> None:
 
 
 def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int | None = None) -> int:
-    """The window in tokens: `wanted` as far as the model goes, its `context_length` if None.
-
-    This project's models take any length; others end where their positions do.
-    """
+    """Tokens in a window: `wanted` (None: `context_length`), cut to what others' models take at most."""
     usual = context_length(model, run)
     if wanted is None or model.config.model_type == "lrnn":
         return wanted or usual
@@ -196,7 +187,7 @@ def widest_window(model: "PreTrainedModel", run: Path | None = None, wanted: int
 
 
 def _run_recipe(run: Path | None) -> dict[str, Any]:
-    """The recipe that a run was trained by, section by section; empty without one."""
+    """Sections of the recipe that a run was trained by; empty if there is none."""
     file = RunFolder(run).recipe if run is not None else None
     if file is None or not file.is_file():
         return {}
@@ -206,14 +197,3 @@ def _run_recipe(run: Path | None) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid YAML; copy it anew") from None
     sections = sections if isinstance(sections, dict) else {}
     return {key: section for key, section in sections.items() if isinstance(section, dict)}
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    file = CheckpointFolder(path).manifest
-    if not file.is_file():
-        return {}
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return {}  # scores need only the model; resuming is what checks the manifest
-    return manifest if isinstance(manifest, dict) else {}

@@ -1,6 +1,6 @@
-"""The one assembly point: from a recipe to data, model, optimiser and trainer.
+"""From a recipe to data, model, optimiser and trainer.
 
-Everything that can be wrong with a recipe on this machine is found here, before the first step.
+Whatever is wrong with a recipe on this machine is found here, before the first step.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..data import (
@@ -23,7 +23,7 @@ from ..data import (
     PreparedData,
     SourceSpec,
     SyntheticData,
-    SyntheticSpec,
+    SyntheticTask,
     prepare,
     prepare_synthetic,
 )
@@ -42,19 +42,27 @@ from .stop import StopSignal
 from .tensors import load
 from .together import Together, cpu_group
 
-# Changing one of these makes another model or another sequence of batches: a run cannot go on with it.
+# A run cannot resume with another value of these: it would have another model or other batches.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
-_VERIFIED_BYTES = 4_000_000_000  # hashed at every start; more would take minutes
+# Parts of the above that change neither.
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
+_VERIFIED_BYTES = 4_000_000_000  # token shards up to this size are hashed at every start; more takes minutes
 
 
 def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | SyntheticData:
-    """The tokenizer and token shards of a recipe, made if they are not there; or its synthetic task."""
-    data = recipe.data
-    if data.source.type == "synthetic":
-        return prepare_synthetic(synthetic_spec(recipe), recipe.model.vocab_size)
+    """The tokenizer and token shards of a recipe, made unless they are there; or its synthetic task."""
+    data, source = recipe.data, recipe.data.source
+    if source.type == "synthetic":
+        return prepare_synthetic(
+            synthetic_task(recipe),
+            source.examples,
+            source.validation_examples,
+            recipe.seed,
+            data.cache_dir,
+            recipe.model.vocab_size,
+        )
     spec = DataSpec(
-        source=_source(data.source),
+        source=_source(source),
         validation_source=_source(data.validation_source) if data.validation_source else None,
         validation_fraction=data.validation_fraction,
         tokenizer=str(resolve_path(data.tokenizer)),
@@ -63,7 +71,6 @@ def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | Synthe
         shard_tokens=data.shard_tokens,
         num_proc=data.num_proc,
         vocab_size=recipe.model.vocab_size,
-        seed=recipe.seed,
     )
     return prepare(spec, progress)
 
@@ -72,22 +79,14 @@ def _source(section: SourceSection) -> SourceSpec:
     return SourceSpec(**section.model_dump(include={field.name for field in fields(SourceSpec)}))
 
 
-def synthetic_spec(recipe: Recipe) -> SyntheticSpec:
-    """The synthetic task of a recipe whose source is one."""
+def synthetic_task(recipe: Recipe) -> SyntheticTask:
+    """The task of a recipe whose source is synthetic; DataError if it cannot be made so."""
     source = recipe.data.source
-    return SyntheticSpec(
-        task=source.task or "",
-        length=recipe.data.sequence_length,
-        options=source.options,
-        examples=source.examples,
-        validation_examples=source.validation_examples,
-        seed=recipe.seed,
-        cache_dir=recipe.data.cache_dir,
-    )
+    return SyntheticTask(source.task or "", recipe.data.sequence_length, source.options)
 
 
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
-    """The model's configuration that a recipe describes, for a vocabulary of this size."""
+    """The model's configuration."""
     model = recipe.model.model_dump(exclude={"parameters", "vocab_size"})
     return LRNNConfig(
         **model,
@@ -107,29 +106,29 @@ def build_trainer(
 ) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
-    `stop` is the caller's, whose handlers stand already. `check` raises ValueError for what the caller does
-    not like in the run folder; the main rank asks it in the end.
+    `stop` is the caller's, if it has installed signal handlers. `check` is the caller's last test of the run
+    folder, called on the main rank; it raises ValueError.
 
     Raises:
-        ValueError: whatever the recipe asks for that cannot be done here, in one or two lines; on every rank,
-            whichever rank found it.
+        ValueError: the recipe asks for something that cannot be done here. Every rank raises it, whichever
+            rank found it.
         Stopped: any rank was asked to stop.
     """
     console = console or Console(stderr=True, highlight=False)
-    disable_progress_bar()  # transformers' bars for files of a few seconds would cut through ours
+    disable_progress_bar()  # transformers' bars would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
-    optimizer_class(recipe.optim.name)  # an unknown name is told before anything is prepared or written
+    optimizer_class(recipe.optim.name)  # an unknown name is an error before anything is prepared or written
     plan = launch_plan(recipe.train.parallel)
     stop = stop or StopSignal()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop.hold()  # a rank that left now would leave the others waiting for it
+        stop.hold()  # if one rank left now, the others would wait for it
     else:
         stop.let_go()
     accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
     together = Together(accelerator, stop)
     main, device = accelerator.is_main_process, accelerator.device
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
-    tokenizer = _load_tokenizer(prepared.tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
     model = share(bare_model, accelerator, plan)
     optimizer = make_optimizer(bare_model, recipe.optim, device)
@@ -137,21 +136,15 @@ def build_trainer(
     newest = together.tell(together.all(lambda: _find_checkpoint(folder, console) if main else None))
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
-    def resume() -> checkpoint.Position:
-        content = prepared.manifest["content_hash"]
-        if newest is None:
-            return checkpoint.Position(data=content)
-        prepared.check_tokenizer(newest)
-        position = load(newest, bare_model, optimizer, accelerator.process_index, group)
-        _check_text(recipe, newest, position, content)
-        return position
+    def load_into_model(newest: Path) -> checkpoint.Position:
+        return load(newest, bare_model, optimizer, accelerator.process_index, group)
 
     def write(finished: bool) -> None:
         _write_run_folder(folder, recipe, prepared, finished)
         if check is not None:
             check(folder)
 
-    position = together.all(resume)
+    position = together.all(lambda: _resume(recipe, folder, prepared, newest, load_into_model))
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
@@ -164,52 +157,67 @@ def build_trainer(
 
 
 def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> PreparedData | SyntheticData:
-    """What the main rank makes, and the others find."""
+    """Prepared data: the main rank makes it, the others find it made."""
     if main:
         check_unchanged(recipe, folder)
     try:
         prepared = prepare_data(recipe, progress=main)
     except ValueError:
-        stop.leave_if_asked()  # from within SentencePiece's callbacks Stopped comes out as an error
+        stop.leave_if_asked()  # SentencePiece turns a Stopped raised in its callbacks into another error
         raise
-    stop.leave_if_asked()  # and from within a finaliser not at all
+    stop.leave_if_asked()  # and Python drops a Stopped raised in a finaliser
     if main:
         verify_shards(prepared)
     return prepared
 
 
-def _check_text(recipe: Recipe, newest: Path, position: checkpoint.Position, content: str) -> None:
+def _find_checkpoint(folder: Path, console: Console) -> Path | None:
+    return checkpoint.newest_valid(
+        RunFolder(folder).checkpoints, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
+    )
+
+
+def _resume(
+    recipe: Recipe,
+    folder: Path,
+    prepared: PreparedData | SyntheticData,
+    newest: Path | None,
+    load_into_model: Callable[[Path], checkpoint.Position],
+) -> checkpoint.Position:
+    """The position of the newest checkpoint, loaded; the beginning if there is none.
+
+    Raises ValueError if that checkpoint had another tokenizer or other text.
+    """
+    content = prepared.manifest["content_hash"]
+    if newest is None:
+        return checkpoint.Position(data=content)
+    prepared.check_tokenizer(newest)
+    position = load_into_model(newest)
     if position.data != content:
         where = recipe.data.source.path or recipe.data.source.type
         raise ValueError(
             f"{newest} was trained on other text: {where} has changed since. "
             "Give this run another name=.., or put the text back."
         )
+    return position
 
 
 def _lock(folder: Path) -> TextIO:
-    """Hold the run folder until the file is closed or the process gone; ValueError if another holds it."""
+    """Lock the run folder until the file is closed or the process ends; ValueError if another holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = RunFolder(folder).lock.open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that knows no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system without locks
             raise ValueError(
                 f"another process is training {folder}; wait for it, or give this run another name=.."
             ) from None
     return file
 
 
-def _find_checkpoint(folder: Path, console: Console) -> Path | None:
-    """The checkpoint to go on from."""
-    return checkpoint.newest_valid(
-        RunFolder(folder).checkpoints, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
-    )
-
-
 def verify_shards(prepared: PreparedData | SyntheticData) -> None:
-    """Check the shards' bytes; those of a large data set by their sizes only, which opening them has done.
+    """Check the shards' checksums, of a small data set only: opening shards has checked their sizes.
 
     Raises DataError naming a damaged file.
     """
@@ -242,16 +250,8 @@ def _make_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
         for block in model.model.layers:
-            block.compile(
-                dynamic=False
-            )  # shapes are few: training and evaluation, each with kernels of its own
+            block.compile(dynamic=False)  # there are two shapes, training and evaluation: compile each
     return model
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_unchanged(recipe: Recipe, folder: Path) -> None:
@@ -278,7 +278,7 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
 
 
 def _load_stored(path: Path) -> Recipe:
-    """What a run was trained with: no hand wrote it, so what is unknown in it is of another version."""
+    """The recipe that the run stored. An unknown key in it is not a typing error but another version's."""
     try:
         return load_recipe(path)
     except RecipeError as error:
@@ -297,9 +297,9 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
 def _write_run_folder(
     folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData, finished: bool
 ) -> None:
-    """recipe.yaml, the data's manifest, and the held-out documents, which evaluation looks for in the run.
+    """Write recipe.yaml, the data's manifest, and the held-out documents, which evaluation reads from here.
 
-    A finished run keeps its recipe: nothing is trained by the one that it is run again with.
+    A finished run keeps its recipe: it is not trained with the new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)

@@ -1,4 +1,4 @@
-"""What `lrnn info` prints: the costs of a recipe's or a checkpoint's model, before anything runs."""
+"""`lrnn info`: parameters, operations, state and memory of a recipe's or a checkpoint's model."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,6 @@ import yaml
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from ..data import SyntheticTask
 from ..model import LRNNConfig
 from ..model.accounting import (
     TRAINING_PASSES,
@@ -22,7 +21,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
-from .build import model_config, synthetic_spec
+from .build import model_config, synthetic_task
 from .optim import state_bytes
 
 
@@ -62,14 +61,11 @@ def describe(recipe: Recipe) -> RenderableType:
     check_parameters(config, recipe.model.parameters)
     length = recipe.data.sequence_length
     costs = account(config, length)
-    full = recipe.train.precision == "fp32" or (recipe.train.precision, recipe.train.device) == (
-        "auto",
-        "cpu",
-    )
+    train = recipe.train
+    on_cpu = train.device == "cpu"  # where `auto` means fp32
+    full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
-    memory = training_memory(
-        config, recipe.train.micro_batch, length, dtype, recipe.train.activation_checkpointing
-    )
+    memory = training_memory(config, train.micro_batch, length, dtype, train.activation_checkpointing)
     memory = replace(memory, optimizer=state_bytes(meta_model(config), recipe.optim))
     return Group(
         _parameters(recipe.name, costs),
@@ -89,14 +85,12 @@ def describe_config(name: str, config: LRNNConfig) -> RenderableType:
 def vocabulary(recipe: Recipe) -> int:
     """The vocabulary's size, from the recipe or from its tokenizer's SentencePiece recipe.
 
-    Raises:
-        ValueError: only the tokenizer itself would know.
+    Raises ValueError where only the tokenizer itself knows it.
     """
     if recipe.model.vocab_size is not None:
         return recipe.model.vocab_size
     if recipe.data.source.type == "synthetic":
-        spec = synthetic_spec(recipe)
-        return SyntheticTask(spec.task, recipe.data.sequence_length, spec.options).vocab_size
+        return synthetic_task(recipe).vocab_size
     path = resolve_path(recipe.data.tokenizer)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         size = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("vocab_size")

@@ -1,8 +1,8 @@
-"""A look into the layers every so many steps: how large is each state, how many gates are at an end.
+"""Inspection of the layers every `inspect_every` steps: size of each state, share of saturated gates.
 
 state_norm       root mean square over the batch of the 2-norm of a layer's state after its last token
-gate_saturation  share of rows of A_t in which one gate takes more than 0.99 of the whole: the state is
-                 kept, moved or overwritten, and little gradient comes through
+gate_saturation  share of rows of A_t in which one gate has more than 0.99 of the sum: such a row only keeps,
+                 moves or overwrites state, and its gates get little gradient
 """
 
 from collections.abc import Callable, Iterator
@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 
 _SATURATED = 0.99
-_ROWS, _TOKENS = 1, 512  # looked at: enough for a share to two digits
+_ROWS, _TOKENS = 1, 512  # inspected of a micro-batch: enough for a share to two digits
 
 
 def shortened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a micro-batch that is looked at."""
+    """The part of a micro-batch that is inspected."""
     return {key: value[:_ROWS, :_TOKENS] for key, value in batch.items()}
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """While it lasts, each pass of each mixer adds its `layer`, and `state` and `gates` where it has them."""
+    """Inside, each forward pass of a mixer appends its `layer`, and its `state` and `gates` if it has any."""
     seen: list[dict[str, Tensor]] = []
-
     kinds = [spec["type"] for spec in model.config.layer_mixers]
 
     def look(layer: int, mixer: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Any]) -> None:
@@ -34,9 +33,10 @@ def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
             found["state"] = outputs[1].float().flatten(1).norm(dim=1).square().mean().sqrt()
         transitions = mixer.transitions(inputs[0])
         if transitions is not None:
-            rows = transitions[..., :1, :] if kinds[layer] == "h_lru" else transitions  # the rest is a shift
-            rows = rows.abs()
-            largest = torch.maximum(rows.amax(dim=-1), 1 - rows.sum(dim=-1))  # the last: of the input gate
+            # Of H-LRU's companion matrix only the first row has gates: the others shift.
+            rows = (transitions[..., :1, :] if kinds[layer] == "h_lru" else transitions).abs()
+            input_gate = 1 - rows.sum(dim=-1)
+            largest = torch.maximum(rows.amax(dim=-1), input_gate)
             found["gates"] = (largest > _SATURATED).float().mean()
         seen.append(found)
 
@@ -60,7 +60,7 @@ def inspect(model: nn.Module, forward: Callable[[], Any]) -> dict[str, list[floa
 
 
 def summary(seen: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
-    """One list a measure, a number a layer; in one transfer from the device."""
+    """For each measure a list with a number a layer; all in one transfer from the device."""
     found = [value for layer in seen for key in ("state", "gates") if (value := layer.get(key)) is not None]
     numbers = iter(torch.stack(found).tolist()) if found else iter(())
     lists: dict[str, list[float | None]] = {"state_norm": [], "gate_saturation": []}

@@ -1,10 +1,10 @@
-"""`python -m lrnn_lm.train.launch` is `accelerate launch`, but for how it ends and what it does with signals.
+"""`python -m lrnn_lm.train.launch`: `accelerate launch` with other exit codes and signal handling.
 
-Accelerate's launcher turns every exit code of the ranks into 1, so a scheduler cannot tell a run that was
-stopped and saved (85) from a broken one; and it gives ranks that a signal ends half a minute. This one
-leaves with the code of the rank that ended first, and passes signals on to the ranks, which act on them at a
-step boundary. Options, configuration files and environment are Accelerate's. Where each task of srun is a
-rank, no launcher stands in between and none is needed.
+Accelerate's launcher turns every exit code of the ranks into 1, so a scheduler cannot tell a run that stopped
+and saved (85) from a broken one; and after a signal it kills the ranks within 30 seconds. This one exits with
+the code of the rank that ended first, and passes signals on to the ranks, which act on them at a step
+boundary. Options, configuration files and environment are Accelerate's. Not needed where each task of srun is
+a rank.
 """
 
 import os
@@ -22,13 +22,13 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, sign
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Launch as told; exits with 0, or the code of the first rank that ended with another."""
+    """Launch; exits with 0, or with the code of the first rank that failed."""
     options = launch_command_parser().parse_args(arguments)
     for number in _PASSED_ON:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue  # under nohup the ranks ignore it as this process does
+            continue  # under nohup, this process and the ranks ignore it
         signal.signal(number, _pass_on)
-    # torch's agent takes the signals for itself, and ends the ranks on one, unless it is in another thread
+    # In the main thread torch's agent would install its own signal handlers, which kill the ranks.
     launching = ThreadPoolExecutor(1).submit(launch_command, options)
     try:
         launching.result()
@@ -43,14 +43,14 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
         try:
             if number != signal.SIGINT or not _hears_the_keyboard(child):
                 os.kill(child, number)
-        except ProcessLookupError:  # ended in between
+        except ProcessLookupError:  # it has ended
             continue
 
 
 def _hears_the_keyboard(child: int) -> bool:
-    """Whether Ctrl-C reaches the child itself: passed on it would be a second one, which quits at once.
+    """Whether Ctrl-C reaches the child itself. To pass it on would be a second one, which quits at once.
 
-    Torch's launcher gives its ranks sessions of their own; a process alone stays in ours.
+    Torch's launcher gives each rank a session; a single process stays in ours.
     """
     try:
         with open("/dev/tty", "rb") as terminal:
@@ -62,13 +62,13 @@ def _hears_the_keyboard(child: int) -> bool:
 
 
 def _children() -> list[int]:
-    """Processes started by this one and still there."""
+    """Running processes that this one started."""
     tasks = Path(f"/proc/{os.getpid()}/task")
     return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
 
 
 def _code(exitcode: int) -> int:
-    """As a shell has it: 128 and the signal for a rank that one ended."""
+    """The exit code as a shell gives it: 128 + the signal's number for a rank that a signal ended."""
     return exitcode if exitcode >= 0 else 128 - exitcode
 
 

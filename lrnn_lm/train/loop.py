@@ -1,7 +1,7 @@
 """The training loop: steps of the token budget, validation, checkpoints, and a clean stop when asked.
 
 Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
-Ranks speak once a step beyond the gradients, and the host waits for the device once: `_exchange`.
+What ranks tell one another in a step is in `exchange.py`.
 """
 
 import gc
@@ -19,14 +19,13 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..data import PreparedData, SyntheticData
-from ..model.loss import IGNORE
 from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
+from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
@@ -34,7 +33,6 @@ from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, s
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
-from .step_log import StepResult, step_line
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
@@ -43,7 +41,7 @@ from .watch import Heartbeat, Stopwatch, slots
 
 
 class Trainer:
-    """Owns a run from its position to the end of its budget."""
+    """Trains a run from its position to the end of its token budget."""
 
     def __init__(
         self,
@@ -60,7 +58,10 @@ class Trainer:
         group: Group,
         plan: Plan,
     ):
-        """`model` is what to call for a pass, `bare_model` what it wraps, by `plan`; `group` as in Saver."""
+        """`model` is called for a pass; it wraps `bare_model` as `plan` says (DDP), or is the same object.
+
+        position: where the run resumes. group: as in Saver.
+        """
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
@@ -84,8 +85,9 @@ class Trainer:
         self.stopwatch = Stopwatch(accelerator.device)
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
-        self.lock: TextIO | None = None  # held to the end of `run`
-        self._worked = self.stalled = 0.0
+        self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
+        self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
+        self.stalled = 0.0  # seconds that training waited for a checkpoint since the last logged step
         self.saved_step = position.step if position.step else -1
         self._save_pending = False  # a save came due during bad steps
 
@@ -95,18 +97,18 @@ class Trainer:
 
     @property
     def whole_model(self) -> nn.Module | None:
-        """The model, where this rank holds all of it; else it has to be read from the last checkpoint."""
+        """The model if this rank holds all of it; None if it must be read from the last checkpoint."""
         return None if is_sharded(self.bare_model) else self.bare_model
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
+        """Whether the token budget is used up."""
         return self.position.step >= self.recipe.total_steps
 
     def run(self, stop: StopSignal | None = None) -> Path:
         """Train to the end of the budget; returns the last checkpoint.
 
-        `stop` is the caller's, if handlers stand already.
+        `stop` is the caller's, if it has installed signal handlers.
 
         Raises:
             Stopped: a signal came; the run was saved at a step boundary.
@@ -140,7 +142,7 @@ class Trainer:
         return self.checkpoints / checkpoint.step_name(self.position.step)
 
     def _train(self) -> None:
-        self._validate_if_due()  # a stop may have come before the validation of the step resumed from
+        self._validate_if_due()  # the run may have stopped between its last step and that step's validation
         if self.finished:
             self.saver.complete(self.position.step)
             return
@@ -164,12 +166,12 @@ class Trainer:
         self.beat("finished", now=True)
 
     def _empty_pass(self) -> None:
-        """Forward and backward over nothing; the gradients are dropped."""
+        """Forward and backward over masked targets; the gradients are dropped."""
         self._loss(self.rows.empty(), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _start_trackers(self) -> None:
-        """Trackers take flat settings only, and TensorBoard numbers and texts only."""
+        """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else."""
         if self.recipe.tracking.trackers:
             settings = {
                 k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.recipe).items()
@@ -179,7 +181,7 @@ class Trainer:
     # One step ---------------------------------------------------------------------------------------
 
     def _train_step(self) -> StepResult:
-        """One step with everything around it: rate, rows, measurement, the guard, the wish to stop."""
+        """One step and what surrounds it: learning rate, rows, logging, stop."""
         position = self.position
         started = time.perf_counter()
         lr = learning_rate(
@@ -209,12 +211,12 @@ class Trainer:
         return result
 
     def step(self, micro_batches: list[Batch], meanwhile: Callable[[], None] | None = None) -> StepResult:
-        """Forward, backward and update over one global step; skipped on every rank if it is not finite.
+        """Forward, backward and update over one global step; every rank skips the update if it is not finite.
 
-        `meanwhile` is called when the device has been given its work and the host would only wait for it.
+        `meanwhile` is called once the device has all its work: the host would only wait.
         """
         self.model.train()
-        share = self._targets_of_a_rank(micro_batches)
+        share = targets_per_rank(micro_batches, self.accelerator)
         loss = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
             with accumulating(self.model, i + 1 == len(micro_batches), self.plan):
@@ -235,40 +237,26 @@ class Trainer:
         return result
 
     def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
-        """What ranks must agree on before the update, in one sum over them and one transfer to the host."""
-        ranks, device = self.accelerator.num_processes, self.accelerator.device
-        seconds = [] if ranks == 1 or is_sharded(self.model) else slots(self.accelerator, self._worked)
+        """What ranks must agree on before the update."""
+        alone = self.accelerator.num_processes == 1
+        # Under FSDP2 a forward pass waits for the other ranks' parameters, so its time tells nothing.
+        seconds = [] if alone or is_sharded(self.model) else slots(self.accelerator, self._forward_seconds)
         unwritten = self.metrics is not None and self.metrics.problem is not None
+        # Clocks differ between ranks; the main rank's decides.
         clocks = [
             c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
         ]
-        own = [self.stop.asked, self.saver.written, unwritten, *clocks, *seconds]
-        sent = torch.tensor(own, dtype=torch.float64).to(device, non_blocking=True)
-        told = torch.cat([loss.double().view(1) / ranks, sent])
-        if ranks > 1:
-            dist.all_reduce(told)
-        asked = time.perf_counter()
-        mean_loss, *flags, norm = torch.cat([told, grad_norm.double().view(1)]).tolist()
-        waited = time.perf_counter() - asked
-        stop, written, unwritten, *clocks = flags[: len(flags) - len(seconds)]
-        self._worked = self.stopwatch.seconds()  # told in the next step: the device is done with it now
-        return StepResult(
-            mean_loss,
-            norm,
-            applied=math.isfinite(mean_loss) and math.isfinite(norm),
-            stop=stop > 0,
-            written=int(written),
-            unwritten=unwritten > 0,
-            clocks=(clocks[0] > 0, clocks[1] > 0),
-            seconds=tuple(flags[len(flags) - len(seconds) :]),
-            waited=waited,
-        )
+        flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
+        result = exchange(loss, grad_norm, flags, seconds, self.accelerator)
+        # Sent in the next step: reading the timer earlier would make the host wait for the device again.
+        self._forward_seconds = self.stopwatch.seconds()
+        return result
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
         return self.forward(batch, num_items, return_logits=False).loss
 
     def forward(self, batch: Batch, num_items: Tensor | float, return_logits: bool) -> Any:
-        """The model's outputs of a micro-batch, its summed loss divided by `num_items`."""
+        """The model's outputs on a micro-batch; `loss` is the summed loss divided by `num_items`."""
         device = self.accelerator.device
         input_ids, reset, labels = (
             batch[key].to(device, non_blocking=True) for key in ("input_ids", "reset", "labels")
@@ -282,18 +270,7 @@ class Trainer:
             use_cache=False,
         )
 
-    def _targets_of_a_rank(self, micro_batches: list[Batch]) -> Tensor:
-        """() on the device: the mean number of valid targets a rank in the global step, at least 1.
-
-        Gradients are averaged over ranks, so each divides its sums by this.
-        """
-        count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
-        total = torch.tensor(float(count), dtype=torch.float64).to(self.accelerator.device, non_blocking=True)
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(total)
-        return (total / self.accelerator.num_processes).clamp_min(1).float()
-
-    # Validation, saving, stopping, telling ----------------------------------------------------------
+    # Validation, logging, saving, stopping -----------------------------------------------------------
 
     def _validate_if_due(self, rang: bool = False) -> None:
         step = self.position.step
@@ -330,13 +307,13 @@ class Trainer:
         self.stop_if_asked()
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
-        """A line of metrics.jsonl, now and then with what the layers do, and the progress line."""
+        """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
         step, every = self.position.step, self.recipe.train.inspect_every
         measured = self.throughput.line(spent)
-        line = step_line(result, self.position, self.recipe.train.tokens_per_step, lr, measured)
+        line = result.line(self.position, self.recipe.train.tokens_per_step, lr, measured)
         if self.stalled:
             line["checkpoint_seconds"], self.stalled = self.stalled, 0.0
-        if every is not None and step % every == 0:  # every rank must pass through the model
+        if every is not None and step % every == 0:  # on every rank: under FSDP2 a forward pass needs all
             line |= inspect(self.bare_model, lambda: self.forward(shortened(batch), 1.0, return_logits=False))
             reshard(self.model)
         self.metrics.write(line)
@@ -361,7 +338,7 @@ class Trainer:
         return due
 
     def _save(self, wait: bool = False) -> None:
-        """Begin to save; at the end of the run, or if asked to, wait until it is done."""
+        """Start to save; at the end of the run, or with `wait`, finish it."""
         self.beat("saving", now=True)
         with self._stalling():
             if self.saved_step != self.position.step:
@@ -373,23 +350,18 @@ class Trainer:
 
     @contextmanager
     def _stalling(self) -> Iterator[None]:
-        """Around what keeps training waiting for a checkpoint; the seconds stand in the next line."""
+        """Count the seconds that training waits for a checkpoint; they go into the next logged line."""
         began = time.perf_counter()
         yield
         self.stalled += time.perf_counter() - began
 
     def _write_extras(self, folder: Path) -> None:
-        """The tokenizer, so that a checkpoint is all that a reader needs."""
+        """Put the tokenizer beside the weights, so that a checkpoint loads on its own."""
         shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
 
     def stop_if_asked(self) -> None:
-        """Between the batches of a validation: every rank must call it."""
-        asked = self.stop.asked
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(int(asked), device=self.accelerator.device)
-            dist.all_reduce(flag)
-            asked = bool(flag.item())
-        if asked:
+        """Save and stop if any rank was asked to; every rank calls it."""
+        if on_any_rank(self.stop.asked, self.accelerator):
             self._save_and_stop()
 
     def _save_and_stop(self) -> None:
@@ -403,7 +375,7 @@ class Trainer:
         )
 
     def last_name(self) -> str:
-        """The checkpoint to go on from, for messages."""
+        """The checkpoint that a new start resumes from, for messages."""
         name = checkpoint.latest_name(self.checkpoints)
         return "the beginning" if name == "none" else str(self.checkpoints / name)
 

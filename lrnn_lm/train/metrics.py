@@ -1,8 +1,8 @@
 """metrics.jsonl, the trackers beside it, and when something is due.
 
-Lines are flushed as they are written, and on disk before a checkpoint is; a resumed run first cuts the lines
-that came after its checkpoint, so that every step stands there once. A run that begins anew where lines of
-steps stand puts them away as metrics-1.jsonl, and so on.
+A line is flushed when it is written and on disk before the next checkpoint is. A resumed run first drops the
+lines after its checkpoint, so that every step has one line. A run that begins anew renames an old file to
+metrics-1.jsonl, metrics-2.jsonl and so on.
 """
 
 import json
@@ -29,7 +29,7 @@ class Metrics:
         self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
-        self.put_away: Path | None = None  # lines of a run that went before
+        self.put_away: Path | None = None  # the renamed file of an earlier run in this folder
         if accelerator.is_main_process:
             if resumed.step == 0:
                 self.put_away = _put_away(self._path)
@@ -37,9 +37,9 @@ class Metrics:
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line; numbers that are not finite become null, as JSON has no word for them.
+        """Write a line; numbers that are not finite become null, which JSON lacks otherwise.
 
-        If there is no room `problem` says so, and all ranks hear of it in the next step.
+        If the disk is full `problem` says so, and all ranks learn of it in the next step.
         """
         if self._file is not None:
             try:
@@ -55,18 +55,18 @@ class Metrics:
             self._accelerator.log(numbers, step=line["step"])
 
     def check(self) -> None:
-        """Raise ValueError with the `problem`; without words on the ranks that write nothing."""
+        """Raise ValueError with the `problem`; without a message on ranks that write nothing."""
         if self.problem is not None or self._file is None:
             raise ValueError(self.problem or "")
 
     def sync(self) -> None:
-        """Have the lines on disk, so that no checkpoint is ahead of them."""
+        """Flush the lines to disk, so that no checkpoint is ahead of them."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # a line that found no room was reported when it was written
+            with suppress(OSError):  # `write` has reported a full disk
                 self._file.close()
 
 
@@ -75,7 +75,7 @@ def _finite(value: Any) -> Any:
 
 
 def _put_away(path: Path) -> Path | None:
-    """Where the file was moved, because no checkpoint leads to its steps; None if there are none."""
+    """Rename the metrics of steps that no checkpoint leads to; the new path, None if there are none."""
     if not path.exists() or not path.read_bytes().strip():
         return None
     taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
@@ -84,9 +84,9 @@ def _put_away(path: Path) -> Path | None:
 
 
 def _cut_after(path: Path, resumed: Position) -> None:
-    """Drop what came after the position that the run goes on from, and a torn line; replaced in one go.
+    """Drop lines after the position that the run resumes from, and torn lines.
 
-    The validation of that very step goes too if the position does not know of it: it will be done again.
+    The validation at that very step is dropped too if the position does not count it: it will run again.
     """
     if not path.exists():
         return
@@ -112,18 +112,18 @@ class Cadence:
 
     @property
     def by_clock(self) -> bool:
-        """Whether ranks may differ in their answers."""
+        """Whether the answer depends on each rank's clock."""
         return self._every.unit == "minutes"
 
     def rang(self) -> bool:
-        """By minutes: whether they have passed; a yes restarts the clock."""
+        """Whether the minutes have passed on this rank's clock; if so it restarts."""
         if not self.by_clock or time.monotonic() - self._last < 60 * self._every.amount:
             return False
         self._last = time.monotonic()
         return True
 
     def due(self, step: int, rang: bool = False) -> bool:
-        """Whether it is due after `step` steps; by minutes that is what the main rank's clock said."""
+        """Whether it is due after `step` steps; by minutes, `rang` says so: the main rank's clock."""
         if self.by_clock:
             return rang
         amount = int(self._every.amount)

@@ -1,6 +1,6 @@
-"""What Muon makes of the momenta of matrices: singular values near 1 (Jordan, "Muon", 2024).
+"""Muon's orthogonalisation: bring a matrix's singular values near 1 (Jordan, "Muon", 2024).
 
-The optimizer itself is in `optim.py`.
+The optimizer is in `optim.py`.
 """
 
 import torch
@@ -12,9 +12,9 @@ MOMENTUM = 0.95
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """(n, rows, columns) with singular values near 1 and the same singular vectors; in bf16 on a GPU, whose
-    rounding is far below the iteration's own error (singular values end between 0.7 and 1.2)."""
+    """(n, rows, columns) with the same singular vectors and singular values between about 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
+    # bf16's rounding is far below the iteration's own error.
     dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.to(dtype)

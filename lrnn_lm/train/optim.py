@@ -40,10 +40,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Parameter groups: `weight_decay` on matrices, none on vectors (norms, biases); each in exactly one.
-
-    Embeddings count as matrices. A tied weight is listed once.
-    """
+    """Parameter groups: `weight_decay` for matrices and embeddings, none for vectors (norms, biases)."""
     trained = [p for p in parameters if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
     vectors = [p for p in trained if p.ndim < 2]
@@ -52,8 +49,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 
 def _adamw_settings(optim: OptimSection, device: torch.device) -> dict[str, Any]:
-    """Of AdamW, fused on a GPU: one launch for all parameters."""
-    fused = True if device.type == "cuda" else None
+    fused = True if device.type == "cuda" else None  # one kernel launch for all parameters
     return {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": fused}
 
 
@@ -81,9 +77,9 @@ class Muon(Optimizer):
 
     A matrix moves by its momentum with all singular values brought near 1 (`muon.py`), scaled by
     0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's and one learning rate and weight
-    decay serve both (arXiv 2502.16982). torch.optim.Muon takes matrices one at a time; here all of one shape
-    go through the iteration as a batch (a step of 60 matrices is 15 launches for 900), and a projection to
-    several planes is one matrix a plane, as its planes are separate maps that only lie together in memory.
+    decay serve both (arXiv 2502.16982). All matrices of one shape go through the iteration as a batch: for 60
+    matrices 15 kernel launches instead of torch.optim.Muon's 900. A projection that stacks several maps
+    (planes) counts as one matrix a plane.
 
     Args:
         matrices: (parameter (rows, columns), planes) each; planes divides the rows.
@@ -105,7 +101,7 @@ class Muon(Optimizer):
         self._adamw = torch.optim.AdamW(others, lr=lr, **adamw)
         group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay, "matrices": True}
         super().__init__([group], {**self._adamw.defaults, "matrices": False})
-        self.param_groups += self._adamw.param_groups  # the same objects: a rate that is set reaches both
+        self.param_groups += self._adamw.param_groups  # the same objects: a new rate reaches both
         self._adamw.state = self.state
         self._planes = dict(matrices)
 
@@ -162,7 +158,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
 def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> Optimizer:
     """The optimizer that `optim.name` names.
 
-    Raises ValueError for an unknown name, and where the optimizer would see parts of what it needs whole.
+    Raises ValueError for an unknown name, and for sharded parameters that the optimizer needs whole.
     """
     cls = optimizer_class(optim.name)
     if not cls.takes_shards and any(isinstance(p, DTensor) for p in model.parameters()):
@@ -174,14 +170,14 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
 
 
 def state_bytes(model: nn.Module, optim: OptimSection) -> int:
-    """Bytes that the optimizer will keep of all parameters of `model`, which may be on `meta`."""
+    """Bytes of the optimizer's state for all parameters of `model`, which may be on `meta`."""
     optimizer = make_optimizer(model, optim, torch.device("meta"))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     return sum(value.nbytes for parameter in trained for value in optimizer.new_state(parameter).values())
 
 
 def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """The weights of the blocks' linear maps, each with the number of planes that it holds."""
+    """The weights of the blocks' linear layers, each with its number of planes (maps stacked in it)."""
     planes: dict[nn.Parameter, int] = {}
     for block in model.model.layers:
         named = block.mixer.planes().items()

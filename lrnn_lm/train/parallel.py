@@ -1,8 +1,8 @@
-"""How ranks share a model, and all that differs with it: a copy each (DDP) or a shard each (FSDP2).
+"""How ranks share a model, and all code that depends on it: a copy each (DDP) or a shard each (FSDP2).
 
-FSDP2 is torch's `fully_shard`, block by block and once around the rest, applied here and not by Accelerate:
-it then is the same on a GPU and on a CPU with gloo, and the head's weight is whole while the loss, which
-takes it straight, is computed.
+FSDP2 is torch's `fully_shard` on each block and on the rest, applied here and not by Accelerate: then it is
+the same on a GPU and on a CPU with gloo, and the head's weight is gathered while the loss, which reads it
+directly, is computed.
 """
 
 import os
@@ -16,24 +16,23 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class Plan:
-    """ddp or fsdp2; reshard: whether a block's gathered parameters are given up after each pass, and not only
-    at the end of a step."""
+    """How a run is distributed."""
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
-    reshard: bool = False
+    reshard: bool = False  # free a block's gathered parameters after each pass, not only after each step
 
 
 def launch_plan(asked: str) -> Plan:
-    """The recipe's `train.parallel`, where that is auto what Accelerate's config file said to its launcher.
+    """The recipe's `train.parallel`; for auto, what Accelerate's config file told its launcher.
 
-    Takes FSDP out of Accelerate's hands (see above), so it must come before the Accelerator. ValueError for
-    kinds of FSDP that are not built.
+    Call it before the Accelerator is made: it removes the variable that has Accelerate apply FSDP itself.
+    Raises ValueError for kinds of FSDP that are not supported.
     """
     launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     reshard = False
@@ -48,7 +47,7 @@ def launch_plan(asked: str) -> Plan:
 
 
 def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
-    """What to call for a forward pass. Under FSDP2 `model` itself changes: its parameters become shards."""
+    """The module to call for a forward pass. FSDP2 changes `model` itself: its parameters become shards."""
     if accelerator.num_processes == 1 or plan.kind == "ddp":
         return accelerator.prepare_model(model)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -56,7 +55,7 @@ def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32 if bf16 else None,
-        cast_forward_inputs=False,  # the number of targets, which the loss is divided by, stays exact
+        cast_forward_inputs=False,  # bf16 would round the number of targets that the loss is divided by
     )
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshard)
@@ -70,8 +69,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def accumulating(model: nn.Module, last: bool, plan: Plan) -> Iterator[None]:
-    """Around the passes of one micro-batch: only in the last one of a step do ranks exchange gradients and
-    give up the parameters that they gathered."""
+    """Around the passes of one micro-batch: only the last of a step exchanges gradients between ranks."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or plan.reshard)
@@ -84,10 +82,10 @@ def accumulating(model: nn.Module, last: bool, plan: Plan) -> Iterator[None]:
 
 
 def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
-    """Let DDP lay out its gradient buckets for good, by a pass that counts for nothing.
+    """Run a pass without targets, after which DDP lays out its gradient buckets for good.
 
-    It does so after its first backward pass, and a sum of three or more ranks depends on the layout: without
-    this, a resumed run's first step would not be, bit for bit, the step of a run that was not interrupted.
+    The sum over three or more ranks rounds by that layout: without this pass, a resumed run's first step
+    would differ in its last bits from the same step of an uninterrupted run.
     """
     if isinstance(model, DistributedDataParallel):
         model.train()
@@ -95,13 +93,13 @@ def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a global norm of at most `limit`; the norm before, () on the device."""
+    """Scale gradients to a global norm of at most `limit`; returns the norm before, () on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def reshard(model: nn.Module) -> None:
-    """After passes without a backward: parameters are shards again, as saving and loading need them."""
+    """Free parameters gathered by passes without a backward; saving and loading need the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -112,12 +110,4 @@ def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be a shard, on the CPU; every rank must ask."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

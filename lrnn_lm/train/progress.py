@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then elsewhere."""
+"""What a person sees of a run: a progress bar on a terminal, elsewhere a line every 15 seconds."""
 
 import math
 import time
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..recipe import Recipe, format_count
 
-_QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
+_LINE_SECONDS = 15.0  # between lines where there is no terminal
 
 
 class ProgressLine:
@@ -50,7 +50,7 @@ class ProgressLine:
         self._bar.stop()
 
     def step(self, step: int, loss: float, speed: float, applied: bool) -> None:
-        """After each logged step; speed in tokens a second."""
+        """Show a logged step; speed in tokens a second, smoothed here like the loss."""
         if not self._speaks:
             return
         self._step, self._speed = step, speed if math.isnan(self._speed) else 0.9 * self._speed + 0.1 * speed
@@ -59,19 +59,19 @@ class ProgressLine:
         else:
             self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
         self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
-        if not self._draws and (time.monotonic() - self._spoke > _QUIET_SECONDS or step == self._total):
+        if not self._draws and (time.monotonic() - self._spoke > _LINE_SECONDS or step == self._total):
             self._spoke = time.monotonic()
             left = (self._total - step) * (self._spoke - self._began) / max(1, step - self._first)
-            self._console.print(f"{self._where(step)}  {self._speed:,.0f} tokens/s  {left:.0f} s left")
+            tokens = format_count(step * self._tokens_per_step)
+            self._console.print(
+                f"step {step}/{self._total}  {tokens} tokens  loss {self._loss:.3f}  "
+                f"{self._speed:,.0f} tokens/s  {left:.0f} s left"
+            )
 
     def validation(self, step: int, loss: float, bits_per_byte: float | None, accuracy: float | None) -> None:
-        """After each validation; loss in nats a token, accuracy the share of targets hit."""
+        """Show a validation; loss in nats a token, accuracy as a fraction of targets."""
         if self._speaks:
             text = f"validation loss {loss:.3f}"
             text += f"  {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
             text += f"  accuracy {accuracy:.3f}" if accuracy is not None else ""
             self._console.print(f"step {step}: {text}")
-
-    def _where(self, step: int) -> str:
-        tokens = format_count(step * self._tokens_per_step)
-        return f"step {step}/{self._total}  {tokens} tokens  loss {self._loss:.3f}"

@@ -1,4 +1,4 @@
-"""The rows of the steps to come, read one step ahead, and how long the device may have waited for them."""
+"""The rows of the next steps, read one step ahead, and how long the device may have waited for them."""
 
 import time
 from collections.abc import Generator
@@ -54,17 +54,17 @@ class Rows:
         return taken
 
     def fetch(self) -> None:
-        """Read them already; called while the device is busy with the step before.
+        """Read the next step's rows ahead; called while the device is busy with the step before.
 
-        Time counts as waiting unless the device still had work when they were there: on a CPU, always.
+        The time counts as waiting only if the device ran out of work meanwhile; on a CPU it always counts.
         """
         began = time.perf_counter()
-        given = None
+        event = None
         if self._accelerator.device.type == "cuda":
-            given = torch.cuda.Event()
-            given.record()
+            event = torch.cuda.Event()
+            event.record()
         self._ahead = next(self._batches)
-        if given is None or given.query():
+        if event is None or event.query():  # the device has done all that it was given before
             self._waited += time.perf_counter() - began
 
     def waited(self) -> float:
@@ -73,12 +73,12 @@ class Rows:
         return seconds
 
     def empty(self) -> Batch:
-        """A micro-batch in which there is nothing, in the shape of the first."""
+        """A micro-batch of token 0 without resets, in the shape of a step's first."""
         shape = (min(self._recipe.train.micro_batch, self.loader.share), self._recipe.data.sequence_length)
         nothing = torch.zeros(shape, dtype=torch.long)
         return {"input_ids": nothing, "labels": nothing, "reset": nothing.bool()}
 
     def close(self) -> None:
-        """Let the loader's workers go: they hear no signal, so the process would wait for them at its end."""
+        """End the loader's workers: they ignore signals, so the process would wait for them when it exits."""
         if self._batches is not None:
             self._batches.close()

@@ -16,8 +16,8 @@ from torch import distributed as dist
 
 from ..recipe.schema import TrainSection
 
-# By datasheet: dense bf16 rate in FLOP/s, for model FLOPs utilisation; memory bandwidth in bytes/s.
-# A name is looked for in that of the device, from the first on: slower cards of one name stand before it.
+# Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
+# The first key that is part of the device's name counts, so `H100 PCIe` stands before `H100`.
 _PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
     "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
@@ -26,15 +26,15 @@ _PEAK_BANDWIDTH = {
     "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "GH200 480GB": 4.0e12, "H200": 4.8e12,
     "A100-SXM4-40GB": 1.555e12, "A100-PCIE-40GB": 1.555e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12,
 }  # fmt: skip
-_BUCKET_MB = 64  # of gradients that DDP exchanges at once, while the backward pass goes on
+_BUCKET_MB = 64  # gradients that DDP sends in one all-reduce, overlapped with the backward pass
 
 
 def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> Accelerator:
     """An Accelerator on the device and in the precision that a recipe asks for.
 
     A rank that waits for the others longer than the timeout ends with an error.
-    Raises ValueError if there is no such device here, it does not do bf16, a tracker is not installed, or
-    torch lacks what several ranks need (on GPUs, too: checkpoints are agreed on beside NCCL).
+    Raises ValueError for a missing device, a device without bf16, a tracker that is not installed, or
+    several ranks without gloo (needed on GPUs too: ranks agree on checkpoints over it).
     """
     device, precision = train.device, train.precision
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_gloo_available()):
@@ -42,7 +42,7 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
             "several ranks meet by gloo, which this build of torch lacks; train with one process, "
             "or install a build that has it"
         )
-    for tracker in trackers:  # Accelerate would leave it out without a word
+    for tracker in trackers:  # Accelerate would silently leave out a tracker that is not installed
         if find_spec(tracker) is None:
             raise ValueError(
                 f"tracking.trackers names {tracker}, which is not installed: pip install 'lrnn-lm[{tracker}]'"
@@ -73,14 +73,14 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch. The model's initial weights and nothing else depend on it."""
+    """Seed python, numpy and torch; only the model's initial weights depend on it."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The state of every random generator: a part for JSON and a part in tensors."""
+    """The state of every random generator: a part for JSON, and tensors."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     plain = {
@@ -94,7 +94,7 @@ def random_state() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def restore_random_state(plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Undo what happened to the generators since `random_state`."""
+    """Set the generators to what `random_state` returned."""
     version, numbers, gauss = plain["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = plain["numpy"]
@@ -105,7 +105,7 @@ def restore_random_state(plain: dict[str, Any], tensors: dict[str, torch.Tensor]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on a GPU, resident on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -113,12 +113,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device by datasheet; None where it is not known."""
+    """Dense bf16 FLOP/s of the device; None if unknown."""
     return _by_datasheet(device, _PEAK_FLOPS)
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second between the device and its memory by datasheet; None where it is not known."""
+    """Memory bandwidth of the device in bytes/s; None if unknown."""
     return _by_datasheet(device, _PEAK_BANDWIDTH)
 
 

@@ -1,8 +1,8 @@
-"""Saving while training goes on: tensors copied at a step boundary, written by a thread, published later.
+"""Saving while training goes on: copy tensors at a step boundary, write them in a thread, publish later.
 
-begin    every rank copies its tensors to the CPU, and a thread writes, flushes and hashes its files aside
-written  asked at each step, without a word between ranks: is this rank's part on disk?
-finish   once all say so: the main rank completes the manifest and renames the folder
+begin    every rank copies its tensors to the CPU; a thread writes, flushes and hashes its files aside
+written  whether this rank's part is on disk; each step sums it over ranks with what it sends anyway
+finish   once all ranks have written: the main rank completes the manifest and renames the folder
 """
 
 import json
@@ -42,7 +42,7 @@ from .tensors import (
     write_whole,
 )
 
-_EXPECTED = (OSError, SafetensorError, CheckpointException)  # a disk that is full or away
+_EXPECTED = (OSError, SafetensorError, CheckpointException)  # the disk is full or gone
 
 
 class Saver:
@@ -58,13 +58,13 @@ class Saver:
         section: CheckpointSection,
         group: Group = None,
     ):
-        """`model` is the bare one; `write_extras` writes what else belongs in the folder (the tokenizer);
-        `group` is one of gloo's over all ranks, for the writing threads alone, where there are shards."""
+        """`model` is the bare model. `write_extras` writes what else belongs in the folder (the tokenizer).
+        `group` is a gloo group of all ranks, for the threads that write shards: NCCL is training's."""
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, section
         self._write_extras, self._group = write_extras, group
-        self._has_code = isinstance(model, LRNNForCausalLM)  # an auto-encoder's does not travel
-        # Not its public face DefaultStager, which in torch 2.11 can be used once only and keeps no buffers.
+        self._has_code = isinstance(model, LRNNForCausalLM)  # the auto-encoder loads with this package only
+        # The private class: in torch 2.11 the public DefaultStager can be used once and keeps no buffers.
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
@@ -73,33 +73,26 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether a checkpoint waits to be published, as far as this rank is concerned."""
+        """Whether this rank has written its part of a checkpoint that is not published yet."""
         return self._writing is not None and self._writing.done()
 
-    @property
-    def under_way(self) -> bool:
-        return self._writing is not None
-
     def warm_up(self) -> None:
-        """Make the pinned buffers that copies go to: a second for gigabytes, better spent before training."""
+        """Allocate the pinned buffers before training: that takes about a second for gigabytes."""
         if self._accelerator.device.type == "cuda" and self._section.background:
             fill_state(self._model, self._optimizer)
             self._copied()
 
     def begin(self, position: Position, last: bool = False) -> None:
-        """Save the run as it is now. `last`: with the model's code, so that it loads where this package is
-        not, and of a sharded run with the weights as one file too.
+        """Save the run as it is now.
 
-        Returns once the tensors are copied, or all is written where `checkpoint.background` is false.
-        Raises CheckpointError if this or the save before failed on any rank.
+        last: add the model's code, so that it loads without this package, and the weights of a sharded run
+        as one file. Returns once the tensors are copied; with `checkpoint.background=false`, once all is
+        written. Raises CheckpointError if this or the previous save failed on any rank.
         """
         self.finish()
         self._step = position.step
         aside = checkpoint.aside_of(self.checkpoints, position.step)
-        problem = None
-        if self._accelerator.is_main_process:
-            problem = _reason_of(lambda: _make_room(self.checkpoints, aside))
-        self._agree(problem)
+        self._on_main(lambda: _make_room(self.checkpoints, aside))
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position)  # training goes on while it is written
@@ -108,7 +101,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the save under way, if there is one, is written by all, and publish it.
+        """Wait until all ranks have written the save in progress, if there is one, and publish it.
 
         Raises CheckpointError on every rank if one of them could not write.
         """
@@ -116,26 +109,17 @@ class Saver:
             return
         writing, self._writing = self._writing, None
         self._agree(_reason_of(writing.result))
-        problem = None
-        if self._accelerator.is_main_process:
-            problem = _reason_of(
-                lambda: checkpoint.publish(
-                    self.checkpoints, self._step, self._section.keep_last, self._section.keep_best, self.good
-                )
-            )
-        self._agree(problem)
+        keep = self._section.keep_last, self._section.keep_best
+        self._on_main(lambda: checkpoint.publish(self.checkpoints, self._step, *keep, self.good))
         self.good = checkpoint.step_name(self._step)
 
     def complete(self, step: int) -> None:
-        """Of a run that ends at a checkpoint that was only a stop: add what the last one has, see `begin`.
+        """Turn the checkpoint of a stop into the last one of the run, as `begin` with `last` would write it.
 
         Raises CheckpointError on every rank if it could not be written.
         """
         self._step = step
-        folder, problem = self.checkpoints / checkpoint.step_name(step), None
-        if self._accelerator.is_main_process:
-            problem = _reason_of(lambda: self._complete(folder))
-        self._agree(problem)
+        self._on_main(lambda: self._complete(self.checkpoints / checkpoint.step_name(step)))
 
     def _complete(self, folder: Path) -> None:
         if is_sharded_folder(folder) and WEIGHTS not in checkpoint.named_files(folder):
@@ -145,42 +129,45 @@ class Saver:
                 checkpoint.put_file(folder, name, lambda aside, text=text: aside.write_text(text, "utf-8"))
 
     def close(self) -> None:
-        """Of a run that ends with an error; what is half-written is cleared at the next start."""
+        """End the thread without waiting, after an error; the next start removes what is half-written."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _on_main(self, work: Callable[[], object]) -> None:
+        """Do something on the main rank; raise CheckpointError on every rank if that fails."""
+        self._agree(_reason_of(work) if self._accelerator.is_main_process else None)
+
     def _agree(self, problem: str | None) -> None:
-        """Raise on every rank what went wrong on any."""
+        """Raise CheckpointError on every rank if any has a problem; the main rank's has the message."""
         problems = [problem]
         if self._accelerator.num_processes > 1:
             problems = gather_object([problem])
-        told = next(filter(None, problems), None)
-        if told is None:
+        reason = next(filter(None, problems), None)
+        if reason is None:
             return
         if not self._accelerator.is_main_process:
-            raise CheckpointError("")  # the main rank tells
+            raise CheckpointError("")
         shutil.rmtree(checkpoint.aside_of(self.checkpoints, self._step), ignore_errors=True)
         raise CheckpointError(
-            f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {told}; "
+            f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {reason}; "
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
             "Free some space and run the same command again to go on from it."
         )
 
     def _copied(self) -> dict[str, Tensor]:
-        """`_tensors` on the CPU, in buffers that the next copy will go to as well."""
+        """What this rank writes, on the CPU, in buffers that the next save uses again.
+
+        Its shards; without sharding, everything on the main rank and nothing on the others.
+        """
         on_gpu = self._accelerator.device.type == "cuda"
-        copies = self._stager.stage(self._tensors(), non_blocking=on_gpu)
+        writes = is_sharded(self._model) or self._accelerator.is_main_process
+        tensors = training_tensors(self._model, self._optimizer) if writes else {}
+        copies = self._stager.stage(tensors, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
         return copies
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What this rank has to write: its shards, or everything on the main rank."""
-        if is_sharded(self._model) or self._accelerator.is_main_process:
-            return training_tensors(self._model, self._optimizer)
-        return {}
-
     def _whole_weights(self) -> dict[str, Tensor]:
-        """Gathered one by one, so that no device ever holds the whole model; kept by the main rank."""
+        """The weights on the main rank, gathered one by one so that no device holds the whole model."""
         weights = {}
         for name, parameter in self._model.named_parameters():
             value = parameter.detach().full_tensor()
@@ -197,11 +184,11 @@ class Saver:
         random: tuple[dict[str, Any], dict[str, Tensor]],
         last: bool,
     ) -> None:
-        """In the thread: this rank's files, on disk, with their facts."""
+        """In the thread: write this rank's files, flush them and record their checksums."""
         rank, main = self._accelerator.process_index, self._accelerator.is_main_process
         trainer = CheckpointFolder(aside).trainer
         files: list[Path] = []
-        if is_sharded(self._model):  # first: a rank that failed before it would leave the others in it
+        if is_sharded(self._model):  # first, as it is a collective: after an error here the others would hang
             write_shards(tensors, aside, self._group)
             files += sorted(CheckpointFolder(aside).shards.glob(f"shard-{rank + 1:05d}-*"))
         files += write_random_state(trainer, rank, random)
@@ -217,7 +204,7 @@ class Saver:
         weights: dict[str, Tensor] | None,
         last: bool,
     ) -> list[Path]:
-        """What only the main rank writes; every file of it."""
+        """Write what only the main rank writes; the paths of its files."""
         trainer = CheckpointFolder(aside).trainer
         if not is_sharded(self._model):
             write_whole(tensors, aside, self._model)
@@ -241,7 +228,7 @@ def _make_room(checkpoints: Path, aside: Path) -> None:
 
 
 def _reason_of(work: Callable[[], object]) -> str | None:
-    """Do it; in a few words what went wrong, if that was the disk's doing."""
+    """Do some work; why it failed, if the disk is to blame, else None."""
     try:
         work()
     except _EXPECTED as error:

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of model and optimiser, into files and back, whole or sharded.
+"""Model and optimiser to a checkpoint's files and back, whole or sharded.
 
 Whole: model.safetensors and trainer/optimizer.safetensors, written by one rank. Sharded: trainer/shards,
-written by torch.distributed.checkpoint, each rank its own part. Either comes back on any number of ranks,
-whichever way they share the model. Keys are `model/NAME` and `optimizer/NAME/KEY`.
+written by torch.distributed.checkpoint, each rank its own part. Both load on any number of ranks, with DDP or
+FSDP2. Keys are `model/NAME` and `optimizer/NAME/KEY`.
 """
 
 import json
@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -33,20 +34,19 @@ WEIGHTS = "model.safetensors"
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every parameter and the optimiser's state of it, as they are; a tied weight stands once."""
+    """Every parameter and its optimiser state, not copied; a tied weight once."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value.detach()
-    return dict(sorted(tensors.items()))  # files do not depend on where the optimiser's state came from
+    return dict(sorted(tensors.items()))  # a new state and a loaded one may differ in the order of keys
 
 
 def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Those of `model` or of `optimizer`, by the rest of their keys."""
-    return {
-        key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")
-    }
+    """The tensors of `model` or of `optimizer`, without that prefix."""
+    prefix = f"{kind}/"
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def write_whole(tensors: Mapping[str, Tensor], aside: Path, model: nn.Module) -> None:
@@ -56,17 +56,13 @@ def write_whole(tensors: Mapping[str, Tensor], aside: Path, model: nn.Module) ->
 
 
 def write_shards(tensors: dict[str, Tensor], aside: Path, group: Group) -> None:
-    """This rank's part; all ranks of the group at the same time."""
-    shards = CheckpointFolder(aside).shards
-    dcp.save(
-        tensors,
-        storage_writer=HuggingFaceStorageWriter(str(shards), save_distributed=True),
-        process_group=group,
-    )
+    """Write this rank's part; a collective, so all ranks of the group call it."""
+    writer = HuggingFaceStorageWriter(str(CheckpointFolder(aside).shards), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group)
 
 
 def write_config(aside: Path, model: nn.Module) -> None:
-    """What `save_pretrained` writes beside the weights."""
+    """Write what `save_pretrained` puts beside the weights."""
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
     model.config.save_pretrained(aside)
     if model.can_generate():
@@ -86,37 +82,36 @@ def is_sharded_folder(folder: Path) -> bool:
 
 
 def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: int, group: Group) -> Position:
-    """Put a checkpoint that passed `verify` into model, optimiser and random generators; its position.
+    """Load a checkpoint that passed `verify` into model, optimiser and random generators; its position.
 
-    Every rank calls it; the checkpoint may be of another number of ranks, or another way to share the model.
-    Raises CheckpointError if its tensors are not those of this model, or of this optimizer.
+    Every rank calls it. The checkpoint may come from another number of ranks, or from DDP instead of FSDP2.
+    Raises CheckpointError if its tensors are not those of this model and this optimizer.
     """
-    names = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
-    _check_fit(folder, model, part(names, "model"))
+    sizes = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
+    _check_fit(folder, model, part(sizes, "model"))
     optimizer.state.clear()
-    _make_state(folder, model, optimizer, part(names, "optimizer"))
+    _make_state(folder, model, optimizer, part(sizes, "optimizer"))
     targets = training_tensors(model, optimizer)
     if is_sharded_folder(folder):
         _load_shards(folder, targets, group)
     else:
         with torch.no_grad():
-            for key, value in _whole_tensors(folder):
-                targets[key].copy_(like_parameter(value, targets[key]))
+            for key, file, name in _whole_entries(folder):
+                targets[key].copy_(like_parameter(file.get_tensor(name), targets[key]))
     _restore_random(CheckpointFolder(folder).trainer, rank)
     return read_position(folder)
 
 
 def _restore_random(trainer: Path, rank: int) -> None:
-    """A rank that was not there before takes the first one's: nothing in training draws from them."""
+    """A rank that did not exist before takes the first rank's state: nothing in training draws from it."""
     name = f"rng-{rank:05d}" if (trainer / f"rng-{rank:05d}.json").exists() else "rng-00000"
-    with safe_open(trainer / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    tensors = load_file(trainer / f"{name}.safetensors")
     restore_random_state(json.loads((trainer / f"{name}.json").read_text()), tensors)
 
 
 def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    wrong = sorted(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise CheckpointError(
@@ -125,14 +120,17 @@ def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) ->
 
 
 def fill_state(model: nn.Module, optimizer: Optimizer) -> None:
-    """The state that the optimizer would make of itself at its first step, where it has none yet."""
+    """Give every parameter the state that the optimizer would create for it at the first step."""
     for parameter in model.parameters():
         if not optimizer.state.get(parameter):
             optimizer.state[parameter] = optimizer.new_state(parameter)
 
 
 def _make_state(folder: Path, model: nn.Module, optimizer: Optimizer, stored: Iterable[str]) -> None:
-    """Zeros for each parameter of which a checkpoint has something stored, under `NAME/KEY`."""
+    """Give each parameter with stored state (`NAME/KEY`) a new state to load into.
+
+    Raises CheckpointError if the keys are those of another optimizer.
+    """
     keys: dict[str, set[str]] = defaultdict(set)
     for path in stored:
         name, _, key = path.rpartition("/")
@@ -148,25 +146,17 @@ def _make_state(folder: Path, model: nn.Module, optimizer: Optimizer, stored: It
         optimizer.state[parameters[name]] = state
 
 
-def _whole_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    yield "model", folder / WEIGHTS
-    yield "optimizer", CheckpointFolder(folder).optimizer
+def _whole_entries(folder: Path) -> Iterator[tuple[str, Any, str]]:
+    """(key, open file, name in it) of each tensor of an unsharded checkpoint; nothing is read yet."""
+    for kind, path in (("model", folder / WEIGHTS), ("optimizer", CheckpointFolder(folder).optimizer)):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                yield f"{kind}/{name}", file, name
 
 
 def _whole_sizes(folder: Path) -> dict[str, torch.Size]:
-    sizes = {}
-    for kind, path in _whole_files(folder):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                sizes[f"{kind}/{key}"] = torch.Size(file.get_slice(key).get_shape())
-    return sizes
-
-
-def _whole_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for kind, path in _whole_files(folder):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                yield f"{kind}/{key}", file.get_tensor(key)
+    entries = _whole_entries(folder)
+    return {key: torch.Size(file.get_slice(name).get_shape()) for key, file, name in entries}
 
 
 def _shard_sizes(folder: Path) -> dict[str, torch.Size]:
@@ -176,7 +166,7 @@ def _shard_sizes(folder: Path) -> dict[str, torch.Size]:
 
 def _load_shards(folder: Path, targets: dict[str, Tensor], group: Group) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # one process reads alone, as it should
+        warnings.filterwarnings("ignore", "torch.distributed is")  # not initialised: one process reads alone
         dcp.load(
             targets,
             storage_reader=HuggingFaceStorageReader(str(CheckpointFolder(folder).shards)),
@@ -186,7 +176,7 @@ def _load_shards(folder: Path, targets: dict[str, Tensor], group: Group) -> None
 
 
 def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
-    """The whole tensors of a sharded checkpoint, on the CPU, by one process."""
+    """The joined tensors of a sharded checkpoint, on the CPU; one process alone can read them."""
     sizes = _shard_sizes(folder)
     tensors = {key: torch.empty(size) for key, size in sizes.items() if key.startswith(f"{kind}/")}
     _load_shards(folder, tensors, None)
@@ -194,13 +184,13 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
 
 
 def write_weights(folder: Path, path: Path) -> None:
-    """The weights of a sharded checkpoint as one file, as transformers loads it."""
+    """Write the weights of a sharded checkpoint as one file, which transformers can load."""
     save_file(read_shards(folder), path, metadata={"format": "pt"})
 
 
 @contextmanager
 def plain_folder(folder: Path) -> Iterator[Path]:
-    """A checkpoint with its weights in model.safetensors: itself, or while it lasts, a copy of a sharded one.
+    """A checkpoint with model.safetensors: the folder itself, or a temporary copy of a sharded one.
 
     Raises ValueError if the shards are damaged.
     """

@@ -1,9 +1,9 @@
-"""How fast a run is against what its machine can do: tokens/s, MFU, memory bandwidth, waiting for data.
+"""Speed of a run relative to its machine: tokens/s, MFU, memory bandwidth, waiting for data.
 
-MFU counts the operations of the model's mathematics, recomputation left out (`model.accounting`). Memory
-traffic is a floor that counts each byte once: activations kept for the backward pass are written and read;
+MFU counts the operations of the model's mathematics without recomputation (`model.accounting`). Memory
+traffic is a lower bound, each byte counted once: activations kept for the backward pass are written and read;
 weights are read in both passes, in the precision of the passes; gradients are written; AdamW reads weights,
-gradients and two moments and writes three of them, in fp32.
+gradients and two moments and writes weights and moments, in fp32.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,11 @@ _ADAMW_PASSES = 7  # reads weight, gradient, two moments; writes weight and two 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a step as the host saw them: in all, waiting for rows, and waiting for the device with all
-    its work handed out."""
+    """Seconds of a step, measured on the host."""
 
-    seconds: float
-    waiting: float
-    idle: float
+    seconds: float  # in all
+    waiting: float  # for rows
+    idle: float  # for the device, after it was given all its work
 
 
 class Throughput:
@@ -57,7 +56,7 @@ class Throughput:
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
     def line(self, spent: Spent) -> dict[str, float | int | None]:
-        """The fields: null where the machine's ceiling is not known."""
+        """Fields of metrics.jsonl; null where the device's datasheet values are unknown."""
         speed = self._tokens / spent.seconds
         mfu = share = None
         if self._flops is not None:

@@ -1,4 +1,4 @@
-"""The loss on held-out rows, shared out over the ranks."""
+"""The loss on held-out rows, each rank taking a part of them."""
 
 import json
 import math
@@ -22,11 +22,11 @@ from .parallel import reshard
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss in nats a target; of text the bits a byte of what was read, of a synthetic task the share of
-    targets that are the likeliest token (the logits of text never exist as a whole)."""
+    """What a validation found, the same on every rank."""
 
-    loss: float
-    bits_per_byte: float | None = None
+    loss: float  # mean over targets, nats
+    bits_per_byte: float | None = None  # of text
+    # Of synthetic tasks: fraction of targets with the largest logit. Text's logits never exist as a whole.
     accuracy: float | None = None
 
 
@@ -40,10 +40,10 @@ def validate(
     between: Callable[[], None],
     held_out_bytes: int | None,
 ) -> Validation:
-    """The loss over the first `eval.tokens` held out: over their targets, whatever the rows of a batch hold.
+    """The mean loss over the targets of the first `eval.tokens` held-out tokens. Every rank calls it.
 
-    Every rank calls it. forward(batch, num_items, return_logits=..) gives the outputs of `model`; between()
-    is called after each batch and may raise; held_out_bytes: of the text that is read, None if it is no text.
+    forward(batch, num_items, return_logits=..) gives the outputs of `model`. between() is called after each
+    batch and may raise. held_out_bytes: of the text that is read; None for a synthetic task.
     """
     model.eval()
     synthetic = held_out_bytes is None
@@ -71,15 +71,15 @@ def validate(
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """() how many targets are the likeliest token. logits (B, T, V), labels (B, T) on any device."""
+    """() number of targets with the largest logit. logits (B, T, V); labels (B, T), on any device."""
     return (logits.argmax(dim=-1) == labels.to(logits.device)).sum()
 
 
 def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int:
     """Bytes of the held-out text that a validation of at most `max_tokens` predicts.
 
-    Texts differ in bytes a token, so those of the documents read are counted, and of the last one those that
-    its tokens up to the end of the last row spell.
+    They are counted, as bytes per token differ between texts: all bytes of the documents that fit, and of the
+    last document those of its tokens up to the end of the last row.
     """
     shards = prepared.validation
     stop = min(max(1, max_tokens // sequence_length) * sequence_length + 1, shards.num_tokens)

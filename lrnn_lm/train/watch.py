@@ -1,4 +1,4 @@
-"""Is the run alive, and who holds it up: a heartbeat file, stacks of a step that hangs, the slowest rank."""
+"""Whether a run is alive and what slows it: a heartbeat file, stacks of a hanging step, the slowest rank."""
 
 import faulthandler
 import json
@@ -10,20 +10,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..files import replace_file
 from ..runs.layout import RunFolder
 
-_BEAT_SECONDS = 5.0  # between writes of the file, which may lie on a network
-_SLOW = 1.5  # times the median: a straggler
+_BEAT_SECONDS = 5.0  # between writes of the file, which may be on a network file system
+_SLOW = 1.5  # a rank that takes this many times the median is a straggler
 
 
 class Heartbeat:
     """`heartbeat.json` in the run folder: step, time (seconds since 1970), tokens and what is being done.
 
-    Whoever reads it knows a run that stands still by the age of `time`. And a step that takes longer than
-    `stall_seconds` has the stacks of its threads printed to stderr, by a thread of C that no lock can stop.
+    An old `time` means that the run hangs. If a step takes longer than `stall_seconds`, the stacks of all
+    threads are printed to stderr, by a C thread that needs no GIL.
     """
 
     def __init__(self, folder: Path, main: bool, stall_seconds: float):
@@ -31,7 +30,7 @@ class Heartbeat:
         self._last = -_BEAT_SECONDS
 
     def beat(self, step: int, tokens: int, doing: str = "training", now: bool = False) -> None:
-        """At every step boundary; `now` writes whether or not it is time."""
+        """Call it at every step boundary; `now` writes the file even if 5 seconds have not passed."""
         if _has_descriptor():
             faulthandler.dump_traceback_later(self._stall, exit=False)
         moment = time.monotonic()
@@ -39,7 +38,7 @@ class Heartbeat:
             return
         self._last = moment
         facts = {"step": step, "time": time.time(), "tokens": tokens, "doing": doing, "pid": os.getpid()}
-        with suppress(OSError):  # no room for a line: the next checkpoint will tell, and better
+        with suppress(OSError):  # a full disk: the next checkpoint reports it
             replace_file(self._path, json.dumps(facts) + "\n")
 
     def stop(self) -> None:
@@ -47,7 +46,7 @@ class Heartbeat:
 
 
 def _has_descriptor() -> bool:
-    """faulthandler writes to the descriptor itself; a captured stderr has none."""
+    """Whether stderr has a file descriptor, which faulthandler writes to; a captured one has none."""
     try:
         sys.stderr.fileno()
     except (OSError, ValueError, AttributeError):
@@ -56,7 +55,7 @@ def _has_descriptor() -> bool:
 
 
 class Stopwatch:
-    """Seconds of a rank's own work: a step's first forward pass, in which it waits for nobody."""
+    """Seconds of a rank's own work: a step's first forward pass, which waits for no other rank."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -69,7 +68,7 @@ class Stopwatch:
         self._marks.append(self._mark())
 
     def seconds(self) -> float:
-        """Of the last pass; asked after a transfer that had to wait for the device anyway."""
+        """Of the last pass. Call it after the host has waited for the device: it would wait here again."""
         if len(self._marks) != 2:
             return 0.0
         first, last = self._marks
@@ -84,17 +83,17 @@ class Stopwatch:
 
 
 def slots(accelerator: Accelerator, seconds: float) -> list[float]:
-    """Zeros but for this rank's place: their sum over ranks holds everybody's seconds."""
+    """Zeros except at this rank's index, so that their sum over ranks holds every rank's seconds."""
     return [
         seconds if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)
     ]
 
 
 def straggler(seconds: list[float]) -> dict[str, float]:
-    """`slowest_rank` and how many times the median it takes, if that is much; nothing otherwise."""
+    """`slowest_rank` and its `slowdown`, in times the (lower) median; empty if no rank is a straggler."""
     if len(seconds) < 2 or min(seconds) <= 0:
         return {}
-    ordered: Tensor = torch.tensor(seconds)
-    slowest = int(ordered.argmax())
-    times = float(ordered[slowest] / ordered.median())
+    each = torch.tensor(seconds)
+    slowest = int(each.argmax())
+    times = float(each[slowest] / each.median())
     return {"slowest_rank": slowest, "slowdown": times} if times > _SLOW else {}

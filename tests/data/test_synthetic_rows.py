@@ -11,7 +11,6 @@ from lrnn_lm.data import (
     SYNTHETIC_TASKS,
     DataError,
     SyntheticRows,
-    SyntheticSpec,
     SyntheticTask,
     prepare_synthetic,
 )
@@ -223,18 +222,17 @@ def test_a_kept_set_equals_an_endless_one():
 def test_prepared(tmp_path):
     from transformers import AutoTokenizer
 
-    spec = SyntheticSpec("s3", options={}, cache_dir=str(tmp_path))
-    prepared = prepare_synthetic(spec)
+    prepared = prepare_synthetic(task("s3"), cache_dir=str(tmp_path))
     assert (prepared.vocab_size, prepared.task.length) == (6, 32)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir)
     assert tokenizer("3 0 5")["input_ids"] == [3, 0, 5]
     assert tokenizer.decode([3, 0, 5]) == "3 0 5"
     assert len(tokenizer) == 6
     hashes = {
-        prepare_synthetic(SyntheticSpec("s3", cache_dir=str(tmp_path), **change)).manifest["content_hash"]
-        for change in ({}, {"seed": 1}, {"length": 16}, {"examples": 100})
+        prepare_synthetic(task("s3", length), cache_dir=str(tmp_path), **change).manifest["content_hash"]
+        for length, change in ((32, {}), (32, {"seed": 1}), (16, {}), (32, {"examples": 100}))
     }
     assert len(hashes) == 4
     assert prepared.manifest["content_hash"] in hashes
     with pytest.raises(DataError, match=r"vocab_size 5 is too small for task s3, which has 6"):
-        prepare_synthetic(spec, vocab_size=5)
+        prepare_synthetic(task("s3"), cache_dir=str(tmp_path), vocab_size=5)

@@ -1,7 +1,7 @@
 """What a run on a synthetic task needs in place of tokenised text: its rows, and a tokenizer of its symbols.
 
-Rows are made as they are read, so nothing is written but the tokenizer: a word for each id, its number. With
-it a checkpoint is as whole as any other, and `17 3 99` can be asked of it as text.
+Rows are made when they are read. Only the tokenizer is written, a word for each id: its number. So a
+checkpoint has a tokenizer like any other, and can be asked `17 3 99` as text.
 """
 
 import hashlib
@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..specs import DataError, SyntheticSpec
+from ..specs import DataError
 from ..storage import build_folder
 from ..tokenize import tokenizer_hash
-from .tasks import ENDLESS, SyntheticRows, SyntheticTask, task_kind
+from .tasks import ENDLESS, SyntheticRows, SyntheticTask
 
-FORMAT = 1  # raise it when the same spec would give other rows
+FORMAT = 1  # raise it when the same task would give other rows
 
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """The two splits of a task, with the names that `PreparedData` has; there are no held-out documents."""
+    """The two splits of a task, with the attributes of `PreparedData`; there are no held-out documents."""
 
     task: SyntheticTask
     tokenizer_dir: Path
@@ -40,36 +40,37 @@ class SyntheticData:
             raise DataError(f"{folder} was trained on other symbols than those of {self.task.name}")
 
 
-def prepare_synthetic(spec: SyntheticSpec, vocab_size: int | None = None) -> SyntheticData:
-    """The rows of a task and its tokenizer, which is written to cache_dir unless it is there.
+def prepare_synthetic(
+    task: SyntheticTask,
+    examples: int | None = None,
+    validation_examples: int = 1280,
+    seed: int = 0,
+    cache_dir: str = "cache",
+    vocab_size: int | None = None,
+) -> SyntheticData:
+    """The rows of a task, a function of `seed`, and its tokenizer, written to cache_dir unless it is there.
 
-    Raises DataError for a task, length or option that cannot be, and for a model's `vocab_size` that does not
-    hold the task's symbols.
+    examples: training rows; None: the published number, or new rows without end where there is none.
+    Raises DataError if the model's `vocab_size` does not hold the task's symbols.
     """
-    kind = task_kind(spec.task)
-    task = SyntheticTask(spec.task, spec.length or kind.length, spec.options)
     if vocab_size is not None and vocab_size < task.vocab_size:
         raise DataError(
             f"model.vocab_size {vocab_size} is too small for task {task.name}, which has {task.vocab_size} "
             "symbols; leave it out to have it fit"
         )
-    folder = Path(spec.cache_dir).expanduser() / "tokenizers" / f"symbols-{task.vocab_size}"
+    folder = Path(cache_dir).expanduser() / "tokenizers" / f"symbols-{task.vocab_size}"
     try:
         build_folder(folder, partial(write_symbols, task.vocab_size))
     except OSError as error:
-        raise DataError(f"cannot write to data.cache_dir {spec.cache_dir}: {error.strerror}") from None
-    examples = spec.examples or kind.examples or ENDLESS
-    return SyntheticData(
-        task=task,
-        tokenizer_dir=folder,
-        train=SyntheticRows(task, spec.seed, "train", examples),
-        validation=SyntheticRows(task, spec.seed, "validation", spec.validation_examples),
-        manifest=_manifest(spec, task, examples, tokenizer_hash(folder)),
-    )
+        raise DataError(f"cannot write to data.cache_dir {cache_dir}: {error.strerror}") from None
+    train = SyntheticRows(task, seed, "train", examples or task.kind.examples or ENDLESS)
+    validation = SyntheticRows(task, seed, "validation", validation_examples)
+    manifest = _manifest(train, validation, tokenizer_hash(folder))
+    return SyntheticData(task, folder, train, validation, manifest)
 
 
 def write_symbols(vocab_size: int, folder: Path) -> None:
-    """A tokenizer of the words `0` .. `vocab_size - 1` between blanks, each its own id; it adds no other."""
+    """Write a tokenizer whose words `0` .. `vocab_size - 1` are their own ids; it adds no token."""
     from transformers import PreTrainedTokenizerFast
 
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -79,18 +80,18 @@ def write_symbols(vocab_size: int, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
 
 
-def _manifest(spec: SyntheticSpec, task: SyntheticTask, examples: int, symbols: str) -> dict[str, Any]:
-    """What the run keeps as data.json, in the terms of prepared text."""
+def _manifest(train: SyntheticRows, validation: SyntheticRows, tokenizer: str) -> dict[str, Any]:
+    """What the run keeps as data.json, with the keys of prepared text; `tokenizer` is its hash."""
+    task, examples = train.task, train.num_rows
     source = {"type": "synthetic", "task": task.name, "length": task.length, "options": task.options}
-    key = [FORMAT, source, examples, spec.seed, symbols]
-    rows = {"train": examples, "validation": spec.validation_examples}
+    key = [FORMAT, source, examples, train.seed, tokenizer]
     return {
-        "source": {**source, "examples": None if examples == ENDLESS else examples, "seed": spec.seed},
-        "tokenizer": {"name": "symbols", "vocab_size": task.vocab_size, "hash": symbols},
+        "source": {**source, "examples": None if examples == ENDLESS else examples, "seed": train.seed},
+        "tokenizer": {"name": "symbols", "vocab_size": task.vocab_size, "hash": tokenizer},
         "splits": {
-            split: {"num_tokens": count * task.length, "num_documents": count, "num_bytes": 0}
-            for split, count in rows.items()
-            if count != ENDLESS
+            rows.split: {"num_tokens": n * task.length, "num_documents": n, "num_bytes": 0}
+            for rows in (train, validation)
+            if (n := rows.num_rows) != ENDLESS
         },
         "content_hash": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(),
     }

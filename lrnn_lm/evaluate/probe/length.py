@@ -1,19 +1,18 @@
-"""What a checkpoint does far beyond its training length: `lrnn eval CHECKPOINT --length 16x`.
+"""A checkpoint far beyond its training length: `lrnn eval CHECKPOINT --length 16x`.
 
     by position   loss and accuracy along long rows, in bins that grow with the position
-    states        root mean square of each recurrent layer's state as the row goes on
-    memory        total variation between the distributions of the last token with and without a change of
-                  the input d tokens before: how far back a change still moves the output
+    states        root mean square of each recurrent layer's state, by position
+    memory        how far back a change of one input token still moves the output: total variation between the
+                  distributions at the last position with and without the change, d tokens before it
     transitions   eigenvalues and absolute row sums of A_t, of each layer that has such matrices
 
-Rows are those of the run's synthetic task, made anew at the length asked for; or the run's held-out
-documents, one after the other. No state is reset within a row.
+Rows are new ones of the run's synthetic task at the given length, or the run's held-out documents in a row.
+No state is reset within a row.
 
 Legend: b rows, N length in tokens, V vocabulary.
 """
 
 import copy
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -26,19 +25,19 @@ from torch import Tensor
 from ...data import SyntheticTask
 from ...model.long_input import prefill
 from ...runs.layout import RunFolder
-from ...runs.load import CheckpointInfo, context_length, describe, document_start, load_checkpoint
-from ..show import decimal, finite, table_console
-from ..tasks.heldout import heldout_path, read_documents
+from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
+from ..show import decimal, print_table, print_written, table_console, write_json
+from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
+from .recall import PIECE_LOGITS, text_rows
 from .transitions import mixer_inputs, transitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BINS = 4  # an octave
-PIECE_LOGITS = 2**25  # logits that exist at once
-MEMORY_LENGTHS = 64  # the memory is probed up to so many training lengths
-MOVED = 0.01  # total variation from which on a change counts as seen
+MEMORY_LENGTHS = 64  # memory is probed up to this many training lengths
+MOVED = 0.01  # a change that moves the output by more than this total variation counts as remembered
 
 
 def probe_length(
@@ -57,10 +56,9 @@ def probe_length(
 
     length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
     a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). trust_remote_code:
-    whether the checkpoint's folder may run code of its own. quiet: print nothing.
+    let the checkpoint's folder run its own code. quiet: print nothing.
 
-    Raises ValueError for a length that is none, that a model with limited positions cannot take, or that
-    there is not text enough for.
+    Raises ValueError for a malformed length, or one that exceeds the model's positions or the text.
     """
     from .length_plot import draw_length
 
@@ -72,7 +70,8 @@ def probe_length(
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
     trained = context_length(model, info.run)
     N = parse_length(length, trained)
-    _check_limit(model, N, trained)
+    if model.config.model_type != "lrnn" and trained < N:  # ours take any length
+        raise ValueError(f"{N} tokens are longer than this {model.config.model_type} takes: {trained}")
     inputs, labels = _rows(info, model, tokenizer, N, rows, data, seed)
     symbols = inputs[:, 1:].unique() if run_source(info.path) and data is None else None
     with torch.no_grad(), mixer_inputs(model) as seen:
@@ -99,12 +98,11 @@ def probe_length(
     if folders is not None:
         name = f"{info.name}-length-{N}"
         written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
-        for path in written:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        written[0].write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(facts, written[0])
         draw_length(facts, written[1])
     if not quiet:
-        _show(facts, written)
+        _show(facts)
+        print_written(written)
     return facts
 
 
@@ -118,14 +116,8 @@ def parse_length(text: str, trained: int) -> int:
             f"length {text!r}: give training lengths, as in 16x, or tokens, as in 4096"
         ) from None
     if N < 2:
-        raise ValueError(f"length {text!r} is {N} tokens; at least 2 are wanted")
+        raise ValueError(f"length {text!r} is {N} tokens; expected at least 2")
     return N
-
-
-def _check_limit(model: "PreTrainedModel", N: int, trained: int) -> None:
-    """Models of others end where their positions do; ours take any length."""
-    if model.config.model_type != "lrnn" and trained < N:
-        raise ValueError(f"{N} tokens are longer than this {model.config.model_type} takes: {trained}")
 
 
 def _rows(
@@ -137,28 +129,17 @@ def _rows(
     data: Path | None,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (b, N), on the CPU."""
+    """Inputs and labels (b, N) on the CPU: of the run's synthetic task, or of held-out text."""
     source = run_source(info.path)
     if source and data is None:
         task = SyntheticTask(source["task"], N, source["options"])
         inputs, labels = task.rows(seed, "length", np.arange(rows))
         return torch.from_numpy(inputs), torch.from_numpy(labels)
-    start = document_start(model, tokenizer)
-    ids: list[int] = []
-    for text in read_documents(heldout_path(data, info.path)):
-        ids += [] if start is None else [start]
-        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if len(ids) > rows * N:
-            break
-    whole = (len(ids) - 1) // N
-    if not whole:
-        raise ValueError(f"the held-out text has {len(ids)} tokens, which do not fill one row of {N} + 1")
-    stream = torch.tensor(ids[: whole * N + 1])
-    return stream[:-1].view(-1, N)[:rows], stream[1:].view(-1, N)[:rows]
+    return text_rows(model, tokenizer, heldout_path(data, info.path), rows, N)
 
 
 def bin_edges(N: int, trained: int | None = None) -> list[int]:
-    """0, 1, 2, .. N: about BINS edges an octave, the training length and its doublings among them."""
+    """Edges from 0 to N, about BINS an octave, with the training length and its doublings among them."""
     grid = {min(N, round(2 ** (i / BINS))) for i in range(BINS * math.ceil(math.log2(N)) + 1)}
     doublings = {trained * 2**i for i in range(64) if trained * 2**i < N} if trained else set()
     return [0, *sorted(grid | doublings | {N})]
@@ -167,9 +148,9 @@ def bin_edges(N: int, trained: int | None = None) -> list[int]:
 def _by_position(
     model: "PreTrainedModel", inputs: Tensor, labels: Tensor, trained: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Loss and accuracy of each bin of positions, and the states' norms at its end.
+    """Loss and accuracy in each bin of positions, and the states' norms at its end.
 
-    The row is read piece by piece through the cache, so that memory does not grow with N.
+    Rows are read in pieces through the cache, so that memory does not grow with N.
     """
     b, N = inputs.shape
     piece = max(1, PIECE_LOGITS // (b * model.config.vocab_size))
@@ -200,7 +181,7 @@ def _by_position(
 
 
 def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
-    """Root mean square of each recurrent layer's state, by layer; empty for models of others."""
+    """Root mean square of each recurrent layer's state, by layer; empty for others' models."""
     if model.config.model_type != "lrnn":
         return {}
     from ...model.cache import layer_state
@@ -218,9 +199,9 @@ def _memory(
 ) -> list[dict[str, float]]:
     """Total variation at the last position after a change d tokens before it, mean over rows.
 
-    A token becomes any other of `symbols` (sorted), or of the vocabulary if None. Up to the change a row is
-    as it was, so it is read once, and from each place of a change on once more: about 7 N tokens in all, as
-    the distances grow by a constant factor.
+    The token there becomes any other of `symbols` (sorted; None: the vocabulary). The part before the change
+    is read once for all distances and the part after it once for each: about 7 N tokens in all, as the
+    distances grow by a constant factor.
     """
     b, N = inputs.shape
     distances = sorted({N - 1, *(edge for edge in bin_edges(N)[:-1])})
@@ -238,8 +219,9 @@ def _memory(
             cache = prefill(model, inputs[:, read:place], past_key_values=cache).past_key_values
             read = place
         rest = inputs[:, place:].clone()
-        place_of = torch.searchsorted(symbols, rest[:, 0].contiguous())  # of a start symbol: some place
-        rest[:, 0] = symbols[(place_of + shifts[:, i]) % len(symbols)]
+        # A start symbol is not among them; then any place will do.
+        index = torch.searchsorted(symbols, rest[:, 0].contiguous())
+        rest[:, 0] = symbols[(index + shifts[:, i]) % len(symbols)]
         ends.append(_last_distribution(model, rest, copy.deepcopy(cache)))
     plain = _last_distribution(model, inputs[:, read:], cache)
     moved = [float((end - plain).abs().sum(dim=-1).mean() / 2) for end in reversed(ends)]
@@ -247,12 +229,13 @@ def _memory(
 
 
 def _last_distribution(model: "PreTrainedModel", inputs: Tensor, cache: Any) -> Tensor:
-    """(b, V) in fp32, after what the cache has seen and inputs (b, T)."""
+    """Distribution (b, V) in fp32 of the token after inputs (b, T), which follow what the cache holds."""
     logits = prefill(model, inputs, past_key_values=cache).logits
     return logits[:, -1].float().softmax(dim=-1)
 
 
 def _folders(info: CheckpointInfo, output: Path | None) -> tuple[Path, Path] | None:
+    """Where the JSON and the picture go; None for a checkpoint outside a run."""
     if output is not None:
         return Path(output).expanduser(), Path(output).expanduser()
     return None if info.run is None else (RunFolder(info.run).scores, RunFolder(info.run).plots)
@@ -273,17 +256,11 @@ def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | 
     return rows
 
 
-def _show(facts: dict[str, Any], written: list[Path]) -> None:
-    from rich.table import Table
-
+def _show(facts: dict[str, Any]) -> None:
     console = table_console()
-    trained = facts["settings"]["trained"]
-    table = Table(title=f"{Path(facts['checkpoint']['path']).name}, trained at {trained:,} tokens")
-    for title in ("positions", "loss", "accuracy"):
-        table.add_column(title, justify="right")
-    for positions, loss, accuracy in by_multiple(facts):
-        table.add_row(positions, decimal(loss), decimal(accuracy))
-    console.print(table)
+    title = f"{Path(facts['checkpoint']['path']).name}, trained at {facts['settings']['trained']:,} tokens"
+    rows = [(places, decimal(loss), decimal(accuracy)) for places, loss, accuracy in by_multiple(facts)]
+    print_table(["positions", "loss", "accuracy"], rows, left=0, title=title)
     probed = facts["memory"][-1]["distance"]
     console.print(f"effective memory: {facts['effective_memory']:,} tokens, of {probed:,} probed")
     for layer in facts["transitions"]:
@@ -296,5 +273,3 @@ def _show(facts: dict[str, Any], written: list[Path]) -> None:
             f"{radius['max']:.3f} (largest); row sums up to {sums['max']:.3f}; "
             f"{layer['complex_share']:.0%} of eigenvalues complex"
         )
-    for path in written:
-        console.print(f"written to {path}", soft_wrap=True, highlight=False)

@@ -3,22 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..reporting.plot import COLOURS, GREY, INK
+from ..reporting.plot import COLOURS, GREY, colour, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def draw_length(facts: dict[str, Any], path: Path) -> None:
-    """Write the picture of what `probe_length` found (PNG, SVG or PDF by the suffix)."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(14, 7.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    """Write the picture of what `probe_length` found."""
+    with picture(path, 14, 7.6) as figure:
         axes = figure.subplots(2, 3)
         _by_position(axes[0][0], facts, "loss", "Loss by position", "nats a token")
         _by_position(axes[0][1], facts, "accuracy", "Accuracy by position", "share of targets")
@@ -30,7 +23,6 @@ def draw_length(facts: dict[str, Any], path: Path) -> None:
         settings = facts["settings"]
         title = f"{Path(facts['checkpoint']['path']).name}: trained at {settings['trained']:,} tokens, "
         figure.suptitle(title + f"probed to {settings['length']:,}", fontweight="bold")
-        figure.savefig(path, dpi=140)
 
 
 def _by_position(axes: "Axes", facts: dict[str, Any], key: str, title: str, label: str) -> None:
@@ -57,14 +49,13 @@ def _states(axes: "Axes", facts: dict[str, Any]) -> None:
     for i, layer in enumerate(layers):
         values = [point["rms"][layer] for point in facts["states"]]
         positions = [point["position"] for point in facts["states"]]
-        axes.plot(positions, values, "-", color=COLOURS[i % len(COLOURS)], label=f"layer {layer}")
+        axes.plot(positions, values, "-", color=colour(i), label=f"layer {layer}")
     if layers and len(layers) <= len(COLOURS):
         axes.legend(frameon=False, fontsize=8)
     axes.set_ylim(bottom=0)
     _trained(axes, facts)
-    _finish(
-        axes, "State by position", "position (tokens)", "root mean square" if layers else "no recurrent state"
-    )
+    label = "root mean square" if layers else "no recurrent state"
+    _finish(axes, "State by position", "position (tokens)", label)
 
 
 def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
@@ -75,10 +66,8 @@ def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
     widest = max((abs(part) for layer in layers for point in layer["sample"] for part in point), default=1)
     for i, layer in enumerate(layers):
         real, imaginary = zip(*layer["sample"], strict=True)
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(
-            real, imaginary, ".", color=colour, markersize=3, alpha=0.5, label=f"layer {layer['layer']}"
-        )
+        label = f"layer {layer['layer']}"
+        axes.plot(real, imaginary, ".", color=colour(i), markersize=3, alpha=0.5, label=label)
     edge = 1.15 * max(1, widest)
     axes.set_xlim(-edge, edge)
     axes.set_ylim(-edge, edge)
@@ -92,13 +81,13 @@ def _row_sums(axes: "Axes", facts: dict[str, Any]) -> None:
     """For each layer a box from quartile to quartile, lines to the extremes, a dot at the median."""
     marks = (("row_sum", -0.15, COLOURS[2]), ("spectral_radius", 0.15, COLOURS[3]))
     layers = [layer for layer in facts["transitions"] if layer["finite"]]
-    for key, offset, colour in marks:
+    for key, offset, ink in marks:
         for layer in layers:
             x, found = layer["layer"] + offset, layer[key]
             label = key.replace("_", " ") if layer is layers[0] else None
-            axes.vlines(x, found["min"], found["max"], color=colour, linewidth=1)
-            axes.vlines(x, found["25%"], found["75%"], color=colour, linewidth=6, alpha=0.6, label=label)
-            axes.plot(x, found["50%"], "o", color="white", markeredgecolor=colour, markersize=5)
+            axes.vlines(x, found["min"], found["max"], color=ink, linewidth=1)
+            axes.vlines(x, found["25%"], found["75%"], color=ink, linewidth=6, alpha=0.6, label=label)
+            axes.plot(x, found["50%"], "o", color="white", markeredgecolor=ink, markersize=5)
     axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
     axes.set_ylim(-0.02, 1.1 * max([1, *(layer[key]["max"] for layer in layers for key, _, _ in marks)]))
     axes.set_xticks([layer["layer"] for layer in layers])
@@ -115,9 +104,6 @@ def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str, log: bool = True
     if log:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_title(title, fontsize=10, loc="left")
+    tidy(axes, title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,8 @@
 """Where a model's loss comes from: `lrnn eval CHECKPOINT.. --recall`, several checkpoints side by side.
 
-    n-gram hits   loss of the tokens that complete an n-gram seen earlier in the same context, against all
-                  others (the split of Zoology, arXiv 2312.04927): what a model could copy if it remembered
-    distance      the same for bigrams, by how far back the last occurrence lies
+    n-gram hits   loss of the tokens that complete an n-gram seen earlier in the same row, against all others
+                  (the split of Zoology, arXiv 2312.04927): what a model with perfect memory could copy
+    distance      the same for bigrams, by the distance to the last occurrence
     position      loss by position in the row
     frequency     loss by how often the target occurs in the whole held-out text
     gates         of each BD-LRU layer: half-life, share of rows with one gate above 0.99, share of A_t off
@@ -13,7 +13,6 @@ Rows are held-out documents, one after the other, each row read from an empty st
 Legend: b rows, T tokens a row, V vocabulary.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,18 +26,18 @@ from torch import Tensor
 from ...runs.layout import RunFolder
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
-from ..show import decimal, finite, table_console
+from ..show import decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST = 4  # n-grams longer than this count as this long
+LONGEST = 4  # longer n-grams count as this long
 DISTANCES = (1, 4, 16, 64, 256, 1024, 4096)  # lower edges of the bins of distances, in tokens
-PIECE_LOGITS = 2**25  # logits that exist at once
-SATURATED = 0.99
-ROWS_OF_GATES = 4096  # tokens of a layer whose gates are looked at
+PIECE_LOGITS = 2**25  # logits in memory at once: 128 MiB in fp32
+SATURATED = 0.99  # a gate above this share of its row
+ROWS_OF_GATES = 4096  # tokens of a layer whose gates are measured
 
 
 def probe_recall(
@@ -53,12 +52,12 @@ def probe_recall(
 ) -> list[dict[str, Any]]:
     """Split each checkpoint's held-out loss; print a table, write JSON and a picture; returns the facts.
 
-    All checkpoints read the same documents, cut into rows of their own training length by their own
-    tokenizer. rows: at most so many. data: held-out documents (JSONL); None: those of the first checkpoint's
-    run. output: a folder; None: eval/ of the first checkpoint's run. trust_remote_code: whether the
-    checkpoints' folders may run code of their own.
+    All checkpoints read the same documents, each with its own tokenizer and in rows of its training length.
+    rows: maximum number of rows. data: held-out documents (JSONL; default: those of the first checkpoint's
+    run). output: a folder (default: eval/ of the first checkpoint's run). trust_remote_code: let the
+    checkpoints' folders run their own code.
 
-    Raises ValueError for a checkpoint without text, or text too short for a row.
+    Raises ValueError if there is no held-out text, or too little for a row.
     """
     from .recall_plot import draw_recall
 
@@ -69,36 +68,32 @@ def probe_recall(
     text = heldout_path(data, first.path)
     found = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        model, tokenizer = load_checkpoint(
-            describe(checkpoint).path, device, trust_remote_code=trust_remote_code
-        )
-        inputs, targets = text_rows(
-            model, tokenizer, text, rows, context_length(model, describe(checkpoint).run)
-        )
+        info = describe(checkpoint)
+        model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
+        inputs, targets = text_rows(model, tokenizer, text, rows, context_length(model, info.run))
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         found.append({"name": name, **size, **split(model, inputs, targets)})
-    folder = (
-        Path(output).expanduser()
-        if output is not None
-        else RunFolder(first.run).scores
-        if first.run
-        else None
-    )
+    folder = Path(output).expanduser() if output is not None else None
+    if folder is None and first.run is not None:
+        folder = RunFolder(first.run).scores
     written = []
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "recall.json", folder / "recall.png"]
-        written[0].write_text(json.dumps(finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(found, written[0])
         draw_recall(found, written[1])
     if not quiet:
-        _show(found, written)
+        _show(found)
+        print_written(written)
     return found
 
 
 def text_rows(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path, rows: int, T: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (b, T) of held-out documents, one after the other, the start token before each."""
+    """Inputs and targets (b, T), b <= rows: held-out documents in a row, each after a start token.
+
+    Raises ValueError if the text does not fill one row.
+    """
     start = document_start(model, tokenizer)
     ids: list[int] = []
     for document in read_documents(path):
@@ -108,44 +103,39 @@ def text_rows(
             break
     whole = min(rows, (len(ids) - 1) // T)
     if not whole:
-        raise ValueError(f"{path} has {len(ids)} tokens, which do not fill one row of {T} + 1")
+        raise ValueError(
+            f"the held-out text {path} has {len(ids)} tokens, which do not fill one row of {T} + 1"
+        )
     stream = torch.tensor(ids[: whole * T + 1])
     return stream[:-1].view(whole, T), stream[1:].view(whole, T)
 
 
 def split(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> dict[str, Any]:
-    """The loss of a model on rows, by every question of this module's head."""
+    """The loss of a model on rows, split as this module's docstring says."""
     with mixer_inputs(model) as seen:
         losses = token_losses(model, inputs, targets)
     order, distance = seen_before(torch.cat([inputs, targets[:, -1:]], dim=1))
     counts = targets.flatten().bincount(minlength=int(model.config.vocab_size))[targets]
+    positions = torch.arange(losses.shape[1]).expand_as(losses)
+    copyable = order >= 2
+
+    def by_bin(values: Tensor, bins: list[tuple[int, int]], among: Tensor | bool = True) -> list[dict]:
+        """The mean loss where `values` lie in each bin [low, high)."""
+        return [
+            {"from": low, "to": high - 1, **_mean(losses, among & (values >= low) & (values < high))}
+            for low, high in bins
+        ]
+
     facts = {
         "loss": float(losses.mean()),
         "seen_ngram": {
             f"n={n}" if n < LONGEST else f"n>={n}": _mean(losses, order == n) for n in range(LONGEST + 1)
         },
-        "copyable": _mean(losses, order >= 2),
-        "other": _mean(losses, order < 2),
-        "distance": [
-            {
-                "from": low,
-                "to": high - 1,
-                **_mean(losses, (order >= 2) & (distance >= low) & (distance < high)),
-            }
-            for low, high in pairwise((*DISTANCES, 2**31))
-        ],
-        "position": [
-            {
-                "from": low,
-                "to": high - 1,
-                **_mean(losses[:, low:high], torch.ones_like(losses[:, low:high]) > 0),
-            }
-            for low, high in _octaves(losses.shape[1])
-        ],
-        "frequency": [
-            {"from": low, "to": high - 1, **_mean(losses, (counts >= low) & (counts < high))}
-            for low, high in _octaves(int(counts.max()) + 1)[1:]
-        ],
+        "copyable": _mean(losses, copyable),
+        "other": _mean(losses, ~copyable),
+        "distance": by_bin(distance, list(pairwise((*DISTANCES, 2**31))), copyable),
+        "position": by_bin(positions, _octaves(losses.shape[1])),
+        "frequency": by_bin(counts, _octaves(int(counts.max()) + 1)[1:]),
         "gates": gate_facts(model, seen),
     }
     with only_diagonals(model) as cut:
@@ -161,19 +151,17 @@ def token_losses(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> T
     size = max(1, PIECE_LOGITS // (inputs.shape[1] * model.config.vocab_size))
     parts = []
     for ids, labels in zip(inputs.split(size), targets.split(size), strict=True):
-        logits = model(ids.to(model.device), use_cache=False).logits.float()
-        parts.append(
-            torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), labels.to(model.device), reduction="none"
-            )
-        )
+        logits = model(ids.to(model.device), use_cache=False).logits.float().transpose(1, 2)  # (b, V, T)
+        parts.append(torch.nn.functional.cross_entropy(logits, labels.to(model.device), reduction="none"))
     return torch.cat(parts).cpu()
 
 
 def seen_before(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each target of rows (b, T + 1), both (b, T): the longest n, up to LONGEST, such that the n tokens
-    that end with it occurred earlier in the row (0: the token is new), and how far back the last such bigram
-    lies (0: none)."""
+    """For each target of rows (b, T + 1): its longest repeated n-gram, and the distance of its last bigram.
+
+    Returns n (b, T), up to LONGEST: the n tokens that end with the target occurred earlier in the row (0: the
+    token is new). And tokens (b, T) back to the last such bigram (0: none).
+    """
     b, length = rows.shape
     order = torch.zeros(b, length - 1, dtype=torch.long)
     distance = torch.zeros(b, length - 1, dtype=torch.long)
@@ -194,10 +182,10 @@ def seen_before(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def gate_facts(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
-    """Of each layer with transition matrices: quantiles of half-lives, saturated rows, mass off the diagonal.
+    """For each layer with A_t: quantiles of half-lives, share of saturated rows, mass off the diagonal.
 
-    A row's half-life is that of its absolute sum, ln 2 / -ln sum: how long what it holds lasts, in tokens, if
-    its gates stayed as they are.
+    A row's half-life, in tokens, is ln 2 / -ln(sum of |A_t| over the row): that of its state under constant
+    gates.
     """
     found = []
     for layer, parts in sorted(seen.items()):
@@ -207,7 +195,7 @@ def gate_facts(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[
         if A is None:
             continue
         if model.config.layer_mixers[layer]["type"] == "h_lru":
-            A = A[..., :1, :]  # the rows below only shift
+            A = A[..., :1, :]  # the other rows of a companion matrix only shift
         A = A.abs().cpu()
         kept = A.sum(dim=-1)  # (1, tokens, N, rows)
         largest = torch.maximum(A.amax(dim=-1), 1 - kept)
@@ -225,7 +213,7 @@ def gate_facts(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[
 
 @contextmanager
 def only_diagonals(model: "PreTrainedModel") -> Iterator[bool]:
-    """While it lasts, BD-LRU layers with blocks above 1 use the diagonal of A_t alone; whether any do."""
+    """Inside, BD-LRU layers with blocks above 1 use only the diagonal of A_t; yields whether any do."""
     mixers = [layer.mixer for layer in model.model.layers] if model.config.model_type == "lrnn" else []
     mixed = [m for m in mixers if hasattr(m, "diagonal_only") and m.block_size > 1]
     for mixer in mixed:
@@ -247,13 +235,7 @@ def _octaves(end: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _show(found: list[dict[str, Any]], written: list[Path]) -> None:
-    from rich.table import Table
-
-    console = table_console()
-    table = Table(title="loss in nats a token, by what the context holds")
-    for i, title in enumerate(["tokens that", "share", *(facts["name"] for facts in found)]):
-        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+def _show(found: list[dict[str, Any]]) -> None:
     total = sum(part["tokens"] for part in found[0]["seen_ngram"].values())
     rows = [("all", "100%", [facts["loss"] for facts in found])]
     for key, label in (("copyable", "complete a bigram seen before"), ("other", "do not")):
@@ -266,8 +248,6 @@ def _show(found: list[dict[str, Any]], written: list[Path]) -> None:
             share = f"{part['tokens'] / total:.1%}"
             rows.append((label, share, [facts["distance"][i]["loss"] for facts in found]))
     rows.append(("all, A_t cut to its diagonal", "", [f["loss_with_diagonal_transitions"] for f in found]))
-    for label, share, values in rows:
-        table.add_row(label, share, *map(decimal, values))
-    console.print(table)
-    for path in written:
-        console.print(f"written to {path}", soft_wrap=True, highlight=False)
+    header = ["tokens that", "share", *(facts["name"] for facts in found)]
+    cells = [[label, share, *map(decimal, values)] for label, share, values in rows]
+    print_table(header, cells, title="loss in nats a token, by what the context holds")

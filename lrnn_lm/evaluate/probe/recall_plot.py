@@ -3,27 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from ..reporting.plot import COLOURS, GREY, INK
+from ..reporting.plot import colour, picture
 
 
 def draw_recall(found: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture of what `probe_recall` found (PNG, SVG or PDF by the suffix)."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 7), layout="constrained")
-        FigureCanvasAgg(figure)
+    """Write the picture of what `probe_recall` found."""
+    with picture(path, 13, 7) as figure:
         axes = figure.subplots(2, 2)
         grams = list(found[0]["seen_ngram"])
-        for facts, colour in zip(found, (COLOURS * len(found))[: len(found)], strict=True):
+        for i, facts in enumerate(found):
             values = [facts["seen_ngram"][gram]["loss"] for gram in grams]
-            axes[0][0].plot(range(len(grams)), values, "o-", color=colour, label=facts["name"])
+            axes[0][0].plot(range(len(grams)), values, "o-", color=colour(i), label=facts["name"])
             for axis, key in ((axes[0][1], "distance"), (axes[1][0], "position"), (axes[1][1], "frequency")):
                 parts = [part for part in facts[key] if part["tokens"]]
-                axis.plot([max(1, p["from"]) for p in parts], [p["loss"] for p in parts], "o-", color=colour)
+                starts = [max(1, part["from"]) for part in parts]
+                axis.plot(starts, [part["loss"] for part in parts], "o-", color=colour(i))
         axes[0][0].set_xticks(range(len(grams)), grams)
         titles = (
             (axes[0][0], "Longest n-gram seen before in the row", "n (0: the token is new)"),
@@ -39,4 +33,3 @@ def draw_recall(found: list[dict[str, Any]], path: Path) -> None:
             if axis is not axes[0][0]:
                 axis.set_xscale("log", base=2)
         axes[0][0].legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=140)

@@ -13,13 +13,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MATRICES = 4096  # a layer, whose eigenvalues are taken
-DRAWN = 1000  # eigenvalues of a layer that are kept for a picture
+MATRICES = 4096  # of each layer, whose eigenvalues are computed
+DRAWN = 1000  # eigenvalues of each layer kept for the picture
 
 
 @contextlib.contextmanager
 def mixer_inputs(model: "PreTrainedModel") -> Iterator[dict[int, list[Tensor]]]:
-    """The inputs of each layer's mixer while the context lasts, by layer, as far as they are needed."""
+    """Inside, collects the inputs of each layer's mixer, by layer, until there are MATRICES tokens."""
     seen: dict[int, list[Tensor]] = {}
     hooks = []
 
@@ -39,10 +39,10 @@ def mixer_inputs(model: "PreTrainedModel") -> Iterator[dict[int, list[Tensor]]]:
 
 
 def transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list[dict[str, Any]]:
-    """Of each layer with such matrices: quantiles of |eigenvalue| and row sums, and a sample to draw.
+    """For each layer with A_t: quantiles of |eigenvalue| and row sums, and a sample to draw.
 
-    `finite` is the share of matrices without infinities, which the rest is about; a layer that has none has
-    nothing else. Row sums are of rows that gates make: of a companion matrix the first, as the others shift.
+    `finite` is the share of matrices without infinities; the rest is computed over these and missing if there
+    are none. Of a companion matrix only the first row's sum counts: the other rows shift.
     """
     found = []
     for layer, parts in sorted(seen.items()):

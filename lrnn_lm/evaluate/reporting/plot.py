@@ -1,6 +1,8 @@
-"""The picture of a report: loss against tokens and, where it was measured, bits per byte against gzip's."""
+"""The style of all pictures, and that of a report: loss against tokens, bits per byte against gzip's."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,33 +10,57 @@ from .runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GREY = "#222222", "#8a8f98"
 COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#3a8fb7", "#5d5d5d")
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Write one picture (PNG, SVG or PDF by the suffix) of one or several runs; makes its folder."""
+@contextmanager
+def picture(path: Path, width: float, height: float, dpi: int = 140) -> Iterator["Figure"]:
+    """A figure in the project's style, `width` x `height` inches; at the end it is written to `path`.
+
+    The suffix says how: PNG, SVG or PDF. Makes the folder.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bits = any(run.last("bits_per_byte") is not None for run in runs)
     style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(11 if bits else 7, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)  # no pyplot: a notebook's or a caller's backend stays as it is
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)  # not pyplot, which would change a notebook's backend
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi)
+
+
+def tidy(axes: "Axes", title: str) -> None:
+    """The title on the left, a light grid behind the curves, and no frame on top and right."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(color="#e3e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def colour(i: int) -> str:
+    """The colour of curve i; after eight they repeat."""
+    return COLOURS[i % len(COLOURS)]
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Write one picture of one or several runs."""
+    bits = any(run.last("bits_per_byte") is not None for run in runs)
+    with picture(path, 11 if bits else 7, 4.2, dpi=160) as figure:
         axes = figure.subplots(1, 2 if bits else 1, squeeze=False)
         _draw_loss(axes[0][0], runs)
         if bits:
             _draw_bits(axes[0][1], runs)
         figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", fontweight="bold")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Centred running mean over `width` values, over fewer at the ends; non-finite values are left out."""
+    """Centred running mean over `width` values, fewer at the ends; non-finite values are left out."""
     half, out = width // 2, []
     sums, counts = [0.0], [0]
     for value in values:
@@ -51,69 +77,58 @@ def smooth(values: list[float], width: int) -> list[float]:
 def _draw_loss(axes: "Axes", runs: list[Run]) -> None:
     alone = len(runs) == 1
     ends: list[float] = []
-    for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+    for i, run in enumerate(runs):
         tokens = [line["tokens"] for line in run.training]
         losses = [line["loss"] for line in run.training]
         curve = smooth(losses, max(1, len(losses) // 50))
         if losses:
             label = "training" if alone else run.name
-            axes.plot(tokens, losses, color=colour, alpha=0.2, linewidth=0.8, zorder=1)
-            axes.plot(tokens, curve, color=colour, linewidth=1.8, label=label, zorder=3)
+            axes.plot(tokens, losses, color=colour(i), alpha=0.2, linewidth=0.8, zorder=1)
+            axes.plot(tokens, curve, color=colour(i), linewidth=1.8, label=label, zorder=3)
             ends += _after_warm_up(tokens, curve, run.tokens)
         held = [(line["tokens"], line["validation_loss"]) for line in run.validation]
         if held:
             label = "validation" if alone else (None if losses else run.name)
-            style: dict[str, Any] = {
-                "color": INK if alone else colour,
-                "markeredgecolor": "white",
-                "zorder": 4,
-            }
-            axes.plot(*zip(*held, strict=True), "o", markersize=5.5, label=label, **style)
+            ink = INK if alone else colour(i)
+            axes.plot(*zip(*held, strict=True), "o", color=ink, markeredgecolor="white", markersize=5.5,
+                      label=label, zorder=4)  # fmt: skip
             ends += _after_warm_up(*zip(*held, strict=True), run.tokens)
     if ends and max(ends) > min(ends):
         margin = 0.08 * (max(ends) - min(ends))
         axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    axes.set_title("Loss" if alone else "Loss (line: training, points: validation)", fontsize=10, loc="left")
-    _finish(axes, "loss (nats per token)")
+    _finish(axes, "Loss" if alone else "Loss (line: training, points: validation)", "loss (nats per token)")
 
 
 def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
     alone = len(runs) == 1
-    for run, colour in zip(runs, _cycle(len(runs)), strict=True):
+    for i, run in enumerate(runs):
         lines = [line for line in run.validation if isinstance(line.get("bits_per_byte"), int | float)]
         points = [(line["tokens"], line["bits_per_byte"]) for line in lines]
         if points:
             label = f"{'validation' if alone else run.name}: {points[-1][1]:.3f}"
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markeredgecolor="white", label=label)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour(i), markeredgecolor="white", label=label)
     gzip = [
         score for run in runs for (_, metric), score in run.scores.items() if metric == "gzip_bits_per_byte"
     ]
     bars = {round(score.value, 3) for score in gzip if score.limit is None}
     for value in sorted(bars):
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"gzip -9: {value:.3f}")
-    axes.set_title("Bits per byte of held-out text", fontsize=10, loc="left")
     axes.margins(y=0.12)
-    _finish(axes, "bits per byte")
+    _finish(axes, "Bits per byte of held-out text", "bits per byte")
 
 
 def _after_warm_up(tokens: Any, losses: Any, total: int) -> list[float]:
-    """The finite losses after the first 5% of the tokens: the fall before would flatten the rest."""
+    """The finite losses after 5% of the tokens. They set the axis: the steep start would flatten the rest."""
     return [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.05 * total and math.isfinite(loss)]
 
 
-def _finish(axes: "Axes", ylabel: str) -> None:
+def _finish(axes: "Axes", title: str, ylabel: str) -> None:
     from matplotlib.ticker import EngFormatter
 
+    tidy(axes, title)
     axes.set_xlabel("training tokens")
     axes.set_ylabel(ylabel)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

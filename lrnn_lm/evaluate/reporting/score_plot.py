@@ -1,7 +1,7 @@
-"""The picture of several checkpoints' scores beside each other, with their standard errors.
+"""The picture of several checkpoints' scores, with their standard errors.
 
-Accuracies by length (`acc_512` of the state and long tasks) are curves; what is measured in one unit shares a
-panel, a line a task and a dot a checkpoint.
+Accuracies by length (`acc_512` of the state and long tasks) are curves. Other scores of one unit share a
+panel: a line a task, a dot a checkpoint.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..harness import flatten
-from .plot import COLOURS, GREY, INK
+from .plot import colour, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,30 +22,25 @@ Panel = dict[str, list[Score | None]]  # a label's score of each checkpoint
 
 
 def draw_scores(names: list[str], results: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture (PNG, SVG or PDF by the suffix) of what `evaluate` returned for each."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write the picture of what `evaluate` returned for each checkpoint."""
     from matplotlib.lines import Line2D
 
     curves, panels = arrange(results)
-    style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
-    with matplotlib.rc_context(style):
-        figure = Figure(layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture(path, 6.4, 4.8) as figure:
         tall, small = _places(figure, panels, len(curves))
         for task, curve in curves.items():
             _draw_curve(small.pop(0), task, curve)
         for metric, panel in panels.items():
             _draw_dots(tall if metric == SHARE and tall is not None else small.pop(0), metric, panel)
-        handles = [Line2D([], [], color=_colour(i), marker="o", linestyle="") for i in range(len(names))]
+        handles = [Line2D([], [], color=colour(i), marker="o", linestyle="") for i in range(len(names))]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=140)
 
 
 def _places(figure: "Figure", panels: dict[str, Panel], curves: int) -> tuple["Axes | None", list["Axes"]]:
-    """Sizes the figure: a tall place on the left for accuracies, if there are any, small ones beside it."""
+    """Axes for the panels: a tall one on the left for accuracies, if there are any, and small ones.
+
+    Sets the figure's size.
+    """
     accuracies = len(panels.get(SHARE, {}))
     others = curves + len(panels) - bool(accuracies)
     columns = min(2, others)
@@ -79,13 +74,10 @@ def arrange(
         else:
             label = f"{task} {metric.removeprefix('acc_')}" if part else task
             unit = SHARE if metric.startswith(("acc", "exact_match")) else metric
-            panels.setdefault(unit, {})[_unique(panels.get(unit, {}), label, metric)] = scores
+            panel = panels.setdefault(unit, {})
+            panel[f"{label} ({metric})" if label in panel else label] = scores
     curves = {task: dict(sorted(curve.items())) for task, curve in curves.items() if len(curve) > 1}
     return curves, panels
-
-
-def _unique(taken: Panel, label: str, metric: str) -> str:
-    return f"{label} ({metric})" if label in taken else label
 
 
 def _draw_curve(axes: "Axes", task: str, curve: dict[int, list[Score | None]]) -> None:
@@ -96,24 +88,24 @@ def _draw_curve(axes: "Axes", task: str, curve: dict[int, list[Score | None]]) -
         if points:
             lengths, values, errors = zip(*points, strict=True)
             spread = [error or 0.0 for error in errors]
-            axes.errorbar(lengths, values, spread, fmt="o-", color=_colour(i), markersize=4 + 1.5 * under,
+            axes.errorbar(lengths, values, spread, fmt="o-", color=colour(i), markersize=4 + 1.5 * under,
                           linewidth=1.4 + 1.8 * under, capsize=2)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(curve), [f"{length:,}" for length in curve])
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.05)
     axes.set_xlabel("length")
-    _finish(axes, f"{task}: accuracy")
+    tidy(axes, f"{task}: accuracy")
 
 
 def _draw_dots(axes: "Axes", metric: str, panel: Panel) -> None:
     count = len(next(iter(panel.values())))
-    step = min(0.16, 0.6 / count)  # dots of one line stand a little apart
+    step = min(0.16, 0.6 / count)  # the dots of a line are a little apart
     for i in range(count):
         points = [(scores[i], line) for line, scores in enumerate(panel.values()) if scores[i] is not None]
         for (value, error), line in points:
             height = line + step * (i - (count - 1) / 2)
-            axes.errorbar([value], [height], xerr=[error or 0.0], fmt="o", color=_colour(i), markersize=5,
+            axes.errorbar([value], [height], xerr=[error or 0.0], fmt="o", color=colour(i), markersize=5,
                           capsize=2)  # fmt: skip
     axes.set_yticks(range(len(panel)), list(panel))
     axes.set_ylim(len(panel) - 0.4, -0.6)  # the first line on top
@@ -126,15 +118,4 @@ def _draw_dots(axes: "Axes", metric: str, panel: Panel) -> None:
         axes.set_xlim(-0.03, 1.03)
     else:
         axes.margins(x=0.15)
-    _finish(axes, metric.replace("_", " "))
-
-
-def _finish(axes: "Axes", title: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
+    tidy(axes, metric.replace("_", " "))

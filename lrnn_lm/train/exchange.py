@@ -1,0 +1,99 @@
+"""What ranks agree on in each step: one sum over them beyond the gradients, and one transfer to the host."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch import distributed as dist
+
+from ..model.loss import IGNORE
+from ..runs.checkpoint import Position
+from .watch import straggler
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step, the same on every rank."""
+
+    loss: float  # mean over the valid targets of the global step, nats
+    grad_norm: float  # before clipping
+    applied: bool  # whether the update was done: loss and gradient norm were finite
+    stop: bool = False  # whether any rank was asked to stop
+    written: int = 0  # ranks that have written their part of the checkpoint in progress
+    unwritten: bool = False  # whether any rank could not write its metrics
+    clocks: tuple[bool, bool] = (False, False)  # due by the main rank's clock: saving, validation
+    seconds: tuple[float, ...] = ()  # each rank's first forward pass, to find slow ranks
+    waited: float = 0.0  # seconds that the host waited for the device
+
+    def line(
+        self, position: Position, tokens_per_step: int, lr: float, measured: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The line of metrics.jsonl. `position` counts this step; `measured` is the throughput's part."""
+        return {
+            "step": position.step,
+            "tokens": position.step * tokens_per_step,
+            "loss": self.loss,
+            "lr": lr,
+            "grad_norm": self.grad_norm,
+            **measured,
+            "skipped": position.skipped,
+            **straggler(self.seconds),
+        }
+
+
+def targets_per_rank(micro_batches: list[dict[str, Tensor]], accelerator: Accelerator) -> Tensor:
+    """() on the device: valid targets of the global step, divided by the number of ranks; at least 1.
+
+    Gradients are averaged over ranks, so a rank divides its summed loss by this to get the mean over all
+    targets of the step.
+    """
+    count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+    total = torch.tensor(float(count), dtype=torch.float64).to(accelerator.device, non_blocking=True)
+    if accelerator.num_processes > 1:
+        dist.all_reduce(total)
+    return (total / accelerator.num_processes).clamp_min(1).float()
+
+
+def exchange(
+    loss: Tensor, grad_norm: Tensor, flags: Sequence[bool], seconds: Sequence[float], accelerator: Accelerator
+) -> StepResult:
+    """Sum over ranks what the update and the next steps depend on.
+
+    loss: () this rank's part. grad_norm: () the same on all ranks already. flags: this rank's stop, written,
+    unwritten and two clocks, as in StepResult. seconds: a slot a rank, zero but for this rank's; or none.
+    """
+    ranks = accelerator.num_processes
+    # One tensor for all: each transfer to the host waits for the device.
+    own = torch.tensor([*flags, *seconds], dtype=torch.float64).to(accelerator.device, non_blocking=True)
+    sums = torch.cat([loss.double().view(1) / ranks, own])
+    if ranks > 1:
+        dist.all_reduce(sums)
+    began = time.perf_counter()
+    mean_loss, stop, written, unwritten, save, evaluate, *seconds, norm = torch.cat(
+        [sums, grad_norm.double().view(1)]
+    ).tolist()
+    return StepResult(
+        mean_loss,
+        norm,
+        applied=math.isfinite(mean_loss) and math.isfinite(norm),
+        stop=stop > 0,
+        written=int(written),
+        unwritten=unwritten > 0,
+        clocks=(save > 0, evaluate > 0),
+        seconds=tuple(seconds),
+        waited=time.perf_counter() - began,
+    )
+
+
+def on_any_rank(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any rank; every rank must call it."""
+    if accelerator.num_processes == 1:
+        return flag
+    total = torch.tensor(int(flag), device=accelerator.device)
+    dist.all_reduce(total)
+    return bool(total.item())
