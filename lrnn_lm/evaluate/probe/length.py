@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...data import SyntheticTask
-from ...model.long_input import prefill
+from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, document_start, load_checkpoint
 from ..show import decimal, finite, table_console
