@@ -1,10 +1,10 @@
 """`lrnn bench decode`: prefill, and the time of a token at batch 1 and more, after short and long contexts.
 
 Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
-Recurrent models decode by `model/decode.py`'s step, attention by a static cache of the context's size; both
-replay a CUDA graph (`captured`), attention with compiled blocks in the mode `compiled`. In
-the mode `fused` a recurrent layer is four kernels of ours (`kernels/fused_step.py`, of more than a few rows
-`kernels/fused_tiles.py`). The mode `generate` is the time of a token in `model.generate`, transformers' loop
+Recurrent models decode by the step of `model/decoding/decode.py`, attention by a static cache of the
+context's size; both replay a CUDA graph (`captured`), attention with compiled blocks in the mode `compiled`.
+In the mode `fused` a recurrent layer is four kernels of ours (`kernels/decode/`). The mode `generate` is the
+time of a token in `model.generate`, transformers' loop
 included, after a context that is really read.
 
 The context is read, in segments. With `--emulate` a recurrent model reads 1k of it and the cache's count is
@@ -33,7 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from lrnn_lm.files import pick_device
 from lrnn_lm.model import LRNNConfig, LRNNForCausalLM, prefill
 from lrnn_lm.model.accounting import account
-from lrnn_lm.model.decode import decode_step
+from lrnn_lm.model.decoding.decode import decode_step
 
 from . import measure
 from .contenders import PAPER_SIZE, Contender, Size, build_config, count, label_of, pick_contenders, pick_size
@@ -198,8 +198,8 @@ def _prefill(model: LRNNForCausalLM, text: Iterator[Tensor], cache: Any) -> Any:
 def _recurrent_token(
     model: LRNNForCausalLM, output: Any, context: int, mode: str
 ) -> tuple[Callable[[], Any], bool]:
-    """A step of `model/decode.py` after a prefill's output, `context` tokens by the cache's count; whether it
-    is a CUDA graph."""
+    """A decoding step after a prefill's output, `context` tokens by the cache's count; whether it is a CUDA
+    graph."""
     if mode == "compiled":
         raise ValueError("a recurrent model's step is not compiled: see the modes graph and fused")
     cache, on_gpu = output.past_key_values, output.logits.is_cuda

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrnn_lm.kernels import fused_tiles
+from lrnn_lm.kernels.decode import fused_tiles
 
 from ..measure import describe, write_json
 from ..train import time_calls

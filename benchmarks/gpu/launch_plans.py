@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.kernels import block_diagonal, higher_order, triton_launch  # noqa: F401  (they define the ops)
-from lrnn_lm.kernels.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
-from lrnn_lm.kernels.triton_ops import rows_like
+from lrnn_lm.kernels.scan import block_diagonal, higher_order, triton_launch  # noqa: F401  (they define the ops)
+from lrnn_lm.kernels.scan.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
+from lrnn_lm.kernels.scan.triton_ops import rows_like
 
 from .. import measure
 from ..kernels import scan_backward

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.kernels.matrix_scan import matrix_scan
+from lrnn_lm.kernels.scan.matrix_scan import matrix_scan
 
 from .. import measure
 

@@ -10,7 +10,7 @@ from .dispatch import (
     runs_fused,
 )
 from .gates import GATES, check_gate, normalise
-from .matrix_scan import matrix_scan
+from .scan.matrix_scan import matrix_scan
 
 __all__ = [
     "BACKENDS",

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import INTERPRETED, on_device
-from .triton_rows import LOG2E
+from .triton_device import INTERPRETED, LOG2E, on_device
 
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK = 256 if INTERPRETED else 8192

@@ -53,13 +53,13 @@ def _triton_obstacle(gates: Tensor, values: Tensor) -> str | None:
 
 
 def _triton_block_diagonal(*inputs) -> tuple[Tensor, Tensor]:
-    from . import block_diagonal  # triton is imported only where it runs
+    from .scan import block_diagonal  # triton is imported only where it runs
 
     return block_diagonal.block_diagonal_scan(*inputs)
 
 
 def _triton_higher_order(*inputs) -> tuple[Tensor, Tensor]:
-    from . import higher_order
+    from .scan import higher_order
 
     return higher_order.higher_order_scan(*inputs)
 
@@ -189,7 +189,7 @@ def block_diagonal_scan_packed(
         return block_diagonal_scan(gates, values, h0, reset, gate, backend)
     B, T, N, M = values.shape
     _check(h0, reset, (B, N, M), (B, T), T, gate)
-    from .block_diagonal import packed_block_diagonal_scan
+    from .scan.block_diagonal import packed_block_diagonal_scan
 
     return packed_block_diagonal_scan(planes, N, M, h0, reset, gate, bias)
 
@@ -224,7 +224,7 @@ def higher_order_scan_packed(
         return higher_order_scan(gates, values, h0, reset, gate, backend)
     B, T, N = values.shape
     _check(h0, reset, (B, N, order), (B, T), T, gate)
-    from .higher_order import packed_higher_order_scan
+    from .scan.higher_order import packed_higher_order_scan
 
     return packed_higher_order_scan(planes, N, order, h0, reset, gate, bias)
 

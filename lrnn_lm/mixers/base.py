@@ -285,7 +285,7 @@ class Mixer(nn.Module):
 
     layer_type: ClassVar[str] = "linear_attention"
     options: ClassVar[tuple[str, ...]] = ()  # names, from the signature of `__init__`
-    fused_window: ClassVar[bool | None] = None  # `window` of kernels/fused_step.py; None: nothing for it
+    fused_window: ClassVar[bool | None] = None  # `window` of kernels/decode; None: not a fused step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

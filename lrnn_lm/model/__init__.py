@@ -20,7 +20,7 @@ _HOMES = {
     "copy_states": "states",
     "drop_states": "states",
     "load_states": "states",
-    "prefill": "long_input",
+    "prefill": "decoding.long_input",
     "save_states": "states",
 }
 __all__ = list(_HOMES)

@@ -18,7 +18,7 @@ from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 
 if TYPE_CHECKING:
-    from ..kernels.fused_tiles import Stream, Workspace
+    from ..kernels.decode.fused_tiles import Stream, Workspace
 
 
 class RMSNorm(nn.RMSNorm):
@@ -111,7 +111,7 @@ class LRNNBlock(GradientCheckpointingLayer):
 
         hidden_states (B, D) -> (B, D).
         """
-        from ..kernels.fused_step import linear_step, mix_step  # triton is imported only where it runs
+        from ..kernels.decode.fused_step import linear_step, mix_step  # triton is imported only where it runs
 
         mixer, norm, mlp = self.mixer, self.mixer_norm, self.mlp
         h = mix_step(
@@ -132,7 +132,7 @@ class LRNNBlock(GradientCheckpointingLayer):
     ) -> "Stream":
         """The same for many sequences: from the stream before this block to that before the next, whose norm
         has weights `next_norm`."""
-        from ..kernels.fused_tiles import mix_step, normed_step, residual_step
+        from ..kernels.decode.fused_tiles import mix_step, normed_step, residual_step
 
         mixer, mlp = self.mixer, self.mlp
         h = mix_step(stream, self.mixer_norm.eps, *mixer_joint, state, mixer.gate, mixer.fused_window)

@@ -33,11 +33,11 @@ from ..mixers import (
     plain_weight,
 )
 from ..mixers.base import initialise
-from .built import remember
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
+from .decoding.built import remember
+from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments
-from .generation import LRNNGenerationMixin
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
 from .masks import (

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from lrnn_lm.model import scopes
-from lrnn_lm.model.bundle import Bundle, render_imports
-from lrnn_lm.model.remote_code import remote_code
+from lrnn_lm.model.export import scopes
+from lrnn_lm.model.export.bundle import Bundle, render_imports
+from lrnn_lm.model.export.remote_code import remote_code
 
 MODULES = {
     "entry.py": '''

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lrnn_lm import cli
 from lrnn_lm.model.export import export
-from lrnn_lm.model.remote_code import remote_code
+from lrnn_lm.model.export.remote_code import remote_code
 
 
 @pytest.fixture(scope="module")

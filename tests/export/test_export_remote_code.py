@@ -12,7 +12,7 @@ import torch
 from small_models import NAMES, tokens
 
 from lrnn_lm.model.export import export, write_remote_code
-from lrnn_lm.model.remote_code import AUTO_MAP, OLDEST_TRANSFORMERS, remote_code
+from lrnn_lm.model.export.remote_code import AUTO_MAP, OLDEST_TRANSFORMERS, remote_code
 
 ROOT = Path(__file__).parents[2]
 KERNELS = 1e-5  # largest absolute difference between kernels and the scan in plain torch, fp32

@@ -6,7 +6,7 @@ import pytest
 from tiny_run import STEPS, write_recipe
 
 from lrnn_lm import cli
-from lrnn_lm.model.remote_code import remote_code
+from lrnn_lm.model.export.remote_code import remote_code
 from lrnn_lm.runs.checkpoint import verify
 
 READ = """

@@ -59,7 +59,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> None:
     """Every kernel of a fused decoding step of a sequence, with early weights as on the target."""
-    from lrnn_lm.kernels.fused_step import linear_step, mix_step
+    from lrnn_lm.kernels.decode.fused_step import linear_step, mix_step
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype)
@@ -76,7 +76,7 @@ def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> 
 
 def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
     """Every kernel of a fused decoding step of B sequences."""
-    from lrnn_lm.kernels.fused_tiles import Stream, Workspace, mix_step, normed_step, residual_step
+    from lrnn_lm.kernels.decode.fused_tiles import Stream, Workspace, mix_step, normed_step, residual_step
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16)
@@ -92,7 +92,7 @@ def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
 
 
 def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None) -> None:
-    from lrnn_lm.kernels import block_diagonal, higher_order
+    from lrnn_lm.kernels.scan import block_diagonal, higher_order
 
     B, N = 2, 5
     h0 = torch.zeros(B, N, M) if states else None
@@ -110,7 +110,7 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
 
 def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool) -> None:
     """Every kernel of the scan of a matrix-valued state, at a head's usual size."""
-    from lrnn_lm.kernels import matrix
+    from lrnn_lm.kernels.scan import matrix
 
     B, H, K, V = 2, 2, 64, 64
     gates = torch.zeros(B, T, M + 1, H, K)
@@ -123,7 +123,7 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool) -> None:
 
 
 def launch_wide_transfer(M: int) -> None:
-    from lrnn_lm.kernels.chunk_transfer import block_transfer
+    from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
 
     gates = torch.zeros(1, 32, M + 1, 3, M, dtype=torch.bfloat16).movedim(2, -1)
     block_transfer(gates, gates[..., 0], None, "softmax", 16, 2, reverse=False)

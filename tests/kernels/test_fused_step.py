@@ -26,24 +26,24 @@ def close(got, want, dtype):
 
 
 class Few:
-    """kernels/fused_step.py."""
+    """kernels/decode/fused_step.py."""
 
     def linear(self, x, weight, **options):
-        from lrnn_lm.kernels.fused_step import linear_step
+        from lrnn_lm.kernels.decode.fused_step import linear_step
 
         return linear_step(x, weight, **options)
 
     def mix(self, *arguments):
-        from lrnn_lm.kernels.fused_step import mix_step
+        from lrnn_lm.kernels.decode.fused_step import mix_step
 
         return mix_step(*arguments)
 
 
 class Many:
-    """kernels/fused_tiles.py, in the other's terms."""
+    """kernels/decode/fused_tiles.py, in the other's terms."""
 
     def __init__(self):
-        from lrnn_lm.kernels import fused_tiles
+        from lrnn_lm.kernels.decode import fused_tiles
 
         self.kernels, self.workspace = fused_tiles, fused_tiles.Workspace(torch.device(DEVICE))
 
@@ -110,7 +110,7 @@ def test_programs_that_share_outputs(B, processors, split, pieces, monkeypatch):
 
     The last share reaches beyond the inputs, of 11 pieces.
     """
-    from lrnn_lm.kernels import fused_tiles
+    from lrnn_lm.kernels.decode import fused_tiles
 
     monkeypatch.setattr(fused_tiles, "multiprocessors", lambda device: processors)
     D, OUT = 1408, 40
@@ -127,7 +127,7 @@ def test_programs_that_share_outputs(B, processors, split, pieces, monkeypatch):
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])
 def test_pieces_fit_the_shared_memory(kilobytes, monkeypatch):
     """Of an RTX 4090, an A100 and an H100: gates of M + 2 planes, padded, are the widest."""
-    from lrnn_lm.kernels import fused_tiles
+    from lrnn_lm.kernels.decode import fused_tiles
 
     monkeypatch.setattr(fused_tiles, "SHARED_MEMORY", kilobytes * 1024)
     for outputs, planes in [(16, 6), (8, 10), (16, 18), (4, 18), (32, 4), (16, 16)]:
@@ -141,7 +141,7 @@ def test_pieces_fit_the_shared_memory(kilobytes, monkeypatch):
 @pytest.mark.parametrize("size", [1e4, 1e-5])
 def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
     """Inputs times the norm's weights, without its factor, are beyond fp16 at either end."""
-    from lrnn_lm.kernels.fused_step import linear_step
+    from lrnn_lm.kernels.decode.fused_step import linear_step
 
     x, weight = noise(2, 64, dtype=torch.float16) * size, noise(9, 64, seed=1, dtype=torch.float16)
     norm = noise(64, seed=2, dtype=torch.float16) * (8 if size > 1 else 1 / 8)

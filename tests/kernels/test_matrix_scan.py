@@ -4,7 +4,6 @@ interpreter (natively on a GPU, for which `benchmarks/gpu/matrix_scan.py` has la
 The interpreter takes seconds for a row of a chunk: shapes are the smallest that have the case.
 """
 
-import importlib
 from itertools import pairwise
 
 import pytest
@@ -13,7 +12,7 @@ from scans import TOLERANCE, relative_error
 from triton_cases import DEVICE, TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import matrix_scan
-from lrnn_lm.kernels.matrix_scan import BACKENDS
+from lrnn_lm.kernels.scan.matrix_scan import BACKENDS
 
 NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0")
 PLAIN = [name for name in BACKENDS if name != "triton"]
@@ -94,9 +93,8 @@ def test_plain_torch(T, K, M):
 
 def test_slabs_of_time(monkeypatch):
     """Memory is bounded: states of a few steps at once."""
-    module = importlib.import_module(
-        "lrnn_lm.kernels.matrix_scan"
-    )  # the package has the function by its name
+    from lrnn_lm.kernels.scan import matrix_scan as module
+
     monkeypatch.setattr(module, "SLAB_BYTES", 3 * 8 * 2 * 2 * 4 * 4)
     compare("torch", torch.float64, T=11)
 
@@ -139,7 +137,7 @@ def test_triton_without_states_or_documents():
 def test_triton_programs_take_several_chunks(monkeypatch):
     """Four programs for the six chunks of two heads: some take two, some one."""
     pytest.importorskip("triton")
-    from lrnn_lm.kernels import matrix
+    from lrnn_lm.kernels.scan import matrix
 
     monkeypatch.setattr(matrix, "INTERPRETED", False)  # an item a warp, as on a GPU
     monkeypatch.setattr(matrix, "PROGRAMS_PER_SM", 2)

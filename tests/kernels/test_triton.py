@@ -89,7 +89,7 @@ def test_chunks_with_columns_over_several_programs(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("scan", SCANS)
 def test_several_programs_a_sequence(scan, monkeypatch):
-    from lrnn_lm.kernels import triton_launch
+    from lrnn_lm.kernels.scan import triton_launch
 
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)  # blocks of one warp, as on a GPU
     compare(scan, T=3, N=43, M=3, B=1)
@@ -99,7 +99,7 @@ def test_several_programs_a_sequence(scan, monkeypatch):
 @pytest.mark.parametrize(("T", "N", "M"), [(19, 5, 1), (10, 3, 2), (9, 18, 4), (6, 2, 8)])
 def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
     """What large batches run: here for small ones."""
-    from lrnn_lm.kernels import triton_launch
+    from lrnn_lm.kernels.scan import triton_launch
 
     monkeypatch.setattr(triton_launch, "MOST_LANES", 1)
     monkeypatch.setattr(triton_launch, "WARPS_FOR_PAIRS", {False: 0.0, True: 0.0})
@@ -112,7 +112,7 @@ def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
 @pytest.mark.parametrize(("T", "N", "M"), [(9, 18, 4), (6, 2, 8), (7, 3, 6), (5, 3, 12)])
 def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
     """None in large batches, up to four in small ones."""
-    from lrnn_lm.kernels import triton_launch
+    from lrnn_lm.kernels.scan import triton_launch
 
     monkeypatch.setattr(triton_launch, "MOST_LANES", most)
     monkeypatch.setattr(triton_launch, "LEAST_TAPS", 1)
@@ -310,7 +310,7 @@ def test_compiles_without_a_graph_break(scan):
 
 def test_operators_keep_torch_library_rules():
     """Schema, fake shapes and strides, and autograd registration of both ops."""
-    from lrnn_lm.kernels import block_diagonal, higher_order  # noqa: F401 registers them
+    from lrnn_lm.kernels.scan import block_diagonal, higher_order  # noqa: F401 registers them
 
     for scan, op in ((block_diagonal_scan, "bd_scan_triton"), (higher_order_scan, "h_scan_triton")):
         gates, values, h0, reset = to_device(make_inputs(scan, B=1, T=2, N=2, M=2))
@@ -368,7 +368,7 @@ def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
         compiled |= set(said.splitlines()[-1].split())
     written = {
         f"{file.stem}.{name}"
-        for file in Path(lrnn_lm.kernels.__file__).parent.glob("*.py")
+        for file in Path(lrnn_lm.kernels.__file__).parent.rglob("*.py")
         for name in re.findall(r"^def (\w*_kernel)\(", file.read_text(), re.MULTILINE)
     }
     assert compiled == written
@@ -386,8 +386,8 @@ def test_a_kernels_cache_key_does_not_depend_on_what_ran_before():
     """Else what one process has compiled, the next compiles again (Triton 3.6; 3.9 takes care itself)."""
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from lrnn_lm.kernels import higher_order_kernels as h, block_diagonal_kernels as bd\n"
-        "from lrnn_lm.kernels import chunk_transfer as c\n"
+        "from lrnn_lm.kernels.scan import higher_order_kernels as h, block_diagonal_kernels as bd\n"
+        "from lrnn_lm.kernels.scan import chunk_transfer as c\n"
         "kernels = [bd.forward_kernel, bd.backward_kernel, h.forward_kernel, h.backward_kernel,"
         " c.block_transfer_kernel, c.channel_transfer_kernel]\n"
         "for step in (1, -1):\n"

@@ -36,7 +36,7 @@ def inside() -> Iterator[None]:
 
 
 def cut_time(monkeypatch, chunk: int) -> None:
-    from lrnn_lm.kernels import block_diagonal, higher_order
+    from lrnn_lm.kernels.scan import block_diagonal, higher_order
 
     for module in (block_diagonal, higher_order):
         monkeypatch.setattr(

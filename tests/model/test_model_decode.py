@@ -6,9 +6,10 @@ from small_models import RECURRENT, close, plain, prefilled, small_model, states
 from tolerances import TOLERANCE
 from transformers import CompileConfig, DynamicCache
 
-from lrnn_lm.model import copy_states, step
+from lrnn_lm.model import copy_states
 from lrnn_lm.model.cache import tokens_seen
-from lrnn_lm.model.decode import Decoder, can_decode, decode_step
+from lrnn_lm.model.decoding import step
+from lrnn_lm.model.decoding.decode import Decoder, can_decode, decode_step
 
 SUMS = TOLERANCE["other order of sums"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -7,8 +7,8 @@ import torch
 from small_models import MIXER_ROWS, VOCAB, close, plain, prefilled, small_model, states, tokens
 from tolerances import TOLERANCE
 
-from lrnn_lm.model import decode
-from lrnn_lm.model.decode import decode_step, fused_obstacle
+from lrnn_lm.model.decoding import decode
+from lrnn_lm.model.decoding.decode import decode_step, fused_obstacle
 
 SUMS = TOLERANCE["other order of sums"]
 INTERPRETED = pytest.mark.skipif(

@@ -7,8 +7,8 @@ import torch
 from small_models import small_model, tokens
 from torch import nn
 
-from lrnn_lm.model.built import as_written
-from lrnn_lm.model.decode import can_decode
+from lrnn_lm.model.decoding.built import as_written
+from lrnn_lm.model.decoding.decode import can_decode
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 PLACES = {

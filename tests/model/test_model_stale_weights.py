@@ -8,7 +8,7 @@ import torch
 from small_models import close, plain, prefilled, small_model, tokens
 from torch import nn
 
-from lrnn_lm.model.decode import decode_step
+from lrnn_lm.model.decoding.decode import decode_step
 
 DEVICES = [
     pytest.param(

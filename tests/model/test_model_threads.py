@@ -10,8 +10,8 @@ from small_models import close, prefilled, small_model, states, tokens
 from tolerances import TOLERANCE
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from lrnn_lm.model import step
-from lrnn_lm.model.decode import decode_step
+from lrnn_lm.model.decoding import step
+from lrnn_lm.model.decoding.decode import decode_step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WAYS = {
@@ -76,7 +76,7 @@ def on_streams(model, calls, workers=16):
 def test_threads_with_streams_of_their_own(name, fused, monkeypatch):
     """Of more calls than torch has streams, and with two shapes, so that steps are captured all the time."""
     if not fused:
-        monkeypatch.setattr("lrnn_lm.model.decode.fused_obstacle", lambda *_: "not in this test")
+        monkeypatch.setattr("lrnn_lm.model.decoding.decode.fused_obstacle", lambda *_: "not in this test")
     model, calls = on("cuda", name), 10 * POOL
     want = [write(model, ids, max_new_tokens=12) for ids in prompts(model)]
     got = on_streams(model, calls)

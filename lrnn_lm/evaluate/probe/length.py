@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...data import SyntheticTask
-from ...model.long_input import prefill
+from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
 from ..show import decimal, print_table, print_written, table_console, write_json

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..mixers import Joint, JointProjections, plain_weight
+from ...mixers import Joint, JointProjections, plain_weight
 from .built import all_modules
 
 KEPT = 4  # captured steps a model keeps, in use or not; further calls at the same time run uncaptured
@@ -159,7 +159,7 @@ class DecodeStep:
         return model.lm_head(model.model.norm(x))
 
     def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
-        from ..kernels.fused_step import linear_step
+        from ...kernels.decode.fused_step import linear_step
 
         memory = self.memory
         for block, state, joint in zip(model.model.layers, memory.states, memory.joint, strict=True):
@@ -168,7 +168,7 @@ class DecodeStep:
         return linear_step(x, model.lm_head.weight, norm.weight, norm.eps)
 
     def _step_of_many(self, model: PreTrainedModel, x: Tensor) -> Tensor:
-        from ..kernels.fused_tiles import Workspace, begin, normed_step
+        from ...kernels.decode.fused_tiles import Workspace, begin, normed_step
 
         memory = self.memory
         if memory.workspace is None:

@@ -19,7 +19,7 @@ tuple of lane blocks.
 import triton
 import triton.language as tl
 
-from .triton_launch import settle_cache_keys
+from ..triton_device import settle_cache_keys
 from .triton_rows import (
     WARP,
     cleared,

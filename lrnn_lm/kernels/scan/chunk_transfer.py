@@ -16,19 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import (
-    INTERPRETED,
-    LANES,
-    batch_alignment,
-    groups_in_flight,
-    multiprocessors,
-    on_device,
-    reset_flags,
-    settle_cache_keys,
-)
+from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
+from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
     EPS,
-    LOG2E,
     cleared,
     gate_rows,
     gate_value,

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..scan.triton_rows import unstack
+from ..triton_device import INTERPRETED, multiprocessors, on_device, settle_cache_keys, starts_early
 from .fused_step import new_state, write_state
-from .triton_launch import INTERPRETED, multiprocessors, on_device, settle_cache_keys, starts_early
-from .triton_rows import unstack
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 ROWS = (16, 64)  # sequences a program: what tensor cores take at least, and at once

@@ -2,9 +2,9 @@
 
 `generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and
 replayed, so that it costs its kernels and no Python, and these kernels are our own, four a layer, for a few
-sequences (`kernels/fused_step.py`) and for many (`kernels/fused_tiles.py`); on a CPU the same code runs as it
-is written. What a cache holds stays exact after every step: its states *are* the tensors that the step
-writes, for as long as the cache is the one being continued; a cache that is put aside gets its own copies.
+sequences and for many (`kernels/decode/`); on a CPU the same code runs as it is written. What a cache holds
+stays exact after every step: its states *are* the tensors that the step writes, for as long as the cache is
+the one being continued; a cache that is put aside gets its own copies.
 
 Each call of `generate` has a step of its own (`step.py`), so that calls from several threads, or one inside
 another, never write to the same memory.
@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..kernels.dispatch import TRITON_MOST, has_triton
-from ..mixers import MIXERS, BlockDiagonalLRU, ResidualOutput, plain_weight
-from ..mixers.attention import AttentionWeights
-from ..mixers.short_conv import ShortConvolution
+from ...kernels.dispatch import TRITON_MOST, has_triton
+from ...mixers import MIXERS, BlockDiagonalLRU, ResidualOutput, plain_weight
+from ...mixers.attention import AttentionWeights
+from ...mixers.short_conv import ShortConvolution
+from ..cache import is_recurrent
+from ..layers import LRNNBlock, RMSNorm, SwiGLU
 from .built import all_modules, all_parameters, as_written, remember
-from .cache import is_recurrent
-from .layers import LRNNBlock, RMSNorm, SwiGLU
 from .step import DecodeStep, Memory, Pool, graph_key
 
 KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",

@@ -12,11 +12,10 @@ new state, s = dL/dh, K = M + 1 gates a row. Blocks are [BLOCK], one row a lane.
 import triton
 import triton.language as tl
 
-from .gates import EPS as _EPS
-from .triton_launch import settle_cache_keys
+from ..gates import EPS as _EPS
+from ..triton_device import LOG2E, settle_cache_keys
 
 EPS = tl.constexpr(_EPS)
-LOG2E = tl.constexpr(1.4426950408889634)
 WARP = tl.constexpr(32)
 
 

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .triton_launch import multiprocessors, on_device, settle_cache_keys, starts_early
-from .triton_rows import coefficients
+from ..scan.triton_rows import coefficients
+from ..triton_device import multiprocessors, on_device, settle_cache_keys, starts_early
 
 INPUTS = 256  # a warp's copies of 16 bytes
 PROGRAMS_PER_SM = 2  # from which they share the weights out evenly

@@ -7,15 +7,13 @@ Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-LANES = 32  # one warp a program: the kernels exchange state by warp shuffles only
-INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defined
+from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
 
 # Bytes of loads in flight an SM: what covers HBM's latency. More is slower, not faster: copies then come from
 # too many places of memory at once.
@@ -143,39 +141,9 @@ def batch_alignment(*inputs: Tensor) -> int:
     return math.gcd(8, *(x.stride(0) for x in inputs)) if inputs[0].shape[0] > 1 else 8
 
 
-def settle_cache_keys(module: dict[str, Any]) -> None:
-    """Hash a module's kernels in order of definition; `module`: its globals.
-
-    Upstream's cause: in Triton 3.6 `DependenciesFinder._update_hash` (triton/runtime/jit.py) reads a called
-    function's `used_global_vals` before its `cache_key` fills them: they are complete only if another kernel
-    that calls the function was hashed before. A kernel's key would depend on what ran before it in the
-    process, and what another process compiled would be compiled again. Called in every module whose kernels
-    call functions of others. Delete it when torch 2.11 (Triton 3.6) is no longer supported: Triton 3.9 takes
-    the `cache_key` first.
-    """
-    for function in list(module.values()):
-        if isinstance(function, triton.JITFunction):
-            _ = function.cache_key
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel can start before the one ahead of it ends (programmatic dependent launch)."""
-    nvidia = not INTERPRETED and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def reset_flags(reset: Tensor | None) -> Tensor | None:
     """reset (B, T) of any strides as the kernels read it: int32, row after row."""
     return None if reset is None else reset.to(torch.int32, memory_format=torch.contiguous_format)
-
-
-def on_device(like: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
 def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.device) -> tuple[int, int]:

@@ -13,9 +13,9 @@ import os
 import torch
 from torch import Tensor
 
-from . import reference
-from .dispatch import has_triton
-from .reference import compute_dtype
+from .. import reference
+from ..dispatch import has_triton
+from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # states of as many steps as the torch scan holds at once
 TRITON_BLOCKS = (1, 2, 4, 8, 16)

@@ -1,6 +1,7 @@
 """The matrix-valued BD-LRU in Triton, the host's side: shapes of launches, outputs, and the custom op.
 
-The kernels are in `matrix_kernels.py` (within chunks) and `matrix_state_kernels.py` (from chunk to chunk).
+The kernels are in `matrix_kernels.py` and `matrix_backward_kernels.py` (within chunks) and
+`matrix_state_kernels.py` (from chunk to chunk).
 What is saved for the backward pass is the inputs.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
@@ -12,9 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .matrix_kernels import chunk_backward_kernel, chunk_forward_kernel
+from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
+from .matrix_backward_kernels import chunk_backward_kernel
+from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
-from .triton_launch import INTERPRETED, LANES, multiprocessors, on_device, reset_flags
+from .triton_launch import reset_flags
 
 CHUNK = 16  # L, the least that a product on tensor cores takes
 MOST_PHASES = 4  # times that columns join a chunk's scan: more compute less with zeros, and are more code

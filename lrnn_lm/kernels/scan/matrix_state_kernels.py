@@ -16,8 +16,8 @@ and VP are K and V, at least 16; P the dense matrix of `whole`. Columns of score
 import triton
 import triton.language as tl
 
+from ..triton_device import INTERPRETED, settle_cache_keys
 from .matrix_kernels import step_of_column
-from .triton_launch import INTERPRETED, settle_cache_keys
 from .triton_rows import wide
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .modeling import LRNNForCausalLM
+from ..modeling import LRNNForCausalLM
 from .remote_code import AUTO_MAP, remote_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

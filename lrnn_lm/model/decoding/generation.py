@@ -16,10 +16,10 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from .cache import check_cache, make_cache
-from .config import LRNNConfig
+from ..cache import check_cache, make_cache
+from ..config import LRNNConfig
+from ..masks import attention_mask_of, same_document
 from .decode import Decoder, can_decode
-from .masks import attention_mask_of, same_document
 from .sample import is_usual, sample
 
 

@@ -17,7 +17,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from ..version import __version__
+from ...version import __version__
 from .bundle import Bundle, render_imports
 from .scopes import Module, Sources, path_of
 
@@ -40,7 +40,7 @@ _NAMESPACE = """
 # Torch knows operators by name, for the whole process: each copy of this file keeps its own.
 NAMESPACE = "lrnn_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 """
-_PACKAGE = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parents[2]
 
 
 @cache

@@ -29,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .cache import RecurrentCache, tokens_seen
+from ..cache import RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
 from .step import turns
 

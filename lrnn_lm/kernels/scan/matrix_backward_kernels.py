@@ -1,0 +1,291 @@
+"""The backward pass of `matrix_kernels.py`: gradients of a chunk's transitions, writes and queries.
+
+The columns x before each step are computed again and kept in scratch memory, then the steps are walked from
+the last to the first with s = dL/dx. Legend and layout of lanes are those of `matrix_kernels.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_device import settle_cache_keys
+from .matrix_kernels import (
+    advanced,
+    identity,
+    load_tile,
+    load_tiles,
+    moved,
+    places,
+    plane_tiles,
+    row_tiles,
+    span,
+    store_tile,
+    store_tiles,
+    sum_over,
+    whole_span,
+    with_zeros,
+)
+from .triton_rows import cleared, wide
+
+
+@triton.jit
+def _scattered(x, lane, g, M: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr):
+    """Group g receives the sums over the groups of x[g M / G ..], M / G of them: every exchange halves what
+    is left."""
+    for level in tl.static_range(4):
+        if (G >> level) > 1:
+            upper = (g & (G >> (level + 1))) != 0
+            left = ()
+            for j in tl.static_range(M >> (level + 1)):
+                sent = tl.where(upper, x[j], x[j + (M >> (level + 1))])
+                kept = tl.where(upper, x[j + (M >> (level + 1))], x[j])
+                left = left + (kept + tl.gather(sent, lane ^ (FIRST * (G >> (level + 1))), 0),)
+            x = left
+    return x
+
+
+@triton.jit
+def _gradients_at_the_end(
+    d_whole, d_keys, item, n, g, real, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dL/dx after the last step."""
+    CP: tl.constexpr = M // G
+    CU: tl.constexpr = L // G
+    blocks = ()
+    for r in tl.static_range(R):
+        whole_at = d_whole + (item * K + (n + r * NL) * M) * M + g * CP
+        blocks = blocks + load_tile(whole_span(whole_at, M, CP), real, M * CP, LANES, True)
+    s = ()
+    for c in tl.static_range(CP):
+        for e in tl.static_range(R * M):
+            s = s + (blocks[e * CP + c],)
+    for u in tl.static_range(CU):
+        for r in tl.static_range(R):
+            at = d_keys + (item * L + g * CU + u) * K + (n + r * NL) * M
+            s = s + load_tile(span(at, M, 1), real, M, LANES, True)
+    return s
+
+
+@triton.jit
+def _mixed_weights(
+    x, weights, lane, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of a lane's rows, in all groups: the weights' sum of the columns before the step."""
+    mixed = ()
+    for r in tl.static_range(R):
+        for j in tl.static_range(M):
+            total = x[r * M + j] * weights[r]
+            for c in tl.static_range(1, COLUMNS):
+                total = tl.fma(x[c * R * M + r * M + j], weights[c * R + r], total)
+            mixed = mixed + (sum_over(total, lane, NL, G),)
+    return mixed
+
+
+@triton.jit
+def _by_column(
+    s, x, mixed, dq, a_at, da_at, valid, lane, g, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
+    G: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Stores dA = s x^T, of whose sums over all columns group g has the rows g M / G .. of each block;
+    returns A^T s and dq + A mixed.
+
+    A is read column by column: whole it would take all registers of a lane at M = 16.
+    """
+    RM: tl.constexpr = R * M
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    by_row = ()  # of A^T s, flat [(row j R + block) COLUMNS + column]
+    for j in tl.static_range(M):
+        tiles = ()
+        for e in tl.static_range(RM // WIDE):
+            tiles = tiles + (a_at[j * (RM // WIDE) + e],)
+        a = load_tiles(tiles, valid, RM, WIDE, LANES, MASKED)
+        more = ()
+        for r in tl.static_range(R):
+            rows = ()
+            for i in tl.static_range(M):
+                more = more + (tl.fma(a[r * M + i], mixed[r * M + j], dq[r * M + i]),)
+                total = s[r * M + i] * x[r * M + j]
+                for c in tl.static_range(1, COLUMNS):
+                    total = tl.fma(s[c * RM + r * M + i], x[c * RM + r * M + j], total)
+                rows = rows + (total,)
+            store_tile(da_at[j * R + r], _scattered(rows, lane, g, M, NL, G), valid, M // G, LANES)
+            for c in tl.static_range(COLUMNS):
+                total = a[r * M] * s[c * RM + r * M]
+                for i in tl.static_range(1, M):
+                    total = tl.fma(a[r * M + i], s[c * RM + r * M + i], total)
+                if MASKED:
+                    total = tl.where(valid, total, s[c * RM + r * M + j])
+                by_row = by_row + (total,)
+        dq = more
+    before = ()
+    for c in tl.static_range(COLUMNS):
+        for r in tl.static_range(R):
+            for j in tl.static_range(M):
+                before = before + (by_row[(j * R + r) * COLUMNS + c],)
+    return before, dq
+
+
+@triton.jit
+def _weights(
+    reads_at, scores_at, real, R: tl.constexpr, CP: tl.constexpr, CU: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """What a step's outputs owe to q_t^T x, flat [column R + block]: dL/dreads, and dL/dscores for every
+    block."""
+    by_block = load_tiles(reads_at, real, R * CP, CP, LANES, True)
+    weights = ()
+    for c in tl.static_range(CP):
+        for r in tl.static_range(R):
+            weights = weights + (by_block[r * CP + c],)
+    shared = load_tile(scores_at, real, CU, LANES, True)
+    for u in tl.static_range(CU):
+        for _ in tl.static_range(R):
+            weights = weights + (shared[u],)
+    return weights
+
+
+@triton.jit
+def _begun(values, step, g, COUNT: tl.constexpr, M: tl.constexpr, G: tl.constexpr, L: tl.constexpr):
+    """Of COUNT values for each column, those of the column that begins at this step, zeros in other
+    groups."""
+    chosen = ()
+    for e in tl.static_range(COUNT):
+        value = tl.zeros_like(values[0])
+        for u in tl.static_range(L // G):
+            value = tl.where(u * G + g == step, values[(M // G + u) * COUNT + e], value)
+        chosen = chosen + (value,)
+    return chosen
+
+
+@triton.jit
+def _keep_columns(
+    a_at, k_at, flags_at, x_at, g, real, steps, A_T: tl.constexpr, K_T: tl.constexpr, M: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores the columns before each step of a chunk, which has `steps` of them where MASKED."""
+    RM: tl.constexpr = R * M
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    COLUMNS: tl.constexpr = (M + L) // G
+    x = with_zeros(identity(g, M, R, G), L // G * RM)
+    for step in range(L):
+        valid = real & (step < steps) if MASKED else real
+        a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)
+        k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
+        if HAS_RESET:
+            x = cleared(x, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
+        store_tiles(x_at, x, real, COLUMNS * RM, WIDE, LANES)
+        x = advanced(x, a, k, step, g, valid, M, R, G, COLUMNS, L // G, MASKED)
+        a_at, k_at = moved(a_at, RM * M // WIDE, A_T), moved(k_at, RM // WIDE, K_T)
+        x_at = moved(x_at, COLUMNS * RM // WIDE, COLUMNS * RM * LANES)
+
+
+@triton.jit
+def _walk_back(
+    s, a_at, k_at, q_at, flags_at, x_at, reads_at, scores_at, da_at, dk_at, dq_at, lane, g, real, steps,
+    A_T: tl.constexpr, K_T: tl.constexpr, Q_T: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
+    LANES: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of all steps of a chunk, last to first, from dL/dx after it; tiles of pointers are
+    to the last step."""
+    RM: tl.constexpr = R * M
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    COLUMNS: tl.constexpr = (M + L) // G
+    for back in range(L):
+        step = L - 1 - back
+        valid = real & (step < steps) if MASKED else real
+        k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
+        q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)
+        x = load_tiles(x_at, real, COLUMNS * RM, WIDE, LANES, True)
+        weights = _weights(reads_at, scores_at, real, R, M // G, L // G, LANES)
+        now = ()
+        for c in tl.static_range(COLUMNS):
+            for r in tl.static_range(R):
+                for i in tl.static_range(M):
+                    now = now + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
+        dk = _begun(now, step, g, RM, M, G, L)
+        store_tiles(dk_at, dk, valid & (step % G == g), RM, WIDE, LANES)
+        diagonal = sum_over(_begun(weights, step, g, R, M, G, L)[0], lane, NL, G)
+        dq = ()
+        for e in tl.static_range(RM):
+            dq = dq + (k[e] * diagonal,)
+        mixed = _mixed_weights(x, weights, lane, M, R, NL, G, COLUMNS)
+        s, dq = _by_column(
+            now, x, mixed, dq, a_at, da_at, valid, lane, g, M, R, NL, G, COLUMNS, LANES, MASKED
+        )  # fmt: skip
+        store_tiles(dq_at, dq, valid & (g == 0), RM, WIDE, LANES)
+        if HAS_RESET:
+            s = cleared(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
+        a_at, k_at = moved(a_at, RM * M // WIDE, -A_T), moved(k_at, RM // WIDE, -K_T)
+        q_at, x_at = moved(q_at, RM // WIDE, -Q_T), moved(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES)
+        reads_at, scores_at = moved(reads_at, R, -K), scores_at - L
+        da_at = moved(da_at, M * R, -M * H * K)
+        dk_at, dq_at = moved(dk_at, RM // WIDE, -H * K), moved(dq_at, RM // WIDE, -H * K)
+
+
+@triton.jit(do_not_specialize=["T", "n_chunks", "total", "work"])
+def chunk_backward_kernel(
+    transitions, writes, queries, flags, d_scores, d_reads, d_keys, d_whole, d_transitions, d_writes,
+    d_queries, scratch, T, n_chunks, total, work, a_b, k_b, q_b,
+    A_T: tl.constexpr, A_H: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr,
+    K_T: tl.constexpr, K_H: tl.constexpr, K_K: tl.constexpr,
+    Q_T: tl.constexpr, Q_H: tl.constexpr, Q_K: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
+    ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `chunk_forward_kernel`'s inputs from those of its outputs; states are computed again.
+
+    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. A program goes
+    through items one after another, with `scratch` (programs, L, columns R M LANES) for the columns before
+    each step.
+    """
+    LANES: tl.constexpr = ITEMS * G * NL
+    RM: tl.constexpr = R * M
+    CP: tl.constexpr = M // G
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    COLUMNS: tl.constexpr = (M + L) // G
+    SLOT: tl.constexpr = COLUMNS * RM * LANES
+    LAST: tl.constexpr = L - 1
+    lane = tl.arange(0, LANES)
+    for index in range(tl.program_id(0), work, tl.num_programs(0)):
+        n, g, item, real, b, chunk, head = places(index, total, n_chunks, H, NL, G, ITEMS)
+        t0 = wide(chunk * L)
+        a_at = transitions + b * a_b + t0 * A_T + (head * A_H + n * (M * A_K))
+        k_at = writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K))
+        q_at = queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K))
+        flags_at = flags + b * T + t0 if HAS_RESET else flags
+        own = scratch + wide(tl.program_id(0)) * (L * SLOT) + lane * WIDE
+        x_at, x_last = (), ()
+        for j in tl.static_range(COLUMNS * RM // WIDE):
+            x_at = x_at + (span(own + j * WIDE * LANES, WIDE, 1),)
+            x_last = x_last + (span(own + (LAST * SLOT + j * WIDE * LANES), WIDE, 1),)
+        _keep_columns(
+            plane_tiles(a_at, M, R, A_K, A_M, NL * M * A_K), row_tiles(k_at, M, R, K_K, NL * M * K_K),
+            flags_at, x_at, g, real, T - t0, A_T, K_T, M, R, G, L, LANES, MASKED, HAS_RESET,
+        )  # fmt: skip
+        tl.debug_barrier()  # what was stored is loaded, perhaps by another lane
+        step = b * T + t0 + LAST
+        reads_at, da_at = (), ()
+        for r in tl.static_range(R):
+            at = d_reads + (item * L + LAST) * K + ((n + r * NL) * M + g * CP)
+            reads_at = reads_at + (span(at, CP, 1),)
+        for j in tl.static_range(M):
+            for r in tl.static_range(R):
+                at = d_transitions + (step * M + j) * (H * K) + (head * K + (n + r * NL) * M + g * CP)
+                da_at = da_at + (span(at, CP, 1),)
+        scores_at = span(d_scores + item * (L * L) + (LAST * L + g * (L // G)), L // G, 1)
+        rows_at = step * (H * K) + (head * K + n * M)
+        _walk_back(
+            _gradients_at_the_end(d_whole, d_keys, item, n, g, real, K, M, R, NL, G, L, LANES),
+            plane_tiles(a_at + LAST * A_T, M, R, A_K, A_M, NL * M * A_K),
+            row_tiles(k_at + LAST * K_T, M, R, K_K, NL * M * K_K),
+            row_tiles(q_at + LAST * Q_T, M, R, Q_K, NL * M * Q_K), flags_at, x_last, reads_at, scores_at,
+            da_at, row_tiles(d_writes + rows_at, M, R, 1, NL * M),
+            row_tiles(d_queries + rows_at, M, R, 1, NL * M), lane, g, real, T - t0,
+            A_T, K_T, Q_T, H, K, M, R, NL, G, L, LANES, MASKED, HAS_RESET,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+settle_cache_keys(globals())

@@ -1,0 +1,276 @@
+"""The matrix-valued BD-LRU in Triton, within chunks of L steps: what a chunk does, before any value is seen.
+
+S is linear in the state before the chunk, S_0, and in its values v_1 .. v_L:
+
+    S_t = P_t S_0 + sum_{s <= t} u_{t,s} v_s^T       P_t = A_t .. A_1      u_{t,s} = A_t .. A_{s+1} k_s
+    y_t = S_0^T (P_t^T q_t) + sum_s (q_t . u_{t,s}) v_s
+
+So one scan of M + L columns, P_t and u_{t,.}, takes the place of one of V columns; the rest is products of
+small matrices, for tensor cores (`matrix_state_kernels.py`). These columns give the queries' view of S_0
+(`reads`, P_t^T q_t), what each value weighs in each output (`scores`, q_t . u_{t,s}), what it weighs in the
+state after the chunk (`keys`, u_{L,s}), and P_L (`whole`). No inverse is taken, and products of A stay
+bounded. Chunks do not wait for one another.
+
+A lane owns R blocks (of M rows) in M / G of the columns of P and L / G of those of u. The NL lanes of a
+head's blocks lie side by side, G groups of them share the columns, and where a head is small a program takes
+several. Columns of u are zero before their step, so they join as they begin, in PHASES groups.
+
+Pointers of what is loaded and stored step by step go from step to step with the loop: of every pointer that
+is computed in place, Triton's coalescing pass looks at all that depends on it, which at M = 16 took half an
+hour.
+
+Legend: B batch, T time, H heads, K slots a head, M slots a block, L steps a chunk, C chunks; an item is a
+chunk of a head, of (B, C, H). Column l of u and of all that is stored by it is that of step
+`step_of_column(l)`. Lane blocks are [LANES]; x, the columns of a lane, is flat [column R M + row].
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_device import settle_cache_keys
+from .triton_rows import cleared, columns_of, of_columns, wide
+
+
+@triton.jit
+def step_of_column(column, L: tl.constexpr, G: tl.constexpr):
+    """The step in the chunk whose write a column is."""
+    return column % (L // G) * G + column // (L // G)
+
+
+@triton.jit
+def places(
+    index, total, n_chunks, H: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, ITEMS: tl.constexpr
+):  # fmt: skip
+    """Of every lane: first block, group, item, whether there is such an item, b, chunk, head."""
+    lane = tl.arange(0, ITEMS * G * NL)
+    item = index * ITEMS + lane // (G * NL)
+    real = item < total
+    item = tl.minimum(item, total - 1)
+    b, chunk = wide(item // H // n_chunks), item // H % n_chunks
+    return lane % NL, lane // NL % G, wide(item), real, b, chunk, item % H
+
+
+@triton.jit
+def load_tile(at, mask, COUNT: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
+    """COUNT blocks from pointers [LANES, COUNT]; zeros where masked."""
+    return columns_of(tl.load(at, mask=mask[:, None], other=0.0) if MASKED else tl.load(at), LANES, COUNT)
+
+
+@triton.jit
+def store_tile(at, parts, mask, COUNT: tl.constexpr, LANES: tl.constexpr):
+    tile = of_columns(parts, at.dtype.element_ty, LANES, COUNT)
+    tl.store(at, tl.reshape(tile, [LANES, COUNT]), mask=mask[:, None])
+
+
+@triton.jit
+def span(at, COUNT: tl.constexpr, S: tl.constexpr):
+    """Pointers [LANES, COUNT] to COUNT numbers S apart from each of `at`."""
+    return at[:, None] + tl.arange(0, COUNT)[None, :] * S
+
+
+@triton.jit
+def row_tiles(at, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NEXT: tl.constexpr):
+    """Pointers to the R M rows of a lane's blocks, tiles of up to four; S apart, blocks NEXT apart."""
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    tiles = ()
+    for r in tl.static_range(R):
+        for part in tl.static_range(M // WIDE):
+            tiles = tiles + (span(at + (r * NEXT + part * WIDE * S), WIDE, S),)
+    return tiles
+
+
+@triton.jit
+def plane_tiles(
+    at, M: tl.constexpr, R: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr, NEXT: tl.constexpr
+):  # fmt: skip
+    """Pointers to A_t of a lane's blocks, column after column."""
+    tiles = ()
+    for j in tl.static_range(M):
+        tiles = tiles + row_tiles(at + j * A_M, M, R, A_K, NEXT)
+    return tiles
+
+
+@triton.jit
+def load_tiles(tiles, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
+                MASKED: tl.constexpr):  # fmt: skip
+    """COUNT numbers a lane: blocks, in the order of the tiles."""
+    blocks = ()
+    for j in tl.static_range(COUNT // WIDE):
+        blocks = blocks + load_tile(tiles[j], mask, WIDE, LANES, MASKED)
+    return blocks
+
+
+@triton.jit
+def store_tiles(tiles, blocks, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
+    for j in tl.static_range(COUNT // WIDE):
+        some = ()
+        for e in tl.static_range(WIDE):
+            some = some + (blocks[j * WIDE + e],)
+        store_tile(tiles[j], some, mask, WIDE, LANES)
+
+
+@triton.jit
+def moved(tiles, COUNT: tl.constexpr, by: tl.constexpr):
+    """COUNT tiles of pointers, `by` numbers on."""
+    after = ()
+    for j in tl.static_range(COUNT):
+        after = after + (tiles[j] + by,)
+    return after
+
+
+@triton.jit
+def sum_over(x, lane, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """The sum of x over COUNT lanes that lie FIRST apart: the same bits in each."""
+    for level in tl.static_range(5):
+        if (COUNT >> level) > 1:
+            x += tl.gather(x, lane ^ (FIRST * (COUNT >> (level + 1))), 0)
+    return x
+
+
+@triton.jit
+def identity(g, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
+    """P before the first step."""
+    x = ()
+    for c in tl.static_range(M // G):
+        for _ in tl.static_range(R):
+            for i in tl.static_range(M):
+                x = x + (tl.where(g * (M // G) + c == i, 1.0, 0.0),)
+    return x
+
+
+@triton.jit
+def with_zeros(x, COUNT: tl.constexpr):
+    for _ in tl.static_range(COUNT):
+        x = x + (tl.zeros_like(x[0]),)
+    return x
+
+
+@triton.jit
+def advanced(
+    x, a, k, step, g, valid, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
+    NEW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A x + k e_t^T of COLUMNS columns, of which k can begin in the last NEW."""
+    RM: tl.constexpr = R * M
+    after = ()
+    for c in tl.static_range(COLUMNS):
+        begins = (c - M // G) * G + g == step
+        for r in tl.static_range(R):
+            for i in tl.static_range(M):
+                total = a[r * M + i] * x[c * RM + r * M]
+                for j in tl.static_range(1, M):
+                    total = tl.fma(a[j * RM + r * M + i], x[c * RM + r * M + j], total)
+                if c >= COLUMNS - NEW:
+                    total += tl.where(begins, k[r * M + i], 0.0)
+                if MASKED:
+                    total = tl.where(valid, total, x[c * RM + r * M + i])
+                after = after + (total,)
+    return after
+
+
+@triton.jit
+def _reads(x, q, M: tl.constexpr, R: tl.constexpr, CP: tl.constexpr):
+    """P_t^T q_t: of each of a lane's blocks, the CP columns that it has."""
+    sums = ()
+    for r in tl.static_range(R):
+        for c in tl.static_range(CP):
+            total = q[r * M] * x[c * R * M + r * M]
+            for i in tl.static_range(1, M):
+                total = tl.fma(q[r * M + i], x[c * R * M + r * M + i], total)
+            sums = sums + (total,)
+    return sums
+
+
+@triton.jit
+def _store_scores(
+    x, q, tiles, n, lane, real, RM: tl.constexpr, FIRST: tl.constexpr, ACTIVE: tl.constexpr,
+    CU: tl.constexpr, NL: tl.constexpr,
+):  # fmt: skip
+    """q_t . u_{t,s} of the ACTIVE columns from FIRST on, zeros of the others of CU."""
+    for turn in tl.static_range((CU + NL - 1) // NL):
+        own = tl.zeros_like(x[0])
+        for u in tl.static_range(turn * NL, turn * NL + NL):
+            if u < ACTIVE:
+                total = q[0] * x[(FIRST + u) * RM]
+                for e in tl.static_range(1, RM):
+                    total = tl.fma(q[e], x[(FIRST + u) * RM + e], total)
+                own = tl.where(n == u - turn * NL, sum_over(total, lane, 1, NL), own)
+        tl.store(tiles[turn], own.to(tiles[turn].dtype.element_ty), mask=real & (turn * NL + n < CU))
+
+
+@triton.jit
+def whole_span(at, M: tl.constexpr, CP: tl.constexpr):
+    """Pointers [LANES, M CP] to a block's M rows of CP columns of P; rows are M apart."""
+    e = tl.arange(0, M * CP)[None, :]
+    return at[:, None] + (e // CP * M + e % CP)
+
+
+@triton.jit(do_not_specialize=["T", "n_chunks", "total"])
+def chunk_forward_kernel(
+    transitions, writes, queries, flags, scores, reads, keys, whole, T, n_chunks, total, a_b, k_b, q_b,
+    A_T: tl.constexpr, A_H: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr,
+    K_T: tl.constexpr, K_H: tl.constexpr, K_K: tl.constexpr,
+    Q_T: tl.constexpr, Q_H: tl.constexpr, Q_K: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
+    ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+    PHASES: tl.constexpr,
+):  # fmt: skip
+    """transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32,
+    nonzero where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads
+    (B, C, H, L, K) by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32."""
+    LANES: tl.constexpr = ITEMS * G * NL
+    RM: tl.constexpr = R * M
+    WIDE: tl.constexpr = 4 if M > 4 else M
+    CP: tl.constexpr = M // G
+    CU: tl.constexpr = L // G
+    NEW: tl.constexpr = CU // PHASES
+    TURNS: tl.constexpr = (CU + NL - 1) // NL
+    n, g, item, real, b, chunk, head = places(tl.program_id(0), total, n_chunks, H, NL, G, ITEMS)
+    lane = tl.arange(0, LANES)
+    t0 = wide(chunk * L)
+    steps = T - t0
+    a_at = plane_tiles(
+        transitions + b * a_b + t0 * A_T + (head * A_H + n * (M * A_K)), M, R, A_K, A_M, NL * M * A_K
+    )  # fmt: skip
+    k_at = row_tiles(writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K)), M, R, K_K, NL * M * K_K)
+    q_at = row_tiles(queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K)), M, R, Q_K, NL * M * Q_K)
+    flags_at = flags + b * T + t0 if HAS_RESET else flags
+    reads_at = ()
+    for r in tl.static_range(R):
+        reads_at = reads_at + (span(reads + item * (L * K) + ((n + r * NL) * M + g * CP), CP, 1),)
+    scores_at = ()
+    for turn in tl.static_range(TURNS):
+        scores_at = scores_at + (scores + item * (L * L) + (g * CU + turn * NL + n),)
+    x = identity(g, M, R, G)
+    for phase in tl.static_range(PHASES):
+        x = with_zeros(x, NEW * RM)
+        for step in range(phase * NEW * G, (phase + 1) * NEW * G):
+            valid = real & (step < steps) if MASKED else real
+            a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)
+            k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
+            q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)
+            if HAS_RESET:
+                flag = tl.load(flags_at + step, mask=valid, other=0)
+                x = cleared(x, flag, (CP + (phase + 1) * NEW) * RM)
+            x = advanced(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
+            store_tiles(reads_at, _reads(x, q, M, R, CP), real, R * CP, CP, LANES)
+            _store_scores(x, q, scores_at, n, lane, real, RM, CP, (phase + 1) * NEW, CU, NL)
+            a_at, k_at = moved(a_at, RM * M // WIDE, A_T), moved(k_at, RM // WIDE, K_T)
+            q_at, reads_at = moved(q_at, RM // WIDE, Q_T), moved(reads_at, R, K)
+            scores_at = moved(scores_at, TURNS, L)
+    for r in tl.static_range(R):
+        keys_at = keys + (item * L + g * CU) * K + (n + r * NL) * M
+        for u in tl.static_range(CU):
+            rows = ()
+            for i in tl.static_range(M):
+                rows = rows + (x[(CP + u) * RM + r * M + i],)
+            store_tile(span(keys_at + u * K, M, 1), rows, real, M, LANES)
+        block = ()
+        for i in tl.static_range(M):
+            for c in tl.static_range(CP):
+                block = block + (x[c * RM + r * M + i],)
+        whole_at = whole + (item * K + (n + r * NL) * M) * M + g * CP
+        store_tile(whole_span(whole_at, M, CP), block, real, M * CP, LANES)
+
+
+settle_cache_keys(globals())

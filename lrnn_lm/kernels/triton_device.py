@@ -1,0 +1,43 @@
+"""What every Triton kernel here needs to know of its device and of Triton."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LANES = 32  # threads of a warp
+INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels are defined
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), which GPUs have an instruction for
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it ends (programmatic dependent launch)."""
+    nvidia = not INTERPRETED and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_device(like: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+
+
+def settle_cache_keys(module: dict[str, Any]) -> None:
+    """Hash a module's kernels in order of definition; `module`: its globals.
+
+    Upstream's cause: in Triton 3.6 `DependenciesFinder._update_hash` (triton/runtime/jit.py) reads a called
+    function's `used_global_vals` before its `cache_key` fills them: they are complete only if another kernel
+    that calls the function was hashed before. A kernel's key would depend on what ran before it in the
+    process, and what another process compiled would be compiled again. Called in every module whose kernels
+    call functions of others. Delete it when torch 2.11 (Triton 3.6) is no longer supported: Triton 3.9 takes
+    the `cache_key` first.
+    """
+    for function in list(module.values()):
+        if isinstance(function, triton.JITFunction):
+            _ = function.cache_key
