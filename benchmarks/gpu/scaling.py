@@ -294,14 +294,14 @@ def table(result: dict[str, Any]) -> str:
         "",
         "Losses of a small model in fp32, not compiled, over 6 steps: largest relative difference from one",
         f"GPU {differences}.",
-        f"Saved and resumed under FSDP2 they are {resumed} to those of an uninterrupted run, bit for bit.",
-        f"A rank sends {result['links']['all_reduce'] / 1e9:.0f} GB/s in a sum of fp32 gradients, "
-        f"{result['links']['all_gather'] / 1e9:.0f} GB/s in a gather of bf16 parameters.",
+        f"Saved and resumed under FSDP2, they are {resumed} to those of an uninterrupted run, bit for bit.",
+        f"A rank sends {result['links']['all_reduce'] / 1e9:.0f} GB/s in an all-reduce of fp32 gradients and "
+        f"{result['links']['all_gather'] / 1e9:.0f} GB/s in an all-gather of bf16 parameters.",
     ]
     if "one, residual in bf16" not in result["speed"]:
         lines += [
             "",
-            "**FSDP2 is not compared with its like**: its residual stream is bf16, that of the one GPU fp32.",
+            "**FSDP2 is not compared like for like**: its residual stream is bf16, that of one GPU fp32.",
         ]
     return "\n".join(lines)
 

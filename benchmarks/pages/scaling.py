@@ -268,7 +268,7 @@ def checkpoint_table() -> str:
             rows.append([size.name, str(gpus), f"{save.bytes / 1e9:.1f}", *cells, f"{rate / 1e6:.0f}", name,
                          f"{save.goodput:.3f}"])  # fmt: skip
     head = ["model", "GPUs", "GB", "DDP: stall, s", "DDP: background, s", "FSDP2: stall, s",
-            "FSDP2: background, s", "mean MB/s", "faster way", "its goodput"]  # fmt: skip
+            "FSDP2: background, s", "mean MB/s", "faster of both", "its goodput"]  # fmt: skip
     return _table(head, rows)
 
 
@@ -321,16 +321,17 @@ def findings() -> str:
     step, gather = 1e3 * (one.compute + one.exposed), 1e3 * ring_delay(1024)
     said = [
         f"Up to 64 GPUs DDP keeps {least_ddp:.3f} or more where it fits, FSDP2 {least_fsdp2:.3f} or more.",
-        f"FSDP2 over 1024 GPUs in one ring is bound by delay, not by bytes: a gather takes {gather:.1f} ms, "
-        f"a block's forward pass {forward(small):.2f} ms (200M), {forward(middle):.2f} ms (1.3B) or "
-        f"{forward(large):.1f} ms (7B). DDP suits the first two there. Sharding within a node and copying "
-        "between nodes would take that delay away; it is not built.",
-        f"A 200M model on 1024 GPUs is {one.rows:g} row a GPU and {step:.1f} ms a step by DDP. What is left "
-        "out (launching kernels, the optimiser's own pass, the slowest rank) would be a large part of it.",
-        f"With one network card a node in place of eight, 64 GPUs reach {_one_card(small):.2f} (200M) and "
-        f"{_one_card(middle):.2f} (1.3B) under DDP.",
-        f"At 1024 GPUs a failure comes every {piece('failure_hours') / 1024:.0f} hours. A checkpoint an hour "
-        f"in place of one in ten minutes would cost the 7B model {_hourly(large):.1%} more.",
+        f"FSDP2 over 1024 GPUs in one ring is bound by latency, not by bytes: a gather takes {gather:.1f} "
+        f"ms, a block's forward pass {forward(small):.2f} ms (200M), {forward(middle):.2f} ms (1.3B) or "
+        f"{forward(large):.1f} ms (7B). Use DDP for the first two there. Hybrid sharding (shards within a "
+        "node, copies between nodes) would remove this latency; it is not built.",
+        f"A 200M model on 1024 GPUs has {one.rows:g} row a GPU and {step:.1f} ms a step with DDP. What is "
+        "not included (kernel launches, the optimizer's own pass, the slowest rank) would be a large part of "
+        "that.",
+        f"With one network card a node instead of eight, 64 GPUs reach {_one_card(small):.2f} (200M) and "
+        f"{_one_card(middle):.2f} (1.3B) with DDP.",
+        f"On 1024 GPUs there is a failure every {piece('failure_hours') / 1024:.0f} hours. A checkpoint an "
+        f"hour instead of one in ten minutes would cost the 7B model {_hourly(large):.1%} more.",
     ]
     return "\n".join(textwrap.fill(f"- {text}", 120, subsequent_indent="  ") for text in said)
 
