@@ -1,6 +1,6 @@
-"""Judging a checkpoint: lm-eval tasks, offline held-out tasks, generated text, and reports over runs.
+"""Scores of a checkpoint on lm-eval and offline tasks, generated text, and reports over runs.
 
-As a function, `evaluate.harness.evaluate`.
+Called as a function it is `evaluate.harness.evaluate`.
 """
 
 from ..callable_package import make_callable

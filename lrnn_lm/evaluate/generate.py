@@ -32,15 +32,15 @@ def generate(
 ) -> str:
     """Print the prompt and its continuation to stdout, word by word, and return them.
 
-    The text starts at BOS, as documents did in training, so an empty prompt is allowed. A prompt file comes
-    before the prompt; it is read `segment` tokens at a time, in memory that does not grow with its length
-    (attention layers aside), and what is printed and returned is the continuation alone.
+    The text starts at BOS, like documents in training, so the prompt may be empty. A prompt file comes before
+    the prompt. It is read `segment` tokens at a time, in memory that does not grow with its length (except
+    for attention layers); then only the continuation is printed and returned.
 
-    Sampling divides logits by temperature and keeps the top_k likeliest tokens and the likeliest that hold
-    top_p of the probability (None: all); temperature 0 is greedy. The same seed gives the same text on the
-    same machine; the caller's random state is left as it was. trust_remote_code: whether the folder may run
-    code of its own. Raises ValueError for a number out of range, a
-    file that cannot be read, a text longer than the model takes, or a checkpoint that is not one.
+    Sampling divides logits by temperature, then keeps the top_k most likely tokens and of these the smallest
+    set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
+    same machine; the caller's random state stays as it was. trust_remote_code: let the folder run its own
+    code. Raises ValueError for a number out of range, an unreadable file, a text longer than the model takes,
+    or a folder that is no checkpoint.
 
     Example:
         >>> from lrnn_lm import generate
@@ -65,7 +65,7 @@ def generate(
         texts = chain(read_text(prompt_file), [prompt] if prompt else [])
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
     settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
-    ends = model.generation_config.eos_token_id  # one id or several; 0 is one too
+    ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -100,7 +100,7 @@ def _check(
 
 
 def _text(prompt: str) -> str:
-    """The prompt, also where Python took the command line for ASCII and holds its bytes as surrogates."""
+    """The prompt as UTF-8; under an ASCII locale Python holds the command line's bytes as surrogates."""
     try:
         return prompt.encode(errors="surrogateescape").decode()
     except UnicodeError as error:
@@ -109,9 +109,9 @@ def _text(prompt: str) -> str:
 
 @contextmanager
 def _any_text_printed() -> Iterator[None]:
-    """While text is printed: what a terminal's encoding (ASCII, say) does not know comes as an escape."""
+    """Inside, stdout prints characters that its encoding lacks as escapes."""
     out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper):  # a notebook's
+    if not isinstance(out, io.TextIOWrapper):  # in a notebook
         yield
         return
     before = out.errors

@@ -1,4 +1,4 @@
-"""A checkpoint's scores on lm-eval tasks: the live model in lm-eval's HFLM, results as JSON and a table."""
+"""A checkpoint's scores on lm-eval tasks, as JSON and a table."""
 
 import contextlib
 import hashlib
@@ -20,18 +20,17 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import decimal, finite, table_console
+from .show import decimal, finite, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .tasks.offline import error_of_the_mean
 from .team import ALONE, Team
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOKENS_A_STEP = 8  # that a step of a row, or a word, takes at most: with --lengths a suite's window grows
-WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on all of a row
+TOKENS_A_STEP = 8  # upper bound for a symbol or word of a row: --lengths enlarges a suite's window by it
+WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on the whole row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -55,23 +54,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a checkpoint on lm-eval tasks, print a table, write JSON, and return what was written.
 
-    tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks. suite: a YAML file of such names,
-    taken before `tasks`; what is passed here overrides its settings. limit: documents a task. data:
-    held-out documents for the heldout tasks (default: those of the run), or the folder that the offline tasks
-    read. output: a folder, or a .json file
-    (default: eval/ of the run; a checkpoint outside a run has none, and then nothing is written). model,
-    tokenizer: the live pair, if the caller holds them already: `checkpoint` then only names them.
-    max_length: tokens a window (default: that of the suite, or of the shipped one that has all the tasks, up
-    to the model's limit; else `context_length`). Unless it is passed, models without attention read all
-    but rolling requests whole, however long.
-    lengths: of the state, mad and long tasks' rows, in place of their own. trust_remote_code: whether the
-    checkpoint's folder may run code of its own.
-    team: the processes that share the work, all of which call this; the main one prints and writes, the
-    others return {}.
+    Args:
+        tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks.
+        limit: documents a task.
+        output: a folder, or a .json file (default: eval/ of the run; outside a run nothing is written).
+        data: held-out documents for the heldout tasks (default: those of the run), or the folder that the
+            offline tasks read.
+        suite: a YAML file of task names, taken before `tasks`. Arguments override its settings.
+        model, tokenizer: the pair, if the caller holds it in memory; `checkpoint` then only names it.
+        max_length: tokens a window. Default: that of the suite, or of the shipped suite with all the tasks,
+            up to the model's limit; else `context_length`. By default, models without attention read
+            requests of any length whole, except rolling ones.
+        lengths: of the rows of state, mad and long tasks.
+        trust_remote_code: let the checkpoint's folder run its own code.
+        team: the processes that share the work, which all call this. The main one prints and writes, the
+            others return {}.
 
-    The caller's random state, the model's mode and its device are left as they were. Raises ValueError for
-    a task that is unknown or whose data cannot be had, for a limit below 1, and for a checkpoint that is
-    not one.
+    The caller's random state, the model's mode and its device stay as they were. Raises ValueError for an
+    unknown task, data that is not to be had, a limit below 1, or a folder that is no checkpoint.
 
     Example:
         >>> from lrnn_lm import evaluate
@@ -143,9 +143,9 @@ def evaluate(
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> None:
-    """Raise ValueError for a task that nobody knows, naming the nearest, or a cloze that `data` cannot fill.
+    """Raise ValueError for an unknown task, naming the nearest, or a cloze task that `data` cannot fill.
 
-    data: the held-out documents that the tasks will read, if they are there already.
+    data: the held-out documents that the tasks will read, if they exist already.
     """
     with quiet_lm_eval():
         _, tasks, _ = find_tasks(names, {})
@@ -154,15 +154,15 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 
 
 def check_output(output: Path | None) -> None:
-    """Raise ValueError for an output that is a file, but no JSON: hours of scoring later is too late."""
+    """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
     if output is not None and Path(output).is_file() and Path(output).suffix != ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 
 
 def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
-    """Rows (task, metric, value, standard error or None) from an lm-eval results dictionary, in its order.
+    """Rows (task, metric, value, standard error or None) of an lm-eval results dictionary, in its order.
 
-    A metric computed under another filter than the default keeps the filter's name: `acc (strict)`.
+    A metric under another filter than the default has the filter's name: `acc (strict)`.
     """
     rows = []
     for task, scores in results["results"].items():
@@ -177,13 +177,16 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
 
 
 def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
-    """The held-out file that is passed, or the run's if it has one; or a folder of other local files."""
+    """The held-out file that is passed, or the run's; or the folder of the offline tasks. None: no data.
+
+    The tasks that need data raise an error themselves.
+    """
     if data is not None and Path(data).expanduser().is_dir():
         folder = Path(data).expanduser()
         if not any((folder / name).is_file() for name in FOLDER_NAMES):
-            return str(folder)  # the offline tasks' own; what is missing in it they will say
+            return str(folder)
     if data is None and (info.run is None or not RunFolder(info.run).heldout.is_file()):
-        return None  # which matters to the heldout tasks only: they will say what to pass
+        return None
     return str(heldout_path(data, info.path))
 
 
@@ -222,15 +225,14 @@ def _write(
     lengths: list[int] | None,
     beside: list[str],
 ) -> Path | None:
-    """Write JSON in one piece; the file is named after checkpoint and tasks, so that a repeat replaces it.
+    """Write JSON in one step; the path, None outside a run without `output`.
 
-    In a folder that is not the run's own, after the run too: other runs' results may lie there.
+    The file is named after checkpoint and tasks, so that a repeat replaces it. In a folder other than the
+    run's own the name begins with the run's: results of other runs may be there.
     """
-    folder = (
-        Path(output) if output is not None else RunFolder(info.run).scores if info.run is not None else None
-    )
-    if folder is None:
+    if output is None and info.run is None:
         return None
+    folder = Path(output) if output is not None else RunFolder(info.run).scores
     if folder.suffix == ".json":
         path = folder
     else:
@@ -243,7 +245,7 @@ def _write(
         path = folder / f"{where}{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = path.with_name(f".{path.name}.{os.getpid()}")  # the same scores may be made twice at a time
         aside.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(path)
     except OSError as error:
@@ -252,42 +254,34 @@ def _write(
 
 
 def _show(results: dict[str, Any], written: Path | None) -> None:
+    settings = results["settings"]
+    limit = f", {settings['limit']} documents a task" if settings["limit"] else ""
+    header = ["task", "metric", "value", "± standard error", "documents"]
+    title = Path(results["checkpoint"]["path"]).name + limit
+    print_table(header, _rows(results), left=2, title=title)
     console = table_console()
-    console.print(_table(results))
     scores = {(task, metric): value for task, metric, value, _ in flatten(results)}
     for (task, metric), gzip in scores.items():
         if metric == "gzip_bits_per_byte":
             bits = scores[task, "bits_per_byte"]
             verdict = f"{1 - bits / gzip:.1%} below" if bits < gzip else "not below"
             console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
-    settings = results["settings"]
     if settings["truncated_requests"]:
         console.print(
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
         )
-    note = f"written to {written}" if written else "not written: outside a run, pass --output DIR"
-    console.print(note, soft_wrap=True, highlight=False)
+    print_written([written] if written else [])
+    if not written:
+        console.print("not written: outside a run, pass --output DIR")
 
 
-def _table(results: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    limit = results["settings"]["limit"]
-    table = Table(
-        title=f"{Path(results['checkpoint']['path']).name}{f', {limit} documents a task' if limit else ''}"
-    )
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("± standard error", justify="right")
-    table.add_column("documents", justify="right")
-    counts, last = results.get("n-samples", {}), None
+def _rows(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of the printed table; a task and its number of documents stand on its first row only."""
+    counts, last, rows = results.get("n-samples", {}), None, []
     for task, metric, value, error in flatten(results):
-        count = counts.get(task, {}).get("effective", "")
-        first = task != last
-        table.add_row(
-            task if first else "", metric, decimal(value), decimal(error), str(count) if first else ""
-        )
+        count = str(counts.get(task, {}).get("effective", ""))
+        name, count = (task, count) if task != last else ("", "")
+        rows.append([name, metric, decimal(value), decimal(error), count])
         last = task
-    return table
+    return rows

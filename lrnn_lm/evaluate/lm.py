@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face model around a live model, with documents started as they were in training.
+"""lm-eval's Hugging Face model around a model in memory, with documents started as in training.
 
 Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..model import prefill
 from .team import ALONE, Team
 
-PIECE = 2048  # tokens of a long request that are read at once, and so the logits that exist at once
+PIECE = 2048  # tokens of a long request read at once; their logits are the memory peak
 _LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's aliases
 
 
@@ -25,13 +25,13 @@ class LiveLM(HFLM):
     """HFLM over a model in memory.
 
     Args:
-        max_length: tokens a window. A rolling log-likelihood is taken window by window; a longer request of
-            another kind loses the beginning of its context, and is counted in `truncated`.
-        unlimited: whether requests are read whole instead, however long; rolling ones keep their windows.
-            For models without attention, whose memory does not grow with the length.
-        start: the token put before every context (BOS), or None to leave that to the tokenizer. A rolling
-            log-likelihood starts at BOS in any case, and exactly once.
-        team: those who share the requests; each of them looks like a process alone to lm-eval.
+        max_length: tokens a window. A rolling log-likelihood is computed window by window. A longer request
+            of another kind loses the beginning of its context and is counted in `truncated`.
+        unlimited: read requests of any length whole, except rolling ones. For models without attention, whose
+            memory does not grow with the length.
+        start: the token before every context (BOS); None: the tokenizer adds it. A rolling log-likelihood
+            always starts at BOS, exactly once.
+        team: the processes that share the requests; to lm-eval each looks like a single process.
     """
 
     def __init__(
@@ -47,9 +47,7 @@ class LiveLM(HFLM):
     ) -> None:
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
         self._window, self._unlimited = max_length, unlimited
-        self._bare = (
-            tokenizer.bos_token_id is None and tokenizer.eos_token_id is None
-        )  # nothing to begin with
+        self._bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None  # no start token
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
@@ -78,13 +76,11 @@ class LiveLM(HFLM):
     ) -> list[int]:
         """Token ids of a text, with the start token unless the caller says otherwise.
 
-        With `start` what spells a control token is text, as in training; other models' texts are read as
-        lm-eval reads them.
+        With `start`, the spelling of a control token is plain text, as in training; other models' texts are
+        read as lm-eval reads them.
         """
-        if self._rolling or self._bare:
-            add_special_tokens = (
-                False  # the prefix token is set before the ids, so it must not come with them
-            )
+        if self._rolling or self._bare:  # lm-eval puts the prefix token before rolling windows itself
+            add_special_tokens = False
         if self._start is None:
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
         ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
@@ -98,9 +94,9 @@ class LiveLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and attention mask of contexts to go on from, each (B, T), padded on the left.
+        """Ids and attention mask of contexts to continue, each (B, T), padded on the left.
 
-        A row is what `tok_encode` gives for its text alone; an empty one is the prefix token.
+        A row is `tok_encode` of its text; for an empty text, the prefix token.
         """
         rows = [self.tok_encode(text) or [self.prefix_token_id] for text in strings]
         rows = [row[-left_truncate_len:] if left_truncate_len else row for row in rows]
@@ -110,13 +106,13 @@ class LiveLM(HFLM):
         return ids, mask
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
-        """Text of token ids; None of None, which stands for the EOS of a tokenizer that has none."""
+        """Text of token ids; None for None, the EOS of a tokenizer without one."""
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each continuation after its context, and whether it is the greedy one.
 
-        Raises ValueError for a continuation that is longer than the window of a model that has one.
+        Raises ValueError for a continuation longer than the window.
         """
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         sizes = [len(context) + len(target) for _, context, target in pairs]
@@ -147,7 +143,7 @@ class LiveLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of each context.
 
-        Raises ValueError for settings that are none, or an answer that leaves a window no room for a context.
+        Raises ValueError for invalid settings, or answers so long that a window has no room for a context.
         """
         requests = [_with_plain_settings(request, self.max_gen_toks) for request in requests]
         contexts = [request.args[0] for request in requests]
@@ -168,10 +164,10 @@ class LiveLM(HFLM):
         return self._team.share(requests, range(len(contexts)), list(map(len, contexts)), write)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context, at least one, and of its continuation: those of the whole text, cut in two.
+        """Ids of a context, at least one, and of its continuation: the ids of the whole text, cut in two.
 
-        The cut lies where the context ends; where a token reaches over that place, or white space does, it
-        belongs to the continuation, as lm-eval has it for white space.
+        A token that spans the cut, or white space before it, belongs to the continuation; lm-eval does the
+        same with white space.
         """
         end = len(context.rstrip())
         context, continuation = context[:end], context[end:] + continuation
@@ -184,14 +180,14 @@ class LiveLM(HFLM):
         return ids[:shared] or [self.prefix_token_id], ids[shared:]
 
     def _score(self, pairs: list[Any], quiet: bool) -> list[tuple[float, bool]]:
-        """This process's share: in batches, and one by one what is too long for a batch."""
+        """Score this process's share: in batches, and requests too long for a batch one by one."""
         most = max(self._window, PIECE) + 1
         alone = [self._unlimited and len(context) + len(target) > most for _, context, target in pairs]
         batched = [pair for pair, long in zip(pairs, alone, strict=True) if pair[2] and not long]
         scored = iter(self._loglikelihood_tokens(batched, quiet) if batched else ())
         answers = []
         for (_, context, target), long in zip(pairs, alone, strict=True):
-            if not target:  # nothing is asked: certain
+            if not target:  # an empty continuation is certain
                 answers.append((0.0, True))
             else:
                 answers.append(self._score_long(context, target) if long else next(scored))
@@ -199,7 +195,7 @@ class LiveLM(HFLM):
 
     @torch.no_grad()
     def _score_long(self, context: list[int], target: list[int]) -> tuple[float, bool]:
-        """As `loglikelihood`, for one pair of any length: it is read piece by piece through the cache."""
+        """`loglikelihood` of one pair of any length, read in pieces through the cache."""
         ids = torch.tensor([context + target], device=self.device)  # (1, T)
         first, end = len(context) - 1, ids.shape[1] - 1  # the last token is only predicted
         cache = prefill(self.model, ids[:, :first], PIECE).past_key_values if first else None
@@ -216,17 +212,17 @@ class LiveLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        # A rolling request comes here once a batch: one progress bar each would be a wall of them.
+        # Called once for each batch of rolling requests: without this, a progress bar a batch.
         quiet = self._quiet(disable_tqdm) or override_bs is not None
         return super()._loglikelihood_tokens(requests, quiet, override_bs)
 
     def _quiet(self, disable_tqdm: bool) -> bool:
-        """One progress bar is enough."""
+        """Only the main process shows a progress bar."""
         return disable_tqdm or not self._team.is_main
 
     @contextmanager
     def _in_windows(self) -> Iterator[None]:
-        """While rolling requests are scored: windows of max_length, which bring the prefix token along."""
+        """Inside, requests are rolling: in windows of max_length, with the prefix token added by lm-eval."""
         before, self._max_length, self._rolling = self._max_length, self._window, True
         try:
             yield
@@ -235,8 +231,9 @@ class LiveLM(HFLM):
 
 
 def _with_plain_settings(request: Instance, usual: int) -> Instance:
-    """A generation request with `until` as a list of texts and its length as `max_gen_toks` (`usual` if it
-    says none). Raises ValueError for other settings than lm-eval knows them.
+    """A generation request with `until` as a list of texts and `max_gen_toks` (`usual` if it has no length).
+
+    Raises ValueError for settings of a wrong type.
     """
     context, given = request.args
     settings = {key: value for key, value in given.items() if value is not None}
@@ -253,5 +250,5 @@ def _with_plain_settings(request: Instance, usual: int) -> Instance:
         raise ValueError(
             f"task {request.task_name}: max_gen_toks must be a whole number above 0, not {lengths[0]!r}"
         )
-    stops = [stop for stop in stops if stop]  # an empty text is in every answer
+    stops = [stop for stop in stops if stop]  # an empty text would end every answer at once
     return replace(request, arguments=(context, {**settings, "until": stops, "max_gen_toks": length}))

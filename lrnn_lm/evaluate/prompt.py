@@ -1,7 +1,8 @@
-"""A prompt to token ids: at once, or a file of any length piece by piece."""
+"""A prompt to token ids: a text at once, or a file of any length in pieces."""
 
 import codecs
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """Token ids of a prompt after the document start: BOS, or EOS for a tokenizer that has no BOS.
+    """Token ids of a document start (BOS, or EOS for a tokenizer without BOS) and a prompt.
 
     Raises ValueError if the prompt is empty and the tokenizer has neither.
     """
@@ -25,7 +26,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
 
 
 def stream_ids(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Iterator[list[int]]:
-    """Token ids of a document start and of all texts as one, as they come.
+    """Token ids of a document start and of all texts as one, in pieces.
 
     Raises ValueError if there is no text and no token to start a document with.
     """
@@ -45,8 +46,8 @@ def stream_ids(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> It
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Iterator[list[int]]:
-    """Tokens of texts as one text, as in training: what spells a control token is text."""
-    if not tokenizer.is_fast:  # it does not tell where its tokens begin
+    """Token ids of texts as one text. As in training, the spelling of a control token is plain text."""
+    if not tokenizer.is_fast:  # no offsets, which reading in pieces needs
         yield tokenizer.encode("".join(texts), add_special_tokens=False, split_special_tokens=True)
         return
 
@@ -58,9 +59,9 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Itera
 
 
 def read_text(file: str | Path) -> Iterator[str]:
-    """The characters of a text file or a pipe, some at a time, without a byte order mark.
+    """The text of a file or a pipe in pieces, without a byte order mark.
 
-    Raises ValueError if there is none or it is not UTF-8.
+    Raises ValueError if it cannot be read or is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0  # bytes read
@@ -75,19 +76,19 @@ def read_text(file: str | Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         at = done - len(error.object) + error.start
         raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {at})") from None
-    except OSError as error:  # a folder, say
+    except OSError as error:
         raise ValueError(f"{file}: the prompt file cannot be read ({error.strerror or error})") from None
 
 
 def read_prompt(
     model: "PreTrainedModel", stream: Iterable[list[int]], segment: int, more: int = 0
 ) -> "tuple[Cache | None, Tensor, int]":
-    """Feed all but the last token of a stream to the model, `segment` at a time.
+    """Feed all but the last token of a stream to the model, `segment` tokens at a time.
 
-    Raises ValueError as soon as the stream and `more` tokens after it are longer than the model takes.
+    Raises ValueError as soon as the stream and `more` tokens after it exceed the model's positions.
 
     Returns:
-        the cache (None if there was but one token), the last token (1, 1), and how many there were in all.
+        the cache (None if there was only one token), the last token (1, 1), and the number of tokens.
     """
     import torch
 
@@ -110,10 +111,5 @@ def read_prompt(
 
     source = pieces()
     first = next(source, None)
-    cache = None if first is None else prefill(model, _chain(first, source), segment).past_key_values
+    cache = None if first is None else prefill(model, chain([first], source), segment).past_key_values
     return cache, torch.tensor([rest[-1:]], device=model.device), count
-
-
-def _chain(first: "Tensor", rest: "Iterator[Tensor]") -> "Iterator[Tensor]":
-    yield first
-    yield from rest

@@ -1,4 +1,4 @@
-"""The auto-encoder of MAD's compression task as lm-eval sees a model: a row is read, and written out again.
+"""The auto-encoder of MAD's compression task as an lm-eval model: it reads a row and writes it again.
 
 Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
 
@@ -16,14 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..model import LRNNForReconstruction
 from .team import ALONE, Team
 
-TASKS = ("mad_compression",)  # what it can be asked for, and no language model can
+TASKS = ("mad_compression",)  # for this model only
 
 
 class Reconstruction(LM):
-    """Writes at every position of a row the token that it holds likeliest, all positions at once.
-
-    `truncated` is always 0: rows are read whole. team: as in LiveLM.
-    """
+    """Writes the most likely token at every position of a row, all positions at once. team: as in LiveLM."""
 
     def __init__(
         self,
@@ -35,17 +32,17 @@ class Reconstruction(LM):
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._batch_size, self._team = model.eval(), tokenizer, batch_size, team
-        self.truncated = 0
+        self.truncated = 0  # rows are read whole
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each row as it is written again, numbers between blanks."""
+        """Each row as the model writes it, numbers between blanks."""
         texts = [request.args[0] for request in requests]
         return self._team.share(texts, range(len(texts)), list(map(len, texts)), self._write)
 
     def _write(self, texts: list[str]) -> list[str]:
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         written: dict[int, str] = {}
-        for length in sorted(set(map(len, ids))):  # a batch has no padding: its last position is what is read
+        for length in sorted(set(map(len, ids))):  # no padding: the model reads out at the last position
             alike = [i for i, row in enumerate(ids) if len(row) == length]
             for start in range(0, len(alike), self._batch_size):
                 chosen = alike[start : start + self._batch_size]
@@ -69,7 +66,7 @@ def encodes(model: PreTrainedModel) -> bool:
 
 
 def check_kind(checkpoint: Path, model: PreTrainedModel, names: list[str]) -> None:
-    """Raise ValueError if an auto-encoder is asked what a language model does, or the other way round."""
+    """Raise ValueError if an auto-encoder gets a language model's task, or the other way round."""
     others = [name for name in names if (name in TASKS) != encodes(model)]
     if not others:
         return

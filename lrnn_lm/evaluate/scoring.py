@@ -1,4 +1,4 @@
-"""lm-eval's evaluator around a live model: without its log, its random seeds, and numbers that overflow."""
+"""lm-eval's evaluator on a model in memory, without its log, its random seeds and its overflows."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import math
 import os
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .team import Team
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BOOTSTRAP = 1000  # resamples for the standard errors that have no closed form
+BOOTSTRAP = 1000  # resamples for standard errors without a closed form
 
 
 def score_tasks(
@@ -34,7 +34,7 @@ def score_tasks(
     start: int | None,
     team: Team,
 ) -> tuple[dict[str, Any], int]:
-    """lm-eval's results, and how many requests lost the beginning of their context.
+    """lm-eval's results, and the number of requests that lost the beginning of their context.
 
     max_length, unlimited, start: as LiveLM takes them. Raises ValueError for what lm-eval refuses.
     """
@@ -66,7 +66,7 @@ def score_tasks(
             )
     except ModuleNotFoundError as error:
         raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
-    except AssertionError as error:  # how lm-eval tells what is wrong in a task's file
+    except AssertionError as error:  # lm-eval reports mistakes in a task's file by assertions
         place = traceback.extract_tb(error.__traceback__)[-1]
         if "lm_eval" not in place.filename.replace("\\", "/").split("/"):
             raise
@@ -74,13 +74,13 @@ def score_tasks(
         raise ValueError(f"lm-eval refuses a task of {', '.join(names)}: {reason}") from error
     finally:
         model.train(training)
-    # Functions and tensors in task configs become text here, so that what is returned is what is written.
+    # The results hold functions and tensors; as text, so that the caller gets what is written.
     return json.loads(json.dumps(results, default=str)), lm.truncated
 
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Only errors from lm-eval's log; its bootstrap in this process, as forking beside threads is unsafe."""
+    """Silence lm-eval below errors; keep its bootstrap in this process, as forking with threads is unsafe."""
     logger = logging.getLogger("lm_eval")
     level, pool = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
@@ -97,7 +97,7 @@ def quiet_lm_eval() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds every generator; a training run that evaluates must go on as if it had not."""
+    """Restore all generators, which lm-eval seeds: training must continue as if it had not evaluated."""
     import numpy
     import torch
 
@@ -112,26 +112,24 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _overflow_is_infinite() -> Iterator[None]:
-    """lm-eval's perplexity of a long answer, e to its nats, would end all with an OverflowError above 709
-    nats; so would the standard error of perplexities whose squares overflow.
+    """Make lm-eval's perplexities infinite where it would end with an OverflowError.
+
+    exp() overflows for an answer above 709 nats, and the standard error where squared perplexities do.
     """
     from lm_eval.api import metrics
 
-    def exp(x: float) -> float:
-        try:
-            return math.exp(x)
-        except OverflowError:
-            return math.inf
+    def or_infinity(function: Callable[[Any], float]) -> Callable[[Any], float]:
+        def bounded(x: Any) -> float:
+            try:
+                return function(x)
+            except OverflowError:
+                return math.inf
+
+        return bounded
 
     deviation = metrics.sample_stddev
-
-    def sample_stddev(values: Any) -> float:
-        try:
-            return deviation(values)
-        except OverflowError:
-            return math.inf
-
-    metrics.math, metrics.sample_stddev = SimpleNamespace(**{**vars(math), "exp": exp}), sample_stddev
+    metrics.math = SimpleNamespace(**{**vars(math), "exp": or_infinity(math.exp)})
+    metrics.sample_stddev = or_infinity(deviation)
     try:
         yield
     finally:

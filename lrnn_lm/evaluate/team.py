@@ -1,9 +1,8 @@
-"""The processes that score together: requests dealt out to them, answers brought back to all.
+"""Scoring with several processes: each answers a share of the requests, all get all answers.
 
-Every process builds all requests, scores its share and gets everyone's answers, so that each computes the
-same metrics from the same list in the same order. lm-eval's own way deals out documents and joins metrics by
-name afterwards: it needs a document a process in every task, drops a metric that the first process did not
-meet (an accuracy by length, say), and resamples in another order.
+Every process builds all requests, so each computes the same metrics from the same list in the same order.
+lm-eval itself splits documents and joins metrics by name: it needs a document a process in every task, drops
+a metric that the first process did not meet (such as an accuracy by length), and resamples in another order.
 """
 
 import os
@@ -11,11 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Any
 
-MINUTES = 120  # that a process may be behind another: its share is about as long as theirs
+MINUTES = 120  # a process may be this much slower than another
 
 
 class Team:
-    """This process's place among `size`, of which the first is the main one."""
+    """This process's rank among `size` processes; rank 0 is the main one."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -25,13 +24,14 @@ class Team:
         return self.rank == 0
 
     def owners(self, groups: Sequence[Hashable], costs: Sequence[int]) -> list[int]:
-        """Which process takes each request. Those of one group stay together (an answer may serve several);
-        groups are dealt out from the dearest, so that shares are alike.
+        """The process of each request. A group stays together, as one answer may serve all of it.
+
+        Groups are dealt out by falling cost, so that shares are about equal.
         """
         cost: dict[Hashable, int] = {}
         for group, more in zip(groups, costs, strict=True):
             cost[group] = max(cost.get(group, 0), more)
-        order = sorted(cost, key=cost.__getitem__, reverse=True)  # stable: alike in all processes
+        order = sorted(cost, key=cost.__getitem__, reverse=True)  # stable: the same in all processes
         owner = {group: place % self.size for place, group in enumerate(order)}
         return [owner[group] for group in groups]
 
@@ -58,11 +58,11 @@ ALONE = Team()
 
 
 def join(device: str) -> tuple[Team, str]:
-    """The team that `accelerate launch` (or torchrun) started this process in, and this process's device.
+    """The team that `accelerate launch` (or torchrun) started, and this process's device.
 
-    device: auto, cpu, cuda or cuda:N; a process of several takes its own GPU unless it is cpu.
+    device: auto, cpu, cuda or cuda:N. One of several processes takes its own GPU unless it is cpu.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # what a launcher says; alone, accelerate is not needed
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # set by the launcher
         return ALONE, device
     from accelerate import PartialState
 
@@ -71,7 +71,7 @@ def join(device: str) -> tuple[Team, str]:
 
 
 def leave(team: Team) -> None:
-    """End the processes' connection, where there is one."""
+    """Close the connection between several processes."""
     if team.size > 1:
         from accelerate import PartialState
 

@@ -1,22 +1,23 @@
-"""The model card: a README.md that says what a model is, how it was trained, what it scores, how to load it.
+"""The model card: a README.md with the model, its training, data and scores, and how to load it.
 
 Everything in it is read from the checkpoint and its run: config.json, recipe.yaml, data.json (the data's
-manifest), metrics.jsonl, eval/*.json and plots/loss.png. What is not there is left out.
+manifest), metrics.jsonl, eval/*.json and plots/loss.png. What is missing is left out.
 """
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...runs.layout import RunFolder
+from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe
 from .report import to_markdown
-from .runs import Run, read_run
+from .runs import read_run
 
-UNKNOWN_LICENCE = "unknown"  # the hub's word for it: whose data it was decides, so nothing is assumed
+UNKNOWN_LICENCE = "unknown"  # the hub's word; the licence depends on the training data, so assume nothing
 _PAPER = "https://arxiv.org/abs/2602.12021"
 _KINDS = {
     "bd_lru": f"a block-diagonal linear recurrent unit (BD-LRU, {_PAPER})",
@@ -31,15 +32,13 @@ _KINDS = {
 def write_run_card(run: str | Path, licence: str = UNKNOWN_LICENCE) -> Path:
     """Write RUN/README.md for the run's newest checkpoint; returns the file.
 
-    Raises:
-        ValueError: the run has no checkpoint.
+    Raises ValueError if the run has no checkpoint.
     """
-    run = Path(run).expanduser()
-    picture = "plots/loss.png" if RunFolder(run).loss_plot.is_file() else None
-    file = RunFolder(run).card
-    text = model_card(RunFolder(run).latest, licence, picture, folder="checkpoints/latest")
-    file.write_text(text, encoding="utf-8")
-    return file
+    folder = RunFolder(Path(run).expanduser())
+    picture = "plots/loss.png" if folder.loss_plot.is_file() else None
+    text = model_card(folder.latest, licence, picture, folder="checkpoints/latest")
+    folder.card.write_text(text, encoding="utf-8")
+    return folder.card
 
 
 def write_export_card(checkpoint: str | Path, target: Path, licence: str = UNKNOWN_LICENCE) -> Path:
@@ -65,37 +64,28 @@ def model_card(
     Args:
         checkpoint: a checkpoint folder; its run is looked for two folders above.
         licence: the model's licence, as the hub abbreviates it (`apache-2.0`).
-        picture: path of the loss curve, as seen from where the card will lie.
-        folder: path of the model, likewise.
-    Raises:
-        ValueError: no checkpoint there.
+        picture: path of the loss curve, relative to the card.
+        folder: path of the model, relative to the card.
+    Raises ValueError if there is no checkpoint.
     """
     info = describe(checkpoint)
-    config = json.loads((info.path / "config.json").read_text(encoding="utf-8"))
-    recipe = _yaml(RunFolder(info.run).recipe) if info.run else {}
-    name = recipe.get("name") or info.path.name
-    mixers = _mixers(config)
+    config = json.loads(CheckpointFolder(info.path).config.read_text(encoding="utf-8"))
+    run = RunFolder(info.run) if info.run is not None else None
+    stored = run.recipe.read_text(encoding="utf-8") if run is not None and run.recipe.is_file() else ""
+    recipe = yaml.safe_load(stored) or {}
+    mixers = config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
+    is_autoencoder = "LRNNForReconstruction" in (config.get("architectures") or [])
     parts = [
         _front_matter(licence, mixers),
-        f"# {name}\n",
+        f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers),
         _training(recipe, info.step),
-        _data(RunFolder(info.run).data) if info.run else "",
-        _results(info.run, picture),
-        _loading(folder) if _is_language_model(config) else "",
-        _recipe_text(RunFolder(info.run).recipe) if info.run else "",
+        _data(run.data) if run is not None else "",
+        _results(run.path, picture) if run is not None else "",
+        "" if is_autoencoder else _loading(folder),
+        f"## Recipe\n\n```yaml\n{stored.strip()}\n```\n" if stored else "",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _is_language_model(config: dict[str, Any]) -> bool:
-    """False of the auto-encoder that the synthetic task compression trains."""
-    return "LRNNForReconstruction" not in (config.get("architectures") or [])
-
-
-def _mixers(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The mixers that take turns over depth, with their options."""
-    return config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
 
 
 def _front_matter(licence: str, mixers: list[dict[str, Any]]) -> str:
@@ -116,7 +106,6 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
     config = LRNNConfig.from_pretrained(checkpoint)
     costs = account(config, config.max_position_embeddings)
     kinds = list(dict.fromkeys(_KINDS.get(mixer["type"], mixer["type"]) for mixer in mixers))
-    options = "; ".join(_mixer_options(mixer) for mixer in mixers)
     text = (
         f"A causal language model of {costs.total_parameters:,} parameters, trained with lrnn-lm. "
         f"Its layers mix the sequence by {' and '.join(kinds)}, each followed by a SwiGLU.\n\n"
@@ -124,7 +113,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
     rows = [
         ("layers", f"{config.num_hidden_layers}"),
         ("width", f"{config.hidden_size}, SwiGLU {config.intermediate_size}"),
-        ("mixer", options),
+        ("mixer", "; ".join(map(_mixer_options, mixers))),
         ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
         ("trained at", f"{config.max_position_embeddings:,} tokens"),
         ("operations a token, forward", f"{costs.flops_per_token:,}"),
@@ -156,7 +145,7 @@ def _training(recipe: dict[str, Any], step: int | None) -> str:
 
 
 def _data(manifest: Path) -> str:
-    """What the data's manifest tells; nothing if the run has none."""
+    """Source, sizes and tokenizer of the data; empty if the run has no manifest."""
     if not manifest.is_file():
         return ""
     facts = json.loads(manifest.read_text(encoding="utf-8"))
@@ -171,22 +160,12 @@ def _data(manifest: Path) -> str:
     return "## Data\n\n" + _table(rows)
 
 
-def _results(run: Path | None, picture: str | None) -> str:
-    found = _read_run(run)
-    if found is None:
-        return ""
-    text = f"## Results\n\n{to_markdown([found])}"
-    return text + (f"\n![Loss against tokens]({picture})\n" if picture else "")
-
-
-def _read_run(run: Path | None) -> Run | None:
-    """The run's curves and scores; None where there are none yet."""
-    if run is None:
-        return None
-    try:
-        return read_run(run)
-    except ValueError:
-        return None
+def _results(run: Path, picture: str | None) -> str:
+    """The run's losses and scores; empty if it has no step yet."""
+    with suppress(ValueError):
+        text = f"## Results\n\n{to_markdown([read_run(run)])}"
+        return text + (f"\n![Loss against tokens]({picture})\n" if picture else "")
+    return ""
 
 
 def _loading(folder: str) -> str:
@@ -213,17 +192,6 @@ lm_eval --model hf --tasks lambada_openai \\
     --model_args pretrained={folder},trust_remote_code=True,add_bos_token=True
 ```
 """
-
-
-def _recipe_text(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    text = file.read_text(encoding="utf-8").strip()
-    return f"## Recipe\n\n```yaml\n{text}\n```\n"
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

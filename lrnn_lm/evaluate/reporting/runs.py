@@ -1,4 +1,4 @@
-"""A run read back: curves from metrics.jsonl, scores from eval/*.json, parameters from a checkpoint."""
+"""A run as reports read it: curves from metrics.jsonl, scores from eval/*.json, a checkpoint's parameters."""
 
 import json
 import math
@@ -23,13 +23,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """What a report needs of a run. training and validation: lines of metrics.jsonl, one a step, by step."""
+    """What a report needs of a run."""
 
     name: str
     path: Path
-    training: list[dict[str, Any]]
+    training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step, in order
     validation: list[dict[str, Any]]
-    parameters: int | None
+    parameters: int | None  # None without a checkpoint
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, metric)
 
     @property
@@ -39,13 +39,13 @@ class Run:
 
     @property
     def training_loss(self) -> float | None:
-        """Nats a token, the mean over the last fiftieth of the logged steps (a single step is noisy)."""
+        """Nats a token, mean over the last 2% of the logged steps: a single step is noisy."""
         losses = [line["loss"] for line in self.training]
         return statistics.fmean(losses[-max(1, len(losses) // 50) :]) if losses else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over steps, so that compilation and pauses do not count."""
+        """Median over steps, which leaves out compilation and pauses."""
         speeds = [line["tokens_per_second"] for line in self.training if _number(line, "tokens_per_second")]
         return statistics.median(speeds) if speeds else None
 
@@ -55,7 +55,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run. Raises ValueError if the folder or its metrics are missing or hold no step yet."""
+    """Read a run. Raises ValueError if there is no such folder, or it has no step yet."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"{folder}: no such run")
@@ -76,9 +76,9 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation lines by step. A step's last line wins: a resumed run writes lost steps anew.
+    """Training and validation lines by step. Of several lines of a step the last counts (a resumed run).
 
-    A line torn by a crash is skipped: the last one, or, in a resumed run, one in the middle.
+    A line torn by a crash is skipped.
     """
     training: dict[int, dict[str, Any]] = {}
     validation: dict[int, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
-    """Every metric of every task found, at the highest step; then whole before limited, then the newest."""
+    """Every metric of every task, each from one file: highest step first, then unlimited, then newest."""
     found: dict[tuple[str, str], tuple[tuple[int, bool, float], Score]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
@@ -111,7 +111,7 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
         rank = (step or 0, limit is None, file.stat().st_mtime)
         lengths = results.get("settings", {}).get("lengths")
         for task, metric, value, error in rows:
-            if lengths and task.startswith(WHOLE_ROWS):  # other rows than the task's own
+            if lengths and task.startswith(WHOLE_ROWS):  # not the task's own rows
                 task = f"{task} at {', '.join(map(str, lengths))}"
             if (task, metric) not in found or rank >= found[task, metric][0]:
                 found[task, metric] = (rank, Score(value, error, step, limit))
@@ -119,7 +119,7 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
 
 
 def _count_parameters(checkpoint: Path) -> int | None:
-    """Stored parameters, from the safetensors headers; None without files or with a damaged one."""
+    """Stored parameters, from the safetensors headers; None if files are missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(checkpoint.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """Runs on synthetic tasks as one table: a row a model, a column a task, held-out accuracy.
 
-Runs that differ in the seed only are one entry, mean ± standard deviation. Of a model's runs that differ in
-how they were trained (learning rate, weight decay) the best counts, as the published benchmark has it.
+Runs that differ only in the seed are one entry, mean ± standard deviation. Of runs that differ in training
+settings (learning rate, weight decay) the best counts, as in the published benchmark.
 """
 
 import json
@@ -43,7 +43,7 @@ def _best(trials: dict[str, list[float]]) -> str:
 
 
 def _but_the_seed(recipe: dict[str, Any]) -> str:
-    """What two runs have in common that differ in the seed only."""
+    """A key that is equal for runs that differ only in the seed."""
     train = [recipe["train"][key] for key in ("tokens", "tokens_per_step", "precision")]
     data = [recipe["data"]["source"], recipe["data"].get("curriculum", [])]
     return json.dumps([recipe["model"], data, recipe["optim"], train])
@@ -72,7 +72,7 @@ def _task(recipe: dict[str, Any]) -> str:
 
 
 def _model(recipe: dict[str, Any]) -> str:
-    """The mixers with the options that their types read, and the model's size."""
+    """The mixers with their options, and the model's size."""
     from ...model.config import LRNNConfig
 
     section = recipe["model"]

@@ -1,1 +1,1 @@
-"""The tasks that need no network, as lm-eval loads them, and the names of all tasks."""
+"""The project's own lm-eval tasks, which need no network, and the names of all tasks."""

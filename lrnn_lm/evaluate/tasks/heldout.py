@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
-# As `runs.layout` has it: this file is also copied beside the YAML files, and imports nothing of ours.
+# As in `runs.layout`: this file is also copied beside the YAML files, and imports nothing of ours.
 HELDOUT_NAME = "heldout.jsonl"
 FOLDER_NAMES = (HELDOUT_NAME, "validation.jsonl")
-MAX_BYTES = 20_000_000  # of text read from the file: a corpus' held-out share can be gigabytes
-PASSAGE_CHARACTERS = 8192  # about 2,000 tokens of English: longer documents are scored in pieces
+MAX_BYTES = 20_000_000  # of text, read at most: a corpus' held-out share can be gigabytes
+PASSAGE_CHARACTERS = 8192  # about 2,000 tokens of English; longer documents are scored in pieces
 
 CLOZE_PASSAGES = 300
-CLOZE_ENOUGH = 100  # with this many passages whose answer occurs earlier, no other passage is taken
+CLOZE_ENOUGH = 100  # other passages are taken only below this many whose answer occurs earlier
 CLOZE_SENTENCES = 3
 CLOZE_WORDS = (30, 100)
 CLOZE_LETTERS = 4
@@ -40,9 +40,8 @@ _WORD = re.compile(r"[A-Za-z]+")
 def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
     """The JSONL file of held-out documents.
 
-    `data` is the file, or a folder (a run, or what `lrnn prepare` wrote) that holds it; without it, the
-    file of the run that `checkpoint` lies in is taken. Raises ValueError, with what to pass, when there is
-    no such file.
+    `data` is the file or its folder (a run, or what `lrnn prepare` wrote); without it, the file is that of the
+    run of `checkpoint`. Raises ValueError, with what to pass, if there is none.
     """
     if data is not None:
         path = Path(data).expanduser()
@@ -64,7 +63,7 @@ def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None =
 
 
 def read_documents(path: str | Path, max_bytes: int = MAX_BYTES) -> list[str]:
-    """The non-empty texts of a JSONL file in its order, up to the document that reaches `max_bytes` of text.
+    """The non-empty texts of a JSONL file in order, up to the document that reaches `max_bytes` of text.
 
     Raises ValueError naming the line that cannot be read.
     """
@@ -89,10 +88,9 @@ def read_documents(path: str | Path, max_bytes: int = MAX_BYTES) -> list[str]:
 
 
 def cut(document: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
-    """A document in pieces of at most `size` characters that join to the document again.
+    """A document in pieces of at most `size` characters; joined, they are the document.
 
-    A piece ends after a line break if one lies in its second half, else after other white space there, else
-    anywhere.
+    A piece ends after a line break in its second half, else after other white space there, else anywhere.
     """
     pieces, start = [], 0
     while len(document) - start > size:
@@ -110,7 +108,7 @@ def heldout_dataset(
 ) -> "dict[str, datasets.Dataset]":
     """Held-out passages in file order, for `heldout_bits_per_byte`: rows of index and text.
 
-    `data` and `pretrained` (the checkpoint) come from lm-eval's metadata; other metadata is left alone.
+    `data` and `pretrained` (the checkpoint) are lm-eval's metadata; other metadata is ignored.
     """
     documents = read_documents(heldout_path(data, pretrained))
     passages = [piece for document in documents for piece in cut(document)]
@@ -118,9 +116,9 @@ def heldout_dataset(
 
 
 def score_passage(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Any]:
-    """One passage's share of each metric, from its log-likelihood in nats given BOS.
+    """One passage's part of each metric, from its log-likelihood in nats after BOS.
 
-    Words are counted as upstream's wikitext task counts them: parts between white space.
+    Words are what white space separates, as in lm-eval's wikitext task.
     """
     (loglikelihood,) = results
     words, size = len(re.split(r"\s+", doc["text"])), len(doc["text"].encode())
@@ -143,9 +141,9 @@ def cloze_dataset(
 ) -> "dict[str, datasets.Dataset]":
     """Passages whose final word is asked, for `heldout_cloze`: rows of context, answer (" word"), repeated.
 
-    In LAMBADA the answer mostly stands earlier in the passage; such passages are taken alone if there are
-    CLOZE_ENOUGH of them, else others fill up to that number. At most CLOZE_PASSAGES, in the order of a hash
-    of their text, so that the first n of them are a fair sample for any n.
+    As in LAMBADA, the answer should occur earlier in the passage: other passages are added only up to
+    CLOZE_ENOUGH in all. At most CLOZE_PASSAGES, ordered by a hash of their text: then the first n are a fair
+    sample for any n.
     """
     path = heldout_path(data, pretrained)
     found = {row["context"]: row for text in read_documents(path) for row in _cloze_passages(text)}
@@ -160,10 +158,10 @@ def cloze_dataset(
 
 
 def _cloze_passages(document: str) -> Iterator[dict[str, Any]]:
-    """Passages of a document: whole sentences, cut before the last one's final word.
+    """Passages of a document: whole sentences without the final word.
 
-    From each sentence on, the shortest passage whose answer occurs in it is taken, and the next one starts
-    after it. Where there is none, the shortest passage at all is taken, unless it overlaps another such.
+    From each sentence on, take the shortest passage whose answer occurs in it, and go on after it. If there
+    is none, take the shortest passage at all, unless it overlaps another such.
     """
     ends = [match.end() for match in _SENTENCE_END.finditer(document + "\n")]
     starts = [0, *ends[:-1]]
@@ -188,8 +186,7 @@ def _cloze_passages(document: str) -> Iterator[dict[str, Any]]:
 
 
 def _cloze_row(passage: str) -> dict[str, Any] | None:
-    """The passage without its final word, and that word; None if it is too short or does not end in a plain
-    word."""
+    """The passage without its final word, and that word; None if too short or without a plain last word."""
     match = _LAST_WORD.search(passage)
     if not match or len(passage.split()) < CLOZE_WORDS[0]:
         return None

@@ -1,13 +1,13 @@
-"""Needle and passkey tests made locally, after RULER (arXiv 2404.06654): what eval/tasks/long names.
+"""Needle and passkey tests made locally, after RULER (arXiv 2404.06654): the functions of eval/tasks/long.
 
-    passkey   one number to keep in mind among sentences that say nothing, asked at the end
+    passkey   one number among sentences without meaning, asked at the end
     needle    the number of one city among those of several
 
-Lengths are in words; a row is a function of (seed, length, index). The place of what is asked moves evenly
-through the text from row to row.
+Lengths are in words. A row is a function of (seed, length, index). The depth of the answer in the text grows
+evenly from row to row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...data.synthetic.draws import Draws
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import datasets
 
 EXAMPLES = 50  # rows a length
-DISTRACTORS = 4  # needles beside the one that is asked
+DISTRACTORS = 4  # needles that are not asked
 _FILLER = (
     "The tram stops here every ten minutes.", "A light rain fell over the harbour.",
     "Someone had left a ladder against the wall.", "The bakery opens before the sun is up.",
@@ -31,27 +31,32 @@ _CITIES = (
 def passkey_dataset(
     lengths: Sequence[int], examples: int = EXAMPLES, seed: int = 0, **_metadata: Any
 ) -> "dict[str, datasets.Dataset]":
-    """Rows of context, answer and length for `long_passkey`, the lengths taking turns."""
-    return _dataset("passkey", lengths, examples, seed)
+    """Rows of context, answer and length for `long_passkey`, the lengths in turn."""
+    return _dataset("passkey", _passkey, lengths, examples, seed)
 
 
 def needle_dataset(
     lengths: Sequence[int], examples: int = EXAMPLES, seed: int = 0, **_metadata: Any
 ) -> "dict[str, datasets.Dataset]":
-    """Rows of context, answer and length for `long_needle`, the lengths taking turns."""
-    return _dataset("needle", lengths, examples, seed)
+    """Rows of context, answer and length for `long_needle`, the lengths in turn."""
+    return _dataset("needle", _needle, lengths, examples, seed)
 
 
-def _dataset(kind: str, lengths: Sequence[int], examples: int, seed: int) -> "dict[str, datasets.Dataset]":
+def _dataset(
+    stream: str,
+    make: Callable[[Draws, int, float], tuple[str, int]],
+    lengths: Sequence[int],
+    examples: int,
+    seed: int,
+) -> "dict[str, datasets.Dataset]":
     from datasets import Dataset
 
-    make = {"passkey": _passkey, "needle": _needle}[kind]
     rows = []
     for i in range(examples):
         for length in lengths:
             if length < 100:
                 raise ValueError(f"lengths are in words, at least 100, not {length}")
-            draws = Draws(seed, f"{kind}/{length}", [i])
+            draws = Draws(seed, f"{stream}/{length}", [i])
             context, answer = make(draws, length, (i + 0.5) / examples)
             rows.append({"context": context, "answer": f" {answer}", "length": length})
     return {"test": Dataset.from_list(rows)}

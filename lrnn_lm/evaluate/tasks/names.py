@@ -1,4 +1,4 @@
-"""Which tasks to run: names checked against lm-eval's index and the project's, suites, the hub's reach."""
+"""Which tasks to run: names checked against lm-eval's index and the project's, suites, data from the hub."""
 
 import difflib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Suite(BaseModel):
 
 
 def read_suite(file: str | Path) -> Suite:
-    """A suite by file, or by the name of one that the project ships. ValueError says what is wrong in it."""
+    """A suite by its file, or by the name of one that the project ships; ValueError if it is wrong."""
     path = resolve_path(str(file))
     path = path if path.is_file() else shipped(f"eval/suites/{file}.yaml")
     if not path.is_file():
@@ -44,23 +44,21 @@ def read_suite(file: str | Path) -> Suite:
 
 
 def usual_window(names: list[str]) -> int | None:
-    """max_length of the shipped suite that holds all these tasks, if one does: what their own rows need."""
+    """max_length of the first shipped suite with all these tasks, which their rows need; None without one."""
     suites = map(read_suite, sorted(shipped("eval/suites").glob("*.yaml")))
     return next((suite.max_length for suite in suites if set(names) <= set(suite.tasks)), None)
 
 
 def own_tasks_path() -> Path:
-    """The project's folder of lm-eval tasks: what `--include_path` of plain lm-eval takes."""
+    """The project's folder of lm-eval tasks, for `--include_path` of plain lm-eval."""
     return shipped("eval/tasks")
 
 
 def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager, list[str], bool]":
-    """lm-eval's manager of the named tasks, the names with patterns expanded, and whether they may need the
-    hub.
+    """lm-eval's task manager, the names with wildcards expanded, and whether tasks may need the hub.
 
-    A name is a task, a group or a tag, with `*` as a wildcard. Raises ValueError for one that nobody knows,
-    naming the nearest that exist. lm-eval's own index of thousands of files is read only if a name is not
-    the project's.
+    A name is a task, a group or a tag, with `*` as a wildcard. Raises ValueError for an unknown one, naming
+    the nearest. lm-eval's own index of thousands of files is read only if a name is not the project's.
     """
     from lm_eval.tasks import TaskManager
 
@@ -89,9 +87,9 @@ def _expand(manager: "TaskManager", names: list[str]) -> list[str]:
 
 @contextmanager
 def hub_data(needed: bool) -> Iterator[None]:
-    """Run what reads data sets from the Hugging Face hub; without a network, from the local cache at once.
+    """Inside, data sets of the Hugging Face hub are read; without a network, at once from the local cache.
 
-    A data set that is neither reachable nor cached ends as a ValueError that says what to do.
+    Raises ValueError, with what to do, for a data set that is neither reachable nor cached.
     """
     if not needed:
         yield
@@ -102,7 +100,7 @@ def hub_data(needed: bool) -> Iterator[None]:
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     offline = any(before) or not hub_is_reachable()
-    if offline:  # the libraries would else retry every file for half a minute
+    if offline:  # otherwise the libraries retry every file for half a minute
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         yield

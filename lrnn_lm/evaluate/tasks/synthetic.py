@@ -1,8 +1,8 @@
-"""State tracking, formal languages and MAD as lm-eval tasks: what eval/tasks/synthetic names.
+"""State tracking, formal languages and MAD as lm-eval tasks: the functions of eval/tasks/synthetic.
 
-A row's ids are written as numbers between blanks; asked is the label of its last position that has one, of
-an auto-encoder all labels. A checkpoint that was trained on the task meets its own symbols, options and
-labels: its tokenizer reads each number as one id. Any other language model meets a text of numbers.
+A row's ids are written as numbers between blanks. The question is the last label of a row; for an
+auto-encoder, all labels. A checkpoint trained on the task gets its own options, and its tokenizer reads each
+number as one id; to any other language model the row is a text of numbers.
 
 Rows come from the split `eval` of the task's seed, which training never sees.
 """
@@ -31,10 +31,10 @@ def synthetic_dataset(
     pretrained: str | None = None,
     **_metadata: Any,
 ) -> "dict[str, datasets.Dataset]":
-    """Rows of context, answer and length, the lengths taking turns.
+    """Rows of context, answer and length, the lengths in turn.
 
-    lengths: None for the task's own. pretrained: a checkpoint; if it was trained on this task, its options
-    and, where `lengths` is None, its length are taken. Raises ValueError for a task that cannot be made so.
+    pretrained: a checkpoint; if it was trained on this task, its options count, and its length. lengths: in
+    place of that length, or of the task's own. Raises ValueError for impossible options or lengths.
     """
     from datasets import Dataset
 
@@ -70,24 +70,26 @@ def _reading(inputs: Any, labels: Any, length: int) -> dict[str, Any]:
 
 
 def score_written(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The share of a row's labels that were written, over all lengths and for its own."""
+    """The share of a row's labels that the model wrote, over all lengths and for its own length."""
     written, labels = results[0].split(), doc["answer"].split()
     share = float(np.mean([ours == label for ours, label in zip(written, labels, strict=True)]))
     return {"acc": share, f"acc_{doc['length']}": share}
 
 
 def score_answer(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """Whether the answer is the likeliest continuation, over all lengths and for its own."""
+    """Whether the answer is the most likely continuation, over all lengths and for its own length."""
     _, greedy = results[0] if isinstance(results[0], tuple | list) else results
     return {"acc": float(greedy), f"acc_{doc['length']}": float(greedy)}
 
 
 def check_answerable(names: Sequence[str], task: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for a synthetic task among `names` that a model of this one can never answer: one of
-    more symbols, or one of the other kind of model."""
+    """Raise ValueError for a synthetic task among `names` that a model trained on `task` cannot answer.
+
+    It has more symbols, or needs the other kind of model.
+    """
     kind = SYNTHETIC_TASKS.get(task)
     if kind is None:
-        return  # which preparing the data will say
+        return  # an unknown task is an error when the data is prepared
     known = kind.symbols({**kind.options, **options})
     for name in names:
         asked = name.removeprefix("state_").removeprefix("mad_")
@@ -103,9 +105,9 @@ def check_answerable(names: Sequence[str], task: str, options: dict[str, Any]) -
 
 
 def run_source(pretrained: str | Path | None) -> dict[str, Any]:
-    """The synthetic task, length and options that a checkpoint was trained on; empty if on none.
+    """The synthetic task, length and options that a checkpoint was trained on; empty if there is none.
 
-    Its config.json tells; of older ones the run that they lie in. ValueError for a file that is damaged.
+    They are in its config.json; of older checkpoints, in their run. Raises ValueError for a damaged file.
     """
     if pretrained is None:
         return {}
@@ -119,9 +121,9 @@ def run_source(pretrained: str | Path | None) -> dict[str, Any]:
 
 
 def _symbols(pretrained: str | Path | None) -> int | None:
-    """How many symbols a checkpoint of a synthetic task knows; None for one of text.
+    """Number of symbols in the tokenizer of a synthetic task's checkpoint; None for a checkpoint of text.
 
-    Its tokenizer tells, which goes where the checkpoint goes: it would read any other symbol as 0.
+    That tokenizer would read an unknown symbol as 0, without an error.
     """
     if pretrained is None:
         return None
