@@ -40,8 +40,8 @@ _WORD = re.compile(r"[A-Za-z]+")
 def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
     """The JSONL file of held-out documents.
 
-    `data` is the file or its folder (a run, or what `lrnn prepare` wrote); without it, the file is that of the
-    run of `checkpoint`. Raises ValueError, with what to pass, if there is none.
+    `data` is the file or its folder (a run, or what `lrnn prepare` wrote); without it, the file is that of
+    the run of `checkpoint`. Raises ValueError, with what to pass, if there is none.
     """
     if data is not None:
         path = Path(data).expanduser()
