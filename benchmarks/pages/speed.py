@@ -90,16 +90,17 @@ def kernels() -> str:
                 f"{goal:.2f}"
             ]
         lines.append(cells)
-    head = ["", "fwd ms", "bwd ms", "fwd/copy", "bwd/copy", "goal", "B 1, fwd/copy", "B 1, bwd/copy", "goal"]
+    head = ["", "forward ms", "backward ms", "forward / copy", "backward / copy", "goal",
+            "B 1: forward / copy", "B 1: backward / copy", "goal"]  # fmt: skip
     first = read_whole("kernels-h100.json")["first_calls"].values()
-    said = f"First calls, side by side: {min(first):.0f} to {max(first):.0f} s."
+    said = f"The first calls, compiled in parallel, took {min(first):.0f} to {max(first):.0f} s."
     return f"{source('kernels-h100.json')}. {said}\n\n{table(head, lines)}"
 
 
 def layers() -> str:
     rows = [r for r in rows_of("kernels-h100.json") if r["what"].startswith("layer")]
     lines = [[name_of(r["shape"]), f"{1e3 * r['forward']:.2f}", f"{r['ratio']:.2f}"] for r in rows]
-    return table(["", "ms", "over its floor"], lines)
+    return table(["", "ms", "time over the floor"], lines)
 
 
 def kernel_peers() -> str:
@@ -128,14 +129,14 @@ def kernel_peers() -> str:
             cells = [f"{row['what']}{', not compiled' if plain else ''}", f"{1e3 * row['forward']:.2f}",
                      f"{1e3 * row['backward']:.2f}", f"{times:.1f} ({beside})"]  # fmt: skip
         lines.append(cells)
-    head = ["", "fwd ms", "bwd ms", "over ours, in all"]
+    head = ["", "forward ms", "backward ms", "time over ours, forward + backward"]
     return source("kernels-peers-h100.json") + ".\n\n" + table(head, lines)
 
 
 def kernels_cpu() -> str:
     rows = rows_of("kernels-cpu.json")
     lines = [[r["what"], f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f}"] for r in rows]
-    return table(["", "tokens/s", "against the reference loop"], lines)
+    return table(["", "tokens/s", "times the reference loop"], lines)
 
 
 # Training
@@ -166,7 +167,7 @@ def beside_ours(names: list[str], like: Callable[[Row], tuple]) -> list[list[str
 
 def train() -> str:
     files = ["train-h100.jsonl", "train-bf16-residual-h100.jsonl"]
-    text = table([*TRAIN, "bd-m4 over it"], beside_ours(files, lambda r: (r["T"],)))
+    text = table([*TRAIN, "bd-m4's tokens/s over this"], beside_ours(files, lambda r: (r["T"],)))
     return "\n".join(f"- {source(name)}" for name in files) + "\n\n" + text
 
 
@@ -199,7 +200,7 @@ def peers() -> str:
     for name, file, handicap in PEERS:
         (row,) = rows_of(file)
         lines.append([*train_cells(row, name), ratio(row, ours), handicap])
-    text = table([*TRAIN, "bd-m4 over it", "the peer's handicap"], lines)
+    text = table([*TRAIN, "bd-m4's tokens/s over this", "what slows this"], lines)
     return "\n".join(f"- {source(file)}" for _, file, _ in PEERS) + "\n\n" + text
 
 
@@ -210,7 +211,7 @@ def mixers() -> str:
 
 def tokens() -> str:
     lines = beside_ours(["train-tokens-h100.jsonl"], lambda r: (r["B"],))
-    return source("train-tokens-h100.jsonl") + "\n\n" + table([*TRAIN, "bd-m4 over it"], lines)
+    return source("train-tokens-h100.jsonl") + "\n\n" + table([*TRAIN, "bd-m4's tokens/s over this"], lines)
 
 
 def sizes() -> str:
@@ -223,7 +224,7 @@ def sizes() -> str:
         over = "" if row is ours else ratio(row, ours)
         million = f"{row['parameters'] / 1e6:,.0f}M"
         lines.append([row["size"], million, *train_cells(row), over])
-    head = ["size", "parameters", "contender", *TRAIN[1:], "bd-m4 over it"]
+    head = ["size", "parameters", "contender", *TRAIN[1:], "bd-m4's tokens/s over this"]
     lines.sort(key=lambda cells: float(cells[1][:-1].replace(",", "")) // 50)
     return "\n".join(f"- {source(name)}" for name in names) + "\n\n" + table(head, lines)
 
@@ -263,7 +264,7 @@ def decode() -> str:
                 f"{row['tokens_per_second']:,.0f}", f"{row['share_of_limit']:.2f}",
             ])  # fmt: skip
     head = ["", "layers", "B", "mode", "context", "ms a token", "spread", "processes", "tokens/s",
-            "of the limit"]  # fmt: skip
+            "speed over the limit"]  # fmt: skip
     lines.sort(key=lambda cells: (cells[0], int(cells[2]), cells[3]))
     return "\n".join(f"- {source(name)}" for name in DECODE) + "\n\n" + table(head, lines)
 
