@@ -160,7 +160,7 @@ def evaluate_checkpoint(
         str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
     ] = "",
     recall: Annotated[
-        bool, typer.Option("--recall", help="probe the loss on tokens that already occurred in the context")
+        bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
     ] = False,
     rows: Annotated[
         int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
