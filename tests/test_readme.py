@@ -94,6 +94,15 @@ def test_recipe_example(text, tmp_path):
     assert load_recipe(path).model.layer_pattern[-1].num_heads == 4
 
 
+@pytest.mark.parametrize(
+    "text", re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.DOTALL)
+)
+def test_recipes_of_the_data_page(text, tmp_path):
+    path = tmp_path / "example.yaml"
+    path.write_text(text)
+    assert load_recipe(path).data.source.path.split("/")[0] in ("notes", "corpus")
+
+
 def test_the_tour_lists_every_file():
     page = tree.PAGE.read_text(encoding="utf-8")
     assert tree.filled(page) == page, "run python -m benchmarks.pages.tree --write"
