@@ -1,8 +1,8 @@
 """Token shards on disk: the concatenated documents of a split, as memory-mapped integers.
 
 Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
-in the shard each document starts). A document never crosses shards. Counts and checksums stand in the
-folder's manifest.
+in the shard each document starts). A document never crosses shards. Counts and checksums are in the folder's
+manifest.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class HashedFile:
-    """A new file that knows its sha256 when it is closed."""
+    """A new file that computes its sha256 while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class HashedFile:
 
 
 class ShardWriter:
-    """Writes the shards of one split; what is held in memory does not grow with the text."""
+    """Writes the shards of one split, in memory that does not grow with the text."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.files: dict[str, dict[str, Any]] = {}
@@ -73,7 +73,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Close the shard under way; `add` would open the next."""
+        """Close the current shard; the next `add` opens another."""
         for file in self._open or ():
             self.files[file.path.name] = file.close()
         self._open = None
@@ -131,9 +131,7 @@ class TokenShards:
             check_file(self.folder, name, facts, checksum=True)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
-        """(shard, from, to, the shard's offset in the stream) of the shards that hold positions
-        start..stop-1.
-        """
+        """(shard, from, to, its offset in the stream) of each shard that holds some of start..stop-1."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         pieces = []
         for k in range(first, len(self._shards)):
@@ -151,7 +149,7 @@ class TokenShards:
 
 
 def check_file(folder: Path, name: str, facts: dict[str, Any], checksum: bool) -> None:
-    """Hold a file against its manifest entry: its size, and its sha256 if asked. Raises DataError."""
+    """Raise DataError if a file's size, or with `checksum` its sha256, is not that of the manifest."""
     path = folder / name
     rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
     try:
