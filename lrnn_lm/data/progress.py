@@ -1,7 +1,6 @@
 """A line that shows how far `prepare` is: documents, tokens, megabytes a second."""
 
 import time
-from types import TracebackType
 
 
 class Progress:
@@ -20,9 +19,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._show()
         self._bar.live.transient = error is not None  # leave only the error message on the screen
         if not self._bar.disable:  # rich 13 prints an empty line even where it is disabled

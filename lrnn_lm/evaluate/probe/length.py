@@ -26,7 +26,7 @@ from ...data import SyntheticTask
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
-from ..show import decimal, print_table, print_written, table_console, write_json
+from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
 from .recall import PIECE_LOGITS, text_rows
@@ -63,8 +63,7 @@ def probe_length(
     from .length_plot import draw_length
 
     info = describe(checkpoint)
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
+    check_at_least(1, rows=rows)
     if output is not None and (Path(output).suffix == ".json" or Path(output).is_file()):
         raise ValueError(f"{output}: a probe writes JSON and a picture; --output takes a folder for them")
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...runs.layout import RunFolder
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
-from ..show import decimal, print_table, print_written, write_json
+from ..show import check_at_least, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
 
@@ -61,8 +61,7 @@ def probe_recall(
     """
     from .recall_plot import draw_recall
 
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
+    check_at_least(1, rows=rows)
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
     text = heldout_path(data, first.path)
