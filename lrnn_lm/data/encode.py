@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .shards import concatenate_ids
 from .specs import DataError
 from .tokenize import TokenizerFacts, load_backend
 from .windows import WINDOW, Part, encode_windows
@@ -44,7 +43,8 @@ class Encoder:
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
         ids = [encoding.ids[first:stop] for _, encoding, first, stop in self._parts(text)]
-        return concatenate_ids([[self._facts.first], *ids, [self._facts.last]])
+        parts = [[self._facts.first], *ids, [self._facts.last]]
+        return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 
     def bytes_of(self, text: str, count: int) -> int:
         """Bytes of UTF-8 that the first `count` ids of a document spell; the first and last token spell none.

@@ -25,7 +25,7 @@ from .encode import encode_documents
 from .progress import Progress
 from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtype
 from .specs import DataError, DataSpec
-from .split import HeldOut, OneSidedError, text_hash, training_sample
+from .split import HASHES, HeldOut, OneSidedError, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
@@ -174,7 +174,7 @@ def _build(
 ) -> None:
     """Fill `aside` with everything. If a small corpus leaves one side of the split empty, split it again."""
     _report_empty_files(spec)
-    held_out = HeldOut.fraction(spec.validation_fraction)
+    held_out = HeldOut(int(spec.validation_fraction * HASHES))
     if spec.validation_source:
         held_out = HeldOut(0, frozenset(map(text_hash, sources.documents(spec.validation_source))))
     try:
@@ -268,7 +268,7 @@ def _write_manifest(
         "format": FORMAT,
         "source": asdict(spec.source),
         "validation_source": asdict(spec.validation_source) if spec.validation_source else None,
-        "validation_fraction": None if spec.validation_source else held_out.threshold / 2**64,
+        "validation_fraction": None if spec.validation_source else held_out.threshold / HASHES,
         "tokenizer": {"name": spec.tokenizer, **asdict(facts)},
         "dtype": token_dtype(facts.vocab_size).name,
         "splits": {split: writer.summary() for split, writer in writers.items()},

@@ -6,7 +6,6 @@ manifest.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -156,18 +155,10 @@ def check_file(folder: Path, name: str, facts: dict[str, Any], checksum: bool) -
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DataError(f"{path}: damaged ({size} bytes instead of {facts['bytes']}); {rebuild}")
-        if checksum and file_sha256(path) != facts["sha256"]:
-            raise DataError(f"{path}: damaged (its sha256 differs from the manifest's); {rebuild}")
+        if checksum:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != facts["sha256"]:
+                raise DataError(f"{path}: damaged (its sha256 differs from the manifest's); {rebuild}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); {rebuild}") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def concatenate_ids(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.uint32]:
-    """Lists of ids joined into one array (n,)."""
-    return np.concatenate([np.asarray(part, np.uint32) for part in ids]) if ids else np.zeros(0, np.uint32)

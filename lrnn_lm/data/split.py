@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .specs import DataError
 
-_RANGE = 2**64
+HASHES = 2**64  # number of values of `text_hash`
 SURVEY = 8  # the tokenizer's training sample is chosen from this many times its size
 
 
@@ -30,13 +30,8 @@ class HeldOut:
 
     threshold: int
     listed: frozenset[int] = frozenset()
-    lowest: int = field(default=_RANGE, init=False)  # hashes seen
+    lowest: int = field(default=HASHES, init=False)  # hashes seen
     highest: int = field(default=-1, init=False)
-
-    @classmethod
-    def fraction(cls, share: float) -> "HeldOut":
-        """Hold out about this share of the documents."""
-        return cls(int(share * _RANGE))
 
     def holds(self, text: str) -> bool:
         """Whether this document is held out; records the range of all hashes for `one_sided`."""

@@ -93,6 +93,7 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
     Raises DataError if the text cannot fill the vocabulary, with the largest size that works if it is known.
     """
     import sentencepiece
+    from transformers import PreTrainedTokenizerFast
 
     model = folder / MODEL_FILE
     try:
@@ -121,7 +122,12 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise _training_error(error, recipe) from None
-    _save(fast_tokenizer(model, recipe.model_type), folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(model, recipe.model_type),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **SPECIAL_TOKENS,
+    ).save_pretrained(folder)
 
 
 def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
@@ -170,18 +176,6 @@ def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallbac
     return models.BPE(
         vocab, merges, unk_token=SPECIAL_TOKENS["unk_token"], fuse_unk=True, byte_fallback=byte_fallback
     )
-
-
-def _save(tokenizer: "Tokenizer", folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        **SPECIAL_TOKENS,
-    )
-    fast.save_pretrained(folder)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

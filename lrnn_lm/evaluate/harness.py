@@ -121,19 +121,11 @@ def evaluate(
         error_of_the_mean(results["results"]["offline_blimp"])
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
-        "tasks": names,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "max_length": window,
-        "unlimited": unlimited,
-        "lengths": lengths,
-        "batch_size": batch_size,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "data": documents,
-        "truncated_requests": truncated,
+        "tasks": names, "limit": limit, "num_fewshot": num_fewshot, "max_length": window,
+        "unlimited": unlimited, "lengths": lengths, "batch_size": batch_size, "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "truncated_requests": truncated,
         "processes": team.size,
-    }
+    }  # fmt: skip
     results["software"] = _versions()
     stored = finite(results)
     written = _write(stored, info, suite, tasks, output)

@@ -172,13 +172,12 @@ def _position(folder: Path) -> Position | None:
 
 def _best(folders: Sequence[Path]) -> Path | None:
     """The checkpoint of lowest validation loss, among those validated at their own step."""
-    found = []
-    for folder in folders:
-        position = _position(folder)
-        if position is None:
-            continue
-        if position.validated == position.step and position.validation_loss is not None:
-            found.append((position.validation_loss, -position.step, folder))
+    known = [(at, folder) for folder in folders if (at := _position(folder)) is not None]
+    found = [
+        (at.validation_loss, -at.step, folder)
+        for at, folder in known
+        if at.validated == at.step and at.validation_loss is not None
+    ]
     return min(found)[2] if found else None
 
 

@@ -303,8 +303,10 @@ class Trainer:
         return bytes_read(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
 
     def _between_batches(self) -> None:
+        """Between the batches of a validation: save and stop if any rank was asked to; all ranks call it."""
         self.beat("validating")
-        self.stop_if_asked()
+        if on_any_rank(self.stop.asked, self.accelerator):
+            self._save_and_stop()
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
@@ -358,11 +360,6 @@ class Trainer:
     def _write_extras(self, folder: Path) -> None:
         """Put the tokenizer beside the weights, so that a checkpoint loads on its own."""
         shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
-
-    def stop_if_asked(self) -> None:
-        """Save and stop if any rank was asked to; every rank calls it."""
-        if on_any_rank(self.stop.asked, self.accelerator):
-            self._save_and_stop()
 
     def _save_and_stop(self) -> None:
         reshard(self.model)

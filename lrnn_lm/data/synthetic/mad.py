@@ -43,10 +43,11 @@ def recall(
         drawn = draws.integers(noise_vocab_size, 2 * P).reshape(b, P, 2) + plain
         tokens = np.where(is_noise[:, :, None], drawn, tokens)
     tokens = tokens.reshape(b, 2 * P)
-    if train:
-        return tokens, _next_tokens(tokens)
     labels = np.full_like(tokens, IGNORED)
-    labels[:, 0::2] = np.where(seen & ~is_noise, values, IGNORED)
+    if train:
+        labels[:, :-1] = tokens[:, 1:]
+    else:
+        labels[:, 0::2] = np.where(seen & ~is_noise, values, IGNORED)
     return tokens, labels
 
 
@@ -70,12 +71,6 @@ def _seen_before(items: Integers) -> Mask:
     seen = np.empty_like(repeated)
     np.put_along_axis(seen, order, repeated, axis=1)
     return seen
-
-
-def _next_tokens(tokens: Integers) -> Integers:
-    labels = np.full_like(tokens, IGNORED)
-    labels[:, :-1] = tokens[:, 1:]
-    return labels
 
 
 def fuzzy_recall(

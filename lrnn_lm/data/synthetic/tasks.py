@@ -88,12 +88,13 @@ def _need(holds: bool, message: str) -> None:
         raise DataError(message)
 
 
-def _check_modulus(length: int, options: dict[str, Option]) -> None:
-    _need(options["modulus"] >= 2, f"modulus must be at least 2, not {options['modulus']}")
+def _at_least(least: int, name: str) -> Callable[[int, dict[str, Option]], None]:
+    """A check that an option is not below `least`."""
 
+    def check(length: int, options: dict[str, Option]) -> None:
+        _need(options[name] >= least, f"{name} must be at least {least}, not {options[name]}")
 
-def _check_depth(length: int, options: dict[str, Option]) -> None:
-    _need(options["max_depth"] >= 1, f"max_depth must be at least 1, not {options['max_depth']}")
+    return check
 
 
 def _check_recall(length: int, options: dict[str, Option]) -> None:
@@ -123,11 +124,7 @@ def _check_copying(length: int, options: dict[str, Option]) -> None:
 
 def _check_memorisation(length: int, options: dict[str, Option]) -> None:
     _need(length % 2 == 0, f"length {length}: pairs need an even length")
-    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
-
-
-def _check_compression(length: int, options: dict[str, Option]) -> None:
-    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
+    _at_least(3, "vocab_size")(length, options)
 
 
 _MAD = partial(TaskKind, symbols=_vocabulary, examples=12_800)
@@ -139,11 +136,17 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
     **{name: _group(name) for name in state_tracking.GROUPS},
     "parity": _state_task(partial(state_tracking.counts, modulus=2), lambda options: 2),
     "modular_counting": _state_task(
-        state_tracking.counts, lambda options: int(options["modulus"]), {"modulus": 5}, _check_modulus
+        state_tracking.counts,
+        lambda options: int(options["modulus"]),
+        {"modulus": 5},
+        _at_least(2, "modulus"),
     ),
     "aa_star": _state_task(state_tracking.even_words, lambda options: 2),
     "dyck1_depth": _state_task(
-        state_tracking.depths, lambda options: int(options["max_depth"]) + 1, {"max_depth": 8}, _check_depth
+        state_tracking.depths,
+        lambda options: int(options["max_depth"]) + 1,
+        {"max_depth": 8},
+        _at_least(1, "max_depth"),
     ),
     "in_context_recall": _MAD(
         mad.recall,
@@ -157,12 +160,7 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         length=128,
         options={"vocab_size": 32, "noise_vocab_size": 16, "noise": 0.2},
         check=_check_recall,
-        sweep={
-            "vocab_size": [48, 80, 144],
-            "length": _LONGER,
-            "examples": _FEWER,
-            "noise": [0.4, 0.6, 0.8],
-        },
+        sweep={"vocab_size": [48, 80, 144], "length": _LONGER, "examples": _FEWER, "noise": [0.4, 0.6, 0.8]},
     ),
     "fuzzy_in_context_recall": _MAD(
         mad.fuzzy_recall,
@@ -191,7 +189,7 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         mad.compression,
         length=32,
         options={"vocab_size": 16},
-        check=_check_compression,
+        check=_at_least(3, "vocab_size"),
         head="autoencoder",
         sweep={"vocab_size": _SIZES, "length": [64, 128, 256], "examples": _FEWER},
     ),
