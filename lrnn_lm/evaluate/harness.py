@@ -109,12 +109,7 @@ def evaluate(
                 model, tokenizer, manager, names, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot,
                 max_length=window, unlimited=unlimited, team=team,
             )  # fmt: skip
-    whole = [name for name in names if name.startswith(WHOLE_ROWS)]
-    if truncated and whole:
-        raise ValueError(
-            f"{truncated} rows of {', '.join(whole)} are longer than the {window} tokens of a window, and "
-            "without their beginning they have no answer; pass --lengths, or a larger --max-length"
-        )
+    _check_whole(names, truncated, window)
     if not team.is_main:
         return {}
     if "offline_blimp" in results["results"]:
@@ -191,6 +186,16 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
+
+
+def _check_whole(names: list[str], truncated: int, window: int) -> None:
+    """Raise ValueError if rows whose answer depends on their beginning have lost it."""
+    whole = [name for name in names if name.startswith(WHOLE_ROWS)]
+    if truncated and whole:
+        raise ValueError(
+            f"{truncated} rows of {', '.join(whole)} are longer than the {window} tokens of a window, and "
+            "without their beginning they have no answer; pass --lengths, or a larger --max-length"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -51,18 +51,7 @@ def submit(
             "there is no sbatch here: `lrnn submit` runs where SLURM's commands are, on a login node; "
             "--dry-run prints the script"
         )
-    todo = []
-    for index, (made, run) in enumerate(zip(recipes, runs, strict=True)):
-        if not dry_run and (job := _queued(run)):
-            queued = f"{made.name} is in the queue already, as job {job}"
-            if sweep is None:
-                raise ValueError(queued)
-            say(queued)
-        elif _finished(made, run):
-            comment = "# " if dry_run else ""  # what is printed is a script
-            say(f"{comment}{made.name} is trained already: {run}")
-        else:
-            todo.append(index)
+    todo = _unfinished(recipes, runs, sweep is not None, dry_run, say)
     if not todo:
         return None
     if sweep is None:
@@ -94,6 +83,25 @@ def _with_launch(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     for key, value in changes.items():
         data["launch"][key] = [*data["launch"][key], *value] if isinstance(value, list) else value
     return recipe_from_dict(data, where="command line")
+
+
+def _unfinished(
+    recipes: list[Recipe], runs: list[Path], sweep: bool, dry_run: bool, say: Callable[[str], None]
+) -> list[int]:
+    """Indices of the runs that are neither queued nor finished; ValueError for one that is queued alone."""
+    todo = []
+    for index, (recipe, run) in enumerate(zip(recipes, runs, strict=True)):
+        if not dry_run and (job := _queued(run)):
+            queued = f"{recipe.name} is in the queue already, as job {job}"
+            if not sweep:
+                raise ValueError(queued)
+            say(queued)
+        elif _finished(recipe, run):
+            comment = "# " if dry_run else ""  # a dry run prints a script
+            say(f"{comment}{recipe.name} is trained already: {run}")
+        else:
+            todo.append(index)
+    return todo
 
 
 def _check_ranks(recipe: Recipe) -> None:

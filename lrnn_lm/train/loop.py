@@ -37,7 +37,7 @@ from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
 from .validate import bytes_read, validate, validation_line
-from .watch import Heartbeat, Stopwatch, slots
+from .watch import Heartbeat, Stopwatch
 
 
 class Trainer:
@@ -166,7 +166,7 @@ class Trainer:
         self.beat("finished", now=True)
 
     def _empty_pass(self) -> None:
-        """Forward and backward over masked targets; the gradients are dropped."""
+        """Forward and backward over a dummy batch; the gradients are dropped."""
         self._loss(self.rows.empty(), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -238,9 +238,9 @@ class Trainer:
 
     def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
         """What ranks must agree on before the update."""
-        alone = self.accelerator.num_processes == 1
-        # Under FSDP2 a forward pass waits for the other ranks' parameters, so its time tells nothing.
-        seconds = [] if alone or is_sharded(self.model) else slots(self.accelerator, self._forward_seconds)
+        # Under FSDP2 a forward pass waits for other ranks' parameters: its time says nothing of this rank.
+        timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
+        seconds = self._forward_seconds if timed else None
         unwritten = self.metrics is not None and self.metrics.problem is not None
         # Clocks differ between ranks; the main rank's decides.
         clocks = [
