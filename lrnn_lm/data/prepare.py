@@ -43,12 +43,7 @@ class PreparedData:
     train: TokenShards
     validation: TokenShards
     heldout_path: Path  # held-out documents, {"text": ..} a line, in the order of `validation`'s tokens
-    manifest: dict[str, Any]
-
-    @property
-    def content_hash(self) -> str:
-        """Equal for two folders with the same shards and the same tokenizer."""
-        return self.manifest["content_hash"]
+    manifest: dict[str, Any]  # its content_hash is equal for folders of the same shards and tokenizer
 
     def check_tokenizer(self, folder: str | Path) -> None:
         """Raise DataError unless the tokenizer in `folder` (a checkpoint) is the one that made the shards."""

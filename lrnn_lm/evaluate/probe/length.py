@@ -50,13 +50,12 @@ def probe_length(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Probe a checkpoint at rows of `length`, print a table, write JSON and a picture; returns the facts.
 
     length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
     a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). trust_remote_code:
-    let the checkpoint's folder run its own code. quiet: print nothing.
+    let the checkpoint's folder run its own code.
 
     Raises ValueError for a malformed length, or one that exceeds the model's positions or the text.
     """
@@ -99,9 +98,8 @@ def probe_length(
         written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
-    if not quiet:
-        _show(facts)
-        print_written(written)
+    _show(facts)
+    print_written(written)
     return facts
 
 

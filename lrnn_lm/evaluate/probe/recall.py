@@ -48,7 +48,6 @@ def probe_recall(
     output: Path | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Split each checkpoint's held-out loss; print a table, write JSON and a picture; returns the facts.
 
@@ -80,9 +79,8 @@ def probe_recall(
         written = [folder / "recall.json", folder / "recall.png"]
         write_json(found, written[0])
         draw_recall(found, written[1])
-    if not quiet:
-        _show(found)
-        print_written(written)
+    _show(found)
+    print_written(written)
     return found
 
 
