@@ -142,10 +142,10 @@ def read_position(folder: Path) -> Position:
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
-    """Keep the last `keep_last`, the best, and the newest one not written amid bad steps:
+    """Keep the last `keep_last`, the best, and the newest one written after a good step.
 
-    later weights may be the cause of those. `final` is the newest checkpoint, `before` the good one that the
-    run held until now.
+    Weights saved after that may be the cause of the bad steps. `final` is the newest checkpoint, `before` the
+    good one that the run held until now.
     """
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]

@@ -322,7 +322,7 @@ class Trainer:
         self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
 
     def _end_after_bad_steps(self) -> None:
-        """Raise ValueError, with words on the main rank; a save under way is finished first."""
+        """Finish the save in progress, then raise ValueError; the main rank's has the message."""
         self.saver.finish()
         if not self.accelerator.is_main_process:
             raise ValueError("")
@@ -332,7 +332,7 @@ class Trainer:
         )
 
     def _save_is_due(self, rang: bool) -> bool:
-        """Whether to save now. What comes due amid bad steps waits for the next good one."""
+        """Whether to save now. A save that comes due in a bad step waits for the next good one."""
         self._save_pending |= self.save_cadence.due(self.position.step, rang)
         if self.position.bad_in_a_row:
             return False
