@@ -1,8 +1,7 @@
-"""Documents to tokens, over processes, in order.
+"""Documents to tokens, in several processes, in order.
 
-A document becomes first + tokens + last, with `first` the tokenizer's BOS (its EOS where it has none) and
-`last` its EOS; so a document's end is always a target that can be learnt, while the start of the next never
-is.
+A document becomes first + tokens + last: `first` is the tokenizer's BOS (EOS if it has none), `last` its EOS.
+So the end of a document is a target of the loss, and the start of the next one is not.
 """
 
 import multiprocessing
@@ -22,7 +21,6 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .shards import concatenate_ids
 from .specs import DataError
 from .tokenize import TokenizerFacts, load_backend
 from .windows import WINDOW, Part, encode_windows
@@ -45,15 +43,16 @@ class Encoder:
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
         ids = [encoding.ids[first:stop] for _, encoding, first, stop in self._parts(text)]
-        return concatenate_ids([[self._facts.first], *ids, [self._facts.last]])
+        parts = [[self._facts.first], *ids, [self._facts.last]]
+        return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 
     def bytes_of(self, text: str, count: int) -> int:
-        """Bytes of UTF-8 that the first `count` ids of a document spell; its first and last token spell none.
+        """Bytes of UTF-8 that the first `count` ids of a document spell; the first and last token spell none.
 
-        Exact within a character too, where tokens are bytes of it: offsets give all of them the whole one.
+        Exact even inside a character whose bytes are several tokens: their offsets are all the whole one's.
         """
         count -= 1  # the document's first token
-        self._tokenizer.post_processor = None  # GPT-2's leaves blanks out of the offsets
+        self._tokenizer.post_processor = None  # GPT-2's leaves spaces out of the offsets
         for base, encoding, first, stop in self._parts(text):
             if count <= 0:
                 return 0
@@ -73,7 +72,7 @@ class Encoder:
 def _bytes_of(encoding: "Encoding", text: str, count: int) -> int:
     """Bytes of `text` that the first `count` > 0 tokens of its encoding spell."""
     offsets = encoding.offsets
-    first = count  # of the tokens that share a character with the next one
+    first = count  # the first token that shares its character with the token after the counted ones
     while 0 < first < len(offsets) and offsets[first][0] < offsets[first - 1][1]:
         first -= 1
     if first == count:
@@ -86,10 +85,10 @@ def _bytes_of(encoding: "Encoding", text: str, count: int) -> int:
 def encode_documents(
     documents: Iterable[tuple[str, T]], folder: Path, facts: TokenizerFacts, num_proc: int | None
 ) -> Iterator[tuple[str, T, npt.NDArray[np.uint32]]]:
-    """(text, tag) pairs to (text, tag, ids), in the order given whatever the number of processes.
+    """(text, tag) pairs to (text, tag, ids), in the same order for any number of processes.
 
-    A few batches are under way at a time, so memory does not grow with the text. Raises DataError if a
-    process dies.
+    Only a few batches are in flight, so memory does not grow with the text. Raises DataError if a process
+    dies.
     """
     workers = num_proc or _cores()
     if workers == 1:
@@ -104,13 +103,13 @@ def encode_documents(
         initargs=(folder, facts),
     )
     try:
-        under_way: deque[tuple[list[tuple[str, T]], Future[_Encoded]]] = deque()
+        in_flight: deque[tuple[list[tuple[str, T]], Future[_Encoded]]] = deque()
         for batch in _batches(documents):
-            under_way.append((batch, pool.submit(_encode_batch, [text for text, _ in batch])))
-            if len(under_way) > 2 * workers:
-                yield from _collect(*under_way.popleft())
-        while under_way:
-            yield from _collect(*under_way.popleft())
+            in_flight.append((batch, pool.submit(_encode_batch, [text for text, _ in batch])))
+            if len(in_flight) > 2 * workers:
+                yield from _collect(*in_flight.popleft())
+        for entry in in_flight:
+            yield from _collect(*entry)
     except BrokenProcessPool:
         raise DataError(
             f"a tokenising process was killed (out of memory?); use fewer than {workers} with data.num_proc"
@@ -120,7 +119,7 @@ def encode_documents(
 
 
 def _cores() -> int:
-    """Cores this process may use (a job's share, where the system can tell), at most 32."""
+    """Cores that this process may use (in a job, its share), at most 32."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 32)
 
@@ -149,7 +148,7 @@ _encoder: Encoder | None = None  # a tokenising process's own
 
 
 def _start_worker(folder: Path, facts: TokenizerFacts) -> None:
-    """Set up a tokenising process: it leaves Ctrl-C to its parent, and does not outlive it."""
+    """Set up a tokenising process: it ignores Ctrl-C, which its parent handles, and ends with its parent."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

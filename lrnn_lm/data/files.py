@@ -1,7 +1,6 @@
 """The files of a corpus: what a path, a folder or a glob names, and their bytes, unpacked.
 
-Links are followed. A file that several names lead to counts once, by its real path, so links that lead back
-up a tree come to an end.
+Links are followed. A file with several names counts once, by its real path, so that links back up a tree end.
 """
 
 import fnmatch
@@ -18,15 +17,15 @@ from typing import Any, BinaryIO
 
 from .specs import DataError
 
-_LARGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` looks back, the most that the format's tools write
+_LARGEST_WINDOW = 1 << 31  # bytes: the window of `zstd --long=31`, the largest that its tools write
 
 
 def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path]:
-    """The files that `path` names, in order of path: those of a folder that end in `suffixes` (in upper or
-    lower case; none: all of them), those that match a glob, or one file.
+    """The files that `path` names, in order of path: of a folder, of a glob, or one file.
 
-    Hidden files are left out unless a glob asks for them. Raises DataError where there is no file, for a
-    link to what is not there, and for a folder that cannot be listed.
+    Of a folder only those that end in `suffixes`, in any case (none: all files). Hidden files are left out
+    unless a glob names them. Raises DataError if there is no file, a link is broken, or a folder cannot be
+    listed.
     """
     target = Path(path).expanduser()
     try:
@@ -52,8 +51,9 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path]:
 
 
 def _walk(root: Path, hidden: bool = False) -> Iterator[tuple[str, Path]]:
-    """(real path, path) of the files below a folder. Each folder is visited once; what is reached without a
-    link comes before what only links lead to, so that a link beside a file does not rename it.
+    """(real path, path) of the files below a folder. Each folder is visited once.
+
+    Links come last, so that a file reached in both ways keeps the name that is not a link.
     """
     seen: set[str] = set()
     folders, links = deque([root]), deque[Path]()
@@ -82,7 +82,7 @@ def _walk(root: Path, hidden: bool = False) -> Iterator[tuple[str, Path]]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a path is a file. Raises DataError for a link to what is not there."""
+    """Whether a path is a file. Raises DataError for a broken link."""
     if path.is_symlink() and not path.exists():
         raise DataError(
             f"{path}: a link to {os.readlink(path)}, which is not there; mend the link or remove it"
@@ -91,8 +91,9 @@ def _is_file(path: Path) -> bool:
 
 
 def _glob(pattern: Path) -> Iterator[tuple[str, Path]]:
-    """(real path, path) of the files that a glob matches. From a `**` on, folders are walked: `glob` itself
-    would follow a link that leads back up as often as the system lets it.
+    """(real path, path) of the files that a glob matches.
+
+    From a `**` on, folders are walked here: `glob` would follow a link back up until the path is too long.
     """
     parts = pattern.parts
     if "**" not in parts:
@@ -124,7 +125,7 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked if its name says so. Raises DataError for a damaged or unreadable one."""
+    """The bytes of a file, unpacked if it ends in .gz or .zst; DataError if it is damaged or unreadable."""
     import zstandard
 
     try:
@@ -143,7 +144,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Unpacks Zstandard frames in a row. EOFError if the last is cut short (the library lets that pass)."""
+    """Unpacks consecutive Zstandard frames; EOFError for a truncated one, which the library accepts."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw

@@ -12,7 +12,7 @@ from .specs import DataError, SourceSpec
 
 
 def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of each row; `name` is the source's in messages. Raises DataError."""
+    """(place, row) of each row; `name` is the source's name in messages. Raises DataError."""
     from datasets.exceptions import DatasetsError
     from datasets.table import CastError
 
@@ -23,7 +23,7 @@ def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]
                 for number, row in enumerate(rows):
                     yield f"{part}: row {number}", row
             except (OSError, EOFError, ValueError, TypeError, zlib.error, DatasetsError) as error:
-                # pyarrow's errors are ValueErrors; a column that changes its type is a TypeError
+                # pyarrow raises ValueErrors; a column that changes its type raises a TypeError
                 advice = "; all its files must have the same columns" if isinstance(error, CastError) else ""
                 raise DataError(
                     f"{part}: reading stopped near row {number} ({_why(said, error)}){advice}"
@@ -31,8 +31,9 @@ def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _parts(spec: SourceSpec, name: str, said: list[str]) -> Iterator[tuple[str, Any]]:
-    """(name, rows) of each file of a dataset, in order: rows that do not fit say only which column is at
-    fault. Where files and shards do not pair off the name is the dataset's, with the shard's number.
+    """(name, rows) of each file of a dataset, in order, as errors in rows do not name the file.
+
+    If there are not as many files as shards, the name is the dataset's with the shard's number.
     """
     dataset, files = _load(spec, name, said)
     shards = dataset.num_shards if files is not None else 1
@@ -46,7 +47,7 @@ def _parts(spec: SourceSpec, name: str, said: list[str]) -> Iterator[tuple[str, 
 
 
 def _load(spec: SourceSpec, name: str, said: list[str]) -> tuple[Any, list[str] | None]:
-    """The split, and the files that it streams (None for a folder of save_to_disk)."""
+    """The split, and the files that it streams from (None for a folder of save_to_disk)."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -91,11 +92,9 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _log_of_datasets() -> Iterator[list[str]]:
-    """Collect the library's log lines instead of printing them: some name a file that the exception after
-    them does not.
+    """Collect the library's log lines instead of printing them: some name a file that the exception does not.
 
-    Each reader has a handler of its own. A filter that rejects a record hides it from the filters after it:
-    a reader left open would take the lines of the next one.
+    Every reader adds a handler of its own, as several may be open at a time.
     """
     logger = logging.getLogger("datasets")
     lines = _Lines()

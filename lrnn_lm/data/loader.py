@@ -1,7 +1,7 @@
-"""Batches at an exact position: the same global sequence for any number of ranks, workers or micro-batches.
+"""Batches from any position on: the same global sequence for any number of ranks, workers or micro-batches.
 
-Samples are counted over all ranks and epochs. A step takes R = rows_per_step samples from the position on;
-rank r of W takes the r-th of W equal shares of them, in micro-batches.
+Samples are counted over all ranks and epochs. A step takes the next R = rows_per_step samples; rank r of W
+takes the r-th of W equal parts of them, in micro-batches.
 """
 
 import signal
@@ -23,11 +23,14 @@ class TrainLoader:
     """Endless steps of training rows. Each item is one optimiser step of this rank: a list of micro-batches.
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
-    `position` is the number of samples in all steps handed out so far, over all ranks: give it to a new
-    loader to go on from there, on any number of ranks. `curriculum` is (length, steps) one after the other:
-    in these steps no token after the first `length` of a row has a target.
-    `shards` are a split of text, or the rows of a synthetic task. Raises DataError if R does not split over
-    the ranks, if the text is too short, or for a curriculum that leaves nothing to learn.
+
+    shards: a split of text, or the rows of a synthetic task.
+    position: samples in all steps so far, over all ranks; a new loader resumes there on any number of ranks.
+    curriculum: (length, steps) stages in order; in a stage only the first `length` tokens of a row have
+        targets.
+
+    Raises DataError if R does not split over the ranks, the text is too short, or a curriculum leaves
+    nothing to learn.
     """
 
     def __init__(
@@ -88,9 +91,9 @@ class TrainLoader:
             collate_fn=collate,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_trainer,
-            generator=torch.Generator().manual_seed(0),  # else torch draws a seed from the global generator
+            generator=torch.Generator().manual_seed(0),  # otherwise torch draws from the global generator
         )
-        # blocked while the workers start, so that none is hit before it ignores them
+        # Block signals while the workers start: none must get one before it ignores them.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             batches = iter(loader)
@@ -106,10 +109,10 @@ class TrainLoader:
             yield step
 
     def _learnt_length(self, step: int) -> int:
-        """Tokens of a row that have targets in the step of this number.
+        """Tokens of a row that have targets in this step.
 
-        The rest stays in the row: what a causal model makes of the beginning does not depend on it, and
-        neither a step's shapes nor the count of tokens changes.
+        The rest stays in the row without targets: so shapes and token counts do not change, and a causal
+        model's outputs on the beginning do not depend on it.
         """
         end = 0
         for length, steps in self.curriculum:
@@ -120,7 +123,7 @@ class TrainLoader:
 
 
 class _Batches:
-    """Row numbers of this rank's micro-batches, from the loader's position on, without end."""
+    """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
@@ -137,13 +140,13 @@ class _Batches:
 
 
 def _leave_signals_to_trainer(worker: int) -> None:
-    """A pre-emption signal goes to the whole process group; only the trainer may act on it."""
+    """Ignore signals in a worker: a scheduler sends them to the whole process group."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tuple[int, int]]) -> None:
-    """Raise DataError for stages in which there would be nothing to learn, or not less than in whole rows."""
+    """Raise DataError for a stage without targets, and for a task that a curriculum does not shorten."""
     if not curriculum or not isinstance(rows, SyntheticRows):
         return
     task = rows.task
@@ -160,7 +163,7 @@ def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tup
 def _rows(
     source: TokenShards | SyntheticRows, sequence_length: int, keep_tail: bool = False
 ) -> PackedRows | SyntheticRows:
-    """The rows of a split of text, or those that a synthetic task makes."""
+    """The rows of a split of text, or a synthetic task's own."""
     if isinstance(source, SyntheticRows):
         assert source.sequence_length == sequence_length
         return source
@@ -175,11 +178,10 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Row]:
-    """The first rows of a split in order, at most `max_tokens` (but one row), as micro-batches (b, T), b <=
-    batch_rows.
+    """The first rows of a split as batches (b, T), b <= batch_rows; at most `max_tokens`, at least one row.
 
-    Ranks take turns, batch by batch; every rank gets the same number of batches (collectives may run in
-    each), the last of some with all targets masked.
+    Ranks take turns batch by batch. Every rank gets the same number of batches, as a forward pass may be
+    collective; on some ranks the last one has all targets masked.
     """
     rows = _rows(shards, sequence_length, keep_tail=True)
     count = rows.num_rows if max_tokens is None else min(rows.num_rows, max(1, max_tokens // sequence_length))

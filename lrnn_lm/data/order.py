@@ -1,16 +1,15 @@
-"""The order of rows: a permutation for each epoch, computed one index at a time.
+"""The order of rows: a permutation for each epoch, computed for single indices.
 
-A Feistel network is a permutation of [0, 4^k) whatever its round function; walking on from an image outside
-[0, n) until one falls inside makes it a permutation of [0, n). Nothing of the size of the data is ever held,
-and the result depends on (seed, epoch, n) only: integer arithmetic, no generator of a library's that may
-change.
+A Feistel network is a permutation of [0, 4^k) for any round function. Applying it again to an image outside
+[0, n) until one falls inside makes it a permutation of [0, n). Memory does not grow with the data. The result
+depends only on (seed, epoch, n): it is integer arithmetic, as a library's generator may change.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 8
-_MIN_BITS = 3  # of a half; a smaller domain mixes badly
+_MIN_BITS = 3  # of each half; a smaller domain mixes badly
 
 Indices = npt.NDArray[np.int64]
 
@@ -27,7 +26,7 @@ def rows_of_samples(first: int, count: int, num_rows: int, seed: int) -> Indices
 
 
 def permuted(places: Indices, size: int, seed: int, epoch: int) -> Indices:
-    """Images of `places` under the permutation of [0, size) that (seed, epoch) choose."""
+    """Images of `places` under the permutation of [0, size) for (seed, epoch)."""
     half = max(_MIN_BITS, -(-max(size - 1, 1).bit_length() // 2))
     keys = mix(np.arange(_ROUNDS, dtype=np.uint64) + mix(word(seed) + mix(word(epoch))))
     images = _feistel(places.astype(np.uint64), keys, half)
@@ -49,7 +48,7 @@ def word(number: int) -> npt.NDArray[np.uint64]:
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64: each input bit flips about half of the output's (modulo 2^64)."""
+    """The finaliser of SplitMix64: each input bit flips about half of the output bits (modulo 2^64)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

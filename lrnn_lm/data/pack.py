@@ -1,10 +1,9 @@
 """Rows of T tokens and their targets, cut from the stream of documents.
 
-Row r reads positions r*T .. r*T+T of the stream (T+1 tokens): the last token of a row is the first input of
-the next.
+Row r reads positions r*T .. r*T+T of the stream (T+1 tokens): its last target is the next row's first input.
     input_ids (T,)  int64
-    labels    (T,)  int64, the next token; -100 where that is another document's first
-    reset     (T,)  bool, true where a document starts, so that no state crosses over
+    labels    (T,)  int64, the next token; -100 where that token starts another document
+    reset     (T,)  bool, true where a document starts: the state is cleared there
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ Row = dict[str, torch.Tensor]
 
 
 class PackedRows(torch.utils.data.Dataset[Row]):
-    """The rows of a split. With `keep_tail` the last, short one is padded and masked, else dropped."""
+    """The rows of a split. With `keep_tail` the last, short row is padded and masked, else dropped."""
 
     def __init__(self, shards: TokenShards, sequence_length: int, keep_tail: bool = False) -> None:
         self.shards = shards

@@ -1,7 +1,7 @@
 """`prepare`: from a DataSpec to a tokenizer and token shards on disk, once.
 
-Both are kept under cache_dir in folders named by a hash of everything that determines their bytes, so a
-second call finds them, and a change of the text, the tokenizer or the split makes new ones.
+Both are kept under cache_dir in folders named by a hash of everything that decides their bytes: a second call
+finds them, and another text, tokenizer or split makes new ones.
 
     cache_dir/tokenizers/NAME-HASH/  a fast HF tokenizer
     cache_dir/data/NAME-HASH/        tokenizer/, train-*.bin, validation-*.bin, validation.jsonl, manifest
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from .encode import encode_documents
 from .progress import Progress
 from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtype
 from .specs import DataError, DataSpec
-from .split import HeldOut, OneSidedError, text_hash, training_sample
+from .split import HASHES, HeldOut, OneSidedError, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
@@ -34,30 +34,19 @@ HELDOUT = "validation.jsonl"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare` leaves in `folder`.
-
-    `heldout_path` holds the held-out documents, one {"text": ..} a line, in the order of `validation`'s
-    tokens. `vocab_size` is the tokenizer's largest id + 1.
-    """
+    """What `prepare` leaves in `folder`."""
 
     folder: Path
     tokenizer_dir: Path
     tokenizer_hash: str
-    vocab_size: int
+    vocab_size: int  # the tokenizer's largest id + 1
     train: TokenShards
     validation: TokenShards
-    heldout_path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def content_hash(self) -> str:
-        """Equal for two folders that hold the same shards and the same tokenizer, wherever they lie."""
-        return self.manifest["content_hash"]
+    heldout_path: Path  # held-out documents, {"text": ..} a line, in the order of `validation`'s tokens
+    manifest: dict[str, Any]  # its content_hash is equal for folders of the same shards and tokenizer
 
     def check_tokenizer(self, folder: str | Path) -> None:
-        """Raise DataError unless the tokenizer in `folder` (a checkpoint's, say) is the one that made the
-        shards.
-        """
+        """Raise DataError unless the tokenizer in `folder` (a checkpoint) is the one that made the shards."""
         if tokenize.tokenizer_hash(folder) != self.tokenizer_hash:
             raise DataError(
                 f"the tokenizer in {folder} is not the one that made the shards in {self.folder}; "
@@ -66,9 +55,9 @@ class PreparedData:
 
 
 def prepare(spec: DataSpec, progress: bool = True) -> PreparedData:
-    """Make the tokenizer and the shards of `spec` unless they are there, and open them.
+    """Make the tokenizer and the shards of `spec` unless they exist, and open them.
 
-    Interrupted, it leaves nothing half-made. Raises DataError for every mistake of the user's.
+    If it is interrupted, nothing half-made stays. Raises DataError for every mistake of the user's.
     """
     cache = Path(spec.cache_dir).expanduser()
     try:
@@ -94,9 +83,9 @@ def prepare(spec: DataSpec, progress: bool = True) -> PreparedData:
 
 
 def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
-    """Open a folder that `prepare` made, checking the sizes of its files, and their sha256 if `verify`.
+    """Open a folder that `prepare` made; checks the sizes of its files, with `verify` also their sha256.
 
-    Raises DataError naming a damaged file and how to rebuild, or a tokenizer that is not the shards' own.
+    Raises DataError, with how to rebuild, for a damaged file or a tokenizer that did not make the shards.
     """
     folder = Path(folder)
     rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
@@ -149,7 +138,7 @@ def _prepare_folder(spec: DataSpec, cache: Path, progress: bool) -> Path:
 
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
-    """The SentencePiece recipe that spec.tokenizer names; None if it is a ready tokenizer."""
+    """The SentencePiece recipe that spec.tokenizer names; None for a ready tokenizer."""
     path = Path(spec.tokenizer).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -163,7 +152,7 @@ def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
 
 
 def _tokenizer_fingerprint(name: str) -> list[object]:
-    """A ready tokenizer: the contents of its folder's files, or just its hub name: no network needed."""
+    """What identifies a ready tokenizer: hashes of its folder's files; or its hub name, without a network."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return [name]
@@ -178,9 +167,9 @@ def _hash(key: object) -> str:
 def _build(
     spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, tokenizer: Path, progress: bool, aside: Path
 ) -> None:
-    """Fill `aside` with everything; a corpus so small that one side came out empty is split again."""
-    _tell_empty_files(spec)
-    held_out = HeldOut.fraction(spec.validation_fraction)
+    """Fill `aside` with everything. If a small corpus leaves one side of the split empty, split it again."""
+    _report_empty_files(spec)
+    held_out = HeldOut(int(spec.validation_fraction * HASHES))
     if spec.validation_source:
         held_out = HeldOut(0, frozenset(map(text_hash, sources.documents(spec.validation_source))))
     try:
@@ -190,12 +179,12 @@ def _build(
             raise
         shutil.rmtree(aside)
         aside.mkdir()
-        if recipe:  # it saw other train documents
+        if recipe:  # the tokenizer saw other train documents
             tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")
         _build_split(spec, recipe, tokenizer, HeldOut(error.threshold), progress, aside)
 
 
-def _tell_empty_files(spec: DataSpec) -> None:
+def _report_empty_files(spec: DataSpec) -> None:
     both = (spec.source, spec.validation_source)
     empty = [str(file) for source in both if source for file in sources.empty_files(source)]
     if empty:
@@ -250,7 +239,7 @@ def _build_tokenizer(
 
 
 def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, str]]:
-    """(text, split) of every document; a train document that a validation source holds too is left out."""
+    """(text, split) of every document, without train documents that are in the validation source too."""
     if spec.validation_source:
         for text in sources.documents(spec.validation_source):
             yield text, "validation"
@@ -269,19 +258,16 @@ def _write_manifest(
     writers: dict[str, ShardWriter],
     files: dict[str, dict[str, Any]],
 ) -> None:
+    hashes = [facts.hash, *(file["sha256"] for file in files.values())]
     manifest = {
         "format": FORMAT,
         "source": asdict(spec.source),
         "validation_source": asdict(spec.validation_source) if spec.validation_source else None,
-        "validation_fraction": None if spec.validation_source else held_out.threshold / 2**64,
+        "validation_fraction": None if spec.validation_source else held_out.threshold / HASHES,
         "tokenizer": {"name": spec.tokenizer, **asdict(facts)},
         "dtype": token_dtype(facts.vocab_size).name,
         "splits": {split: writer.summary() for split, writer in writers.items()},
         "files": files,
-        "content_hash": _content_hash(files.values(), facts.hash),
+        "content_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _content_hash(files: Iterable[dict[str, Any]], tokenizer_hash: str) -> str:
-    return hashlib.sha256("".join([tokenizer_hash, *(f["sha256"] for f in files)]).encode()).hexdigest()

@@ -1,47 +1,37 @@
 """A line that shows how far `prepare` is: documents, tokens, megabytes a second."""
 
 import time
-from types import TracebackType
-from typing import Any
 
 
 class Progress:
     """A context that draws on standard error; silent unless `visible`."""
 
     def __init__(self, visible: bool) -> None:
-        self._visible = visible
-        self._bar: Any = None
-        self._task: Any = None
-        self._documents = self._tokens = self._bytes = 0
-        self._started = 0.0
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[counts]}"))
+        self._bar = Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not visible)
+        self.stage("")
 
     def __enter__(self) -> "Progress":
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import Progress as Bar
-            from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[counts]}"))
-            self._bar = Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True))
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._show()
-            self._bar.live.transient = error is not None  # the message stands alone
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._show()
+        self._bar.live.transient = error is not None  # leave only the error message on the screen
+        if not self._bar.disable:  # rich 13 prints an empty line even where it is disabled
             self._bar.stop()
 
     def stage(self, name: str) -> None:
         """Start a new line."""
         self._documents = self._tokens = self._bytes = 0
         self._started = time.monotonic()
-        if self._bar is not None:
-            if self._task is not None:
-                self._bar.stop_task(self._task)
-            self._task = self._bar.add_task(name, total=None, counts="")
+        for task in self._bar.task_ids:
+            self._bar.stop_task(task)
+        self._task = self._bar.add_task(name, total=None, counts="", visible=bool(name))
 
     def advance(self, tokens: int, size: int) -> None:
         """Count one document of `tokens` tokens and `size` bytes."""
@@ -52,7 +42,7 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        if self._bar is not None and self._documents:
+        if self._documents:
             rate = self._bytes / 1e6 / max(time.monotonic() - self._started, 1e-3)
             counts = f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:.1f} MB/s"
             self._bar.update(self._task, counts=counts)

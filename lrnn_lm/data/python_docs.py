@@ -1,4 +1,4 @@
-"""English that every Python carries: the language reference's topics and the standard library's docstrings.
+"""English text in every Python installation: the language reference's topics, the library's docstrings.
 
 Source files are parsed with `ast`, never imported. A document is one topic, or the docstrings of one module
 (and of its classes and functions) under their names; a long module makes several documents.
@@ -14,7 +14,7 @@ from pathlib import Path
 from .specs import DataError
 
 MAX_CHARS = 6_000  # a document is closed after the docstring that reaches this
-MIN_CHARS = 160  # what is shorter teaches nothing
+MIN_CHARS = 160  # shorter documents are dropped
 _SKIPPED = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip",
     "__pycache__", "pydoc_data",
@@ -23,35 +23,21 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documents() -> Iterator[str]:
-    """Topics in order of name, then modules in order of path; no docstring twice. Raises DataError if there
-    are none.
-    """
-    found = False
-    seen: set[str] = set()
-    for topic in _topics():
-        if topic not in seen:
-            found = True
-            seen.add(topic)
-            yield topic
+    """Topics in order of name, then modules in order of path; no text twice. DataError if there are none."""
+    seen = dict.fromkeys(_topics())
+    yield from list(seen)
     for path in _module_files():
-        for document in _module_documents(path, seen):
-            found = True
-            yield document
-    if not found:
+        yield from _module_documents(path, seen)
+    if not seen:
         raise DataError(
             "source python-docs: this Python came without its standard library's sources; use another source"
         )
 
 
 def fingerprint() -> list[object]:
-    """What determines the documents: Python's version and the names and sizes of its modules."""
-    root = _root()
-    return [
-        sys.version,
-        MAX_CHARS,
-        MIN_CHARS,
-        [(str(p.relative_to(root)), p.stat().st_size) for p in _module_files()],
-    ]
+    """What decides the documents: Python's version, and the names and sizes of its modules."""
+    modules = [(str(p.relative_to(_root())), p.stat().st_size) for p in _module_files()]
+    return [sys.version, MAX_CHARS, MIN_CHARS, modules]
 
 
 def _topics() -> list[str]:
@@ -74,10 +60,11 @@ def _module_files() -> list[Path]:
     return sorted(files)
 
 
-def _module_documents(path: Path, seen: set[str]) -> Iterator[str]:
+def _module_documents(path: Path, seen: dict[str, None]) -> Iterator[str]:
+    """The documents of a module, without docstrings that are in `seen`; adds the others to it."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # templates and deliberately broken files
+    except (SyntaxError, ValueError, OSError):  # templates, and files broken on purpose
         return
     parts = list(path.relative_to(_root()).with_suffix("").parts)
     module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -85,7 +72,7 @@ def _module_documents(path: Path, seen: set[str]) -> Iterator[str]:
     for name, text in _docstrings(tree, module):
         if text in seen:
             continue
-        seen.add(text)
+        seen[text] = None
         sections.append(f"{name}\n\n{text}\n")
         if sum(map(len, sections)) >= MAX_CHARS:
             yield "\n".join(sections)
@@ -96,9 +83,7 @@ def _module_documents(path: Path, seen: set[str]) -> Iterator[str]:
 
 
 def _docstrings(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of a module, class or function, then of what stands inside it, in source
-    order.
-    """
+    """(dotted name, docstring) of a module, class or function, then of its members, in source order."""
     text = ast.get_docstring(node)
     if text and text.strip():
         yield name, text

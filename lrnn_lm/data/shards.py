@@ -1,12 +1,11 @@
 """Token shards on disk: the concatenated documents of a split, as memory-mapped integers.
 
 Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
-in the shard each document starts). A document never crosses shards. Counts and checksums stand in the
-folder's manifest.
+in the shard each document starts). A document never crosses shards. Counts and checksums are in the folder's
+manifest.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +24,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class HashedFile:
-    """A new file that knows its sha256 when it is closed."""
+    """A new file that computes its sha256 while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +44,7 @@ class HashedFile:
 
 
 class ShardWriter:
-    """Writes the shards of one split; what is held in memory does not grow with the text."""
+    """Writes the shards of one split, in memory that does not grow with the text."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.files: dict[str, dict[str, Any]] = {}
@@ -73,7 +72,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Close the shard under way; `add` would open the next."""
+        """Close the current shard; the next `add` opens another."""
         for file in self._open or ():
             self.files[file.path.name] = file.close()
         self._open = None
@@ -131,9 +130,7 @@ class TokenShards:
             check_file(self.folder, name, facts, checksum=True)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
-        """(shard, from, to, the shard's offset in the stream) of the shards that hold positions
-        start..stop-1.
-        """
+        """(shard, from, to, its offset in the stream) of each shard that holds some of start..stop-1."""
         first = int(np.searchsorted(self._offsets, start, side="right")) - 1
         pieces = []
         for k in range(first, len(self._shards)):
@@ -151,25 +148,17 @@ class TokenShards:
 
 
 def check_file(folder: Path, name: str, facts: dict[str, Any], checksum: bool) -> None:
-    """Hold a file against its manifest entry: its size, and its sha256 if asked. Raises DataError."""
+    """Raise DataError if a file's size, or with `checksum` its sha256, is not that of the manifest."""
     path = folder / name
     rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
             raise DataError(f"{path}: damaged ({size} bytes instead of {facts['bytes']}); {rebuild}")
-        if checksum and file_sha256(path) != facts["sha256"]:
-            raise DataError(f"{path}: damaged (its sha256 differs from the manifest's); {rebuild}")
+        if checksum:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != facts["sha256"]:
+                raise DataError(f"{path}: damaged (its sha256 differs from the manifest's); {rebuild}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); {rebuild}") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def concatenate_ids(ids: Sequence[Sequence[int]]) -> npt.NDArray[np.uint32]:
-    """Lists of ids joined into one array (n,)."""
-    return np.concatenate([np.asarray(part, np.uint32) for part in ids]) if ids else np.zeros(0, np.uint32)

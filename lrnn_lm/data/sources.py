@@ -1,7 +1,7 @@
-"""Sources: one text document after another, streamed, in an order that does not change.
+"""Sources: text documents, streamed in a fixed order.
 
-Files may be plain, .gz or .zst. A folder or glob is read in order of path, its empty files left out. What is
-missing, binary or broken raises DataError naming the file and the row.
+Files may be plain, .gz or .zst. A folder or glob is read in order of path, without its empty files. Missing,
+binary or broken files raise DataError with the file and the row.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from .files import find_files, open_bytes
 from .hf_source import read_rows
 from .specs import DataError, SourceSpec
 
-# A lone text file is cut into about 50 parts of no fewer than 200 characters and no more than twice 5,000.
+# A single text file is cut into about 50 parts of at least 200 and at most 2 x 5,000 characters.
 _PARTS, _PART_CHARS = 50, (200, 5000)
 _SUFFIXES = {
     "text": (),  # every file of a folder
@@ -28,9 +28,9 @@ _SUFFIXES = {
 
 
 def documents(spec: SourceSpec) -> Iterator[str]:
-    """The texts of a source, at most `spec.limit`; documents of nothing but white space are left out.
+    """The texts of a source, at most `spec.limit`, without those of white space only.
 
-    Raises DataError (at once or on the way) for what cannot be read, and where there is no document at all.
+    Raises DataError, at once or on the way, for what cannot be read, and if there is no document.
     """
     count = 0
     for text in itertools.islice(_reader(spec)(), spec.limit):
@@ -47,10 +47,9 @@ def describe(spec: SourceSpec) -> str:
 
 
 def fingerprint(spec: SourceSpec) -> list[object]:
-    """What tells this source's text from another's: names, sizes and times of local files, the name of a hub
-    set.
+    """What identifies a source's text: names, sizes and times of local files, the name of a hub dataset.
 
-    A hub dataset is known by its name only, so that what is prepared stays usable without a network.
+    Of a hub dataset only the name, so that prepared data can be used without a network.
     """
     what: list[object] = [spec.type, spec.name, spec.split, spec.text_field, spec.limit]
     if spec.type == "python-docs":
@@ -65,7 +64,7 @@ def fingerprint(spec: SourceSpec) -> list[object]:
 
 
 def empty_files(spec: SourceSpec) -> list[Path]:
-    """The files of no bytes that reading this source leaves out."""
+    """The empty files that reading this source leaves out."""
     if spec.type == "python-docs" or not spec.path or (spec.type == "hf" and not _is_local(spec)):
         return []
     return [f for f in _found(spec) if not f.stat().st_size]
@@ -107,7 +106,7 @@ def _files(spec: SourceSpec) -> list[Path]:
 
 
 def _read_texts(files: list[Path]) -> Iterator[str]:
-    """Each file a document; one file alone is cut into parts, so that some of it can be held out."""
+    """A document a file; a single file is cut into parts, so that some can be held out."""
     if len(files) > 1:
         yield from map(_read_text, files)
         return
@@ -121,7 +120,7 @@ def _read_texts(files: list[Path]) -> Iterator[str]:
 
 
 def _part_end(text: str, start: int, size: int) -> int:
-    """Where a part of at most 2 * size characters ends: after a blank line, a line or a word if it can."""
+    """Where a part of at most 2 * size characters ends: after a blank line, else a line, else a word."""
     if len(text) - start <= 2 * size:
         return len(text)
     for mark in ("\n\n", "\n", " "):
@@ -164,7 +163,7 @@ def _parse_line(line: bytes, where: str, field: str) -> str:
         raise DataError(f"{where}: not valid JSON ({error})") from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply to be read; remove the line") from None
-    except ValueError:  # Python reads whole numbers of a few thousand digits at most
+    except ValueError:  # Python limits whole numbers to a few thousand digits
         raise DataError(
             f"{where}: a number too long to be read; remove it, or write it as a string"
         ) from None
@@ -216,9 +215,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """A column's values; at one that cannot be decoded, UnicodeDecodeError after those before it."""
+    """A column's values; at one that is not UTF-8, UnicodeDecodeError after those before it."""
     try:
         yield from column.to_pylist()
-    except UnicodeDecodeError:  # before the first value: to_pylist is one call
+    except UnicodeDecodeError:  # to_pylist has yielded nothing; go value by value to find the row
         for value in column:
             yield value.as_py()

@@ -1,4 +1,4 @@
-"""Which documents are held out: a pure function of a document's text, so no text stands on both sides."""
+"""Which documents are held out: a function of the text alone, so no text is on both sides."""
 
 import hashlib
 import heapq
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 from .specs import DataError
 
-_RANGE = 2**64
-SURVEY = 8  # times the sample's size: how much text is read to choose the tokenizer's training sample from
+HASHES = 2**64  # number of values of `text_hash`
+SURVEY = 8  # the tokenizer's training sample is chosen from this many times its size
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text, the same on every machine."""
+    """A 64-bit hash, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 class OneSidedError(DataError):
-    """A split that left train or validation empty; `threshold` is one that does not, if there is one."""
+    """A split left train or validation empty; `threshold` is one that does not, or None."""
 
     def __init__(self, message: str, threshold: int | None) -> None:
         super().__init__(message)
@@ -26,30 +26,21 @@ class OneSidedError(DataError):
 
 @dataclass
 class HeldOut:
-    """Holds out the texts whose hash is below `threshold`, or that are `listed` (a validation source's
-    hashes).
-    """
+    """Holds out texts whose hash is below `threshold` or `listed` (the hashes of a validation source)."""
 
     threshold: int
     listed: frozenset[int] = frozenset()
-    lowest: int = field(default=_RANGE, init=False)  # hashes seen
+    lowest: int = field(default=HASHES, init=False)  # hashes seen
     highest: int = field(default=-1, init=False)
 
-    @classmethod
-    def fraction(cls, share: float) -> "HeldOut":
-        """Hold out about this share of the documents."""
-        return cls(int(share * _RANGE))
-
     def holds(self, text: str) -> bool:
-        """Whether this document is held out; remembers the range of the hashes it was asked about."""
+        """Whether this document is held out; records the range of all hashes for `one_sided`."""
         number = text_hash(text)
         self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
         return number < self.threshold or number in self.listed
 
     def one_sided(self, empty: str) -> OneSidedError:
-        """The error for an empty side, once all documents were seen: a small corpus gives up its outermost
-        hash.
-        """
+        """The error for an empty side, after all documents: its threshold moves the outermost hash over."""
         threshold = None
         if not self.listed and self.lowest < self.highest:
             threshold = self.lowest + 1 if empty == "validation" else self.highest
@@ -61,10 +52,9 @@ class HeldOut:
 
 
 def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> Iterator[str]:
-    """About `size` bytes of train documents for the tokenizer, chosen by hash from the first SURVEY * size
-    bytes.
+    """About `size` characters of train documents for the tokenizer, those of lowest hash in SURVEY * size.
 
-    Holds no more than the sample in memory. Raises OneSidedError if there is no train document.
+    Holds only the sample in memory. Raises OneSidedError if there is no train document.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top
     kept = read = 0

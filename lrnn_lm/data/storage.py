@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: built aside, flushed to disk, renamed; one builder at a time."""
+"""Folders that are complete or absent: built aside, flushed to disk, renamed; one builder at a time."""
 
 import contextlib
 import fcntl
@@ -17,10 +17,10 @@ _BUILDING = ".building-"
 
 
 def build_folder(final: Path, build: Callable[[Path], None]) -> None:
-    """Make `final` by letting `build` fill an empty folder beside it, unless it is there already.
+    """Make the folder `final` unless it exists: `build` fills an empty folder, which is then renamed.
 
-    Whatever stops `build` leaves no trace, or one that the next call clears. Of two processes the second
-    waits, then finds the folder made.
+    If `build` is stopped, its folder is removed, at the latest by the next call. Of two processes the second
+    waits for the first one's folder.
     """
     if final.is_dir():
         return
@@ -28,12 +28,12 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
     with _lock(final.parent / f".{final.name}.lock") as locked, _sigterm_unwinds():
         if final.is_dir():
             return
-        if locked:  # then nobody is at work on what lies about
+        if locked:  # so no process is building these
             for left in final.parent.glob(f"{_BUILDING}{final.name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         aside = final.parent / f"{_BUILDING}{final.name}-{secrets.token_hex(4)}"
-        try:  # before the folder is made: a signal can hit between two lines
-            aside.mkdir()  # with the mode of any new folder, which tempfile's is not
+        try:  # around mkdir too: a signal can hit between two lines
+            aside.mkdir()  # not tempfile's, whose folders others cannot read
             build(aside)
             _flush(aside)
             _rename_new(aside, final)
@@ -42,7 +42,7 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Remove half-made folders whose builder is gone; those under way are left alone."""
+    """Remove half-made folders whose builder has ended."""
     for left in parent.glob(f"{_BUILDING}*"):
         name = left.name.removeprefix(_BUILDING).rpartition("-")[0]
         with _lock(parent / f".{name}.lock", wait=False) as locked:
@@ -52,7 +52,7 @@ def clear_leftovers(parent: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold an advisory lock; yields whether it is held (some network file systems know none)."""
+    """Hold an advisory lock; yields whether it is held: some network file systems have none."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -64,9 +64,7 @@ def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM raises SystemExit inside, so that what is half-made is removed; a handler already set is left
-    alone.
-    """
+    """Inside, SIGTERM raises SystemExit so that the half-made folder is removed; an own handler stays."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
@@ -88,7 +86,7 @@ def _rename_new(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError:
-        if not target.is_dir():  # where locks do not work another may have been first, with the same bytes
+        if not target.is_dir():  # without locks another process may have been first, with the same bytes
             raise
     fsync(target.parent)
 

@@ -1,10 +1,8 @@
-"""Tokenizers: train one with SentencePiece, or take an existing Hugging Face one; either way a fast HF
-folder.
+"""Tokenizers: train one with SentencePiece, or take an existing one; the result is a fast one's folder.
 
 A trained tokenizer normalises nothing. SentencePiece's own files write a space as U+2581; the fast tokenizer
-keeps real spaces in its pieces instead, so that a text that holds U+2581 comes back too. Whatever the pieces
-do not cover falls back to UTF-8 bytes, hence decode(encode(x)) == x for every text, and no text ever encodes
-to a control token.
+has real spaces in its pieces, so that a text with U+2581 is decoded exactly too. What no piece covers falls
+back to UTF-8 bytes. Hence decode(encode(x)) == x for every text, and no text encodes to a control token.
 """
 
 import hashlib
@@ -26,13 +24,13 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPACE = "\u2581"  # how SentencePiece writes a space
-MODEL_FILE = "sentencepiece.model"  # kept beside the fast tokenizer it was turned into
-_NEVER = -1000.0  # a log-probability that no segmentation can afford
-_CHUNK = 4000  # characters of training text given to SentencePiece at once; it drops longer "sentences" whole
+MODEL_FILE = "sentencepiece.model"  # kept beside the fast tokenizer made from it
+_NEVER = -1000.0  # a log-probability so low that no segmentation uses the piece
+_CHUNK = 4000  # characters of training text given to SentencePiece at once; it drops longer "sentences"
 _UNTRAINABLE = re.compile("[\0\t\u2581\u2585]+")  # SentencePiece reserves these; they become bytes
-_CONTROL = "<(?=(?:unk|s|/s|pad|0x[0-9A-F]{2})>)"  # the first character of what names a control token or byte
+_CONTROL = "<(?=(?:unk|s|/s|pad|0x[0-9A-F]{2})>)"  # the first character of a control token's or byte's name
 _CONTROL_CHARACTERS = "<>/unkspadx0123456789ABCDEF"
-_WORD = " +[^ ]*|[^ ]+"  # no piece goes from a non-space on to a space, so a text may be cut there
+_WORD = " +[^ ]*|[^ ]+"  # no piece has a space after a non-space, so a text may be cut there
 
 
 @dataclass(frozen=True)
@@ -85,17 +83,17 @@ def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
 
 
 def recipe_key(recipe: TokenizerRecipe) -> str:
-    """What determines the trained bytes besides the text: the recipe and SentencePiece's version."""
+    """What decides the trained tokenizer besides the text: the recipe and SentencePiece's version."""
     return json.dumps({**asdict(recipe), "sentencepiece": version("sentencepiece")}, sort_keys=True)
 
 
 def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
     """Train on `texts` and write a fast HF tokenizer into `folder`. Deterministic.
 
-    Raises DataError where the text cannot fill the vocabulary, with the largest size that works if it is
-    known.
+    Raises DataError if the text cannot fill the vocabulary, with the largest size that works if it is known.
     """
     import sentencepiece
+    from transformers import PreTrainedTokenizerFast
 
     model = folder / MODEL_FILE
     try:
@@ -119,23 +117,28 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
                 eos_id=2,
                 pad_id=3,
                 pad_piece=SPECIAL_TOKENS["pad_token"],
-                num_threads=2,  # part of the result: unigram sums counts in thread order
+                num_threads=2,  # fixed, as unigram's sums depend on the number of threads
                 minloglevel=2,
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise _training_error(error, recipe) from None
-    _save(fast_tokenizer(model, recipe.model_type), folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(model, recipe.model_type),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **SPECIAL_TOKENS,
+    ).save_pretrained(folder)
 
 
 def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
-    """The `tokenizers` twin of a model made by `train`: the same ids for any text without U+2581.
+    """A model made by `train` as a tokenizer of `tokenizers`, with the same ids for any text without U+2581.
 
-    Of two unigram segmentations with the same probability (`=` `==` and `==` `=`) each may choose another:
-    their sums round differently.
+    Except where two unigram segmentations have the same probability (`=` `==` and `==` `=`): the libraries
+    round differently, so each may choose another.
     """
     import sentencepiece
 
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     spm = sentencepiece.SentencePieceProcessor(model_file=str(model))
     pieces, scores, plain = [], [], []
@@ -148,11 +151,12 @@ def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
     byte_fallback = spm.IsByte(spm.PieceToId("<0x0A>"))
     if model_type == "bpe":
         tokenizer = Tokenizer(_bpe(pieces, scores, plain, byte_fallback))
-    else:
-        tokenizer = Tokenizer(_unigram(pieces, scores, byte_fallback))
+    else:  # bytes score `_NEVER`, so that the text `<0x0A>` does not become a byte
+        vocab = list(zip(pieces, scores, strict=True))
+        tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=byte_fallback))
     words = pre_tokenizers.Split(Regex(_WORD), "isolated")
     if model_type == "unigram" and not set(_CONTROL_CHARACTERS) <= set(pieces):
-        # An unknown character costs more than `_NEVER`, so a control token could be the cheaper way.
+        # An unknown character costs more than `_NEVER`: a control token could be the best segmentation.
         words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_CONTROL), "isolated"), words])
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -160,9 +164,7 @@ def fast_tokenizer(model: Path, model_type: str) -> "Tokenizer":
 
 
 def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallback: bool) -> Any:
-    """Every way to put a piece together from two others is a merge, in the order in which the pieces were
-    learnt.
-    """
+    """A BPE model whose merges are all ways to make a piece of two others, in the order of learning."""
     from tokenizers import models
 
     normal = {piece: score for piece, score, ok in zip(pieces, scores, plain, strict=True) if ok}
@@ -176,29 +178,8 @@ def _bpe(pieces: list[str], scores: list[float], plain: list[bool], byte_fallbac
     )
 
 
-def _unigram(pieces: list[str], scores: list[float], byte_fallback: bool) -> Any:
-    """Pieces with log-probabilities; bytes score `_NEVER`, so that the text `<0x0A>` does not become one."""
-    from tokenizers import models
-
-    return models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=byte_fallback)
-
-
-def _save(tokenizer: "Tokenizer", folder: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        **SPECIAL_TOKENS,
-    )
-    fast.save_pretrained(folder)
-
-
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Training text in pieces short enough for SentencePiece, cut at line ends and spaces where there are
-    any.
-    """
+    """Training text in pieces short enough for SentencePiece, cut at line ends and spaces if possible."""
     for text in texts:
         for part in _UNTRAINABLE.split(text):
             start = 0
@@ -209,8 +190,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def cut_point(text: str, start: int, length: int) -> int:
-    """Where to cut text[start:] so that at most `length` characters come before: before a space after a
-    non-space or, failing that, after a line end; else after exactly `length`.
+    """Where to cut text[start:] after at most `length` characters.
+
+    Before a space that follows a non-space; if there is none, after a line end; else after `length`.
     """
     stop = start + length
     if stop >= len(text):
@@ -241,14 +223,12 @@ def _training_error(error: Exception, recipe: TokenizerRecipe) -> DataError:
 
 
 def import_tokenizer(name: str, folder: Path) -> None:
-    """Copy an existing tokenizer (a folder or a hub name) into `folder` as a fast HF tokenizer. Raises
-    DataError.
-    """
+    """Copy an existing tokenizer (a folder or a hub name) into `folder` as a fast one. Raises DataError."""
     from transformers import AutoTokenizer
 
     local = Path(name).is_dir()
     try:
-        # without a network the hub's cache may still hold it
+        # Without a network the hub's cache may still hold it.
         offline = local or not hub_is_reachable()
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -268,7 +248,7 @@ def import_tokenizer(name: str, folder: Path) -> None:
         raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); choose one that has")
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
-    # Passed where text is data. Saved, the option would split the control tokens of chat templates.
+    # We pass this option where text is data. Saved, it would split the control tokens of chat templates.
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs.pop("split_special_tokens", None)
     tokenizer.save_pretrained(folder)
@@ -276,18 +256,16 @@ def import_tokenizer(name: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the shards need to know: `vocab_size` is the largest id + 1; `first` starts a document, `last`
-    ends it.
-    """
+    """What the shards need to know of a tokenizer."""
 
-    vocab_size: int
-    first: int
-    last: int
+    vocab_size: int  # largest id + 1
+    first: int  # the token that starts a document
+    last: int  # the token that ends it
     hash: str
 
 
 def read_facts(folder: Path) -> TokenizerFacts:
-    """Facts of a fast tokenizer's folder, read without transformers. Raises DataError if it is none."""
+    """Facts of a fast tokenizer's folder, read without transformers; DataError if it is no such folder."""
     tokenizer = load_backend(folder)
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -320,7 +298,7 @@ def tokenizer_hash(folder: str | Path) -> str:
 
 
 def load_backend(folder: Path) -> "Tokenizer":
-    """The Rust tokenizer of a folder, set so that text never encodes to a control token."""
+    """The Rust tokenizer of a folder, with control tokens in text read as plain text."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"

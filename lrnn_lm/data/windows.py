@@ -1,4 +1,4 @@
-"""Long text to tokens, window by window: the tokens of the whole text, in memory for one window."""
+"""Long text to the tokens of the whole text, window by window, in the memory of one window."""
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-WINDOW = 100_000  # characters tokenised at once; a tokenizer needs many times the text's memory
+WINDOW = 100_000  # characters tokenised at once: a tokenizer needs many times the text's memory
 OVERLAP = 1_000  # characters that two windows share
-_MARGIN = 4  # two windows are joined no nearer to the end of either than a quarter of the overlap
-# Where in the whole text a window begins, its tokens, and the first and the last + 1 of those that count.
+_MARGIN = 4  # windows are joined at least a quarter of the overlap away from their ends
+# A window's start in the whole text, its tokens, and the range [first, last + 1) of those that count.
 Part = tuple[int, "Encoding", int, int]
 
 
 class _Window:
-    """An encoded part of a text that begins at character `base`, from its token `first` on.
+    """An encoded part of a text, a sequence of token starts: begins at character `base`, at token `first`.
 
-    Where tokens start is looked up one by one: a list of all starts would cost as much as tokenising.
+    Starts are looked up one by one: a list of all would cost as much as tokenising.
     """
 
     def __init__(self, text: str, base: int, encode: Callable[[str], "Encoding"]) -> None:
@@ -29,18 +29,17 @@ class _Window:
         return len(self._encoding) - self.first
 
     def __getitem__(self, token: int) -> int:
-        """Where a token starts in the whole text; ascending."""
+        """Where a token starts in the whole text; increases with the token."""
         return self.base + self._encoding.token_to_chars(self.first + token)[0]
 
     def from_(self, place: int) -> str:
-        """The text from a place of the whole on."""
+        """The text from this place in the whole text on."""
         return self.text[place - self.base :]
 
     def between(self, low: int, high: int) -> set[int]:
-        """The starts in low .. high."""
-        return {
-            self[token] for token in range(bisect.bisect_left(self, low), bisect.bisect_right(self, high))
-        }
+        """The token starts from low to high."""
+        tokens = range(bisect.bisect_left(self, low), bisect.bisect_right(self, high))
+        return {self[token] for token in tokens}
 
     def part(self, before: int | None = None) -> Part:
         """The tokens that start before a place of the whole text; None: all."""
@@ -53,20 +52,21 @@ class _Window:
 
 
 def encode_stream(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> Iterator[list[int]]:
-    """Token ids of all texts as one text, as they come."""
+    """Token ids of all texts as one text, in pieces."""
     for _, encoding, first, stop in encode_windows(texts, encode):
         yield encoding.ids[first:stop]
 
 
 def encode_windows(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> Iterator[Part]:
-    """The tokens of all texts as one text, as they come.
+    """The tokens of all texts as one text, in pieces.
 
     A window begins inside the one before, at a token. The two are joined where a token starts in both, away
-    from their ends: text cut off elsewhere does not matter there, nor what a tokenizer does to the beginning
-    of a text (Llama 2's puts a space before it). Where they agree nowhere, as in a run of spaces longer than
-    the overlap, the window before is read again with the text after it; only a run longer than that is cut.
+    from their ends: there a cut elsewhere has no effect, nor has what a tokenizer does to the beginning of a
+    text (Llama 2's puts a space before it). If they agree nowhere, as in a run of spaces longer than the
+    overlap, the window before is tokenised again together with the text after it. Only a run longer than
+    that is cut.
     """
-    window: _Window | None = None  # its tokens are not given away yet
+    window: _Window | None = None  # the last one, whose tokens are not yielded yet
     for text in _merged(texts, 2 * OVERLAP):
         if window is None:
             window = _Window(text, 0, encode)
@@ -88,9 +88,7 @@ def encode_windows(texts: Iterable[str], encode: Callable[[str], "Encoding"]) ->
 
 
 def _beginnings(window: _Window) -> list[int]:
-    """Where the next window may begin: at the last token before the overlap, or where this one's tokens
-    do.
-    """
+    """Where the next window may begin: at the last token before the overlap, or at this window's first."""
     if not len(window):
         return [window.base]
     near = window[max(bisect.bisect_right(window, window.end - OVERLAP) - 1, 0)]
@@ -98,7 +96,7 @@ def _beginnings(window: _Window) -> list[int]:
 
 
 def _merged(texts: Iterable[str], length: int) -> Iterator[str]:
-    """The same text in pieces of at least this many characters, the last aside."""
+    """The same text in pieces of at least this many characters, except for the last."""
     whole = ""
     for text in texts:
         whole += text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..runs.load import check_window, load_checkpoint
 from .prompt import prompt_ids, read_prompt, read_text, stream_ids
+from .show import check_at_least
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -87,14 +88,8 @@ def generate(
 def _check(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, segment: int
 ) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if segment < 1:
-        raise ValueError(f"segment must be at least 1, not {segment}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    check_at_least(1, max_new_tokens=max_new_tokens, segment=segment, top_k=top_k)
+    check_at_least(0, temperature=temperature)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
 

@@ -14,13 +14,12 @@ from ..runs.load import (
     CheckpointInfo,
     check_window,
     describe,
-    document_start,
     has_window,
     load_checkpoint,
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import decimal, finite, print_table, print_written, table_console
+from .show import check_at_least, decimal, finite, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .tasks.offline import error_of_the_mean
@@ -108,36 +107,23 @@ def evaluate(
         with hub_data(hub):
             results, truncated = score_tasks(
                 model, tokenizer, manager, names, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot,
-                max_length=window, unlimited=unlimited, start=document_start(model, tokenizer), team=team,
+                max_length=window, unlimited=unlimited, team=team,
             )  # fmt: skip
-    whole = [name for name in names if name.startswith(WHOLE_ROWS)]
-    if truncated and whole:
-        raise ValueError(
-            f"{truncated} rows of {', '.join(whole)} are longer than the {window} tokens of a window, and "
-            "without their beginning they have no answer; pass --lengths, or a larger --max-length"
-        )
+    _check_whole(names, truncated, window)
     if not team.is_main:
         return {}
     if "offline_blimp" in results["results"]:
         error_of_the_mean(results["results"]["offline_blimp"])
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
-        "tasks": names,
-        "limit": limit,
-        "num_fewshot": num_fewshot,
-        "max_length": window,
-        "unlimited": unlimited,
-        "lengths": lengths,
-        "batch_size": batch_size,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "data": documents,
-        "truncated_requests": truncated,
+        "tasks": names, "limit": limit, "num_fewshot": num_fewshot, "max_length": window,
+        "unlimited": unlimited, "lengths": lengths, "batch_size": batch_size, "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "truncated_requests": truncated,
         "processes": team.size,
-    }
+    }  # fmt: skip
     results["software"] = _versions()
     stored = finite(results)
-    written = _write(stored, info, names, limit, suite, output, lengths, tasks)
+    written = _write(stored, info, suite, tasks, output)
     _show(results, written)
     return stored
 
@@ -197,14 +183,19 @@ def _check(
         raise ValueError(
             "no tasks: pass --tasks, as in --tasks heldout_bits_per_byte,heldout_cloze, or --suite"
         )
-    for what, value, least in (
-        ("limit", limit, 1),
-        ("batch size", batch_size, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("max_length", max_length, 2),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{what} must be at least {least}, not {value}")
+    check_at_least(0, num_fewshot=num_fewshot)
+    check_at_least(1, limit=limit, batch_size=batch_size)
+    check_at_least(2, max_length=max_length)
+
+
+def _check_whole(names: list[str], truncated: int, window: int) -> None:
+    """Raise ValueError if rows whose answer depends on their beginning have lost it."""
+    whole = [name for name in names if name.startswith(WHOLE_ROWS)]
+    if truncated and whole:
+        raise ValueError(
+            f"{truncated} rows of {', '.join(whole)} are longer than the {window} tokens of a window, and "
+            "without their beginning they have no answer; pass --lengths, or a larger --max-length"
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -216,14 +207,7 @@ def _versions() -> dict[str, str]:
 
 
 def _write(
-    results: dict[str, Any],
-    info: CheckpointInfo,
-    names: list[str],
-    limit: int | None,
-    suite: Path | None,
-    output: Path | None,
-    lengths: list[int] | None,
-    beside: list[str],
+    results: dict[str, Any], info: CheckpointInfo, suite: Path | None, tasks: list[str], output: Path | None
 ) -> Path | None:
     """Write JSON in one step; the path, None outside a run without `output`.
 
@@ -236,13 +220,15 @@ def _write(
     if folder.suffix == ".json":
         path = folder
     else:
-        what = "+".join(names if suite is None else [Path(suite).stem, *beside])
+        settings = results["settings"]
+        what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
         what = what.replace("*", "_").replace("/", "_")
-        if len(what) > 80:
+        if len(what) > 80:  # a file name takes 255 bytes
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
-        what += f"-lengths{'-'.join(map(str, lengths))}" if lengths else ""
+        what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
+        what += f"-limit{settings['limit']}" if settings["limit"] else ""
         where = f"{info.run.name}-" if output is not None and info.run is not None else ""
-        path = folder / f"{where}{info.name}-{what}{f'-limit{limit}' if limit else ''}.json"
+        path = folder / f"{where}{info.name}-{what}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")  # the same scores may be made twice at a time

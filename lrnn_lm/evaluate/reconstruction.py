@@ -6,7 +6,6 @@ Legend: b rows of a batch, T length of a row.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -52,13 +51,8 @@ class Reconstruction(LM):
                 written |= {i: " ".join(map(str, row)) for i, row in zip(chosen, found, strict=True)}
         return [written[i] for i in range(len(texts))]
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Never asked for: `check_kind` comes first."""
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> Any:
-        """Never asked for."""
-        raise NotImplementedError
+    # Abstract in LM. Its TASKS never ask for them, and `check_kind` refuses other tasks.
+    loglikelihood = loglikelihood_rolling = None
 
 
 def encodes(model: PreTrainedModel) -> bool:

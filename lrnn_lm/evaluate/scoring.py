@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..runs.load import document_start
 from .team import Team
 
 if TYPE_CHECKING:
@@ -31,12 +32,11 @@ def score_tasks(
     num_fewshot: int | None,
     max_length: int,
     unlimited: bool,
-    start: int | None,
     team: Team,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's results, and the number of requests that lost the beginning of their context.
 
-    max_length, unlimited, start: as LiveLM takes them. Raises ValueError for what lm-eval refuses.
+    max_length, unlimited: as LiveLM takes them. Raises ValueError for what lm-eval refuses.
     """
     import lm_eval
 
@@ -51,8 +51,8 @@ def score_tasks(
                 lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
             else:
                 lm = LiveLM(
-                    model, tokenizer, batch_size=batch_size, max_length=max_length, start=start,
-                    unlimited=unlimited, team=team,
+                    model, tokenizer, batch_size=batch_size, max_length=max_length,
+                    start=document_start(model, tokenizer), unlimited=unlimited, team=team,
                 )  # fmt: skip
             results = lm_eval.simple_evaluate(
                 model=lm,

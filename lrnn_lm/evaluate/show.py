@@ -1,4 +1,4 @@
-"""Printing and writing of results: tables on a console, short numbers, JSON without NaN."""
+"""What commands share: tables on a console, short numbers, JSON without NaN, checks of arguments."""
 
 import io
 import json
@@ -49,6 +49,13 @@ def write_json(facts: Any, path: Path) -> None:
     """Write JSON; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_at_least(least: int, **values: float | None) -> None:
+    """Raise ValueError for the first value below `least` (or NaN); None is a value that was not given."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 def decimal(number: float | None) -> str:

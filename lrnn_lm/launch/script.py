@@ -1,4 +1,4 @@
-"""The job script: slurm/job.sh with a recipe's launch section put into it."""
+"""The job script: the template slurm/job.sh with a recipe's launch section filled in."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ _FIELDS = ("options", "attempts", "runs", "setup", "srun", "command")
 
 
 class _JobTemplate(Template):
-    """`$` is the shell's; ours are %%options, %%runs, .."""
+    """Fields are %%options, %%runs and so on, as `$` is the shell's."""
 
     delimiter = "%%"
 
@@ -24,16 +24,15 @@ def job_script(
     output: Path,
     indices: list[int] | None = None,
 ) -> str:
-    """The whole text that sbatch gets.
+    """The whole script for sbatch.
 
     Args:
         launch: the recipe's section.
         name: the job's name.
-        runs: run folders, absolute; their recipes lie in launch/recipe.yaml. Several are an array.
-        output: sbatch's pattern for the file that the script itself writes to, absolute.
-        indices: of an array, which of `runs` to train.
-    Raises:
-        ValueError: a template that is not one, or a path that sbatch would read as something else.
+        runs: run folders, absolute; their recipes are in launch/recipe.yaml. Several make an array.
+        output: sbatch's pattern for the script's own output file, absolute.
+        indices: which of `runs` to train, for an array.
+    Raises ValueError for an invalid template, or a path that sbatch would misread.
     """
     here = Path.cwd()
     for path in (here, output.parent, *runs):
@@ -57,7 +56,7 @@ def job_script(
 def _options(
     launch: LaunchSection, name: str, here: Path, output: Path, indices: list[int] | None
 ) -> list[str]:
-    """The lines that sbatch reads; a site's own come last, and win."""
+    """The options of sbatch. A site's own come last, so they win."""
     limit = f"%{launch.array_limit}" if launch.array_limit else ""
     return [
         f"--job-name={name}",
@@ -80,7 +79,7 @@ def _options(
 
 
 def _ranks(launch: LaunchSection, here: Path, runs: list[Path]) -> tuple[list[str], list[str]]:
-    """More options of srun, and the command of a rank without its recipe."""
+    """Further options of srun, and the command of a rank without its recipe."""
     srun = [f"--cpus-per-task={launch.cpus_per_rank}"] if launch.cpus_per_rank else []
     python = launch.python or ("python" if launch.container else sys.executable)
     command = [python, "-m", "lrnn_lm.train"]
@@ -98,7 +97,7 @@ def _ranks(launch: LaunchSection, here: Path, runs: list[Path]) -> tuple[list[st
 
 
 def _ranges(indices: list[int]) -> str:
-    """As sbatch writes them: [0, 1, 2, 5] -> `0-2,5`."""
+    """Indices in sbatch's notation: [0, 1, 2, 5] -> `0-2,5`."""
     parts: list[list[int]] = []
     for index in indices:
         if parts and index == parts[-1][-1] + 1:

@@ -1,10 +1,10 @@
-"""`lrnn submit`: a recipe, or a sweep over one, as a SLURM job that goes on until it is trained.
+"""`lrnn submit`: a recipe, or a sweep over one, as a SLURM job that restarts until it is trained.
 
-runs/NAME/launch/recipe.yaml    what the job trains, whole: the recipe may be edited meanwhile
-runs/NAME/launch/job.sh         what sbatch got
+runs/NAME/launch/recipe.yaml    the resolved recipe of the job: the original may be edited meanwhile
+runs/NAME/launch/job.sh         the script that sbatch got
 runs/NAME/launch/job            the id of the job, or `ID_INDEX` in an array
-runs/NAME/logs/                 what the job wrote, and a folder a start with a file a rank
-runs/NAME.sweep/                of an array: job.sh, and what each element wrote
+runs/NAME/logs/                 output of the job, and for each start a folder with a file a rank
+runs/NAME.sweep/                of an array: job.sh, and the output of each element
 """
 
 import json
@@ -32,15 +32,14 @@ def submit(
     """Write the job script of a recipe and give it to sbatch; returns the job's id.
 
     Args:
-        recipe: a recipe file; what it says of paths holds from the present folder on, in the job too.
+        recipe: a recipe file; its relative paths start at the current folder, in the job too.
         overrides: `section.key=value`.
         launch: values of the launch section in place of the recipe's; a list is added to the recipe's.
-        sweep: a file of `read_sweep`: an array of jobs, one a run, without those that are finished or queued.
-        dry_run: say the script and write nothing.
-    Returns None if nothing was submitted: a dry run, or all is finished.
-    Raises:
-        ValueError: the recipe, the sweep or the launch section cannot be used; there is no sbatch, or it
-            refuses; the run is queued already.
+        sweep: a file of `read_sweep`: an array with a job a run, without runs that are finished or queued.
+        dry_run: print the script and write nothing.
+    Returns None if nothing was submitted: a dry run, or everything is finished or queued.
+    Raises ValueError if the recipe, the sweep or the launch section cannot be used, there is no sbatch, it
+        refuses the job, or the run is queued already.
     """
     recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
     recipes = [_with_launch(made, launch or {}) for made in recipes]
@@ -52,17 +51,7 @@ def submit(
             "there is no sbatch here: `lrnn submit` runs where SLURM's commands are, on a login node; "
             "--dry-run prints the script"
         )
-    todo = []
-    for index, (made, run) in enumerate(zip(recipes, runs, strict=True)):
-        job = None if dry_run else _queued(run)
-        if job and sweep is None:
-            raise ValueError(f"{made.name} is in the queue already, as job {job}")
-        if job:
-            say(f"{made.name} is in the queue already, as job {job}")
-        elif _finished(made, run):
-            say(f"{'# ' if dry_run else ''}{made.name} is trained already: {run}")  # in a script, a comment
-        else:
-            todo.append(index)
+    todo = _unfinished(recipes, runs, sweep is not None, dry_run, say)
     if not todo:
         return None
     if sweep is None:
@@ -89,15 +78,34 @@ def submit(
 
 
 def _with_launch(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with other launch keys; RecipeError as for one that was written so."""
+    """The recipe with other launch keys; RecipeError if they are wrong."""
     data = recipe.model_dump(mode="json")
     for key, value in changes.items():
         data["launch"][key] = [*data["launch"][key], *value] if isinstance(value, list) else value
     return recipe_from_dict(data, where="command line")
 
 
+def _unfinished(
+    recipes: list[Recipe], runs: list[Path], sweep: bool, dry_run: bool, say: Callable[[str], None]
+) -> list[int]:
+    """Indices of the runs that are neither queued nor finished; ValueError for one that is queued alone."""
+    todo = []
+    for index, (recipe, run) in enumerate(zip(recipes, runs, strict=True)):
+        if not dry_run and (job := _queued(run)):
+            queued = f"{recipe.name} is in the queue already, as job {job}"
+            if not sweep:
+                raise ValueError(queued)
+            say(queued)
+        elif _finished(recipe, run):
+            comment = "# " if dry_run else ""  # a dry run prints a script
+            say(f"{comment}{recipe.name} is trained already: {run}")
+        else:
+            todo.append(index)
+    return todo
+
+
 def _check_ranks(recipe: Recipe) -> None:
-    """What the trainer would say after hours in the queue."""
+    """Raise the trainer's error for rows that do not split over ranks before hours in the queue."""
     rows, ranks = recipe.rows_per_step, recipe.launch.ranks
     if rows % ranks:
         raise ValueError(
@@ -107,7 +115,7 @@ def _check_ranks(recipe: Recipe) -> None:
 
 
 def _queued(run: Path) -> str | None:
-    """The job that a run waits or trains in."""
+    """The job that a run waits or trains in, if there is one."""
     file = RunFolder(run).job
     if not file.is_file():
         return None
@@ -115,27 +123,25 @@ def _queued(run: Path) -> str | None:
     asked = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False
     )
-    return job if asked.returncode == 0 and asked.stdout.strip() else None  # it fails on a job long gone
+    return job if asked.returncode == 0 and asked.stdout.strip() else None  # squeue fails for an old job
 
 
 def _finished(recipe: Recipe, run: Path) -> bool:
-    """Whether the newest checkpoint is the last of the budget, and scored if it is to be."""
+    """Whether the newest checkpoint is the last of the budget, and scored if the recipe has tasks."""
     newest = latest_checkpoint(RunFolder(run).checkpoints)
     step = step_of(newest) if newest is not None else None
     if step is None or step < recipe.total_steps:
         return False
-    return not recipe.eval.tasks or any(
-        _scored_step(file) == step for file in RunFolder(run).scores.glob("*.json")
-    )
+    scores = RunFolder(run).scores.glob("*.json")
+    return not recipe.eval.tasks or any(_scored_step(file) == step for file in scores)
 
 
 def _scored_step(file: Path) -> int | None:
-    """The step of the checkpoint that a file of scores is of."""
+    """The step of the checkpoint that was scored; None for a file of another program."""
     try:
-        checkpoint = json.loads(file.read_text(encoding="utf-8")).get("checkpoint", {})
-        return checkpoint.get("step")
+        return json.loads(file.read_text(encoding="utf-8")).get("checkpoint", {}).get("step")
     except (ValueError, AttributeError):
-        return None  # another program's JSON
+        return None
 
 
 def _write(path: Path, text: str) -> None:
@@ -144,8 +150,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sbatch(script: Path) -> str:
-    """Submit; the job's id. ValueError with what sbatch said if it refuses."""
-    # Of a job that this may run in, sbatch would take the settings for those of the new one.
+    """Submit; returns the job's id. ValueError with sbatch's message if it refuses."""
+    # If this runs inside a job, sbatch would give that job's settings to the new one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environment, check=False

@@ -1,6 +1,6 @@
-"""Sweeps: one recipe, many runs. A YAML file says which overrides, and every run gets a name of its own.
+"""Sweeps: one recipe, many runs. A YAML file has the overrides; every run gets its own name.
 
-Every combination of some values:                  Or the runs one by one, with names or without:
+All combinations of some values:                   Or the runs one by one, with names or without:
 
     optim.lr: [3e-3, 6e-3]                             - {name: wide, model.hidden_size: 1024}
     model.mixer.block_size: [1, 4]                     - {optim.lr: 1e-2, seed: 1}
@@ -17,15 +17,15 @@ import yaml
 from ..recipe import Recipe, RecipeError, load_recipe, read_yaml, typed_value
 
 MOST_RUNS = 10_000
-_LONGEST_NAME = 200  # bytes of a folder's name, with room for what is written beside it
+_LONGEST_NAME = 200  # bytes of a folder's name: the limit is 255, and names derived from it are longer
 _LONGEST_VALUE = 40
 
 
 def read_sweep(sweep: Path, recipe: Path, overrides: list[str]) -> list[Recipe]:
     """The recipes of a sweep over `recipe`, in the order of the file (the last key varies fastest).
 
-    Raises RecipeError, naming the sweep: it is no sweep, a key is unknown or belongs to the whole job, a
-    combination is no valid recipe, or two runs have one name.
+    Raises RecipeError, naming the sweep, for a malformed file, a key that is unknown or of the whole job, an
+    invalid combination, or two runs of one name.
     """
     base = load_recipe(recipe, overrides)
     combinations = _combinations(sweep)
@@ -83,7 +83,7 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
 
 
 def _typed(data: Any) -> Any:
-    """Each value as its key takes it: `1.10` is a number for a rate, and text for a name."""
+    """Each value in the type of its key: `1.10` is a number for a rate, and text for a name."""
     if isinstance(data, dict):  # a grid: lists of values
         return {
             key: [typed_value(key, value) for value in values]
@@ -102,7 +102,7 @@ def _typed(data: Any) -> Any:
 
 
 def _labels(keys: list[str]) -> dict[str, str]:
-    """Each key's last words, as few as tell it from the others."""
+    """The last words of each key, as few as make it unique."""
     labels = {}
     for key in keys:
         words = key.split(".")
@@ -115,7 +115,7 @@ def _labels(keys: list[str]) -> dict[str, str]:
 
 
 def _name(sweep: Path, base: str, run: dict[str, Any], labels: dict[str, str]) -> str:
-    """`demo-lr_0.003-block_size_4`; RecipeError if it would be unreadable."""
+    """`demo-lr_0.003-block_size_4`; RecipeError if it would be too long."""
     parts = []
     for key, value in run.items():
         text = _as_yaml(value)
@@ -136,9 +136,6 @@ def _name(sweep: Path, base: str, run: dict[str, Any], labels: dict[str, str]) -
 
 
 def _as_yaml(value: Any) -> str:
-    """A value on one line, as an override writes it."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=math.inf)
-        .removesuffix("\n")
-        .removesuffix("\n...")
-    )
+    """A value on one line, as in an override."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")

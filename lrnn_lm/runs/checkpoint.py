@@ -142,10 +142,10 @@ def read_position(folder: Path) -> Position:
 
 
 def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
-    """Keep the last `keep_last`, the best, and the newest one not written amid bad steps:
+    """Keep the last `keep_last`, the best, and the newest one written after a good step.
 
-    later weights may be the cause of those. `final` is the newest checkpoint, `before` the good one that the
-    run held until now.
+    Weights saved after that may be the cause of the bad steps. `final` is the newest checkpoint, `before` the
+    good one that the run held until now.
     """
     saved = list_checkpoints(checkpoints)
     names = [folder.name for folder in saved]
@@ -172,13 +172,12 @@ def _position(folder: Path) -> Position | None:
 
 def _best(folders: Sequence[Path]) -> Path | None:
     """The checkpoint of lowest validation loss, among those validated at their own step."""
-    found = []
-    for folder in folders:
-        position = _position(folder)
-        if position is None:
-            continue
-        if position.validated == position.step and position.validation_loss is not None:
-            found.append((position.validation_loss, -position.step, folder))
+    known = [(at, folder) for folder in folders if (at := _position(folder)) is not None]
+    found = [
+        (at.validation_loss, -at.step, folder)
+        for at, folder in known
+        if at.validated == at.step and at.validation_loss is not None
+    ]
     return min(found)[2] if found else None
 
 

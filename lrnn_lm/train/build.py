@@ -133,7 +133,7 @@ def build_trainer(
     model = share(bare_model, accelerator, plan)
     optimizer = make_optimizer(bare_model, recipe.optim, device)
     lock = together.all(lambda: _lock(folder) if main else None)
-    newest = together.tell(together.all(lambda: _find_checkpoint(folder, console) if main else None))
+    newest = together.from_main(together.all(lambda: _find_checkpoint(folder, console) if main else None))
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
     def load_into_model(newest: Path) -> checkpoint.Position:
@@ -144,7 +144,7 @@ def build_trainer(
         if check is not None:
             check(folder)
 
-    position = together.all(lambda: _resume(recipe, folder, prepared, newest, load_into_model))
+    position = together.all(lambda: _resume(recipe, prepared, newest, load_into_model))
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
@@ -179,7 +179,6 @@ def _find_checkpoint(folder: Path, console: Console) -> Path | None:
 
 def _resume(
     recipe: Recipe,
-    folder: Path,
     prepared: PreparedData | SyntheticData,
     newest: Path | None,
     load_into_model: Callable[[Path], checkpoint.Position],

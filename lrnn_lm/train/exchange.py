@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,23 +59,25 @@ def targets_per_rank(micro_batches: list[dict[str, Tensor]], accelerator: Accele
 
 
 def exchange(
-    loss: Tensor, grad_norm: Tensor, flags: Sequence[bool], seconds: Sequence[float], accelerator: Accelerator
+    loss: Tensor, grad_norm: Tensor, flags: list[bool], seconds: float | None, accelerator: Accelerator
 ) -> StepResult:
     """Sum over ranks what the update and the next steps depend on.
 
     loss: () this rank's part. grad_norm: () the same on all ranks already. flags: this rank's stop, written,
-    unwritten and two clocks, as in StepResult. seconds: a slot a rank, zero but for this rank's; or none.
+    unwritten and two clocks, as in StepResult. seconds: of this rank's forward pass; None on all or on none.
     """
     ranks = accelerator.num_processes
+    slots = [0.0] * ranks if seconds is not None else []  # their sum over ranks holds every rank's seconds
+    if seconds is not None:
+        slots[accelerator.process_index] = seconds
     # One tensor for all: each transfer to the host waits for the device.
-    own = torch.tensor([*flags, *seconds], dtype=torch.float64).to(accelerator.device, non_blocking=True)
+    own = torch.tensor([*flags, *slots], dtype=torch.float64).to(accelerator.device, non_blocking=True)
     sums = torch.cat([loss.double().view(1) / ranks, own])
     if ranks > 1:
         dist.all_reduce(sums)
     began = time.perf_counter()
-    mean_loss, stop, written, unwritten, save, evaluate, *seconds, norm = torch.cat(
-        [sums, grad_norm.double().view(1)]
-    ).tolist()
+    numbers = torch.cat([sums, grad_norm.double().view(1)]).tolist()
+    mean_loss, stop, written, unwritten, save, evaluate, *slots, norm = numbers
     return StepResult(
         mean_loss,
         norm,
@@ -85,7 +86,7 @@ def exchange(
         written=int(written),
         unwritten=unwritten > 0,
         clocks=(save > 0, evaluate > 0),
-        seconds=tuple(seconds),
+        seconds=tuple(slots),
         waited=time.perf_counter() - began,
     )
 

@@ -28,9 +28,8 @@ from .optim import state_bytes
 def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
     """Print the costs of a recipe, or of a checkpoint folder if `target` holds a config.json.
 
-    Raises:
-        ValueError: no such recipe or checkpoint, overrides on a checkpoint, an unknown vocabulary size, or a
-            parameter count other than the recipe says.
+    Raises ValueError for a missing recipe or checkpoint, overrides on a checkpoint, an unknown vocabulary
+    size, or a parameter count other than the recipe says.
     """
     console = console or Console()
     folder = checkpoint_folder(Path(target))
@@ -41,7 +40,9 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
         return
     if overrides:
         raise ValueError(f"{target} is a checkpoint: overrides such as {overrides[0]!r} belong to a recipe")
-    console.print(describe_config(target, _read_config(folder)))
+    config = _read_config(folder)
+    costs = account(config, config.max_position_embeddings)
+    console.print(Group(_parameters(target, costs), _work(costs), _state(costs)))
 
 
 def _read_config(folder: Path) -> LRNNConfig:
@@ -74,12 +75,6 @@ def describe(recipe: Recipe) -> RenderableType:
         _memory(memory, recipe, dtype),
         _budget(recipe, costs),
     )
-
-
-def describe_config(name: str, config: LRNNConfig) -> RenderableType:
-    """Tables of a model's costs at the context it was trained on."""
-    costs = account(config, config.max_position_embeddings)
-    return Group(_parameters(name, costs), _work(costs), _state(costs))
 
 
 def vocabulary(recipe: Recipe) -> int:

@@ -37,7 +37,7 @@ from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
 from .validate import bytes_read, validate, validation_line
-from .watch import Heartbeat, Stopwatch, slots
+from .watch import Heartbeat, Stopwatch
 
 
 class Trainer:
@@ -166,7 +166,7 @@ class Trainer:
         self.beat("finished", now=True)
 
     def _empty_pass(self) -> None:
-        """Forward and backward over masked targets; the gradients are dropped."""
+        """Forward and backward over a dummy batch; the gradients are dropped."""
         self._loss(self.rows.empty(), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -238,9 +238,9 @@ class Trainer:
 
     def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
         """What ranks must agree on before the update."""
-        alone = self.accelerator.num_processes == 1
-        # Under FSDP2 a forward pass waits for the other ranks' parameters, so its time tells nothing.
-        seconds = [] if alone or is_sharded(self.model) else slots(self.accelerator, self._forward_seconds)
+        # Under FSDP2 a forward pass waits for other ranks' parameters: its time says nothing of this rank.
+        timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
+        seconds = self._forward_seconds if timed else None
         unwritten = self.metrics is not None and self.metrics.problem is not None
         # Clocks differ between ranks; the main rank's decides.
         clocks = [
@@ -303,8 +303,10 @@ class Trainer:
         return bytes_read(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
 
     def _between_batches(self) -> None:
+        """Between the batches of a validation: save and stop if any rank was asked to; all ranks call it."""
         self.beat("validating")
-        self.stop_if_asked()
+        if on_any_rank(self.stop.asked, self.accelerator):
+            self._save_and_stop()
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
@@ -320,7 +322,7 @@ class Trainer:
         self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
 
     def _end_after_bad_steps(self) -> None:
-        """Raise ValueError, with words on the main rank; a save under way is finished first."""
+        """Finish the save in progress, then raise ValueError; the main rank's has the message."""
         self.saver.finish()
         if not self.accelerator.is_main_process:
             raise ValueError("")
@@ -330,7 +332,7 @@ class Trainer:
         )
 
     def _save_is_due(self, rang: bool) -> bool:
-        """Whether to save now. What comes due amid bad steps waits for the next good one."""
+        """Whether to save now. A save that comes due in a bad step waits for the next good one."""
         self._save_pending |= self.save_cadence.due(self.position.step, rang)
         if self.position.bad_in_a_row:
             return False
@@ -358,11 +360,6 @@ class Trainer:
     def _write_extras(self, folder: Path) -> None:
         """Put the tokenizer beside the weights, so that a checkpoint loads on its own."""
         shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
-
-    def stop_if_asked(self) -> None:
-        """Save and stop if any rank was asked to; every rank calls it."""
-        if on_any_rank(self.stop.asked, self.accelerator):
-            self._save_and_stop()
 
     def _save_and_stop(self) -> None:
         reshard(self.model)

@@ -82,7 +82,7 @@ def accumulating(model: nn.Module, last: bool, plan: Plan) -> Iterator[None]:
 
 
 def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
-    """Run a pass without targets, after which DDP lays out its gradient buckets for good.
+    """Run a pass whose gradients are dropped, after which DDP lays out its gradient buckets for good.
 
     The sum over three or more ranks rounds by that layout: without this pass, a resumed run's first step
     would differ in its last bits from the same step of an uninterrupted run.

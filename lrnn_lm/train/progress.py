@@ -2,7 +2,6 @@
 
 import math
 import time
-from types import TracebackType
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -23,7 +22,7 @@ class ProgressLine:
         self._draws = self._speaks and console.is_terminal
         ranks = accelerator.num_processes
         self._ranks = f" ({ranks} ranks)" if ranks > 1 else ""
-        self._first, self._step, self._loss, self._speed = first_step, first_step, math.nan, math.nan
+        self._first, self._loss, self._speed = first_step, math.nan, math.nan
         self._spoke = self._began = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -44,16 +43,14 @@ class ProgressLine:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._bar.stop()
 
     def step(self, step: int, loss: float, speed: float, applied: bool) -> None:
         """Show a logged step; speed in tokens a second, smoothed here like the loss."""
         if not self._speaks:
             return
-        self._step, self._speed = step, speed if math.isnan(self._speed) else 0.9 * self._speed + 0.1 * speed
+        self._speed = speed if math.isnan(self._speed) else 0.9 * self._speed + 0.1 * speed
         if not applied:
             self._console.print(f"[yellow]step {step} skipped: its loss or gradient is not finite")
         else:

@@ -1,6 +1,6 @@
-"""SIGTERM, SIGUSR1, SIGINT, SIGHUP: at once while nothing is to be saved, at a step boundary in training.
+"""SIGTERM, SIGUSR1, SIGINT and SIGHUP stop a run: in training at a step boundary, otherwise at once.
 
-Only the standard library is imported here, so that the handlers stand before torch is loaded.
+Only the standard library is imported here, so that the handlers are installed before torch is loaded.
 """
 
 import os
@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 EXIT_STOPPED = 85  # stopped by a signal with nothing lost; SLURM requeues on it
@@ -17,9 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has saved what there was; ends in EXIT_STOPPED if nobody catches it.
+    """The run was asked to stop and has saved its state; the process exits with EXIT_STOPPED.
 
-    `tell`: whether this is the rank whose message a person should see.
+    `tell`: whether this rank's message is the one to show.
     """
 
     def __init__(self, message: str, tell: bool = True):
@@ -31,13 +31,12 @@ class Stopped(SystemExit):
 
 
 class StopSignal:
-    """Handlers of the signals, as a context manager; the old ones come back at its end.
+    """Signal handlers as a context manager, which restores the old ones at its end.
 
-    SIGHUP is a terminal that was closed. Under `nohup` it is ignored, and stays so.
-
-    A signal raises Stopped where it hits (start-up, data preparation, the scores at the end: what is
-    half-made is removed on the way out). Inside `held()` it only becomes a wish, `asked`, on which the ranks
-    agree at step boundaries. A second SIGINT ends the process at once.
+    A signal raises Stopped at once during start-up, data preparation and scoring, where half-made files are
+    removed on the way out. Inside `held()` it only sets `asked`, on which the ranks agree at step boundaries.
+    A second SIGINT ends the process at once. SIGHUP means that the terminal was closed; under `nohup` it
+    stays ignored.
     """
 
     def __init__(self) -> None:
@@ -52,9 +51,7 @@ class StopSignal:
         self._old = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
@@ -63,13 +60,13 @@ class StopSignal:
         self._held = True
 
     def let_go(self) -> None:
-        """From now on signals act where they hit; one that came while they were held, here."""
+        """From now on signals raise Stopped at once; so does one that came while they were held."""
         self._held = False
         self.leave_if_asked()
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Among what is held, something that a signal may cut short: Stopped is raised where it hits."""
+        """Inside a held part, let signals raise Stopped at once again."""
         self.let_go()
         try:
             yield
@@ -78,7 +75,7 @@ class StopSignal:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While training: signals wait until `asked` is read."""
+        """Inside, signals wait until `asked` is read: the state of training."""
         self._held = True
         try:
             yield
@@ -86,7 +83,7 @@ class StopSignal:
             self._held = False
 
     def leave_if_asked(self) -> None:
-        """Raise Stopped, unless held, if a signal came that nobody acted on, as during the last save."""
+        """Raise Stopped, unless held, if a signal came and was not acted on, as during the last save."""
         if self._name is not None and not self._held:
             raise Stopped(f"stopped by {self._name}; run the same command again to go on")
 
@@ -108,12 +105,12 @@ class StopSignal:
 
     @property
     def name(self) -> str:
-        """The signal that came, or a word for one that came to another rank."""
+        """The signal's name; in words if another rank received it."""
         return self._name or "a signal on another rank"
 
 
 def _leave_terminal() -> None:
-    """What is written to a terminal that is gone would be an error, before anything was saved."""
+    """Send output to /dev/null if the terminal is closed: a write error would end the run before it saves."""
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             descriptor = stream.fileno() if stream is not None else -1

@@ -1,10 +1,10 @@
-"""Before the first step: ranks that wait for one another without hanging, and fail or stop as one.
+"""Before the first step: ranks wait for one another without hanging, and fail or stop together.
 
 Why not Accelerate's `main_process_first`: its barrier is a collective. A rank in one hears no signal, so a
 job that SLURM stops during an hour of tokenisation would be killed, not requeued; it times out after
 `train.timeout_minutes`; and a rank that failed leaves the others waiting. So while the first rank prepares
-data the others ask the rendezvous store, a few times a second, how it stands; a stop on any of them comes to
-the first one by the same way; and what one rank cannot do ends all of them with its message.
+data the others poll the rendezvous store a few times a second. A stop on any of them reaches the first one
+through the same store. An error on one rank ends all of them, with its message.
 """
 
 import os
@@ -32,18 +32,18 @@ class Together:
     """The ranks of a run while it is being built."""
 
     def __init__(self, accelerator: Accelerator, stop: StopSignal):
-        """Among several ranks `stop` is held by now: signals wait for a step boundary; see `main_first`."""
+        """With several ranks `stop` is held by now: signals wait, except inside `main_first`."""
         self._stop = stop
         self._alone = accelerator.num_processes == 1
         self._ranks, self._main = accelerator.num_processes, accelerator.is_main_process
         self._round = 0
         if not self._alone:
-            # The store that the process group met in; torch gives it no public name.
+            # The process group's rendezvous store, which has no public name in torch.
             store = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("lrnn-start", store)
 
     def main_first(self, work: Callable[[], Result]) -> Result:
-        """The main rank does it, however long it takes, then the others. Raises as `all` does, or Stopped."""
+        """Do `work` on the main rank, however long, then on the others. Raises as `all`, or Stopped."""
         if self._alone:
             return work()
         self._round += 1
@@ -55,7 +55,7 @@ class Together:
         return self.all(lambda: result if self._main else work())
 
     def all(self, work: Callable[[], Result]) -> Result:
-        """Every rank does it. A mistake of any ends all: ValueError, with its message on the main rank."""
+        """Do `work` on every rank. If one fails, all raise ValueError, the main rank with the message."""
         if self._alone:
             return work()
         problem, result = None, None
@@ -63,12 +63,12 @@ class Together:
             result = work()
         except (ValueError, OSError) as error:
             problem = _words(error)
-        told = next((text for text in gather_object([problem]) if text is not None), None)
-        if told is not None:
-            raise ValueError(told if self._main else "") from None
+        message = next((text for text in gather_object([problem]) if text is not None), None)
+        if message is not None:
+            raise ValueError(message if self._main else "") from None
         return result
 
-    def tell(self, value: Result) -> Result:
+    def from_main(self, value: Result) -> Result:
         """The main rank's value, on every rank."""
         if self._alone:
             return value
@@ -78,8 +78,8 @@ class Together:
 
     def _lead(self, work: Callable[[], Result], done: str, stop: str) -> Result:
         ended = threading.Event()
-        ear = threading.Thread(target=self._listen, args=(stop, ended), daemon=True)
-        ear.start()
+        listener = threading.Thread(target=self._listen, args=(stop, ended), daemon=True)
+        listener.start()
         verdict = "ok"
         try:
             with self._stop.released():
@@ -92,26 +92,26 @@ class Together:
             raise
         finally:
             ended.set()
-            ear.join()
+            listener.join()
             self._store.set(done, verdict)
             if verdict != "ok":
                 self._wait_until_heard(f"{done}/heard")
 
     def _wait_until_heard(self, heard: str) -> None:
-        """This process may hold the store, which the others still have to ask."""
-        patience = time.monotonic() + _PATIENCE_SECONDS
-        while self._store.add(heard, 0) < self._ranks - 1 and time.monotonic() < patience:
+        """Wait until the others have read the verdict: this process may host the store that they poll."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while self._store.add(heard, 0) < self._ranks - 1 and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 
     def _listen(self, stop: str, ended: threading.Event) -> None:
-        """Another rank's wish to stop becomes this one's, by the same signal."""
+        """Send this process the signal that another rank received."""
         while not ended.wait(_POLL_SECONDS):
             if self._store.check([stop]):
                 os.kill(os.getpid(), int(self._store.get(stop)))
                 return
 
     def _follow(self, done: str, stop: str) -> None:
-        """Wait for the main rank's verdict; a stop that comes here is passed on, and comes back in it."""
+        """Wait for the main rank's verdict. A stop here is passed on to it and comes back in the verdict."""
         passed_on = False
         while not self._store.check([done]):
             time.sleep(_POLL_SECONDS)
@@ -133,7 +133,7 @@ def _words(error: ValueError | OSError) -> str:
 
 
 def cpu_group(accelerator: Accelerator, timeout_minutes: float) -> dist.ProcessGroup | None:
-    """A group of gloo's over all ranks, for threads that write checkpoints beside the training's own."""
+    """A gloo group of all ranks, for threads that write checkpoints while training uses the default group."""
     if accelerator.num_processes == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))

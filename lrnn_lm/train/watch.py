@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from ..files import replace_file
 from ..runs.layout import RunFolder
@@ -80,13 +79,6 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def slots(accelerator: Accelerator, seconds: float) -> list[float]:
-    """Zeros except at this rank's index, so that their sum over ranks holds every rank's seconds."""
-    return [
-        seconds if rank == accelerator.process_index else 0.0 for rank in range(accelerator.num_processes)
-    ]
 
 
 def straggler(seconds: list[float]) -> dict[str, float]:

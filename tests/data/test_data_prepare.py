@@ -45,7 +45,10 @@ def test_tokens_are_the_documents(prepared: PreparedData) -> None:
     assert len(prepared.manifest["splits"]["train"]["shards"]) > 2
     assert prepared.vocab_size == 400
     assert prepared.tokenizer_hash == tokenizer_hash(prepared.tokenizer_dir)
-    assert prepared.content_hash == open_prepared(prepared.folder, verify=True).content_hash
+    assert (
+        prepared.manifest["content_hash"]
+        == open_prepared(prepared.folder, verify=True).manifest["content_hash"]
+    )
 
 
 def test_reading_across_shards(prepared: PreparedData) -> None:

@@ -218,7 +218,7 @@ def test_a_model_outside_a_run_needs_data(checkpoint, tmp_path, capsys, document
         ([""], {}, "no tasks"),
         (BOTH, {"limit": 0}, "limit must be at least 1"),
         (BOTH, {"limit": -3}, "limit must be at least 1"),
-        (BOTH, {"batch_size": 0}, "batch size"),
+        (BOTH, {"batch_size": 0}, "batch_size must be at least 1"),
         (BOTH, {"num_fewshot": -1}, "num_fewshot"),
         (BOTH, {"device": "abacus"}, "abacus"),
         (BOTH, {"device": "cuda:99"}, "no such CUDA device"),

@@ -1,1 +1,1 @@
-"""Synthetic tasks, their rows made as they are read: state tracking, formal languages, MAD."""
+"""Synthetic tasks, whose rows are made when they are read: state tracking, formal languages, MAD."""

@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of (seed, stream, index): rows of synthetic data stay the same for ever.
+"""Random numbers as a function of (seed, stream, index), so that rows of synthetic data never change.
 
-A draw is SplitMix64's finaliser over a counter, in integer arithmetic: no generator of a library's that may
-change, and no state to save. Each index of a batch has a counter of its own, so that a row does not depend on
-the rows it is made with.
+A draw is SplitMix64's finaliser of a counter, in integer arithmetic: not a library's generator, which may
+change, and no state to save. Each index of a batch has its own counter, so that a row does not depend on the
+rows it is made with.
 
 Legend: b rows made at once, n numbers drawn for each.
 """
@@ -18,7 +18,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class Draws:
-    """Numbers for b rows at once. `stream` tells apart what shares a seed, such as splits and tasks."""
+    """Numbers for b rows at once. `stream` separates what shares a seed, such as splits and tasks."""
 
     def __init__(self, seed: int, stream: str, indices: npt.ArrayLike) -> None:
         key = word(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little"))
@@ -28,7 +28,7 @@ class Draws:
 
     @property
     def base(self) -> Integers:
-        """(b, 1) where each row's draws begin, as signed numbers: for those who mix elsewhere."""
+        """(b, 1) int64 start of each row's draws, for code that mixes elsewhere (on a GPU)."""
         return self._base.view(np.int64)
 
     @property

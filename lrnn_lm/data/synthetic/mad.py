@@ -8,8 +8,8 @@
     compression       read a sequence into one vector, from which another network writes it out again
 
 As in the published benchmark, the recall tasks train on every next token and are scored on the recalled
-values alone; a row's labels are aligned with the positions that predict them. Of a vocabulary, the lower half
-are keys and the upper half values; special tokens come last, noise tokens before them.
+values only; labels are aligned with the positions that predict them. The lower half of the vocabulary are
+keys, the upper half values; noise tokens and then special tokens come last.
 
 Legend: b rows, T time, P pairs of a row.
 """
@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 def recall(
     draws: Draws, length: int, train: bool, vocab_size: int, noise_vocab_size: int = 0, noise: float = 0.0
 ) -> Rows:
-    """T / 2 pairs; `noise` of them, but never the first and the last, are two noise tokens each."""
+    """T / 2 pairs; a share `noise` of them, never the first or last, are two noise tokens each."""
     b, P = draws.rows, length // 2
     keys_end = (vocab_size - noise_vocab_size) // 2
     plain = vocab_size - noise_vocab_size
@@ -43,15 +43,16 @@ def recall(
         drawn = draws.integers(noise_vocab_size, 2 * P).reshape(b, P, 2) + plain
         tokens = np.where(is_noise[:, :, None], drawn, tokens)
     tokens = tokens.reshape(b, 2 * P)
-    if train:
-        return tokens, _next_tokens(tokens)
     labels = np.full_like(tokens, IGNORED)
-    labels[:, 0::2] = np.where(seen & ~is_noise, values, IGNORED)
+    if train:
+        labels[:, :-1] = tokens[:, 1:]
+    else:
+        labels[:, 0::2] = np.where(seen & ~is_noise, values, IGNORED)
     return tokens, labels
 
 
 def _earlier_key(draws: Draws, keys: Integers, usable: Mask) -> Integers:
-    """(b,) one of each row's distinct usable keys, each as likely."""
+    """(b,) one of each row's distinct usable keys, with equal probability."""
     b, size = len(keys), int(keys.max()) + 1
     there = np.zeros((b, size), np.bool_)
     rows, columns = np.nonzero(usable)
@@ -62,7 +63,7 @@ def _earlier_key(draws: Draws, keys: Integers, usable: Mask) -> Integers:
 
 
 def _seen_before(items: Integers) -> Mask:
-    """(b, P) bool, whether an equal item stands earlier in its row."""
+    """(b, P) bool, whether an equal item is earlier in its row."""
     order = np.argsort(items, axis=1, kind="stable")
     ordered = np.take_along_axis(items, order, axis=1)
     repeated = np.zeros(items.shape, np.bool_)
@@ -70,12 +71,6 @@ def _seen_before(items: Integers) -> Mask:
     seen = np.empty_like(repeated)
     np.put_along_axis(seen, order, repeated, axis=1)
     return seen
-
-
-def _next_tokens(tokens: Integers) -> Integers:
-    labels = np.full_like(tokens, IGNORED)
-    labels[:, :-1] = tokens[:, 1:]
-    return labels
 
 
 def fuzzy_recall(
@@ -91,7 +86,7 @@ def fuzzy_recall(
 
 
 class _Numbers:
-    """One row's draws, taken one after the other."""
+    """One row's draws, one at a time."""
 
     def __init__(self, uniform: npt.NDArray[np.float64]) -> None:
         self._uniform, self._next = uniform.tolist(), 0
@@ -122,7 +117,7 @@ def _fuzzy_row(
     place = numbers.below(max(1, room - 2 * (key_size + value_size) + 1))
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     tokens: list[int] = []
-    asked: list[bool] = []  # tokens that are recalled values
+    asked: list[bool] = []  # whether each token is a recalled value
     while len(tokens) + key_size + value_size <= room:
         key, value = probe if len(tokens) >= place and probe[0] not in known else pair()
         value = probe[1] if key == probe[0] else value
@@ -139,9 +134,9 @@ def _fuzzy_row(
 
 
 def selective_copying(draws: Draws, length: int, train: bool, vocab_size: int, copies: int) -> Rows:
-    """`copies` tokens among blanks, the token that asks, and blanks under which the tokens are to be written.
+    """`copies` tokens among blanks, the token that asks, then blanks whose labels are the tokens in order.
 
-    Of the vocabulary the last token asks and the one before is the blank.
+    The last token of the vocabulary asks; the one before it is the blank.
     """
     blank, ask = vocab_size - 2, vocab_size - 1
     b, front = draws.rows, length - copies - 1
@@ -156,7 +151,7 @@ def selective_copying(draws: Draws, length: int, train: bool, vocab_size: int, c
 
 
 def memorisation(draws: Draws, length: int, train: bool, vocab_size: int, map_seed: int) -> Rows:
-    """Keys, each before the token under which its value is to be written; `map_seed` alone makes the map."""
+    """Keys, each before a token whose label is the key's value; the map depends on `map_seed` only."""
     keys_end = (vocab_size - 1) // 2
     values = Draws(map_seed, "map", [0]).permutations(vocab_size - 1 - keys_end)[0, :keys_end] + keys_end
     keys = draws.integers(keys_end, length // 2)
@@ -168,7 +163,7 @@ def memorisation(draws: Draws, length: int, train: bool, vocab_size: int, map_se
 
 
 def compression(draws: Draws, length: int, train: bool, vocab_size: int) -> Rows:
-    """T - 1 tokens and the one that stands for the whole; the labels are the row itself."""
+    """T - 1 tokens and the one whose output summarises the row; the labels are the row itself."""
     inputs = np.full((draws.rows, length), vocab_size - 1, np.int64)
     inputs[:, :-1] = draws.integers(vocab_size - 1, length - 1)
     return inputs, inputs.copy()

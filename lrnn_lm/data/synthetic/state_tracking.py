@@ -1,4 +1,4 @@
-"""State tracking and formal languages: a sequence of symbols in, the state after each of them out.
+"""State tracking and formal languages: inputs are symbols, labels the state after each of them.
 
     s3, s4, s5, a5   permutation groups: the running product of the elements read
     z60              addition modulo 60, as large as a5 but commutative
@@ -66,7 +66,7 @@ def counts(draws: Draws, length: int, modulus: int) -> Rows:
 
 
 def even_words(draws: Draws, length: int) -> Rows:
-    """Letters 0 and separators 1; the state is 1 where the letters since the last separator are even."""
+    """Letters 0 and separators 1; the state is 1 after an even number of letters since the last separator."""
     inputs = (draws.uniform(length) < WORD_END).astype(np.int64)
     steps = np.arange(1, length + 1)
     last = np.maximum.accumulate(np.where(inputs == 1, steps, 0), axis=1)  # (b, T), where the word began
@@ -74,7 +74,7 @@ def even_words(draws: Draws, length: int) -> Rows:
 
 
 def depths(draws: Draws, length: int, max_depth: int) -> Rows:
-    """Brackets, 0 opening and 1 closing, drawn fairly but where only one keeps the depth in its bounds."""
+    """Brackets, 0 opening and 1 closing, equally likely except where the depth's bounds allow only one."""
     fair = draws.integers(2, length)
     inputs, states = np.empty_like(fair), np.empty_like(fair)
     depth = np.zeros(draws.rows, np.int64)

@@ -1,6 +1,6 @@
-"""The synthetic tasks by name: their options, their rows at any index, and the checks that a recipe needs.
+"""The synthetic tasks by name: their options, their rows at any index, and checks of options.
 
-A task is a function that makes rows from draws, and a row of the one table `SYNTHETIC_TASKS`.
+A task is a function that makes rows from draws, and an entry of `SYNTHETIC_TASKS`.
 
 Legend: b rows, T time.
 """
@@ -20,28 +20,23 @@ from . import mad, state_tracking
 from .draws import Draws, Integers
 
 Option = int | float
-KEPT_NUMBERS = 50_000_000  # a finite set with no more numbers than this is made once and kept
-ENDLESS = 2**40  # rows of a set without a number of examples: no run sees one twice
+KEPT_NUMBERS = 50_000_000  # a split of at most this many tokens is made once and kept in memory
+ENDLESS = 2**40  # rows of a split without a number of examples: no run reads one twice
 
 
 @dataclass(frozen=True)
 class TaskKind:
-    """A task: `make(draws, length, train, **options)` -> inputs and labels, each (b, T).
+    """A task, with the settings of the published benchmark."""
 
-    options: the published baseline. symbols: how many ids inputs and labels take, from the options.
-    check: raises DataError for a length and options that cannot be. examples: training rows of the published
-    baseline, None for new ones without end. head: what the model ends in. sweep: the values that the
-    published benchmark varies, one at a time, away from its baseline.
-    """
-
-    make: Callable[..., tuple[Integers, Integers]]
-    symbols: Callable[[dict[str, Option]], int]
+    make: Callable[..., tuple[Integers, Integers]]  # (draws, length, train, **options) -> (b, T) each
+    symbols: Callable[[dict[str, Option]], int]  # number of ids of inputs and labels, from the options
     length: int
     options: dict[str, Option] = field(default_factory=dict)
+    # Raises DataError for a length and options that are impossible.
     check: Callable[[int, dict[str, Option]], None] = lambda length, options: None
-    examples: int | None = None
-    head: str = "causal"
-    sweep: dict[str, list[Option]] = field(default_factory=dict)
+    examples: int | None = None  # training rows; None: new rows without end
+    head: str = "causal"  # of the model
+    sweep: dict[str, list[Option]] = field(default_factory=dict)  # values that it varies, one key at a time
 
 
 def _state_task(
@@ -50,10 +45,10 @@ def _state_task(
     options: dict[str, Option] | None = None,
     check: Callable[[int, dict[str, Option]], None] = lambda length, options: None,
 ) -> TaskKind:
-    """A task of state_tracking, whose training and held-out rows are alike.
+    """A task of state_tracking, whose training and held-out rows are of the same kind.
 
-    All take the option `start`: 1 puts a symbol of its own, without a label, before each row, as BOS does in
-    text. A recurrence whose state begins at zero has something to write there, and nothing later.
+    All take the option `start`: with 1 each row begins with a symbol of its own without a label, like BOS in
+    text. There a recurrence, whose state is zero, can write an initial state.
     """
 
     def rows(
@@ -93,12 +88,13 @@ def _need(holds: bool, message: str) -> None:
         raise DataError(message)
 
 
-def _check_modulus(length: int, options: dict[str, Option]) -> None:
-    _need(options["modulus"] >= 2, f"modulus must be at least 2, not {options['modulus']}")
+def _at_least(least: int, name: str) -> Callable[[int, dict[str, Option]], None]:
+    """A check that an option is not below `least`."""
 
+    def check(length: int, options: dict[str, Option]) -> None:
+        _need(options[name] >= least, f"{name} must be at least {least}, not {options[name]}")
 
-def _check_depth(length: int, options: dict[str, Option]) -> None:
-    _need(options["max_depth"] >= 1, f"max_depth must be at least 1, not {options['max_depth']}")
+    return check
 
 
 def _check_recall(length: int, options: dict[str, Option]) -> None:
@@ -128,11 +124,7 @@ def _check_copying(length: int, options: dict[str, Option]) -> None:
 
 def _check_memorisation(length: int, options: dict[str, Option]) -> None:
     _need(length % 2 == 0, f"length {length}: pairs need an even length")
-    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
-
-
-def _check_compression(length: int, options: dict[str, Option]) -> None:
-    _need(options["vocab_size"] >= 3, f"vocab_size {options['vocab_size']} is too small: at least 3")
+    _at_least(3, "vocab_size")(length, options)
 
 
 _MAD = partial(TaskKind, symbols=_vocabulary, examples=12_800)
@@ -144,11 +136,17 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
     **{name: _group(name) for name in state_tracking.GROUPS},
     "parity": _state_task(partial(state_tracking.counts, modulus=2), lambda options: 2),
     "modular_counting": _state_task(
-        state_tracking.counts, lambda options: int(options["modulus"]), {"modulus": 5}, _check_modulus
+        state_tracking.counts,
+        lambda options: int(options["modulus"]),
+        {"modulus": 5},
+        _at_least(2, "modulus"),
     ),
     "aa_star": _state_task(state_tracking.even_words, lambda options: 2),
     "dyck1_depth": _state_task(
-        state_tracking.depths, lambda options: int(options["max_depth"]) + 1, {"max_depth": 8}, _check_depth
+        state_tracking.depths,
+        lambda options: int(options["max_depth"]) + 1,
+        {"max_depth": 8},
+        _at_least(1, "max_depth"),
     ),
     "in_context_recall": _MAD(
         mad.recall,
@@ -162,12 +160,7 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         length=128,
         options={"vocab_size": 32, "noise_vocab_size": 16, "noise": 0.2},
         check=_check_recall,
-        sweep={
-            "vocab_size": [48, 80, 144],
-            "length": _LONGER,
-            "examples": _FEWER,
-            "noise": [0.4, 0.6, 0.8],
-        },
+        sweep={"vocab_size": [48, 80, 144], "length": _LONGER, "examples": _FEWER, "noise": [0.4, 0.6, 0.8]},
     ),
     "fuzzy_in_context_recall": _MAD(
         mad.fuzzy_recall,
@@ -196,7 +189,7 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         mad.compression,
         length=32,
         options={"vocab_size": 16},
-        check=_check_compression,
+        check=_at_least(3, "vocab_size"),
         head="autoencoder",
         sweep={"vocab_size": _SIZES, "length": [64, 128, 256], "examples": _FEWER},
     ),
@@ -207,10 +200,9 @@ MAD_TASKS = tuple(name for name in SYNTHETIC_TASKS if name not in STATE_TASKS)
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """A task with its options: what a recipe's source describes. Checked when it is made.
+    """A task with a length and options; those that are not given are the published ones.
 
-    Raises:
-        DataError: an unknown task or option (naming the nearest), or a length or option that cannot be.
+    Raises DataError for an unknown task or option, naming the nearest, and for impossible values.
     """
 
     name: str
@@ -240,17 +232,17 @@ class SyntheticTask:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that inputs and labels take."""
+        """Number of ids of inputs and labels."""
         return self.kind.symbols(self.options)
 
     def rows(self, seed: int, split: str, indices: Any) -> tuple[Integers, Integers]:
-        """Inputs and labels, each (b, T) int64, of rows by number: a function of these arguments alone."""
+        """Inputs and labels, each (b, T) int64, of rows by number: a function of these arguments only."""
         draws = Draws(seed, f"{self.name}/{split}", indices)
         return self.kind.make(draws, self.length, split == "train", **self.options)
 
 
 def task_kind(name: str) -> TaskKind:
-    """A row of the table; DataError with the nearest names if there is none."""
+    """A task by its name; DataError with the nearest names if it is unknown."""
     if name not in SYNTHETIC_TASKS:
         known = ", ".join(SYNTHETIC_TASKS)
         raise DataError(f"unknown synthetic task {name!r}{_nearest(name, SYNTHETIC_TASKS)} (known: {known})")
@@ -265,7 +257,7 @@ def _nearest(name: str, known: Any) -> str:
 class SyntheticRows(torch.utils.data.Dataset[Row]):
     """A split of a task as rows: `input_ids`, aligned `labels`, `reset` (never set), each (T,).
 
-    num_rows: how many there are; a small set is made at once and kept.
+    A small split is made once and kept in memory.
     """
 
     def __init__(self, task: SyntheticTask, seed: int, split: str, num_rows: int) -> None:

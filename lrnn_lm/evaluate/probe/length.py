@@ -26,7 +26,7 @@ from ...data import SyntheticTask
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
-from ..show import decimal, print_table, print_written, table_console, write_json
+from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
 from .recall import PIECE_LOGITS, text_rows
@@ -50,21 +50,19 @@ def probe_length(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Probe a checkpoint at rows of `length`, print a table, write JSON and a picture; returns the facts.
 
     length: `16x` the training length, or a number of tokens. rows: b. data: held-out documents (JSONL), for
     a checkpoint outside a run. output: a folder (default: eval/ and plots/ of the run). trust_remote_code:
-    let the checkpoint's folder run its own code. quiet: print nothing.
+    let the checkpoint's folder run its own code.
 
     Raises ValueError for a malformed length, or one that exceeds the model's positions or the text.
     """
     from .length_plot import draw_length
 
     info = describe(checkpoint)
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
+    check_at_least(1, rows=rows)
     if output is not None and (Path(output).suffix == ".json" or Path(output).is_file()):
         raise ValueError(f"{output}: a probe writes JSON and a picture; --output takes a folder for them")
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
@@ -100,9 +98,8 @@ def probe_length(
         written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
-    if not quiet:
-        _show(facts)
-        print_written(written)
+    _show(facts)
+    print_written(written)
     return facts
 
 

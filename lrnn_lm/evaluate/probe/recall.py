@@ -26,7 +26,7 @@ from torch import Tensor
 from ...runs.layout import RunFolder
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
-from ..show import decimal, print_table, print_written, write_json
+from ..show import check_at_least, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
 
@@ -48,7 +48,6 @@ def probe_recall(
     output: Path | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Split each checkpoint's held-out loss; print a table, write JSON and a picture; returns the facts.
 
@@ -61,8 +60,7 @@ def probe_recall(
     """
     from .recall_plot import draw_recall
 
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
+    check_at_least(1, rows=rows)
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
     text = heldout_path(data, first.path)
@@ -81,9 +79,8 @@ def probe_recall(
         written = [folder / "recall.json", folder / "recall.png"]
         write_json(found, written[0])
         draw_recall(found, written[1])
-    if not quiet:
-        _show(found)
-        print_written(written)
+    _show(found)
+    print_written(written)
     return found
 
 

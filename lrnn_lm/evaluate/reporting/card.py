@@ -29,14 +29,14 @@ _KINDS = {
 }
 
 
-def write_run_card(run: str | Path, licence: str = UNKNOWN_LICENCE) -> Path:
+def write_run_card(run: str | Path) -> Path:
     """Write RUN/README.md for the run's newest checkpoint; returns the file.
 
     Raises ValueError if the run has no checkpoint.
     """
     folder = RunFolder(Path(run).expanduser())
     picture = "plots/loss.png" if folder.loss_plot.is_file() else None
-    text = model_card(folder.latest, licence, picture, folder="checkpoints/latest")
+    text = model_card(folder.latest, picture=picture, folder="checkpoints/latest")
     folder.card.write_text(text, encoding="utf-8")
     return folder.card
 
