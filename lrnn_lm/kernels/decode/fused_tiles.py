@@ -301,18 +301,18 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _launch(kernel, plan: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
+def _launch(kernel, how: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
     B, D = x.shape
-    pieces = triton.cdiv(triton.cdiv(D, plan.block), plan.split)
+    pieces = triton.cdiv(triton.cdiv(D, how.block), how.split)
     # Programs that start early are placed where there is room, not evenly. That pays only where each has much
     # to do, with 64 sequences.
-    early = plan.rows == ROWS[1] and starts_early(x.device)
+    early = how.rows == ROWS[1] and starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
-        kernel[(triton.cdiv(count, plan.outputs), triton.cdiv(B, plan.rows), plan.split)](
-            x, *tensors, B, D=D, R=plan.outputs, BP=plan.rows, BLOCK=plan.block, LENGTH=pieces * plan.block,
-            STAGES=plan.stages, EARLY=early, num_warps=plan.warps, enable_fp_fusion=True, **options,
+        kernel[(triton.cdiv(count, how.outputs), triton.cdiv(B, how.rows), how.split)](
+            x, *tensors, B, D=D, R=how.outputs, BP=how.rows, BLOCK=how.block, LENGTH=pieces * how.block,
+            STAGES=how.stages, EARLY=early, num_warps=how.warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
 
 
