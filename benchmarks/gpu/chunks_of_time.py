@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.kernels.scan import block_diagonal, higher_order
+from lrnn_lm.kernels.scan import triton_launch, triton_scans
 
 from .. import measure
 from ..shapes import PAPER_SHAPES, Shape
@@ -38,12 +38,11 @@ def counts(shape: Shape, batch: int) -> Iterator[int]:
 
 def call(shape: Shape, batch: int, length: int, backward: bool, count: int):
     """A scan in that many chunks."""
-    from lrnn_lm.kernels.scan import triton_launch
 
     def cut(groups: int, rows: int, cost: float, T: int, device: torch.device) -> tuple[int, int]:
         return (-(-T // count), count) if count else triton_launch.time_chunks(groups, rows, cost, T, device)
 
-    block_diagonal.time_chunks = higher_order.time_chunks = cut
+    triton_scans.time_chunks = cut
     return scan_call(shape, batch, length, backward)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.kernels.scan import block_diagonal, higher_order, triton_launch  # noqa: F401  (they define the ops)
+from lrnn_lm.kernels.scan import triton_launch, triton_scans  # noqa: F401  (the latter defines the ops)
 from lrnn_lm.kernels.scan.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
 from lrnn_lm.kernels.scan.triton_ops import rows_like
 

@@ -1,7 +1,7 @@
 """Gate functions: the one table that every scan, kernel and mixer reads.
 
-A gate function turns a row of K logits into K coefficients whose absolute values sum to at most 1, which is
-what bounds the state (Prop. 1 of arXiv 2602.12021).
+A gate function turns a row of K logits into K coefficients whose absolute values sum to at most 1. That
+bounds the state (Prop. 1 of arXiv 2602.12021).
 
     softmax     p = exp(z) / sum exp(z)
     f           p = f(z) / (sum |f(z)| + EPS),   f in {sigmoid, relu, silu, tanh, identity}

@@ -1,10 +1,10 @@
 """The specification: the recurrences as plain loops over time, differentiated by autograd.
 
-Everything faster is tested against these functions, on outputs and on every gradient. They are written to
-be read, not to be quick.
+Every faster scan is tested against these functions, on outputs and on all gradients. They are written to be
+read, not to be fast. Arguments and results are those of the functions of the same names in `kernels`.
 
-Legend: B batch, T time, N blocks (block-diagonal) or channels (higher-order), M block size or order; z gate
-logits, v values, h state. Gates are normalised and the state is kept in fp32 (fp64 if the inputs are fp64).
+Legend: B batch, T time, N blocks (BD-LRU) or channels (H-LRU), M block size or order; z gate logits, v
+values, h state. Gates are normalised and the state is kept in fp32 (fp64 if an input is fp64).
 """
 
 import torch
@@ -25,17 +25,7 @@ def block_diagonal_scan(
     reset: Tensor | None = None,
     gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])`.
-
-    Args:
-        gates: (B, T, N, M, M+1) logits, the input gate last.
-        values: (B, T, N, M).
-        h0: (B, N, M) state before the first step; zeros if None.
-        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
-        gate: a name in `gates.GATES`.
-    Returns:
-        h (B, T, N, M) in the dtype of `values`, and h_last (B, N, M) in the compute dtype.
-    """
+    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])`."""
     dtype = compute_dtype(gates, values)
     p = normalise(gates.to(dtype), gate)  # (B, T, N, M, M+1)
     transition, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M, M), (B, T, N, M)
@@ -59,17 +49,8 @@ def higher_order_scan(
 ) -> tuple[Tensor, Tensor]:
     """H-LRU, design section 2: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t`.
 
-    Every coefficient of step t is taken at time t; the transposed-companion form found elsewhere is another
-    recurrence.
-
-    Args:
-        gates: (B, T, N, M+1) logits of a_1 .. a_M, then a_0.
-        values: (B, T, N).
-        h0: (B, N, M) the last M states before the first step, newest first; zeros if None.
-        reset: (B, T) bool, true where a document starts: no tap reaches before it.
-        gate: a name in `gates.GATES`.
-    Returns:
-        h (B, T, N) in the dtype of `values`, and h_last (B, N, M), newest first, in the compute dtype.
+    Every coefficient of step t is taken at time t. Multiplying by the transposed companion matrix, as the
+    paper's released scan does, is another recurrence.
     """
     dtype = compute_dtype(gates, values)
     p = normalise(gates.to(dtype), gate)  # (B, T, N, M+1)
@@ -94,23 +75,12 @@ def matrix_scan(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """BD-LRU of a matrix: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t` per head.
-
-    Args:
-        transitions: (B, T, H, K, M), row r = n M + i of head h is row i of block n of A_t.
-        writes: (B, T, H, K) k.
-        values: (B, T, H, V) v.
-        queries: (B, T, H, K) q.
-        h0: (B, H, K, V) state before the first step; zeros if None.
-        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
-    Returns:
-        y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in the compute dtype.
-    """
+    """BD-LRU with a matrix for a state: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`."""
     dtype = compute_dtype(transitions, writes, values, queries)
     B, T, H, K, M = transitions.shape
     S = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype) if h0 is None else h0.to(dtype)
     outputs = []
-    for t in range(T):
+    for t in range(T):  # S (B, H, K, V)
         if reset is not None:
             S = S * (~reset[:, t]).to(dtype)[:, None, None, None]
         A, k, v, q = (x[:, t].to(dtype) for x in (transitions, writes, values, queries))

@@ -14,6 +14,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x LOG2E), which GPUs h
 
 
 def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; an H100's 132 elsewhere, so that compiling without a GPU makes the same choices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -24,20 +25,20 @@ def starts_early(device: torch.device) -> bool:
 
 
 def on_device(like: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes the tensor's device the current one: that is where Triton launches."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
 def settle_cache_keys(module: dict[str, Any]) -> None:
     """Hash a module's kernels in order of definition; `module`: its globals.
 
-    Upstream's cause: in Triton 3.6 `DependenciesFinder._update_hash` (triton/runtime/jit.py) reads a called
-    function's `used_global_vals` before its `cache_key` fills them: they are complete only if another kernel
-    that calls the function was hashed before. A kernel's key would depend on what ran before it in the
-    process, and what another process compiled would be compiled again. Called in every module whose kernels
-    call functions of others. Delete it when torch 2.11 (Triton 3.6) is no longer supported: Triton 3.9 takes
-    the `cache_key` first.
+    Called at the end of every module whose kernels call functions of other modules. Otherwise a kernel's key
+    would depend on what ran before it in the process, and other processes would compile it again.
     """
+    # In Triton 3.6 `DependenciesFinder._update_hash` (triton/runtime/jit.py) reads the `used_global_vals` of
+    # a called function before its `cache_key` fills them; they are complete only if another kernel that calls
+    # the function was hashed before. Delete this when torch 2.11 (Triton 3.6) is no longer supported: Triton
+    # 3.9 takes the `cache_key` first.
     for function in list(module.values()):
         if isinstance(function, triton.JITFunction):
             _ = function.cache_key

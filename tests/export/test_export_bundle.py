@@ -34,24 +34,24 @@ from .low import scale
 from .low import SIZE
 def double(x):
     return 2 * _help(x)
-def _help(SIZE):
-    return f"{SIZE}" and SIZE + len("ä") - 1  # a local name
+def _help(size):
+    return f"{size}" and size + len("ä") - 1
 __all__ = ["SIZE", "scale"]
 ''',
     "inner/low.py": '''
 SIZE = 10
 class Scale:
-    SIZE = 3
+    factor = 3
     def __call__(self, x):
-        return x * SIZE * self.SIZE
+        return x * SIZE * self.factor
 scale = Scale()
 ''',
     "kernel.py": '''
 import absent_package
 from .inner import low
 from .inner.low import SIZE
-def run(x, *, SIZE=SIZE):
-    return low.scale(x) + SIZE + (absent_package is None)
+def run(x, *, size=SIZE):
+    return low.scale(x) + size + (absent_package is None)
 ''',
 }  # fmt: skip
 
@@ -109,6 +109,10 @@ def test_bundled_code_means_the_same(package, monkeypatch):
         ("from .nowhere import x\n", "no module nowhere"),
         ("x = 1\ndef f():\n    global x\n    x = 2\n", "`global` cannot be bundled"),
         ("from .kernel import x as y\ndef f(x):\n    return x + y\n", "a local name hides the module's 'x'"),
+        (
+            "from .kernel import x as y\ndef f(y):\n    return y\nz = y\n",
+            "a local name hides the module's 'x'",
+        ),
         ("def sum(x):\n    return x\n", r"Python itself: \['sum'\]"),
         ("from math import pi as x\nfrom .kernel import x as y\nz = x + y\n", None),
         ("from time import time\nfrom .kernel import x\nprint(time)\n", "'time' is "),

@@ -92,17 +92,17 @@ def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
 
 
 def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None) -> None:
-    from lrnn_lm.kernels.scan import block_diagonal, higher_order
+    from lrnn_lm.kernels.scan import triton_scans
 
     B, N = 2, 5
     h0 = torch.zeros(B, N, M) if states else None
     reset = torch.zeros(B, T, dtype=torch.bool) if states else None
-    for module, block in ((block_diagonal, (N, M)), (higher_order, (N,))):
-        module.time_chunks = lambda *_: (chunk or T, -(-T // (chunk or T)))
+    triton_scans.time_chunks = lambda *_: (chunk or T, -(-T // (chunk or T)))
+    for block in ((N, M), (N,)):
         gates = torch.zeros(B, T, M + 1, *block, dtype=torch.bfloat16).movedim(2, -1)
         values = torch.zeros(B, T, *block, dtype=torch.bfloat16)
-        h, last = module._forward(gates, values, h0, reset, gate)
-        module._backward(
+        h, last = triton_scans._forward(gates, values, h0, reset, gate)
+        triton_scans._backward(
             values, last, gates, values, h0, h, reset, gate, torch.empty_like(gates),
             torch.empty_like(values), summed=states,
         )  # fmt: skip

@@ -258,7 +258,7 @@ def test_nothing_to_scan(scan, backend, empty):
 
 def test_whole_numbers_are_refused():
     gates, values = torch.zeros(1, 2, 1, 1, 2), torch.ones(1, 2, 1, 1)
-    with pytest.raises(ValueError, match=r"values has dtype torch.int64; floating-point"):
+    with pytest.raises(ValueError, match=r"values has dtype torch.int64; expected floating-point"):
         block_diagonal_scan(gates, values.long())
     with pytest.raises(ValueError, match="gates has dtype"):
         block_diagonal_scan(gates.long(), values)

@@ -310,7 +310,7 @@ def test_compiles_without_a_graph_break(scan):
 
 def test_operators_keep_torch_library_rules():
     """Schema, fake shapes and strides, and autograd registration of both ops."""
-    from lrnn_lm.kernels.scan import block_diagonal, higher_order  # noqa: F401 registers them
+    from lrnn_lm.kernels.scan import triton_scans  # noqa: F401 registers them
 
     for scan, op in ((block_diagonal_scan, "bd_scan_triton"), (higher_order_scan, "h_scan_triton")):
         gates, values, h0, reset = to_device(make_inputs(scan, B=1, T=2, N=2, M=2))

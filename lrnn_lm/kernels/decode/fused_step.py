@@ -1,16 +1,15 @@
-"""One token of a few sequences through a layer in four Triton kernels: what is bound by reading weights.
+"""One token of a few sequences through a layer in four Triton kernels, whose time is that of reading weights.
 
-    mix      norm, gates and values, one step of the recurrence, whose state is written in place
-    linear   a product that adds to the residual stream, or that begins with a norm, or is a SwiGLU's two
+    mix      norm, gates and values, one step of the recurrence; the state is written in place
+    linear   (3 times) a product: after a norm, added to the residual stream, or the two of a SwiGLU
 
-A program owns some outputs, a warp some rows of weights, and takes one sequence after the other. It asks for
-its weights before it waits for the kernel ahead (programmatic dependent launch, from Hopper on), so that
-memory stays busy while one kernel hands over to the next; what another kernel writes is read after the wait.
-The factor of a norm is applied after the product: it is one a sequence.
+A program owns R outputs, a warp some rows of weights, and takes one sequence after the other. It loads its
+weights before it waits for the kernel ahead (programmatic dependent launch, from Hopper on), so that memory
+stays busy while one kernel hands over to the next. What another kernel writes is read after the wait.
 
 Legend: B sequences, D inputs, in pieces of INPUTS, R outputs (rows of weights) a program, HELD planes of
 weights that wait in registers, N blocks or channels, M block size or order, MP = M rounded up to a power of
-two; z gate logits, v values, h state. Results are [R], pieces [R, INPUTS].
+two; z gate logits, v values, h state. Results are [R], pieces of inputs or weights [R, INPUTS].
 """
 
 from typing import Any
@@ -23,21 +22,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..scan.triton_rows import coefficients
 from ..triton_device import multiprocessors, on_device, settle_cache_keys, starts_early
 
-INPUTS = 256  # a warp's copies of 16 bytes
-PROGRAMS_PER_SM = 2  # from which they share the weights out evenly
-REGISTERS = 128  # of a lane, for weights
-SHORT = 12  # registers of a lane that a plane takes where 16 warps still have room for others
+INPUTS = 256  # numbers of 2 bytes that a warp loads at once, 16 bytes a lane
+PROGRAMS_PER_SM = 2  # from this many on the weights are shared out evenly over the multiprocessors
+REGISTERS = 128  # of a lane's 255, for weights
+SHORT = 12  # registers of a lane that a plane may take in a program of 16 warps, whose lanes have only 128
 
 
 @triton.jit
 def _columns(start: tl.constexpr, INPUTS: tl.constexpr, lane):
-    """Columns of a piece, for every output: [R, INPUTS]. All tiles are made alike, so none is rearranged."""
+    """The columns of a piece, [R, INPUTS], the same for every output."""
+    # Built like every other tile, so that Triton gives all of them one layout and moves no data between
+    # lanes.
     return lane[:, None] * 0 + start + tl.arange(0, INPUTS)[None, :]
 
 
 @triton.jit
 def _pieces(at, valid, lane, D: tl.constexpr, INPUTS: tl.constexpr):
-    """What lies from `at` [R] on, D numbers, in pieces."""
+    """D numbers from each pointer of `at` [R] on, as a tuple of pieces [R, INPUTS]."""
     pieces = ()
     for start in tl.static_range(0, D, INPUTS):
         k = _columns(start, INPUTS, lane)
@@ -47,7 +48,8 @@ def _pieces(at, valid, lane, D: tl.constexpr, INPUTS: tl.constexpr):
 
 @triton.jit
 def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: tl.constexpr):
-    """A sequence's inputs in pieces, weighed by the norm, and the norm's factor, [R]."""
+    """A sequence's inputs times the norm's weights, in pieces, and 1 / RMS, [R]."""
+    # 1 / RMS is known only after the whole row: it multiplies the products instead, one number a sequence.
     pieces, squares = (), tl.zeros([lane.shape[0], INPUTS], tl.float32)
     for start in tl.static_range(0, D, INPUTS):
         k = _columns(start, INPUTS, lane)
@@ -56,7 +58,7 @@ def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: t
             wide = piece.to(tl.float32)
             squares += wide * wide
             wide *= scales[start // INPUTS].to(tl.float32)
-            # Without the norm's factor yet: large numbers that fp16 cannot hold.
+            # Before 1 / RMS numbers may be too large for fp16, so those stay in fp32.
             piece = wide if piece.dtype == tl.float16 else wide.to(piece.dtype)
         pieces = pieces + (piece,)
     return pieces, tl.rsqrt(tl.sum(squares, axis=1) / D + eps) if NORM else 1.0
@@ -64,7 +66,8 @@ def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: t
 
 @triton.jit
 def _product(x, w):
-    """[R]: a sequence's inputs times rows of weights."""
+    """[R]: a sequence's inputs times rows of weights, summed in fp32."""
+    # No tensor cores: they take 16 sequences at least, and reading weights takes longer than this.
     sums = x[0].to(tl.float32) * w[0].to(tl.float32)
     for j in tl.static_range(1, len(w)):
         sums += x[j].to(tl.float32) * w[j].to(tl.float32)
@@ -79,20 +82,22 @@ def _linear_kernel(
 ):  # fmt: skip
     """out (B, OUT) of x (B, D), weight (OUT, D), or (2 OUT, D) if GATED: silu of the first half times the
     second."""
+    # `lane` numbers outputs, [R].
     lane = tl.arange(0, R)
     row = tl.program_id(0) * R + lane
     valid = row < OUT
     at = weight + row.to(tl.int64) * D
-    if EARLY:
+    if EARLY:  # the next kernel may start now; it waits before it reads what this one writes
         gdc_launch_dependents()
+    # Weights do not depend on the kernel ahead: load them into registers while it runs.
     if HELD > 0:
         w = _pieces(at, valid, lane, D, INPUTS)
     if GATED and HELD > 1:
         w_up = _pieces(at + OUT * D, valid, lane, D, INPUTS)
     scales = _pieces(norm + lane * 0, lane >= 0, lane, D, INPUTS) if NORM else ()
     if EARLY:
-        gdc_wait()
-    for b in range(B):
+        gdc_wait()  # x and the residual are written by now
+    for b in range(B):  # weights that are not held are read again for each sequence
         inputs, factor = _inputs(x + b * D, scales, lane, eps, D, NORM, INPUTS)
         total = _product(inputs, w if HELD > 0 else _pieces(at, valid, lane, D, INPUTS)) * factor
         if GATED:
@@ -105,7 +110,8 @@ def _linear_kernel(
 
 @triton.jit
 def new_state(z, before, M: tl.constexpr, GATE: tl.constexpr, lane):
-    """h of a lane's row from M + 1 logits and a value, z, and the M numbers of its state before."""
+    """h of a lane's row, [R], from z (its M + 1 logits and its value) and the M numbers of its state
+    before."""
     f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, lane, 1)
     h = f[M] * z[M + 1]
     for j in tl.static_range(M):
@@ -115,8 +121,9 @@ def new_state(z, before, M: tl.constexpr, GATE: tl.constexpr, lane):
 
 @triton.jit
 def write_state(h, before, block, to, i, valid, N: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr):
-    """h in its place i of the state at `block`, and to the output; a WINDOW's older ones move on by one."""
-    tl.debug_barrier()  # every lane has read the state
+    """Stores h at place i of the state at `block` and in the output; a WINDOW's older values move on by
+    one."""
+    tl.debug_barrier()  # every lane must have read the state before any lane writes it
     tl.store(block + i, h, mask=valid)
     tl.store(to, h.to(to.dtype.element_ty), mask=valid)
     if WINDOW:
@@ -134,8 +141,9 @@ def _mix_kernel(
     """h of one step of BD-LRU, out (B, N M), or of H-LRU (WINDOW), out (B, M N), newest first.
 
     weight (rows (M + 2), D) and bias hold M + 1 planes of gates and one of values, rows = N M or N; state (B,
-    N, M) fp32, written in place: the rows of a block belong to one program.
+    N, M) fp32 is written in place.
     """
+    # The rows of a block belong to one program: another one could not know when the state has been read.
     ROWS: tl.constexpr = N if WINDOW else N * M
     lane = tl.arange(0, R)
     place = tl.program_id(0) * R + lane
@@ -144,7 +152,7 @@ def _mix_kernel(
     else:
         n, i = place // MP, place % MP
         valid = (n < N) & (i < M)
-    row = n if WINDOW else n * M + i
+    row = n if WINDOW else n * M + i  # [R]
     at = weight + row.to(tl.int64) * D
     if EARLY:
         gdc_launch_dependents()
@@ -159,7 +167,7 @@ def _mix_kernel(
     for b in range(B):
         inputs, factor = _inputs(x + b * D, scales, lane, eps, D, True, INPUTS)
         z = ()
-        for p in tl.static_range(M + 2):  # rounded as a projection's output is
+        for p in tl.static_range(M + 2):  # rounded to the dtype that the projection's output has elsewhere
             if p < HELD:
                 raw = _product(inputs, held[p])
             else:
@@ -176,15 +184,20 @@ settle_cache_keys(globals())
 
 
 def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tuple[int, int, int]:
-    """(outputs a program, its warps, planes held) where `least` programs are wanted; see `_launch`."""
+    """(outputs a program, its warps, planes of weights held) for at least `least` programs; see `_launch`.
+
+    count: outputs in all, `whole` of them in a row to one program; planes: rows of weights of an output, each
+    of row_bytes.
+    """
     outputs, warps = 16, 4
     while outputs > max(4, whole) and triton.cdiv(count, outputs) < least:
         outputs //= 2
-    a_row = triton.cdiv(row_bytes, 4 * 32)  # registers of a warp's lane
-    # A lane of 16 warps has 128 registers, not 255: those are for short rows only.
+    a_row = triton.cdiv(row_bytes, 4 * 32)  # registers of a lane, if a warp holds the row
+    # With 16 warps a lane has 128 registers, not 255, so they are for short rows only.
     most = 16 if a_row * outputs <= SHORT * 16 else 8
     while warps < min(outputs, most) and planes * a_row * outputs > REGISTERS * warps:
         warps *= 2
+    # Rows so long that warps alone do not make room: fewer outputs.
     while a_row <= REGISTERS and outputs > max(4, whole) and a_row * outputs > REGISTERS * warps:
         outputs //= 2
         warps = min(warps, outputs)
@@ -193,8 +206,7 @@ def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tup
 
 
 def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **options: Any) -> None:
-    """Programs for `count` outputs, `whole` of them in a row to one program, each of `planes` rows of
-    weights."""
+    """Launch programs for `count` outputs, see `plan`."""
     B, D = x.shape
     inputs = min(INPUTS, triton.next_power_of_2(D))
     outputs, warps, held = plan(

@@ -1,18 +1,19 @@
 """One token of many sequences through a layer in four Triton kernels: products of tiles on the tensor cores.
 
-    mix        gates and values, one step of the recurrence, whose state is written in place
-    normed     a product that begins with a norm, or a SwiGLU's two
+    mix        gates and values, one step of the recurrence; the state is written in place
+    normed     a product after a norm, or the two of a SwiGLU
     residual   a product that adds to the residual stream (twice a layer)
 
-What `fused_step.py` does for a few sequences. Here a program multiplies some outputs' weights with 16 or 64
-sequences. A norm needs whole rows, which no program of the product before it has: `residual`
-leaves the stream times the norm's weights and its squares summed by tile, and what begins with a norm
-multiplies its results by the factor. So inputs go from memory to the tensor cores as they lie. Where outputs
-are too few to fill the device, programs share one's inputs; the last to come adds the parts up, in order.
+`fused_step.py` does the same for a few sequences. Here a program multiplies the weights of R outputs with 16
+or 64 sequences. A norm needs the sum of squares of a whole row, which no program of the product before it
+has. So `residual` stores the stream times the norm's weights, and its squares summed by tile; the kernel
+after the norm multiplies its results by 1 / RMS. Inputs then go from memory to the tensor cores unchanged.
+Where outputs are too few to fill the device, SPLIT programs share the inputs of an output; the last of them
+to finish adds up the parts, in a fixed order.
 
-Legend: B sequences, BP of them a program, D inputs, in pieces of BLOCK, R outputs a program, PLANES of
-weights an output has (a SwiGLU two, a row of gates M + 2), FIRST + REST the same as powers of two, N blocks
-or channels, M block size or order, MP = M rounded up to a power of two.
+Legend: B sequences, BP of them a program, D inputs, in pieces of BLOCK, R outputs a program, PLANES rows of
+weights an output (2 of a SwiGLU, M + 2 of a row of gates), FIRST + REST their number as powers of two, N
+blocks or channels, M block size or order, MP = M rounded up to a power of two.
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +29,9 @@ from ..triton_device import INTERPRETED, multiprocessors, on_device, settle_cach
 from .fused_step import new_state, write_state
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
-ROWS = (16, 64)  # sequences a program: what tensor cores take at least, and at once
-WIDEST = 128  # outputs times planes of a program with 64 sequences; a larger block's has 16
-SHARED_MEMORY = 227 * 1024  # of an H100's program, where there is no device to ask
+ROWS = (16, 64)  # sequences a program: the least and the most that a tensor core's instruction takes
+WIDEST = 128  # outputs times planes of a program with 64 sequences; wider ones have 16
+SHARED_MEMORY = 227 * 1024  # bytes a program, an H100's; used where there is no device to ask
 
 
 @triton.jit
@@ -38,7 +39,8 @@ def _rows(
     first, count, plane, PLANES: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, MP: tl.constexpr,
     M: tl.constexpr,
 ):  # fmt: skip
-    """Rows of weights, [R PADDED], an output's planes side by side from `plane` on, and which there are."""
+    """([R PADDED] rows of weights, which of them exist): PADDED planes of each output, from `plane` on."""
+    # tl.arange and tl.dot take powers of two only, so planes and blocks are padded, and padding is masked.
     e = tl.arange(0, R * PADDED)
     place, p = first + e // PADDED, plane + e % PADDED
     row = place // MP * M + place % MP
@@ -47,6 +49,7 @@ def _rows(
 
 @triton.jit
 def _dot(x, w, sums):
+    """sums [BP, rows] + x [BP, BLOCK] times w [rows, BLOCK] transposed, in fp32."""
     if WIDEN:
         return tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), sums, input_precision="ieee")
     else:
@@ -59,8 +62,9 @@ def _products(
     D: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
     STAGES: tl.constexpr, MP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """x (B, D) times weights, over LENGTH inputs from `begin` on: [BP, R FIRST] and, of the planes that are
-    left, [BP, R REST], planes innermost."""
+    """x (B, D) times weights, over LENGTH inputs from `begin` on: [BP, R FIRST], and [BP, R REST] of the
+    planes that are left; planes innermost."""
+    # Two products because M + 2 is rarely a power of two: 6 planes as 4 + 2, not as 8.
     b = tl.program_id(1) * BP + tl.arange(0, BP)
     row, there = _rows(first, count, 0, PLANES, R, FIRST, MP, M)
     at = weight + row.to(tl.int64) * D
@@ -71,6 +75,7 @@ def _products(
         sums = sums + (tl.zeros([BP, R * REST], tl.float32),)
     for start in tl.range(0, LENGTH, BLOCK, num_stages=STAGES):
         k = begin + start + tl.arange(0, BLOCK)
+        # Where all pieces are whole the mask is constant, and the compiler drops it.
         inside = k >= 0 if D % BLOCK == 0 and D % LENGTH == 0 else k < D
         piece = tl.load(x + b[:, None] * D + k[None, :], mask=(b < B)[:, None] & inside[None, :], other=0.0)
         w = tl.load(at[:, None] + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
@@ -84,7 +89,7 @@ def _products(
 
 @triton.jit
 def _planes(sums, FIRST: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr):
-    """FIRST + REST blocks [LANES] of what `_products` returns, a lane a sequence and output."""
+    """The results of `_products` as FIRST + REST blocks [LANES], one lane for a sequence and output."""
     planes = unstack(tl.reshape(sums[0], [1, LANES * FIRST]), 1, LANES, FIRST)
     if REST > 0:
         planes = planes + unstack(tl.reshape(sums[1], [1, LANES * REST]), 1, LANES, REST)
@@ -93,7 +98,8 @@ def _planes(sums, FIRST: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _squares_of(squares, B, BP: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr):
-    """A program's sequences' squares, [BP, PADDED]: asked for before the products, and used after."""
+    """The squares of a program's sequences by tile, [BP, PADDED]."""
+    # Loaded before the products and used after them, so that nobody waits for memory in between.
     b, tile = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, PADDED)
     there = (b < B)[:, None] & (tile < TILES)[None, :]
     return tl.load(squares + b[:, None] * TILES + tile[None, :], mask=there, other=0.0)
@@ -107,8 +113,7 @@ def _residual_kernel(
 ):  # fmt: skip
     """out = residual + x W^T, scaled = out times the next norm's weights, squares (B, TILES) of out.
 
-    parts (tiles, SPLIT, BP, R) fp32 and arrivals (tiles,), zero before and after, are for programs that share
-    outputs.
+    parts (tiles, SPLIT, BP, R) fp32 and arrivals (tiles,), zero before and after, are for SPLIT > 1.
     """
     tile, share = tl.program_id(0), tl.program_id(2)
     row = tile * R + tl.arange(0, R)
@@ -119,24 +124,26 @@ def _residual_kernel(
     sums = _products(
         x, weight, tile * R, share * LENGTH, B, OUT, 1, 1, 0, D, R, BP, BLOCK, LENGTH, STAGES, 1, 1
     )  # fmt: skip
-    total, last = sums[0], True
+    total, last = sums[0], True  # [BP, R]
     if SPLIT > 1:
         place = tl.program_id(1) * TILES + tile
         part = parts + place * (SPLIT * BP * R) + tl.arange(0, BP)[:, None] * R + tl.arange(0, R)[None, :]
         tl.store(part + share * (BP * R), total)
-        tl.debug_barrier()  # every lane's part is there before it is announced
+        tl.debug_barrier()  # all lanes must have stored their part before it is announced
         last = tl.atomic_add(arrivals + place, 1, sem="acq_rel") == SPLIT - 1
     if last:
         if SPLIT > 1:
+            # In order of the parts, not of arrival: two runs give the same bits.
             total = tl.zeros([BP, R], tl.float32)
             for s in tl.static_range(SPLIT):
-                total += tl.load(part + s * (BP * R), cache_modifier=".cg")
-            tl.store(arrivals + place, 0)
+                total += tl.load(part + s * (BP * R), cache_modifier=".cg")  # past L1, which may be stale
+            tl.store(arrivals + place, 0)  # for the next kernel
         mask = (b < B)[:, None] & (row < OUT)[None, :]
         to = b[:, None] * OUT + row[None, :]
         total += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
         rounded = total.to(out.dtype.element_ty)
         tl.store(out + to, rounded, mask=mask)
+        # Squares of the rounded numbers: those are what the next layer reads, and what a plain norm squares.
         wide = tl.where(mask, rounded.to(tl.float32), 0.0)
         weights = tl.load(norm + row, mask=row < OUT, other=0.0).to(tl.float32)
         tl.store(scaled + to, (wide * weights[None, :]).to(rounded.dtype), mask=mask)
@@ -162,7 +169,7 @@ def _normed_kernel(
     sums = _products(
         x, weight, first, 0, B, OUT, PLANES, PLANES, 0, D, R, BP, BLOCK, LENGTH, STAGES, 1, 1
     )  # fmt: skip
-    factor = tl.rsqrt(tl.sum(of_tiles, axis=1) / D + eps)
+    factor = tl.rsqrt(tl.sum(of_tiles, axis=1) / D + eps)  # [BP], 1 / RMS
     sums = _planes((sums[0] * factor[:, None],), PLANES, 0, BP * R)
     total = sums[0]
     if GATED:
@@ -180,17 +187,19 @@ def _mix_kernel(
     """h of one step of BD-LRU, out (B, N M), or of H-LRU (WINDOW), out (B, M N), newest first.
 
     weight (rows (M + 2), D) and bias hold M + 1 planes of gates and one of values, rows = N M or N; state (B,
-    N, M) fp32, written in place: the rows of a block belong to one program.
+    N, M) fp32 is written in place.
     """
-    COUNT: tl.constexpr = N if WINDOW else N * M
-    TAPS: tl.constexpr = 1 if WINDOW else M
-    GROUP: tl.constexpr = 1 if WINDOW else MP
+    # The rows of a block belong to one program: another one could not know when the state has been read.
+    COUNT: tl.constexpr = N if WINDOW else N * M  # rows
+    TAPS: tl.constexpr = 1 if WINDOW else M  # rows of a block
+    GROUP: tl.constexpr = 1 if WINDOW else MP  # and with padding
     first = tl.program_id(0) * R
     lane = tl.arange(0, BP * R)
     b, place = tl.program_id(1) * BP + lane // R, first + lane % R
     n, i = place // GROUP, place % GROUP
     valid = (n < N) & (i < TAPS) & (b < B)
-    # Every lane's block at once, and before the wait: see `mix_step`.
+    # The state of every lane's block, [1, BP R MP], in one load and before the wait; `mix_step` says what
+    # that asks of the caller.
     e = tl.arange(0, BP * R * MP)
     j, of = e % MP, e // MP
     of_b, of_n = tl.program_id(1) * BP + of // R, (first + of % R) // GROUP
@@ -213,7 +222,7 @@ def _mix_kernel(
     if REST > 0:
         logits = logits + (sums[1] * factor + offsets_rest.to(tl.float32)[None, :],)
     raw, z = _planes(logits, FIRST, REST, BP * R), ()
-    for p in tl.static_range(M + 2):  # rounded as a projection's output is
+    for p in tl.static_range(M + 2):  # rounded to the dtype that the projection's output has elsewhere
         z = z + (raw[p].to(out.dtype.element_ty).to(tl.float32),)
     before = unstack(states, 1, BP * R, MP)
     h = new_state(z, before, M, GATE, lane)
@@ -225,23 +234,22 @@ settle_cache_keys(globals())
 
 
 class Stream(NamedTuple):
-    """The residual stream on its way to a norm: x (B, D), x times the norm's weights, (B, D), and squares of
-    x summed by tile, (B, tiles) fp32."""
+    """The residual stream before a norm."""
 
-    x: Tensor
-    scaled: Tensor
-    squares: Tensor
+    x: Tensor  # (B, D)
+    scaled: Tensor  # (B, D), x times the norm's weights
+    squares: Tensor  # (B, tiles) fp32, squares of x summed by tile
 
 
 class Workspace:
-    """Where programs that share outputs leave their parts: of one step, whose kernels run one by one."""
+    """Scratch memory of programs that share outputs; for one step at a time, whose kernels run one by one."""
 
     def __init__(self, device: torch.device) -> None:
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.parts = torch.empty(1, dtype=torch.float32, device=device)
 
     def sized(self, tiles: int, elements: int) -> tuple[Tensor, Tensor]:
-        """parts and arrivals for so many tiles of `elements` numbers."""
+        """parts and arrivals for `tiles` tiles of `elements` numbers each."""
         if tiles > self.arrivals.numel():
             self.arrivals = self.arrivals.new_zeros(tiles)
         if tiles * elements > self.parts.numel():
@@ -250,18 +258,18 @@ class Workspace:
 
 
 class Plan(NamedTuple):
-    """outputs: R; rows: BP; block: inputs a piece; split: programs that share outputs; stages: pieces in
-    flight and at work; warps a program."""
+    """How a kernel is launched; see the legend."""
 
-    outputs: int
-    rows: int
-    block: int
-    split: int
-    stages: int
-    warps: int
+    outputs: int  # R
+    rows: int  # BP
+    block: int  # inputs a piece
+    split: int  # programs that share outputs
+    stages: int  # pieces in flight, and the one at work
+    warps: int  # a program
 
 
-# What a sweep at 212M (D 768) on an H100 liked best, for 16 and for 64 sequences alike.
+# The fastest of a sweep at 212M (D 768) on an H100, for 16 and for 64 sequences alike; 0 is filled in by
+# `plan`.
 MIX = Plan(0, 0, 128, 1, 4, 8)  # outputs: as many as make WIDEST
 GATED = Plan(16, 0, 128, 1, 6, 4)
 HEAD = Plan(128, 0, 64, 1, 4, 4)
@@ -269,8 +277,11 @@ RESIDUAL = Plan(32, 0, 128, 0, 5, 4)
 
 
 def plan(like: Plan, B: int, D: int, count: int, planes: int, itemsize: int, device: torch.device) -> Plan:
-    """`like` for B sequences and `count` outputs of so many planes (padded): with rows, a split where that is
-    0, and as many stages as the device's shared memory holds, a piece each."""
+    """`like` with rows, split and stages filled in, for B sequences and `count` outputs of `planes` planes.
+
+    A split of 0 becomes as many as fill the device; stages are at most those whose pieces fit in shared
+    memory.
+    """
     least, most = ROWS
     rows = least if least >= B or like.outputs * planes > WIDEST else most
     split, pieces = like.split, triton.cdiv(D, like.block)
@@ -284,23 +295,24 @@ def plan(like: Plan, B: int, D: int, count: int, planes: int, itemsize: int, dev
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of it that a program may have."""
+    """Bytes of shared memory that a program may have."""
     if device.type != "cuda":
         return SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _launch(kernel, plan: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
+def _launch(kernel, how: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
     B, D = x.shape
-    pieces = triton.cdiv(triton.cdiv(D, plan.block), plan.split)
-    # Programs that come early sit where there is room, not evenly: it pays where each has much to do.
-    early = plan.rows == ROWS[1] and starts_early(x.device)
+    pieces = triton.cdiv(triton.cdiv(D, how.block), how.split)
+    # Programs that start early are placed where there is room, not evenly. That pays only where each has much
+    # to do, with 64 sequences.
+    early = how.rows == ROWS[1] and starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
-        kernel[(triton.cdiv(count, plan.outputs), triton.cdiv(B, plan.rows), plan.split)](
-            x, *tensors, B, D=D, R=plan.outputs, BP=plan.rows, BLOCK=plan.block, LENGTH=pieces * plan.block,
-            STAGES=plan.stages, EARLY=early, num_warps=plan.warps, enable_fp_fusion=True, **options,
+        kernel[(triton.cdiv(count, how.outputs), triton.cdiv(B, how.rows), how.split)](
+            x, *tensors, B, D=D, R=how.outputs, BP=how.rows, BLOCK=how.block, LENGTH=pieces * how.block,
+            STAGES=how.stages, EARLY=early, num_warps=how.warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
 
 

@@ -1,19 +1,17 @@
-"""BD-LRU in Triton: fused forward and analytic backward, gate function inside, no A and no dA in memory.
+"""BD-LRU in Triton: fused forward and analytic backward; neither A nor dA is ever in memory.
 
-One lane owns P rows of one block (or of P blocks, for M = 1) of one sequence, one warp a program. Steps go in
-groups: tiles [STEPS, rows] of gates and values arrive in shared memory some groups ahead, by asynchronous
-copies of 16 bytes; a lane takes its rows out, normalises them without speaking to anyone, and walks through
-the steps, where the block's state is exchanged by warp shuffles. See README.md beside this for the
-derivation, the bytes moved, and when time is cut into chunks.
+A program is one warp. A lane owns P rows of one block (for M = 1: of P blocks) of one sequence. Steps go in
+groups. Tiles [STEPS, rows] of gates and values arrive in shared memory some groups ahead, by asynchronous
+copies of 16 bytes. A lane takes its rows out, normalises them alone, then walks through the steps, where the
+lanes of a block exchange its state by warp shuffles. ../README.md has the derivation, the bytes moved, and
+when time is cut into chunks.
 
-Any strides are read; memory (B, T, M+1, N, M), i.e. M+1 planes each laid out like the values, is the fast
-one.
+Any strides are read. Memory (B, T, M+1, N, M), M+1 planes each laid out like the values, is the fast order.
 
 Legend: B batch, T time, N blocks, M block size, MP = M rounded up to a power of two, P rows a lane, q = a
-lane's place among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program; z gate logits, v
-values, h state, g = dL/dh from outside, s = dL/dh in all, u = A^T s of the step after. Lane blocks are
-[WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]; what is kept a step, a row or a gate is a flat
-tuple of lane blocks.
+lane's index among the SHARE lanes of its row, TAPS = M / SHARE, WIDTH lanes a program; z gate logits, v
+values, h state, g = dL/dh from outside, s = the whole dL/dh, u = A^T s of the step after. Lane blocks are
+[WIDTH], row blocks [WIDTH * P], tiles [STEPS, WIDTH * P]. A tuple is flat, a lane block each.
 """
 
 import triton
@@ -43,16 +41,14 @@ def _place(
     tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
     WIDTH: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are: (b, chunk, n, i, q, spot, valid), the last five [WIDTH * P].
-
-    spot = n M + i. Rows past the end are not valid; their indices stay inside the tensors.
-    """
+    """The rows of this program: (b, chunk, n, i, q, spot = n M + i, valid), the last five [WIDTH * P]."""
+    # Programs of neighbouring rows come first, so that those of one chunk read neighbouring memory.
     pid = tl.program_id(0)
     row, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
     outer = pid // tiles
     b, chunk = wide(outer // n_chunks), outer % n_chunks
-    n, i = row // MP, row % MP
-    if MP == M:  # rows lie one after the other: their loads are wide
+    n, i = row // MP, row % MP  # a block has MP lanes' rows, so that it never straddles two warps
+    if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
         spot, valid = row, row < N * M
     else:
         spot, valid = n * M + i, (n < N) & (i < M)
@@ -61,7 +57,8 @@ def _place(
 
 @triton.jit
 def _offsets(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
-    """Of rows in a tensor with these strides; in the unbroken order that the compiler can see to be so."""
+    """[WIDTH * P] offsets of rows in a tensor with strides S_N, S_I of blocks and rows."""
+    # spot * S_I is the same number where rows are contiguous, but only that form shows it to the compiler.
     return spot * S_I if S_N == S_I * M else n * S_N + i * S_I
 
 
@@ -70,9 +67,9 @@ def _of_block(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl
     """What tap k of a lane's row p multiplies; h is the state, P lane blocks."""
     if M == 1:
         return h[p]
-    elif M == P:
+    elif M == P:  # the whole block is in one lane: no exchange
         return h[k]
-    else:
+    else:  # row k of the block is value k % P of its lane k // P: one warp shuffle
         return tl.gather(h[k % P], first + k // P, 0)
 
 
@@ -83,15 +80,16 @@ def _forward_group(
     MP: tl.constexpr, SHARE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """Stores h of STEPS steps from t and returns the state after them."""
+    """Stores h of STEPS steps from t and returns the state after them, P lane blocks."""
     TAPS: tl.constexpr = M // SHARE
+    # All gates of the group are normalised before the first step: only the state's own chain is sequential.
     _, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
     v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    first = lane - lane % (MP // P if M > 1 else 1)  # of the block's lanes
+    first = lane - lane % (MP // P if M > 1 else 1)  # the block's first lane
     if SHARE > 1:
-        first += q * TAPS
+        first += q * TAPS  # lane q of a row multiplies taps q TAPS and on
     terms = entering(f, v, q, TAPS, STEPS * P, SHARE)
     states = ()
     for s in tl.static_range(STEPS):
@@ -100,7 +98,7 @@ def _forward_group(
         after = ()
         for p in tl.static_range(P):
             even = terms[s * P + p]
-            odd = tl.zeros_like(even)  # two sums: half the latency where M is large
+            odd = tl.zeros_like(even)  # two running sums halve the chain of dependent additions
             for k in tl.static_range(TAPS):
                 x = _of_block(h, k, p, first, M, P)
                 if k % 2 == 0:
@@ -109,7 +107,7 @@ def _forward_group(
                     odd += f[(k * STEPS + s) * P + p] * x
             after = after + (sum_of_row(even + odd, lane, SHARE) * scale[s * P + p],)
         h = after
-        states = states + h
+        states = states + h  # stored once a group, as a tile
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
     return h
 
@@ -127,26 +125,29 @@ def forward_kernel(
 
     gates (B, T, N, M, K), values (B, T, N, M) of any strides; flags (B, T) int32, nonzero where a document
     starts; start (B, n_chunks, N, M) fp32; out: h_out (B, T, N, M), a step H_T apart and else contiguous,
-    last (B, N, M) fp32, contiguous. If M = MP, columns up to COLUMNS are read and written: a mask
-    that ends between two copies of 16 bytes would make all of them narrower.
+    last (B, N, M) fp32, contiguous. If M = MP, columns up to COLUMNS are read and written.
     """
     NM: tl.constexpr = N * M
     b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
+    # [WIDTH * P] pointers. The batch's offset is the one stride that is no constant: without `multiple_of`
+    # loads would be one element wide and not prefetched.
     a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
     z_at = a_at + (q * (M // SHARE) - M) * G_K  # this lane's taps
     v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
     h_at = h_out + b * T * H_T + spot
     flags_at = flags + b * T if HAS_RESET else flags
+    # Columns of padding are read and written too: a mask that ends inside a copy of 16 bytes makes all copies
+    # narrower.
     padded = spot < COLUMNS if MP == M else valid
     padded, writes, valid = padded[None, :], (padded & (q == 0))[None, :], valid[None, :]
     if HAS_START:
         h = tl.load(start + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0)
     else:
         h = tl.zeros([1, WIDTH * P], tl.float32)
-    h = unstack(h, 1, WIDTH, P)
+    h = unstack(h, 1, WIDTH, P)  # P lane blocks
     full = (end - t) // STEPS * STEPS + t
     z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
     h_many = tile_of(h_at, H_T, STEPS)
@@ -155,7 +156,7 @@ def forward_kernel(
             h, z_many, a_many, v_many, flags_at, h_many, wide(t_group), padded, writes, q, lane,
             G_T, G_K, V_T, H_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
-    for t_one in range(full, end):
+    for t_one in range(full, end):  # the steps after the last whole group, one at a time
         h = _forward_group(
             h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), padded,
             writes, q, lane, G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
@@ -169,9 +170,9 @@ def _handed_back(
     scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     STEPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """u = A_t^T s_t of a lane's rows, (P,), from s / S at step s; where rows are shared, of lane k's tap."""
+    """u = A_t^T s_t of a lane's rows, (P,), from scaled = s / S at step s; if SHARE > 1, of lane k's tap."""
     owed = ()
-    if M == 1:
+    if M == 1:  # A is a number
         for p in tl.static_range(P):
             owed = owed + (scaled[p] * f[s * P + p],)
     else:
@@ -180,6 +181,7 @@ def _handed_back(
             for p in tl.static_range(1, P):
                 part += scaled[p] * f[(k * STEPS + s) * P + p]
             owed = owed + (part,)
+        # u_j = sum_i A_ij s_i runs over the block's rows, which are in other lanes.
         owed = sum_over_rows(owed, lane, TAPS, MP, P)
     return owed
 
@@ -194,37 +196,39 @@ def _backward_group(
 ):  # fmt: skip
     """Stores dz and dv of STEPS steps from t, last to first; returns u before them, and the sums after.
 
-    h_at points to the step before the one that the other pointers point to.
+    h_at points one step before the other pointers, at h_{t-1}.
     """
     TAPS: tl.constexpr = M // SHARE
+    # [STEPS, WIDTH * P] tiles of gates, values, dL/dh and the state before each step.
     z, f, scale = gate_rows(z_at, a_at, t, padded, lane, G_T, G_K, TAPS, STEPS, WIDTH, P, GATE, SHARE)
     v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     g = unstack(tl.load(o_at + t * O_T, mask=valid, other=0.0), STEPS, WIDTH, P)
-    inside = t + tl.arange(0, STEPS)[:, None] > 0
+    inside = t + tl.arange(0, STEPS)[:, None] > 0  # before step 0 lies h0, not h_out
     before = tl.load(h_at + t * H_T, mask=padded & inside, other=0.0).to(tl.float32)
     before = unstack(tl.where(inside, before, h_start), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    block = lane - lane % (MP // P if M > 1 else 1)  # the first lane of the block's
+    block = lane - lane % (MP // P if M > 1 else 1)  # the block's first lane
     SPAN: tl.constexpr = WARP // SHARE
     scaled = ()  # s / S of the steps that are done, the latest first
     for s in tl.static_range(STEPS - 1, -1, -1):
         now = ()
         for p in tl.static_range(P):
-            total = g[s * P + p] + u[p]
-            if M < MP:
+            total = g[s * P + p] + u[p]  # s_t
+            if M < MP:  # lanes without a row must not add to the block's sums
                 total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
             now = now + (total * scale[s * P + p],)
         scaled = now + scaled
         u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
-        if SHARE > 1:  # lane k of part q holds the sum of tap q TAPS + k; row i's is wanted in all parts
-            row = tl.minimum(i, M - 1)  # of lanes without a row, any
+        if SHARE > 1:  # lane k of part q holds u of row q TAPS + k; every lane of row i needs that of row i
+            row = tl.minimum(i, M - 1)  # lanes without a row read any
             u = (tl.gather(u[0], block + (row // TAPS - q) * SPAN + row % TAPS, 0),)
         if HAS_RESET:
             u = cleared(u, flags[s], P)
     if SHARE > 1:
         block += q * TAPS
-    x = ()  # flat as f
+    # The gates' gradient is local once s is known, so it is taken for the whole group at once.
+    x = ()  # h_{t-1} of the block's rows, flat as f
     for k in tl.static_range(TAPS):
         for s in tl.static_range(STEPS):
             of = ()
@@ -256,12 +260,11 @@ def backward_kernel(
 ):  # fmt: skip
     """dz, dv of one chunk of time, and u before it, from h and from u after it; all lanes walk back in time.
 
-    gates, values, flags as in the forward pass, grad (B, T, N, M) of any strides (O_), h_in (B, T, N, M) as
-    h_out there, start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates
-    (B, T, N, M, K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start
-    (B, N, M) fp32 = dL/dh0. If M = MP, columns up to COLUMNS are read, of grad those of rows, and
-    written, zeros beyond N M. HAS_SUMS: sums_out (B, n_chunks, M+1, COLUMNS) fp32 is dz summed over a
-    chunk's steps.
+    gates, values, flags as in the forward pass, grad (B, T, N, M) of any strides (O_), h_in as h_out there,
+    start (B, N, M) fp32 = h0, stop (B, n_chunks, N, M) fp32 = u after each chunk; out: d_gates (B, T, N, M,
+    K) of any strides (D_), d_values (B, T, N, M), a step E_T apart and else contiguous, d_start (B, N, M)
+    fp32 = dL/dh0. If M = MP, columns up to COLUMNS are written, zeros beyond N M. HAS_SUMS: sums_out (B,
+    n_chunks, M+1, COLUMNS) fp32 is dz summed over a chunk's steps, the gradient of the gates' bias.
     """
     NM: tl.constexpr = N * M
     b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
@@ -276,7 +279,8 @@ def backward_kernel(
     dz_at = da_at + (q * (M // SHARE) - M) * D_K
     h_at, dv_at = h_in + b * T * H_T + spot, d_values + b * T * E_T + spot
     flags_at = flags + b * T if HAS_RESET else flags
-    # Rows past the end have dL/dh = 0, which makes their gradients zero: what planes are padded with.
+    # grad is masked to real rows, so rows past the end have dL/dh = 0 and their gradients are written as
+    # zeros: the gradient of a plane's padding must be zero.
     padded = (spot < COLUMNS if MP == M else valid)[None, :]
     own, valid = (q == 0)[None, :], valid[None, :]
     u = unstack(tl.load(stop + (b * n_chunks + c) * NM + spot[None, :], mask=valid, other=0.0), 1, WIDTH, P)
@@ -285,6 +289,7 @@ def backward_kernel(
     else:
         h_start = tl.zeros([1, WIDTH * P], tl.float32)
 
+    # Added up here, in registers: summing dz afterwards would read half of what this kernel moves once more.
     sums = ()
     if HAS_SUMS:
         for _ in tl.static_range((M // SHARE + 1) * P):
@@ -305,6 +310,7 @@ def backward_kernel(
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
             HAS_SUMS,
         )  # fmt: skip
+    # Groups are taken from the chunk's end, so single steps are left over at its beginning.
     for back in range((end - begin) % STEPS):
         u, sums = _backward_group(
             u, sums, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T,

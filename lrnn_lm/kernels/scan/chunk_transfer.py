@@ -1,14 +1,15 @@
-"""What a chunk of time does to the state, for scans whose batch is too small to fill a device (Triton).
+"""What a chunk of time does to the state (Triton), for scans whose batch is too small to fill a device.
 
-A chunk is an affine map of the state before it: x -> P x + q. One lane owns one block (or one channel and
-some columns of P) of one chunk and keeps P in registers; blocks above 8 have a warp each. Going back in time
-the same P appears transposed:
+A chunk is an affine map of the state before it, x -> P x + q, so chunks can be computed side by side and
+joined afterwards. A lane owns one block (or one channel and some columns of P) of one chunk and keeps P in
+registers; blocks above 8 have a warp each. Going back in time the same P appears transposed:
 
     forward    P = A_t .. A_begin,   q = h at the end of the chunk from a zero state
     backward   P^T,                  q = sum_t (A_t .. A_begin)^T g_t
 
-Legend: B batch, T time, N blocks or channels, M block size or order, C chunks, K = M + 1; z gate logits, g =
-dL/dh. Blocks are [BLOCK], one block or channel a lane.
+Legend: B batch, T time, N blocks or channels, M block size or order, C chunks, K = M + 1, MP = M rounded up
+to a power of two; z gate logits, g = dL/dh. Lane blocks are [WIDTH], one block or channel a lane; tiles are
+[STEPS, WIDTH * MP].
 """
 
 import torch
@@ -38,29 +39,30 @@ def _block_group(
     STEPS: tl.constexpr, WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """P, flat [i M + k], and after it q of the blocks' lanes, STEPS steps on."""
+    """P, flat [i M + k], followed by q, [i], STEPS steps on: M M + M lane blocks."""
+    # MP rows a lane: the whole block is in one lane, and nothing is exchanged.
     _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, MP, GATE, 1)
     x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, MP)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
-        if HAS_RESET:
+        if HAS_RESET:  # a start cuts the chunk's map; REVERSE keeps q, a sum over the steps before it too
             before = cleared(pq, flags[s], M * M if REVERSE else M * M + M)
             pq = before + pq[M * M :] if REVERSE else before
         new_p, new_q = (), ()
-        for i in tl.static_range(M):
+        for i in tl.static_range(M):  # P = A_t P, M^3 multiply-adds
             for k in tl.static_range(M):
                 total = f[s * MP + i] * pq[k]
                 for j in tl.static_range(1, M):
                     total += f[(j * STEPS + s) * MP + i] * pq[j * M + k]
                 new_p = new_p + (total * scale[s * MP + i],)
         for i in tl.static_range(M):
-            if REVERSE:
+            if REVERSE:  # q += P^T g_t
                 total = pq[M * M + i]
                 for j in tl.static_range(M):
                     total += new_p[j * M + i] * x[s * MP + j]
                 new_q = new_q + (total,)
-            else:
+            else:  # q = A_t q + a0_t v_t
                 total = f[(M * STEPS + s) * MP + i] * x[s * MP + i]
                 for j in tl.static_range(M):
                     total += f[(j * STEPS + s) * MP + i] * pq[M * M + j]
@@ -82,21 +84,22 @@ def block_transfer_kernel(
     REVERSE writes the chunks last first and P transposed: what a scan over `out` in order needs.
     """
     pid = tl.program_id(0)
-    place = (pid % tiles) * (WIDTH * MP) + tl.arange(0, WIDTH * MP)
+    place = (pid % tiles) * (WIDTH * MP) + tl.arange(0, WIDTH * MP)  # rows, MP a block
     lane = tl.arange(0, WIDTH)
     b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
     n, i = place // MP, place % MP
-    if MP == M:
+    if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
         spot, valid = place, (place < N * M)[None, :]
     else:
         spot, valid = n * M + i, ((n < N) & (i < M))[None, :]
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
+    # [WIDTH * MP] pointers; the alignment of the batch's offset lets loads be wide and prefetched.
     z_at = gates + tl.multiple_of(b * g_b, ALIGN) + (spot * G_I if G_N == G_I * M else n * G_N + i * G_I)
     a_at = z_at + M * G_K
     x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + (spot * X_I if X_N == X_I * M else n * X_N + i * X_I)
     flags_at = flags + b * T if HAS_RESET else flags
-    pq = ()
+    pq = ()  # the identity, and q = 0
     for j in tl.static_range(M * M + M):
         pq = pq + (tl.full([WIDTH], 1.0 if j < M * M and j % (M + 1) == 0 else 0.0, tl.float32),)
     full = (end - begin) // STEPS * STEPS + begin
@@ -112,6 +115,7 @@ def block_transfer_kernel(
             G_T, G_K, X_T, M, MP, 1, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
     block = (pid % tiles) * WIDTH + lane
+    # Planes (K, N, M), as the scan over chunks reads them like any projection's gates.
     to = n_chunks - 1 - c if REVERSE else c
     out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + block * M)
     for i in tl.static_range(M):
@@ -123,8 +127,8 @@ def block_transfer_kernel(
 
 @triton.jit
 def _normalised(z, a, inside, GATE: tl.constexpr):
-    """Rows of gates z [MP, MP] and input gates a [MP] normalised; `inside`: which of z there are."""
-    if GATE == "softmax":
+    """Gates z [MP, MP], a row each, and input gates a [MP], normalised; `inside` [MP, MP]: real entries."""
+    if GATE == "softmax":  # the largest logit is subtracted before exp, which overflows fp32 at 89
         z = tl.where(inside, z, float("-inf"))
         top = tl.maximum(tl.max(z, axis=1), a)
         f, f_in = tl.exp2((z - top[:, None]) * LOG2E), tl.exp2((a - top) * LOG2E)
@@ -144,6 +148,7 @@ def wide_block_transfer_kernel(
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """`block_transfer_kernel` for M above 8: a warp a block, P [MP, MP], one product of matrices a step."""
+    # M^2 values of P above 64 do not fit in one lane's registers.
     pid = tl.program_id(0)
     n = pid % N
     b, c = wide(pid // N // n_chunks), pid // N % n_chunks
@@ -154,19 +159,19 @@ def wide_block_transfer_kernel(
     a_at = gates + tl.multiple_of(b * g_b, ALIGN) + n * G_N + i * G_I + M * G_K
     z_at = a_at[:, None] + (k - M)[None, :] * G_K
     x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + n * X_N + i * X_I
-    p = tl.where(i[:, None] == k[None, :], 1.0, 0.0)
+    p = tl.where(i[:, None] == k[None, :], 1.0, 0.0)  # [MP, MP]
     q = tl.zeros([MP], tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
         t = wide(step)
         z = tl.load(z_at + t * G_T, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
         x = tl.load(x_at + t * X_T, mask=row, other=0.0).to(tl.float32)
-        f, f_in = _normalised(z, a, inside, GATE)
-        if HAS_RESET:  # not by a product with zero: what another document left may be NaN
+        f, f_in = _normalised(z, a, inside, GATE)  # [MP, MP], [MP]
+        if HAS_RESET:  # a select, not a product with zero: the state of the document before may be NaN
             starts = tl.load(flags + b * T + t) != 0
             p = tl.where(starts, 0.0, p)
             q = q if REVERSE else tl.where(starts, 0.0, q)
-        p = tl.dot(f, p, input_precision="ieee")
+        p = tl.dot(f, p, input_precision="ieee")  # fp32: tf32 would lose 13 bits at every step
         if REVERSE:
             q += tl.sum(p * x[:, None], axis=0)
         else:
@@ -185,28 +190,28 @@ def _channel_group(
     WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The windows, flat [column M + i], and q of the channels' lanes, STEPS steps on."""
+    """The windows, flat [column M + i], and q, STEPS steps on: lane blocks, one channel a lane."""
     _, f, scale = gate_rows(z_at, a_at, t, valid, lane, G_T, G_K, M, STEPS, WIDTH, 1, GATE, 1)
     x = unstack(tl.load(x_at + t * X_T, mask=valid, other=0.0), STEPS, WIDTH, 1)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
-        if HAS_RESET:  # a start drops every tap: nothing of the older windows may come back later either
+        if HAS_RESET:  # a start drops every tap, so that nothing older comes back at a later step
             windows = cleared(windows, flags[s], COLUMNS * M)
             if not REVERSE:
                 q = cleared(q, flags[s], M)
         new, new_q = (), ()
-        for k in tl.static_range(COLUMNS):
+        for k in tl.static_range(COLUMNS):  # each column is a scan of its own, without input
             total = f[s] * windows[k * M]
             for i in tl.static_range(1, M):
                 total += f[i * STEPS + s] * windows[k * M + i]
             total *= scale[s]
             new = new + (total,)
-            for i in tl.static_range(M - 1):
+            for i in tl.static_range(M - 1):  # the window shifts by renaming registers
                 new = new + (windows[k * M + i],)
             if REVERSE:
                 new_q = new_q + (q[k] + total * x[s],)
-        if not REVERSE:
+        if not REVERSE:  # q is one more window, with the input
             total = f[M * STEPS + s] * x[s]
             for i in tl.static_range(M):
                 total += f[i * STEPS + s] * q[i]
@@ -228,12 +233,11 @@ def channel_transfer_kernel(
     WIDTH: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr, HAS_RESET: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows; program axis 1 =
-    columns.
+    """H-LRU: COLUMNS columns of P, and q, of one chunk, by as many scans from unit windows.
 
     x_in (B, T, N) is v, or g if REVERSE; out (B, C, K, N, M) fp32 as in `block_transfer_kernel`. The state is
-    the window of the last M values, newest first; q is one more scan forward, and sum_t g_t h_t of each
-    column backward.
+    the window of the last M values, newest first. q is one more scan forward, and sum_t g_t h_t of each
+    column backward. Program axis 1 runs over groups of columns.
     """
     pid = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
@@ -271,13 +275,13 @@ def channel_transfer_kernel(
     out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + n * M)
     for k in tl.static_range(COLUMNS):
         column = group * COLUMNS + k
-        own = (n < N) & (lane * 0 + column < M)
+        own = (n < N) & (lane * 0 + column < M)  # [WIDTH]; the last group of columns may be short
         if REVERSE:
             tl.store(out_at + M * (N * M) + column, q[k], mask=own)
         for i in tl.static_range(M):
             at = i * (N * M) + column if REVERSE else column * (N * M) + i
             tl.store(out_at + at, windows[k * M + i], mask=own)
-    if not REVERSE:
+    if not REVERSE:  # every group of columns has computed the same q; the first one stores it
         for i in tl.static_range(M):
             tl.store(out_at + M * (N * M) + i, q[i], mask=inside & (lane * 0 + group == 0))
 
@@ -286,10 +290,11 @@ def _transfer(
     kernel, gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int,
     reverse: bool, rows: int, columns_axis: int, **options,
 ) -> Tensor:  # fmt: skip
-    """Launch one of the two, `rows` rows a lane; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
+    """Launch a kernel with `rows` rows a lane; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
     B, T, N = x.shape[:3]
     M = gates.shape[-1] - 1
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
+    # The interpreter runs one program after another, so give it few and wide ones.
     width = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
     tiles = triton.cdiv(N, width)
     steps = max(1, 8 // max(rows, triton.cdiv(M, 4)))
@@ -307,15 +312,15 @@ def _transfer(
 
 
 def _columns(M: int) -> tuple[int, int]:
-    """(columns of P a lane, groups of columns) of an H-LRU: a lane holds columns * M <= 64 values of
-    windows."""
+    """(columns of P a lane, groups of columns) of an H-LRU."""
+    # 64 values of windows a lane, so that they stay in registers beside q and the gates.
     columns = min(M, max(1, 64 // M))
     return columns, triton.cdiv(M, columns)
 
 
 def block_transfer_cost(M: int, gate: str) -> float:
     """A transfer's instructions over a scan's: about 1.2 at M = 4; above 8, products of matrices."""
-    if gate == "none":  # unnormalised products can overflow where the states do not
+    if gate == "none":  # never cut time: products of unnormalised A can overflow where the states do not
         return float("inf")
     return 1.2 if M <= 4 else 1.7 if M <= 8 else 8.0
 
@@ -342,7 +347,7 @@ def _wide_block_transfer(
     gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool,
     rows: int,
 ) -> Tensor:  # fmt: skip
-    """The same where a block is a warp's."""
+    """The same with a warp a block, for blocks above 8."""
     B, T, N, M = x.shape
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
     with on_device(x):
@@ -357,7 +362,8 @@ def _wide_block_transfer(
 
 
 def row_stride(x: Tensor) -> int:
-    """Of the rows of a block, in (B, T, N, M, ..); of a lone row, what makes the order unbroken."""
+    """The stride between the rows of a block in (B, T, N, M, ..)."""
+    # For M = 1 any number would do: the block stride lets the kernel see contiguous rows.
     return x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 

@@ -1,8 +1,8 @@
-"""The matrix-valued BD-LRU in Triton, the host's side: shapes of launches, outputs, and the custom op.
+"""The matrix-valued BD-LRU in Triton, on the host: launches, outputs, and the custom op.
 
 The kernels are in `matrix_kernels.py` and `matrix_backward_kernels.py` (within chunks) and
 `matrix_state_kernels.py` (from chunk to chunk).
-What is saved for the backward pass is the inputs.
+Only the inputs are saved for the backward pass.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
 """
@@ -19,14 +19,14 @@ from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import reset_flags
 
-CHUNK = 16  # L, the least that a product on tensor cores takes
-MOST_PHASES = 4  # times that columns join a chunk's scan: more compute less with zeros, and are more code
-PROGRAMS_PER_SM = 16  # of the backward pass within chunks: what its scratch is for
-WIDE_STATE = 16384  # bytes of a head's state in the values' dtype from which a program has eight warps
+CHUNK = 16  # L: the smallest product that tensor cores take
+MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
+PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
+WIDE_STATE = 16384  # bytes of a head's state, in the values' dtype, from which a program has eight warps
 
 
 class _Chunks(NamedTuple):
-    """What a scan's chunks are, and how they are laid out on lanes; see `matrix_kernels.py`."""
+    """The chunks of a scan, and how they are laid out on lanes; see `matrix_kernels.py`."""
 
     B: int
     T: int
@@ -35,24 +35,25 @@ class _Chunks(NamedTuple):
     M: int
     V: int
     count: int
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the kernels within chunks
 
     @property
     def total(self) -> int:
+        """Items: a chunk of a head each."""
         return self.B * self.count * self.H
 
     @property
     def work(self) -> int:
-        """Programs that take all items, some each."""
+        """Programs, of ITEMS items each."""
         return triton.cdiv(self.total, self.options["ITEMS"])
 
 
 def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
     B, T, H, K, M = transitions.shape
     count = triton.cdiv(T, CHUNK)
-    lanes = min(K // M, LANES)  # that share the head's blocks
+    lanes = min(K // M, LANES)  # share the blocks of a head
     groups = min(M, LANES // lanes, CHUNK)
-    # The interpreter runs a program at a time: few and wide.
+    # The interpreter runs one program after another, so give it few and wide ones.
     items = max(1, (8 if INTERPRETED else 1) * LANES // (lanes * groups))
     options = {
         "H": H, "K": K, "M": M, "R": K // M // lanes, "NL": lanes, "G": groups, "ITEMS": items, "L": CHUNK,
@@ -64,12 +65,12 @@ def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
 
 
 def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
-    """Of all axes but the batch's, by their names in the kernels."""
+    """Strides of all axes but the batch's, by their names in the kernels."""
     return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, x.stride()[1:], strict=True)}
 
 
 def _within(transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor | None) -> dict[str, Any]:
-    """Arguments that both kernels within chunks take."""
+    """Arguments of both kernels within chunks."""
     return {
         "transitions": transitions, "writes": writes, "queries": queries, "flags": flags,
         "a_b": transitions.stride(0), "k_b": writes.stride(0), "q_b": queries.stride(0),
@@ -78,7 +79,7 @@ def _within(transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor 
 
 
 def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """scores, reads, keys, whole: all that the state and the values need to know of the chunks."""
+    """scores, reads, keys, whole: see `matrix_kernels.py`."""
     B, H, K, C = chunks.B, chunks.H, chunks.K, chunks.count
     new = inputs["transitions"].new_empty
     scores = new(B, C, H, CHUNK, CHUNK, dtype=dtype)
@@ -92,7 +93,7 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
 
 
 def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
-    """Arguments that both kernels from chunk to chunk take."""
+    """Arguments of both kernels from chunk to chunk."""
     K, V = chunks.K, chunks.V
     warps = 8 if K * V * values.element_size() >= WIDE_STATE else 4
     return {
@@ -131,7 +132,7 @@ def _backward(
     with on_device(values):
         inputs = _within(transitions, writes, queries, reset_flags(reset))
         summaries = _summaries(chunks, inputs, values.dtype)
-        states = values.new_empty(B, C, H, K, V)
+        states = values.new_empty(B, C, H, K, V)  # before each chunk: recomputed, as saving them costs memory
         of_state = _of_state(chunks, values)
         state_forward_kernel[(B * H,)](
             *summaries, start=h0, y=None, last=None, states=states, HAS_START=h0 is not None, KEEP=True,
@@ -145,6 +146,7 @@ def _backward(
         )  # fmt: skip
         programs = min(chunks.work, PROGRAMS_PER_SM * multiprocessors(values.device))
         options = chunks.options
+        # Programs take items one after another, so scratch is as large as the device, not as the batch.
         columns = (chunks.M + CHUNK) // options["G"] * options["R"] * chunks.M  # numbers a lane
         lanes = options["ITEMS"] * options["G"] * options["NL"]
         chunk_backward_kernel[(programs,)](
@@ -159,7 +161,7 @@ def _backward(
 def _gradients_like(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """New tensors for the gradients; that of transitions lies as planes (B, T, M, H, K) in memory."""
+    """New tensors for the gradients. That of transitions is M planes (B, T, M, H, K) in memory."""
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
     d_h0 = values.new_empty(B, H, K, values.shape[-1], dtype=torch.float32)

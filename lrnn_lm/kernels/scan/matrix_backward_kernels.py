@@ -29,8 +29,8 @@ from .triton_rows import cleared, wide
 
 @triton.jit
 def _scattered(x, lane, g, M: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr):
-    """Group g receives the sums over the groups of x[g M / G ..], M / G of them: every exchange halves what
-    is left."""
+    """Group g receives the sums over all groups of x[g M / G ..], M / G of them."""
+    # Recursive halving: each exchange halves what is left to send.
     for level in tl.static_range(4):
         if (G >> level) > 1:
             upper = (g & (G >> (level + 1))) != 0
@@ -48,7 +48,7 @@ def _gradients_at_the_end(
     d_whole, d_keys, item, n, g, real, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
     G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx after the last step."""
+    """dL/dx after the last step, flat as x: the gradients of whole and of keys."""
     CP: tl.constexpr = M // G
     CU: tl.constexpr = L // G
     blocks = ()
@@ -56,7 +56,7 @@ def _gradients_at_the_end(
         whole_at = d_whole + (item * K + (n + r * NL) * M) * M + g * CP
         blocks = blocks + load_tile(whole_span(whole_at, M, CP), real, M * CP, LANES, True)
     s = ()
-    for c in tl.static_range(CP):
+    for c in tl.static_range(CP):  # memory has rows of columns, x has columns of rows
         for e in tl.static_range(R * M):
             s = s + (blocks[e * CP + c],)
     for u in tl.static_range(CU):
@@ -71,7 +71,7 @@ def _mixed_weights(
     x, weights, lane, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a lane's rows, in all groups: the weights' sum of the columns before the step."""
+    """R M lane blocks: a lane's rows of x weights, summed over the columns of all groups."""
     mixed = ()
     for r in tl.static_range(R):
         for j in tl.static_range(M):
@@ -87,19 +87,16 @@ def _by_column(
     s, x, mixed, dq, a_at, da_at, valid, lane, g, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
     G: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Stores dA = s x^T, of whose sums over all columns group g has the rows g M / G .. of each block;
-    returns A^T s and dq + A mixed.
-
-    A is read column by column: whole it would take all registers of a lane at M = 16.
-    """
+    """Stores dA = s x^T and returns A^T s, flat as x, and dq + A mixed, flat [row]."""
+    # A is read column by column: whole, it would take all registers of a lane at M = 16.
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
-    by_row = ()  # of A^T s, flat [(row j R + block) COLUMNS + column]
+    by_row = ()  # A^T s, flat [(row j R + block) COLUMNS + column]
     for j in tl.static_range(M):
         tiles = ()
         for e in tl.static_range(RM // WIDE):
             tiles = tiles + (a_at[j * (RM // WIDE) + e],)
-        a = load_tiles(tiles, valid, RM, WIDE, LANES, MASKED)
+        a = load_tiles(tiles, valid, RM, WIDE, LANES, MASKED)  # column j of every block, [row]
         more = ()
         for r in tl.static_range(R):
             rows = ()
@@ -109,16 +106,17 @@ def _by_column(
                 for c in tl.static_range(1, COLUMNS):
                     total = tl.fma(s[c * RM + r * M + i], x[c * RM + r * M + j], total)
                 rows = rows + (total,)
+            # dA sums over the columns of all groups; group g stores rows g M / G .. of each block.
             store_tile(da_at[j * R + r], _scattered(rows, lane, g, M, NL, G), valid, M // G, LANES)
             for c in tl.static_range(COLUMNS):
                 total = a[r * M] * s[c * RM + r * M]
                 for i in tl.static_range(1, M):
                     total = tl.fma(a[r * M + i], s[c * RM + r * M + i], total)
-                if MASKED:
+                if MASKED:  # steps from T on hand s back unchanged
                     total = tl.where(valid, total, s[c * RM + r * M + j])
                 by_row = by_row + (total,)
         dq = more
-    before = ()
+    before = ()  # the same numbers in the order of x
     for c in tl.static_range(COLUMNS):
         for r in tl.static_range(R):
             for j in tl.static_range(M):
@@ -130,24 +128,22 @@ def _by_column(
 def _weights(
     reads_at, scores_at, real, R: tl.constexpr, CP: tl.constexpr, CU: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """What a step's outputs owe to q_t^T x, flat [column R + block]: dL/dreads, and dL/dscores for every
-    block."""
+    """dL/d(q_t^T x), flat [column R + block]: dL/dreads of P's columns, dL/dscores of u's for every block."""
     by_block = load_tiles(reads_at, real, R * CP, CP, LANES, True)
-    weights = ()
+    weights = ()  # by column, as x is
     for c in tl.static_range(CP):
         for r in tl.static_range(R):
             weights = weights + (by_block[r * CP + c],)
     shared = load_tile(scores_at, real, CU, LANES, True)
     for u in tl.static_range(CU):
-        for _ in tl.static_range(R):
+        for _ in tl.static_range(R):  # a score is a sum over all blocks, so each gets its gradient
             weights = weights + (shared[u],)
     return weights
 
 
 @triton.jit
 def _begun(values, step, g, COUNT: tl.constexpr, M: tl.constexpr, G: tl.constexpr, L: tl.constexpr):
-    """Of COUNT values for each column, those of the column that begins at this step, zeros in other
-    groups."""
+    """COUNT lane blocks: the values of the column that begins at this step; zeros in groups without it."""
     chosen = ()
     for e in tl.static_range(COUNT):
         value = tl.zeros_like(values[0])
@@ -163,7 +159,9 @@ def _keep_columns(
     R: tl.constexpr, G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """Stores the columns before each step of a chunk, which has `steps` of them where MASKED."""
+    """Stores the columns x before each step of a chunk at x_at; where MASKED it has `steps` steps."""
+    # Recomputing beats saving them in the forward pass: (M + L) K numbers a step would be more traffic than
+    # all inputs together. The scratch is one chunk a program and stays in the L2 cache.
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
     COLUMNS: tl.constexpr = (M + L) // G
@@ -187,25 +185,28 @@ def _walk_back(
     M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
     LANES: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradients of all steps of a chunk, last to first, from dL/dx after it; tiles of pointers are
-    to the last step."""
+    """Stores the gradients of all steps of a chunk, last to first, from s = dL/dx after it.
+
+    All tiles of pointers point to the chunk's last step.
+    """
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
     COLUMNS: tl.constexpr = (M + L) // G
     for back in range(L):
         step = L - 1 - back
         valid = real & (step < steps) if MASKED else real
-        k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
-        q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)
-        x = load_tiles(x_at, real, COLUMNS * RM, WIDE, LANES, True)
+        k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+        q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+        x = load_tiles(x_at, real, COLUMNS * RM, WIDE, LANES, True)  # [column R M + row]
         weights = _weights(reads_at, scores_at, real, R, M // G, L // G, LANES)
-        now = ()
+        now = ()  # s of this step: what comes back from later steps, and from its own outputs
         for c in tl.static_range(COLUMNS):
             for r in tl.static_range(R):
                 for i in tl.static_range(M):
                     now = now + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
         dk = _begun(now, step, g, RM, M, G, L)
-        store_tiles(dk_at, dk, valid & (step % G == g), RM, WIDE, LANES)
+        store_tiles(dk_at, dk, valid & (step % G == g), RM, WIDE, LANES)  # by the group that has the column
+        # q_t also meets k_t itself, in the column that begins here: dq = k_t dL/dscore_tt + A x weights.
         diagonal = sum_over(_begun(weights, step, g, R, M, G, L)[0], lane, NL, G)
         dq = ()
         for e in tl.static_range(RM):
@@ -214,8 +215,8 @@ def _walk_back(
         s, dq = _by_column(
             now, x, mixed, dq, a_at, da_at, valid, lane, g, M, R, NL, G, COLUMNS, LANES, MASKED
         )  # fmt: skip
-        store_tiles(dq_at, dq, valid & (g == 0), RM, WIDE, LANES)
-        if HAS_RESET:
+        store_tiles(dq_at, dq, valid & (g == 0), RM, WIDE, LANES)  # all groups have the same dq
+        if HAS_RESET:  # no gradient crosses the start of a document
             s = cleared(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
         a_at, k_at = moved(a_at, RM * M // WIDE, -A_T), moved(k_at, RM // WIDE, -K_T)
         q_at, x_at = moved(q_at, RM // WIDE, -Q_T), moved(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES)
@@ -234,20 +235,20 @@ def chunk_backward_kernel(
     H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
     ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `chunk_forward_kernel`'s inputs from those of its outputs; states are computed again.
+    """Gradients of the inputs of `chunk_forward_kernel` from those of its outputs; columns are recomputed.
 
-    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. A program goes
-    through items one after another, with `scratch` (programs, L, columns R M LANES) for the columns before
-    each step.
+    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. scratch (programs, L,
+    columns R M LANES) holds a program's columns before each step.
     """
     LANES: tl.constexpr = ITEMS * G * NL
     RM: tl.constexpr = R * M
     CP: tl.constexpr = M // G
     WIDE: tl.constexpr = 4 if M > 4 else M
     COLUMNS: tl.constexpr = (M + L) // G
-    SLOT: tl.constexpr = COLUMNS * RM * LANES
+    SLOT: tl.constexpr = COLUMNS * RM * LANES  # numbers of scratch a step
     LAST: tl.constexpr = L - 1
     lane = tl.arange(0, LANES)
+    # A program takes items one after another, so that scratch is as large as the device, not as the batch.
     for index in range(tl.program_id(0), work, tl.num_programs(0)):
         n, g, item, real, b, chunk, head = places(index, total, n_chunks, H, NL, G, ITEMS)
         t0 = wide(chunk * L)
@@ -255,6 +256,7 @@ def chunk_backward_kernel(
         k_at = writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K))
         q_at = queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K))
         flags_at = flags + b * T + t0 if HAS_RESET else flags
+        # Lanes side by side in scratch, WIDE numbers each: loads and stores of 16 bytes.
         own = scratch + wide(tl.program_id(0)) * (L * SLOT) + lane * WIDE
         x_at, x_last = (), ()
         for j in tl.static_range(COLUMNS * RM // WIDE):
@@ -264,7 +266,7 @@ def chunk_backward_kernel(
             plane_tiles(a_at, M, R, A_K, A_M, NL * M * A_K), row_tiles(k_at, M, R, K_K, NL * M * K_K),
             flags_at, x_at, g, real, T - t0, A_T, K_T, M, R, G, L, LANES, MASKED, HAS_RESET,
         )  # fmt: skip
-        tl.debug_barrier()  # what was stored is loaded, perhaps by another lane
+        tl.debug_barrier()  # scratch is read back, perhaps by another lane than the one that wrote it
         step = b * T + t0 + LAST
         reads_at, da_at = (), ()
         for r in tl.static_range(R):
@@ -285,7 +287,7 @@ def chunk_backward_kernel(
             row_tiles(d_queries + rows_at, M, R, 1, NL * M), lane, g, real, T - t0,
             A_T, K_T, Q_T, H, K, M, R, NL, G, L, LANES, MASKED, HAS_RESET,
         )  # fmt: skip
-        tl.debug_barrier()
+        tl.debug_barrier()  # before the next item overwrites scratch
 
 
 settle_cache_keys(globals())

@@ -1,27 +1,27 @@
-"""The matrix-valued BD-LRU in Triton, within chunks of L steps: what a chunk does, before any value is seen.
+"""The matrix-valued BD-LRU in Triton, within chunks of L steps: what a chunk does to any state and values.
 
 S is linear in the state before the chunk, S_0, and in its values v_1 .. v_L:
 
     S_t = P_t S_0 + sum_{s <= t} u_{t,s} v_s^T       P_t = A_t .. A_1      u_{t,s} = A_t .. A_{s+1} k_s
     y_t = S_0^T (P_t^T q_t) + sum_s (q_t . u_{t,s}) v_s
 
-So one scan of M + L columns, P_t and u_{t,.}, takes the place of one of V columns; the rest is products of
-small matrices, for tensor cores (`matrix_state_kernels.py`). These columns give the queries' view of S_0
-(`reads`, P_t^T q_t), what each value weighs in each output (`scores`, q_t . u_{t,s}), what it weighs in the
-state after the chunk (`keys`, u_{L,s}), and P_L (`whole`). No inverse is taken, and products of A stay
-bounded. Chunks do not wait for one another.
+So a scan of M + L columns, P_t and u_{t,.}, replaces one of V columns, and the rest is products of small
+matrices on tensor cores (`matrix_state_kernels.py`). The scan's columns give
 
-A lane owns R blocks (of M rows) in M / G of the columns of P and L / G of those of u. The NL lanes of a
-head's blocks lie side by side, G groups of them share the columns, and where a head is small a program takes
-several. Columns of u are zero before their step, so they join as they begin, in PHASES groups.
+    reads    P_t^T q_t       how a query sees S_0
+    scores   q_t . u_{t,s}   the weight of each value in each output
+    keys     u_{L,s}         the weight of each value in the state after the chunk
+    whole    P_L
 
-Pointers of what is loaded and stored step by step go from step to step with the loop: of every pointer that
-is computed in place, Triton's coalescing pass looks at all that depends on it, which at M = 16 took half an
-hour.
+No inverse is taken, products of A stay bounded, and all chunks run side by side.
+
+A lane owns R blocks of M rows, in M / G of the columns of P and L / G of those of u. The NL lanes of a head's
+blocks are neighbours, G groups of them share the columns, and a program takes several small heads. Columns of
+u are zero before their step, so they join the scan as they begin, in PHASES groups.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, L steps a chunk, C chunks; an item is a
-chunk of a head, of (B, C, H). Column l of u and of all that is stored by it is that of step
-`step_of_column(l)`. Lane blocks are [LANES]; x, the columns of a lane, is flat [column R M + row].
+chunk of a head, numbered over (B, C, H). Column l of u belongs to step `step_of_column(l)`. Lane blocks are
+[LANES]; x, the columns of a lane, is flat [column R M + row].
 """
 
 import triton
@@ -33,7 +33,8 @@ from .triton_rows import cleared, columns_of, of_columns, wide
 
 @triton.jit
 def step_of_column(column, L: tl.constexpr, G: tl.constexpr):
-    """The step in the chunk whose write a column is."""
+    """The step whose write is column `column` of u."""
+    # Groups take turns by step, so that all of them get new columns at the same rate.
     return column % (L // G) * G + column // (L // G)
 
 
@@ -41,23 +42,25 @@ def step_of_column(column, L: tl.constexpr, G: tl.constexpr):
 def places(
     index, total, n_chunks, H: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, ITEMS: tl.constexpr
 ):  # fmt: skip
-    """Of every lane: first block, group, item, whether there is such an item, b, chunk, head."""
+    """[LANES] each: first block, group, item, whether the item is real, b, chunk, head."""
     lane = tl.arange(0, ITEMS * G * NL)
     item = index * ITEMS + lane // (G * NL)
     real = item < total
-    item = tl.minimum(item, total - 1)
+    item = tl.minimum(item, total - 1)  # lanes past the last item recompute it, and store nothing
     b, chunk = wide(item // H // n_chunks), item // H % n_chunks
     return lane % NL, lane // NL % G, wide(item), real, b, chunk, item % H
 
 
 @triton.jit
 def load_tile(at, mask, COUNT: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
-    """COUNT blocks from pointers [LANES, COUNT]; zeros where masked."""
+    """COUNT lane blocks in fp32 from pointers [LANES, COUNT]; zeros where masked."""
+    # Whole chunks and items need no mask; without one the load has no predicate.
     return columns_of(tl.load(at, mask=mask[:, None], other=0.0) if MASKED else tl.load(at), LANES, COUNT)
 
 
 @triton.jit
 def store_tile(at, parts, mask, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """The inverse of `load_tile`, rounded to the dtype of the memory."""
     tile = of_columns(parts, at.dtype.element_ty, LANES, COUNT)
     tl.store(at, tl.reshape(tile, [LANES, COUNT]), mask=mask[:, None])
 
@@ -70,7 +73,8 @@ def span(at, COUNT: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def row_tiles(at, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NEXT: tl.constexpr):
-    """Pointers to the R M rows of a lane's blocks, tiles of up to four; S apart, blocks NEXT apart."""
+    """Pointers to the R M rows of a lane, in tiles [LANES, WIDE]; rows are S apart, blocks NEXT apart."""
+    # Four numbers of fp32 are 16 bytes, the widest load of a lane.
     WIDE: tl.constexpr = 4 if M > 4 else M
     tiles = ()
     for r in tl.static_range(R):
@@ -83,7 +87,7 @@ def row_tiles(at, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NEXT: tl.co
 def plane_tiles(
     at, M: tl.constexpr, R: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr, NEXT: tl.constexpr
 ):  # fmt: skip
-    """Pointers to A_t of a lane's blocks, column after column."""
+    """Pointers to A_t of a lane's blocks, column after column: R M M / WIDE tiles [LANES, WIDE]."""
     tiles = ()
     for j in tl.static_range(M):
         tiles = tiles + row_tiles(at + j * A_M, M, R, A_K, NEXT)
@@ -93,7 +97,7 @@ def plane_tiles(
 @triton.jit
 def load_tiles(tiles, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr,
                 MASKED: tl.constexpr):  # fmt: skip
-    """COUNT numbers a lane: blocks, in the order of the tiles."""
+    """COUNT lane blocks, in the order of the tiles."""
     blocks = ()
     for j in tl.static_range(COUNT // WIDE):
         blocks = blocks + load_tile(tiles[j], mask, WIDE, LANES, MASKED)
@@ -112,6 +116,8 @@ def store_tiles(tiles, blocks, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LA
 @triton.jit
 def moved(tiles, COUNT: tl.constexpr, by: tl.constexpr):
     """COUNT tiles of pointers, `by` numbers on."""
+    # Pointers are carried from step to step by the loop. Triton's coalescing pass follows all that depends on
+    # a pointer computed in place; at M = 16 that took half an hour to compile.
     after = ()
     for j in tl.static_range(COUNT):
         after = after + (tiles[j] + by,)
@@ -120,7 +126,8 @@ def moved(tiles, COUNT: tl.constexpr, by: tl.constexpr):
 
 @triton.jit
 def sum_over(x, lane, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """The sum of x over COUNT lanes that lie FIRST apart: the same bits in each."""
+    """The sum of x over COUNT lanes that lie FIRST apart, in each of them."""
+    # A butterfly: both partners add the same two numbers, so all lanes end with the same bits.
     for level in tl.static_range(5):
         if (COUNT >> level) > 1:
             x += tl.gather(x, lane ^ (FIRST * (COUNT >> (level + 1))), 0)
@@ -129,7 +136,7 @@ def sum_over(x, lane, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def identity(g, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
-    """P before the first step."""
+    """The columns of P before the first step: the identity's."""
     x = ()
     for c in tl.static_range(M // G):
         for _ in tl.static_range(R):
@@ -154,15 +161,15 @@ def advanced(
     RM: tl.constexpr = R * M
     after = ()
     for c in tl.static_range(COLUMNS):
-        begins = (c - M // G) * G + g == step
+        begins = (c - M // G) * G + g == step  # [LANES]: whether this is the column of u of this step
         for r in tl.static_range(R):
             for i in tl.static_range(M):
-                total = a[r * M + i] * x[c * RM + r * M]
+                total = a[r * M + i] * x[c * RM + r * M]  # a is flat [column j R M + row]
                 for j in tl.static_range(1, M):
                     total = tl.fma(a[j * RM + r * M + i], x[c * RM + r * M + j], total)
-                if c >= COLUMNS - NEW:
+                if c >= COLUMNS - NEW:  # columns of earlier phases have begun already
                     total += tl.where(begins, k[r * M + i], 0.0)
-                if MASKED:
+                if MASKED:  # steps from T on leave the columns as they are
                     total = tl.where(valid, total, x[c * RM + r * M + i])
                 after = after + (total,)
     return after
@@ -170,7 +177,7 @@ def advanced(
 
 @triton.jit
 def _reads(x, q, M: tl.constexpr, R: tl.constexpr, CP: tl.constexpr):
-    """P_t^T q_t: of each of a lane's blocks, the CP columns that it has."""
+    """P_t^T q_t, R CP lane blocks: for each block of a lane, its CP columns."""
     sums = ()
     for r in tl.static_range(R):
         for c in tl.static_range(CP):
@@ -186,7 +193,9 @@ def _store_scores(
     x, q, tiles, n, lane, real, RM: tl.constexpr, FIRST: tl.constexpr, ACTIVE: tl.constexpr,
     CU: tl.constexpr, NL: tl.constexpr,
 ):  # fmt: skip
-    """q_t . u_{t,s} of the ACTIVE columns from FIRST on, zeros of the others of CU."""
+    """Stores q_t . u_{t,s} of the ACTIVE columns from FIRST on, and zeros for the rest of CU columns."""
+    # Every lane has the sum of every column; lane n stores those of columns n, n + NL, ..: one wide store a
+    # turn.
     for turn in tl.static_range((CU + NL - 1) // NL):
         own = tl.zeros_like(x[0])
         for u in tl.static_range(turn * NL, turn * NL + NL):
@@ -200,7 +209,7 @@ def _store_scores(
 
 @triton.jit
 def whole_span(at, M: tl.constexpr, CP: tl.constexpr):
-    """Pointers [LANES, M CP] to a block's M rows of CP columns of P; rows are M apart."""
+    """Pointers [LANES, M CP] to M rows and CP columns of a block of P, whose rows are M numbers long."""
     e = tl.arange(0, M * CP)[None, :]
     return at[:, None] + (e // CP * M + e % CP)
 
@@ -215,20 +224,24 @@ def chunk_forward_kernel(
     ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
     PHASES: tl.constexpr,
 ):  # fmt: skip
-    """transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32,
-    nonzero where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads
-    (B, C, H, L, K) by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32."""
+    """Scans the columns of a chunk and stores what they give, see above.
+
+    transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32, nonzero
+    where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads (B, C, H, L, K)
+    by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32.
+    """
     LANES: tl.constexpr = ITEMS * G * NL
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
-    CP: tl.constexpr = M // G
-    CU: tl.constexpr = L // G
+    CP: tl.constexpr = M // G  # columns of P a lane
+    CU: tl.constexpr = L // G  # columns of u a lane
     NEW: tl.constexpr = CU // PHASES
-    TURNS: tl.constexpr = (CU + NL - 1) // NL
+    TURNS: tl.constexpr = (CU + NL - 1) // NL  # stores of scores a step
     n, g, item, real, b, chunk, head = places(tl.program_id(0), total, n_chunks, H, NL, G, ITEMS)
     lane = tl.arange(0, LANES)
     t0 = wide(chunk * L)
     steps = T - t0
+    # Tiles of pointers to the first step; `moved` takes them on.
     a_at = plane_tiles(
         transitions + b * a_b + t0 * A_T + (head * A_H + n * (M * A_K)), M, R, A_K, A_M, NL * M * A_K
     )  # fmt: skip
@@ -242,14 +255,16 @@ def chunk_forward_kernel(
     for turn in tl.static_range(TURNS):
         scores_at = scores_at + (scores + item * (L * L) + (g * CU + turn * NL + n),)
     x = identity(g, M, R, G)
+    # PHASES copies of the loop: a column costs nothing before the phase in which it begins. In one loop half
+    # of the work on u would be on zeros.
     for phase in tl.static_range(PHASES):
         x = with_zeros(x, NEW * RM)
         for step in range(phase * NEW * G, (phase + 1) * NEW * G):
             valid = real & (step < steps) if MASKED else real
-            a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)
-            k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
-            q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)
-            if HAS_RESET:
+            a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)  # [column j R M + row]
+            k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+            q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+            if HAS_RESET:  # nothing from before the document reaches what is after it
                 flag = tl.load(flags_at + step, mask=valid, other=0)
                 x = cleared(x, flag, (CP + (phase + 1) * NEW) * RM)
             x = advanced(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
@@ -258,6 +273,7 @@ def chunk_forward_kernel(
             a_at, k_at = moved(a_at, RM * M // WIDE, A_T), moved(k_at, RM // WIDE, K_T)
             q_at, reads_at = moved(q_at, RM // WIDE, Q_T), moved(reads_at, R, K)
             scores_at = moved(scores_at, TURNS, L)
+    # After the last step the columns themselves are what the state needs: keys and whole.
     for r in tl.static_range(R):
         keys_at = keys + (item * L + g * CU) * K + (n + r * NL) * M
         for u in tl.static_range(CU):
@@ -265,7 +281,7 @@ def chunk_forward_kernel(
             for i in tl.static_range(M):
                 rows = rows + (x[(CP + u) * RM + r * M + i],)
             store_tile(span(keys_at + u * K, M, 1), rows, real, M, LANES)
-        block = ()
+        block = ()  # M rows of CP columns
         for i in tl.static_range(M):
             for c in tl.static_range(CP):
                 block = block + (x[c * RM + r * M + i],)

@@ -1,25 +1,23 @@
 """BD-LRU whose state is a matrix: in each head `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`.
 
-The door to its backends, and the plain-torch scan (any block size, fp64). The Triton scan is in `matrix.py`.
-Gates come normalised: absolute values of a row of A_t and of its write weight sum to at most 1, so that no
-number of S exceeds the largest of v.
+Checks, the choice of a backend, and the plain-torch scan (any block size, fp64); the Triton scan is in
+`matrix.py`. Gates come normalised: the absolute values of a row of A_t and of its write weight sum to at most
+1, so no number of S exceeds the largest of v.
 
 Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a block, N = K / M blocks a head,
 V columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import has_triton
+from ..dispatch import check_state, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 
-SLAB_BYTES = 1 << 26  # states of as many steps as the torch scan holds at once
+SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
 TRITON_BLOCKS = (1, 2, 4, 8, 16)
-TRITON_MOST = 128  # slots of a head, and columns: a head's state is in the registers of one program
+TRITON_MOST = 128  # slots of a head, and columns: the registers of one program hold a head's state
 BACKENDS = ("reference", "torch", "triton")
 
 
@@ -41,8 +39,7 @@ def matrix_scan(
         values: (B, T, H, V) v; any strides.
         queries: (B, T, H, K) q; any strides.
         h0: (B, H, K, V) state before the first step; zeros if None.
-        reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
-        backend: auto, or a name in BACKENDS.
+        reset, backend: as in `block_diagonal_scan`.
     Returns:
         y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both
         are differentiable, once, with respect to all inputs but `reset`.
@@ -52,7 +49,7 @@ def matrix_scan(
     _check(transitions, writes, values, queries, h0, reset)
     inputs = (transitions, writes, values, queries)
     backend = _choose(backend, *inputs)
-    if backend == "reference" or transitions.shape[1] == 1:  # a step of decoding is one of the loop
+    if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
         return reference.matrix_scan(*inputs, h0, reset)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
@@ -73,27 +70,17 @@ def _check(
     if transitions.ndim != 5 or values.ndim != 4:
         raise ValueError(
             f"transitions has shape {tuple(transitions.shape)} and values {tuple(values.shape)}; "
-            "(B, T, H, K, M) and (B, T, H, V) are wanted"
+            "expected (B, T, H, K, M) and (B, T, H, V)"
         )
     B, T, H, K, M = transitions.shape
     V = values.shape[-1]
-    if T < 1:
-        raise ValueError("a scan needs at least one step")
     if M < 1 or K % M:
         raise ValueError(f"{K} slots do not split into blocks of {M}")
-    wanted = {
-        "writes": (writes, (B, T, H, K)), "values": (values, (B, T, H, V)),
-        "queries": (queries, (B, T, H, K)), "h0": (h0, (B, H, K, V)), "reset": (reset, (B, T)),
-    }  # fmt: skip
-    for name, (x, shape) in wanted.items():
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} is wanted")
-    numbers = {"transitions": transitions, "writes": writes, "values": values, "queries": queries}
-    for name, x in numbers.items():
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; floating-point numbers are wanted")
-    if reset is not None and reset.dtype != torch.bool:
-        raise ValueError(f"reset is a bool mask, not {reset.dtype}")
+    expect_shape("writes", writes, (B, T, H, K))
+    expect_shape("values", values, (B, T, H, V))
+    expect_shape("queries", queries, (B, T, H, K))
+    check_state(h0, reset, (B, H, K, V), (B, T))
+    expect_floats(transitions=transitions, writes=writes, values=values, queries=queries)
 
 
 def _choose(backend: str, *inputs: Tensor) -> str:
@@ -110,12 +97,8 @@ def _choose(backend: str, *inputs: Tensor) -> str:
 def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> str | None:
     K, M = transitions.shape[-2:]
     V = values.shape[-1]
-    if not has_triton():
-        return "triton is not installed"
-    if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {values.device.type}, and triton compiles for GPUs"
-    if compute_dtype(transitions, writes, values, queries) == torch.float64:
-        return "its state is fp32, too coarse for fp64 inputs"
+    if reason := triton_obstacle(transitions, writes, values, queries):
+        return reason
     if M not in TRITON_BLOCKS:
         return f"block size {M} is not one of {', '.join(map(str, TRITON_BLOCKS))}"
     for count, what in ((K // M, "blocks"), (V, "columns")):
@@ -126,10 +109,11 @@ def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, querie
     return None
 
 
-# The plain-torch scan. Working tensors put time first; a step is [B, H, N, M, ..] -------------------------
+# The plain-torch scan. Working tensors put time first; a step is (B, H, N, M, ..) -------------------------
 
 
 def _slabs(T: int, state: Tensor) -> list[slice]:
+    # The backward pass keeps the state of every step of a slab, K V numbers a head each.
     steps = max(1, min(T, SLAB_BYTES // max(1, state.numel() * state.element_size())))
     return [slice(start, min(start + steps, T)) for start in range(0, T, steps)]
 
@@ -186,12 +170,14 @@ def _scan_backward(
     T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
     keep = _keep(reset, dtype)
     d_a, d_k, d_v, d_q = (x.new_empty(x.shape) for x in (transitions, writes, values, queries))
+    # Forward once more, keeping the state at the start of each slab; then the slabs from the last to the
+    # first.
     slabs, S, starts = _slabs(T, h0), h0.unflatten(2, (-1, M)), []
     for part in slabs:
         starts.append(S)
         A, k = (_slab(x, part, dtype, M) for x in (transitions, writes))
         S = _states(S, A, k, _row(values, part, dtype), keep, part)[1]
-    s = grad_last.unflatten(2, (-1, M)).clone()
+    s = grad_last.unflatten(2, (-1, M)).clone()  # dL/dS
     for part, start in zip(reversed(slabs), reversed(starts), strict=True):
         A, k, q = (_slab(x, part, dtype, M) for x in (transitions, writes, queries))
         v, g = _row(values, part, dtype), _row(grad, part, dtype)

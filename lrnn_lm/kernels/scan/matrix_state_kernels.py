@@ -1,12 +1,12 @@
 """The matrix-valued BD-LRU in Triton, from chunk to chunk: products of small matrices on tensor cores.
 
-With what `matrix_kernels.py` has found of a chunk, its outputs and the state after it are
+From what `matrix_kernels.py` computes of a chunk, its outputs and the state after it are
 
     y = reads S_0 + scores v        S_L = blockdiag(whole) S_0 + keys^T v
 
-and the state goes from chunk to chunk in fp32, in the registers of one program a head. The backward pass goes
-the other way with dL/dS. Factors of products are in the values' dtype, those of the state's own step in fp32
-(three products of tf32).
+One program a head carries the state from chunk to chunk, in fp32 and in registers. The backward pass walks
+the other way with dL/dS. Products have factors in the dtype of the values; only the state's own step has fp32
+factors, as three products of tf32 each.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks; KP
 and VP are K and V, at least 16; P the dense matrix of `whole`. Columns of scores and keys are in the order of
@@ -25,7 +25,7 @@ WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the inte
 
 @triton.jit
 def _product(x, y, sums, FP32: tl.constexpr):
-    """sums + x y in fp32."""
+    """sums + x y in fp32; x [m, k], y [k, n], sums [m, n]."""
     if WIDEN:
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, sums, input_precision=FP32)
@@ -33,13 +33,15 @@ def _product(x, y, sums, FP32: tl.constexpr):
 
 @triton.jit
 def _matrix(at, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, columns] of a matrix of ROWS x COLUMNS, rows S apart; zeros beyond it."""
+    """[rows, columns] of a ROWS x COLUMNS matrix, rows S apart; zeros beyond it."""
+    # Tensor cores take at least 16 rows and columns, so small matrices are padded with zeros.
     inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
     return tl.load(at + rows[:, None] * S + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_matrix(at, x, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Stores x [rows, columns], but for its padding, in the dtype of the memory."""
     inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
     at = at + rows[:, None] * S + columns[None, :]
     tl.store(at, x.to(at.dtype.element_ty), mask=inside)
@@ -47,7 +49,7 @@ def _store_matrix(at, x, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def _transposed(at, rows, columns, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[columns, rows] of the same matrix."""
+    """[columns, rows]: the transpose of what `_matrix` loads."""
     inside = (columns < COLUMNS)[:, None] & (rows < ROWS)[None, :]
     return tl.load(at + rows[None, :] * S + columns[:, None], mask=inside, other=0.0)
 
@@ -72,9 +74,12 @@ def state_forward_kernel(
     M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
     HAS_START: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides,
-    start (B, H, K, V) fp32. KEEP: out is states (B, C, H, K, V), before each chunk; else y (B, T, H, V) and
-    last (B, H, K, V) fp32; all contiguous."""
+    """y and the last state, or with KEEP the states before each chunk, for the backward pass.
+
+    scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides,
+    start (B, H, K, V) fp32; out, contiguous: y (B, T, H, V) and last (B, H, K, V) fp32, or states (B, C, H,
+    K, V).
+    """
     head = tl.program_id(0) % H
     b = wide(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
@@ -84,24 +89,25 @@ def state_forward_kernel(
         S = _matrix(start + (b * H + head) * (K * V), rows, cols, V, K, V)
     else:
         S = tl.zeros([KP, VP], tl.float32)
-    for chunk in range(n_chunks):
+    for chunk in range(n_chunks):  # S [KP, VP] stays in registers
         item = (b * n_chunks + chunk) * H + head
         v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
-        v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
+        v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)  # [L, VP], in the order of the columns
         if KEEP:
             _store_matrix(states + item * (K * V), S, rows, cols, V, K, V)
         else:
-            read = _matrix(reads + item * (L * K), steps, rows, K, L, K)
-            score = _matrix(scores + item * (L * L), steps, steps, L, L, L)
+            read = _matrix(reads + item * (L * K), steps, rows, K, L, K)  # [L, KP]
+            score = _matrix(scores + item * (L * L), steps, steps, L, L, L)  # [L, L]
             out = _product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
             out = _product(score, v, out, FP32)
             y_at = y + ((b * T + wide(chunk * L)) * H + head) * V
             _store_matrix(y_at, out, steps, cols, H * V, tl.minimum(T - chunk * L, L), V)
-        key = _transposed(keys + item * (L * K), steps, rows, K, L, K)
-        if M == 1:
+        key = _transposed(keys + item * (L * K), steps, rows, K, L, K)  # [KP, L]
+        if M == 1:  # a diagonal: no product needed
             S = S * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
         else:
             at = whole + item * (K * M) + rows[:, None] * M + rows[None, :] % M
+            # A dense [KP, KP] with zeros off the blocks: tensor cores take no product below 16 x 16.
             P = tl.load(at, mask=_own_block(rows, rows, M, K), other=0.0)
             S = _product(P, S, tl.zeros_like(S), FP32)
         S = _product(key, v, S, FP32)
@@ -117,25 +123,28 @@ def state_backward_kernel(
     G_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """From grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32 and states of the forward pass:
-    the gradients of what that one reads, each as the tensor itself but contiguous, d_start = dL/dh0 fp32."""
+    """Gradients of what `state_forward_kernel` reads, each contiguous and shaped as the tensor itself.
+
+    grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32, states as KEEP writes them; d_start =
+    dL/dh0 in fp32.
+    """
     head = tl.program_id(0) % H
     b = wide(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
     written = step_of_column(steps, L, G)
     dtype = values.dtype.element_ty
     dS = _matrix(grad_last + (b * H + head) * (K * V), rows, cols, V, K, V)
-    for back in range(n_chunks):
+    for back in range(n_chunks):  # dS [KP, VP] stays in registers
         chunk = n_chunks - 1 - back
         item = (b * n_chunks + chunk) * H + head
         v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
         g_at = grad + b * g_b + wide(chunk * L) * G_T + head * G_H
         v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
         g = _steps_of(g_at, chunk * L, steps, T, cols, G_T, G_V, V)
-        S = _matrix(states + item * (K * V), rows, cols, V, K, V)
-        owed = dS.to(dtype)
+        S = _matrix(states + item * (K * V), rows, cols, V, K, V)  # before the chunk
+        owed = dS.to(dtype)  # after the chunk
         d_score = _product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
-        d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)
+        d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)  # values reach no earlier output
         _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
         d_read = _product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
         _store_matrix(d_reads + item * (L * K), d_read, steps, rows, K, L, K)
@@ -148,10 +157,11 @@ def state_backward_kernel(
         dv_at = d_values + ((b * T + wide(chunk * L)) * H + head) * V
         _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
         if M == 1:
-            d_decay = tl.sum(dS * S.to(tl.float32), axis=1)
+            d_decay = tl.sum(dS * S.to(tl.float32), axis=1)  # [KP], the diagonal of dP
             tl.store(d_whole + item * K + rows, d_decay, mask=rows < K)
             dS = dS * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
         else:
+            # The dense [KP, KP] product, of which only the blocks are stored.
             dP = _product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
             at = rows[:, None] * M + rows[None, :] % M
             tl.store(d_whole + item * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))

@@ -1,7 +1,7 @@
 """The custom ops around the Triton scans: what autograd and torch.compile see of them.
 
-Two forms of each scan: one that takes gates and values, and a packed one that takes the planes of a single
-projection and gives their gradient as one tensor again, so that nothing is split, copied or padded around it.
+Each scan has two forms. One takes gates and values. The packed one takes the planes of a single projection
+and returns their gradient as one tensor, so that nothing is split, copied or padded around it.
 
 Legend: B batch, T time, N blocks or channels, M block size or order.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped
+PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped tensors
 
 Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
 PackedScan = Callable[
@@ -21,24 +21,25 @@ PackedScan = Callable[
 
 
 def rows_like(values: Tensor, columns: int | None) -> Tensor:
-    """A new tensor of the shape of `values`, a step `columns` elements apart if given, else contiguous."""
+    """A new tensor shaped as `values`: contiguous, or with its steps `columns` elements apart."""
     if columns is None:
         return values.new_empty(values.shape)
     return _rows_of(values.new_empty(*values.shape[:2], columns), values.shape)
 
 
 def _rows_of(padded: Tensor, shape: torch.Size) -> Tensor:
-    """The first columns of padded (B, T, columns), by their shape; a view would forget the stride of a lone
-    step."""
+    """The first columns of padded (B, T, columns), as `shape`."""
+    # as_strided, because a view would forget the stride of a lone step.
     T, columns = padded.shape[1:]
     return padded.as_strided(shape, (T * columns, columns, *shape[3:], 1))
 
 
 def _as_written(h: Tensor, columns: int, padded: bool) -> Tensor:
-    """h in the forward kernel's layout, from whatever a hook kept; the padding is read if `padded`."""
+    """h in the forward kernel's layout; `padded`: whether the padding is read too."""
+    # A hook on saved tensors (offloading, compression) may give h back in another layout.
     T, rows = h.shape[1], h.shape[2:].numel()
     step = columns if padded or h.stride(1) == columns else rows
-    layout = (T * step, step, *h.shape[3:], 1)
+    layout = (T * step, step, *h.shape[3:], 1)  # strides; those of axes of size 1 do not matter
     if all(size == 1 or had == want for size, had, want in zip(h.shape, h.stride(), layout, strict=True)):
         return h
     return _rows_of(functional.pad(h.flatten(2), (0, step - rows)).contiguous(), h.shape)
@@ -49,7 +50,7 @@ def _state_like(values: Tensor, M: int) -> Tensor:
 
 
 def _in_fp32(small: Tensor | None) -> Tensor | None:
-    """The cast is autograd's, so that the gradient comes back in the tensor's own dtype."""
+    # Outside of the op, so that autograd casts the gradient back to the tensor's own dtype.
     return None if small is None else small.float().contiguous()
 
 
@@ -58,7 +59,7 @@ def _no_bias(planes: Tensor) -> Tensor:
 
 
 def _runs_directly(*tensors: Tensor) -> bool:
-    """Decoding: without a gradient or a compiler the op's bookkeeping, 20 us a call, is for nothing."""
+    # In decoding, without gradients or a compiler, the op's bookkeeping would cost 20 us a call for nothing.
     plain = all(type(x) in PLAIN for x in tensors)
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -67,8 +68,8 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
     """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
 
     forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
-    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) -> d_h0 and, for
-    `register_packed`, sums; it fills the last two.
+    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) fills its last two
+    arguments and returns (d_h0, None).
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
@@ -127,16 +128,16 @@ def register_packed(
     split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
     forward: Callable,
     backward: Callable,
-    fills: Callable[[int], bool],
+    fills: Callable[[Tensor], bool],
 ) -> PackedScan:
-    """The same of planes (B, T, M + 2, columns): `lrnn_lm::name`.
+    """`register` for planes (B, T, M + 2, columns).
 
-    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the planes' columns as
-    their last argument, and backward with whether the gates' gradient is wanted summed over (B, T) too;
-    fills(M): whether backward fills the columns beyond the rows too, with zeros.
+    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the number of columns as
+    one more argument, and backward with whether to return the gates' gradient summed over (B, T) too;
+    fills(values): whether backward writes zeros to the columns beyond the rows.
 
-    bias (M+1, rows), fp32, is in the planes already: it is given so that its gradient, which would be one
-    more reading of the planes' gradient, comes out of the kernel that writes that.
+    bias (M+1, rows) fp32 is in the planes already. Its gradient comes out of the kernel that writes the
+    planes' gradient, which would otherwise have to be read once more.
     """
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
@@ -146,8 +147,8 @@ def register_packed(
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
 
-    # Inductor lets products write rows of a whole number of 128 bytes, and would copy them to the strides of
-    # the trace, were it not told that any will do.
+    # Inductor pads rows of products to whole lines of 128 bytes. Without this tag it would copy them back to
+    # the strides that it saw when it traced.
     @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
     def scan_backward(
         grad_h: Tensor,
@@ -164,12 +165,13 @@ def register_packed(
         d_planes = planes.new_empty(planes.shape)
         (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
         columns, rows = planes.shape[-1], values[0, 0].numel()
-        if columns > rows and not fills(M):
+        filled = fills(values)
+        if columns > rows and not filled:
             d_planes[..., rows:].zero_()
-        h = _as_written(h, columns, fills(M))
+        h = _as_written(h, columns, filled)
         d_h0, sums = backward(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
-            columns if fills(M) else None, summed,
+            columns if filled else None, summed,
         )  # fmt: skip
         d_bias = _no_bias(planes) if sums is None else sums[:, :rows].contiguous()
         return d_planes, d_h0, d_bias
@@ -192,7 +194,7 @@ def register_packed(
 
     def run_backward(ctx, grad_h, grad_last):
         planes, h0, h, reset = ctx.saved_tensors
-        summed = ctx.needs_input_grad[-1]  # a frozen bias's are not
+        summed = ctx.needs_input_grad[-1]  # not for a frozen bias
         d_planes, d_h0, d_bias = scan_backward(
             grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate, summed
         )

@@ -1,12 +1,13 @@
-"""What both Triton kernels are made of: rows of gates, their derivative, and exchanges between the lanes of a
-warp.
+"""Building blocks of the Triton scans: gate functions and their gradient, register tiles, warp shuffles.
 
-A row is a Python tuple of K tensors, one lane a row: unrolled at compile time, so it lives in registers and K
-need not be a power of two. This is the Triton side of the one gate table, `gates.py`; the tests hold the two
-against each other for every gate function.
+A row of gates is a Python tuple of K tensors, one row a lane. Tuples are unrolled at compile time, so a row
+lives in registers and K need not be a power of two. The gate functions are those of `gates.py`; tests compare
+the two for every gate.
 
 Legend: z gate logits, f = f(z), S the row's normaliser, p = f / S, x_k what gate k multiplies, h the row's
-new state, s = dL/dh, K = M + 1 gates a row. Blocks are [BLOCK], one row a lane.
+new state, s = dL/dh, K = M + 1 gates a row, P rows a lane, SHARE lanes a row. Unless a comment says
+otherwise a tensor is a lane block [WIDTH], one value a lane, and a tuple is flat: [(gate STEPS + step) P +
+row] or a part of that.
 """
 
 import triton
@@ -21,25 +22,27 @@ WARP = tl.constexpr(32)
 
 @triton.jit
 def wide(t):
-    """t as int64; a loop variable is a plain int in the interpreter."""
+    """t as int64, as offsets may pass 2^31 elements; a loop variable is a plain int in the interpreter."""
     return t + tl.full([], 0, tl.int64)
 
 
 @triton.jit
 def _halves(x, LANES: tl.constexpr, R: tl.constexpr):
-    """[LANES, R] as its first and its second half along R."""
+    """The two halves of [LANES, R] along R."""
+    # tl.split takes the last axis apart, which must have size 2: hence [LANES, R/2, 2] first.
     return tl.split(tl.permute(tl.reshape(x, [LANES, 2, R // 2]), [0, 2, 1])) if R > 2 else tl.split(x)
 
 
 @triton.jit
 def columns_of(tile, LANES: tl.constexpr, R: tl.constexpr):
-    """[LANES, R] as R blocks [LANES] in fp32."""
+    """[LANES, R] as R blocks [LANES] in fp32; R is a power of two up to 64."""
+    # Triton cannot index a tile in registers, so it is halved log2(R) times.
     parts = (tile if R > 1 else tl.reshape(tile, [LANES]),)
-    for level in tl.static_range(6):
+    for level in tl.static_range(6):  # 2^6 = 64 columns at most
         if (R >> level) > 1:
             halved = ()
             for j in tl.static_range(1 << level):
-                first, second = _halves(parts[j], LANES, R >> level)
+                first, second = _halves(parts[j], LANES, R >> level)  # [LANES, R >> (level + 1)] each
                 halved = halved + (first, second)
             parts = halved
     wide_parts = ()
@@ -59,7 +62,7 @@ def of_columns(parts, DTYPE: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr)
         if (R >> level) > 1:
             joined = ()
             for j in tl.static_range(R >> (level + 1)):
-                pair = tl.join(parts[2 * j], parts[2 * j + 1])
+                pair = tl.join(parts[2 * j], parts[2 * j + 1])  # [LANES, 2] or [LANES, 1 << level, 2]
                 if level > 0:
                     pair = tl.reshape(tl.permute(pair, [0, 2, 1]), [LANES, 2 << level])
                 joined = joined + (pair,)
@@ -70,23 +73,24 @@ def of_columns(parts, DTYPE: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr)
 @triton.jit
 def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
     """[STEPS, LANES * P] as STEPS * P blocks [LANES] in fp32, step-major: a lane's P rows at every step."""
-    tile = tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2])
+    # The tile comes from shared memory, where the asynchronous copies of a group of steps put it.
+    tile = tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2])  # [LANES, STEPS, P]
     return columns_of(tl.reshape(tile, [LANES, STEPS * P]), LANES, STEPS * P)
 
 
 @triton.jit
 def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
     """The tile [STEPS, LANES * P] of STEPS * P blocks [LANES]: the inverse of `unstack`."""
+    # One wide store a tile instead of STEPS * P narrow ones.
     tile = tl.reshape(of_columns(parts, DTYPE, LANES, STEPS * P), [LANES, STEPS, P])
     return tl.reshape(tl.permute(tile, [1, 0, 2]), [STEPS, LANES * P])
 
 
 @triton.jit
 def renewed(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
-    """P windows of `count` values after a group of steps; what only moved becomes a value of its own.
-
-    The compiler fetches loads ahead only in loops whose values are all new: x + 0 is one.
-    """
+    """P windows of `count` values after a group of steps, with the values that only shifted made new."""
+    # Triton's pipeliner prefetches only in loops whose carried values are all results of this iteration. x +
+    # 0 counts as one. Remove it once the pipeliner takes loops that rename values.
     values = ()
     for p in tl.static_range(P):
         for k in tl.static_range(count):
@@ -97,9 +101,8 @@ def renewed(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x for x > 0 in two instructions, to 3e-7: the division operator guards cases that cannot occur
-    here."""
-    r = tl.rsqrt(x)
+    """1 / x for x > 0, to a relative 3e-7."""
+    r = tl.rsqrt(x)  # two instructions; the division operator guards cases that cannot occur here
     return r * r
 
 
@@ -113,13 +116,15 @@ def _tanh(z):
     e = tl.exp2(tl.abs(z) * (-2 * LOG2E))
     far = (1.0 - e) * reciprocal(1.0 + e)
     far = tl.where(z < 0, -far, far)
-    q = z * z  # near zero 1 - e loses digits: the Taylor series, whose next term is 1e-9 z at |z| = 1/4
+    # Near zero 1 - e cancels, so take the Taylor series there; its next term is 1e-9 z at |z| = 1/4.
+    q = z * z
     near = z * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
     return tl.where(tl.abs(z) < 0.25, near, far)
 
 
 @triton.jit
 def gate_value(z, GATE: tl.constexpr):
+    """f(z) of the L1 gates; softmax needs the whole row, see `coefficients`."""
     if GATE == "sigmoid":
         return _sigmoid(z)
     elif GATE == "relu":
@@ -135,18 +140,20 @@ def gate_value(z, GATE: tl.constexpr):
 
 @triton.jit
 def row_of(place, SHARE: tl.constexpr):
-    """The row of a position, and a lane's place q among those that share it, WARP / SHARE lanes apart: so
-    neighbours read neighbouring rows."""
+    """(row, q) of each lane position: q is the lane's index among the SHARE lanes of its row."""
+    # Sharing lanes lie WARP / SHARE apart, so that neighbouring lanes still read neighbouring rows: one wide
+    # load instead of SHARE strided ones.
     SPAN: tl.constexpr = WARP // SHARE
     if SHARE == 1:
-        return place, place * 0
+        return place, place * 0  # q = 0 in every lane
     else:
         return place // WARP * SPAN + place % SPAN, place % WARP // SPAN
 
 
 @triton.jit
 def _sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
-    """The sum of x over COUNT lanes, SPAN apart: the same bits in each."""
+    """The sum of x over COUNT lanes that lie SPAN apart, in each of them."""
+    # A butterfly: both partners add the same two numbers, so all lanes end with the same bits.
     for level in tl.static_range(4):
         if (COUNT >> level) > 1:
             x += tl.gather(x, lane ^ (SPAN * (COUNT >> (level + 1))), 0)
@@ -155,7 +162,7 @@ def _sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def sum_of_row(x, lane, SHARE: tl.constexpr):
-    """x, or where SHARE lanes share a row, the sum of theirs."""
+    """The sum of x over the SHARE lanes of a row; x itself where SHARE is 1."""
     return _sum_of_lanes(x, lane, WARP // SHARE, SHARE)
 
 
@@ -173,10 +180,11 @@ def coefficients(
 ):  # fmt: skip
     """f, flat [gate E + row] like z, and 1 / S, [row], of E rows of K gates.
 
-    Dividing a row's sum once is cheaper than dividing K coefficients. Rows take turns at every operation, so
-    that none waits for the one before. SHARE > 1: so many lanes share rows; the first K - 1
-    entries are a lane's own, the last one is everyone's.
+    With SHARE > 1 lanes a row, the first K - 1 gates are a lane's own and the last, the input gate, is held
+    by all of them.
     """
+    # The row's weighted sum is divided once, by the caller: cheaper than dividing K coefficients. The loops
+    # over rows are the inner ones, so that E independent operations hide each other's latency.
     f, scales = (), ()
     if GATE == "none":
         f = z
@@ -184,6 +192,7 @@ def coefficients(
             scales = scales + (tl.full(z[e].shape, 1.0, tl.float32),)
     else:
         if GATE == "softmax":
+            # Subtract the row's largest logit before exp: exp overflows fp32 at z = 89.
             top = ()
             for e in tl.static_range(E):
                 top = top + (z[e],)
@@ -192,7 +201,7 @@ def coefficients(
                 for e in tl.static_range(E):
                     larger = larger + (tl.maximum(top[e], z[k * E + e]),)
                 top = larger
-            shift = ()
+            shift = ()  # in units of log2, as exp2 is one instruction
             for e in tl.static_range(E):
                 most = _largest_of_row(top[e], lane, SHARE)
                 shift = shift + (tl.maximum(most, z[(K - 1) * E + e]) * LOG2E,)
@@ -202,7 +211,7 @@ def coefficients(
         else:
             for j in tl.static_range(K * E):
                 f = f + (gate_value(z[j], GATE),)
-        total = ()
+        total = ()  # S, of this lane's gates
         for e in tl.static_range(E):
             total = total + (tl.abs(f[e]),)
         for k in tl.static_range(1, K - 1):
@@ -211,6 +220,7 @@ def coefficients(
                 more = more + (total[e] + tl.abs(f[k * E + e]),)
             total = more
         for e in tl.static_range(E):
+            # The input gate is added after the sum over lanes: each of them holds it.
             whole = sum_of_row(total[e], lane, SHARE) + tl.abs(f[(K - 1) * E + e])
             scales = scales + (reciprocal(whole if GATE == "softmax" else whole + EPS),)
     return f, scales
@@ -218,7 +228,7 @@ def coefficients(
 
 @triton.jit
 def tile_of(at, S_T: tl.constexpr, STEPS: tl.constexpr):
-    """Pointers [STEPS, WIDTH * P] to as many steps of the rows that `at` points to."""
+    """Pointers [STEPS, WIDTH * P]: STEPS steps, S_T apart, of the rows at `at` [WIDTH * P]."""
     return at[None, :] + tl.arange(0, STEPS)[:, None] * S_T
 
 
@@ -229,6 +239,8 @@ def gate_rows(
     P: tl.constexpr, GATE: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """z and f of STEPS steps from t, both flat [(gate STEPS + step) P + row], and 1 / S, [step P + row]."""
+    # One load [STEPS, WIDTH * P] a gate plane: the pipeliner makes it 16-byte copies to shared memory, issued
+    # STAGES - 1 groups ahead.
     z = ()
     for k in tl.static_range(TAPS):
         z = z + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
@@ -239,7 +251,7 @@ def gate_rows(
 
 @triton.jit
 def step_flags(flags_at, t, STEPS: tl.constexpr, WIDTH: tl.constexpr):
-    """The flags of STEPS steps from t, the same in every lane."""
+    """STEPS blocks [WIDTH]: the reset flags of the steps from t, the same in every lane."""
     flags = tl.load(flags_at + t + tl.arange(0, STEPS)[:, None])
     return unstack(tl.broadcast_to(flags, [STEPS, WIDTH]), STEPS, WIDTH, 1)
 
@@ -247,7 +259,7 @@ def step_flags(flags_at, t, STEPS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def cleared(values, flag, count: tl.constexpr):
     """`count` lane blocks, zero where a document starts."""
-    kept = ()
+    kept = ()  # a select, not a product with zero: the state before a document may be NaN or inf
     for j in tl.static_range(count):
         kept = kept + (tl.where(flag != 0, 0.0, values[j]),)
     return kept
@@ -255,8 +267,8 @@ def cleared(values, flag, count: tl.constexpr):
 
 @triton.jit
 def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexpr):
-    """f_0 v of E rows; where lanes share a row, all but the first have zero, for the row's sum."""
-    terms = ()
+    """f_0 v of E rows, what enters the state."""
+    terms = ()  # where lanes share a row only the first has it, as their terms are added up afterwards
     for e in tl.static_range(E):
         term = f[TAPS * E + e] * v[e]
         terms = terms + (tl.where(q == 0, term, 0.0) if SHARE > 1 else term,)
@@ -265,8 +277,10 @@ def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexpr):
 
 @triton.jit
 def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
-    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h); softmax: f' = f, sign = 1; none: s x_k. `scaled` is s
-    / S."""
+    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h), with `scaled` = s / S; README.md derives it.
+
+    softmax: f' = f and sign = 1. none: s x_k.
+    """
     if GATE == "softmax":
         return scaled * f * (x - h)
     elif GATE == "none":
@@ -288,7 +302,7 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 @triton.jit
 def _over_steps(sums, dz, k: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
-    """sums[k P + p] and dz of all steps, (P,)."""
+    """(P,): sums[k P + p] plus dz over the STEPS steps of a group."""
     totals = ()
     for p in tl.static_range(P):
         total = sums[k * P + p]
@@ -304,19 +318,20 @@ def store_gradients(
     D_K: tl.constexpr, TAPS: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr,
     GATE: tl.constexpr, SHARE: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Stores dz and dv of a group of steps; what a row has once, where `own`. Returns `sums`, flat [gate P +
-    row], with dz added: the gradient of what was added to the logits of all steps.
+    """Stores dz and dv of a group of steps and returns `sums`, flat [gate P + row], with dz added.
 
-    z, f and x, what the taps multiply, are flat [(gate STEPS + step) P + row]; v, scale and scaled, s / S,
-    flat [step P + row]. h is computed again from x: the stored one is rounded, and a difference x - h of two
-    roundings is noise where a gate is closed or alone.
+    z, f and x (what the taps multiply) are flat [(gate STEPS + step) P + row]; v, scale = 1 / S and scaled =
+    s / S are flat [step P + row]. `own`: the lane that writes what a row has once (dv and da). `sums` is the
+    gradient of the gates' bias.
     """
     E: tl.constexpr = STEPS * P
+    # h is computed again from x. The stored h is rounded to the values' dtype, and x - h of two roundings is
+    # noise where a gate is closed or alone.
     dv, h = (), entering(f, v, q, TAPS, E, SHARE)
     for e in tl.static_range(E):
         dv = dv + (scaled[e] * f[TAPS * E + e],)
-    tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
-    for k in tl.static_range(TAPS):
+    tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)  # [STEPS, WIDTH * P]
+    for k in tl.static_range(TAPS):  # h = sum_k f_k x_k, not yet divided by S
         more = ()
         for e in tl.static_range(E):
             more = more + (h[e] + f[k * E + e] * x[k * E + e],)
@@ -325,7 +340,7 @@ def store_gradients(
     for e in tl.static_range(E):
         state = state + (sum_of_row(h[e], lane, SHARE) * scale[e],)
     totals = ()
-    for k in tl.static_range(TAPS):
+    for k in tl.static_range(TAPS):  # one gate plane at a time: dz of all K would not fit in registers
         dz = ()
         for e in tl.static_range(E):
             dz = dz + (logit_gradient(z[k * E + e], f[k * E + e], x[k * E + e], state[e], scaled[e], GATE),)
@@ -346,8 +361,8 @@ def store_sums(
     sums, z_at, a_at, stores, own, PLANE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """Stores `store_gradients`' sums of a lane's taps from z_at [1, rows] on, PLANE apart, and of the input
-    gate, which a row has once, where `own`."""
+    """Stores the sums of `store_gradients`: a lane's taps at z_at [1, rows], planes PLANE apart, and the
+    input gate at a_at, once a row (`own`)."""
     for k in tl.static_range(TAPS + 1):
         of = ()
         for p in tl.static_range(P):
@@ -361,8 +376,8 @@ def store_sums(
 
 @triton.jit
 def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
-    """A lane keeps the half of q that its bit HALF / P names, adds its partner's, and hands over the other
-    half."""
+    """One exchange of recursive halving: q, 2 HALF values, becomes HALF sums with the partner's."""
+    # Bit HALF / P of the lane says which half it keeps; the partner keeps the other.
     upper = (lane & (HALF // P)) != 0
     left = ()
     for j in tl.static_range(HALF):
@@ -376,10 +391,10 @@ def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
 def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr):
     """Lane k of each group of MP / P lanes receives the P sums over its lanes of q[k P .. k P + P - 1].
 
-    Recursive halving: every exchange halves what is left to send. TAPS values are padded to a power of two,
-    TP; where that is less than MP (P = 1), lanes k, k + TP, .. all receive sum k. Lanes that own no row must
-    hold zeros. MP <= 16.
+    Lanes that own no row must hold zeros. MP <= 16.
     """
+    # Recursive halving sends TP - 1 values in log2(TP) shuffles; TAPS full sums would take TAPS log2(MP).
+    # TAPS is padded to a power of two, TP; where TP < MP (P = 1), lanes k, k + TP, .. all receive sum k.
     TP: tl.constexpr = MP if TAPS * 2 > MP else (MP // 2 if TAPS * 4 > MP else MP // 4)
     for _ in tl.static_range(TAPS, TP):
         q = q + (tl.zeros_like(q[0]),)

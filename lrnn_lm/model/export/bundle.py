@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from .scopes import Module, References, Source, Sources
+from .scopes import Module, Source, Sources, inner_names, references
 
 _PRESENT = {"torch", "transformers", *sys.stdlib_module_names}
 
@@ -38,7 +38,7 @@ class Bundle:
     ):
         self.sources, self.files, self._left_out = sources, files, left_out
         self.file_of = {module: file for file, modules in files.items() for module in modules}
-        self.references = {m: References(sources, sources[m]).found for m in self.file_of}
+        self.references = {m: references(sources, sources[m]) for m in self.file_of}
         self.final = self._final_names()
 
     def _final_names(self) -> dict[tuple[Module, str], str]:
@@ -105,10 +105,11 @@ class Bundle:
 
     def _name_edits(self, source: Source) -> list[Edit]:
         """What is called by another name in the flat file."""
-        edits = []
-        for node, meaning, local in self.references[source.module]:
+        edits, inner = [], inner_names(source.tree)
+        for node, meaning in self.references[source.module]:
             name = self.final.get(meaning[:2], meaning.name)
-            if name in local:
+            now = ast.unparse(node)
+            if name != now and inner & {name, now}:
                 raise ValueError(
                     f"{source.path}, line {node.lineno}: a local name hides the module's {name!r}"
                 )

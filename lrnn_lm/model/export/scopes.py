@@ -1,7 +1,7 @@
-"""What every name in the package's modules stands for, by Python's rules of scope; `bundle.py` reads it."""
+"""What every name in the package's modules stands for; `bundle.py` reads it."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,10 @@ class Meaning(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A place in a module's text that names something of the package, and the local names around it."""
+    """A place in a module's text that names something of the package."""
 
     node: ast.expr
     meaning: Meaning
-    local: frozenset[str]
 
 
 class Source:
@@ -106,84 +105,63 @@ class Sources(dict[Module, Source]):
         done.append(root)
 
 
-class References(ast.NodeVisitor):
-    """Finds every name of the package in a module, by Python's rules of scope."""
+def references(sources: Sources, source: Source) -> list[Reference]:
+    """Every place in a module that names something of the package.
 
-    def __init__(self, sources: Sources, source: Source):
-        self.found: list[Reference] = []
-        self._sources, self._source = sources, source
-        names = {name: Meaning(source.module, name) for name in source.own}
-        self._scopes: list[tuple[bool, dict[str, Meaning | None]]] = [
-            (False, names | self._imported(source.top))
-        ]
-        for statement in source.tree.body:
-            self.visit(statement)
+    A name stands for the same thing in the whole module, as `bundle.py` checks, unless a function imports it.
 
-    def _imported(self, nodes: set[ast.ImportFrom] | list[ast.ImportFrom]) -> dict[str, Meaning | None]:
-        module = self._source.module
+    Raises:
+        ValueError: `global`, or a module used as a value.
+    """
+    found: list[Reference] = []
+
+    def imported(nodes: Iterable[ast.AST]) -> dict[str, Meaning]:
         return {
-            alias.asname or alias.name: self._sources.meaning(module, node, alias.name)
+            alias.asname or alias.name: sources.meaning(source.module, node, alias.name)
             for node in nodes
+            if isinstance(node, ast.ImportFrom) and node.level
             for alias in node.names
         }
 
-    def _look_up(self, name: str) -> Meaning | None:
-        for depth, (of_class, names) in enumerate(reversed(self._scopes)):
-            if name in names and (depth == 0 or not of_class):
-                return names[name]
-        return None
-
-    def _found(self, node: ast.expr, meaning: Meaning) -> None:
-        inner = [names for of_class, names in self._scopes[1:] if not of_class]
-        local = frozenset(name for names in inner for name, what in names.items() if what is None)
-        self.found.append(Reference(node, meaning, local))
-
-    def visit_Name(self, node: ast.Name) -> None:
-        meaning = self._look_up(node.id)
-        if meaning is None:
+    def visit(node: ast.AST, names: dict[str, Meaning]) -> None:
+        if isinstance(node, ast.Global):
+            raise ValueError(f"{source.path}, line {node.lineno}: `global` cannot be bundled")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = names | imported(_statements(node.body))
+        meaning = names.get(node.id) if isinstance(node, ast.Name) else None
+        if meaning is not None:
+            if meaning.name is None:
+                raise ValueError(
+                    f"{source.path}, line {node.lineno}: {node.id!r} is a module; name what is in it"
+                )
+            found.append(Reference(node, meaning))
+        owner = names.get(node.value.id) if _is_attribute_of_name(node) else None
+        if owner is not None and owner.name is None:
+            if node.attr not in sources[owner.module].own:
+                raise ValueError(f"{source.path}, line {node.lineno}: no {node.attr!r} in {node.value.id}")
+            found.append(Reference(node, owner._replace(name=node.attr)))
             return
-        if meaning.name is None:
-            raise ValueError(
-                f"{self._source.path}, line {node.lineno}: {node.id!r} is a module; name what is in it"
-            )
-        self._found(node, meaning)
+        for child in ast.iter_child_nodes(node):
+            visit(child, names)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        meaning = self._look_up(node.value.id) if isinstance(node.value, ast.Name) else None
-        if meaning is None or meaning.name is not None:
-            self.generic_visit(node)
-        elif node.attr not in self._sources[meaning.module].own:
-            raise ValueError(f"{self._source.path}, line {node.lineno}: no {node.attr!r} in {node.value.id}")
-        else:
-            self._found(node, meaning._replace(name=node.attr))
+    visit(source.tree, {name: Meaning(source.module, name) for name in source.own} | imported(source.top))
+    return found
 
-    def visit_Global(self, node: ast.Global) -> None:
-        raise ValueError(f"{self._source.path}, line {node.lineno}: `global` cannot be bundled")
 
-    def generic_visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.ClassDef):
-            for outer in (*node.decorator_list, *node.bases, *node.keywords):
-                self.visit(outer)
-            self._inside(True, node.body, bound(node.body))
-        elif isinstance(node, _FUNCTIONS):
-            outside = [node.args, *getattr(node, "decorator_list", ()), getattr(node, "returns", None)]
-            for outer in filter(None, outside):  # defaults and annotations belong to the scope around
-                self.visit(outer)
-            body = node.body if isinstance(node.body, list) else [node.body]
-            arguments = [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
-            self._inside(False, body, [*arguments, *bound(body)])
-        elif isinstance(node, _COMPREHENSIONS):
-            targets = [n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)]
-            self._inside(False, list(ast.iter_child_nodes(node)), targets)
-        else:
-            super().generic_visit(node)
+def inner_names(tree: ast.Module) -> set[str]:
+    """Names that functions, classes and comprehensions of a module bind, arguments included."""
+    names = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+    for node in ast.walk(tree):
+        if isinstance(node, _COMPREHENSIONS):
+            targets = [n for g in node.generators for n in ast.walk(g.target)]
+            names |= {n.id for n in targets if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names |= set(bound(node.body))
+    return names
 
-    def _inside(self, of_class: bool, body: list[ast.AST], names: Iterator[str] | list[str]) -> None:
-        imports = [n for n in _statements(body) if isinstance(n, ast.ImportFrom) and n.level]
-        self._scopes.append((of_class, dict.fromkeys(names) | self._imported(imports)))
-        for node in body:
-            self.visit(node)
-        self._scopes.pop()
+
+def _is_attribute_of_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
 
 
 def path_of(module: Module) -> Path:

@@ -1,0 +1,187 @@
+"""Both scans in Triton, on the host: outputs, launches, chunks of time, and the custom ops.
+
+The kernels are in `block_diagonal_kernels.py` and `higher_order_kernels.py`. The number of axes says which
+scan it is: gates (B, T, N, M, M+1) and values (B, T, N, M) of BD-LRU, (B, T, N, M+1) and (B, T, N) of H-LRU.
+
+Legend: B batch, T time, N blocks or channels, M block size or order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .block_diagonal_kernels import backward_kernel as block_backward_kernel
+from .block_diagonal_kernels import forward_kernel as block_forward_kernel
+from .chunk_transfer import (
+    block_transfer,
+    block_transfer_cost,
+    channel_transfer,
+    channel_transfer_cost,
+    row_stride,
+)
+from .higher_order_kernels import backward_kernel as channel_backward_kernel
+from .higher_order_kernels import forward_kernel as channel_forward_kernel
+from .triton_launch import Launch, reset_flags, time_chunks
+from .triton_ops import register, register_packed, rows_like
+
+
+class _Kind(NamedTuple):
+    """What the two scans differ in; see `chunk_transfer.py` for the last two."""
+
+    forward_kernel: Any
+    backward_kernel: Any
+    transfer: Callable[..., Tensor]
+    transfer_cost: Callable[[int, str], float]
+
+
+_BLOCKS = _Kind(block_forward_kernel, block_backward_kernel, block_transfer, block_transfer_cost)
+_CHANNELS = _Kind(channel_forward_kernel, channel_backward_kernel, channel_transfer, channel_transfer_cost)
+
+
+def _kind(values: Tensor) -> _Kind:
+    return _BLOCKS if values.ndim == 4 else _CHANNELS
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of time, blocks and, of BD-LRU, rows, by their names in the kernels: G_T, G_N, G_I of `G`."""
+    found = {}
+    for name, x in tensors.items():
+        found |= {f"{name}_T": x.stride(1), f"{name}_N": x.stride(2)}
+        if tensors["V"].ndim == 4:
+            found[f"{name}_I"] = row_stride(x)
+    return found
+
+
+def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *arguments, **options) -> None:
+    """Launch a kernel of either scan with what all of them take."""
+    N, M = values.shape[2], gates.shape[-1] - 1
+    if values.ndim == 4:
+        sizes = {"M": M, "MP": triton.next_power_of_2(M)}
+    else:
+        sizes = {"TAPS": M // launch.options["SHARE"]}
+    with launch.device:
+        kernel[launch.grid](
+            gates, values, *arguments, G_K=gates.stride(-1), N=N, **sizes, **options, **launch.options
+        )
+
+
+def _chunks(gates: Tensor, values: Tensor, gate: str) -> tuple[int, int]:
+    """(steps a chunk, chunks) of time."""
+    B, T, N = values.shape[:3]
+    cost = _kind(values).transfer_cost(gates.shape[-1] - 1, gate)
+    return time_chunks(B * N, values.shape[3:].numel(), cost, T, values.device)
+
+
+def _forward(
+    gates: Tensor,
+    values: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    columns: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    B, _, N = values.shape[:3]
+    h = rows_like(values, columns)
+    last = values.new_empty(B, N, gates.shape[-1] - 1, dtype=torch.float32)
+    chunk, n_chunks = _chunks(gates, values, gate)
+    if n_chunks > 1:
+        maps = _kind(values).transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
+        h0 = _chunk_starts(maps, h0)
+    if not _fills_columns(values):
+        columns = None
+    _launch_forward(gates, values, h0, reset, gate, h, last, chunk, n_chunks, columns)
+    return h, last
+
+
+def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks, columns=None) -> None:
+    B, T, N = values.shape[:3]
+    block, M = values.shape[3:].numel(), gates.shape[-1] - 1  # rows of a block: M, or 1 where it is a channel
+    launch = Launch(columns or N * block, block, M, T, B * n_chunks, (gates, values))
+    _launch(
+        _kind(values).forward_kernel, launch, gates, values, start, reset_flags(reset), h, last, T, chunk,
+        n_chunks, launch.tiles, gates.stride(0), values.stride(0), **_strides(G=gates, V=values),
+        H_T=h.stride(1), COLUMNS=columns or N * block, GATE=gate, HAS_START=start is not None,
+        HAS_RESET=reset is not None,
+    )  # fmt: skip
+
+
+def _chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
+    """The state before each chunk, (B, C, N, M) fp32.
+
+    transfer (B, C, N, M, M+1) fp32: a chunk takes the state x to transfer[..., :M] x + transfer[..., M].
+    """
+    # A chunk is one step of a BD-LRU without normalisation, so the same kernel scans over the chunks.
+    B, C, N, M, _ = transfer.shape
+    after, last = transfer.new_empty(B, C, N, M), transfer.new_empty(B, N, M)
+    ones = transfer.new_ones(()).expand(B, C, N, M)
+    _launch_forward(transfer, ones, initial, None, "none", after, last, C, 1)
+    first = transfer.new_zeros(B, 1, N, M) if initial is None else initial.unsqueeze(1)
+    return torch.cat([first, after[:, :-1]], dim=1)
+
+
+def _ages(reset: Tensor) -> Tensor:
+    """(B, T) int32: steps since the document began; before the first start, older than any order."""
+    steps = torch.arange(reset.shape[1], device=reset.device)
+    start = torch.where(reset, steps, -(1 << 20)).cummax(dim=1).values
+    return (steps - start).to(torch.int32)
+
+
+def _backward(
+    grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
+    reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
+    summed: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dL/dh0 (B, N, M), and where `summed` dz summed over sequences and steps, (M+1, columns), both fp32."""
+    B, T, N = values.shape[:3]
+    block, M = values.shape[3:].numel(), gates.shape[-1] - 1
+    kind = _kind(values)
+    d_start = values.new_empty(B, N, M, dtype=torch.float32)
+    stop, columns, sums = grad_last.contiguous(), columns or N * block, None
+    chunk, n_chunks = _chunks(gates, values, gate)
+    if n_chunks > 1:
+        maps = kind.transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
+        stop = _chunk_starts(maps, stop).flip(1).contiguous()
+    if summed:
+        sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
+    if (
+        reset is not None
+    ):  # an H-LRU's taps reach back M steps: they need to know how far the document goes back
+        reset = reset_flags(reset) if kind is _BLOCKS else _ages(reset)
+    launch = Launch(columns, block, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
+    _launch(
+        kind.backward_kernel, launch, gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
+        sums, T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0), grad.stride(0),
+        d_gates.stride(0), **_strides(G=gates, V=values, O=grad, D=d_gates), D_K=d_gates.stride(-1),
+        H_T=h.stride(1), E_T=d_values.stride(1), COLUMNS=columns, GATE=gate, HAS_START=h0 is not None,
+        HAS_RESET=reset is not None, HAS_SUMS=summed,
+    )  # fmt: skip
+    return d_start, None if sums is None else sums.sum(dim=0)
+
+
+def _fills_columns(values: Tensor) -> bool:
+    """Whether the kernels write the columns beyond the rows too: where rows lie one after the other."""
+    return values.ndim == 3 or triton.next_power_of_2(values.shape[3]) == values.shape[3]
+
+
+def _split_blocks(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, N, M, M+1) and values (B, T, N, M) of planes (B, T, M+2, columns)."""
+    rows = planes[..., : N * M].unflatten(-1, (N, M))
+    return rows[:, :, : M + 1].permute(0, 1, 3, 4, 2), rows[:, :, M + 1]
+
+
+def _split_channels(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, N, M+1) and values (B, T, N) of planes (B, T, M+2, columns)."""
+    return planes[:, :, : M + 1, :N].transpose(2, 3), planes[:, :, M + 1, :N]
+
+
+block_diagonal_scan = register("bd_scan_triton", _forward, _backward)
+higher_order_scan = register("h_scan_triton", _forward, _backward)
+packed_block_diagonal_scan = register_packed(
+    "bd_packed_triton", _split_blocks, _forward, _backward, _fills_columns
+)
+packed_higher_order_scan = register_packed(
+    "h_packed_triton", _split_channels, _forward, _backward, _fills_columns
+)
