@@ -126,6 +126,29 @@ def test_rows_and_boundaries(prepared: PreparedData) -> None:
             assert row["reset"][t] == (p in starts)
 
 
+class Stream:
+    """Shards of this many tokens, 0, 1, .. of one document."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(self.num_tokens)[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(1)[start:stop]
+
+
+@pytest.mark.parametrize("num_tokens", range(10))
+def test_rows_of_a_stream_of_any_length(num_tokens: int) -> None:
+    """All tokens but the first are targets, once; without the tail, those of whole rows."""
+    for keep_tail, count in ((True, max(num_tokens - 1, 0)), (False, 4 * (max(num_tokens - 1, 0) // 4))):
+        rows = PackedRows(Stream(num_tokens), 4, keep_tail)
+        labels = [label for r in range(len(rows)) for label in rows[r]["labels"].tolist()]
+        assert [label for label in labels if label != -100] == list(range(1, count + 1))
+        assert len(labels) - count < 4, "no row without a target"
+
+
 def test_step_that_does_not_split(prepared: PreparedData) -> None:
     with pytest.raises(DataError, match=r"8 rows does not split over 3 ranks; .* a multiple of 96"):
         TrainLoader(prepared.train, T, 0, 8, 1, 0, 3)
