@@ -168,6 +168,26 @@ def test_loading_leaves_the_global_generators_alone(prepared: PreparedData) -> N
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
+@pytest.mark.parametrize("begin", [0, 1, 2, 3, 5])
+def test_skipped_ranges_are_left_out(prepared: PreparedData, begin: int) -> None:
+    """Steps 1, 2 and 4 left out, on two ranks and from any step on: their tokens, targets and positions."""
+    skips = [(4 * R, 5 * R), (R, 3 * R)]  # in any order
+    straight = global_steps(prepared, steps=9)
+    wanted = [step for step in (0, 3, 5, 6, 7) if step >= begin]
+    ranks = [
+        TrainLoader(prepared.train, T, 5, R, 2, rank, 2, position=begin * R, skips=skips, curriculum=[(8, 6)])
+        for rank in range(2)
+    ]
+    for step, parts in zip(wanted, zip(*ranks, strict=False), strict=False):
+        whole = {key: torch.cat([batch[key] for part in parts for batch in part]) for key in parts[0][0]}
+        learnt = 8 if step < 6 else T  # by the number of the step, what was skipped counted
+        assert torch.equal(whole["input_ids"], straight[step]["input_ids"])
+        assert torch.equal(whole["reset"], straight[step]["reset"])
+        assert torch.equal(whole["labels"][:, :learnt], straight[step]["labels"][:, :learnt])
+        assert (whole["labels"][:, learnt:] == -100).all()
+        assert [loader.position for loader in ranks] == [(step + 1) * R] * 2
+
+
 def test_workers_survive_preemption_signals(prepared: PreparedData) -> None:
     received = []
     old = {
