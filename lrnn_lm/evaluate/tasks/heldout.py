@@ -99,7 +99,7 @@ def cut(document: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
         window = document[start : start + size]
         end = window.rfind("\n", size // 2) + 1
         if not end:
-            end = max((window.rfind(space, size // 2) for space in " \t"), default=-1) + 1
+            end = max(window.rfind(space, size // 2) for space in " \t") + 1
         pieces.append(window[: end or size])
         start += len(pieces[-1])
     return [*pieces, document[start:]]
