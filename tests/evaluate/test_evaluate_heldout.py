@@ -176,6 +176,16 @@ def test_other_passages_fill_up_to_enough(tmp_path, monkeypatch, write_documents
     assert [row for row in every if row in few] == few
 
 
+@pytest.mark.parametrize(("repeated", "others", "rows"), [(310, 20, 300), (99, 20, 100), (101, 20, 101)])
+def test_the_size_of_the_cloze_task(tmp_path, write_documents, repeated, others, rows):
+    """Scores are compared between models, so the number of passages is a part of the task."""
+    seen = [sentences((12, "river."), (12, f"{i}."), (12, "river.")) for i in range(repeated)]
+    new = [sentences((12, "now."), (12, f"{i}."), (12, "river.")) for i in range(others)]
+    found = heldout.cloze_dataset(data=str(write_documents(tmp_path / "d.jsonl", [*seen, *new])))["test"]
+    assert len(found) == rows
+    assert sum(found["repeated"]) == min(repeated, rows)
+
+
 def test_cloze_says_when_no_passage_fits(tmp_path, write_documents):
     path = write_documents(tmp_path / "d.jsonl", ["Only code: x = 1; y = 2", "Too short. Really."])
     with pytest.raises(ValueError, match="heldout_cloze"):
