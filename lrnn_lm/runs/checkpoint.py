@@ -69,11 +69,10 @@ def aside_of(checkpoints: Path, step: int) -> Path:
 def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
     """Let what was written aside, each file with its facts, appear under its name; then drop the oldest.
 
-    `before` names the checkpoint that the run went on from or wrote last; None for what `latest` says.
+    `before` names the checkpoint that the run went on from or wrote last; None for a run's first.
     Raises OSError if the disk is full or cannot be written; what was there before stays.
     """
     final, aside = checkpoints / step_name(step), aside_of(checkpoints, step)
-    before = before or latest_name(checkpoints)
     facts: dict[str, Any] = {}
     for path in sorted(CheckpointFolder(aside).trainer.glob("facts-*.json")):
         facts |= json.loads(path.read_text())
@@ -144,7 +143,7 @@ def read_position(folder: Path) -> Position:
     return Position(**json.loads(CheckpointFolder(folder).state.read_text()))
 
 
-def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
+def _prune(checkpoints: Path, before: str | None, final: Path, keep_last: int, keep_best: bool) -> None:
     """Keep the last few up to `before`, the checkpoint that was good until now, and `final`; and the best.
 
     And the last that was not written amid bad steps, to which the run may have to go back.
