@@ -79,9 +79,7 @@ def _bd_scan(
     for part in _slabs(gates):
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
         # p becomes p x: the input's term now, the state's step by step.
-        p[:, M].mul_(
-            _slab(values, part, h0.dtype)
-        )  # p becomes p x: the input's term now, the state's step by step
+        p[:, M].mul_(_slab(values, part, h0.dtype))
         states = torch.empty(p.shape[0], M, B, N, dtype=h0.dtype, device=h0.device)
         for i, (step, out) in enumerate(zip(p.unbind(0), states.unbind(0), strict=True)):
             if keep is not None:
@@ -149,9 +147,8 @@ def _h_scan(
     past = h0.permute(2, 0, 1)  # (M, B, N), newest first
     for part in _slabs(gates):
         p = normalise(_slab(gates, part, h0.dtype), gate, dim=1)
-        p[:, M].mul_(
-            _slab(values, part, h0.dtype)
-        )  # p becomes p x: the input's term now, the state's step by step
+        # p becomes p x: the input's term now, the state's step by step.
+        p[:, M].mul_(_slab(values, part, h0.dtype))
         steps = p.shape[0]
         # Filled from the back: the M states before a step are one slice, newest first, and nothing shifts.
         states = torch.empty(steps + M, B, N, dtype=h0.dtype, device=h0.device)

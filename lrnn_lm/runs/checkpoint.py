@@ -64,11 +64,10 @@ def aside_of(checkpoints: Path, step: int) -> Path:
 def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
     """Rename a complete aside folder to its final name, then remove checkpoints that are not kept.
 
-    `before` names the checkpoint that the run resumed from or wrote last (default: what `latest` says).
+    `before` names the checkpoint that the run resumed from or wrote last; None for a run's first.
     Raises OSError if the disk is full or read-only; older checkpoints stay.
     """
     final, aside = checkpoints / step_name(step), aside_of(checkpoints, step)
-    before = before or latest_name(checkpoints)
     facts: dict[str, Any] = {}
     for path in sorted(CheckpointFolder(aside).trainer.glob("facts-*.json")):
         facts |= json.loads(path.read_text())
@@ -141,7 +140,7 @@ def read_position(folder: Path) -> Position:
     return Position(**state)
 
 
-def _prune(checkpoints: Path, before: str, final: Path, keep_last: int, keep_best: bool) -> None:
+def _prune(checkpoints: Path, before: str | None, final: Path, keep_last: int, keep_best: bool) -> None:
     """Keep the last `keep_last`, the best, and the newest one written after a good step.
 
     Weights saved after that may be the cause of the bad steps. `final` is the newest checkpoint, `before` the

@@ -126,6 +126,29 @@ def test_rows_and_boundaries(prepared: PreparedData) -> None:
             assert row["reset"][t] == (p in starts)
 
 
+class Stream:
+    """Shards of this many tokens, 0, 1, .. of one document."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(self.num_tokens)[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        return np.arange(1)[start:stop]
+
+
+@pytest.mark.parametrize("num_tokens", range(10))
+def test_rows_of_a_stream_of_any_length(num_tokens: int) -> None:
+    """All tokens but the first are targets, once; without the tail, those of whole rows."""
+    for keep_tail, count in ((True, max(num_tokens - 1, 0)), (False, 4 * (max(num_tokens - 1, 0) // 4))):
+        rows = PackedRows(Stream(num_tokens), 4, keep_tail)
+        labels = [label for r in range(len(rows)) for label in rows[r]["labels"].tolist()]
+        assert [label for label in labels if label != -100] == list(range(1, count + 1))
+        assert len(labels) - count < 4, "no row without a target"
+
+
 def test_step_that_does_not_split(prepared: PreparedData) -> None:
     with pytest.raises(DataError, match=r"8 rows does not split over 3 ranks; .* a multiple of 96"):
         TrainLoader(prepared.train, T, 0, 8, 1, 0, 3)
@@ -143,6 +166,25 @@ def test_loading_leaves_the_global_generators_alone(prepared: PreparedData) -> N
         next(iter(TrainLoader(prepared.train, T, 0, R, R, num_workers=workers)))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 2, 3, 5])
+def test_a_curriculum_goes_by_the_number_of_the_step(prepared: PreparedData, begin: int) -> None:
+    """On two ranks and from any step on: tokens, targets and positions."""
+    straight = global_steps(prepared, steps=8)
+    wanted = range(begin, 8)
+    ranks = [
+        TrainLoader(prepared.train, T, 5, R, 2, rank, 2, position=begin * R, curriculum=[(8, 6)])
+        for rank in range(2)
+    ]
+    for step, parts in zip(wanted, zip(*ranks, strict=False), strict=False):
+        whole = {key: torch.cat([batch[key] for part in parts for batch in part]) for key in parts[0][0]}
+        learnt = 8 if step < 6 else T
+        assert torch.equal(whole["input_ids"], straight[step]["input_ids"])
+        assert torch.equal(whole["reset"], straight[step]["reset"])
+        assert torch.equal(whole["labels"][:, :learnt], straight[step]["labels"][:, :learnt])
+        assert (whole["labels"][:, learnt:] == -100).all()
+        assert [loader.position for loader in ranks] == [(step + 1) * R] * 2
 
 
 def test_workers_survive_preemption_signals(prepared: PreparedData) -> None:

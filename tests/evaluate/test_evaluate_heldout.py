@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from lrnn_lm.evaluate.tasks import heldout
 from lrnn_lm.runs.layout import RunFolder
 
 
-def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write_documents):
+def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write_documents, monkeypatch):
     run = checkpoint.parent.parent
     assert heldout.heldout_path(None, checkpoint) == run / "heldout.jsonl"
     assert heldout.heldout_path(None, run / "checkpoints" / "latest") == run / "heldout.jsonl"
@@ -23,6 +24,10 @@ def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write
     assert heldout.heldout_path(tmp_path, checkpoint) == prepared
     with pytest.raises(ValueError, match="--data FILE"):
         heldout.heldout_path(None, tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert heldout.heldout_path(f"~/{tmp_path.name}") == prepared
+    home = Path("~") / os.path.relpath(checkpoint, tmp_path.parent)
+    assert heldout.heldout_path(None, home) == run / "heldout.jsonl"
     with pytest.raises(ValueError, match="no such file"):
         heldout.heldout_path(tmp_path / "nowhere.jsonl")
 
@@ -46,9 +51,10 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
         heldout.read_documents(path)
 
 
-def test_reading_stops_at_the_byte_budget(tmp_path, write_documents):
-    path = write_documents(tmp_path / "d.jsonl", ["abc", " ", "défg", "never read"])
-    assert heldout.read_documents(path, max_bytes=7) == ["abc", "défg"]
+@pytest.mark.parametrize(("max_bytes", "read"), [(1, 1), (3, 1), (4, 2), (8, 2), (9, 3)])
+def test_reading_stops_at_the_document_that_reaches_the_budget(tmp_path, write_documents, max_bytes, read):
+    path = write_documents(tmp_path / "d.jsonl", ["abc", " ", "défg", "the rest"])
+    assert heldout.read_documents(path, max_bytes=max_bytes) == ["abc", "défg", "the rest"][:read]
 
 
 @pytest.mark.parametrize(
@@ -61,8 +67,22 @@ def test_pieces_join_to_the_document(document, size):
     assert all(len(piece) <= size for piece in pieces)
 
 
-def test_pieces_end_at_white_space_where_there_is_some():
-    assert heldout.cut("aaaa bbbb\ncccc dddd", 12) == ["aaaa bbbb\n", "cccc dddd"]
+@pytest.mark.parametrize(
+    ("document", "pieces"),
+    [
+        ("aaaa bbbb\ncccc dddd", ["aaaa bbbb\n", "cccc dddd"]),
+        ("aaaaaa\nbb bb\nbbbb", ["aaaaaa\n", "bb bb\nbbbb"]),  # the first of the window's second half
+        ("aaaaa\nbbbb b bbbb", ["aaaaa\nbbbb ", "b bbbb"]),  # the last of its first half is none
+        ("aaaaa bbbbbbb\nb", ["aaaaa bbbbbb", "b\nb"]),
+        ("aaaaaaa\tb bbbbbb", ["aaaaaaa\tb ", "bbbbbb"]),
+        ("aaaaaaa b\tbbbbbb", ["aaaaaaa b\t", "bbbbbb"]),
+        ("aaaaaaaaaaa\nb", ["aaaaaaaaaaa\n", "b"]),  # the window's last character
+        ("aaaaaaaaaaaa", ["aaaaaaaaaaaa"]),
+        ("aaaaaaaaaaaab", ["aaaaaaaaaaaa", "b"]),
+    ],
+)
+def test_pieces_of_twelve_end_at_white_space_where_there_is_some(document, pieces):
+    assert heldout.cut(document, 12) == pieces
 
 
 def test_passages_hold_the_documents_bytes_in_order(tmp_path, documents, write_documents):
@@ -107,6 +127,63 @@ def test_cloze_prefers_repeated_answers_and_caps_the_number(tmp_path, monkeypatc
     assert len(few) == 3
     assert all(row["repeated"] for row in few)
     assert [row for row in every if row in few] == few, "the cap keeps the order"
+
+
+def sentences(*counts_and_words):
+    """Sentences of so many words each, of which the last is given."""
+    return " ".join(" ".join(["it"] * (count - 1) + [word]) for count, word in counts_and_words)
+
+
+@pytest.mark.parametrize(
+    ("words", "last", "fits"),
+    [
+        (29, "word.", False), (30, "word.", True), (100, "word.", True), (101, "word.", False),
+        (50, "ore.", False), (50, "ores.", True), (50, "Ores!", True), (50, 'ores?")', True),
+        (50, "ores2.", False), (50, "co-ores.", False), (50, "ores", False),
+    ],
+)  # fmt: skip
+def test_the_size_and_the_end_of_a_cloze_passage(words, last, fits):
+    document = sentences((5, "now."), (5, "then."), (words - 10, last))
+    (row,) = [*heldout._cloze_passages(document)] or [None]
+    assert (row is not None) == fits
+    if fits:
+        answer = last.strip("\"').!?")
+        assert row == {"context": document[: -len(f" {last}")], "answer": f" {answer}", "repeated": False}
+    assert not [*heldout._cloze_passages(sentences((10, "now."), (words - 10, last)))], "of two sentences"
+
+
+def test_the_shortest_passages_whose_answer_stands_earlier_and_others_between():
+    ends = ["apples.", "rivers.", "stones.", "Rivers.", "clouds.", "meadow.", "forest.", "garden."]
+    document = sentences(*((12, end) for end in ends))
+    rows = [*heldout._cloze_passages(document)]
+    assert [(row["answer"], row["repeated"]) for row in rows] == [(" Rivers", True), (" forest", False)]
+    assert [len(row["context"].split()) for row in rows] == [4 * 12 - 1, 3 * 12 - 1]
+    unlike = sentences(*((12, end) for end in [*ends[:3], *ends[4:]]))
+    rows = [*heldout._cloze_passages(unlike)]
+    assert [row["answer"] for row in rows] == [" stones", " forest"], "which do not overlap"
+
+
+@pytest.mark.parametrize(("enough", "others"), [(1, 0), (2, 1), (4, 3), (9, 5)])
+def test_other_passages_fill_up_to_enough(tmp_path, monkeypatch, write_documents, enough, others):
+    alone = [sentences((12, "now."), (12, f"{3 * x}."), (12, f"{4 * x}.")) for x in "abcde"]
+    repeated = sentences((12, "now."), (12, "river."), (12, "river."))
+    path = str(write_documents(tmp_path / "d.jsonl", [*alone, repeated]))
+    every = list(heldout.cloze_dataset(data=path)["test"])
+    assert sum(row["repeated"] for row in every) == 1 == len(every) - 5
+    monkeypatch.setattr(heldout, "CLOZE_ENOUGH", enough)
+    few = list(heldout.cloze_dataset(data=path)["test"])
+    assert sum(not row["repeated"] for row in few) == others == len(few) - 1
+    assert [row for row in every if row in few] == few
+
+
+@pytest.mark.parametrize(("repeated", "others", "rows"), [(310, 20, 300), (99, 20, 100), (101, 20, 101)])
+def test_the_size_of_the_cloze_task(tmp_path, write_documents, repeated, others, rows):
+    """Scores are compared between models, so the number of passages is a part of the task."""
+    seen = [sentences((12, "river."), (12, f"{i}."), (12, "river.")) for i in range(repeated)]
+    new = [sentences((12, "now."), (12, f"{i}."), (12, "river.")) for i in range(others)]
+    found = heldout.cloze_dataset(data=str(write_documents(tmp_path / "d.jsonl", [*seen, *new])))["test"]
+    assert len(found) == rows
+    assert sum(found["repeated"]) == min(repeated, rows)
 
 
 def test_cloze_says_when_no_passage_fits(tmp_path, write_documents):

@@ -137,6 +137,18 @@ def test_strides_do_not_matter_and_inputs_stay_untouched(scan):
 
 
 @pytest.mark.parametrize("scan", SCANS)
+def test_the_last_state_keeps_no_slab_alive(scan):
+    """It lies in memory of its own, in the order of (B, N, M), and so does h0's gradient."""
+    gates, values, h0, reset = make_inputs(scan, T=50, N=3, M=4)
+    h0.requires_grad_()
+    for starts in (reset, None):
+        h, last = scan(gates, values, h0, starts, backend="torch")
+        for state in (last, *torch.autograd.grad(h.sum() + last.sum(), h0)):
+            assert state.is_contiguous()
+            assert state.untyped_storage().nbytes() == state.nbytes
+
+
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("gate", ["softmax", "tanh", "none"])
 def test_gradcheck(scan, gate):
     gates, values, h0, reset = make_inputs(scan, B=1, T=5, N=2, M=2, dtype=torch.float64)

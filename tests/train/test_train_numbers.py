@@ -1,23 +1,30 @@
 """What a run tells while it goes on: its pace, its layers, its pulse; and which checkpoints it keeps."""
 
 import json
+import multiprocessing
 import os
+import signal
+import threading
 import time
+from contextlib import nullcontext
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
 from tiny_run import fingerprint, losses, metrics
-from trainers import Build
+from trainers import Build, send_at
 
 from lrnn_lm import LRNNConfig
 from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.load import shipped
+from lrnn_lm.train import metrics as metrics_module
 from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
 from lrnn_lm.train.inspect_layers import summary, watched
+from lrnn_lm.train.stop import Stopped
 from lrnn_lm.train.tensors import fill_state
 from lrnn_lm.train.throughput import Spent, Throughput
 from lrnn_lm.train.validate import Validation
@@ -121,6 +128,54 @@ def test_the_pulse(build: Build) -> None:
     assert (pulse["step"], pulse["tokens"], pulse["doing"]) == (12, 12 * 512, "finished")
     assert abs(time.time() - pulse["time"]) < 30
     assert pulse["pid"] == os.getpid()
+
+
+def test_what_stands_in_which_line(build: Build) -> None:
+    """The layers every 6 steps; the seconds that a checkpoint took, once, in the line of the next step."""
+    trainer = build("train.inspect_every=6", "checkpoint.background=false")
+    save = trainer.saver.begin
+    trainer.saver.begin = lambda *args, **options: (time.sleep(0.05), save(*args, **options))
+    trainer.run()
+    lines = {line["step"]: line for line in metrics(trainer.folder) if "loss" in line}
+    assert [step for step, line in lines.items() if "state_norm" in line] == [6, 12]
+    assert [step for step, line in lines.items() if "checkpoint_seconds" in line] == [5, 9]
+    seconds = [lines[step]["checkpoint_seconds"] for step in (5, 9)]
+    assert all(0.05 < each < 60 for each in seconds)
+
+
+@pytest.mark.parametrize(("step", "ends"), [(3, 4), (12, 12)])
+def test_no_room_for_a_line_ends_the_run(
+    build: Build, monkeypatch: pytest.MonkeyPatch, step: int, ends: int
+) -> None:
+    """In the next step, as ranks hear of it then; at the end of the run, where there is none."""
+    trainer, finite = build(), metrics_module._finite
+
+    def full(value: Any) -> Any:
+        if trainer.position.step == step:
+            raise OSError(28, "No space left on device")
+        return finite(value)
+
+    monkeypatch.setattr(metrics_module, "_finite", full)
+    with pytest.raises(ValueError, match=r"could not write .*metrics.jsonl: No space left on device"):
+        trainer.run()
+    assert trainer.position.step == ends
+
+
+def test_nothing_of_a_run_is_left_at_work(build: Build) -> None:
+    """Its threads, its loader's processes, its lock and its file are gone, however it ends."""
+    before = set(threading.enumerate())
+    for name, step in (("done", None), ("stopped", 2)):
+        trainer = build(f"name={name}", "train.tokens=2048", "data.num_workers=1")
+        if step is not None:
+            send_at(trainer, step, signal.SIGTERM)
+        with pytest.raises(Stopped) if step is not None else nullcontext():
+            trainer.run()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        assert set(threading.enumerate()) == before
+        assert not multiprocessing.active_children()
+        assert trainer.lock.closed
+        assert trainer.metrics._file.closed
 
 
 def test_the_slowest_rank() -> None:

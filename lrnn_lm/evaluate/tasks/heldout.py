@@ -97,7 +97,7 @@ def cut(document: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
         window = document[start : start + size]
         end = window.rfind("\n", size // 2) + 1
         if not end:
-            end = max((window.rfind(space, size // 2) for space in " \t"), default=-1) + 1
+            end = max(window.rfind(space, size // 2) for space in " \t") + 1
         pieces.append(window[: end or size])
         start += len(pieces[-1])
     return [*pieces, document[start:]]
@@ -133,7 +133,7 @@ def score_passage(doc: dict[str, Any], results: Sequence[float]) -> dict[str, An
 def gzip_bits_per_byte(passages: Sequence[tuple[int, str]]) -> float:
     """Bits per byte that `gzip -9` reaches on (index, text) passages joined in order: one stream, level 9."""
     text = "".join(text for _, text in sorted(passages)).encode()
-    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+    return 8 * len(gzip.compress(text, compresslevel=9)) / len(text)
 
 
 def cloze_dataset(
