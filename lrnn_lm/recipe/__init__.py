@@ -1,4 +1,4 @@
-"""What to run, as pure data: the schema and its YAML loader."""
+"""Recipes: the schema and the YAML loader. Imports no torch."""
 
 from .launch import LaunchSection
 from .load import (

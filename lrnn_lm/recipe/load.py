@@ -1,4 +1,4 @@
-"""Recipes from YAML: `extends`, dotted overrides, and errors that name the key and its nearest neighbour."""
+"""Reads recipes from YAML: `extends`, dotted overrides, errors that name the key and the nearest one."""
 
 import copy
 import difflib
@@ -18,7 +18,7 @@ from .schema import Recipe
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
-# Keys that are gone: the values that stored recipes may hold, as their runs go on, and what to do.
+# Removed keys: the values that a stored recipe may still have, so that its run can resume; what to do else.
 _REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "train.fp8": ((False,), "it was no faster than bf16; delete the key and use train.precision=bf16"),
     "train.max_rewinds": (
@@ -35,10 +35,10 @@ class RecipeError(ValueError):
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file, apply `section.key=value` overrides, and check it.
 
-    Relative paths inside are left as written; `resolve_path` finds them. An override takes the place of what
-    stood at its key. Where `extends` or overrides change the mixer's type, options below that the new type
-    does not read are left out; those beside the new type must be its own.
-    Raises RecipeError with one line for each mistake.
+    Relative paths in it stay as written; `resolve_path` finds them. An override replaces everything at its
+    key. If `extends` or an override changes the mixer's type, inherited options that the new type does not
+    have are dropped; options given together with the new type must be its own.
+    Raises RecipeError, which lists every mistake.
     """
 
     def override(below: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check plain data against the schema; RecipeError lists what is wrong."""
+    """Check plain data against the schema. RecipeError lists every mistake."""
     try:
         return Recipe.model_validate(_without_removed(data))
     except ValidationError as error:
@@ -62,7 +62,7 @@ def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` without removed keys whose value changes nothing, so that runs of older versions go on."""
+    """`data` without removed keys whose value changes nothing, so that runs of older versions can resume."""
     for dotted, (harmless, _) in _REMOVED.items():
         name, key = dotted.split(".")
         section = data.get(name)
@@ -72,17 +72,17 @@ def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, every default written out: what a run stores as recipe.yaml.
+    """The whole recipe as YAML with every default: what a run stores as recipe.yaml.
 
-    The layer pattern stays as it was written, so that overrides act on it as on the first recipe.
+    The layer pattern stays as written, so that overrides act on it as on the original recipe.
     """
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as dotted keys and values, as `load_recipe`'s overrides name them.
+    """The whole recipe as {dotted key: value}, with the keys that overrides use.
 
-    Of a layer pattern all that its mixers read, and not the `mixer` that they took it from.
+    With a layer pattern, its entries hold all options that they use, and `model.mixer` is left out.
     """
     data = recipe.model_dump(mode="json")
     if recipe.model.layer_pattern is not None:
@@ -99,9 +99,9 @@ def _flatten(data: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def resolve_path(path: str, base: Path | None = None) -> Path:
-    """A path of a recipe on disk: as given, else below `base`, else among the files that the project ships.
+    """Find a recipe's path on disk: as given, else below `base`, else among the files that the project ships.
 
-    Returns the path as given if nothing is found, so that the caller's message names what the user wrote.
+    If nothing is found, returns the path as given, so that the caller's message shows what the user wrote.
     """
     here = Path(path).expanduser()
     candidates = [here] if here.is_absolute() else [here, *([base / here] if base else []), shipped(path)]
@@ -109,14 +109,14 @@ def resolve_path(path: str, base: Path | None = None) -> Path:
 
 
 def shipped(name: str) -> Path:
-    """A file or folder that the project ships (recipes, tokenizers, eval, slurm), in a checkout or wheel."""
+    """Path of what the project ships (recipes, tokenizers, eval, slurm), in a clone or a wheel."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "share" / name
     return installed if installed.exists() else package.parent / name
 
 
 def read_yaml(file: Path, called: Path | None = None) -> Any:
-    """What a YAML file holds, for `settle`; RecipeError names it as `called`."""
+    """Contents of a YAML file, for `settle`. RecipeError names the file as `called`."""
     called = called or file
     try:
         data = load_yaml(file.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def read_yaml(file: Path, called: Path | None = None) -> Any:
 
 
 def typed_value(key: str, value: Any) -> Any:
-    """A value from `read_yaml` as the recipe's key, in dots, takes it."""
+    """A value from `read_yaml`, with the type that the recipe's dotted key takes."""
     return settle(value, field_type(Recipe, *str(key).split(".")))
 
 
@@ -159,7 +159,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """What `put` makes of `below`, without options that `below` gave to mixers which it no longer has."""
+    """Apply `put` to `below`; drop options that `below` gave to mixer types which are gone afterwards."""
     changed = put(below)
     gone = _options_read(below) - _options_read(changed)
     model = below.get("model")
@@ -171,7 +171,7 @@ def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any
 
 
 def _options_read(data: dict[str, Any]) -> set[str]:
-    """The options that the mixers of unchecked data read."""
+    """The options that the mixer types of unchecked data have."""
     model = data.get("model")
     model = model if isinstance(model, dict) else {}
     mixer, pattern = model.get("mixer"), model.get("layer_pattern")
@@ -182,9 +182,10 @@ def _options_read(data: dict[str, Any]) -> set[str]:
 
 
 def _upgrade(model: Any) -> None:
-    """Older versions stored every option of every type, in each entry of the pattern too: keep what is read.
+    """Clean a recipe stored by an older version, which stored every option of every type in every entry.
 
-    What an entry has in common with `mixer` comes from there again, so that overrides reach it.
+    Keeps the options that the types have. Values that an entry shares with `mixer` are removed from the
+    entry, so that overrides of `mixer` reach it.
     """
     mixer = model.get("mixer") if isinstance(model, dict) else None
     if not isinstance(mixer, dict) or not mixer.keys() >= _STORED_OPTIONS:
@@ -200,7 +201,7 @@ def _upgrade(model: Any) -> None:
 
 
 def _beside(recipe: Path, parent: str) -> Path:
-    """`extends` is looked up beside the recipe first."""
+    """The path in `extends`: beside the recipe if there is such a file, else as written."""
     beside = recipe.parent / parent
     return beside if beside.exists() else Path(parent)
 
@@ -238,7 +239,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: Any) -> str:
-    """One pydantic error as a person would put it."""
+    """One pydantic error as a plain sentence."""
     where = ".".join(str(part) for part in detail["loc"]) or "recipe"
     if where in _REMOVED:
         return f"{where}: was removed: {_REMOVED[where][1]}"
@@ -265,7 +266,7 @@ def _explain(detail: Any) -> str:
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """The field names of the section at `loc`, walking through optional and list types."""
+    """Field names of the section at `loc`; looks through optional and list types."""
     model: type[BaseModel] = Recipe
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
@@ -275,7 +276,7 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
 
 
 def _elsewhere(key: str, section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Where another section holds a key of this very name, as in `train.lr`: the first, in dots."""
+    """[dotted path] of the first section that has a key of exactly this name, as for `train.lr`; else []."""
     for name, field in section.model_fields.items():
         inner = section_in(field.annotation)
         if inner is not None and key in inner.model_fields:

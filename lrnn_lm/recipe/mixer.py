@@ -1,8 +1,8 @@
-"""A sequence mixer as a recipe says it: its type, and the options of that type.
+"""The mixer section of a recipe: the mixer's type and the options of that type.
 
-An option is declared in one place, the mixer's own `__init__`: its name, its type and its default. A recipe
-is also checked where importing torch takes long or fails (a login node), so the declarations are read from
-the source of the classes that `lrnn_lm/mixers/__init__.py` registers. No mixer is imported.
+An option is declared once, in the mixer's `__init__`: name, type, default. Recipes are also checked where
+importing torch is slow or fails (a login node). So the declarations are read from the source of the classes
+that `lrnn_lm/mixers/__init__.py` registers; no mixer is imported.
 """
 
 import ast
@@ -25,7 +25,7 @@ from .section import Section
 
 MIXERS_FOLDER = Path(__file__).parents[1] / "mixers"
 DEFAULT_TYPE = "bd_lru"
-# What an annotation in a mixer's `__init__` allows in a recipe. `| None` may follow each.
+# Annotation in a mixer's `__init__` -> the type that a recipe checks. `| None` may follow each.
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
 OPTION_TYPES: dict[str, Any] = {
     "int": Annotated[int, Field(ge=1)],  # a size
@@ -40,14 +40,14 @@ OPTION_TYPES: dict[str, Any] = {
 
 
 class Option(NamedTuple):
-    """An option as a mixer's `__init__` declares it: `annotation` is its source text."""
+    """An option declared in a mixer's `__init__`. annotation: source text of its type."""
 
     annotation: str
     default: Any
 
 
 def read_options() -> dict[str, dict[str, Option]]:
-    """Of each type in MIXERS, the options that its class declares."""
+    """{mixer type: {option name: Option}} for the types in MIXERS."""
     tree = _parsed("__init__")
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     modules = {alias.name: node.module for node in imports for alias in node.names}
@@ -93,7 +93,7 @@ MIXER_OPTIONS = read_options()
 
 
 def _fields() -> dict[str, Any]:
-    """Every option of every type; one that two types declare differently takes what either allows."""
+    """pydantic fields for all options of all types. What any type allows for an option is allowed."""
     annotations: dict[str, dict[str, Any]] = {}
     for options in MIXER_OPTIONS.values():
         for name, (text, _) in options.items():
@@ -103,14 +103,16 @@ def _fields() -> dict[str, Any]:
 
 
 class _Mixer(Section):
-    """A sequence mixer. What is written out of it is the options of its type, and those given beside them
-    for the other mixers of a pattern. An option that the type does not have is None."""
+    """A sequence mixer. Written out: the options of its type, and those given for other mixers of a pattern.
+
+    An option that the type does not have is None.
+    """
 
     model_config = ConfigDict(validate_default=False)
 
     @model_validator(mode="after")
     def _fill(self) -> "_Mixer":
-        """Defaults are those of the type; `model_fields_set` stays what was given."""
+        """Fill in the defaults of the type. `model_fields_set` keeps only what was given."""
         defaults = {name: option.default for name, option in MIXER_OPTIONS[self.type].items()}
         self.__dict__.update({k: value for k, value in defaults.items() if k not in self.model_fields_set})
         return self
@@ -121,9 +123,9 @@ class _Mixer(Section):
         return {key: value for key, value in write(self).items() if key in shown}
 
     def filled(self, base: "_Mixer") -> "_Mixer":
-        """An entry of a pattern with what it leaves out taken from `mixer`, as far as its type reads it.
+        """This entry of a pattern, completed from `mixer` with the options that its type has.
 
-        `model_fields_set` stays what the entry itself says.
+        `model_fields_set` keeps only what the entry itself gives.
         """
         kind = self.type if "type" in self.model_fields_set else base.type
         values = dict.fromkeys(type(self).model_fields) | {"type": kind}
@@ -133,12 +135,12 @@ class _Mixer(Section):
         return type(self).model_construct(_fields_set=set(self.model_fields_set), **values)
 
     def written(self) -> dict[str, Any]:
-        """What was said of it, without what was filled in."""
+        """What was given, without what was filled in."""
         return self.model_dump(mode="json", include=set(self.model_fields_set))
 
 
 def make_section() -> type[_Mixer]:
-    """The section of a recipe that takes any of the types, and any of their options."""
+    """Create the section class that takes any mixer type and any of their options."""
     kind = Literal[tuple(MIXER_OPTIONS)]
     fields = {"type": (kind, DEFAULT_TYPE), **_fields()}
     return create_model("MixerSection", __base__=_Mixer, __module__=__name__, **fields)
@@ -148,7 +150,7 @@ MixerSection = make_section()
 
 
 def check_options(where: str, mixer: _Mixer, types: Iterable[str]) -> None:
-    """Raise ValueError, naming its owners, for a written option that none of `types` reads."""
+    """Raise ValueError, naming the types that have it, for a given option that none of `types` has."""
     types = list(dict.fromkeys(types))
     known = {option for kind in types for option in MIXER_OPTIONS[kind]}
     for option in sorted(mixer.model_fields_set - known - {"type"}):

@@ -1,7 +1,7 @@
-"""YAML as people mean it: a key once, numbers such as `6e-3`, and the text of every value as it was typed.
+"""A strict YAML reader: no key twice, numbers such as `6e-3`, and text exactly as typed.
 
-Whether `1.10` is a number or a name depends on the key that it stands at. So the loader keeps both, and
-`settle` takes one of them by the schema.
+Whether `1.10` is a number or a text depends on the type of its key. So the loader keeps both (a Scalar), and
+`settle` chooses one by the schema.
 """
 
 import re
@@ -16,21 +16,21 @@ from pydantic import BaseModel
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number, a truth value or null, and how it was typed."""
+    """A number, boolean or null, and the text as typed."""
 
     value: Any
     text: str
 
 
 class TwiceError(yaml.YAMLError):
-    """A key that stands twice in one mapping."""
+    """A key that is given twice in one mapping."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `6e-3` as text, where people mean a number, `24:00:00` as 86400, `010` as 8; dates."""
+    """Fixes surprises of YAML 1.1: it reads `6e-3` as text, `24:00:00` as 86400, `010` as 8, and dates."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Checked here, where a mapping is as written: merge keys (`<<`) are spread out later."""
+        """Refuse a key given twice. Checked on the nodes: merge keys (`<<`) are expanded later."""
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, Any], int] = {}
         for key, _ in node.value:
@@ -69,7 +69,7 @@ for _kind in ("int", "float", "bool", "null"):
 
 
 def load_yaml(text: str) -> Any:
-    """What a YAML text holds, its plain numbers and the like as `Scalar`s. Raises yaml.YAMLError."""
+    """Parse YAML; unquoted numbers, booleans and nulls become `Scalar`s. Raises yaml.YAMLError."""
     return _plain_keys(yaml.load(text, Loader=_Loader))
 
 
@@ -82,8 +82,8 @@ def _plain_keys(data: Any) -> Any:
 def load_override(text: str, annotation: Any) -> Any:
     """The value of an override for a key of this type.
 
-    Where the key takes text it is what was typed, whatever YAML would make of it, without the quotes around
-    it; else a list or a mapping in brackets, or one value. Raises yaml.YAMLError.
+    If the key takes text, the value is the text as typed, without surrounding quotes, whatever YAML would
+    make of it. Else it is a list or mapping in brackets, or one value. Raises yaml.YAMLError.
     """
     text = text.strip()
     if text[:1] in ("[", "{") and not _takes_text(annotation):
@@ -91,7 +91,7 @@ def load_override(text: str, annotation: Any) -> Any:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         try:
             return _whole(text)
-        except yaml.YAMLError:  # quotes within: text like any other
+        except yaml.YAMLError:  # quotes inside the text: take it as typed
             return text
     loader = _Loader("")
     try:
@@ -104,7 +104,7 @@ def load_override(text: str, annotation: Any) -> Any:
 
 
 def _whole(text: str) -> Any:
-    """One YAML value, which must be all of the text: what comes after ` #` would be lost."""
+    """Parse one YAML value. It must cover the whole text: anything after ` #` would be lost."""
     node = yaml.compose(text, Loader=_Loader)
     if node.end_mark.index != len(text):
         raise yaml.YAMLError(f"{text[node.end_mark.index :].strip()!r} would be lost; quote what holds it")
@@ -112,9 +112,9 @@ def _whole(text: str) -> Any:
 
 
 def settle(data: Any, annotation: Any) -> Any:
-    """`data` without Scalars: each becomes its text where the schema takes text, else its value.
+    """Replace every Scalar in `data`: by its text where the schema takes text, else by its value.
 
-    `annotation` is a section or the type of one of its fields. What the schema does not know becomes values.
+    annotation: a section or the type of one of its fields. Keys that the schema does not know get values.
     """
     if isinstance(data, Scalar):
         if data.value is None and (not data.text or NoneType in _alternatives(annotation)):
@@ -130,7 +130,7 @@ def settle(data: Any, annotation: Any) -> Any:
 
 
 def field_type(annotation: Any, *keys: Any) -> Any:
-    """The type of a field of a section by its keys, Any if there is no such field."""
+    """Type of the field at `keys` in a section; Any if there is no such field."""
     for key in keys:
         section = section_in(annotation)
         known = section is not None and isinstance(key, str) and key in section.model_fields
@@ -139,7 +139,7 @@ def field_type(annotation: Any, *keys: Any) -> Any:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, or a list of which."""
+    """The section in a field's type, also inside a list or an option; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((s for arg in get_args(annotation) if (s := section_in(arg)) is not None), None)
@@ -155,5 +155,5 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _takes_text(annotation: Any) -> bool:
-    """Whether a plain value is text: str, or names to choose from."""
+    """Whether the type takes text: str, or a choice of names."""
     return any(kind is str or get_origin(kind) is Literal for kind in _alternatives(annotation))

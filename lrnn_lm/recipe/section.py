@@ -1,4 +1,4 @@
-"""The base of every section of a recipe."""
+"""Base class of every section of a recipe."""
 
 from pydantic import BaseModel, ConfigDict
 
