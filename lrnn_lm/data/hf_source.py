@@ -1,9 +1,11 @@
 """A Hugging Face dataset as rows, streamed: from save_to_disk, a local dataset folder, or a hub name."""
 
 import logging
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]
                 ) from None
 
 
-def _parts(spec: SourceSpec, name: str, said: list[str]) -> Iterator[tuple[str, Any]]:
+def _parts(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> Iterator[tuple[str, Any]]:
     """(name, rows) of each file of a dataset, in order, as errors in rows do not name the file.
 
     If there are not as many files as shards, the name is the dataset's with the shard's number.
@@ -46,7 +48,7 @@ def _parts(spec: SourceSpec, name: str, said: list[str]) -> Iterator[tuple[str, 
         yield part, dataset.shard(shards, shard)
 
 
-def _load(spec: SourceSpec, name: str, said: list[str]) -> tuple[Any, list[str] | None]:
+def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[Any, list[str] | None]:
     """The split, and the files that it streams from (None for a folder of save_to_disk)."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -79,26 +81,15 @@ def _load(spec: SourceSpec, name: str, said: list[str]) -> tuple[Any, list[str] 
     return loaded, None
 
 
-class _Lines(logging.Handler):
-    """Collects the messages logged while one reader is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 @contextmanager
-def _log_of_datasets() -> Iterator[list[str]]:
+def _log_of_datasets() -> Iterator[list[logging.LogRecord]]:
     """Collect the library's log lines instead of printing them: some name a file that the exception does not.
 
     Every reader adds a handler of its own, as several may be open at a time.
     """
     logger = logging.getLogger("datasets")
-    lines = _Lines()
-    printing = [handler for handler in logger.handlers if not isinstance(handler, _Lines)]
+    lines = BufferingHandler(sys.maxsize)
+    printing = [handler for handler in logger.handlers if not isinstance(handler, BufferingHandler)]
 
     def silent(_: logging.LogRecord) -> bool:
         return False
@@ -107,12 +98,12 @@ def _log_of_datasets() -> Iterator[list[str]]:
         handler.addFilter(silent)
     logger.addHandler(lines)
     try:
-        yield lines.said
+        yield lines.buffer
     finally:
         logger.removeHandler(lines)
         for handler in printing:
             handler.removeFilter(silent)
 
 
-def _why(said: list[str], error: Exception) -> str:
-    return " ".join((said[-1] if said else str(error)).split())[:300]
+def _why(said: list[logging.LogRecord], error: Exception) -> str:
+    return " ".join((said[-1].getMessage() if said else str(error)).split())[:300]

@@ -7,17 +7,19 @@ a metric that the first process did not meet (such as an accuracy by length), an
 
 import os
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 MINUTES = 120  # a process may be this much slower than another
 
 
+@dataclass(frozen=True)
 class Team:
     """This process's rank among `size` processes; rank 0 is the main one."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    rank: int = 0
+    size: int = 1
 
     @property
     def is_main(self) -> bool:

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoTokenizer, PreTrainedModel
@@ -31,7 +32,6 @@ from ..files import replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe, resolve_path
-from ..recipe.schema import SourceSection
 from ..runs import checkpoint
 from ..runs.layout import RunFolder
 from .loop import Trainer
@@ -42,6 +42,7 @@ from .stop import StopSignal
 from .tensors import load
 from .together import Together, cpu_group
 
+Spec = TypeVar("Spec", DataSpec, SourceSpec)
 # A run cannot resume with another value of these: it would have another model or other batches.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
 # Parts of the above that change neither.
@@ -61,22 +62,21 @@ def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | Synthe
             data.cache_dir,
             recipe.model.vocab_size,
         )
-    spec = DataSpec(
-        source=_source(source),
-        validation_source=_source(data.validation_source) if data.validation_source else None,
-        validation_fraction=data.validation_fraction,
+    spec = _spec(
+        DataSpec,
+        data,
+        source=_spec(SourceSpec, source),
+        validation_source=_spec(SourceSpec, data.validation_source) if data.validation_source else None,
         tokenizer=str(resolve_path(data.tokenizer)),
-        sequence_length=data.sequence_length,
-        cache_dir=data.cache_dir,
-        shard_tokens=data.shard_tokens,
-        num_proc=data.num_proc,
         vocab_size=recipe.model.vocab_size,
     )
     return prepare(spec, progress)
 
 
-def _source(section: SourceSection) -> SourceSpec:
-    return SourceSpec(**section.model_dump(include={field.name for field in fields(SourceSpec)}))
+def _spec(kind: type[Spec], section: BaseModel, **others: Any) -> Spec:
+    """What `data/` needs of a recipe's section: the keys that both have, and `others`."""
+    names = {field.name for field in fields(kind)} - others.keys()
+    return kind(**section.model_dump(include=names), **others)
 
 
 def synthetic_task(recipe: Recipe) -> SyntheticTask:

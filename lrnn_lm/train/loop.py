@@ -69,13 +69,9 @@ class Trainer:
         self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
+        ranks, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
         self.throughput = Throughput(
-            recipe,
-            bare_model.config,
-            accelerator.num_processes,
-            is_sharded(bare_model),
-            accelerator.mixed_precision == "bf16",
-            accelerator.device,
+            recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
         )
         self.saver = Saver(
             self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group

@@ -7,7 +7,7 @@ directly, is computed.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,11 +73,8 @@ def accumulating(model: nn.Module, last: bool, plan: Plan) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or plan.reshard)
-        yield
-    elif isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
+    without_sync = isinstance(model, DistributedDataParallel) and not last
+    with model.no_sync() if without_sync else nullcontext():
         yield
 
 

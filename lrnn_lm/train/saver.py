@@ -185,40 +185,29 @@ class Saver:
         last: bool,
     ) -> None:
         """In the thread: write this rank's files, flush them and record their checksums."""
-        rank, main = self._accelerator.process_index, self._accelerator.is_main_process
-        trainer = CheckpointFolder(aside).trainer
+        rank, folder = self._accelerator.process_index, CheckpointFolder(aside)
+        sharded = is_sharded(self._model)
         files: list[Path] = []
-        if is_sharded(self._model):  # first, as it is a collective: after an error here the others would hang
+        if sharded:  # first, as it is a collective: after an error here the others would hang
             write_shards(tensors, aside, self._group)
-            files += sorted(CheckpointFolder(aside).shards.glob(f"shard-{rank + 1:05d}-*"))
-        files += write_random_state(trainer, rank, random)
-        if main:
-            files += self._write_main(aside, position, tensors, weights, last)
+            files += sorted(folder.shards.glob(f"shard-{rank + 1:05d}-*"))
+        files += write_random_state(folder.trainer, rank, random)
+        if self._accelerator.is_main_process:
+            if not sharded:
+                write_whole(tensors, aside, self._model)
+                files.append(folder.optimizer)
+            elif weights is not None:
+                self._model.save_pretrained(aside, state_dict=weights)
+            else:
+                write_config(aside, self._model)
+            self._write_extras(aside)
+            if last and self._has_code:
+                write_remote_code(aside)
+            folder.state.write_text(json.dumps(asdict(position), indent=1) + "\n")
+            files.append(folder.state)
+            written = (path for path in aside.rglob("*") if path.is_file())
+            files += sorted(path for path in written if folder.trainer not in path.parents)
         checkpoint.record_facts(aside, files, rank)
-
-    def _write_main(
-        self,
-        aside: Path,
-        position: Position,
-        tensors: dict[str, Tensor],
-        weights: dict[str, Tensor] | None,
-        last: bool,
-    ) -> list[Path]:
-        """Write what only the main rank writes; the paths of its files."""
-        trainer = CheckpointFolder(aside).trainer
-        if not is_sharded(self._model):
-            write_whole(tensors, aside, self._model)
-        elif weights is not None:
-            self._model.save_pretrained(aside, state_dict=weights)
-        else:
-            write_config(aside, self._model)
-        self._write_extras(aside)
-        if last and self._has_code:
-            write_remote_code(aside)
-        CheckpointFolder(aside).state.write_text(json.dumps(asdict(position), indent=1) + "\n")
-        own = [CheckpointFolder(aside).state, CheckpointFolder(aside).optimizer]
-        files = [path for path in aside.rglob("*") if path.is_file() and trainer not in path.parents]
-        return sorted(files) + [path for path in own if path.exists()]
 
 
 def _make_room(checkpoints: Path, aside: Path) -> None:

@@ -43,13 +43,9 @@ class Throughput:
         if self._bandwidth is not None:
             dtype = torch.bfloat16 if bf16 else torch.float32
             rows = -(-recipe.rows_per_step // ranks)
-            memory = training_memory(
-                config,
-                min(recipe.train.micro_batch, rows),
-                length,
-                dtype,
-                recipe.train.activation_checkpointing,
-            )
+            micro_batch = min(recipe.train.micro_batch, rows)
+            recomputed = recipe.train.activation_checkpointing
+            memory = training_memory(config, micro_batch, length, dtype, recomputed)
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
             update = _ADAMW_PASSES * 4 * cost.total_parameters / (ranks if sharded else 1)

@@ -200,7 +200,7 @@ def test_published_baselines_and_sweeps_can_be_made():
     (lambda: task("fuzzy_in_context_recall", vocab_size=6), "at least 7"),
     (lambda: task("fuzzy_in_context_recall", 11), "too short"),
     (lambda: task("selective_copying", 32), "at least 33"),
-    (lambda: task("memorisation", vocab_size=2), "too small"),
+    (lambda: task("memorisation", vocab_size=2), "vocab_size must be at least 3"),
     (lambda: task("modular_counting", modulus=1), "at least 2"),
     (lambda: task("dyck1_depth", max_depth=0), "at least 1"),
     (lambda: task("dyck1_depth", max_depth=2.5), "takes a number"),

@@ -66,10 +66,10 @@ def test_cloze_equals_direct_log_softmax(results, loaded, checkpoint):
 
 
 def test_cloze_of_our_models_is_read_from_bos(checkpoint, loaded, tmp_path, monkeypatch):
-    from lrnn_lm.evaluate import harness
+    from lrnn_lm.evaluate import scoring
 
     model, tokenizer = loaded
-    monkeypatch.setattr(harness, "document_start", lambda model, tokenizer: tokenizer.bos_token_id)
+    monkeypatch.setattr(scoring, "document_start", lambda model, tokenizer: tokenizer.bos_token_id)
     out = evaluate(
         checkpoint, BOTH[1:], model=model, tokenizer=tokenizer, max_length=1024, output=tmp_path, batch_size=3
     )

@@ -88,5 +88,7 @@ def test_report_shows_accuracy_in_place_of_bits(runs, tmp_path):
 def test_cards(runs):
     for path in runs:
         card = write_run_card(path).read_text()
-        assert ("AutoModelForCausalLM" in card) == ("parity" in path.name)
+        language_model = "parity" in path.name
+        assert ("AutoModelForCausalLM" in card) == ("text-generation" in card) == language_model
+        assert ("A causal language model of" if language_model else "An auto-encoder of") in card
         assert "type synthetic" in card

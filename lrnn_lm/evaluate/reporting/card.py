@@ -76,9 +76,9 @@ def model_card(
     mixers = config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
     is_autoencoder = "LRNNForReconstruction" in (config.get("architectures") or [])
     parts = [
-        _front_matter(licence, mixers),
+        _front_matter(licence, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
-        _model(info.path, mixers),
+        _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
         _training(recipe, info.step),
         _data(run.data) if run is not None else "",
         _results(run.path, picture) if run is not None else "",
@@ -88,18 +88,18 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(licence: str, mixers: list[dict[str, Any]]) -> str:
+def _front_matter(licence: str, mixers: list[dict[str, Any]], is_autoencoder: bool) -> str:
     types = list(dict.fromkeys(mixer["type"] for mixer in mixers))
     fields = {
         "license": licence,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        **({} if is_autoencoder else {"pipeline_tag": "text-generation"}),
         "tags": ["lrnn", "linear-recurrent-network", *types],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
 
 
-def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
+def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
     from ...model import LRNNConfig
     from ...model.accounting import account
 
@@ -107,7 +107,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]]) -> str:
     costs = account(config, config.max_position_embeddings)
     kinds = list(dict.fromkeys(_KINDS.get(mixer["type"], mixer["type"]) for mixer in mixers))
     text = (
-        f"A causal language model of {costs.total_parameters:,} parameters, trained with lrnn-lm. "
+        f"{kind} of {costs.total_parameters:,} parameters, trained with lrnn-lm. "
         f"Its layers mix the sequence by {' and '.join(kinds)}, each followed by a SwiGLU.\n\n"
     )
     rows = [
