@@ -3,18 +3,8 @@
 import difflib
 from typing import Any
 
-from .attention import Attention, AttentionWeights
-from .base import (
-    Joint,
-    JointProjections,
-    Mixer,
-    MixerCost,
-    ResidualOutput,
-    SequenceContext,
-    compute_dtype,
-    is_traced,
-    plain_weight,
-)
+from .attention import Attention
+from .base import Mixer, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
@@ -68,28 +58,6 @@ def build_mixer(spec: dict[str, Any], hidden_size: int) -> Mixer:
 
 
 __all__ = [
-    "LSTM",
-    "MIXERS",
-    "Attention",
-    "AttentionWeights",
-    "BlockDiagonalLRU",
-    "BlockDiagonalMatrixLRU",
-    "DeltaNet",
-    "GatedDeltaNet",
-    "GatedDeltaProduct",
-    "GatedLinearAttention",
-    "HigherOrderLRU",
-    "Joint",
-    "JointProjections",
-    "Mamba2",
-    "Mixer",
-    "MixerCost",
-    "ResidualOutput",
-    "SequenceContext",
-    "build_mixer",
-    "compute_dtype",
-    "is_traced",
-    "mixer_class",
+    "MIXERS", "BlockDiagonalLRU", "HigherOrderLRU", "Mixer", "SequenceContext", "build_mixer", "mixer_class",
     "mixer_options",
-    "plain_weight",
-]
+]  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype, document_bounds
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 STREAMS = ("q", "k", "v")
@@ -94,16 +94,14 @@ class FlaMixer(Mixer):
     def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
         """The B rows as one ragged batch, cut where a document starts; a row's first segment may go on."""
         B, T, D = x.shape
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (N,) in B * T tokens
-        cu_seqlens = torch.cat([starts, starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (N,)
+        cu_seqlens = torch.cat([starts, ends[-1:]])
         given = None
         if state is not None:
             goes_on = (starts % T == 0) & ~reset.flatten()[starts]
             given = state[torch.div(starts, T, rounding_mode="floor")] * goes_on.unsqueeze(1)
         y, after = self._run(x.reshape(1, B * T, D), given, cu_seqlens, keep_state=True)
-        return y.view(B, T, D), after[cu_seqlens[1:] % T == 0]
+        return y.view(B, T, D), after[ends % T == 0]
 
     def _unpack(self, state: Tensor) -> list[Tensor]:
         """The parts of a packed state (B, ..): (B, C, W) for each convolution, then the heads' matrices."""

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
+from .base import (
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    by_tokens,
+    check_sizes,
+    document_bounds,
+    is_exported,
+)
 
 
 class LSTM(Mixer):
@@ -48,10 +57,7 @@ class LSTM(Mixer):
     def _run_documents(self, x: Tensor, state: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
         """Documents as sequences of their own: cut at the starts, run as one packed batch, put back."""
         B, T, D = x.shape
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (S,) where a segment begins in B * T tokens
-        ends = torch.cat([starts[1:], starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (S,)
         lengths = ends - starts
         order = lengths.argsort(descending=True, stable=True)
         steps = torch.arange(int(lengths.max()), device=x.device)

@@ -10,7 +10,16 @@ S state size.
 import torch
 from torch import Tensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
+from .base import (
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    by_tokens,
+    check_sizes,
+    document_bounds,
+    is_exported,
+)
 
 
 class Mamba2(Mixer):
@@ -100,10 +109,7 @@ class Mamba2(Mixer):
         B, T, D = x.shape
         goes_on = torch.zeros_like(reset)
         goes_on[:, 0] = ~reset[:, 0] if state is not None else False
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (documents,) in B * T tokens
-        ends = torch.cat([starts[1:], starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (documents,)
         continued = goes_on.flatten()[starts]
         y = torch.empty_like(x).view(B * T, D)
         last = x.new_zeros(B, self.state_elements(T), dtype=torch.float32)

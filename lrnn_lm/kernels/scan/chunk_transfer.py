@@ -19,17 +19,7 @@ from torch import Tensor
 
 from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
-from .triton_rows import (
-    EPS,
-    cleared,
-    gate_rows,
-    gate_value,
-    renewed,
-    step_flags,
-    tile_of,
-    unstack,
-    wide,
-)
+from .triton_rows import EPS, cleared, gate_rows, gate_value, renewed, step_flags, tile_of, unstack, wide
 
 
 @triton.jit
