@@ -36,10 +36,10 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def mixer_options(spec: dict[str, Any]) -> dict[str, Any]:
-    """A mixer's `type` and the options that this type reads, out of a table that may hold other types' too.
+    """A mixer's `type` and its options, from a table that may also hold options of other types.
 
     Raises:
-        ValueError: an unknown type, or an option that no type reads; either names the nearest.
+        ValueError: an unknown type, or an option of no type; the message names the nearest.
     """
     known = {option: None for mixer in MIXERS.values() for option in mixer.options}
     for key in spec:

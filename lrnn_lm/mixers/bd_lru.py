@@ -37,15 +37,15 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         num_blocks: N; None for as many as make N M = D.
         block_size: M.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
-        half_life: [shortest, longest] in tokens of the state's rows at the start, see `initial_gates`; None
-            for equal gates.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
+        half_life: [shortest, longest] initial half-life of the state's rows, in tokens, see `initial_gates`;
+            None for equal gates.
         short_conv: reach in tokens of a short convolution of the input; None for none.
-        output_gate: whether the states are multiplied by silu(W_g x) before they are read out; None for no.
-        norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
-            square before they are read out; None for no norm.
+        output_gate: whether to multiply states by silu(W_g x) before the output projection; None for no.
+        norm_groups: number of groups of neighbouring rows whose states are divided by their root mean square
+            before the output projection; None for no norm.
     Raises:
-        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have.
+        ValueError: a size below 1, rows that do not split, an unknown gate, or a start that it cannot have.
 
     The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
 
@@ -167,7 +167,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        """The matrix and bias of the gates by `gate_std` and `half_life`; convolution and norm."""
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(self.num_blocks * self.block_size, self.block_size, self.half_life)

@@ -46,12 +46,12 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         value_dim: V; None for K.
         block_size: M, which divides K.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
-        half_life: [shortest, longest] in tokens of a head's slots at the start, see `initial_gates`; None for
-            [2, 512], or equal gates where the gate function has no such start.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
+        half_life: [shortest, longest] initial half-life of a head's slots, in tokens, see `initial_gates`;
+            None for [2, 512], or for equal gates where the gate function has no such start.
         short_conv: reach W in tokens of a short convolution of the input; None for none.
-        output_gate: whether outputs are multiplied by silu(W_g x); None for yes.
-        head_norm: whether each head's output is divided by its root mean square.
+        output_gate: whether to multiply outputs by silu(W_g x); None for yes.
+        head_norm: whether to divide each head's output by its root mean square.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return A.flatten(2, 3).unflatten(2, (-1, self.block_size))
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        """The matrix and bias of the gates by `gate_std` and `half_life`; convolution and norm."""
         H, K, V = self.head_shape
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:

@@ -38,7 +38,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         num_blocks: N channels; None for D.
         order: M, how many past states a step reads.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
     Raises:
         ValueError: a size below 1, an unknown gate, a gate_std that is not above 0.
 
@@ -127,7 +127,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         return torch.cat([top, shift], dim=3)
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix, where `gate_std` asks for another spread than `std` gives."""
+        """The matrix of the gates by `gate_std`."""
         return gate_matrix(self.gate_proj, self.gate_std)
 
     def cost(self, context_length: int) -> MixerCost:

@@ -146,9 +146,7 @@ class LRNNModel(LRNNPreTrainedModel):
     ) -> SequenceContext:
         """What the mixers need to know of the tokens; masks and positions only if there is attention."""
         reset = batch.starts
-        if (
-            batch.first is not None
-        ):  # it starts a document, so the padding before it leaves no trace
+        if batch.first is not None:  # it starts a document, so the padding before it leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state = cache is not None
         if "full_attention" not in self.config.layer_types:
