@@ -31,7 +31,7 @@ class LRNNConfig(PreTrainedConfig):
     """
 
     model_type = "lrnn"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, a class attribute that transformers reads
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 32_000
     hidden_size: int = 768
