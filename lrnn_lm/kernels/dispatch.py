@@ -184,7 +184,7 @@ def block_diagonal_scan_packed(
     _check_bias(bias, planes, num_blocks * block_size)
     gates = gates.unflatten(-2, (num_blocks, block_size))
     values = values.unflatten(-1, (num_blocks, block_size))
-    if _choose(backend, gates, values) is not BACKENDS["triton"]:
+    if _choose(backend, gates, values) is not BACKENDS["triton"]:  # only Triton has a packed form
         gates = _with_gradient_to(bias, gates, (num_blocks, block_size))
         return block_diagonal_scan(gates, values, h0, reset, gate, backend)
     B, T, N, M = values.shape
@@ -233,7 +233,7 @@ def plane_width(rows: int, block_size: int = 1) -> int:
 
 def runs_fused(x: Tensor, M: int) -> bool:
     """Whether `auto` would choose the fused kernels for tensors like x and rows of M + 1 gates."""
-    gates = torch.empty(0, M + 1, device="meta", dtype=x.dtype)
+    gates = torch.empty(0, M + 1, device="meta", dtype=x.dtype)  # only its last axis and dtype are read
     return x.is_cuda and _scan_obstacle(gates, x) is None
 
 
@@ -254,6 +254,7 @@ def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...])
     """The same gates (B, T, *rows, M+1), through which a gradient reaches bias (M+1, rows)."""
     if bias is None:
         return gates
+    # bias - bias is zero, so the numbers stay; its gradient is that of the gates, summed over (B, T).
     return gates + (bias - bias.detach()).to(gates.dtype).t().unflatten(0, rows)
 
 

@@ -3,18 +3,8 @@
 import difflib
 from typing import Any
 
-from .attention import Attention, AttentionWeights
-from .base import (
-    Joint,
-    JointProjections,
-    Mixer,
-    MixerCost,
-    ResidualOutput,
-    SequenceContext,
-    compute_dtype,
-    is_traced,
-    plain_weight,
-)
+from .attention import Attention
+from .base import Mixer, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
@@ -46,10 +36,10 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def mixer_options(spec: dict[str, Any]) -> dict[str, Any]:
-    """A mixer's `type` and the options that this type reads, out of a table that may hold other types' too.
+    """A mixer's `type` and its options, from a table that may also hold options of other types.
 
     Raises:
-        ValueError: an unknown type, or an option that no type reads; either names the nearest.
+        ValueError: an unknown type, or an option of no type; the message names the nearest.
     """
     known = {option: None for mixer in MIXERS.values() for option in mixer.options}
     for key in spec:
@@ -68,28 +58,6 @@ def build_mixer(spec: dict[str, Any], hidden_size: int) -> Mixer:
 
 
 __all__ = [
-    "LSTM",
-    "MIXERS",
-    "Attention",
-    "AttentionWeights",
-    "BlockDiagonalLRU",
-    "BlockDiagonalMatrixLRU",
-    "DeltaNet",
-    "GatedDeltaNet",
-    "GatedDeltaProduct",
-    "GatedLinearAttention",
-    "HigherOrderLRU",
-    "Joint",
-    "JointProjections",
-    "Mamba2",
-    "Mixer",
-    "MixerCost",
-    "ResidualOutput",
-    "SequenceContext",
-    "build_mixer",
-    "compute_dtype",
-    "is_traced",
-    "mixer_class",
+    "MIXERS", "BlockDiagonalLRU", "HigherOrderLRU", "Mixer", "SequenceContext", "build_mixer", "mixer_class",
     "mixer_options",
-    "plain_weight",
-]
+]  # fmt: skip

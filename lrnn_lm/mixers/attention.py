@@ -12,7 +12,7 @@ from .base import Mixer, MixerCost, ResidualOutput, Rotary, SequenceContext, che
 
 
 class AttentionWeights(nn.Module):
-    """softmax(q k^T / sqrt(d) + mask): a module, so that a hook can record what it returns."""
+    """softmax(q k^T / sqrt(d) + mask), as a module, so that hooks can record its result."""
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d), mask (B, 1, T, S) to be added -> (B, H, T, S)."""
@@ -21,14 +21,14 @@ class AttentionWeights(nn.Module):
 
 
 class Attention(Mixer):
-    """Multi-head attention through SDPA, or step by step where its weights are asked for.
+    """Multi-head attention through SDPA, or through explicit weights where they are recorded.
 
     Args:
         hidden_size: D.
         num_heads: H; D / H must be even.
         rope_theta: base of the rotary frequencies.
-        qk_norm: whether each head's queries and keys are divided by their root mean square before they are
-            rotated, which bounds the scores at high learning rates (arXiv 2302.05442).
+        qk_norm: whether to divide each head's queries and keys by their root mean square before rotation,
+            which bounds the scores at high learning rates (arXiv 2302.05442).
     """
 
     layer_type = "full_attention"
@@ -57,8 +57,8 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Any]:
         """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T.
 
-        A cache layer is transformers' (`DynamicLayer()` for a new one). Without a context the tokens are the
-        first ones, or those after the cache's.
+        A cache layer is transformers' (`DynamicLayer()` for a new one). Without a context the tokens come
+        first, or right after those in the cache.
         """
         B, T, D = x.shape
         context = context or _context_after(x, state)
@@ -78,18 +78,18 @@ class Attention(Mixer):
         if context.attention_weights:
             y = self.weights(q, k, mask) @ v
         else:
-            causal = bool(mask is None and T > 1)  # of an exported graph's T a symbol, which SDPA refuses
+            causal = bool(mask is None and T > 1)  # in an exported graph a symbol, which SDPA refuses
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 
     def rotary(self, positions: Tensor) -> Rotary:
-        """The angles of these positions, the same in every layer of this kind: a model makes them once."""
+        """The angles of these positions, which a model computes once for all layers with this base."""
         return Rotary(
             self.head_dim, self.rope_theta, *rotary_angles(positions, self.head_dim, self.rope_theta)
         )
 
     def cost(self, context_length: int) -> MixerCost:
-        """Scores and their weighted sum over, on average, half the context."""
+        """Scores and weighted sums over half the context, on average."""
         return MixerCost(attention=2 * 2 * self.num_heads * self.head_dim * (context_length + 1) // 2)
 
     def state_elements(self, context_length: int) -> int:
@@ -97,7 +97,7 @@ class Attention(Mixer):
 
 
 def _context_after(x: Tensor, state: Any) -> SequenceContext:
-    """Of new tokens x (B, T, D) that follow what a cache layer holds, or begin."""
+    """The context of tokens x (B, T, D) that follow those in a cache layer, or begin a sequence."""
     T, past = x.shape[1], 0 if state is None else state.get_seq_length()
     positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
     if not past or T == 1:
@@ -107,7 +107,7 @@ def _context_after(x: Tensor, state: Any) -> SequenceContext:
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`norm` of x (B, H, T, d) in fp32, whatever the dtype of its weight; the result in that of x."""
+    """`norm` of x (B, H, T, d), computed in fp32, in the dtype of x."""
     return nn.functional.rms_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.eps).to(x.dtype)
 
 

@@ -47,25 +47,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tensor]:
-    """Initial values of `gate_proj.weight` that give logits of standard deviation gate_std; none if None.
-
-    The input is normalised, so that its square sums to its width. Logits that spread by about 1 are what lets
-    a softmax start to select: near zero it averages all it reads (docs/results/synthetic.md).
-    """
-    if gate_std is None:
-        return {}
-    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
-
-
-def check_gate_std(gate_std: float | None) -> None:
-    """Raise ValueError for a spread of the gate logits that is given and not a number above 0."""
-    if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
-        raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
-
-
 class PlainInit:
-    """How `initialise` writes. A model passes transformers' functions instead: they spare what was loaded."""
+    """How `initialise` writes. A model passes transformers' functions, which leave loaded weights alone."""
 
     normal_ = staticmethod(nn.init.normal_)
     zeros_ = staticmethod(nn.init.zeros_)
@@ -80,7 +63,7 @@ class PlainInit:
 def initialise(
     module: nn.Module, std: float = 0.02, residual_std: float | None = None, init: Any = PlainInit
 ) -> None:
-    """Draw what one module holds itself, its children aside: the start of every parameter of a model.
+    """Draw the parameters that a module itself holds, not its children's.
 
     Matrices are Normal(0, std), those that write to the residual stream Normal(0, residual_std), biases 0 and
     norms 1; then a mixer's own `initial_values`.
@@ -104,7 +87,7 @@ _drawn_by_model: ContextVar[bool] = ContextVar("_drawn_by_model", default=False)
 
 @contextmanager
 def drawn_by_model() -> Iterator[None]:
-    """Inside, new mixers are left as torch made them: their model draws all its parameters, in one order."""
+    """Inside, new mixers do not draw their parameters: the model draws all of its own, in one order."""
     token = _drawn_by_model.set(True)
     try:
         yield
@@ -113,29 +96,24 @@ def drawn_by_model() -> Iterator[None]:
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made, which must not depend on values: by torch.compile, export or trace."""
+    """Whether torch.compile, export or trace makes a graph, which must not depend on values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_exported() -> bool:
-    """Whether that graph has to be whole: torch.compile breaks one at what depends on values."""
+    """Whether that graph must be whole: torch.compile may break one where the code depends on values."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def by_tokens(
     run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, reset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A mixer's `run` token by token, its state zero where a document starts.
+    """y (B, T, D) and the state after: a mixer's `run` token by token, its state zero where a document
+    starts.
 
-    For graphs to export, whose shapes cannot depend on where that is; they grow with T. torch.compile rather
-    breaks its graph at the documents.
-
-    Args:
-        run: (x (B, 1, D), state (B, ..)) -> (y (B, 1, D), the state after).
-        x, state, reset: (B, T, D), (B, ..) and (B, T) bool.
-    Returns:
-        y (B, T, D) and the state after.
+    x, state, reset: (B, T, D), (B, ..) and (B, T) bool; run: (x (B, 1, D), state) -> (y (B, 1, D), state).
     """
+    # For exported graphs, whose shapes cannot depend on where documents start. The graph grows with T.
     y = []
     for x_t, reset_t in zip(x.split(1, dim=1), reset.unbind(dim=1), strict=True):
         state = state.masked_fill(reset_t.view(-1, *[1] * (state.ndim - 1)), 0)
@@ -227,44 +205,44 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """What a mixer may need to know of its positions.
+    """What a mixer may need to know of its tokens."""
 
-    reset: (B, T) bool, true where a document starts; None if none does.
-    attention_mask: (B, 1, T, S) over the S keys, bool or to be added, as SDPA takes it; None for causal.
-    positions: (B or 1, T) index of each token in its sequence.
-    keep_state: whether the state after is wanted; a mixer may return None instead where it is not.
-    attention_weights: whether attention is computed through its weights, so that they can be recorded.
-    rotary: of these positions, for attention layers that have such angles; others make their own.
-    joint: a mixer's projections side by side, for a step of decoding; None: each is called.
-    """
-
-    reset: Tensor | None = None
-    attention_mask: Tensor | None = None
-    positions: Tensor | None = None
-    keep_state: bool = True
-    attention_weights: bool = False
-    rotary: Rotary | None = None
-    joint: Joint | None = None
+    reset: Tensor | None = None  # (B, T) bool, true where a document starts; None if none does
+    attention_mask: Tensor | None = None  # (B, 1, T, S) over S keys, bool or added, as in SDPA; None: causal
+    positions: Tensor | None = None  # (B or 1, T) index of each token in its sequence
+    keep_state: bool = True  # whether the caller uses the state after; a mixer may return None otherwise
+    attention_weights: bool = False  # compute attention through its weights, so that hooks can record them
+    rotary: Rotary | None = None  # angles of these positions, for the attention layers whose base they have
+    joint: Joint | None = None  # the mixer's projections side by side, for a step of decoding
 
 
 @dataclass(frozen=True)
 class MixerCost:
-    """Forward floating-point operations a token beyond the nn.Linear modules (a multiply-add is two).
+    """Forward floating-point operations a token, by kind; a multiply-add is two.
 
-    products: products with weights that no nn.Linear holds.
-    scan: work of a linear recurrence, parallel over time.
-    sequential: work that must wait for the step before (a nonlinear recurrence's matrix product).
-    attention: work that grows with the context.
+    Those of a mixer leave out its nn.Linear modules, which are counted for the whole model.
     """
 
-    products: int = 0
-    scan: int = 0
-    sequential: int = 0
-    attention: int = 0
+    products: int = 0  # with weights, parallel over tokens
+    scan: int = 0  # of linear recurrences, parallel over time
+    sequential: int = 0  # of nonlinear recurrences, where a step waits for the one before
+    attention: int = 0  # scores and weighted sums, on average over the context
+
+    @property
+    def total(self) -> int:
+        return self.products + self.scan + self.sequential + self.attention
+
+
+def document_bounds(reset: Tensor) -> tuple[Tensor, Tensor]:
+    """(starts, ends) of the segments that document starts cut (B, T) into, as indices into B T tokens."""
+    first = torch.zeros_like(reset)
+    first[:, 0] = True  # every row begins a segment, which may go on from the state before
+    starts = (reset | first).flatten().nonzero().squeeze(1)
+    return starts, torch.cat([starts[1:], starts.new_tensor([reset.numel()])])
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raise ValueError, naming it, for a size that is given and no whole number, or below 1."""
+    """Raise ValueError, naming the size, unless it is a whole number of at least 1, or None."""
     for name, size in sizes.items():
         if size is not None and not isinstance(size, int):
             raise ValueError(f"{name} must be a whole number, not {size!r}")
@@ -275,9 +253,9 @@ def check_sizes(**sizes: int | None) -> None:
 class Mixer(nn.Module):
     """Base of the mixers.
 
-    A subclass's `__init__` takes `hidden_size` and then its options, each with a type and a default. That
-    declares an option for recipes and config.json too. It ends with `self.draw_parameters()`. `layer_type` is
-    the kind of transformers' cache layer that holds its state:
+    The `__init__` of a subclass takes `hidden_size` and then its options, each with a type and a default.
+    This also declares the options for recipes and config.json. It ends with `self.draw_parameters()`.
+    `layer_type` is the kind of transformers' cache layer that holds the state:
 
     - "linear_attention": `state` is one tensor (B, ..) of constant size;
     - "full_attention": `state` is the cache layer itself, which grows with the context.
@@ -297,8 +275,7 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Any]:
         """Mix over time. x (B, T, D), state None at the beginning -> y (B, T, D) and the state after.
 
-        context: what there is to know of the positions; None for one document a row, from its first token on
-        or after the state.
+        Without a context each row is one document, which begins here or goes on after the state.
         """
         raise NotImplementedError
 
@@ -321,18 +298,18 @@ class Mixer(nn.Module):
         return {}
 
     def planes(self) -> dict[str, int]:
-        """Weights, by name, that hold several maps of one input one after the other, and how many."""
+        """Weights, by name, that stack several matrices, and how many; Muon orthogonalises each by itself."""
         return {}
 
     def transitions(self, x: Tensor) -> Tensor | None:
-        """The matrices A_t (B, T, N, M, M) of h_t = A_t h_{t-1} + .. at inputs x (B, T, D), to look at.
+        """The matrices A_t (B, T, N, M, M) of h_t = A_t h_{t-1} + .. at inputs x (B, T, D), for probes.
 
-        None of mixers that have no such matrices, or none that are small.
+        None for a mixer without small matrices of that kind.
         """
         return None
 
     def cost(self, context_length: int) -> MixerCost:
-        """Work a token at this context length, projections aside."""
+        """Operations a token at this context length, without those of nn.Linear modules."""
         raise NotImplementedError
 
     def state_elements(self, context_length: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, check_gate, plane_width
+from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, plane_width
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -21,13 +21,11 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
-    check_gate_std,
     check_sizes,
     gate_bias,
-    gate_matrix,
     packed_planes,
 )
-from .initial_gates import check_half_life, gate_bias_of_half_lives
+from .initial_gates import check_gates, gate_bias_of_half_lives, gate_matrix
 from .short_conv import ShortConvolution
 
 
@@ -39,15 +37,15 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         num_blocks: N; None for as many as make N M = D.
         block_size: M.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
-        half_life: [shortest, longest] in tokens of the state's rows at the start, see `initial_gates`; None
-            for equal gates.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
+        half_life: [shortest, longest] initial half-life of the state's rows, in tokens, see `initial_gates`;
+            None for equal gates.
         short_conv: reach in tokens of a short convolution of the input; None for none.
-        output_gate: whether the states are multiplied by silu(W_g x) before they are read out; None for no.
-        norm_groups: groups of N M / norm_groups neighbouring rows whose states are divided by their root mean
-            square before they are read out; None for no norm.
+        output_gate: whether to multiply states by silu(W_g x) before the output projection; None for no.
+        norm_groups: number of groups of neighbouring rows whose states are divided by their root mean square
+            before the output projection; None for no norm.
     Raises:
-        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have.
+        ValueError: a size below 1, rows that do not split, an unknown gate, or a start that it cannot have.
 
     The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
 
@@ -79,16 +77,14 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         check_sizes(
             num_blocks=num_blocks, block_size=block_size, short_conv=short_conv, norm_groups=norm_groups
         )
-        check_gate(gate)
-        check_gate_std(gate_std)
-        check_half_life(half_life, gate)
+        check_gates(gate, gate_std, half_life)
         self.hidden_size = hidden_size
         self.gate_std, self.half_life = gate_std, half_life
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
         self.block_size = block_size
         self.gate = gate
         self.backend = "auto"  # of the scan
-        self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
+        self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         width = self.num_blocks * block_size
         self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
@@ -101,7 +97,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
                 raise ValueError(f"the state's {width} rows do not split into norm_groups={norm_groups}")
             self.norm_weight = nn.Parameter(torch.ones(width))
         if short_conv or output_gate or norm_groups:
-            self.fused_window = None  # the fused step of decoding knows the plain layer only
+            self.fused_window = None  # the fused decoding step computes the plain layer only
         self.draw_parameters()
 
     def forward(
@@ -113,15 +109,10 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         if self.conv is None:
             h, state = self._scan(x, state, context)
             return self._read_out(h, x), state
-        past = None
-        if state is not None:
-            width = self.num_blocks * self.block_size
-            state, past = state.split([width, state.shape[1] - width], dim=1)
-            state = state.unflatten(1, (self.num_blocks, self.block_size))
-            past = past.unflatten(1, (-1, self.hidden_size))
+        state, past = self.conv.split(state, (self.num_blocks, self.block_size))
         x, past = self.conv(x, past, context.reset)
         h, state = self._scan(x, state, context)
-        return self._read_out(h, x), torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)
+        return self._read_out(h, x), self.conv.join(state, past)
 
     def _read_out(self, h: Tensor, x: Tensor) -> Tensor:
         """Norm, output gate and projection of states h (B, T, N, M) -> (B, T, D)."""
@@ -140,19 +131,18 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         if self.diagonal_only:
             gates, values = self.project(x, context.joint)
             p = normalise(self._planes(gates).float(), self.gate)
-            p = p * torch.eye(M, M + 1, device=p.device).index_fill(
-                1, torch.tensor([M], device=p.device), 1.0
-            )
+            own = torch.eye(M, M + 1, device=p.device)  # (M, M+1): the diagonal, and the input gates
+            own[:, M] = 1.0
+            p = p * own
             h, state = block_diagonal_scan(
                 p, values.unflatten(-1, (N, M)).float(), state, context.reset, "none", self.backend
             )
             return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
             bias = gate_bias(self.gate_proj, N * M)
-            h, state = block_diagonal_scan_packed(
+            return block_diagonal_scan_packed(
                 planes, N, M, state, context.reset, self.gate, self.backend, bias
             )
-            return h, state
         gates, values = self.project(x, context.joint)
         values = values.unflatten(-1, (N, M))
         return block_diagonal_scan(self._planes(gates), values, state, context.reset, self.gate, self.backend)
@@ -161,11 +151,9 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return [self.gate_proj, self.value_proj]
 
     def _planes(self, gates: Tensor) -> Tensor:
-        """Projected gate logits (B, T, (M+1) N M) as (B, T, N, M, M+1).
-
-        Memory holds M + 1 planes, each laid out like the values: neighbouring lanes, a row each, read
-        neighbouring addresses.
-        """
+        """Projected gate logits (B, T, (M+1) N M) as (B, T, N, M, M+1)."""
+        # Memory holds M + 1 planes, each laid out like the values, so that neighbouring lanes of the kernel,
+        # a row each, read neighbouring addresses.
         planes = gates.unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
         return planes.permute(0, 1, 3, 4, 2)
 
@@ -179,7 +167,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        """The matrix and bias of the gates by `gate_std` and `half_life`; convolution and norm."""
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(self.num_blocks * self.block_size, self.block_size, self.half_life)
@@ -197,5 +185,5 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return MixerCost(products=2 * taps, scan=rows * gates * (2 + 3))
 
     def state_elements(self, context_length: int) -> int:
-        kept = 0 if self.conv is None else (self.conv.kernel_size - 1) * self.hidden_size
+        kept = 0 if self.conv is None else self.conv.elements
         return self.num_blocks * self.block_size + kept

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import check_gate, matrix_scan
+from ..kernels import matrix_scan
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -27,11 +27,9 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
-    check_gate_std,
     check_sizes,
-    gate_matrix,
 )
-from .initial_gates import check_half_life, gate_bias_of_half_lives
+from .initial_gates import check_gates, gate_bias_of_half_lives, gate_matrix
 from .short_conv import ShortConvolution
 
 HALF_LIFE = (2.0, 512.0)  # in tokens, at the start
@@ -48,12 +46,12 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         value_dim: V; None for K.
         block_size: M, which divides K.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
-        half_life: [shortest, longest] in tokens of a head's slots at the start, see `initial_gates`; None for
-            [2, 512], or equal gates where the gate function has no such start.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
+        half_life: [shortest, longest] initial half-life of a head's slots, in tokens, see `initial_gates`;
+            None for [2, 512], or for equal gates where the gate function has no such start.
         short_conv: reach W in tokens of a short convolution of the input; None for none.
-        output_gate: whether outputs are multiplied by silu(W_g x); None for yes.
-        head_norm: whether each head's output is divided by its root mean square.
+        output_gate: whether to multiply outputs by silu(W_g x); None for yes.
+        head_norm: whether to divide each head's output by its root mean square.
     """
 
     def __init__(
@@ -75,9 +73,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
             short_conv=short_conv,
         )  # fmt: skip
-        check_gate(gate)
-        check_gate_std(gate_std)
-        check_half_life(half_life, gate)
+        check_gates(gate, gate_std, half_life)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
         H, K, V, M = num_heads, head_dim, value_dim or head_dim, block_size
@@ -85,7 +81,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.gate, self.gate_std = gate, gate_std
         self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
         self.backend = "auto"  # of the scan
-        self.diagonal_only = False  # for a probe: A_t without what is off its diagonal
+        self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         self.gate_proj = nn.Linear(hidden_size, (M + 1) * H * K)
         self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
@@ -103,14 +99,10 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         context = context or SequenceContext()
         if self.conv is None:
             return self._mix(x, state, context)
-        past = None
-        if state is not None:
-            recurrence = state.shape[1] - (self.conv.kernel_size - 1) * self.hidden_size
-            state, past = state.split([recurrence, state.shape[1] - recurrence], dim=1)
-            state, past = state.unflatten(1, self.head_shape), past.unflatten(1, (-1, self.hidden_size))
+        state, past = self.conv.split(state, self.head_shape)
         x, past = self.conv(x, past, context.reset)
         y, state = self._mix(x, state, context)
-        return y, torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)
+        return y, self.conv.join(state, past)
 
     def _mix(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """The same without the convolution: state (B, H, K, V)."""
@@ -133,8 +125,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return projections if self.output_gate_proj is None else [*projections, self.output_gate_proj]
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32:
-        bf16 has no number between 0.996 and 1."""
+        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32."""
+        # fp32 because bf16 has no number between 0.996 and 1, where slow decay rates lie.
         H, K, _ = self.head_shape
         M = self.block_size
         planes = gates.unflatten(-1, (M + 1, H, K))
@@ -155,7 +147,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return A.flatten(2, 3).unflatten(2, (-1, self.block_size))
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix and bias, where `gate_std` and `half_life` ask for others than `std` gives."""
+        """The matrix and bias of the gates by `gate_std` and `half_life`; convolution and norm."""
         H, K, V = self.head_shape
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
@@ -177,5 +169,5 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
 
     def state_elements(self, context_length: int) -> int:
         H, K, V = self.head_shape
-        kept = 0 if self.conv is None else (self.conv.kernel_size - 1) * self.hidden_size
+        kept = 0 if self.conv is None else self.conv.elements
         return H * K * V + kept

@@ -1,7 +1,7 @@
 """A layer of flash-linear-attention behind our interface; `fla.py` has the mixers made of it.
 
-fla's kernels are Triton's and need a GPU; a model can be built, counted and estimated anywhere. Documents are
-sequences of their own in one ragged batch, which the kernels take as they are. See docs/baselines.md.
+fla's Triton kernels need a GPU; building a model and counting its costs does not. Documents are separate
+sequences of one ragged batch, which the kernels take directly. See docs/baselines.md.
 
 Legend: B batch, T time, D model width, H heads, K key width of a head, V its value width, C channels of a
 convolution, W its kernel, N sequences of a ragged batch.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype, document_bounds
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 STREAMS = ("q", "k", "v")
@@ -25,14 +25,10 @@ CHUNK = 64  # steps that the chunked kernels take at once
 
 
 class FlaMixer(Mixer):
-    """A layer of fla, with its convolutions' and its recurrence's state packed into one tensor.
+    """A layer of fla, with the states of its convolutions and its recurrence packed into one tensor."""
 
-    A subclass names the layer (`layer`) and says how many operations its recurrence takes for each element of
-    the state and each token (`operations`).
-    """
-
-    layer: ClassVar[str]
-    operations: ClassVar[int]
+    layer: ClassVar[str]  # its class in fla.layers
+    operations: ClassVar[int]  # of the recurrence, for each element of the state and each token
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
     chunk_takes_fp32: ClassVar[bool] = True
     gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
@@ -59,12 +55,11 @@ class FlaMixer(Mixer):
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), state (B, sum of C W over q, k, v + H K V) -> y (B, T, D), such a state or None.
-
-        States are fp32. Documents are cut where `context.reset` is true.
+        """x (B, T, D), state (B, sum of C W over q, k, v + H K V) in fp32 -> y (B, T, D), such a state or
+        None.
 
         Raises:
-            ValueError: a device or a precision that fla's kernels cannot run.
+            ValueError: a device or a precision that fla's kernels do not support.
         """
         context = context or SequenceContext()
         if isinstance(x, FakeTensor) or x.is_meta:
@@ -84,7 +79,7 @@ class FlaMixer(Mixer):
         cache = _LayerCache()
         if state is not None:
             *convs, recurrent = self._unpack(state)
-            # Copies, contiguous: with one new token fla writes the convolutions' states in place.
+            # Copies, because with one new token fla writes the states of the convolutions in place.
             like = {"dtype": compute_dtype(x), "copy": True, "memory_format": torch.contiguous_format}
             cache.update(0, conv_state=[conv.to(**like) for conv in convs], recurrent_state=recurrent)
         y = self.inner(x, past_key_values=cache, use_cache=True, cu_seqlens=cu_seqlens)[0]
@@ -92,18 +87,17 @@ class FlaMixer(Mixer):
         return y, torch.cat([part.flatten(1).float() for part in after], dim=1)
 
     def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """The B rows as one ragged batch, cut where a document starts; a row's first segment may go on."""
+        """The B rows as one ragged batch, cut where documents start; a row's first segment may go on from
+        `state`."""
         B, T, D = x.shape
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (N,) in B * T tokens
-        cu_seqlens = torch.cat([starts, starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (N,)
+        cu_seqlens = torch.cat([starts, ends[-1:]])
         given = None
         if state is not None:
             goes_on = (starts % T == 0) & ~reset.flatten()[starts]
             given = state[torch.div(starts, T, rounding_mode="floor")] * goes_on.unsqueeze(1)
         y, after = self._run(x.reshape(1, B * T, D), given, cu_seqlens, keep_state=True)
-        return y.view(B, T, D), after[cu_seqlens[1:] % T == 0]
+        return y.view(B, T, D), after[ends % T == 0]
 
     def _unpack(self, state: Tensor) -> list[Tensor]:
         """The parts of a packed state (B, ..): (B, C, W) for each convolution, then the heads' matrices."""
@@ -127,7 +121,8 @@ class FlaMixer(Mixer):
             )
 
     def _choose_kernel(self, x: Tensor) -> None:
-        """Chunked, or step by step in fp32 where the chunked kernels take half precision only."""
+        """The chunked kernel, or that of single steps in fp32 where the chunked one takes half precision
+        only."""
         needs_steps = not self.chunk_takes_fp32 and compute_dtype(x) == torch.float32
         if needs_steps and (torch.is_grad_enabled() or self.training):
             raise ValueError(
@@ -137,7 +132,7 @@ class FlaMixer(Mixer):
         self.inner.mode = "fused_recurrent" if needs_steps else "chunk"
 
     def _outline(self, x: Tensor) -> tuple[Tensor, None]:
-        """A pass on tensors without data: the shape of y, and what the kernels keep for the backward pass."""
+        """A pass on tensors without data: the shape of y, and what the kernels save for the backward pass."""
         B, T, _ = x.shape
         inner, (H, _, V) = self.inner, self.head_shape
         kept = [x.new_empty(B, T * self.updates, H, CHUNK)]  # products of the keys within a chunk
@@ -169,7 +164,7 @@ class FlaMixer(Mixer):
         return values
 
     def cost(self, context_length: int) -> MixerCost:
-        """The convolutions; the recurrence step by step, as it is written (chunks do more, in parallel)."""
+        """The convolutions, and the recurrence step by step; chunked kernels do more work, in parallel."""
         H, K, V = self.head_shape
         taps = sum(math.prod(shape) for shape in self.shapes[:-1])
         return MixerCost(products=2 * taps, scan=self.operations * H * K * V)
@@ -179,7 +174,7 @@ class FlaMixer(Mixer):
 
 
 class _LayerCache:
-    """What fla's layers take for a cache, of one layer."""
+    """The interface of fla's cache, for one layer."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
@@ -195,7 +190,8 @@ class _LayerCache:
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps the given tensors (B, T, ..) for a backward pass that never comes; returns (B, T, width)."""
+    """Saves tensors (B, T, ..) as a backward pass would need them, to count their bytes; returns (B, T,
+    width)."""
 
     @staticmethod
     def forward(ctx: Any, width: int, *tensors: Tensor) -> Tensor:
@@ -204,14 +200,14 @@ class _Kept(torch.autograd.Function):
 
 
 def _layer_class(name: str) -> type[torch.nn.Module]:
-    """A layer of fla by name. Imported late: only models with this mixer should pay for it.
+    """A layer of fla by name, imported here, so that only models with this mixer wait for it.
 
     Raises:
         ValueError: fla, or something that it needs, is not installed.
     """
     try:
         with warnings.catch_warnings():
-            # Without a GPU the import warns that Triton has none; to count parameters needs none.
+            # Without a GPU the import warns about Triton, but counting parameters needs no GPU.
             warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
             return getattr(importlib.import_module("fla.layers"), name)
     except ImportError as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..kernels import check_gate, higher_order_scan, higher_order_scan_packed, plane_width
+from ..kernels import higher_order_scan, higher_order_scan_packed, plane_width
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -22,13 +22,12 @@ from .base import (
     MixerCost,
     ResidualOutput,
     SequenceContext,
-    check_gate_std,
     check_sizes,
     gate_bias,
-    gate_matrix,
     packed_planes,
     plain_weight,
 )
+from .initial_gates import check_gates, gate_matrix
 
 
 class HigherOrderLRU(JointProjections, Mixer):
@@ -39,7 +38,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         num_blocks: N channels; None for D.
         order: M, how many past states a step reads.
         gate: name of the gate function, see `kernels.gates`.
-        gate_std: standard deviation of the gate logits at the start; None for that of any other matrix.
+        gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.
     Raises:
         ValueError: a size below 1, an unknown gate, a gate_std that is not above 0.
 
@@ -66,8 +65,7 @@ class HigherOrderLRU(JointProjections, Mixer):
     ):
         super().__init__()
         check_sizes(num_blocks=num_blocks, order=order)
-        check_gate(gate)
-        check_gate_std(gate_std)
+        check_gates(gate, gate_std)
         self.gate_std = gate_std
         self.num_blocks = num_blocks or hidden_size
         self.order = order
@@ -99,16 +97,14 @@ class HigherOrderLRU(JointProjections, Mixer):
         return [self.gate_proj, self.value_proj]
 
     def _planes(self, gates: Tensor) -> Tensor:
-        """Projected gate logits (B, T, (M+1) N) as (B, T, N, M+1), n fastest in memory: neighbouring lanes
-        read neighbouring addresses."""
+        """Projected gate logits (B, T, (M+1) N) as (B, T, N, M+1)."""
+        # n is fastest in memory, so that neighbouring lanes of the kernel read neighbouring addresses.
         return gates.unflatten(-1, (self.order + 1, self.num_blocks)).transpose(2, 3)
 
     def _filter(self, h: Tensor, state: Tensor | None, reset: Tensor | None) -> Tensor:
-        """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros.
-
-        The windows (B, T, M N) are made for one product. M products with shifted views of h need none, but
-        add M times to the output: at order 16 a layer took twice as long.
-        """
+        """W_o vec(h_t, .., h_{t-M+1}), (B, T, D); taps that reach before a document's start read zeros."""
+        # One product with windows (B, T, M N). M products with shifted views of h need no windows, but add to
+        # the output M times: at order 16 a layer took twice as long.
         B, _, N = h.shape
         M = self.order
         past = h.new_zeros(B, M - 1, N) if state is None else state[..., :-1].transpose(1, 2).flip(1)
@@ -125,14 +121,13 @@ class HigherOrderLRU(JointProjections, Mixer):
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32: companion matrices, the coefficients on top of a shifted identity."""
         M = self.order
-        top = normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., :M].unsqueeze(
-            3
-        )  # (B, T, N, 1, M)
+        p = normalise(self._planes(self.gate_proj(x)).float(), self.gate)  # (B, T, N, M+1)
+        top = p[..., :M].unsqueeze(3)  # (B, T, N, 1, M)
         shift = torch.eye(M, device=x.device)[: M - 1].expand(*top.shape[:3], M - 1, M)
         return torch.cat([top, shift], dim=3)
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """The gates' matrix, where `gate_std` asks for another spread than `std` gives."""
+        """The matrix of the gates by `gate_std`."""
         return gate_matrix(self.gate_proj, self.gate_std)
 
     def cost(self, context_length: int) -> MixerCost:
@@ -161,7 +156,8 @@ def _windows(padded: Tensor, alive: Tensor | None, order: int) -> Tensor:
 
 
 class _WindowProduct(torch.autograd.Function):
-    """The product of windows with a weight (D, M N); the windows are not kept, but made again."""
+    """The product of windows with a weight (D, M N). Windows are made again in the backward pass, not
+    kept."""
 
     @staticmethod
     def forward(ctx, padded: Tensor, weight: Tensor, alive: Tensor | None, order: int) -> Tensor:

@@ -1,18 +1,34 @@
-"""Biases that make a gated recurrence slow at the start: half-lives spread evenly in the logarithm.
+"""How gates start: the spread of their logits, and biases that make a gated recurrence slow.
 
-With equal logits a row keeps 1 / (M+1) of its state a step and forgets within a few tokens; Adam needs a
-good part of a short run to undo that. Log-spaced half-lives are the start of LRU, S5 and Mamba
-(arXiv 2303.06349, 2208.04933, 2312.00752).
+With equal logits a row keeps 1 / (M+1) of its state a step and forgets within a few tokens, which Adam needs
+a good part of a short run to undo. Log-spaced half-lives are the start of LRU, S5 and Mamba (arXiv
+2303.06349, 2208.04933, 2312.00752).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..kernels import check_gate
 
 MIXED = 0.02  # share of what is written that goes to the other rows of a block at the start
 
 
-def check_half_life(half_life: tuple[float, float] | list[float] | None, gate: str) -> None:
-    """Raise ValueError for a range of half-lives that is none, or a gate that has no such start."""
+def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tensor]:
+    """Initial values of `gate_proj.weight` that give logits of standard deviation gate_std; none if None."""
+    # The input is normalised, so its square sums to its width. Logits with a spread of about 1 let a softmax
+    # select from the start: near zero it averages all that it reads (docs/results/synthetic.md).
+    if gate_std is None:
+        return {}
+    return {"gate_proj.weight": gate_std * gate_proj.in_features**-0.5 * torch.randn(gate_proj.weight.shape)}
+
+
+def check_gates(
+    gate: str, gate_std: float | None, half_life: tuple[float, float] | list[float] | None = None
+) -> None:
+    """Raise ValueError for an unknown gate function, or a start of the gates that it cannot have."""
+    check_gate(gate)
+    if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
+        raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
     if half_life is None:
         return
     if len(half_life) != 2 or not 0 < half_life[0] <= half_life[1]:
@@ -24,10 +40,10 @@ def check_half_life(half_life: tuple[float, float] | list[float] | None, gate: s
 def gate_bias_of_half_lives(num_rows: int, block_size: int, half_life: tuple[float, float]) -> Tensor:
     """Biases (num_rows, M+1) of gate logits; rows of a block follow each other, the input gate is last.
 
-    Row r keeps 2^(-1/L_r) of itself a step, with L_r log-spaced over blocks from the shortest to the
-    longest: rows of a block share theirs. Of the rest, MIXED goes to the block's other rows and what remains
-    is written. Softmax gives p = exp(z) / sum, so z = log p; a sigmoid of values this low is nearly that.
+    A row keeps 2^(-1/L) of itself a step, with L log-spaced over blocks from the shortest to the longest. Of
+    the rest, a share of MIXED is read from the other rows of the block, and what remains from the input.
     """
+    # Softmax gives p = exp(z) / sum, so z = log p; a sigmoid of values this low is nearly that.
     M = block_size
     shortest, longest = half_life
     blocks = num_rows // M

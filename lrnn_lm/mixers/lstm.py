@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
+from .base import (
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    by_tokens,
+    check_sizes,
+    document_bounds,
+    is_exported,
+)
 
 
 class LSTM(Mixer):
@@ -46,19 +55,16 @@ class LSTM(Mixer):
         return h, torch.stack(last, dim=2).squeeze(0)
 
     def _run_documents(self, x: Tensor, state: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """Documents as sequences of their own: cut at the starts, run as one packed batch, put back."""
+        """Documents as separate sequences: cut at their starts, run as one packed batch, put back."""
         B, T, D = x.shape
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (S,) where a segment begins in B * T tokens
-        ends = torch.cat([starts[1:], starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (S,)
         lengths = ends - starts
         order = lengths.argsort(descending=True, stable=True)
         steps = torch.arange(int(lengths.max()), device=x.device)
         inside = steps < lengths[order].unsqueeze(1)  # (S, longest)
         index = (starts[order].unsqueeze(1) + steps).clamp_max(B * T - 1)
         packed = pack_padded_sequence(x.reshape(B * T, D)[index], lengths[order].cpu(), batch_first=True)
-        # A segment at t = 0 that is no document start goes on from the state it was given.
+        # A segment at t = 0 that does not start a document goes on from the given state.
         rows = torch.div(starts, T, rounding_mode="floor")
         goes_on = (starts % T == 0) & ~reset.flatten()[starts]
         initial = state.to(x.dtype)[rows] * goes_on.view(-1, 1, 1).to(x.dtype)  # (S, 2, W)
@@ -84,8 +90,8 @@ class LSTM(Mixer):
         }
 
     def cost(self, context_length: int) -> MixerCost:
-        """Four gates: the product with the input, for all steps at once; the product with the state and about
-        12 operations a unit, where a step waits for the one before."""
+        """Four gates: the product with the input runs for all steps at once. The product with the state and
+        about 12 operations a unit wait for the step before."""
         W = self.width
         return MixerCost(products=2 * 4 * W * self.cell.input_size, sequential=2 * 4 * W * W + 12 * W)
 

@@ -1,7 +1,7 @@
 """Mamba-2, the state-space baseline: transformers' own mixer behind our interface.
 
-It runs in plain torch anywhere, and on mamba_ssm's and causal_conv1d's kernels where transformers finds them.
-Cached continuation by any number of tokens is transformers' own; documents are run as sequences of their own.
+It runs in plain torch anywhere, and on the kernels of mamba_ssm and causal_conv1d where transformers finds
+them. transformers continues a cache by any number of tokens. Documents are run as separate sequences.
 
 Legend: B batch, T time, D model width, C channels of the convolution, k its kernel, H heads, P head width,
 S state size.
@@ -10,7 +10,16 @@ S state size.
 import torch
 from torch import Tensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_tokens, check_sizes, is_exported
+from .base import (
+    Mixer,
+    MixerCost,
+    ResidualOutput,
+    SequenceContext,
+    by_tokens,
+    check_sizes,
+    document_bounds,
+    is_exported,
+)
 
 
 class Mamba2(Mixer):
@@ -44,7 +53,7 @@ class Mamba2(Mixer):
             raise ValueError(f"expand * hidden_size = {width} does not split into heads of width {head_dim}")
         if (width // head_dim) % n_groups:
             raise ValueError(f"{width // head_dim} heads do not split into n_groups = {n_groups}")
-        # Imported here: only models with this mixer should pay for it.
+        # Imported here, so that only models with this mixer wait for it.
         from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -91,19 +100,14 @@ class Mamba2(Mixer):
         return y, torch.cat(after, dim=1)
 
     def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """Documents as sequences of their own, put back in place.
-
-        Those that begin here are padded on the left, where zeros leave a new state at zero. A row's first
-        segment, if it goes on from the given state, is padded on the right: its state after matters only if
-        it fills the row.
-        """
+        """Documents as separate sequences, put back in place."""
+        # Documents that begin here are padded on the left, where zeros leave a new state at zero. A row's
+        # first segment, if it goes on from the given state, is padded on the right: its state after is used
+        # only if it fills the row.
         B, T, D = x.shape
         goes_on = torch.zeros_like(reset)
         goes_on[:, 0] = ~reset[:, 0] if state is not None else False
-        first = torch.zeros_like(reset)
-        first[:, 0] = True
-        starts = (reset | first).flatten().nonzero().squeeze(1)  # (documents,) in B * T tokens
-        ends = torch.cat([starts[1:], starts.new_tensor([B * T])])
+        starts, ends = document_bounds(reset)  # (documents,)
         continued = goes_on.flatten()[starts]
         y = torch.empty_like(x).view(B * T, D)
         last = x.new_zeros(B, self.state_elements(T), dtype=torch.float32)
@@ -121,7 +125,7 @@ class Mamba2(Mixer):
         return y.view(B, T, D), last
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As Mamba-2's authors start it: step sizes log-uniform in the config's range, A in 1 .. H."""
+        """As in the authors' code: step sizes log-uniform in the config's range, A = 1 .. H."""
         H, config = self.inner.num_heads, self.config
         low, high = torch.tensor([config.time_step_min, config.time_step_max]).log()
         step = (low + (high - low) * torch.rand(H)).exp().clamp(min=config.time_step_floor)
@@ -137,7 +141,7 @@ class Mamba2(Mixer):
         }
 
     def cost(self, context_length: int) -> MixerCost:
-        """The convolution; a state element is decayed, driven (3 operations) and read (2)."""
+        """The convolution; and for each element of the state 3 operations to update it and 2 to read it."""
         H, P, S = self.ssm_shape
         channels, kernel = self.conv_shape
         return MixerCost(products=2 * kernel * channels, scan=5 * H * P * S + 2 * H * P)

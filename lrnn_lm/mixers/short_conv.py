@@ -1,4 +1,4 @@
-"""A short causal convolution that respects documents: what lets a gate read the token before.
+"""A short causal convolution within documents, which lets a gate read the tokens before.
 
     y_t = x_t + sum_{j=0..W-1} w_j * x_{t-j}        w_j in R^D, a weight a channel and a lag
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution added to its input; zero at the start, so a new layer is the identity.
+    """Depthwise causal convolution, added to its input; its weights start at zero, so a new one is the
+    identity.
 
-    It is written as W shifted products, which a compiler fuses into one kernel; a document's start is one
-    more mask.
+    W shifted products, which a compiler fuses into one kernel. A mask keeps documents apart.
 
     Args:
         channels: D.
@@ -25,6 +25,7 @@ class ShortConvolution(nn.Module):
         if kernel_size < 2:
             raise ValueError(f"conv_kernel must be at least 2 tokens (or none), not {kernel_size}")
         self.kernel_size = kernel_size
+        self.elements = (kernel_size - 1) * channels  # of the inputs that a state keeps
         self.weight = nn.Parameter(torch.zeros(kernel_size, channels))
 
     def forward(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,3 +52,14 @@ class ShortConvolution(nn.Module):
         later = starts[:, T + 1 :].flip(1).cumsum(dim=1).flip(1)  # (B, W-2): starts after each kept input
         keep = torch.cat([later == 0, reset.new_ones(B, 1)], dim=1)
         return y, inputs[:, T:] * keep.unsqueeze(-1)
+
+    def split(self, state: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """A recurrence's state (B, *shape) and past inputs (B, W-1, D), of what `join` made of them."""
+        if state is None:
+            return None, None
+        recurrence, past = state.split([state.shape[1] - self.elements, self.elements], dim=1)
+        return recurrence.unflatten(1, shape), past.unflatten(1, (self.kernel_size - 1, -1))
+
+    def join(self, state: Tensor, past: Tensor) -> Tensor:
+        """One state (B, ..) in fp32 of a recurrence's and the past inputs."""
+        return torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)

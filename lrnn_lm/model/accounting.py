@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..mixers import SequenceContext
+from ..mixers.base import MixerCost, SequenceContext
 from .config import LRNNConfig
 from .layers import LRNNBlock
 from .modeling import LRNNForCausalLM
@@ -28,38 +28,14 @@ OPTIMIZER_BYTES = 8  # AdamW's two moments in fp32
 
 
 @dataclass(frozen=True)
-class Work:
-    """Forward floating-point operations a token, by kind.
-
-    products: with weights, parallel over tokens. scan: linear recurrences. sequential: nonlinear recurrences,
-    where a step waits for the one before. attention: scores and weighted sums, on average over the context.
-    """
-
-    products: int
-    scan: int
-    sequential: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        return self.products + self.scan + self.sequential + self.attention
-
-
-@dataclass(frozen=True)
 class Account:
-    """The costs of one model at one context length.
-
-    parameters: count by part; a tied head has none of its own.
-    work: a token's forward operations, averaged over a context of `context_length`.
-    recurrent_state_bytes: of one sequence, at any length.
-    attention_state_bytes: of one sequence after `context_length` tokens; it grows in proportion.
-    """
+    """The costs of one model at one context length."""
 
     context_length: int
-    parameters: dict[str, int]
-    work: Work
-    recurrent_state_bytes: int
-    attention_state_bytes: int
+    parameters: dict[str, int]  # by part; a tied head has none of its own
+    work: MixerCost  # of the whole model, on average over a context of `context_length`
+    recurrent_state_bytes: int  # of one sequence, at any length
+    attention_state_bytes: int  # of one sequence after `context_length` tokens; proportional to it
 
     @property
     def total_parameters(self) -> int:
@@ -83,18 +59,13 @@ class Account:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device that holds the whole model: weights, gradients and AdamW moments in fp32.
-
-    activations: what autograd keeps of every layer for the backward pass of one micro-batch, as measured on
-    fake tensors; with checkpointing, each layer's input and one layer whole.
-    loss: the final hidden states, and the logits of one chunk with their gradient.
-    """
+    """Bytes on one device that holds the whole model; weights, gradients and AdamW moments in fp32."""
 
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    loss: int
+    activations: int  # kept for the backward pass; with checkpointing, each layer's input and one whole layer
+    loss: int  # the final hidden states, and the logits of one chunk with their gradient
 
     @property
     def total(self) -> int:
@@ -123,7 +94,7 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
     return Account(
         context_length=context_length,
         parameters=_parameters_by_part(model),
-        work=Work(
+        work=MixerCost(
             products=linear + sum(cost.products for cost in costs),
             scan=sum(cost.scan for cost in costs),
             sequential=sum(cost.sequential for cost in costs),
@@ -191,17 +162,16 @@ def training_memory(
         checkpointing: whether layers are recomputed in the backward pass.
     """
     parameters = sum(_parameters_by_part(meta_model(config)).values())
-    kinds = Counter(repr(sorted(spec.items())) for spec in config.layer_mixers)
-    layers = {}
-    for layer_idx, spec in enumerate(config.layer_mixers):
-        kind = repr(sorted(spec.items()))
-        if kind not in layers:
-            layers[kind] = saved_bytes(config, layer_idx, micro_batch, sequence_length, dtype)
+    kinds = [repr(sorted(spec.items())) for spec in config.layer_mixers]
+    layers = {  # bytes of a layer of each kind: measuring all layers would take as many times as long
+        kind: saved_bytes(config, kinds.index(kind), micro_batch, sequence_length, dtype)
+        for kind in set(kinds)
+    }
     hidden = micro_batch * sequence_length * config.hidden_size * dtype.itemsize
     if checkpointing:
         activations = config.num_hidden_layers * hidden + max(layers.values())
     else:
-        activations = sum(layers[kind] * count for kind, count in kinds.items())
+        activations = sum(layers[kind] for kind in kinds)
     chunk = min(config.loss_chunk, micro_batch * sequence_length)
     return TrainingMemory(
         weights=4 * parameters,

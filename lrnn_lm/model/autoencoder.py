@@ -28,7 +28,7 @@ def position_code(length: int, width: int, device: torch.device | None = None) -
 
 
 class LRNNForReconstruction(LRNNPreTrainedModel):
-    """LRNNModel as the encoder, and a decoder that sees its last hidden state only."""
+    """LRNNModel as the encoder, and a decoder that sees only its last hidden state."""
 
     def __init__(self, config: LRNNConfig):
         super().__init__(config)
@@ -55,7 +55,7 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
 
         Args:
             input_ids: (B, T).
-            shift_labels: (B, T) what is to be written at each position; -100 where nothing is asked.
+            shift_labels: (B, T) the target at each position; -100 for none.
             num_items_in_batch, return_logits: as in LRNNForCausalLM.
         """
         hidden = self.model(input_ids=input_ids, reset=reset, use_cache=False).last_hidden_state

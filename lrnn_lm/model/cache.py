@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..mixers import is_traced
+from ..mixers.base import is_traced
 from .config import LRNNConfig
 
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"

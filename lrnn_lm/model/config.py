@@ -1,6 +1,7 @@
-"""LRNNConfig: what config.json holds, in Hugging Face's names.
+"""LRNNConfig: the contents of config.json, in Hugging Face's names.
 
-The mixers are imported where their options are read: importing this module loads neither layers nor kernels.
+The mixers are imported only where their options are read, so importing this module loads no layers or
+kernels.
 """
 
 import importlib
@@ -19,18 +20,18 @@ class LRNNConfig(PreTrainedConfig):
         mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
         layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a
             table as above, or a type's name, which takes `mixer`'s options where they fit.
-        max_position_embeddings: the training length. No mixer is limited to it; evaluation cuts text by it.
-        loss_chunk: tokens whose logits exist at once while the training loss is computed.
-        residual_in_fp32: whether the residual stream stays in fp32 under autocast, as the weights are;
-            otherwise it has the dtype that autocast computes in. Beside weights in bf16 it is in bf16.
-        synthetic_task: what a model learnt, for evaluation: `{"task": .., "length": .., "options": ..}`.
+        max_position_embeddings: the training length. It limits no mixer; evaluation cuts text by it.
+        loss_chunk: tokens whose logits exist at once while the training loss is computed. residual_in_fp32:
+        whether the residual stream stays in fp32 under autocast instead of taking autocast's
+            dtype. With weights in bf16 it is in bf16.
+        synthetic_task: the task that a model learnt, for evaluation: `{"task", "length", "options"}`.
 
     Raises:
-        ValueError: an unknown mixer, what is no table of one, or sizes below 1.
+        ValueError: an unknown mixer, an entry that is no table of options, or a size below 1.
     """
 
     model_type = "lrnn"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, a class attribute that transformers reads
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 32_000
     hidden_size: int = 768
@@ -67,10 +68,10 @@ class LRNNConfig(PreTrainedConfig):
             self.layer_pattern = [
                 mixer_options({**options, **_table("layer_pattern", entry)}) for entry in entries
             ]
-        kwargs.pop("num_attention_heads", None)  # what `to_dict` wrote; the mixers say it
+        kwargs.pop("num_attention_heads", None)  # written by `to_dict`, computed from the mixers
         super().__post_init__(**kwargs)
-        # The Auto classes look a model up by the type of a config that exists: now is early enough to
-        # register ours, and late enough that transformers has been imported as a whole.
+        # Register the model classes now: the Auto classes look a model up by an existing config, and by the
+        # time one exists transformers has been imported as a whole.
         importlib.import_module("lrnn_lm.model.modeling")
 
     @property
@@ -88,7 +89,7 @@ class LRNNConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of the first attention layer, 1 if there is none; some of transformers' helpers ask."""
+        """Heads of the first attention layer, 1 if there is none; read by some of transformers' helpers."""
         return next(
             (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
         )

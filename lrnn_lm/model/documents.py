@@ -1,8 +1,8 @@
-"""Where the documents of a packed batch begin, from whatever says so.
+"""Where the documents of a packed batch begin, from any of the arguments that libraries use for it.
 
-Packed and flattened batches come in many forms: `reset` (ours), `position_ids` that begin again (TRL,
-transformers' DataCollatorWithFlattening), `seq_idx` (mamba_ssm), `cu_seq_lens_q` and its companions (flash
-attention). All of them become one mask, `reset`, which every kind of layer reads.
+`reset` is ours; `position_ids` that start again are those of TRL and transformers'
+DataCollatorWithFlattening, `seq_idx` that of mamba_ssm, `cu_seq_lens_q` and its companions those of flash
+attention. All become one mask, `reset`, which every kind of layer reads.
 
 Legend: B batch, T time.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixers import is_traced
+from ..mixers.base import is_traced
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Read by transformers' own decorators; `cache_position`, of older releases, is counted by the cache itself.
@@ -25,21 +25,21 @@ _NAMED = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", 
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for an argument that no layer reads: it would change nothing without a word."""
+    """Raise ValueError for an argument that no layer reads, which would otherwise be ignored silently."""
     for name, value in kwargs.items():
         if value is None or name in PACKING or name in _TRANSFORMERS:
             continue
         if name == "is_causal" and value is True:
             continue
         if name == "token_type_ids" and not is_traced() and not bool(value.any()):
-            continue  # a tokenizer's default: all tokens are of one type
+            continue  # a tokenizer's default: all tokens have type 0
         near = difflib.get_close_matches(name, (*_NAMED, *PACKING), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         raise ValueError(f"the model does not read the argument {name!r}; {hint}")
 
 
 def before(values: Tensor, token_mask: Tensor | None, start: Tensor) -> Tensor:
-    """(B, T) `values` (B, T) of the token before, padding skipped; `start` (B, T) where there is none."""
+    """(B, T): `values` of the token before, padding skipped; `start` (B, T) where there is no such token."""
     if token_mask is None:
         return torch.cat([start[:, :1], values[:, :-1]], dim=1)
     steps = torch.arange(values.shape[1], device=values.device)
@@ -58,19 +58,19 @@ def document_starts(
     first: Tensor | None = None,
     blocks: Tensor | None = None,
 ) -> Tensor | None:
-    """(B, T) bool, true where a document starts after another; None if nothing says that one does.
+    """(B, T) bool, true where a document starts after another; None if no argument says so.
 
-    Positions that do not grow (0 1 2 0 1, or 2 3 2 3) begin a new document; positions that jump ahead do not.
-    What lies on padding counts for the next token.
+    Positions that do not grow (0 1 2 0 1, or 2 3 2 3) start a document; positions that jump ahead do not. A
+    start on padding counts for the next token.
 
     Args:
-        tokens: (B, T, ..) anything of the batch's shape and device.
+        tokens: (B, T, ..) any tensor of the batch's shape and device.
         token_mask: (B, T) bool, false on padding; None if there is none.
-        past: tokens that the cache holds.
+        past: tokens in the cache.
         position_ids, reset: as the model takes them.
         packing: the model's other arguments, those of PACKING among them.
-        first: (B, T) bool, where a sequence begins after padding.
-        blocks: (B, T) bool, what a 4-d attention_mask says, as this function would.
+        first: (B, T) bool, true where a sequence begins after padding.
+        blocks: (B, T) bool, the document starts of a 4-d attention_mask.
     Raises:
         ValueError: a wrong shape or dtype, or two arguments that contradict each other.
     """
@@ -88,7 +88,7 @@ def document_starts(
         _check_shape("position_ids", position_ids, B, T)
         positions = position_ids.expand(B, T)
         _check_continuation(positions, token_mask, past, reset, first)
-        if T > 1:  # of one token they say nothing
+        if T > 1:  # the position of a lone token says nothing
             found["position_ids"] = _starts(positions, positions - 1, token_mask, torch.le)
     if packing.get("seq_idx") is not None:
         ids = packing["seq_idx"]
@@ -108,17 +108,14 @@ def document_starts(
 def _starts(
     values: Tensor, start: Tensor, token_mask: Tensor | None, begins: Callable[..., Tensor] = torch.ne
 ) -> Tensor:
-    """(B, T) whether begins(value, value of the token before), for tokens; never on padding."""
+    """(B, T): begins(value, value of the token before); false on padding."""
     starts = begins(values, before(values, token_mask, start))
     return starts if token_mask is None else starts & token_mask
 
 
 def _agreed(found: dict[str, Tensor], token_mask: Tensor | None) -> Tensor | None:
-    """What all of them say; None if that is nothing.
-
-    Outside of a graph the values are compared. A `reset` that comes alone is taken as it is, for a look at it
-    would make training wait for the device.
-    """
+    """The document starts that all of `found` agree on; None if there are none."""
+    # A `reset` that comes alone is not looked at, as that would synchronise training with the GPU.
     if not found or list(found) == ["reset"]:
         return found.get("reset")
     name, starts = next(iter(found.items()))
@@ -126,7 +123,7 @@ def _agreed(found: dict[str, Tensor], token_mask: Tensor | None) -> Tensor | Non
         for its in found.values():
             starts = starts | its
         return starts
-    # A row's first token begins its document in any case: whether that is said is no contradiction.
+    # A row's first token starts a document whether an argument says so or not, so it is not compared.
     nothing = torch.zeros_like(starts)
     inner = before(~nothing if token_mask is None else token_mask, token_mask, nothing)
     for other, its in found.items():
@@ -150,7 +147,7 @@ def _check_continuation(
     reset: Tensor | None,
     first: Tensor | None,
 ) -> None:
-    """Raise ValueError where the first new token is at position 0 though its row has a past, and no reset."""
+    """Raise ValueError if a row's first new token has position 0 and no reset, though its row has a past."""
     if isinstance(past, Tensor) or not past or is_traced():
         return
     if token_mask is None:
@@ -168,7 +165,7 @@ def _check_continuation(
 
 
 def _from_offsets(name: str, offsets: Tensor, longest: Any, tokens: Tensor) -> Tensor:
-    """(B, T) the number of each token's document, from where documents begin in B * T tokens, and the end."""
+    """(B, T): each token's document number, from the offsets of documents in B T tokens, and the end."""
     B, T = tokens.shape[:2]
     if not isinstance(offsets, Tensor) or offsets.ndim != 1 or offsets.shape[0] < 2:
         raise ValueError(f"{name} must be one row of offsets, from 0 to the number of tokens")

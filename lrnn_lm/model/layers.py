@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..mixers import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, build_mixer
-from ..mixers.base import drawn_by_model
+from ..mixers import build_mixer
+from ..mixers.base import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, drawn_by_model
 from .cache import check_state, keep_layer_state, layer_state
 from .config import LRNNConfig
 

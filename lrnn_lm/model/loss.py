@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels.dispatch import has_triton
-from ..mixers import compute_dtype, is_traced
+from ..mixers.base import compute_dtype, is_traced
 
 IGNORE = -100  # label of a position without a target
 

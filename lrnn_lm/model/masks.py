@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from ..mixers import is_traced
+from ..mixers.base import is_traced
 from .cache import document_start
 from .config import LRNNConfig
 from .documents import before, document_starts

@@ -1,4 +1,4 @@
-"""The Hugging Face shell around the mixers: one modelling file for all of them.
+"""The Hugging Face model around the mixers.
 
 Legend: B batch, T time, D model width, V vocabulary.
 """
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,13 +24,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers import (
-    AttentionWeights,
-    SequenceContext,
-    compute_dtype,
-    plain_weight,
-)
-from ..mixers.base import initialise
+from ..mixers.attention import AttentionWeights
+from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decoding.built import remember
@@ -40,15 +33,7 @@ from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
-from .masks import (
-    Layout,
-    attention_mask_of,
-    check_padding,
-    layout,
-    positions_of,
-    same_document,
-    tokens_last,
-)
+from .masks import Layout, attention_mask_of, check_padding, layout, positions_of, same_document, tokens_last
 
 
 class LRNNPreTrainedModel(PreTrainedModel):
@@ -69,11 +54,8 @@ class LRNNPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: `_init_weights` leaves loaded parameters alone, as transformers' own models do.
-
-        Were it true, modules that hold their parameters in children (an LSTM mixer) would stay as torch made
-        them.
-        """
+        """False, as `_init_weights` leaves loaded parameters alone like that of transformers' own models."""
+        # If true, modules whose parameters are in children (an LSTM mixer) would keep torch's initial values.
         return False
 
     def _set_gradient_checkpointing(
@@ -82,7 +64,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         **options: Any,
     ) -> None:
-        """transformers calls this to switch checkpointing of layers on and off."""
+        """Called by transformers to switch gradient checkpointing of layers on and off."""
         function = partial(checkpoint_without_cache, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, function, **options)
 
@@ -120,15 +102,15 @@ class LRNNModel(LRNNPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) instead.
-            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding anywhere leaves the
-                result and the states as they would be without. Or (B, 1, T, T), causal within documents.
-            position_ids: (B, T) positions for attention layers; counted on from the cache if None. Where they
-                do not grow, a document starts; where they jump ahead, none does.
+            attention_mask: (B, S) with 0 on padding, S = T or the length so far; padding anywhere changes
+                neither results nor states. Or (B, 1, T, T), causal within documents.
+            position_ids: (B, T) positions for attention layers; counted on from the cache if None. A document
+                starts where they do not grow.
             past_key_values: a cache, read and written in place; any number of new tokens continues it.
-            use_cache: whether to make a cache where none is given, and return it; None: as the config says,
+            use_cache: whether to make a cache if none is given, and return it; None: as the config says,
                 but none in training with gradient checkpointing. With a cache, layers are not checkpointed.
-            reset: (B, T) bool, true where a document starts: nothing before it is seen from there on.
-            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: other ways to say that.
+            reset: (B, T) bool, true where a document starts; later tokens see nothing before it.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: other forms of `reset`.
 
         Raises:
             ValueError: arguments that contradict each other, or that the model does not read.
@@ -140,7 +122,7 @@ class LRNNModel(LRNNPreTrainedModel):
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
         recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if use_cache is None:  # layers that are recomputed have no cache, unless the caller has one
+        if use_cache is None:  # recomputed layers get no cache, unless the caller passes one
             use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
@@ -153,19 +135,18 @@ class LRNNModel(LRNNPreTrainedModel):
             if "linear_attention" in self.config.layer_types:
                 order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         for layer in self.layers:
-            # By position: transformers drops a cache of that name where it checkpoints a layer.
+            # By position, as transformers drops a cache passed by name where it checkpoints a layer.
             hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
     ) -> SequenceContext:
-        """What the mixers need to know of positions; the attention parts only if there is attention."""
+        """What the mixers need to know of the tokens; masks and positions only if there is attention."""
         reset = batch.starts
-        if batch.first is not None:  # padding before the first token must not show: it starts a document
+        if batch.first is not None:  # it starts a document, so the padding before it leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state = cache is not None
         if "full_attention" not in self.config.layer_types:
@@ -180,7 +161,7 @@ class LRNNModel(LRNNPreTrainedModel):
         visible = same_document(batch.starts, layer, past, x)
         eager = self.config._attn_implementation == "eager"
         if visible is None and batch.attention_mask is None and layer is None and not eager:
-            # One document a row from its first token on: SDPA's own causal mask, and no look at the values.
+            # One document a row from its first token on: SDPA's own causal mask does, which is its fast path.
             return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
         mask = attention_mask_of(self.config, x, batch.attention_mask, cache, visible)
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
@@ -217,14 +198,15 @@ class LRNNForCausalLM(LRNNPreTrainedModel, LRNNGenerationMixin):
         """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
 
         Args:
-            labels: (B, T) the inputs themselves, -100 where there is no target; shifted here, from each token
-                to the one before it in its document. Padding neither is a target nor predicts one.
-            num_items_in_batch: how many targets the loss is averaged over; None for those in this batch.
-            logits_to_keep: compute logits of the last so many positions (0: all), or of these positions.
-            return_logits: whether logits are wanted; None: always, but when training with labels, where the
-                loss is computed in chunks and the logits never exist as a whole.
-            shift_labels: (B, T) targets already aligned with the positions that predict them, not `labels`.
-                Among the kwargs, as the Trainer takes every named argument with "label" for one to be given.
+            labels: (B, T) the inputs themselves, -100 where there is no target. They are shifted here, within
+                documents. Padding is no target and predicts none.
+            num_items_in_batch: number of targets to average the loss over; None for those in this batch.
+            logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
+            return_logits: whether to return logits; None: yes, except in training with labels, where the loss
+            is
+                computed in chunks and the logits never exist as a whole.
+            shift_labels: (B, T) targets aligned with the positions that predict them, instead of `labels`. It
+                is in the kwargs because the Trainer expects data for every argument named like a label.
             The rest: as in LRNNModel.
         """
         targets = kwargs.pop("shift_labels", None)
@@ -280,7 +262,7 @@ def _layout(
     reset: Tensor | None,
     kwargs: dict[str, Any],
 ) -> Layout:
-    """Padding and documents of `tokens` (B, T, ..), from whatever says something of them."""
+    """Padding and documents of `tokens` (B, T, ..), from the arguments of the forward pass."""
     if cache is not None:
         check_cache(config, cache)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
@@ -299,6 +281,6 @@ def _layout(
 remember(LRNNModel, LRNNForCausalLM)
 AutoModel.register(LRNNConfig, LRNNModel, exist_ok=True)
 AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
-# Tables of class names, where the Trainer looks for whether label smoothing has to shift the labels.
+# The Trainer looks into these tables to see whether label smoothing has to shift the labels.
 MODEL_MAPPING_NAMES[LRNNConfig.model_type] = LRNNModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LRNNConfig.model_type] = LRNNForCausalLM.__name__

@@ -1,15 +1,15 @@
 """States as values: save them to disk and load them again, copy them, drop them.
 
-A state is all that a recurrent layer keeps of the text before; that of a whole model is its cache
-(`past_key_values`). Read a text once, keep the cache, and go on from it as often as wanted:
+A state is all that a recurrent layer keeps of earlier text; the states of a whole model are its cache
+(`past_key_values`). Read a text once, keep the cache, and continue from it any number of times:
 
     cache = prefill(model, document_ids).past_key_values
     save_states(cache, "document.safetensors", model)
     cache = load_states("document.safetensors", model)
-    model.generate(.., past_key_values=copy_states(cache))  # generate writes to the cache it is given
+    model.generate(.., past_key_values=copy_states(cache))  # generate writes to its cache
 
-A file holds one tensor a recurrent layer, keys and values for an attention layer, and what identifies the
-model: the sizes of its config and a digest of its weights.
+A file holds one tensor for each recurrent layer, keys and values for each attention layer, and the identity
+of the model: sizes of its config and a digest of its weights.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ def load_states(path: str | Path, model: PreTrainedModel) -> RecurrentCache:
 
 
 def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
-    """A cache of its own memory, in which each row appears `repeats` times: one for each question, say.
+    """A copy of a cache in which each row appears `repeats` times, for instance once for each question.
 
     Raises ValueError for a cache that has seen no token, or repeats below 1.
     """
@@ -96,7 +96,7 @@ def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
 
 
 def drop_states(cache: Cache) -> None:
-    """Forget everything, in place, and free the memory (a static cache keeps its memory)."""
+    """Empty a cache in place and free its memory (a static cache keeps its memory)."""
     fresh = []
     for layer in cache.layers:
         if type(layer) in (LinearAttentionLayer, DynamicLayer):
@@ -108,7 +108,7 @@ def drop_states(cache: Cache) -> None:
 
 
 def _tensors(cache: Cache) -> dict[str, Tensor]:
-    """Every tensor that a cache holds, by layer and kind; rows are their first dimension."""
+    """All tensors of a cache, by layer and kind; rows are the first dimension."""
     if not cache.layers or not tokens_seen(cache):
         raise ValueError("the cache has seen no token yet: pass it to the model first")
     tensors = {}
@@ -147,7 +147,7 @@ def _cache_of(
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a state's size and meaning depend on, weights aside."""
+    """The part of the config that the size and meaning of a state depend on."""
     config = model.config
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers")
     return {**{key: config.to_dict()[key] for key in sizes}, "layer_mixers": config.layer_mixers}

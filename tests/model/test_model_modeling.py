@@ -10,7 +10,7 @@ from tolerances import TOLERANCE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
-from lrnn_lm.mixers import ResidualOutput
+from lrnn_lm.mixers.base import ResidualOutput
 from lrnn_lm.model.layers import RMSNorm
 
 SAME = TOLERANCE["same numbers"]

@@ -68,7 +68,7 @@ def _inputs(x, scales, lane, eps, D: tl.constexpr, NORM: tl.constexpr, INPUTS: t
 def _product(x, w):
     """[R]: a sequence's inputs times rows of weights, summed in fp32."""
     # No tensor cores: they take 16 sequences at least, and reading weights takes longer than this.
-    sums = x[0].to(tl.float32) * w[0].to(tl.float32)
+    sums = x[0].to(tl.float32) * w[0].to(tl.float32)  # [R, INPUTS], added up over lanes once, at the end
     for j in tl.static_range(1, len(w)):
         sums += x[j].to(tl.float32) * w[j].to(tl.float32)
     return tl.sum(sums, axis=1)
@@ -173,7 +173,10 @@ def _mix_kernel(
             else:
                 raw = _product(inputs, _pieces(at + p * ROWS * D, valid, lane, D, INPUTS))
             z = z + ((raw * factor + offsets[p]).to(out.dtype.element_ty).to(tl.float32),)
-        block, before = state + (b * N + n) * M, ()
+        block, before = (
+            state + (b * N + n) * M,
+            (),
+        )  # each lane reads its whole block
         for j in tl.static_range(M):
             before = before + (tl.load(block + j, mask=valid, other=0.0),)
         h = new_state(z, before, M, GATE, lane)

@@ -20,9 +20,9 @@ import triton.language as tl
 from ..triton_device import settle_cache_keys
 from .triton_rows import (
     WARP,
-    cleared,
-    entering,
+    as_int64,
     gate_rows,
+    input_terms,
     row_of,
     stack,
     step_flags,
@@ -32,7 +32,7 @@ from .triton_rows import (
     sum_over_rows,
     tile_of,
     unstack,
-    wide,
+    zero_at_reset,
 )
 
 
@@ -46,7 +46,7 @@ def _place(
     pid = tl.program_id(0)
     row, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
     outer = pid // tiles
-    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    b, chunk = as_int64(outer // n_chunks), outer % n_chunks
     n, i = row // MP, row % MP  # a block has MP lanes' rows, so that it never straddles two warps
     if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
         spot, valid = row, row < N * M
@@ -63,7 +63,7 @@ def _offsets(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _of_block(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl.constexpr):
+def _tap_input(h, k: tl.constexpr, p: tl.constexpr, first, M: tl.constexpr, P: tl.constexpr):
     """What tap k of a lane's row p multiplies; h is the state, P lane blocks."""
     if M == 1:
         return h[p]
@@ -90,17 +90,17 @@ def _forward_group(
     first = lane - lane % (MP // P if M > 1 else 1)  # the block's first lane
     if SHARE > 1:
         first += q * TAPS  # lane q of a row multiplies taps q TAPS and on
-    terms = entering(f, v, q, TAPS, STEPS * P, SHARE)
+    terms = input_terms(f, v, q, TAPS, STEPS * P, SHARE)
     states = ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
-            h = cleared(h, flags[s], P)
+            h = zero_at_reset(h, flags[s], P)
         after = ()
         for p in tl.static_range(P):
             even = terms[s * P + p]
             odd = tl.zeros_like(even)  # two running sums halve the chain of dependent additions
             for k in tl.static_range(TAPS):
-                x = _of_block(h, k, p, first, M, P)
+                x = _tap_input(h, k, p, first, M, P)
                 if k % 2 == 0:
                     even += f[(k * STEPS + s) * P + p] * x
                 else:
@@ -153,12 +153,12 @@ def forward_kernel(
     h_many = tile_of(h_at, H_T, STEPS)
     for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
         h = _forward_group(
-            h, z_many, a_many, v_many, flags_at, h_many, wide(t_group), padded, writes, q, lane,
+            h, z_many, a_many, v_many, flags_at, h_many, as_int64(t_group), padded, writes, q, lane,
             G_T, G_K, V_T, H_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, end):  # the steps after the last whole group, one at a time
         h = _forward_group(
-            h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), padded,
+            h, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], as_int64(t_one), padded,
             writes, q, lane, G_T, G_K, V_T, H_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
@@ -166,7 +166,7 @@ def forward_kernel(
 
 
 @triton.jit
-def _handed_back(
+def _transposed_product(
     scaled, f, s: tl.constexpr, lane, TAPS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     STEPS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -219,12 +219,12 @@ def _backward_group(
                 total = tl.where(tl.reshape(valid, [WIDTH]), total, 0.0)
             now = now + (total * scale[s * P + p],)
         scaled = now + scaled
-        u = _handed_back(now, f, s, lane, TAPS, M, MP, STEPS, P)
+        u = _transposed_product(now, f, s, lane, TAPS, M, MP, STEPS, P)
         if SHARE > 1:  # lane k of part q holds u of row q TAPS + k; every lane of row i needs that of row i
             row = tl.minimum(i, M - 1)  # lanes without a row read any
             u = (tl.gather(u[0], block + (row // TAPS - q) * SPAN + row % TAPS, 0),)
         if HAS_RESET:
-            u = cleared(u, flags[s], P)
+            u = zero_at_reset(u, flags[s], P)
     if SHARE > 1:
         block += q * TAPS
     # The gates' gradient is local once s is known, so it is taken for the whole group at once.
@@ -235,9 +235,9 @@ def _backward_group(
             for p in tl.static_range(P):
                 of = of + (before[s * P + p],)
             if HAS_RESET:
-                of = cleared(of, flags[s], P)
+                of = zero_at_reset(of, flags[s], P)
             for p in tl.static_range(P):
-                x = x + (_of_block(of, k, p, block, M, P),)
+                x = x + (_tap_input(of, k, p, block, M, P),)
     sums = store_gradients(
         sums, z, f, x, v, scale, scaled, q, lane, dz_at + t * D_T, da_at + t * D_T, dv_at + t * E_T, padded,
         padded & own, D_K, TAPS, STEPS, WIDTH, P, GATE, SHARE, HAS_SUMS,
@@ -306,7 +306,7 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         u, sums = _backward_group(
             u, sums, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,
-            wide(end - (group + 1) * STEPS), valid, padded, own, i, q, lane,
+            as_int64(end - (group + 1) * STEPS), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
             HAS_SUMS,
         )  # fmt: skip
@@ -315,7 +315,7 @@ def backward_kernel(
         u, sums = _backward_group(
             u, sums, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :] - H_T,
             flags_at, dz_at[None, :], da_at[None, :], dv_at[None, :], h_start,
-            wide(begin + (end - begin) % STEPS - 1 - back), valid, padded, own, i, q, lane,
+            as_int64(begin + (end - begin) % STEPS - 1 - back), valid, padded, own, i, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, M, MP, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
             HAS_SUMS,
         )  # fmt: skip

@@ -21,14 +21,14 @@ from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_devic
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
     EPS,
-    cleared,
+    as_int64,
     gate_rows,
     gate_value,
     renewed,
     step_flags,
     tile_of,
     unstack,
-    wide,
+    zero_at_reset,
 )
 
 
@@ -47,7 +47,7 @@ def _block_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
         if HAS_RESET:  # a start cuts the chunk's map; REVERSE keeps q, a sum over the steps before it too
-            before = cleared(pq, flags[s], M * M if REVERSE else M * M + M)
+            before = zero_at_reset(pq, flags[s], M * M if REVERSE else M * M + M)
             pq = before + pq[M * M :] if REVERSE else before
         new_p, new_q = (), ()
         for i in tl.static_range(M):  # P = A_t P, M^3 multiply-adds
@@ -86,7 +86,7 @@ def block_transfer_kernel(
     pid = tl.program_id(0)
     place = (pid % tiles) * (WIDTH * MP) + tl.arange(0, WIDTH * MP)  # rows, MP a block
     lane = tl.arange(0, WIDTH)
-    b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
+    b, c = as_int64(pid // tiles // n_chunks), pid // tiles % n_chunks
     n, i = place // MP, place % MP
     if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
         spot, valid = place, (place < N * M)[None, :]
@@ -104,14 +104,14 @@ def block_transfer_kernel(
         pq = pq + (tl.full([WIDTH], 1.0 if j < M * M and j % (M + 1) == 0 else 0.0, tl.float32),)
     full = (end - begin) // STEPS * STEPS + begin
     z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
-    for t in tl.range(begin, full, STEPS, num_stages=STAGES):
+    for t in tl.range(begin, full, STEPS, num_stages=STAGES):  # loads of later groups are in flight
         pq = _block_group(
-            pq, z_many, a_many, x_many, flags_at, wide(t), valid, lane,
+            pq, z_many, a_many, x_many, flags_at, as_int64(t), valid, lane,
             G_T, G_K, X_T, M, MP, STEPS, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
-    for t in range(full, end):
+    for t in range(full, end):  # the steps after the last whole group, one at a time
         pq = _block_group(
-            pq, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, wide(t), valid, lane,
+            pq, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, as_int64(t), valid, lane,
             G_T, G_K, X_T, M, MP, 1, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
     block = (pid % tiles) * WIDTH + lane
@@ -151,10 +151,10 @@ def wide_block_transfer_kernel(
     # M^2 values of P above 64 do not fit in one lane's registers.
     pid = tl.program_id(0)
     n = pid % N
-    b, c = wide(pid // N // n_chunks), pid // N % n_chunks
+    b, c = as_int64(pid // N // n_chunks), pid // N % n_chunks
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    i, k = tl.arange(0, MP), tl.arange(0, MP)
+    i, k = tl.arange(0, MP), tl.arange(0, MP)  # tl.dot takes 16 x 16 at least: MP is 16 for M above 8
     row, inside = i < M, (i < M)[:, None] & (k < M)[None, :]
     a_at = gates + tl.multiple_of(b * g_b, ALIGN) + n * G_N + i * G_I + M * G_K
     z_at = a_at[:, None] + (k - M)[None, :] * G_K
@@ -162,7 +162,7 @@ def wide_block_transfer_kernel(
     p = tl.where(i[:, None] == k[None, :], 1.0, 0.0)  # [MP, MP]
     q = tl.zeros([MP], tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
-        t = wide(step)
+        t = as_int64(step)
         z = tl.load(z_at + t * G_T, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
         x = tl.load(x_at + t * X_T, mask=row, other=0.0).to(tl.float32)
@@ -197,9 +197,9 @@ def _channel_group(
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     for s in tl.static_range(STEPS):
         if HAS_RESET:  # a start drops every tap, so that nothing older comes back at a later step
-            windows = cleared(windows, flags[s], COLUMNS * M)
+            windows = zero_at_reset(windows, flags[s], COLUMNS * M)
             if not REVERSE:
-                q = cleared(q, flags[s], M)
+                q = zero_at_reset(q, flags[s], M)
         new, new_q = (), ()
         for k in tl.static_range(COLUMNS):  # each column is a scan of its own, without input
             total = f[s] * windows[k * M]
@@ -242,7 +242,7 @@ def channel_transfer_kernel(
     pid = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
     n = (pid % tiles) * WIDTH + lane
-    b, c = wide(pid // tiles // n_chunks), pid // tiles % n_chunks
+    b, c = as_int64(pid // tiles // n_chunks), pid // tiles % n_chunks
     group = tl.program_id(1)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
@@ -263,12 +263,12 @@ def channel_transfer_kernel(
     z_many, a_many, x_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(x_at, X_T, STEPS)
     for t in tl.range(begin, full, STEPS, num_stages=STAGES):
         windows, q = _channel_group(
-            windows, q, z_many, a_many, x_many, flags_at, wide(t), valid, lane,
+            windows, q, z_many, a_many, x_many, flags_at, as_int64(t), valid, lane,
             G_T, G_K, X_T, M, STEPS, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
         )  # fmt: skip
-    for t in range(full, end):
+    for t in range(full, end):  # the steps after the last whole group, one at a time
         windows, q = _channel_group(
-            windows, q, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, wide(t), valid, lane,
+            windows, q, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, as_int64(t), valid, lane,
             G_T, G_K, X_T, M, 1, WIDTH, GATE, REVERSE, HAS_RESET, COLUMNS,
         )  # fmt: skip
     to = n_chunks - 1 - c if REVERSE else c
@@ -297,7 +297,7 @@ def _transfer(
     # The interpreter runs one program after another, so give it few and wide ones.
     width = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
     tiles = triton.cdiv(N, width)
-    steps = max(1, 8 // max(rows, triton.cdiv(M, 4)))
+    steps = max(1, 8 // max(rows, triton.cdiv(M, 4)))  # as many as keep the gates in registers
     warps = tiles * B * n_chunks * columns_axis / multiprocessors(x.device)
     stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.element_size(), backward=False)
     with on_device(x):

@@ -20,9 +20,9 @@ import triton.language as tl
 from ..triton_device import settle_cache_keys
 from .triton_rows import (
     WARP,
-    cleared,
-    entering,
+    as_int64,
     gate_rows,
+    input_terms,
     renewed,
     row_of,
     stack,
@@ -32,7 +32,7 @@ from .triton_rows import (
     sum_of_row,
     tile_of,
     unstack,
-    wide,
+    zero_at_reset,
 )
 
 
@@ -42,12 +42,12 @@ def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.cons
     pid = tl.program_id(0)
     n, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
     outer = pid // tiles
-    b, chunk = wide(outer // n_chunks), outer % n_chunks
+    b, chunk = as_int64(outer // n_chunks), outer % n_chunks
     return b, chunk, n, q, n < N
 
 
 @triton.jit
-def _of_lane(x, lane, AHEAD: tl.constexpr):
+def _from_lane(x, lane, AHEAD: tl.constexpr):
     """x of the lane AHEAD lanes on, around the end of the warp."""
     return tl.gather(x, lane // WARP * WARP + (lane + AHEAD) % WARP, 0)
 
@@ -69,13 +69,13 @@ def _forward_group(
     v = unstack(tl.load(v_at + t * V_T, mask=padded, other=0.0), STEPS, WIDTH, P)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
-    terms = entering(f, v, q, TAPS, STEPS * P, SHARE)
+    terms = input_terms(f, v, q, TAPS, STEPS * P, SHARE)
     states = ()
     for s in tl.static_range(STEPS):
         shifted = ()
         for p in tl.static_range(P):
             if HAS_RESET:
-                kept = cleared(past[p * TAPS : (p + 1) * TAPS], flags[s], TAPS)
+                kept = zero_at_reset(past[p * TAPS : (p + 1) * TAPS], flags[s], TAPS)
             else:
                 kept = past[p * TAPS : (p + 1) * TAPS]
             even = terms[s * P + p]
@@ -89,7 +89,7 @@ def _forward_group(
             states = states + (h,)
             # The window shifts by renaming registers: unrolled, it costs no instruction.
             if SHARE > 1:  # except that a lane's oldest value moves on to the next lane
-                older = _of_lane(kept[TAPS - 1], lane, WARP - SPAN)
+                older = _from_lane(kept[TAPS - 1], lane, WARP - SPAN)
                 shifted = shifted + (tl.where(q == 0, h, older),)
             else:
                 shifted = shifted + (h,)
@@ -165,13 +165,13 @@ def forward_kernel(
     h_many = tile_of(h_at, H_T, STEPS)
     for t_group in tl.range(t, full, STEPS, num_stages=STAGES):
         past = _forward_group(
-            past, z_many, a_many, v_many, flags_at, h_many, wide(t_group), padded, writes, q, lane,
+            past, z_many, a_many, v_many, flags_at, h_many, as_int64(t_group), padded, writes, q, lane,
             G_T, G_K, V_T, H_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, end):  # the steps after the last whole group, one at a time
         past = _forward_group(
-            past, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], wide(t_one), padded,
-            writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
+            past, z_at[None, :], a_at[None, :], v_at[None, :], flags_at, h_at[None, :], as_int64(t_one),
+            padded, writes, q, lane, G_T, G_K, V_T, H_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_RESET,
         )  # fmt: skip
     if end == T:
         _store_windows(last + b * (N * M) + n * M + q * TAPS, past, TAPS, WIDTH, P, valid)
@@ -223,7 +223,7 @@ def _backward_group(
         for p in tl.static_range(P):
             now, following = r[p * TAPS], tl.zeros([WIDTH], tl.float32)
             if SHARE > 1:  # a lane's r continues in the next lane, and h_t's own r is in the first
-                following = tl.where(q == SHARE - 1, 0.0, _of_lane(now, lane, SPAN))
+                following = tl.where(q == SHARE - 1, 0.0, _from_lane(now, lane, SPAN))
                 now = tl.gather(now, lane // WARP * WARP + lane % SPAN, 0)
             done = done + ((g[s * P + p] + now) * scale[s * P + p],)
             for k in tl.static_range(TAPS):
@@ -292,7 +292,7 @@ def backward_kernel(
     r = _window_at(stop + (b * n_chunks + c) * (N * M) + n * M + lag, TAPS, WIDTH, P, valid)
     columns = ()
     for k in tl.static_range(TAPS):  # h_{end - 2 - lag - k}, [1, WIDTH * P]
-        t = wide(end - 1 + (TAPS - k))
+        t = as_int64(end - 1 + (TAPS - k))
         ago = lag[None, :] + (TAPS + 1) - t
         h = tl.load(h_at[None, :] + t * H_T, mask=valid & (ago <= 0), other=0.0).to(tl.float32)
         if HAS_START:
@@ -320,7 +320,7 @@ def backward_kernel(
     for group in tl.range(0, groups, num_stages=STAGES):
         r, window, sums = _backward_group(
             r, window, sums, z_many, a_many, v_many, o_many, h_many, ages_at, dz_many, da_many, dv_many,
-            start_at, wide(end - (group + 1) * STEPS), valid, padded, own, q, lane,
+            start_at, as_int64(end - (group + 1) * STEPS), valid, padded, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, STEPS, WIDTH, P, GATE, False, HAS_RESET,
             HAS_SUMS,
         )  # fmt: skip
@@ -329,7 +329,7 @@ def backward_kernel(
         r, window, sums = _backward_group(
             r, window, sums, z_at[None, :], a_at[None, :], v_at[None, :], o_at[None, :], h_at[None, :],
             ages_at, dz_at[None, :], da_at[None, :], dv_at[None, :], start_at,
-            wide(begin + rest - 1 - back), valid, padded, own, q, lane,
+            as_int64(begin + rest - 1 - back), valid, padded, own, q, lane,
             G_T, G_K, V_T, O_T, H_T, D_T, D_K, E_T, TAPS, SHARE, 1, WIDTH, P, GATE, HAS_START, HAS_RESET,
             HAS_SUMS,
         )  # fmt: skip

@@ -52,7 +52,7 @@ def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
     B, T, H, K, M = transitions.shape
     count = triton.cdiv(T, CHUNK)
     lanes = min(K // M, LANES)  # share the blocks of a head
-    groups = min(M, LANES // lanes, CHUNK)
+    groups = min(M, LANES // lanes, CHUNK)  # share the columns, so that a warp is full
     # The interpreter runs one program after another, so give it few and wide ones.
     items = max(1, (8 if INTERPRETED else 1) * LANES // (lanes * groups))
     options = {
@@ -95,6 +95,7 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
 def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
     """Arguments of both kernels from chunk to chunk."""
     K, V = chunks.K, chunks.V
+    # The state is in the registers of one program: more warps for a large one.
     warps = 8 if K * V * values.element_size() >= WIDE_STATE else 4
     return {
         "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
@@ -214,5 +215,5 @@ def matrix_scan_triton(
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.matrix_scan` on a GPU; h0 in fp32."""
-    h0 = None if h0 is None else h0.contiguous()
+    h0 = None if h0 is None else h0.contiguous()  # the kernels read it without strides
     return _scan(transitions, writes, values, queries, h0, reset)

@@ -9,22 +9,22 @@ import triton.language as tl
 
 from ..triton_device import settle_cache_keys
 from .matrix_kernels import (
-    advanced,
+    advance,
     identity,
     load_tile,
     load_tiles,
-    moved,
     places,
     plane_tiles,
     row_tiles,
     span,
+    step_columns,
     store_tile,
     store_tiles,
     sum_over,
     whole_span,
     with_zeros,
 )
-from .triton_rows import cleared, wide
+from .triton_rows import as_int64, zero_at_reset
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def _weights(
 
 
 @triton.jit
-def _begun(values, step, g, COUNT: tl.constexpr, M: tl.constexpr, G: tl.constexpr, L: tl.constexpr):
+def _column_of_step(values, step, g, COUNT: tl.constexpr, M: tl.constexpr, G: tl.constexpr, L: tl.constexpr):
     """COUNT lane blocks: the values of the column that begins at this step; zeros in groups without it."""
     chosen = ()
     for e in tl.static_range(COUNT):
@@ -171,11 +171,11 @@ def _keep_columns(
         a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)
         k = load_tiles(k_at, valid, RM, WIDE, LANES, MASKED)
         if HAS_RESET:
-            x = cleared(x, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
+            x = zero_at_reset(x, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
         store_tiles(x_at, x, real, COLUMNS * RM, WIDE, LANES)
-        x = advanced(x, a, k, step, g, valid, M, R, G, COLUMNS, L // G, MASKED)
-        a_at, k_at = moved(a_at, RM * M // WIDE, A_T), moved(k_at, RM // WIDE, K_T)
-        x_at = moved(x_at, COLUMNS * RM // WIDE, COLUMNS * RM * LANES)
+        x = step_columns(x, a, k, step, g, valid, M, R, G, COLUMNS, L // G, MASKED)
+        a_at, k_at = advance(a_at, RM * M // WIDE, A_T), advance(k_at, RM // WIDE, K_T)
+        x_at = advance(x_at, COLUMNS * RM // WIDE, COLUMNS * RM * LANES)
 
 
 @triton.jit
@@ -204,10 +204,10 @@ def _walk_back(
             for r in tl.static_range(R):
                 for i in tl.static_range(M):
                     now = now + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
-        dk = _begun(now, step, g, RM, M, G, L)
+        dk = _column_of_step(now, step, g, RM, M, G, L)
         store_tiles(dk_at, dk, valid & (step % G == g), RM, WIDE, LANES)  # by the group that has the column
         # q_t also meets k_t itself, in the column that begins here: dq = k_t dL/dscore_tt + A x weights.
-        diagonal = sum_over(_begun(weights, step, g, R, M, G, L)[0], lane, NL, G)
+        diagonal = sum_over(_column_of_step(weights, step, g, R, M, G, L)[0], lane, NL, G)
         dq = ()
         for e in tl.static_range(RM):
             dq = dq + (k[e] * diagonal,)
@@ -217,12 +217,18 @@ def _walk_back(
         )  # fmt: skip
         store_tiles(dq_at, dq, valid & (g == 0), RM, WIDE, LANES)  # all groups have the same dq
         if HAS_RESET:  # no gradient crosses the start of a document
-            s = cleared(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
-        a_at, k_at = moved(a_at, RM * M // WIDE, -A_T), moved(k_at, RM // WIDE, -K_T)
-        q_at, x_at = moved(q_at, RM // WIDE, -Q_T), moved(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES)
-        reads_at, scores_at = moved(reads_at, R, -K), scores_at - L
-        da_at = moved(da_at, M * R, -M * H * K)
-        dk_at, dq_at = moved(dk_at, RM // WIDE, -H * K), moved(dq_at, RM // WIDE, -H * K)
+            s = zero_at_reset(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
+        a_at, k_at = advance(a_at, RM * M // WIDE, -A_T), advance(k_at, RM // WIDE, -K_T)
+        q_at, x_at = (
+            advance(q_at, RM // WIDE, -Q_T),
+            advance(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES),
+        )
+        reads_at, scores_at = advance(reads_at, R, -K), scores_at - L
+        da_at = advance(da_at, M * R, -M * H * K)
+        dk_at, dq_at = (
+            advance(dk_at, RM // WIDE, -H * K),
+            advance(dq_at, RM // WIDE, -H * K),
+        )
 
 
 @triton.jit(do_not_specialize=["T", "n_chunks", "total", "work"])
@@ -251,13 +257,13 @@ def chunk_backward_kernel(
     # A program takes items one after another, so that scratch is as large as the device, not as the batch.
     for index in range(tl.program_id(0), work, tl.num_programs(0)):
         n, g, item, real, b, chunk, head = places(index, total, n_chunks, H, NL, G, ITEMS)
-        t0 = wide(chunk * L)
+        t0 = as_int64(chunk * L)
         a_at = transitions + b * a_b + t0 * A_T + (head * A_H + n * (M * A_K))
         k_at = writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K))
         q_at = queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K))
         flags_at = flags + b * T + t0 if HAS_RESET else flags
         # Lanes side by side in scratch, WIDE numbers each: loads and stores of 16 bytes.
-        own = scratch + wide(tl.program_id(0)) * (L * SLOT) + lane * WIDE
+        own = scratch + as_int64(tl.program_id(0)) * (L * SLOT) + lane * WIDE
         x_at, x_last = (), ()
         for j in tl.static_range(COLUMNS * RM // WIDE):
             x_at = x_at + (span(own + j * WIDE * LANES, WIDE, 1),)

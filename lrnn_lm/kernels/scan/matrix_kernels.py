@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ..triton_device import settle_cache_keys
-from .triton_rows import cleared, columns_of, of_columns, wide
+from .triton_rows import as_int64, join_columns, split_columns, zero_at_reset
 
 
 @triton.jit
@@ -47,21 +47,21 @@ def places(
     item = index * ITEMS + lane // (G * NL)
     real = item < total
     item = tl.minimum(item, total - 1)  # lanes past the last item recompute it, and store nothing
-    b, chunk = wide(item // H // n_chunks), item // H % n_chunks
-    return lane % NL, lane // NL % G, wide(item), real, b, chunk, item % H
+    b, chunk = as_int64(item // H // n_chunks), item // H % n_chunks
+    return lane % NL, lane // NL % G, as_int64(item), real, b, chunk, item % H
 
 
 @triton.jit
 def load_tile(at, mask, COUNT: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr):
     """COUNT lane blocks in fp32 from pointers [LANES, COUNT]; zeros where masked."""
     # Whole chunks and items need no mask; without one the load has no predicate.
-    return columns_of(tl.load(at, mask=mask[:, None], other=0.0) if MASKED else tl.load(at), LANES, COUNT)
+    return split_columns(tl.load(at, mask=mask[:, None], other=0.0) if MASKED else tl.load(at), LANES, COUNT)
 
 
 @triton.jit
 def store_tile(at, parts, mask, COUNT: tl.constexpr, LANES: tl.constexpr):
     """The inverse of `load_tile`, rounded to the dtype of the memory."""
-    tile = of_columns(parts, at.dtype.element_ty, LANES, COUNT)
+    tile = join_columns(parts, at.dtype.element_ty, LANES, COUNT)
     tl.store(at, tl.reshape(tile, [LANES, COUNT]), mask=mask[:, None])
 
 
@@ -114,7 +114,7 @@ def store_tiles(tiles, blocks, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LA
 
 
 @triton.jit
-def moved(tiles, COUNT: tl.constexpr, by: tl.constexpr):
+def advance(tiles, COUNT: tl.constexpr, by: tl.constexpr):
     """COUNT tiles of pointers, `by` numbers on."""
     # Pointers are carried from step to step by the loop. Triton's coalescing pass follows all that depends on
     # a pointer computed in place; at M = 16 that took half an hour to compile.
@@ -153,7 +153,7 @@ def with_zeros(x, COUNT: tl.constexpr):
 
 
 @triton.jit
-def advanced(
+def step_columns(
     x, a, k, step, g, valid, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr, COLUMNS: tl.constexpr,
     NEW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -239,9 +239,9 @@ def chunk_forward_kernel(
     TURNS: tl.constexpr = (CU + NL - 1) // NL  # stores of scores a step
     n, g, item, real, b, chunk, head = places(tl.program_id(0), total, n_chunks, H, NL, G, ITEMS)
     lane = tl.arange(0, LANES)
-    t0 = wide(chunk * L)
+    t0 = as_int64(chunk * L)
     steps = T - t0
-    # Tiles of pointers to the first step; `moved` takes them on.
+    # Tiles of pointers to the first step; `advance` takes them on.
     a_at = plane_tiles(
         transitions + b * a_b + t0 * A_T + (head * A_H + n * (M * A_K)), M, R, A_K, A_M, NL * M * A_K
     )  # fmt: skip
@@ -266,13 +266,13 @@ def chunk_forward_kernel(
             q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)  # [row]
             if HAS_RESET:  # nothing from before the document reaches what is after it
                 flag = tl.load(flags_at + step, mask=valid, other=0)
-                x = cleared(x, flag, (CP + (phase + 1) * NEW) * RM)
-            x = advanced(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
+                x = zero_at_reset(x, flag, (CP + (phase + 1) * NEW) * RM)
+            x = step_columns(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
             store_tiles(reads_at, _reads(x, q, M, R, CP), real, R * CP, CP, LANES)
             _store_scores(x, q, scores_at, n, lane, real, RM, CP, (phase + 1) * NEW, CU, NL)
-            a_at, k_at = moved(a_at, RM * M // WIDE, A_T), moved(k_at, RM // WIDE, K_T)
-            q_at, reads_at = moved(q_at, RM // WIDE, Q_T), moved(reads_at, R, K)
-            scores_at = moved(scores_at, TURNS, L)
+            a_at, k_at = advance(a_at, RM * M // WIDE, A_T), advance(k_at, RM // WIDE, K_T)
+            q_at, reads_at = advance(q_at, RM // WIDE, Q_T), advance(reads_at, R, K)
+            scores_at = advance(scores_at, TURNS, L)
     # After the last step the columns themselves are what the state needs: keys and whole.
     for r in tl.static_range(R):
         keys_at = keys + (item * L + g * CU) * K + (n + r * NL) * M

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..triton_device import INTERPRETED, settle_cache_keys
 from .matrix_kernels import step_of_column
-from .triton_rows import wide
+from .triton_rows import as_int64
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 
@@ -81,7 +81,7 @@ def state_forward_kernel(
     K, V).
     """
     head = tl.program_id(0) % H
-    b = wide(tl.program_id(0) // H)
+    b = as_int64(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
     written = step_of_column(steps, L, G)
     dtype = values.dtype.element_ty
@@ -91,7 +91,7 @@ def state_forward_kernel(
         S = tl.zeros([KP, VP], tl.float32)
     for chunk in range(n_chunks):  # S [KP, VP] stays in registers
         item = (b * n_chunks + chunk) * H + head
-        v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
+        v_at = values + b * v_b + as_int64(chunk * L) * V_T + head * V_H
         v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)  # [L, VP], in the order of the columns
         if KEEP:
             _store_matrix(states + item * (K * V), S, rows, cols, V, K, V)
@@ -100,7 +100,7 @@ def state_forward_kernel(
             score = _matrix(scores + item * (L * L), steps, steps, L, L, L)  # [L, L]
             out = _product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
             out = _product(score, v, out, FP32)
-            y_at = y + ((b * T + wide(chunk * L)) * H + head) * V
+            y_at = y + ((b * T + as_int64(chunk * L)) * H + head) * V
             _store_matrix(y_at, out, steps, cols, H * V, tl.minimum(T - chunk * L, L), V)
         key = _transposed(keys + item * (L * K), steps, rows, K, L, K)  # [KP, L]
         if M == 1:  # a diagonal: no product needed
@@ -129,7 +129,7 @@ def state_backward_kernel(
     dL/dh0 in fp32.
     """
     head = tl.program_id(0) % H
-    b = wide(tl.program_id(0) // H)
+    b = as_int64(tl.program_id(0) // H)
     rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
     written = step_of_column(steps, L, G)
     dtype = values.dtype.element_ty
@@ -137,8 +137,8 @@ def state_backward_kernel(
     for back in range(n_chunks):  # dS [KP, VP] stays in registers
         chunk = n_chunks - 1 - back
         item = (b * n_chunks + chunk) * H + head
-        v_at = values + b * v_b + wide(chunk * L) * V_T + head * V_H
-        g_at = grad + b * g_b + wide(chunk * L) * G_T + head * G_H
+        v_at = values + b * v_b + as_int64(chunk * L) * V_T + head * V_H
+        g_at = grad + b * g_b + as_int64(chunk * L) * G_T + head * G_H
         v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
         g = _steps_of(g_at, chunk * L, steps, T, cols, G_T, G_V, V)
         S = _matrix(states + item * (K * V), rows, cols, V, K, V)  # before the chunk
@@ -154,7 +154,7 @@ def state_backward_kernel(
         dv = _product(score, g, tl.zeros([L, VP], tl.float32), FP32)
         key = _matrix(keys + item * (L * K), steps, rows, K, L, K)
         dv = _product(key, owed, dv, FP32)
-        dv_at = d_values + ((b * T + wide(chunk * L)) * H + head) * V
+        dv_at = d_values + ((b * T + as_int64(chunk * L)) * H + head) * V
         _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
         if M == 1:
             d_decay = tl.sum(dS * S.to(tl.float32), axis=1)  # [KP], the diagonal of dP

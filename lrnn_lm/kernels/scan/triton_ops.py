@@ -80,15 +80,9 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
 
     @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
     def scan_backward(
-        grad_h: Tensor,
-        grad_last: Tensor,
-        gates: Tensor,
-        values: Tensor,
-        h0: Tensor | None,
-        h: Tensor,
-        reset: Tensor | None,
-        gate: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_h: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
+        reset: Tensor | None, gate: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
         d_h0, _ = backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
         return d_gates, d_values, d_h0
@@ -103,7 +97,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
         return torch.empty_like(gates), values.new_empty(values.shape), state
 
     def setup_context(ctx, inputs, output):
-        gates, values, h0, reset, ctx.gate = inputs
+        gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
         ctx.save_for_backward(gates, values, h0, output[0], reset)
 
     def run_backward(ctx, grad_h, grad_last):
@@ -119,7 +113,6 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
         run = forward if _runs_directly(gates, values) else scan
         return run(gates, values, _in_fp32(h0), reset, gate)
 
-    public.__doc__ = f"Triton `lrnn_lm::{name}`: see the function of the same shapes in `reference.py`."
     return public
 
 
@@ -151,22 +144,14 @@ def register_packed(
     # the strides that it saw when it traced.
     @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
     def scan_backward(
-        grad_h: Tensor,
-        grad_last: Tensor,
-        planes: Tensor,
-        N: int,
-        M: int,
-        h0: Tensor | None,
-        h: Tensor,
-        reset: Tensor | None,
-        gate: str,
-        summed: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_h: Tensor, grad_last: Tensor, planes: Tensor, N: int, M: int, h0: Tensor | None, h: Tensor,
+        reset: Tensor | None, gate: str, summed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         d_planes = planes.new_empty(planes.shape)
         (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
         columns, rows = planes.shape[-1], values[0, 0].numel()
         filled = fills(values)
-        if columns > rows and not filled:
+        if columns > rows and not filled:  # the gradient of padding is zero, and weights read it
             d_planes[..., rows:].zero_()
         h = _as_written(h, columns, filled)
         d_h0, sums = backward(
@@ -209,5 +194,4 @@ def register_packed(
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return scan(planes, N, M, _in_fp32(h0), reset, gate, _in_fp32(bias))
 
-    public.__doc__ = f"Triton `lrnn_lm::{name}`: the scan of planes, see `dispatch.py`."
     return public

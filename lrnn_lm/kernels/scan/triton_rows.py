@@ -21,7 +21,7 @@ WARP = tl.constexpr(32)
 
 
 @triton.jit
-def wide(t):
+def as_int64(t):
     """t as int64, as offsets may pass 2^31 elements; a loop variable is a plain int in the interpreter."""
     return t + tl.full([], 0, tl.int64)
 
@@ -34,7 +34,7 @@ def _halves(x, LANES: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def columns_of(tile, LANES: tl.constexpr, R: tl.constexpr):
+def split_columns(tile, LANES: tl.constexpr, R: tl.constexpr):
     """[LANES, R] as R blocks [LANES] in fp32; R is a power of two up to 64."""
     # Triton cannot index a tile in registers, so it is halved log2(R) times.
     parts = (tile if R > 1 else tl.reshape(tile, [LANES]),)
@@ -52,8 +52,8 @@ def columns_of(tile, LANES: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def of_columns(parts, DTYPE: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr):
-    """[LANES, R] of R blocks [LANES] (for R = 1 the block): the inverse of `columns_of`."""
+def join_columns(parts, DTYPE: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr):
+    """[LANES, R] of R blocks [LANES] (for R = 1 the block): the inverse of `split_columns`."""
     cast = ()
     for j in tl.static_range(R):
         cast = cast + (parts[j].to(DTYPE),)
@@ -75,14 +75,14 @@ def unstack(tile, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
     """[STEPS, LANES * P] as STEPS * P blocks [LANES] in fp32, step-major: a lane's P rows at every step."""
     # The tile comes from shared memory, where the asynchronous copies of a group of steps put it.
     tile = tl.permute(tl.reshape(tile, [STEPS, LANES, P]), [1, 0, 2])  # [LANES, STEPS, P]
-    return columns_of(tl.reshape(tile, [LANES, STEPS * P]), LANES, STEPS * P)
+    return split_columns(tl.reshape(tile, [LANES, STEPS * P]), LANES, STEPS * P)
 
 
 @triton.jit
 def stack(parts, DTYPE: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, P: tl.constexpr):
     """The tile [STEPS, LANES * P] of STEPS * P blocks [LANES]: the inverse of `unstack`."""
     # One wide store a tile instead of STEPS * P narrow ones.
-    tile = tl.reshape(of_columns(parts, DTYPE, LANES, STEPS * P), [LANES, STEPS, P])
+    tile = tl.reshape(join_columns(parts, DTYPE, LANES, STEPS * P), [LANES, STEPS, P])
     return tl.reshape(tl.permute(tile, [1, 0, 2]), [STEPS, LANES * P])
 
 
@@ -257,7 +257,7 @@ def step_flags(flags_at, t, STEPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def cleared(values, flag, count: tl.constexpr):
+def zero_at_reset(values, flag, count: tl.constexpr):
     """`count` lane blocks, zero where a document starts."""
     kept = ()  # a select, not a product with zero: the state before a document may be NaN or inf
     for j in tl.static_range(count):
@@ -266,7 +266,7 @@ def cleared(values, flag, count: tl.constexpr):
 
 
 @triton.jit
-def entering(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexpr):
+def input_terms(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexpr):
     """f_0 v of E rows, what enters the state."""
     terms = ()  # where lanes share a row only the first has it, as their terms are added up afterwards
     for e in tl.static_range(E):
@@ -301,7 +301,7 @@ def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
 
 
 @triton.jit
-def _over_steps(sums, dz, k: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
+def _sum_over_steps(sums, dz, k: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
     """(P,): sums[k P + p] plus dz over the STEPS steps of a group."""
     totals = ()
     for p in tl.static_range(P):
@@ -327,7 +327,7 @@ def store_gradients(
     E: tl.constexpr = STEPS * P
     # h is computed again from x. The stored h is rounded to the values' dtype, and x - h of two roundings is
     # noise where a gate is closed or alone.
-    dv, h = (), entering(f, v, q, TAPS, E, SHARE)
+    dv, h = (), input_terms(f, v, q, TAPS, E, SHARE)
     for e in tl.static_range(E):
         dv = dv + (scaled[e] * f[TAPS * E + e],)
     tl.store(dv_at, stack(dv, dv_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)  # [STEPS, WIDTH * P]
@@ -345,14 +345,14 @@ def store_gradients(
         for e in tl.static_range(E):
             dz = dz + (logit_gradient(z[k * E + e], f[k * E + e], x[k * E + e], state[e], scaled[e], GATE),)
         if HAS_SUMS:
-            totals = totals + _over_steps(sums, dz, k, STEPS, P)
+            totals = totals + _sum_over_steps(sums, dz, k, STEPS, P)
         tl.store(dz_at + k * D_K, stack(dz, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
     da = ()
     for e in tl.static_range(E):
         da = da + (logit_gradient(z[TAPS * E + e], f[TAPS * E + e], v[e], state[e], scaled[e], GATE),)
     tl.store(da_at, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
     if HAS_SUMS:
-        totals = totals + _over_steps(sums, da, TAPS, STEPS, P)
+        totals = totals + _sum_over_steps(sums, da, TAPS, STEPS, P)
     return totals
 
 

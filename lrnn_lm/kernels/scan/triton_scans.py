@@ -84,10 +84,10 @@ def _forward(
     columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, _, N = values.shape[:3]
-    h = rows_like(values, columns)
+    h = rows_like(values, columns)  # its steps lie `columns` apart, as the planes do
     last = values.new_empty(B, N, gates.shape[-1] - 1, dtype=torch.float32)
     chunk, n_chunks = _chunks(gates, values, gate)
-    if n_chunks > 1:
+    if n_chunks > 1:  # few rows: first what each chunk does to the state, then all chunks side by side
         maps = _kind(values).transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = _chunk_starts(maps, h0)
     if not _fills_columns(values):
@@ -141,10 +141,10 @@ def _backward(
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop, columns, sums = grad_last.contiguous(), columns or N * block, None
     chunk, n_chunks = _chunks(gates, values, gate)
-    if n_chunks > 1:
+    if n_chunks > 1:  # the same backwards: the transposed maps, the last chunk first
         maps = kind.transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = _chunk_starts(maps, stop).flip(1).contiguous()
-    if summed:
+    if summed:  # a row for each sequence and chunk, not atomics: two runs give the same bits
         sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
     if (
         reset is not None
@@ -168,7 +168,7 @@ def _fills_columns(values: Tensor) -> bool:
 
 def _split_blocks(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
     """Gates (B, T, N, M, M+1) and values (B, T, N, M) of planes (B, T, M+2, columns)."""
-    rows = planes[..., : N * M].unflatten(-1, (N, M))
+    rows = planes[..., : N * M].unflatten(-1, (N, M))  # (B, T, M+2, N, M), a view
     return rows[:, :, : M + 1].permute(0, 1, 3, 4, 2), rows[:, :, M + 1]
 
 

@@ -1,7 +1,7 @@
-"""Whether modules run the code that they were written with.
+"""Whether modules still run the code of their classes.
 
-Decoding goes around `forward` where it can. It may do so only if nobody has put other code there: a patched
-class or instance, a hook, a compiled module, an adapter.
+Decoding computes what `forward` would without calling it. It may do so only if nobody has replaced that code:
+by patching a class or an instance, by a hook, by compiling a module, by an adapter.
 """
 
 from functools import cache
@@ -16,7 +16,8 @@ _written: dict[type, tuple[Any, Any]] = {}  # `forward` and `__call__` of each c
 
 
 def remember(*classes: type[nn.Module]) -> None:
-    """Note `forward` and `__call__` of classes as they are now: called where the classes are defined."""
+    """Note `forward` and `__call__` of classes as they are now; to be called where the classes are
+    defined."""
     for cls in classes:
         _written[cls] = (cls.forward, cls.__call__)
 
@@ -25,10 +26,8 @@ remember(*(c for c in vars(nn).values() if isinstance(c, type) and issubclass(c,
 
 
 def as_written(model: nn.Module) -> bool:
-    """Whether a call of the model runs its classes' own code and nothing besides, in every module.
-
-    Other packages' classes that `remember` was not told of are taken as they are when they are first seen.
-    """
+    """Whether a call of the model runs its classes' own code, and nothing else, in every module."""
+    # Classes of other packages that `remember` has not seen count as unchanged when they are first met.
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     modules = all_modules(model)
@@ -36,7 +35,7 @@ def as_written(model: nn.Module) -> bool:
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
-    """As `model.modules()`, in another order and ten times as fast: every call of `generate` asks."""
+    """As `model.modules()`, in another order and ten times as fast, as every call of `generate` needs it."""
     found: dict[int, nn.Module] = {}
     ahead = [model]
     while ahead:
@@ -48,7 +47,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def all_parameters(model: nn.Module) -> list[Tensor]:
-    """Likewise; one that is tied comes as often as it is used."""
+    """All parameters; a tied one as often as it is used."""
     return [p for module in all_modules(model) for p in module._parameters.values() if p is not None]
 
 
@@ -68,7 +67,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _is_put_back(module: nn.Module, name: str) -> bool:
-    """Whether a method on the instance is its class's own: what a patch leaves behind when it is undone."""
+    """Whether a method on the instance is its class's own, as an undone patch leaves it."""
     value = vars(module)[name]
     return ismethod(value) and value.__self__ is module and value.__func__ is vars(type(module)).get(name)
 

@@ -1,16 +1,16 @@
-"""One token for every sequence of a batch, fast: states that stay where they are, one CUDA graph to run.
+"""One token for every sequence of a batch, fast: states are written in place, and a CUDA graph is replayed.
 
-`generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and
-replayed, so that it costs its kernels and no Python, and these kernels are our own, four a layer, for a few
-sequences and for many (`kernels/decode/`); on a CPU the same code runs as it is written. What a cache holds
-stays exact after every step: its states *are* the tensors that the step writes, for as long as the cache is
-the one being continued; a cache that is put aside gets its own copies.
+`generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and then
+replayed, so it costs the time of its kernels and none of Python's. These are our own, four a layer, for a few
+sequences or for many (`kernels/decode/`). On a CPU the same code runs without a graph. The states in a cache
+are the tensors that the step writes, so the cache is exact after every step. When a step turns to another
+cache, the one before gets copies of its states.
 
 Each call of `generate` has a step of its own (`step.py`), so that calls from several threads, or one inside
 another, never write to the same memory.
 
-Prefill, beams, and whatever a step does not know (adapters, hooks, patched or compiled modules, quantised
-weights, autocast, outputs of every layer) go the plain way, through the model's forward pass.
+Prefill, beams, and all that a step does not support (adapters, hooks, patched or compiled modules, quantised
+weights, autocast, outputs of every layer) go through the model's forward pass.
 
 Legend: B batch, D model width, V vocabulary.
 """
@@ -27,8 +27,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...kernels.dispatch import TRITON_MOST, has_triton
-from ...mixers import MIXERS, BlockDiagonalLRU, ResidualOutput, plain_weight
+from ...mixers import MIXERS, BlockDiagonalLRU
 from ...mixers.attention import AttentionWeights
+from ...mixers.base import ResidualOutput, plain_weight
 from ...mixers.short_conv import ShortConvolution
 from ..cache import is_recurrent
 from ..layers import LRNNBlock, RMSNorm, SwiGLU
@@ -37,9 +38,9 @@ from .step import DecodeStep, Memory, Pool, graph_key
 
 KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
          "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
-FEW = 3  # sequences that a fused step takes one after the other, where it can take more as a tile
-FEW_WITHOUT_TILES = 6  # and where it cannot: beyond that the library's products are faster
-MOST_FUSED = 128  # as tiles; not measured beyond
+FEW = 3  # up to so many sequences a fused step takes one after the other; more as tiles, where it can
+FEW_WITHOUT_TILES = 6  # where it cannot: beyond 6 sequences cuBLAS is faster
+MOST_FUSED = 128  # sequences as tiles; not measured beyond
 _lock = threading.Lock()  # guards `_pools`
 _pools: "weakref.WeakKeyDictionary[nn.Module, Pool]" = weakref.WeakKeyDictionary()
 
@@ -47,9 +48,9 @@ remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, Attention
 
 
 class Decoder:
-    """What `generate` calls in place of the model for each new token; one for each call of `generate`.
+    """What `generate` calls instead of the model for each new token; one for each call of `generate`.
 
-    For a model of which `can_decode` is true.
+    The model must satisfy `can_decode`.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -58,11 +59,11 @@ class Decoder:
 
     @property
     def settled(self) -> bool:
-        """Whether a step has been found: from then on masks are not looked at."""
+        """Whether there is a step; from then on masks are ignored."""
         return self._step is not None
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
-        """As the model's forward pass: logits (B, 1, V), in memory that the next call writes to."""
+        """As the model's forward pass: logits (B, 1, V), in memory that the next call overwrites."""
         if self._step is None and _is_step(self.model, input_ids, kwargs):
             self._step = decode_step(self.model, kwargs["past_key_values"])
         if self._step is None or not _is_one_token(input_ids, kwargs):
@@ -81,9 +82,9 @@ def decode_step(
     """A step of a model for a cache's batch size, with the weights as they are now; for one caller at a time.
 
     Args:
-        pool: where captured steps are kept; None: the model's own.
+        pool: keeps captured steps; None: the model's own.
         capture: whether to record a CUDA graph; None: on a GPU.
-        fused: by four kernels of our own a layer; None: on a GPU where they can.
+        fused: whether to use our four kernels a layer; None: on a GPU, where they can run.
 
     Raises:
         ValueError: the fused kernels were asked for and cannot run this model here.
@@ -99,15 +100,15 @@ def decode_step(
         with _lock:
             pool = _pools.setdefault(model, Pool())
     tiled = fused and state.shape[0] > FEW and has_tiles(model)
-    # With and without a graph alike, so that a call that finds all graphs in use gets the same numbers.
+    # Also without a graph, so that a call that finds all graphs in use gets the same numbers.
     joint = pool.joint(model) if capture or fused or state.is_cuda else None
-    with torch.inference_mode(False):  # states are written wherever the step is called from
+    with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
         memory = pool.borrow(cache, joint, graph_key(model, cache, (fused, tiled))) if capture else None
         return DecodeStep(memory or Memory(cache, joint), fused, tiled)
 
 
 def can_decode(model: PreTrainedModel) -> bool:
-    """Whether a step does all that the model would: recurrent layers, modules as they were built."""
+    """Whether a step computes what the model would: all layers recurrent, and no module changed."""
     if any(kind != "linear_attention" for kind in model.config.layer_types) or model.training:
         return False
     if not as_written(model) or not isinstance(model.model, PreTrainedModel):
@@ -118,7 +119,7 @@ def can_decode(model: PreTrainedModel) -> bool:
 
 
 def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
-    """Why the fused kernels cannot be a step of this model for B sequences; None: they can."""
+    """Why the fused kernels cannot decode this model for B sequences; None: they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not has_triton() or not (model.device.type == "cuda" or interpreted):
         return "it needs Triton and a GPU"
@@ -138,21 +139,21 @@ def fused_obstacle(model: PreTrainedModel, B: int) -> str | None:
     if not _is_what_kernels_compute(model):
         return "it knows no bias but that of gates and values, and no norm but RMSNorm with weights"
     widest = max(block.mixer.state_elements(1) // block.mixer.num_blocks for block in model.model.layers)
-    if widest > TRITON_MOST:  # a larger block is of two programs, of which one writes what the other reads
+    if widest > TRITON_MOST:  # a larger block is shared by two programs: one would write what the other reads
         return f"it takes blocks and orders up to {TRITON_MOST}, not {widest}"
     return None
 
 
 def has_tiles(model: PreTrainedModel) -> bool:
-    """Whether a fused step can take sequences as tiles. All weights are in bf16 then: in fp16 the residual
-    stream times a norm's weights may be too large, and fp32 is not for tensor cores."""
+    """Whether a fused step can take sequences as tiles: with all weights in bf16."""
+    # In fp16 the residual stream times a norm's weights may overflow, and tensor cores take no fp32.
     if torch.version.hip is not None or any(p.dtype != torch.bfloat16 for p in all_parameters(model)):
         return False
     return model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) >= (8, 0)
 
 
 def _is_what_kernels_compute(model: PreTrainedModel) -> bool:
-    """Whether nothing was put into the model that its modules would use and the kernels would not."""
+    """Whether the model has no bias or norm that its modules would use and the kernels would not."""
     blocks = model.model.layers
     norms = [model.model.norm, *(n for block in blocks for n in (block.mixer_norm, block.mlp_norm))]
     plain = [model.lm_head, *(block.mixer.out_proj for block in blocks)]
@@ -165,10 +166,8 @@ def _is_what_kernels_compute(model: PreTrainedModel) -> bool:
 
 
 def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether the first call of a `generate` is for one token after a state, and nothing but that.
-
-    The masks of later calls only grow by ones, so what one of them says is read once.
-    """
+    """Whether the first call of a `generate` asks for one token after a state, and nothing else."""
+    # Masks of later calls only grow by ones, so reading this one is enough.
     if not _is_one_token(ids, kwargs) or set(kwargs) - set(KNOWN):
         return False
     if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):

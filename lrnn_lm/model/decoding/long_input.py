@@ -1,4 +1,4 @@
-"""Read a long input in segments: the memory is that of one segment, however long the text.
+"""Read a long input in segments, in the memory of one segment.
 
 Legend: B batch, T time, V vocabulary.
 """
@@ -24,13 +24,13 @@ def prefill(
 ) -> CausalLMOutputWithPast:
     """Feed tokens to a language model segment by segment, through one cache; gradients are not kept.
 
-    Gives what one pass over all of the tokens would give for the last of them. Attention layers keep keys and
+    The result is that of one pass over all tokens, for the last of them. Attention layers keep keys and
     values of every token, so only models without attention need constant memory.
 
     Args:
-        input_ids: (B, T) token ids on any device, or a stream of such pieces, which is never held as a whole.
+        input_ids: (B, T) token ids on any device, or an iterable of such pieces, never held as a whole.
         segment: tokens a pass.
-        past_key_values: a cache to go on from, written in place; None to start anew.
+        past_key_values: a cache to continue, written in place; None: a new one.
         attention_mask: (B, S) with 0 on left padding, S = T or, after a cache, the length with what it saw;
             not for a stream.
     Returns:

@@ -1,10 +1,11 @@
-"""A decoding step: what it writes to, how it runs, and which call has it.
+"""A decoding step: the memory it writes, how it runs, and which call may use it.
 
-Captured graphs are dear, and a graph writes to fixed memory: a `Pool` lends each to one call at a time.
+Capturing a CUDA graph takes long, and a graph writes to fixed memory, so a `Pool` keeps captured steps and
+lends each to one call at a time.
 
-Calls may be on streams of their own. What one stream has written or still reads, another takes over by
-`after`. Captures and replays take turns (`turns`), whoever's they are: graphs share the workspace of cuBLAS,
-which belongs to the stream that they were captured on.
+Calls may run on streams of their own. `after` makes one stream wait for what another has been given. Captures
+and replays of all models take turns (`turns`), because graphs share the workspace of cuBLAS, which belongs to
+the stream that they were captured on.
 
 Legend: B batch, D model width, V vocabulary.
 """
@@ -24,21 +25,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ...mixers import Joint, JointProjections, plain_weight
+from ...mixers.base import Joint, JointProjections, plain_weight
 from .built import all_modules
 
-KEPT = 4  # captured steps a model keeps, in use or not; further calls at the same time run uncaptured
+KEPT = 4  # captured steps a model keeps, in use or not; more calls at the same time run without a graph
 _NUMBERS = (int, float, str)  # bool too
-turns = threading.Lock()  # of captures, replays, and draws of random numbers, which a capture forbids
-_turn: dict[torch.device, torch.cuda.Stream | None] = {}  # where the last one was
+turns = threading.Lock()  # held by captures, replays, and draws of random numbers, which a capture forbids
+_turn: dict[torch.device, torch.cuda.Stream | None] = {}  # the stream of the last one
 
 
 def after(
     last: torch.cuda.Stream | None, device: torch.device, tensors: Iterable[Tensor] = ()
 ) -> torch.cuda.Stream | None:
-    """The current stream, which from now on waits for what `last` has been given so far; None on a CPU.
+    """The current stream, after making it wait for all work that `last` has so far; None on a CPU.
 
-    tensors: what both use, so that they are not freed before the current stream is done with them.
+    tensors: used by both; they are not freed before the current stream is done with them.
     """
     if device.type != "cuda":
         return None
@@ -51,13 +52,12 @@ def after(
 
 
 class Memory:
-    """What one step writes to, the weights that it reads side by side, and the graph that was captured.
-
-    key: what a captured graph depends on; None where it is not to be captured. lent: whether a step has it.
-    """
+    """What one step writes to, the joint weights that it reads, and its captured graph."""
 
     def __init__(self, cache: Cache, joint: list[tuple[Joint | None, Joint | None]] | None, key: Any = None):
-        self.key, self.lent, self.joint = key, True, joint
+        self.key = key  # what a captured graph depends on; None: do not capture
+        self.lent = True  # whether a step uses it
+        self.joint = joint
         self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
         self.ids = self.states[0].new_zeros(self.states[0].shape[0], 1, dtype=torch.long)
         self.workspace: Any = None  # of a fused step of many sequences
@@ -67,27 +67,25 @@ class Memory:
         self.stream: torch.cuda.Stream | None = None  # where the step ran last
 
     def take_over(self) -> None:
-        """Have the current stream wait for the step's last run, which may have been on another stream."""
+        """Make the current stream wait for the step's last run, which may have been on another stream."""
         self.stream = after(self.stream, self.ids.device, [self.ids, *self.states])
 
 
 class Pool:
-    """The captured steps of one model, each lent to one call at a time, and weights that lie side by side."""
+    """The captured steps of one model, each lent to one call at a time, and its joint weights."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._memories: list[Memory] = []  # the one used last is the last
+        self._memories: list[Memory] = []  # the least recently used first
         self._joint: list[tuple[Joint | None, Joint | None]] = []
-        self._stream: torch.cuda.Stream | None = None  # where they were copied last
+        self._stream: torch.cuda.Stream | None = None  # that copied them last
 
     def joint(self, model: PreTrainedModel) -> list[tuple[Joint | None, Joint | None]]:
-        """Weights of projections of the same input, (mixer's, MLP's) a block: one product in place of two.
-
-        Copied anew at each call, for no sign tells of every write to a weight: `.data` and inference mode
-        leave the version as it is. It costs about the time of one token. The memory is the same as before
-        where shapes are, as captured graphs read it. Steps of other calls may be reading: they find what is
-        there, for no weight changes while a call is under way.
-        """
+        """(mixer's, MLP's) joint weights of each block: one product for all projections of the same input."""
+        # Copied anew for each call of `generate`, about the time of one token: writes through `.data` or in
+        # inference mode leave a tensor's version as it is, so nothing tells that a weight has changed. The
+        # memory stays the same where shapes do, as captured graphs read it. Steps of other calls may read it
+        # meanwhile: they find the same numbers, as no weight changes during a call.
         groups = [(block.mixer, block.mlp) for block in model.model.layers]
         with self._lock, torch.inference_mode(False), torch.no_grad():
             copies = [t for joint in chain(*self._joint) if joint for t in joint if t is not None]
@@ -102,8 +100,9 @@ class Pool:
             return self._joint
 
     def borrow(self, cache: Cache, joint: Any, key: Any) -> Memory | None:
-        """A memory that nobody uses, with its graph if it has one; None if KEPT are in use."""
+        """A memory that no step uses, with its graph if it has one; None if KEPT are in use."""
         with self._lock:
+            # Those whose weights have moved cannot be used again.
             kept = [m for m in self._memories if m.lent or (m.joint is joint and m.key[1] == key[1])]
             free = [m for m in kept if not m.lent]
             memory = next((m for m in free if m.key == key and m.joint is joint), None)
@@ -126,11 +125,11 @@ class DecodeStep:
     def __init__(self, memory: Memory, fused: bool, tiled: bool):
         self.memory, self.fused, self.tiled = memory, fused, tiled
         self._owners: list[Callable[[], Any]] = []  # the cache layers that hold the states
-        # The memory goes back when this step is dropped, after an exception too; until then nobody has it.
+        # Return the memory when this step is garbage collected, after an exception too.
         weakref.finalize(self, _give_back, memory, self._owners).atexit = False
 
     def __call__(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-        """Feed ids (B, 1), write the states in place, count the token; returns logits (B, 1, V)."""
+        """Feed ids (B, 1), write the states in place, count the token; logits (B, 1, V)."""
         memory = self.memory
         self._adopt(cache)
         memory.ids.copy_(ids)
@@ -147,7 +146,7 @@ class DecodeStep:
         return memory.logits
 
     def forward(self, model: PreTrainedModel) -> Tensor:
-        """The step as it is written: what is captured."""
+        """The step without a graph; a capture records this."""
         if self.fused:  # four kernels a layer, and one for the head
             x = model.model.embed_tokens(self.memory.ids).squeeze(1)  # (B, D)
             step = self._step_of_many if self.tiled else self._step_of_few
@@ -181,7 +180,8 @@ class DecodeStep:
         return normed_step(stream, last.eps, model.lm_head.weight)
 
     def _adopt(self, cache: Cache) -> None:
-        """Make this cache the one that is continued; the one before, if it lives, gets its own copies."""
+        """Let this cache hold the step's states; the one before, if it still exists, gets copies of its
+        own."""
         states = self.memory.states
         if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
             return
@@ -193,7 +193,7 @@ class DecodeStep:
         self._owners[:] = [weakref.ref(layer) for layer in cache.layers]
 
     def _capture(self, model: PreTrainedModel) -> None:
-        """Record the step as a CUDA graph; where that fails, it is run as it is written from then on."""
+        """Record the step as a CUDA graph; if that fails, warn and run without one from then on."""
         memory, device = self.memory, self.memory.ids.device
         before = [state.clone() for state in memory.states]
         try:
@@ -202,7 +202,7 @@ class DecodeStep:
                 _take_turn(device)
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
-                    for _ in range(2):  # kernels are compiled and chosen here
+                    for _ in range(2):  # warm up: kernels are compiled and chosen here
                         self.forward(model)
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
@@ -214,7 +214,7 @@ class DecodeStep:
             said = str(error).strip().splitlines() or [""]
             warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
             memory.uncapturable = True
-        for state, value in zip(memory.states, before, strict=True):
+        for state, value in zip(memory.states, before, strict=True):  # the warm-up has advanced them
             state.copy_(value)
 
 
@@ -228,8 +228,8 @@ def _part(memory: Memory, owners: list[Callable[[], Any]]) -> None:
 
 
 def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
-    """A step is dropped: its cache, if it lives, keeps its states, and the next call may have the memory."""
-    if memory.key is None:  # nobody will: the states stay the cache's
+    """Give a dropped step's cache copies of its states, and let the next call use the memory."""
+    if memory.key is None:  # this memory is not in the pool, so the cache can keep it
         return
     with nullcontext() if memory.stream is None else torch.cuda.stream(memory.stream):
         _part(memory, owners)
@@ -237,16 +237,17 @@ def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
 
 
 def _take_turn(device: torch.device) -> None:
-    """Have the current stream wait for the last capture or replay. Called with `turns` held."""
+    """Make the current stream wait for the last capture or replay. `turns` must be held."""
     _turn[device] = after(_turn.get(device), device)
 
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream for all captures that nobody else launches on.
+    """A stream for all captures, on which nothing else is launched.
 
-    The driver's, as torch hands out the same 32 again and again: what another thread launched there during a
-    capture would go into the graph and not be run. One for all: each has cuBLAS keep 32 MiB for it.
+    It comes from the driver, as torch hands out the same 32 streams again and again: what another thread
+    launched on it during a capture would be recorded instead of run. There is one for all captures because
+    cuBLAS keeps 32 MiB for each stream.
 
     Raises:
         ValueError: a device without graphs. OSError, RuntimeError: no driver, or it makes no stream.
@@ -265,11 +266,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> tuple:
-    """What a captured graph depends on: (the states' shapes and how it decodes; of the model: where weights
-    lie, and the numbers that modules hold).
-
-    A graph reads weights where they lie, so writes to them need no key; other memory does.
-    """
+    """What a captured graph depends on: ((shapes of the states, way of decoding), addresses of the weights
+    and numbers that modules hold)."""
+    # A graph reads weights at their addresses. It sees new values there, but not that a weight has moved.
     shapes = tuple((s.shape, s.dtype, s.device) for s in (c.recurrent_states[0] for c in cache.layers))
     holds: list[Any] = []
     for module in [*all_modules(model.model), model.lm_head]:
@@ -282,10 +281,10 @@ def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> t
 
 
 def _side_by_side(module: nn.Module, into: Joint | None) -> Joint | None:
-    """A module's projections of the same input as one: weight (sum of outputs, D), and bias where one has it.
+    """A module's projections of the same input as one: weight (sum of outputs, D), and bias if one has it.
 
-    Written to `into` where that has the right shape; None where the module has no such projections, or one of
-    them does more than W x + b.
+    Written to `into` if that has the right shape. None for a module without such projections, or with one
+    that does more than W x + b.
     """
     if not isinstance(module, JointProjections):
         return None

@@ -1,12 +1,12 @@
 """Several modules of the package as a few flat files, for code that travels without the package.
 
-A file is its modules one after the other, each after those that it imports. On the way
+A file is its modules one after the other, each after those that it imports.
 
-- imports move to the top of the file; imports of each other disappear, or name the flat file;
-- what two modules call alike gets its module's name in front: `_slab` of matrix_scan is `_matrix_scan_slab`;
+- Imports move to the top of the file; imports between modules disappear, or name the flat file.
+- A name that two modules use gets its module's name in front: `_slab` of matrix_scan is `_matrix_scan_slab`.
 - `reference.scan` of an imported module becomes that function's name.
 
-All of it is decided on the syntax tree and applied to the text, so comments and layout stay.
+Edits are found in the syntax tree and applied to the text, so comments and layout stay.
 """
 
 import ast
@@ -30,7 +30,7 @@ class Bundle:
         files: the modules of each file, in order, by the file's name.
         left_out: whether a statement does not travel.
     Raises:
-        ValueError: what cannot be said in a flat file: a module used as a value, a name that cannot be given.
+        ValueError: what a flat file cannot express: a module used as a value, a name with two meanings.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Bundle:
         self.final = self._final_names()
 
     def _final_names(self) -> dict[tuple[Module, str], str]:
-        """A name for everything that a module defines, which nothing else in any of the files has."""
+        """A name for everything that a module defines, unique over all files."""
         modules = self.file_of
         ignored = {"_", "__all__"}  # never read
         uses = Counter(name for m in modules for name in self.sources[m].own - ignored)
@@ -81,7 +81,7 @@ class Bundle:
         return external, flat
 
     def text(self, module: Module) -> str:
-        """A module's part of its file; empty if it only passes names on."""
+        """A module's part of its file; empty if it only re-exports names."""
         source = self.sources[module]
         at_top = {*source.external, *source.top}
         statements = [n for n in ast.walk(source.tree) if isinstance(n, ast.stmt)]
@@ -133,10 +133,10 @@ class Bundle:
 
 
 def render_imports(nodes: list[ast.Import | ast.ImportFrom], flat: dict[str, set[str]], code: str) -> str:
-    """The imports at the top of a file, each once, as far as its code reads them.
+    """The imports at the top of a file that its code uses, each once.
 
-    Python's own, then what is always there, then the rest inside a `try` (transformers demands what it sees
-    imported outside of one), then names of the other flat files.
+    First Python's own, then torch and transformers, then the rest inside a `try` (transformers requires what
+    is imported outside of one), then names of the other flat files.
     """
     read = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     plain: dict[str, set[str]] = {group: set() for group in ("python", "present", "rest")}

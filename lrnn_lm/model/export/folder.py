@@ -1,7 +1,7 @@
 """Checkpoints for people without this package: the model's code beside its weights, and `lrnn export`.
 
-`write_remote_code` completes a checkpoint in place; `export` makes a folder to give away: the weights in a
-precision of choice, the tokenizer, the code and a model card, without the trainer's state.
+`write_remote_code` adds the code to a checkpoint in place. `export` makes a folder to publish: weights in a
+chosen precision, tokenizer, code and a model card, without the trainer's state.
 """
 
 import json
@@ -42,17 +42,17 @@ def export(
     dtype: str | None = None,
     write_card: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint as a folder of its own that needs torch and transformers only.
+    """Write a checkpoint as a new folder that needs torch and transformers only.
 
     Args:
         checkpoint: a checkpoint folder.
-        target: where to; a folder that does not exist yet, or an empty one.
-        dtype: bf16 or fp32; None for what the checkpoint holds.
-        write_card: adds README.md to the finished folder that it is given (see `evaluate.reporting.card`).
+        target: a folder that does not exist yet, or an empty one.
+        dtype: bf16 or fp32; None for the checkpoint's.
+        write_card: adds README.md to the finished folder (see `evaluate.reporting.card`).
     Returns:
         The target.
     Raises:
-        ValueError: no checkpoint of ours, a file of it missing or damaged, a target that is not empty, an
+        ValueError: not a checkpoint of ours, a missing or damaged file, a target that is not empty, or an
             unknown dtype.
     """
     checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()
@@ -82,7 +82,7 @@ def export(
 
 
 def _other_files(checkpoint: Path) -> Callable[[str, list[str]], set[str]]:
-    """For copytree: what is not copied, because it is written anew or belongs to the trainer."""
+    """For copytree: files that are not copied, as they are written anew or belong to the trainer."""
     patterns = shutil.ignore_patterns(*_LEFT_OUT)
 
     def ignore(folder: str, names: list[str]) -> set[str]:
@@ -126,7 +126,8 @@ def _check_checkpoint(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """It is copied file by file, so nothing else would find out that it does not load."""
+    """Raise ValueError if the tokenizer does not load; it is copied file by file, so nothing else would
+    notice."""
     from transformers import AutoTokenizer
 
     try:

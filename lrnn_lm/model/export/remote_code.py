@@ -6,10 +6,10 @@ Three files, bundled from the package's own modules (`bundle.py`):
 - modeling_lrnn.py: everything that is imported with the model: plain-torch scans, mixers, the model itself;
 - kernels_lrnn.py: what functions import where it runs, the Triton kernels.
 
-transformers copies only files beside the entry file that it sees named in lines `from .name import ..`, and
-demands every other package that is imported outside a `try`; so Triton is imported inside of one. Operators
-live in a namespace of their own, so that two copies of the code can run in one process. Nothing is registered
-with the Auto classes: `auto_map` in config.json does that.
+transformers copies only those files beside the entry file that it finds in lines `from .name import ..`. It
+requires every package that is imported outside a `try`, so Triton is imported inside one. Operators have a
+namespace of their own, so that two copies of the code can run in one process. Nothing registers with the Auto
+classes, as `auto_map` in config.json does that.
 """
 
 import ast
@@ -45,7 +45,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 @cache
 def remote_code() -> dict[str, str]:
-    """File names and their contents; the same for the same version of the package, wherever it lies."""
+    """File names and their contents, which depend on the version of the package only."""
     sources = Sources(("model", "modeling"))
     done: list[Module] = []
     files: dict[str, list[Module]] = {}
@@ -83,7 +83,7 @@ def _write(bundle: Bundle, file: str) -> str:
 
 
 def _registers(node: ast.stmt) -> bool:
-    """`AutoX.register(..)`, or the import of one of our modules by its name."""
+    """Whether a statement is `AutoX.register(..)` or imports one of our modules by name; neither travels."""
     call = node.value if isinstance(node, ast.Expr) else None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
         return False
