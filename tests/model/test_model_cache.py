@@ -125,3 +125,23 @@ def test_documents_are_remembered_by_attention_alone():
     assert found[0] is found[2] is None
     assert [caches.state_mixer(layer) for layer in cache.layers] == ["bd_lru", None, "h_lru"]
     assert [caches.state_mixer(layer) for layer in make_cache(model.config).layers] == [None] * 3
+
+
+@pytest.mark.parametrize("name", LIKE)
+@torch.no_grad()
+def test_the_last_document_goes_on_by_itself(name):
+    """Its first token is seen, the last of the document before is not; a new document sees neither."""
+    model, ids, more = small_model(name), tokens(), tokens(length=4, seed=5)
+    for starts in ([4, 20], [20, 0], [19, 1]):
+        reset = torch.zeros_like(ids, dtype=torch.bool)
+        reset[[0, 1], starts] = True
+        for again in (None, 1):
+            later = None if again is None else torch.arange(4).expand(2, 4) == again
+            cache = model(ids, reset=reset, use_cache=True).past_key_values
+            got = model(more, reset=later, past_key_values=cache, use_cache=True).logits
+            got = torch.cat([got, model(more, past_key_values=cache, use_cache=True).logits], dim=1)
+            for row, start in enumerate(starts):
+                parts = [ids[row, start:], more[row, : again or 0], more[row, again or 0 :], more[row]]
+                documents = [parts] if again is None else [parts[:2], parts[2:]]
+                alone = [model(torch.cat(document)[None]).logits[0] for document in documents]
+                close(got[row], torch.cat(alone)[-8:], SUMS)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrnn_lm.model import loss
-from lrnn_lm.model.loss import IGNORE, counted_targets, linear_cross_entropy, shift_labels
+from lrnn_lm.model.loss import IGNORE, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
 
@@ -185,6 +185,25 @@ def test_labels_of_another_shape(shape, kind, adapted):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             model(**given, **{kind: torch.zeros(shape, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_head_that_is_no_plain_matrix_has_the_same_loss(ignored, dtype):
+    """Also where no label is left, and in fp32 from logits in bf16."""
+    model, ids = small_model("bd_lru"), tokens()
+    labels = ids.masked_fill(
+        torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < ignored, IGNORE
+    )
+    given = [{"labels": labels.to(dtype), **more} for more in ({}, {"num_items_in_batch": 10})]
+    want = [model(ids, **each).loss for each in given]
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    for each, plain in zip(given, want, strict=True):
+        close(model(ids, **each).loss, plain, SUMS)
+    logits = model(ids).logits.bfloat16()
+    got = cross_entropy(logits, labels)
+    assert got.dtype == torch.float32
+    close(got, cross_entropy(logits.float(), labels), 0)
 
 
 @pytest.mark.parametrize("kind", ["labels", "shift_labels"])
