@@ -1,5 +1,6 @@
 """The chunked cross-entropy is torch's cross-entropy, in value and in every gradient."""
 
+import itertools
 import re
 from unittest import mock
 
@@ -10,10 +11,11 @@ from tolerances import TOLERANCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrnn_lm.model import loss
-from lrnn_lm.model.loss import IGNORE, linear_cross_entropy, shift_labels
+from lrnn_lm.model.loss import IGNORE, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
 
@@ -80,6 +82,72 @@ def test_bf16_autocast():
         assert (a - b).norm() <= TOLERANCE["bf16"] * b.norm()
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+def test_in_fp64_to_its_precision(ignored):
+    hidden, weight, labels = case(ignored, torch.float64)
+    total = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="sum")
+    want = total / max(1, int((labels != IGNORE).sum()))
+    got = linear_cross_entropy(hidden, weight, labels, None, 4)
+    assert got.dtype == torch.float64
+    for a, b in zip(
+        (got, *torch.autograd.grad(3 * got, (hidden, weight))),
+        (want, *torch.autograd.grad(3 * want, (hidden, weight))),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("chunk", "cached", "rows"), [(50, 1, 50), (1024, 1, 128), (1024, 19 * 200, 200)])
+def test_the_logits_of_a_chunk_at_most_exist(chunk, cached, rows, monkeypatch):
+    """On a CPU of what its caches hold, but of 128 tokens."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == 19:
+                seen.append(out.shape[0])
+            return out
+
+    monkeypatch.setattr(loss, "CACHED_LOGITS", cached)
+    hidden, labels = torch.randn(1, 450, 8, requires_grad=True), torch.zeros(1, 450, dtype=torch.long)
+    with Watch():
+        linear_cross_entropy(hidden, torch.randn(19, 8), labels, None, chunk).backward()
+    assert max(seen) == rows
+
+
+@pytest.mark.parametrize("starts", [None, "0000", "0100", "0010", "1011", "1111"])
+def test_shifted_labels(starts):
+    """Each token predicts the next token of its row, padding skipped, unless that begins a document."""
+    masks = torch.tensor(list(itertools.product([False, True], repeat=4)))
+    labels = torch.arange(64).view(16, 4)
+    begins = None if starts is None else torch.tensor([[c == "1" for c in starts]] * 16)
+    for mask in (None, masks):
+        got = shift_labels(labels, begins, mask)
+        for row, t in itertools.product(range(16), range(4)):
+            kept = [k for k in range(4) if mask is None or mask[row, k]]
+            later = [k for k in kept if k > t]
+            nothing = t not in kept or not later or (begins is not None and begins[row, later[0]])
+            assert got[row, t] == (IGNORE if nothing else labels[row, later[0]])
+
+
+def test_a_count_of_labels_that_nothing_predicts():
+    """Four labels but each row's first, of which three are targets: the Trainer's count is put right."""
+    labels = torch.tensor([[IGNORE, 5, 6, 7], [IGNORE, 8, IGNORE, IGNORE]])
+    targets = torch.tensor([[IGNORE, 6, 7, IGNORE], [8, IGNORE, IGNORE, IGNORE]])
+    assert counted_targets(labels, targets, None) is None
+    for given in (4, torch.tensor(4), torch.tensor([4, 4])):
+        assert counted_targets(labels, targets, given) == 3
+    for given in (3, 1, 3.5, torch.tensor(2)):
+        assert counted_targets(labels, targets, given) is given, "no count of labels"
+    for given in (5, torch.tensor([5, 5])):
+        with pytest.raises(ValueError, match=r"counts 1 labels that nothing predicts"):
+            counted_targets(labels, targets, given)
+    for given in (3, 4, 7):  # nothing to put right, whatever other batches hold
+        assert counted_targets(labels[:, :3], targets[:, :3], given) is given
+    assert counted_targets(labels, torch.full_like(targets, IGNORE), 4) == 1
+
+
 def test_frozen_parts_and_no_gradients():
     hidden, weight, labels = case()
     want = linear_cross_entropy(hidden, weight, labels, None, 4)
@@ -117,6 +185,25 @@ def test_labels_of_another_shape(shape, kind, adapted):
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             model(**given, **{kind: torch.zeros(shape, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("ignored", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_head_that_is_no_plain_matrix_has_the_same_loss(ignored, dtype):
+    """Also where no label is left, and in fp32 from logits in bf16."""
+    model, ids = small_model("bd_lru"), tokens()
+    labels = ids.masked_fill(
+        torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < ignored, IGNORE
+    )
+    given = [{"labels": labels.to(dtype), **more} for more in ({}, {"num_items_in_batch": 10})]
+    want = [model(ids, **each).loss for each in given]
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    for each, plain in zip(given, want, strict=True):
+        close(model(ids, **each).loss, plain, SUMS)
+    logits = model(ids).logits.bfloat16()
+    got = cross_entropy(logits, labels)
+    assert got.dtype == torch.float32
+    close(got, cross_entropy(logits.float(), labels), 0)
 
 
 @pytest.mark.parametrize("kind", ["labels", "shift_labels"])

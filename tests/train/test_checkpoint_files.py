@@ -232,14 +232,38 @@ def test_files_that_are_put_into_a_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert checkpoint.verify(folder) == "config.json is not as its checksum says"
 
 
-def test_a_copy_of_a_link_takes_only_the_place_of_a_damaged_one(tmp_path: Path) -> None:
-    for whole in (True, False):
-        folder = save(tmp_path, 1)
-        (tmp_path / "latest").unlink()
-        shutil.copytree(folder, tmp_path / "latest")
-        (tmp_path / "latest/mine").write_text("")
-        if not whole:
-            damage(folder)
-        assert newest(tmp_path) == ("step-00000001", [])
-        assert link(tmp_path, "latest") == folder.name
-        assert (folder / "mine").exists() == (not whole)
+@pytest.mark.parametrize("state", ["whole", "damaged", "gone", "damaged as the copy is"])
+def test_a_copy_of_a_link_takes_only_the_place_of_a_lost_one(tmp_path: Path, state: str) -> None:
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2, validated=2, validation_loss=1.0)
+    for name in ("latest", "best"):
+        (tmp_path / name).unlink()
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "mine").write_text(name)
+        if "copy" in state:
+            damage(tmp_path / name)
+    if state == "gone":
+        shutil.rmtree(folder)
+    elif state != "whole":
+        damage(folder)
+    found, _ = newest(tmp_path)
+    assert found == ("step-00000001" if "copy" in state else folder.name)
+    assert (link(tmp_path, "latest"), link(tmp_path, "best")) == (found, folder.name)
+    assert (folder / "mine").exists() == (state in ("damaged", "gone"))
+    assert sorted(os.listdir(tmp_path)) == ["best", "latest", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_link_at_any_depth_is_not_followed(tmp_path: Path, depth: int) -> None:
+    folder = save(tmp_path / "run", 1)
+    name = "a/b/c/file"
+    (folder / name).parent.mkdir(parents=True)
+    checkpoint.put_file(folder, "file", lambda path: path.write_text("text"))
+    manifest = folder / "trainer/manifest.json"
+    (folder / "file").rename(folder / name)
+    manifest.write_text(manifest.read_text().replace('"file"', f'"{name}"'))
+    assert checkpoint.verify(folder) is None
+    part = "/".join(name.split("/")[:depth])
+    (folder / part).rename(tmp_path / "elsewhere")
+    (folder / part).symlink_to(tmp_path / "elsewhere")
+    assert checkpoint.verify(folder) == f"{part} is a link"

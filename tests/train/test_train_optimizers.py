@@ -62,6 +62,38 @@ def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
     assert state_bytes(plain.to("meta"), section) == held
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_frozen_or_has_no_gradient_stays(name: str) -> None:
+    """All of one kind in turn: nothing decays it, and no state is kept of it."""
+    model = with_gradients(small_model("hybrid"))
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    frozen, idle = ({key for number, key in enumerate(before) if number % 3 == kind} for kind in (0, 1))
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key not in frozen)
+        if key in frozen | idle:
+            parameter.grad = None
+    optimizer = make_optimizer(model, OptimSection(name=name, lr=0.02), CPU)
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        assert (id(parameter) in listed) == (key not in frozen), key
+        assert torch.equal(parameter, before[key]) == (key in frozen | idle), key
+        assert bool(optimizer.state[parameter]) == (key not in frozen | idle), key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
+    """At none nothing moves; the trainer sets it before each step."""
+    model = with_gradients(small_model("bd_lru"))
+    optimizer = make_optimizer(model, OptimSection(name=name, lr=0.02), CPU)
+    for rate, moves in ((0.0, False), (0.02, True)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        assert all(torch.equal(p, q) != moves for p, q in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.usefixtures("sgd")
 def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) -> None:
     whole = build("name=whole", "optim.name=sgd")

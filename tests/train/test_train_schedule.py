@@ -59,6 +59,16 @@ def test_decay_in_all_units(decay: str) -> None:
     assert rate(90, schedule="wsd", warmup="0 steps", decay=decay) == pytest.approx(0.55)
 
 
+def test_a_decay_that_is_longer_than_what_the_warm_up_leaves() -> None:
+    """From the end of the warm-up on, at 50 of 101 steps: 51 steps of decay."""
+    rates = [rate(step, schedule="wsd", warmup="50 steps", decay="80 steps") for step in range(TOTAL)]
+    assert rates[49] == 1.0
+    assert rates[50:] == pytest.approx([0.1 + 0.9 * (100 - step) / 51 for step in range(50, TOTAL)])
+    assert rate(100, schedule="wsd", warmup="0 steps", decay="0 steps") == pytest.approx(0.1)
+    assert rate(99, schedule="wsd", warmup="0 steps", decay="0 steps") == 1.0
+    assert rate(150, schedule="wsd") == rate(150, schedule="cosine") == pytest.approx(0.1), "past the end"
+
+
 def test_no_schedule_leaves_its_bounds_or_jumps() -> None:
     for schedule in ("cosine", "wsd", "constant"):
         rates = [rate(step, schedule=schedule) for step in range(TOTAL)]

@@ -82,6 +82,9 @@ def test_every_row_count_has_its_bytes(mixed: Path) -> None:
     found = [bytes_read(prepared, 16, 16 * count) for count in range(1, rows + 1)]
     assert found == [sum(sizes[: 16 * count + 1]) for count in range(1, rows + 1)]
     assert found[-1] == shards.num_bytes
+    assert bytes_read(prepared, 16, 1) == bytes_read(prepared, 16, 31) == found[0], (
+        "a row at least, whole rows"
+    )
 
 
 def byte_level(folder: Path, texts: list[str]) -> None:

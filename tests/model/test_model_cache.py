@@ -1,0 +1,147 @@
+"""Caches of recurrent states: their length, their rows, and whose they are."""
+
+import pytest
+import torch
+from small_models import close, prefilled, small_model, states, tokens
+from tolerances import TOLERANCE
+from transformers import DynamicCache
+
+from lrnn_lm.model import cache as caches
+from lrnn_lm.model.cache import check_state, layer_state, make_cache, tokens_seen
+
+SUMS = TOLERANCE["other order of sums"]
+LIKE = ["bd_lru", "hybrid", "hybrid-attention-first", "attention"]
+
+
+@pytest.mark.parametrize("name", LIKE)
+@torch.no_grad()
+def test_the_length_is_the_tokens_seen(name):
+    model, ids = small_model(name), tokens(length=9)
+    assert tokens_seen(None) == tokens_seen(make_cache(model.config)) == 0
+    cache = DynamicCache(config=model.config)
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        view = make_cache(model.config, cache)
+        assert view.layers is cache.layers
+        assert view.get_seq_length() == tokens_seen(cache) == start
+        model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+        assert view.get_seq_length() == tokens_seen(cache) == stop
+    assert make_cache(model.config).layers is not cache.layers
+
+
+@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(3), [0, 0, 0, 1, 1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 0, 1])), [1, 0, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    ],
+    ids=["repeat", "select", "reorder"],
+)
+@torch.no_grad()
+def test_rows_of_a_cache(name, change, rows):
+    """What follows is what follows those rows: of states, keys and values alike."""
+    model, ids = small_model(name), tokens(length=9)
+    cache = make_cache(model.config, prefilled(model, ids[:, :6]))
+    change(cache)
+    change(make_cache(model.config))  # of nothing nothing is made
+    got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
+    close(got, model(ids[rows]).logits[:, 6:], SUMS)
+
+
+@torch.no_grad()
+def test_a_state_cannot_be_cut_back():
+    model, ids = small_model("attention"), tokens(length=9)
+    cache = make_cache(model.config, prefilled(model, ids))
+    cache.crop(-3)
+    close(model(ids[:, 6:], past_key_values=cache, use_cache=True).logits, model(ids).logits[:, 6:], SUMS)
+    for name in ("bd_lru", "hybrid", "hybrid-attention-first"):
+        model = small_model(name)
+        with pytest.raises(ValueError, match=r"cannot be cut back .* lrnn_lm.model.copy_states"):
+            make_cache(model.config, prefilled(model, ids)).crop(-3)
+
+
+def test_a_state_is_copied_where_a_gradient_may_need_it():
+    """The cache writes over its own."""
+    model = small_model("bd_lru")
+    cache = prefilled(model, tokens())
+    (kept, *_) = states(cache)
+    given = layer_state(cache, 0)
+    assert torch.equal(given, kept)
+    assert given.data_ptr() != kept.data_ptr()
+    with torch.no_grad():
+        assert layer_state(cache, 0) is kept
+    assert layer_state(None, 0) is layer_state(make_cache(model.config), 0) is None
+
+
+def test_whose_state_it_is():
+    check_state(None, 7, 7)
+    state = torch.zeros(3, 4, 5)
+    check_state(state, 3, 20)
+    with pytest.raises(ValueError, match="has 20 numbers where this model has 21; use DynamicCache"):
+        check_state(state, 3, 21)
+    with pytest.raises(ValueError, match=r"of 3 sequences, the input has 2; .*copy_states\(cache, rep"):
+        check_state(state, 2, 20)
+
+
+@torch.no_grad()
+def test_whose_keys_they_are():
+    """Of attention: two heads of 8, a key and a value a token."""
+    model = small_model("attention")
+    check_state(make_cache(model.config).layers[0], 7, 7)  # empty, it is anybody's
+    layer = prefilled(model, tokens(rows=2)).layers[0]
+    check_state(layer, 2, 32)
+    with pytest.raises(ValueError, match="has 32 numbers where this model has 33"):
+        check_state(layer, 2, 33)
+    with pytest.raises(ValueError, match="states of 2 sequences, the input has 3"):
+        check_state(layer, 3, 32)
+
+
+@torch.no_grad()
+def test_caches_of_other_layers_are_refused():
+    ids = tokens()
+    recurrent, attention, hybrid = (small_model(name) for name in ("bd_lru", "attention", "hybrid"))
+    with pytest.raises(ValueError, match="past_key_values is a tuple, not a cache; use DynamicCache"):
+        recurrent(ids, past_key_values=((ids, ids),), use_cache=True)
+    keys = prefilled(attention, ids)
+    for model in (recurrent, hybrid):
+        with pytest.raises(ValueError, match=r"3 layers \(recurrent layers take no keys and values"):
+            model(ids, past_key_values=keys, use_cache=True)
+    for model, cache in ((attention, prefilled(recurrent, ids)), (hybrid, prefilled(recurrent, ids))):
+        with pytest.raises(ValueError, match="fit this model's 3 layers; use DynamicCache"):
+            model(ids, past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_documents_are_remembered_by_attention_alone():
+    model, ids = small_model("hybrid"), tokens()
+    cache = prefilled(model, ids)
+    assert [caches.document_start(layer) for layer in cache.layers] == [None] * 3
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, 4], reset[1, [2, 7]] = True, True
+    cache = model(ids, reset=reset, use_cache=True).past_key_values
+    found = [caches.document_start(layer) for layer in cache.layers]
+    assert found[1].tolist() == [4, 7]
+    assert found[0] is found[2] is None
+    assert [caches.state_mixer(layer) for layer in cache.layers] == ["bd_lru", None, "h_lru"]
+    assert [caches.state_mixer(layer) for layer in make_cache(model.config).layers] == [None] * 3
+
+
+@pytest.mark.parametrize("name", LIKE)
+@torch.no_grad()
+def test_the_last_document_goes_on_by_itself(name):
+    """Its first token is seen, the last of the document before is not; a new document sees neither."""
+    model, ids, more = small_model(name), tokens(), tokens(length=4, seed=5)
+    for starts in ([4, 20], [20, 0], [19, 1]):
+        reset = torch.zeros_like(ids, dtype=torch.bool)
+        reset[[0, 1], starts] = True
+        for again in (None, 1):
+            later = None if again is None else torch.arange(4).expand(2, 4) == again
+            cache = model(ids, reset=reset, use_cache=True).past_key_values
+            got = model(more, reset=later, past_key_values=cache, use_cache=True).logits
+            got = torch.cat([got, model(more, past_key_values=cache, use_cache=True).logits], dim=1)
+            for row, start in enumerate(starts):
+                parts = [ids[row, start:], more[row, : again or 0], more[row, again or 0 :], more[row]]
+                documents = [parts] if again is None else [parts[:2], parts[2:]]
+                alone = [model(torch.cat(document)[None]).logits[0] for document in documents]
+                close(got[row], torch.cat(alone)[-8:], SUMS)
