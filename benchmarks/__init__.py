@@ -1,1 +1,1 @@
-"""Benchmarks: each one run that measures its contenders side by side and writes JSON."""
+"""Benchmarks: each measures its contenders side by side in one run and writes JSON."""

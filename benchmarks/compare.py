@@ -1,7 +1,7 @@
-"""`lrnn bench --compare OLD`: is it slower than it was?
+"""`lrnn bench --compare OLD`: is anything slower than before?
 
-OLD is what a benchmark wrote. It is run again with the settings that it names, or compared with a file that
-is there; rows are matched by what they measured.
+OLD is a result file. The benchmark runs again with the settings in OLD, or OLD is compared with another
+result file. Rows are matched by what they measured.
 """
 
 from dataclasses import fields

@@ -1,7 +1,7 @@
-"""Whole models that are timed beside each other: what they are, and how they come to equal sizes.
+"""The models of `lrnn bench train` and `decode`, and how they are brought to equal sizes.
 
-A contender is a recipe of `recipes/paper`, some with another number of layers, so that all have the
-parameters of the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths and counts.
+A contender is a recipe of `recipes/paper`. Some get another number of layers, so that all have as many
+parameters as the reference (BD-LRU with blocks of 4). Other sizes scale the recipe's widths and counts.
 
 Legend: D model width, V vocabulary.
 """

@@ -1,17 +1,17 @@
-"""`lrnn bench decode`: prefill, and the time of a token at batch 1 and more, after short and long contexts.
+"""`lrnn bench decode`: prefill time, and time per token at several batch sizes and context lengths.
 
-Weights in bf16 on a GPU. A token is a step of the model and the likeliest next token, fed back on the device.
-Recurrent models decode by the step of `model/decoding/decode.py`, attention by a static cache of the
-context's size; both replay a CUDA graph (`captured`), attention with compiled blocks in the mode `compiled`.
-In the mode `fused` a recurrent layer is four kernels of ours (`kernels/decode/`). The mode `generate` is the
-time of a token in `model.generate`, transformers' loop
-included, after a context that is really read.
+Weights are bf16 on a GPU. A token is one step of the model; the likeliest next token is fed back on the
+device. Recurrent models use the step of `model/decoding/decode.py`, attention a static cache of the context's
+size; both replay a CUDA graph (`captured`). Modes: `graph` is just that; `compiled` compiles the blocks of
+attention models; `fused` runs a recurrent layer as four kernels of this project (`kernels/decode/`);
+`generate` is the time per token of `model.generate`, transformers' loop included, after a context that was
+really read.
 
-The context is read, in segments. With `--emulate` a recurrent model reads 1k of it and the cache's count is
-set to the rest, as its state has the same size after any text; such a row says `emulated`.
+The context is read in segments. With `--emulate` a recurrent model reads 1,024 tokens and the cache's counter
+is set to the context length, because its state has the same size after any text; such a row says `emulated`.
 
-The limit is the time to read the weights that a token needs and the states (written too), or keys and values,
-at the rate of a device copy in the same run.
+The limit is the time to read the weights that a token needs and to read and write the states, or to read keys
+and values, at the speed of a device copy in the same run.
 
 Legend: B rows, V vocabulary.
 """

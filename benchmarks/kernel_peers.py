@@ -1,9 +1,7 @@
-"""What the scans are measured beside: the associative-scan formulation in torch, and kernels of flash-linear-
-attention.
+"""The scans' peers in `lrnn bench kernels`: torch's associative scan, and flash-linear-attention's kernels.
 
 A peer is built for one shape and gives a forward call and the tensors to differentiate with respect to. Peers
-of fla compute other recurrences; they are here for what the same state or the same number of gate values
-costs elsewhere.
+of fla compute other recurrences; they show what the same state or the same number of gate values costs there.
 
 Legend: B batch, T time, N blocks or channels, M block size or order, D width of the state (N M, or N).
 """

@@ -1,9 +1,9 @@
-"""`lrnn bench kernels`: every scan beside the machine's ceilings and beside its peers, in one run.
+"""`lrnn bench kernels`: speed of every scan, against the machine's limits and its peers, in one run.
 
-On a GPU: forward and backward of the Triton scans at the paper's sizes in bf16, as a share of the speed of a
-device copy that moves the same bytes (each input read once, each output written once); whole mixer layers
-against their floor (GEMM FLOPs at the matmul ceiling plus scan bytes at copy speed); and peers. On a CPU: the
-reference loop beside the torch backend.
+On a GPU: forward and backward of the Triton scans at the paper's sizes in bf16, over the speed of a device
+copy that moves the same bytes (each input read once, each output written once); whole mixer layers over their
+floor (GEMM FLOPs at matmul speed plus scan bytes at copy speed); and peers. On a CPU: the reference loop and
+the torch backend.
 
 Legend: B batch, T time, N blocks or channels, M block size or order, D model width.
 """

@@ -1,7 +1,7 @@
-"""Clocks, ceilings and tables that every benchmark shares.
+"""Timers, limits of the machine, and tables, shared by all benchmarks.
 
-A number is worth reading only beside the machine's limits, so these are measured in the same run: the rate of
-a device copy (bytes read plus bytes written) and of a large bf16 matrix product, on random data.
+A number means little without the machine's limits, so each run measures them too: the speed of a device copy
+(bytes read plus bytes written) and of a large bf16 matrix product, on random data.
 """
 
 import json

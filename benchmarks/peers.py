@@ -1,6 +1,6 @@
-"""The paper's own formulation inside a whole model: torch's associative scan, as a backend of the scans.
+"""The paper's own implementation inside a whole model: torch's associative scan as a backend of the scans.
 
-It is a backend for as long as a benchmark asks for it, and never one that `auto` chooses.
+The backend exists only while a benchmark uses it; `auto` never chooses it.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Pictures of the whole-model benchmarks: a line a contender, both axes in powers."""
+"""Plots of the whole-model benchmarks: one line per contender, both axes logarithmic."""
 
 from pathlib import Path
 from typing import Any

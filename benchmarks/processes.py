@@ -1,7 +1,7 @@
-"""A benchmark several times, each time in a process of its own: one process's speed is not a result.
+"""Runs a benchmark several times, each time in a new process, and keeps the median.
 
-Where memory lands, which kernels a library picks and how the host is scheduled stay the same within a process
-and differ between two, so repeats inside one process understate the spread.
+Memory placement, a library's choice of kernels and host scheduling stay the same within a process and differ
+between processes, so repeats inside one process understate the spread.
 """
 
 import time

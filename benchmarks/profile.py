@@ -1,7 +1,7 @@
-"""Where a step's time goes: kernels by kind and by name, from torch's profiler.
+"""Time of a step by kind and by name of kernel, from torch's profiler.
 
-A kernel's kind is told by its name: names of cuBLAS, cuDNN and flash attention do not change much, Inductor's
-begin with `triton_`, ours are those of the scans.
+The kind follows from the kernel's name: names of cuBLAS, cuDNN and flash attention rarely change, Inductor's
+begin with `triton_`, this project's are those of the scans.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What the whole-model benchmarks share: rows written as they come, a time budget, failures as rows."""
+"""Shared by the whole-model benchmarks: rows written as measured, a time budget, failures as rows."""
 
 import gc
 import importlib.util

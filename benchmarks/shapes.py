@@ -1,4 +1,4 @@
-"""The scans that are measured: the paper's sizes, and their least bytes.
+"""Shapes of the scans that are measured (the paper's sizes), and the least bytes that each must move.
 
 Legend: B batch, T time, N blocks or channels, M block size or order.
 """

@@ -1,8 +1,8 @@
-"""`lrnn bench train`: optimizer steps of whole models at equal parameters, one after another on one device.
+"""`lrnn bench train`: time of optimizer steps of whole models with equal parameters, one after another.
 
-A step is the trainer's: fp32 weights, bf16 under autocast where the device has it, compiled blocks, the loss
-in chunks, clipping, AdamW (fused on a GPU). Rows hold one document each, so attention needs no mask. Every
-model is built, timed and freed before the next; one that cannot run is a row with a reason.
+A step is the trainer's: fp32 weights, bf16 autocast if the device supports it, compiled blocks, the loss in
+chunks, clipping, AdamW (fused on a GPU). Rows hold one document each, so attention needs no mask. Every model
+is built, timed and freed before the next. A model that cannot run becomes a row with the reason.
 
 Legend: B rows, T time, V vocabulary.
 """

@@ -1,1 +1,1 @@
-"""Experiments behind the project's choices; each is a command that goes on where it was stopped."""
+"""Experiments behind the project's choices: each is one command that continues where it was stopped."""

@@ -1,4 +1,4 @@
-"""The models of the study, brought to equal parameters by the width of the recurrence, or of the SwiGLU."""
+"""The models of the synthetic study, with equal parameters by the recurrence's or the SwiGLU's width."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,13 +1,12 @@
-"""The language-model study: contenders at equal parameters and tokens, several runs on one device at a time.
+"""The language-model study: models with equal parameters and tokens, several runs on one device at a time.
 
     python -m studies.lm PLAN --data CORPUS --output ROWS.jsonl [--workers 3] [--budget-seconds 500]
 
 PLAN is YAML: `sizes` (a parameter budget and what every model of that size shares), `contenders` (mixers) and
-`waves` (which contenders, at which tokens, learning rates and seeds), run in the order in which they stand. A
-contender is brought to its size's parameters by the width of its SwiGLU, in steps of 16. Each run is
-`lrnn train` with overrides; its row (settings, held-out bits per byte at each validation, device, commit) is
-appended to ROWS as it ends. A row that is there is not run again; a run that was cut goes on from its
-checkpoint.
+`waves` (which contenders, at which tokens, learning rates and seeds), run in this order. The width of its
+SwiGLU brings a contender to the parameters of its size, in steps of 16. Each run is `lrnn train` with
+overrides. When it ends, its row (settings, held-out bits per byte at each validation, device, commit) is
+appended to ROWS. A run whose row exists is not repeated; an unfinished run resumes from its checkpoint.
 """
 
 import argparse

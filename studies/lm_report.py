@@ -1,4 +1,4 @@
-"""Tables and a picture of the language-model study's rows, written into docs/results/lm.md between its marks.
+"""Writes the tables of the language-model study into docs/results/lm.md and draws the plot.
 
 python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
 """

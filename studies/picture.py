@@ -1,4 +1,4 @@
-"""The picture of the state tasks: accuracy by length, a panel a task, a line a model."""
+"""Plot of the state tasks: accuracy by length, one panel per task, one line per model."""
 
 import statistics
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Many small models trained side by side on one device: the project's own models, steps as CUDA graphs.
+"""Trains many small models side by side on one device: the package's models, each step a CUDA graph.
 
-A tiny model's step is some two hundred kernels of microseconds, so that Python, not the GPU, sets its pace.
-Here a whole step (the rows of its number, forward, backward, clipping, AdamW, the rate of the schedule) is
-captured once as a graph that reads everything from memory, and replayed; each replica has a stream, so that
-the graphs of a wave run beside each other. On a CPU the same step runs as it is written.
+A step of a tiny model is about two hundred kernels of microseconds each, so Python, not the GPU, limits the
+speed. Here a whole step (its rows, forward, backward, clipping, AdamW, the scheduled learning rate) is
+captured once as a graph that reads everything from memory, and replayed. Each replica has a stream, so the
+graphs of a wave run concurrently. On a CPU the same step runs eagerly.
 
 Legend: S steps filled at once, B rows a step, T time.
 """

@@ -1,10 +1,10 @@
-"""Does a residual stream in bf16 cost loss? Small models on prepared text, a seed in either dtype.
+"""Does a residual stream in bf16 raise the loss? Small models on prepared text, each seed in both dtypes.
 
     lrnn prepare RECIPE                       # prints the folder DATA
     python -m studies.residual DATA --seeds 0,1,2,3 > residual.jsonl
 
-Both see the same rows from the same start, under bf16 autocast; a line a run: the mean loss of the last 50
-steps and that of held-out text.
+Both see the same rows from the same initial weights, under bf16 autocast. One line per run: mean loss of the
+last 50 steps, and loss of held-out text.
 """
 
 import argparse

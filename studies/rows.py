@@ -1,8 +1,8 @@
 """Rows of the synthetic tasks on a device, for many steps at once.
 
-A group's products are drawn and multiplied on the device, where a million rows take milliseconds; they are
-the numbers of `SyntheticTask.rows`, bit for bit (SplitMix64 in wrapping 64-bit arithmetic). The rows of other
-tasks are made by `SyntheticTask.rows` itself, a finite set once, and are read in the trainer's order.
+Group elements are drawn and multiplied on the device, where a million rows take milliseconds. They equal
+`SyntheticTask.rows` bit for bit (SplitMix64 in wrapping 64-bit arithmetic). Rows of other tasks come from
+`SyntheticTask.rows` itself, a finite set once, and are read in the trainer's order.
 
 Legend: S steps, B rows a step, T time.
 """

@@ -1,16 +1,16 @@
-"""The study of the paper's synthetic claims: tasks against mixers, at equal parameters, over seeds.
+"""The study of the paper's synthetic claims: every task with every mixer, at equal parameters, over seeds.
 
     python -m studies.synthetic --study final --output runs/study --minutes 5 --processes 4
     python -m studies.synthetic --study states --output runs/study --tasks s3 --models bd_lru-m4
 
-`states` and `mad` train every (task, model) under the same settings, each learning rate with each weight
-decay, with the search's seeds. The setting that is best on held-out rows of the training length is then
-trained with other seeds and reported on other rows. All models of a study have the parameters of the
-reference, within a few per mille. `final` is both. Runs share the device: waves of them in each of some
-processes. When the minutes are over, no wave is begun and those under way are dropped; the same command goes
-on, and with `--minutes 0` writes the tables of what there is.
+`states` and `mad` train every (task, model) with every learning rate and weight decay, on the search's seeds.
+The setting that is best on held-out rows of the training length is then trained with other seeds and reported
+on other rows. `final` is both studies. All models of a study have as many parameters as the reference, to
+within a few per mille. Runs share the device, in waves and several processes. When the minutes are over, no
+wave starts and running ones are dropped. The same command continues; with `--minutes 0` it only writes the
+tables of finished runs.
 
-Writes OUTPUT/results.jsonl (a line a run), OUTPUT/STUDY.json, OUTPUT/STUDY.md (the table) and, of state
+Writes OUTPUT/results.jsonl (a line per run), OUTPUT/STUDY.json, OUTPUT/STUDY.md (the table) and, for state
 tasks, OUTPUT/STUDY.png.
 """
 

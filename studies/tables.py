@@ -1,4 +1,4 @@
-"""The study's runs as tables in Markdown."""
+"""Markdown tables of the synthetic study's runs."""
 
 import statistics
 from typing import Any

@@ -1,1 +1,1 @@
-"""What is measured on a GPU by a script of its own."""
+"""Measurements on a GPU, each a script."""

@@ -1,9 +1,9 @@
-"""Microseconds of a fused decoding step's kernels at 212M, each kind in a chain of 48.
+"""Times the kernels of a fused decoding step at 212M, in microseconds: each kind in a chain of 48.
 
     python -m benchmarks.gpu.decoding_kernels docs/results/decoding-kernels-h100.json [--sequences 64,16]
 
-A chain is one CUDA graph over so many sets of weights that the L2 holds none of them for long, as in a step.
-Beside them cuBLAS's products of the same sizes, which leave out norms, gates, states and residuals.
+A chain is one CUDA graph over so many sets of weights that none stays in the L2 cache, as in a step. For
+comparison: cuBLAS's products of the same sizes, without norms, gates, states and residuals.
 """
 
 import argparse

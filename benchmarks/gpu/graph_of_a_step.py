@@ -1,4 +1,4 @@
-"""Whether one CUDA graph of a whole training step pays: `bench train`'s step of bd-m4, eager and replayed.
+"""Is one CUDA graph of a whole training step faster? `bench train`'s step of bd-m4, eager and replayed.
 
     python -m benchmarks.gpu.graph_of_a_step docs/results/graph-of-a-step-h100.json     # a minute on one H100
 

@@ -1,4 +1,4 @@
-"""The matrix scan on a GPU: Triton against the specification in fp64, then its time.
+"""The matrix scan on a GPU: Triton against the reference in fp64, then its time.
 
     python -m benchmarks.gpu.matrix_scan [out.json]        # about a minute on one H100, most of it compiling
 

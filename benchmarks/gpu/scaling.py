@@ -1,13 +1,14 @@
-"""Training on two GPUs against one, with the numbers that docs/scaling.md tells:
+"""Trains on one and on two GPUs, for the measured numbers of docs/scaling.md.
 
     python -m benchmarks.gpu.scaling --output docs/results/scaling.json      # about 3 minutes on two H100
     python -m benchmarks.gpu.scaling --table docs/results/scaling.json       # its Markdown
     python -m benchmarks.gpu.scaling --device cpu --output scaling.json # a rehearsal, with a tiny model
 
-Rows are random words, so no corpus is needed. One process measures one GPU; then two, started by our launcher
-with recipes/accelerate/ddp.yaml, train by DDP and by FSDP2 in turn. FSDP2's residual stream is bf16, as its
-parameters are, so one GPU is measured with that too: like is compared with like. Before that, a small model
-in fp32 shows that the three agree, and that a run saved and resumed under FSDP2 is the run that was not.
+Rows are random words, so no corpus is needed. One process measures one GPU; then two processes, started by
+this project's launcher with recipes/accelerate/ddp.yaml, train with DDP and then with FSDP2. FSDP2's residual
+stream is bf16, like its parameters, so one GPU is also measured that way: like is compared with like. Before
+that, a small model in fp32 checks that the three agree, and that a run saved and resumed under FSDP2 equals
+one that was not.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The tables and pictures of the documentation, made from the rows in docs/results."""
+"""Makes the tables and plots of the documentation from the rows in docs/results."""

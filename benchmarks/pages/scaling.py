@@ -1,5 +1,5 @@
-"""Scaling on paper: the tables of docs/scaling.md, from docs/results/scaling-pieces.json; those of what was
-measured from docs/results/scaling.json.
+"""Makes the tables of docs/scaling.md: measured ones from scaling.json, calculated ones from
+scaling-pieces.json.
 
     python -m benchmarks.pages.scaling            print the tables
     python -m benchmarks.pages.scaling --write    put them into docs/scaling.md, between the marks

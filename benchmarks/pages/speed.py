@@ -1,4 +1,4 @@
-"""The tables of speed: rows of docs/results as Markdown, with the file, commit and command of each.
+"""Tables of speed: rows of docs/results as Markdown, with file, commit and command of each.
 
 A ratio is tokens/s of bd-m4 over the peer's: above 1, bd-m4 is faster.
 """

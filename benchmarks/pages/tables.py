@@ -1,4 +1,4 @@
-"""The tables of measured numbers, from the rows in docs/results: no number of theirs is written by hand.
+"""Makes the tables of measured numbers from the rows in docs/results; no number is written by hand.
 
 python -m benchmarks.pages.tables            print the tables
 python -m benchmarks.pages.tables --write    put them between the marks of README.md, docs/performance.md

@@ -1,4 +1,4 @@
-"""The list of modules in docs/tour.md, from the first sentence of each module's docstring.
+"""Makes the list of modules in docs/tour.md from the first sentence of each module's docstring.
 
 python -m benchmarks.pages.tree            print it
 python -m benchmarks.pages.tree --write    put it into docs/tour.md
