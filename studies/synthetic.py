@@ -116,7 +116,7 @@ def _stages(text: str) -> list[tuple[int, int]]:
     if not all(
         len(pair) == 2 and all(number.isdecimal() and int(number) for number in pair) for pair in pairs
     ):
-        raise ValueError(f"--short {text}: pairs of length and steps are wanted, as in 4:600,8:400")
+        raise ValueError(f"--short {text}: expected pairs of length and steps, as in 4:600,8:400")
     return [(int(length), int(steps)) for length, steps in pairs]
 
 
