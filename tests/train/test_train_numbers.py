@@ -178,6 +178,18 @@ def test_nothing_of_a_run_is_left_at_work(build: Build) -> None:
         assert trainer.metrics._file.closed
 
 
+def test_stacks_are_due_after_the_minutes_of_a_stall_until_the_run_ends(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("lrnn_lm.train.watch._has_descriptor", lambda: True)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: calls.append(seconds))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: calls.append("cancelled"))
+    build("train.tokens=1024", "train.stall_minutes=3").run()
+    assert calls[-1] == "cancelled"
+    assert set(calls[:-1]) == {180}
+
+
 def test_the_slowest_rank() -> None:
     assert straggler([1.0, 1.1, 0.9, 2.2]) == {"slowest_rank": 3, "slowdown": pytest.approx(2.2)}
     assert straggler([1.0, 1.1, 0.9, 1.2]) == {}
