@@ -210,7 +210,7 @@ def _training_error(error: Exception, recipe: TokenizerRecipe) -> DataError:
     if found := re.search(r"too high \(\d+\).*?<= (\d+)", text):
         return DataError(
             f"tokenizer vocab_size {recipe.vocab_size} is larger than the training text can fill; "
-            f"the largest that works is {found[1]}"
+            f"the largest that works is {found[1]}: set model.vocab_size={found[1]}"
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
         return DataError(

@@ -34,7 +34,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
     Args:
         hidden_size: D.
-        num_blocks: N; None for as many as make N M = D.
+        num_blocks: N; None for D // M.
         block_size: M.
         gate: name of the gate function, see `kernels.gates`.
         gate_std: initial standard deviation of the gate logits; None: W_z starts like any other matrix.

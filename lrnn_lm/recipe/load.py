@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
 from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
-from .schema import Recipe
+from .schema import FILE_KEYS, SOURCE_KEYS, Recipe
 
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
@@ -150,6 +150,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
     parent = settle(data.pop("extends", None), str | None)
     _upgrade(data.get("model"))
+    for name, source in _sources(data).items():
+        if source.keys() >= FILE_KEYS:  # stored by a run, perhaps of a version that kept keys without a use
+            data = _with_source(data, name, _read_by_type(source, source.get("type")))
     if parent is None:
         return data
     if not isinstance(parent, str):
@@ -159,8 +162,13 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Apply `put` to `below`; drop options that `below` gave to mixer types which are gone afterwards."""
+    """Apply `put` to `below`; drop what `below` gave to mixer and source types that are gone afterwards."""
     changed = put(below)
+    for name, source in _sources(below).items():
+        now = _sources(changed).get(name, {}).get("type")
+        if now != source.get("type"):
+            below = _with_source(below, name, _read_by_type(source, now))
+            changed = put(below)
     gone = _options_read(below) - _options_read(changed)
     model = below.get("model")
     mixer = model.get("mixer") if isinstance(model, dict) else None
@@ -168,6 +176,23 @@ def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any
         return changed
     kept = {key: value for key, value in mixer.items() if key not in gone}
     return put({**below, "model": {**model, "mixer": kept}})
+
+
+def _sources(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sources in unchecked data, by the name of their section."""
+    section = data.get("data")
+    section = section if isinstance(section, dict) else {}
+    return {name: s for name, s in section.items() if name.endswith("source") and isinstance(s, dict)}
+
+
+def _with_source(data: dict[str, Any], name: str, source: dict[str, Any]) -> dict[str, Any]:
+    return {**data, "data": {**data["data"], name: source}}
+
+
+def _read_by_type(source: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """A source without the keys of files that a source of type `kind` does not read."""
+    unread = FILE_KEYS - SOURCE_KEYS.get(kind, FILE_KEYS) if isinstance(kind, str) else set()
+    return {key: value for key, value in source.items() if key not in unread}
 
 
 def _options_read(data: dict[str, Any]) -> set[str]:

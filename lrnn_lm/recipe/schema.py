@@ -124,7 +124,25 @@ class SourceSection(Section):
             )
         if not synthetic and self.type != "python-docs" and not self.path:
             raise ValueError(f"source type {self.type!r} needs a path")
+        for key in FILE_KEYS - SOURCE_KEYS[self.type]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                types = [kind for kind, keys in SOURCE_KEYS.items() if key in keys]
+                raise ValueError(
+                    f"source type {self.type!r} does not read {key}={getattr(self, key)!r}; "
+                    f"set type to one of {', '.join(types)}"
+                )
         return self
+
+
+FILE_KEYS = {"path", "name", "split", "text_field"}
+SOURCE_KEYS: dict[str, set[str]] = {  # those of them that each type reads
+    "python-docs": set(),
+    "text": {"path"},
+    "jsonl": {"path", "text_field"},
+    "parquet": {"path", "text_field"},
+    "hf": FILE_KEYS,
+    "synthetic": set(),
+}
 
 
 class CurriculumStage(Section):

@@ -42,7 +42,8 @@ def check_pushed(names: dict) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained("hub/NAME/small")("Return the", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained("hub/NAME/small")
+    ids = tokenizer(tokenizer.bos_token + "Return the", return_tensors="pt").input_ids
     assert torch.equal(ids, names["inputs"].input_ids)
     trained = AutoModelForCausalLM.from_pretrained("runs/tuned/final")
     assert torch.equal(names["pushed"](ids).logits, trained(ids).logits)

@@ -40,6 +40,55 @@ def test_extends_and_overrides(tmp_path):
     assert (got.train.tokens, got.optim.lr, got.eval.tasks) == (20_000_000, 1e-3, [])
 
 
+@pytest.mark.parametrize("key", ["path: corpus/*.txt", "split: test", "text_field: body", "name: small"])
+@pytest.mark.parametrize("kind", ["python-docs", "text"])
+def test_a_key_that_the_source_would_ignore_is_refused(tmp_path, key, kind):
+    """Else a run would be trained on other text than its recipe names."""
+    name = key.partition(":")[0]
+    source = f"type: {kind}" + (", path: x" if kind == "text" and name != "path" else "")
+    path = write(tmp_path, "r.yaml", f"data: {{source: {{{source}, {key}}}}}\n")
+    if kind == "text" and name == "path":
+        assert load_recipe(path).data.source.path == "corpus/*.txt"
+        return
+    with pytest.raises(
+        RecipeError, match=rf"data\.source: source type '{kind}' does not read {name}=.*jsonl|hf"
+    ):
+        load_recipe(path)
+
+
+def test_a_path_alone_does_not_change_the_source():
+    with pytest.raises(
+        RecipeError, match=r"source type 'python-docs' does not read path='corpus/.*text, jsonl"
+    ):
+        load_recipe("recipes/demo.yaml", ["data.source.path=corpus/*.txt"])
+    with pytest.raises(RecipeError, match="does not read path"):
+        load_recipe("recipes/small.yaml", ["data.source.type=python-docs", "data.source.path=corpus/*.txt"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_another_type_of_source_leaves_what_it_does_not_read(tmp_path, order):
+    hub = write(
+        tmp_path, "hub.yaml", "data: {source: {type: hf, path: owner/set, name: small, split: test}}\n"
+    )
+    overrides = ["data.source.type=text", "data.source.path=mine.txt"][::order]
+    for path in (hub, write(tmp_path, "top.yaml", "extends: hub.yaml\n")):
+        source = load_recipe(path, overrides).data.source
+        assert (source.type, source.path, source.name, source.split) == ("text", "mine.txt", None, "train")
+        assert load_recipe(path, ["data.source.type=python-docs"]).data.source.path is None
+    top = write(tmp_path, "top.yaml", "extends: hub.yaml\ndata: {source: {type: jsonl, path: a.jsonl}}\n")
+    assert load_recipe(top).data.source.name is None
+    source = load_recipe(hub, ["data.source.limit=3"]).data.source
+    assert (source.name, source.split, source.limit) == ("small", "test", 3)
+
+
+def test_a_stored_source_may_hold_what_it_does_not_read(tmp_path):
+    """As older versions stored it where an override had changed the type: the run can resume."""
+    stored = yaml.safe_load(dump_recipe(load_recipe("recipes/demo.yaml")))
+    stored["data"]["source"] |= {"path": "owner/set", "name": "small", "split": "test"}
+    source = load_recipe(write(tmp_path, "recipe.yaml", yaml.safe_dump(stored))).data.source
+    assert (source.type, source.path, source.name, source.split) == ("python-docs", None, None, "train")
+
+
 def test_override_makes_the_sections_that_are_not_there(tmp_path):
     path = write(tmp_path, "r.yaml", "name: other\n")
     got = load_recipe(path, ["name=renamed", "data.source.type=text", "data.source.path=a=b.txt"])
