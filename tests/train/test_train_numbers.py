@@ -122,8 +122,23 @@ def test_looking_changes_nothing(build: Build) -> None:
 
 
 def test_the_pulse(build: Build) -> None:
-    trainer = build()
+    """Told at once where a long wait begins, and at the end."""
+    trainer, told = build("checkpoint.background=false"), {}
+    save, forward = trainer.saver.begin, trainer.forward
+
+    def look() -> None:
+        pulse = json.loads((trainer.folder / "heartbeat.json").read_text())
+        told.setdefault(pulse["doing"], set()).add(pulse["step"])
+
+    def looking(*args: Any, **options: Any) -> Any:
+        if not trainer.model.training:
+            look()
+        return forward(*args, **options)
+
+    trainer.saver.begin = lambda *args, **options: (look(), save(*args, **options))
+    trainer.forward = looking
     trainer.run()
+    assert told == {"saving": {4, 8, 12}, "validating": {5, 10, 12}}
     pulse = json.loads((trainer.folder / "heartbeat.json").read_text())
     assert (pulse["step"], pulse["tokens"], pulse["doing"]) == (12, 12 * 512, "finished")
     assert abs(time.time() - pulse["time"]) < 30

@@ -58,6 +58,7 @@ def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
             like = expected[key][kind]
             assert (value.shape, value.dtype, value.device) == (like.shape, like.dtype, like.device)
             assert not like.any()
+            assert not like.requires_grad
     held = sum(value.nbytes for state in optimizers[0].state.values() for value in state.values())
     assert state_bytes(plain.to("meta"), section) == held
 
