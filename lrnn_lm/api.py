@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .recipe import Recipe
+    from .train.loop import Trainer
     from .train.stop import StopSignal
 
 HOMES = {  # name: module; `train` and `evaluate` are packages that can be called
@@ -59,35 +62,39 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
     try:
         with StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
-            return train_and_score(loaded, stop)
+            from .train.build import build_trainer
+
+            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded))
+            return score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
 
 
-def train_and_score(recipe: "Recipe", stop: "StopSignal") -> Path:
-    """Train to the end of the budget, score, and write the run's card; returns the last checkpoint."""
+def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":
+    """Check that a run can be scored on its `eval.tasks`; returns the check of its folder for build_trainer.
+
+    Raises ValueError: hours of training later would be too late.
+    """
     from .runs.layout import RunFolder
-    from .train.build import build_trainer
 
-    check = None
-    if recipe.eval.tasks:
-        from .evaluate import check_tasks
-        from .evaluate.tasks.synthetic import check_answerable
+    if not recipe.eval.tasks:
+        return None
+    from .evaluate import check_tasks
+    from .evaluate.tasks.synthetic import check_answerable
 
-        check_tasks(recipe.eval.tasks)  # hours of training later is too late
-        source = recipe.data.source
-        if source.type == "synthetic":
-            check_answerable(recipe.eval.tasks, source.task or "", source.options)
+    check_tasks(recipe.eval.tasks)
+    source = recipe.data.source
+    if source.type == "synthetic":
+        check_answerable(recipe.eval.tasks, source.task or "", source.options)
+    return lambda folder: check_tasks(recipe.eval.tasks, RunFolder(folder).heldout)
 
-        def check(folder: Path) -> None:
-            check_tasks(recipe.eval.tasks, RunFolder(folder).heldout)
 
-    trainer = build_trainer(recipe, stop=stop, check=check)
-    before = trainer.position.step
-    checkpoint = trainer.run(stop)
+def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
+    """On the main rank: score a trained run on its `eval.tasks`, write its card. Returns the checkpoint."""
+    recipe = trainer.recipe
     if not trainer.accelerator.is_main_process:
         return checkpoint
-    what = "was trained already" if before >= recipe.total_steps else "is trained"
+    what = "was trained already" if trainer.first_step >= recipe.total_steps else "is trained"
     print(f"{recipe.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card

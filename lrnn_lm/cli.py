@@ -97,10 +97,13 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     try:
         with StopSignal() as stop:
             stop.hold()  # a signal during an import would be reported as that import's error
-            from .api import train_and_score
+            from .api import score_run, task_check
             from .recipe import load_recipe
+            from .train.build import build_trainer
 
-            train_and_score(load_recipe(recipe, overrides), stop)
+            loaded = load_recipe(recipe, overrides)
+            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded))
+            score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)

@@ -18,7 +18,7 @@ import torch
 
 from lrnn_lm.kernels.scan import triton_launch, triton_scans  # noqa: F401  (the latter defines the ops)
 from lrnn_lm.kernels.scan.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
-from lrnn_lm.kernels.scan.triton_ops import rows_like
+from lrnn_lm.kernels.scan.triton_scans import rows_like
 
 from .. import measure
 from ..kernels import scan_backward

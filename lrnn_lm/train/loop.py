@@ -84,6 +84,7 @@ class Trainer:
         self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
         self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
         self.stalled = 0.0  # seconds that training waited for a checkpoint since the last logged step
+        self.first_step = position.step  # where this process began
         self.saved_step = position.step if position.step else -1
         self._save_pending = False  # a save came due during bad steps
 

@@ -1,12 +1,16 @@
 """One step: the loss it reports, accumulation, ranks, the guard against non-finite steps, golden losses."""
 
+import importlib.util
 import json
 import math
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -15,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 from trainers import Build, main_exits, send_at
 
+import lrnn_lm
 from lrnn_lm.data import validation_batches
 from lrnn_lm.data.pack import PackedRows, collate
+from lrnn_lm.kernels import block_diagonal_scan
 from lrnn_lm.runs.checkpoint import list_checkpoints, read_position
 from lrnn_lm.train.loop import StepResult, Trainer
 from lrnn_lm.train.stop import Stopped
@@ -251,3 +257,39 @@ def test_golden_losses(build: Build) -> None:
 def assert_close_losses(found: list, expected: list, tolerance: float) -> None:
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=tolerance)
+
+
+@contextmanager
+def files_down_to(last: str) -> Iterator[list[str]]:
+    """The package's files on the stack, outermost first, when a function of `last` is first called."""
+    package, found = Path(lrnn_lm.__file__).parent, []
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename == str(package / last) and not found:
+            stack = [Path(f.filename) for f in traceback.extract_stack(frame)]
+            inside = [str(file.relative_to(package)) for file in stack if file.is_relative_to(package)]
+            if "kernels/dispatch.py" in inside:
+                found.extend(dict.fromkeys(inside))
+                sys.setprofile(None)
+
+    sys.setprofile(profile)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def test_the_files_from_the_command_to_the_scan(recipe: Path, tmp_path: Path) -> None:
+    """What a reader has to open: seven files for a CPU, eight for a GPU (here in the interpreter)."""
+    short = ("train.tokens=64", "train.tokens_per_step=64", "train.micro_batch=1", "data.sequence_length=8")
+    with files_down_to("kernels/torch_scan.py") as files:
+        main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}", *short)
+    step = ["cli.py", "train/loop.py", "model/modeling.py", "model/layers.py", "mixers/bd_lru.py"]
+    assert files == [*step, "kernels/dispatch.py", "kernels/torch_scan.py"]
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    with files_down_to("kernels/scan/block_diagonal_kernels.py") as files:
+        block_diagonal_scan(torch.zeros(1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1), backend="triton")
+    assert files == [
+        "kernels/dispatch.py", "kernels/scan/triton_scans.py", "kernels/scan/block_diagonal_kernels.py"
+    ]  # fmt: skip
