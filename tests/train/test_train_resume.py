@@ -130,6 +130,17 @@ def test_a_signal_saves_at_that_step_and_exits_85(
     assert_same_run(resumed.folder, straight)
 
 
+def test_a_finished_run_is_left_as_it_is(build: Build) -> None:
+    """It is neither validated nor saved again."""
+    folder = build("train.tokens=512").run().parents[1]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "heartbeat.json"]
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in files if "metrics" not in path.name}
+    lines = metrics(folder)
+    build("train.tokens=512").run()
+    assert metrics(folder) == lines
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in before} == before
+
+
 def test_killed_after_a_validation_that_was_redone(build: Build, straight: Path) -> None:
     """Stopped within the validation of step 5, resumed, and killed right after that: no line stands twice."""
     first = build()
