@@ -130,7 +130,7 @@ def test_a_signal_saves_at_that_step_and_exits_85(
     assert_same_run(resumed.folder, straight)
 
 
-def test_a_finished_run_is_left_as_it_is(build: Build) -> None:
+def test_a_run_that_is_at_its_end_already_does_nothing(build: Build) -> None:
     """It is neither validated nor saved again."""
     folder = build("train.tokens=512").run().parents[1]
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "heartbeat.json"]
