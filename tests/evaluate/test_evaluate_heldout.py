@@ -51,6 +51,12 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
         heldout.read_documents(path)
 
 
+def test_blank_lines_are_no_documents(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('\n{"text": "a"}\n \t\n{"text": ""}\n{"text": "b"}')
+    assert heldout.read_documents(path) == ["a", "b"]
+
+
 @pytest.mark.parametrize(("max_bytes", "read"), [(1, 1), (3, 1), (4, 2), (8, 2), (9, 3)])
 def test_reading_stops_at_the_document_that_reaches_the_budget(tmp_path, write_documents, max_bytes, read):
     path = write_documents(tmp_path / "d.jsonl", ["abc", " ", "défg", "the rest"])

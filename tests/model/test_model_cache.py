@@ -85,6 +85,18 @@ def test_whose_state_it_is():
 
 
 @torch.no_grad()
+def test_a_state_that_nobody_signed_is_taken_by_its_size():
+    """As from a cache that was filled by hand."""
+    model, ids = small_model("bd_lru"), tokens(length=9)
+    cache = prefilled(model, ids[:, :6])
+    for layer in cache.layers:
+        del layer.mixer_type
+        assert caches.state_mixer(layer) is None
+    got = model(ids[:, 6:], past_key_values=cache, use_cache=True).logits
+    close(got, model(ids).logits[:, 6:], SUMS)
+
+
+@torch.no_grad()
 def test_whose_keys_they_are():
     """Of attention: two heads of 8, a key and a value a token."""
     model = small_model("attention")

@@ -206,6 +206,15 @@ def test_a_head_that_is_no_plain_matrix_has_the_same_loss(ignored, dtype):
     close(got, cross_entropy(logits.float(), labels), 0)
 
 
+def test_a_single_target_counts_once():
+    hidden, weight, labels = case(1.0)
+    labels[1, 2] = 5
+    logits = hidden @ weight.t()
+    want = F.cross_entropy(logits[1, 2], labels[1, 2])
+    close(linear_cross_entropy(hidden, weight, labels), want, SUMS)
+    close(cross_entropy(logits, labels), want, SUMS)
+
+
 @pytest.mark.parametrize("kind", ["labels", "shift_labels"])
 def test_labels_of_another_dtype(kind):
     model, ids = small_model("bd_lru"), tokens()

@@ -56,8 +56,10 @@ def damage(folder: Path) -> None:
 
 
 def test_what_is_published_is_whole_and_names_every_file(tmp_path: Path) -> None:
+    assert checkpoint.latest_name(tmp_path) == "none"
     folder = save(tmp_path, 3)
     assert folder == tmp_path / "step-00000003"
+    assert checkpoint.latest_name(tmp_path) == folder.name
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {*FILES, "trainer/manifest.json"}
     assert checkpoint.named_files(folder) == set(FILES)

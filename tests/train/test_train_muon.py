@@ -57,6 +57,21 @@ def test_a_step_is_that_of_each_plane_alone(name: str) -> None:
         assert planes[gates] == model.model.layers[0].mixer.block_size + 1
 
 
+def test_the_second_step_goes_by_both_gradients() -> None:
+    """Nesterov: the second gradient, and the momentum after it a step ahead."""
+    model = with_gradients(small_model("h_lru"))
+    optimizer = make_optimizer(model, settings(), CPU)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    first = weight.grad.clone()
+    optimizer.step()
+    before = weight.detach().clone()
+    with_gradients(model, seed=4)
+    optimizer.step()
+    ahead = weight.grad + MOMENTUM * (MOMENTUM * first + weight.grad)
+    update = 0.02 * 0.2 * max(weight.shape) ** 0.5 * orthogonalised(ahead[None])[0]
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.02 * 0.1) - update, rtol=0, atol=1e-5)
+
+
 def test_what_is_no_layer_matrix_moves_as_under_adamw() -> None:
     ours, theirs = with_gradients(small_model("hybrid")), with_gradients(small_model("hybrid"))
     make_optimizer(ours, settings(), CPU).step()

@@ -130,6 +130,15 @@ def test_a_signal_saves_at_that_step_and_exits_85(
     assert_same_run(resumed.folder, straight)
 
 
+def test_a_run_that_is_at_its_end_already_does_nothing(build: Build) -> None:
+    """It is neither validated nor saved again."""
+    last = build("train.tokens=512").run()
+    lines, before = metrics(last.parents[1]), {path: path.stat().st_ino for path in last.rglob("*")}
+    build("train.tokens=512").run()
+    assert metrics(last.parents[1]) == lines
+    assert {path: path.stat().st_ino for path in last.rglob("*")} == before
+
+
 def test_killed_after_a_validation_that_was_redone(build: Build, straight: Path) -> None:
     """Stopped within the validation of step 5, resumed, and killed right after that: no line stands twice."""
     first = build()
