@@ -116,7 +116,7 @@ WRITES = [through_data, other_data, other_storage, in_inference_mode, foreach, f
 @torch.no_grad()
 def test_the_next_step_has_the_new_weights(write, device):
     pytest.importorskip("triton")
-    model, ids = small_model("bd_lru", num_hidden_layers=2).to(device), tokens(rows=1, length=7).to(device)
+    model, ids = small_model("bd_lru", num_hidden_layers=1).to(device), tokens(rows=1, length=7).to(device)
 
     def by_step():
         cache = prefilled(model, ids[:, :6])
