@@ -114,3 +114,8 @@ def test_registered_in_any_order(imports):
         "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
     )
     assert python(code) == "LRNNConfig LRNNForCausalLM"
+
+
+def test_modules_that_moved_are_found_under_their_old_names():
+    code = "from lrnn_lm.model import decode; print(decode.__name__, callable(decode.decode_step))"
+    assert python(code) == "lrnn_lm.model.decoding.decode True"

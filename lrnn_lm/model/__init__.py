@@ -24,9 +24,12 @@ _HOMES = {
     "save_states": "states",
 }
 __all__ = list(_HOMES)
+_MOVED = {"decode": "decoding.decode"}  # modules that are used from outside under their old names
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MOVED:
+        return importlib.import_module(f".{_MOVED[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
