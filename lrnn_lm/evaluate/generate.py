@@ -41,7 +41,7 @@ def generate(
     set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
     same machine; the caller's random state stays as it was. trust_remote_code: let the folder run its own
     code. Raises ValueError for a number out of range, an unreadable file, a text longer than the model takes,
-    or a folder that is no checkpoint.
+    or a folder without a checkpoint.
 
     Example:
         >>> from lrnn_lm import generate

@@ -70,7 +70,7 @@ def evaluate(
             others return {}.
 
     The caller's random state, the model's mode and its device stay as they were. Raises ValueError for an
-    unknown task, data that is not to be had, a limit below 1, or a folder that is no checkpoint.
+    unknown task, missing data, a limit below 1, or a folder without a checkpoint.
 
     Example:
         >>> from lrnn_lm import evaluate

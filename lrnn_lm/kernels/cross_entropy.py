@@ -33,7 +33,7 @@ def _nats_kernel(
         for start in range(0, V, BLOCK):
             tl.store(at + start + lanes, tl.zeros([BLOCK], logits.dtype.element_ty), mask=start + lanes < V)
     else:
-        # NaN rather than a wrong number for a label that is no column.
+        # A label outside 0 .. V-1 gives NaN, not a wrong number.
         hit = tl.load(at + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
         # One pass for both maximum and sum: the sum so far is rescaled when a larger logit comes. In powers
         # of two.

@@ -15,6 +15,7 @@ from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
 from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
 from .schema import FILE_KEYS, SOURCE_KEYS, Recipe
 
+_STORED_SOURCE = FILE_KEYS | {"limit", "examples", "options"}  # by which a recipe that a run stored is known
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
@@ -151,7 +152,9 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     parent = settle(data.pop("extends", None), str | None)
     _upgrade(data.get("model"))
     for name, source in _sources(data).items():
-        if source.keys() >= FILE_KEYS:  # stored by a run, perhaps of a version that kept keys without a use
+        if (
+            source.keys() >= _STORED_SOURCE
+        ):  # stored by a run, perhaps of a version that kept keys without a use
             data = _with_source(data, name, _read_by_type(source, source.get("type")))
     if parent is None:
         return data

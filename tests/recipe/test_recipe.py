@@ -65,6 +65,13 @@ def test_a_path_alone_does_not_change_the_source():
         load_recipe("recipes/small.yaml", ["data.source.type=python-docs", "data.source.path=corpus/*.txt"])
 
 
+def test_all_keys_of_files_by_hand_are_refused_too(tmp_path):
+    keys = "path: x, name: n, split: test, text_field: body"
+    path = write(tmp_path, "r.yaml", f"data: {{source: {{type: python-docs, {keys}}}}}\n")
+    with pytest.raises(RecipeError, match="'python-docs' does not read"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_another_type_of_source_leaves_what_it_does_not_read(tmp_path, order):
     hub = write(

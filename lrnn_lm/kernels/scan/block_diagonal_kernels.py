@@ -132,7 +132,7 @@ def forward_kernel(
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
-    # [WIDTH * P] pointers. The batch's offset is the one stride that is no constant: without `multiple_of`
+    # [WIDTH * P] pointers. Only the batch's offset is not a compile-time constant: without `multiple_of`
     # loads would be one element wide and not prefetched.
     a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
     z_at = a_at + (q * (M // SHARE) - M) * G_K  # this lane's taps

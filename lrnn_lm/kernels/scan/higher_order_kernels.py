@@ -142,7 +142,7 @@ def forward_kernel(
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
-    # [WIDTH * P] pointers. The batch's offset is the one stride that is no constant: without `multiple_of`
+    # [WIDTH * P] pointers. Only the batch's offset is not a compile-time constant: without `multiple_of`
     # loads would be one element wide and not prefetched.
     a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (n * G_N + M * G_K)  # the input gate
     z_at = a_at + (q * TAPS - M) * G_K  # this lane's taps
