@@ -73,15 +73,16 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def runs_of(plan: dict[str, Any], only: set[str] | None = None) -> list[Run]:
-    """Every run of the plan's waves, in order."""
+    """Every run of the plan's waves, in order; of a wave, all contenders before the next seed."""
+    # A contender's second seed finds its kernels compiled.
     runs: dict[str, Run] = {}
     for wave in plan["waves"]:
         if only and wave["name"] not in only:
             continue
         size = plan["sizes"][wave["size"]]
-        for contender in wave["contenders"]:
-            model, parameters = fitted(plan["contenders"][contender], size)
-            for seed in wave.get("seeds", [0]):
+        models = {name: fitted(plan["contenders"][name], size) for name in wave["contenders"]}
+        for seed in wave.get("seeds", [0]):
+            for contender, (model, parameters) in models.items():
                 for lr in wave["rates"]:
                     own = plan["contenders"][contender].get("set", ())
                     overrides = (*wave.get("set", ()), *own)

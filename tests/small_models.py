@@ -28,6 +28,7 @@ MIXER_ROWS = {
         "short_conv": 3,
         "output_gate": False,
         "head_norm": False,
+        "keys": True,
     },
     "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},

@@ -5,7 +5,8 @@
     out_t = W_o (norm(y_t) * silu(W_g x_t))
 
 A head has K slots in blocks of M and V columns: K V numbers of state for K (M + 1) gates. With M = 1 it is
-HGRN2 (arXiv 2404.07904).
+HGRN2 (arXiv 2404.07904). With `keys` a write has a signed address: k_t is multiplied by norm(W_u x_t), as the
+keys of gated linear attention (arXiv 2312.06635); numbers of S may then exceed those of v.
 
 Legend: B batch, T time, D model width, H heads, K slots a head, M slots a block, V columns a head; W reach of
 the convolution.
@@ -52,6 +53,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         short_conv: reach W in tokens of a short convolution of the input; None for none.
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
+        keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         short_conv: Reach | None = None,
         output_gate: bool | None = None,
         head_norm: bool = True,
+        keys: bool = False,
     ):
         super().__init__()
         check_sizes(
@@ -85,6 +88,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.gate_proj = nn.Linear(hidden_size, (M + 1) * H * K)
         self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
+        self.key_proj = nn.Linear(hidden_size, H * K, bias=False) if keys else None
         self.output_gate_proj = None if output_gate is False else nn.Linear(hidden_size, H * V, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(H, V)) if head_norm else None
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
@@ -107,8 +111,11 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
     def _mix(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
         """The same without the convolution: state (B, H, K, V)."""
         H, K, V = self.head_shape
-        gates, values, queries, *output_gate = self.project(x, context.joint)
+        gates, values, queries, *more = self.project(x, context.joint)
         transitions, writes = self._coefficients(gates)
+        if self.key_proj is not None:
+            keys = more.pop(0).unflatten(-1, (H, K)).to(writes.dtype)
+            writes = writes * functional.rms_norm(keys, (K,), eps=NORM_EPS)
         y, state = matrix_scan(
             transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state,
             context.reset, self.backend,
@@ -116,13 +123,13 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         if self.norm_weight is not None:
             y = functional.rms_norm(y, (V,), eps=NORM_EPS) * self.norm_weight.to(y.dtype)
         y = y.flatten(2)
-        if output_gate:
-            y = y * functional.silu(output_gate[0])
+        if more:
+            y = y * functional.silu(more[0])
         return self.out_proj(y), state
 
     def joint_projections(self) -> list[nn.Linear]:
-        projections = [self.gate_proj, self.value_proj, self.query_proj]
-        return projections if self.output_gate_proj is None else [*projections, self.output_gate_proj]
+        optional = (self.key_proj, self.output_gate_proj)
+        return [self.gate_proj, self.value_proj, self.query_proj, *(p for p in optional if p is not None)]
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32."""

@@ -68,13 +68,13 @@ def test_a_probe_forces_its_transitions_to_their_diagonal():
 
 
 @pytest.mark.parametrize(
-    "change", [{"output_gate": False}, {"head_norm": False}, {"value_dim": None}], ids=str
+    "change", [{"output_gate": False}, {"head_norm": False}, {"value_dim": None}, {"keys": True}], ids=str
 )
 def test_options_change_the_output_and_their_parameters(change):
     plain, other, x = made(SPEC), made(SPEC | change), torch.randn(2, 5, 16)
-    names = {name for name, _ in plain.named_parameters()} - {name for name, _ in other.named_parameters()}
-    gone = {"output_gate": "output_gate_proj.weight", "head_norm": "norm_weight"}
-    assert names == {gone[option] for option in change if option in gone}
+    names = {name for name, _ in plain.named_parameters()} ^ {name for name, _ in other.named_parameters()}
+    own = {"output_gate": "output_gate_proj.weight", "head_norm": "norm_weight", "keys": "key_proj.weight"}
+    assert names == {own[option] for option in change if option in own}
     y, state = other(x, None, SequenceContext())
     assert state.shape == (2, 2, 8, 8 if "value_dim" in change else 4)
     assert other.state_elements(9) == state[0].numel()
