@@ -6,7 +6,8 @@ PLAN is YAML: `sizes` (a parameter budget and what every model of that size shar
 `waves` (which contenders, at which tokens, learning rates and seeds), run in this order. The width of its
 SwiGLU brings a contender to the parameters of its size, in steps of 16. Each run is `lrnn train` with
 overrides. When it ends, its row (settings, held-out bits per byte at each validation, device, commit) is
-appended to ROWS. A run whose row exists is not repeated; an unfinished run resumes from its checkpoint.
+appended to ROWS. A run whose row exists is not repeated; an unfinished run resumes from its checkpoint, and
+so does, once, a run that failed.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.recipe import load_recipe
 
 STEP = 16  # the SwiGLU's width is a multiple of it
+STOPPED = 85  # exit code of a run that saved and stopped on a signal
 TOLERANCE = 0.005  # parameters may differ by this share
 
 
@@ -154,7 +156,7 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
     speeds = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
     row["curve"] = [[step, round(bits, 5)] for step, bits in validations]
     row["tokens_per_second_shared"] = round(speeds[len(speeds) // 2]) if speeds else None
-    if code == 85:
+    if code == STOPPED:
         row["failed"] = f"cut by the budget at step {lines[-1]['step'] if lines else 0}"
     elif code == 0 and validations:
         row["bits_per_byte"] = validations[-1][1]
@@ -203,30 +205,18 @@ class Pool:
         if time.time() > self.deadline - 15:
             return
         device = self.devices.get()
+        log = self.runs / f"{run.name}.log"
+        log.unlink(missing_ok=True)
+        began = time.time()
         try:
-            self._train(run, device)
+            code = self._train(run, device, log)
+            if failed := code not in (0, STOPPED) and time.time() < self.deadline - 15:
+                code = self._train(run, device, log)  # on from its last checkpoint
         finally:
             self.devices.put(device)
-
-    def _train(self, run: Run, device: str) -> None:
-        log = self.runs / f"{run.name}.log"
-        began = time.time()
-        environment = {**os.environ, "OMP_NUM_THREADS": self.threads}
-        if device:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command(run, self.recipe, self.data, self.runs, self.more),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-            try:
-                code = process.wait(max(1.0, self.deadline - time.time()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
-                code = process.wait()
         row = result(run, self.runs / run.name, time.time() - began, self.workers, code, log)
+        if failed:
+            row["restarts"] = 1
         with self.lock, self.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         bits = row.get("bits_per_byte")
@@ -235,6 +225,24 @@ class Pool:
             f"{row['tokens_per_second_shared']} tokens/s, SwiGLU {run.model['intermediate_size']})",
             flush=True,
         )
+
+    def _train(self, run: Run, device: str, log: Path) -> int:
+        """Train until the run or the budget ends; the exit code."""
+        environment = {**os.environ, "OMP_NUM_THREADS": self.threads}
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                command(run, self.recipe, self.data, self.runs, self.more),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            try:
+                return process.wait(max(1.0, self.deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
+                return process.wait()
 
 
 def main() -> None:
