@@ -167,7 +167,7 @@ class LRNNModel(LRNNPreTrainedModel):
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
 
 
-class LRNNForCausalLM(LRNNPreTrainedModel, LRNNGenerationMixin):
+class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin first: it replaces methods
     """The language model: LRNNModel and a linear head, tied to the embedding if the config says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
