@@ -19,6 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 COMPILED: list[str] = []
+SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 SPILLED: list[int] = []  # bytes of memory that a lane of each took for what its registers do not hold
 
 
@@ -44,6 +45,7 @@ def compile_instead(kernel: JITFunction, grid):
         if sum(len(cache[0]) for cache in kernel.device_caches.values()) > before:
             COMPILED.append(f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}")
             SPILLED.append(stack_bytes(compiled.asm["cubin"]))
+            assert compiled.metadata.shared <= SHARED_MEMORY, (COMPILED[-1], compiled.metadata.shared)
 
     return call
 
@@ -108,11 +110,11 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
         )  # fmt: skip
 
 
-def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool) -> None:
+def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64) -> None:
     """Every kernel of the scan of a matrix-valued state, at a head's usual size."""
     from lrnn_lm.kernels.scan import matrix
 
-    B, H, K, V = 2, 2, 64, 64
+    B, H, K = 2, 2, 64
     gates = torch.zeros(B, T, M + 1, H, K)
     transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
     values, queries = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H, K, dtype=dtype)
@@ -165,6 +167,8 @@ def everything() -> None:
     launch_matrix(4, torch.bfloat16, 96, states=False)
     assert len(COMPILED) == first + 10, "another T compiled again"
     assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
+    launch_matrix(4, torch.float32, 33, states=True)  # these spill: the largest states that fit
+    launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     first = len(SPILLED)
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)

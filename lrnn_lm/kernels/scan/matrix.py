@@ -22,7 +22,6 @@ from .triton_launch import reset_flags
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
-WIDE_STATE = 16384  # bytes of a head's state, in the values' dtype, from which a program has eight warps
 
 
 class _Chunks(NamedTuple):
@@ -95,12 +94,10 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
 def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
     """Arguments of both kernels from chunk to chunk."""
     K, V = chunks.K, chunks.V
-    # The state is in the registers of one program: more warps for a large one.
-    warps = 8 if K * V * values.element_size() >= WIDE_STATE else 4
     return {
         "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
         "n_chunks": chunks.count, "H": chunks.H, "K": K, "M": chunks.M, "V": V, "KP": max(K, 16),
-        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": warps,
+        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": 4,
         "FP32": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
 

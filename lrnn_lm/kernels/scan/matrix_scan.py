@@ -17,7 +17,10 @@ from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
 TRITON_BLOCKS = (1, 2, 4, 8, 16)
-TRITON_MOST = 128  # slots of a head, and columns: the registers of one program hold a head's state
+# The products of one program need up to 159 KB of shared memory at these sizes, 258 KB or more above them. A
+# Hopper SM has 227 KB.
+TRITON_SLOTS = 64
+TRITON_COLUMN_BYTES = 256  # of a head's columns in the values' dtype
 BACKENDS = ("reference", "torch", "triton")
 
 
@@ -104,8 +107,9 @@ def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, querie
     for count, what in ((K // M, "blocks"), (V, "columns")):
         if count & (count - 1):
             return f"{count} {what} a head are not a power of two"
-    if max(K, V) > TRITON_MOST:
-        return f"a head of {K} x {V} is above {TRITON_MOST} x {TRITON_MOST}"
+    columns = TRITON_COLUMN_BYTES // values.element_size()
+    if K > TRITON_SLOTS or columns < V:
+        return f"a head of {K} x {V} is above {TRITON_SLOTS} x {columns}"
     return None
 
 
