@@ -1,6 +1,7 @@
 """Causal softmax attention with rotary positions: the Transformer baseline, and the other half of hybrids.
 
-Legend: B batch, T time, S keys (cached and new), D model width, H heads, d head width.
+Legend: B batch, T time, S keys (cached and new), D model width, H heads, G heads of keys and values, d head
+width.
 """
 
 from typing import Any
@@ -26,6 +27,10 @@ class Attention(Mixer):
     Args:
         hidden_size: D.
         num_heads: H; D / H must be even.
+        num_kv_heads: G, which divides H: H / G heads share keys and values (grouped queries, arXiv
+            2305.13245). The cache and its reading shrink by H / G. None for H.
+        use_rope: whether to rotate queries and keys by their positions. A layer without positions still sees
+            the order of tokens through the causal mask, and through the recurrent layers of a hybrid.
         rope_theta: base of the rotary frequencies.
         qk_norm: whether to divide each head's queries and keys by their root mean square before rotation,
             which bounds the scores at high learning rates (arXiv 2302.05442).
@@ -34,18 +39,27 @@ class Attention(Mixer):
     layer_type = "full_attention"
 
     def __init__(
-        self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0, qk_norm: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        use_rope: bool = True,
+        rope_theta: float = 10_000.0,
+        qk_norm: bool = False,
     ):
         super().__init__()
-        check_sizes(num_heads=num_heads)
+        check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads)
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads of even width")
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
         self.head_dim = hidden_size // num_heads
+        self.use_rope = use_rope
         self.rope_theta = rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
@@ -63,23 +77,31 @@ class Attention(Mixer):
         B, T, D = x.shape
         context = context or _context_after(x, state)
         q, k, v = (
-            proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H, T, d)
+        )  # (B, H, T, d), and keys and values (B, G, T, d)
         if self.q_norm is not None:
             q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
-        rotary = context.rotary
-        if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
-            rotary = self.rotary(context.positions)
-        q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
+        if self.use_rope:
+            rotary = context.rotary
+            if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
+                rotary = self.rotary(context.positions)
+            q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
         if state is not None:
-            k, v = state.update(k, v)  # (B, H, S, d)
+            k, v = state.update(k, v)  # (B, G, S, d)
         mask = context.attention_mask
+        # Of SDPA's fast kernels only flash attention reads groups in place: half precision, no mask.
+        grouped = self.num_kv_heads < self.num_heads
+        in_place = grouped and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        if grouped and not in_place:
+            k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
         if context.attention_weights:
             y = self.weights(q, k, mask) @ v
         else:
             causal = bool(mask is None and T > 1)  # in an exported graph a symbol, which SDPA refuses
-            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            y = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=in_place
+            )
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -93,7 +115,7 @@ class Attention(Mixer):
         return MixerCost(attention=2 * 2 * self.num_heads * self.head_dim * (context_length + 1) // 2)
 
     def state_elements(self, context_length: int) -> int:
-        return 2 * self.num_heads * self.head_dim * context_length
+        return 2 * self.num_kv_heads * self.head_dim * context_length
 
 
 def _context_after(x: Tensor, state: Any) -> SequenceContext:

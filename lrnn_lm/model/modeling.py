@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers.attention import AttentionWeights
-from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
+from ..mixers.attention import Attention, AttentionWeights
+from ..mixers.base import Rotary, SequenceContext, compute_dtype, initialise, plain_weight
 from .cache import check_cache, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decoding.built import remember
@@ -157,7 +157,7 @@ class LRNNModel(LRNNPreTrainedModel):
         check_padding(layer, batch.attention_mask, x.shape[1], past)
         if position_ids is None:
             position_ids = positions_of(batch.attention_mask, x, past)
-        rotary = self.layers[layer_idx].mixer.rotary(position_ids)
+        rotary = self._rotary(position_ids)
         visible = same_document(batch.starts, layer, past, x)
         eager = self.config._attn_implementation == "eager"
         if visible is None and batch.attention_mask is None and layer is None and not eager:
@@ -165,6 +165,11 @@ class LRNNModel(LRNNPreTrainedModel):
             return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
         mask = attention_mask_of(self.config, x, batch.attention_mask, cache, visible)
         return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
+
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        """The angles that the first rotating layer needs; None if no layer rotates."""
+        mixers = (layer.mixer for layer in self.layers)
+        return next((m.rotary(positions) for m in mixers if isinstance(m, Attention) and m.use_rope), None)
 
 
 class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin first: it replaces methods

@@ -63,6 +63,10 @@ class ModelSection(Section):
                     f"hidden_size {self.hidden_size} does not split into "
                     f"{mixer.num_heads} heads of even width"
                 )
+            if mixer.type == "attention" and mixer.num_heads % (mixer.num_kv_heads or 1):
+                raise ValueError(
+                    f"num_kv_heads {mixer.num_kv_heads} does not divide num_heads {mixer.num_heads}"
+                )
             if mixer.type == "mamba2" and mixer.expand * self.hidden_size % mixer.head_dim:
                 raise ValueError(
                     f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
