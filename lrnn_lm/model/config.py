@@ -70,6 +70,11 @@ class LRNNConfig(PreTrainedConfig):
             self.layer_pattern = [
                 mixer_options({**options, **_table("layer_pattern", entry)}) for entry in entries
             ]
+        windows = {spec.get("window") for spec in self.layer_pattern or ()} - {None}
+        if len(windows) > 1:
+            raise ValueError(
+                f"layer_pattern has windows of {sorted(windows)} tokens; a model has one size of window"
+            )
         for name in _HEADS:  # written by `to_dict`, computed from the mixers
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
@@ -88,7 +93,15 @@ class LRNNConfig(PreTrainedConfig):
         """The kind of cache layer that each layer needs; transformers' caches read this."""
         from ..mixers import mixer_class
 
-        return [mixer_class(spec["type"]).layer_type for spec in self.layer_mixers]
+        return [
+            "sliding_attention" if spec.get("window") else mixer_class(spec["type"]).layer_type
+            for spec in self.layer_mixers
+        ]
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens of attention's window, None if no layer has one; transformers' caches read this."""
+        return next((spec["window"] for spec in self.layer_mixers if spec.get("window")), None)
 
     @property
     def num_attention_heads(self) -> int:

@@ -13,6 +13,7 @@ OPTIONS = {
     "grouped": {"num_heads": 6, "num_kv_heads": 2},
     "one group": {"num_heads": 4, "num_kv_heads": 1, "qk_norm": True},
     "no positions": {"num_heads": 3, "use_rope": False},
+    "window": {"num_heads": 6, "num_kv_heads": 3, "window": 4},
 }
 
 
@@ -38,8 +39,9 @@ def formula(layer: Attention, x: Tensor) -> Tensor:
     for t in range(len(x)):
         heads = []
         for h in range(layer.num_heads):
-            keys = [part(layer.k_proj, h // shared, s, layer.k_norm) for s in range(t + 1)]
-            values = torch.stack([part(layer.v_proj, h // shared, s) for s in range(t + 1)])
+            seen = range(max(0, t + 1 - (layer.window or T)), t + 1)
+            keys = [part(layer.k_proj, h // shared, s, layer.k_norm) for s in seen]
+            values = torch.stack([part(layer.v_proj, h // shared, s) for s in seen])
             query = part(layer.q_proj, h, t, layer.q_norm)
             heads.append(torch.softmax(torch.stack(keys) @ query / d**0.5, dim=0) @ values)
         rows.append(layer.out_proj.weight @ torch.cat(heads))
