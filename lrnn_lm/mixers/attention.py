@@ -147,7 +147,7 @@ class Attention(Mixer):
             return SequenceContext(positions=positions)
         starts = torch.zeros_like(positions) if self.window is None else positions - self.window + 1
         if state is None and takes_blocks(x, self.head_dim):
-            mask = blocks_of_spans(positions, starts)
+            mask = blocks_of_spans(positions, starts, x.shape[0])
         else:
             length, offset = (T, 0) if state is None else state.get_mask_sizes(T)
             keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)

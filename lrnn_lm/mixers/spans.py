@@ -45,13 +45,13 @@ def mask_of_spans(keys: Tensor, queries: Tensor, starts: Tensor) -> Tensor:
     return ((keys >= starts) & (keys <= queries)).unsqueeze(1)
 
 
-def blocks_of_spans(keys: Tensor, starts: Tensor) -> BlockMask:
-    """The same mask for T queries that are the keys, with `keys` (B, T) and `starts` (B, T), by blocks.
+def blocks_of_spans(keys: Tensor, starts: Tensor, rows: int) -> BlockMask:
+    """The same mask by blocks, for `rows` rows of T queries that are the keys: `keys` and `starts` (B, T).
 
     Neither goes down within a row, padding aside, so the bounds of a block tell which blocks it sees.
     """
-    keys, starts = (x.int().contiguous() for x in torch.broadcast_tensors(keys, starts))
-    rows, T = keys.shape
+    keys, starts = (x.int() for x in torch.broadcast_tensors(keys, starts))
+    T = keys.shape[1]
     steps = torch.arange(-(-T // SPAN_BLOCK) * SPAN_BLOCK, device=keys.device).clamp_max(T - 1)
     key_blocks, start_blocks = (
         keys[:, steps].unflatten(1, (-1, SPAN_BLOCK)),
@@ -63,9 +63,10 @@ def blocks_of_spans(keys: Tensor, starts: Tensor) -> BlockMask:
     whole = (key_blocks.amin(2).unsqueeze(1) >= start_blocks.amax(2).unsqueeze(2)) & before
     part = some & (count <= count.unsqueeze(1)) & ~whole
 
+    keys, starts = keys.expand(rows, T), starts.expand(rows, T)
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = batch % rows
-        return (key <= query) & (keys[row, key] >= starts[row, query])
+        return (key <= query) & (keys[batch, key] >= starts[batch, query])
 
     return BlockMask.from_kv_blocks(
         *_listed(part), *_listed(whole), BLOCK_SIZE=SPAN_BLOCK, mask_mod=visible, seq_lengths=(T, T)

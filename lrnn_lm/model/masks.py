@@ -243,7 +243,7 @@ def attention_masks(
         if spans.causal and not eager:
             masks[kind] = None
         elif blocks and layer is None:
-            masks[kind] = blocks_of_spans(spans.keys, spans.starts)
+            masks[kind] = blocks_of_spans(spans.keys, spans.starts, x.shape[0])
         else:
             mask = mask_of_spans(spans.keys, spans.queries, spans.starts)
             added = torch.zeros(mask.shape, dtype=x.dtype, device=x.device) if eager else None

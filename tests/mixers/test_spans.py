@@ -36,7 +36,7 @@ def test_blocks_are_the_mask(case):
     T = case[0]
     keys, queries, starts = spans(*case)
     want = mask_of_spans(keys, queries, starts)[:, 0] & torch.ones(T, T, dtype=torch.bool).tril()
-    blocks = blocks_of_spans(keys, starts)
+    blocks = blocks_of_spans(keys, starts, len(keys))
     rows, steps = torch.arange(len(keys)).view(-1, 1, 1), torch.arange(T)
     formula = blocks.mask_mod(rows, torch.tensor(0), steps.view(1, -1, 1), steps.view(1, 1, -1))
     got = torch.zeros_like(want)
@@ -62,7 +62,7 @@ def test_attention_over_blocks(case, monkeypatch):
     shapes = [(2, heads, case[0], 16) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     keys, queries, starts = spans(*case)
-    got = attend_by_blocks(q, k, v, blocks_of_spans(keys, starts))
+    got = attend_by_blocks(q, k, v, blocks_of_spans(keys, starts, 2))
     shared = [x.repeat_interleave(2, dim=1) for x in (k, v)]
     want = functional.scaled_dot_product_attention(q, *shared, attn_mask=mask_of_spans(keys, queries, starts))
     token = (keys >= 0)[:, None, :, None]
