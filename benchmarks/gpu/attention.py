@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.attention [out.json]        # about a minute on one H100, most of it compiling
 
-A case is one layer of a model: full attention, a window, packed documents, both, those with padding. By blocks
+A case is one layer of a model: full attention, a window, packed documents, both, padding too. By blocks
 its outputs and all gradients may be twice as far from fp64 as with a mask. The exit code is 1 where they are
 further, where a window of 1,024 is not twice as fast as full attention at T 32,768, and where packed rows
 need more memory there than as many tokens at T 2,048. Every case is compiled in a process of its own, all at
