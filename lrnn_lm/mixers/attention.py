@@ -101,11 +101,13 @@ class Attention(Mixer):
         if state is not None:
             k, v = state.update(k, v)  # (B, G, S, d)
         mask = context.attention_mask if self.window is None else context.window_mask
+        by_blocks = isinstance(mask, BlockMask)
         if context.window_order is not None and self.window is not None:
             where = context.window_order[:, None, :, None].expand_as(k)
-            k, v = k.gather(2, where), v.gather(2, where)
-            state.keys, state.values = k[:, :, 1 - self.window :], v[:, :, 1 - self.window :]
-        if isinstance(mask, BlockMask):
+            kept = k.gather(2, where), v.gather(2, where)
+            state.keys, state.values = (each[:, :, 1 - self.window :] for each in kept)
+            k, v = (k, v) if by_blocks else kept
+        if by_blocks:
             y = attend_by_blocks(q, k, v, mask)
             return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
         # Of SDPA's fast kernels only flash attention reads groups in place: half precision, no mask.

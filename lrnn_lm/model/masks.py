@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from ..mixers.base import is_exported, is_traced
@@ -214,7 +214,8 @@ def attention_masks(
         x: (B, T, D) new tokens.
         attention_mask, starts: as in Layout.
         cache: what the tokens go on from.
-        blocks: whether layers without a cache attend by blocks.
+        blocks: whether layers attend by blocks, where there is nothing before x: in training too if a cache is
+            made, as transformers' models do by default.
     """
     masks, order = {}, None
     eager = config._attn_implementation == "eager"
@@ -223,16 +224,23 @@ def attention_masks(
         layer = None if cache is None else cache.layers[layer_idx]
         window = config.sliding_window if kind == "sliding_attention" else None
         given = attention_mask is not None and attention_mask.ndim == 4
+        past = 0 if layer is None else layer.get_seq_length()
+        if blocks and not given and (layer is None or _is_new(layer)):
+            shown = _spans(x, attention_mask, starts, None, window)
+            masks[kind] = None if shown.causal else blocks_of_spans(shown.keys, shown.starts, x.shape[0])
+            if layer is None:
+                continue
         if given or (layer is not None and window is None):
-            past = 0 if layer is None else layer.get_seq_length()
-            masks[kind] = create_causal_mask(
-                config=config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                and_mask_function=_same_document(starts, layer, past, x),
-                layer_idx=layer_idx,
-            )
+            visible = _same_document(starts, layer, past, x)
+            if kind not in masks:
+                masks[kind] = create_causal_mask(
+                    config=config,
+                    inputs_embeds=x,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    and_mask_function=visible,
+                    layer_idx=layer_idx,
+                )
             continue
         if layer is not None and not is_traced():
             for each, its in zip(cache.layers, config.layer_types, strict=True):
@@ -240,15 +248,15 @@ def attention_masks(
                     each.sliding_window = window  # a static layer may be shorter, and does not know
         spans = _spans(x, attention_mask, starts, layer, window)
         order = spans.order
-        if spans.causal and not eager:
-            masks[kind] = None
-        elif blocks and layer is None:
-            masks[kind] = blocks_of_spans(spans.keys, spans.starts, x.shape[0])
-        else:
-            mask = mask_of_spans(spans.keys, spans.queries, spans.starts)
-            added = torch.zeros(mask.shape, dtype=x.dtype, device=x.device) if eager else None
-            masks[kind] = added.masked_fill(~mask, torch.finfo(x.dtype).min) if eager else mask
+        if kind not in masks:
+            masks[kind] = _mask(spans, x.dtype if eager else None)
     return masks, order
+
+
+def _is_new(layer: Any) -> bool:
+    """Whether a cache layer is one that training makes: growing, empty, and to get a gradient's keys."""
+    # Not without gradients: flex_attention would be compiled for the prompts of `generate`.
+    return torch.is_grad_enabled() and isinstance(layer, DynamicLayer) and not layer.get_seq_length()
 
 
 class _Spans(NamedTuple):
@@ -299,6 +307,16 @@ def _spans(
         causal = causal and not is_exported() and (window >= T if not past else T == 1)
     first = first if document is None else torch.maximum(first, document)
     return _Spans(keys, queries, first, causal, order)
+
+
+def _mask(spans: _Spans, added: torch.dtype | None) -> Tensor | None:
+    """(B, 1, T, S) bool, None if it is plainly causal; or to be added in this dtype."""
+    if spans.causal and added is None:
+        return None
+    mask = mask_of_spans(spans.keys, spans.queries, spans.starts)
+    if added is None:
+        return mask
+    return torch.zeros_like(mask, dtype=added).masked_fill(~mask, torch.finfo(added).min)
 
 
 def _padding_first(token: Tensor, earlier: Tensor, length: int, layer: Any) -> Tensor | None:

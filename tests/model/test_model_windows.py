@@ -4,9 +4,10 @@ import pytest
 import torch
 from small_models import close, prefilled, small_config, small_model, tokens
 from tolerances import TOLERANCE
+from torch.nn.attention import flex_attention
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from lrnn_lm.model import copy_states
+from lrnn_lm.model import copy_states, modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
 NAME, W, T = "attention-window", 4, 21
@@ -98,3 +99,27 @@ def test_a_cache_of_another_window_is_refused():
         model(ids, past_key_values=DynamicCache(config=wider))
     with pytest.raises(ValueError, match="does not fit this model's 3 layers"):
         model(ids, past_key_values=prefilled(small_model("attention"), ids))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", [NAME, "attention-grouped"])
+@pytest.mark.parametrize("kind", ["left", "holes"])
+def test_training_by_blocks_leaves_the_cache_of_a_mask(name, kind, monkeypatch):
+    """transformers' Trainer lets a model make a cache, which nobody reads."""
+    mask = {"left": [[0] * 5 + [1] * 16, [1] * 21], "holes": [[0, 1, 1, 0, 1, 1, 1] * 3, [1] * 17 + [0] * 4]}
+    mask, ids = torch.tensor(mask[kind]), tokens(length=T)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[0, [3, 12]] = reset[1, 9] = True
+    model = small_model(name)
+    longer, found = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1), []
+    for blocks in (False, True):
+        monkeypatch.setattr(modeling, "takes_blocks", lambda x, head_dim, blocks=blocks: blocks)
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)  # no gradients on a CPU
+        first = model(ids, attention_mask=mask, reset=reset, use_cache=True)
+        loss = (first.logits.tanh() * mask.unsqueeze(-1)).sum()
+        (gradient,) = torch.autograd.grad(loss, model.model.layers[0].mixer.k_proj.weight, retain_graph=True)
+        cache = first.past_key_values
+        after = model(ids[:, :3], attention_mask=longer, past_key_values=cache, use_cache=True).logits
+        found.append((first.logits[mask.bool()], after, gradient))
+    for got, want in zip(found[1], found[0], strict=True):
+        close(got, want, GRADIENT * want.abs().max().item())
