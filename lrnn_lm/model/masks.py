@@ -214,8 +214,7 @@ def attention_masks(
         x: (B, T, D) new tokens.
         attention_mask, starts: as in Layout.
         cache: what the tokens go on from.
-        blocks: whether layers attend by blocks, where there is nothing before x: in training too if a cache is
-            made, as transformers' models do by default.
+        blocks: whether layers attend by blocks where there is nothing before x; in training with a cache too.
     """
     masks, order = {}, None
     eager = config._attn_implementation == "eager"
