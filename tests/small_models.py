@@ -34,6 +34,8 @@ MIXER_ROWS = {
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},
     "attention": {"type": "attention", "num_heads": 2},
     "attention-qk-norm": {"type": "attention", "num_heads": 2, "qk_norm": True},
+    "attention-grouped": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "use_rope": False},
+    "attention-window": {"type": "attention", "num_heads": 2, "window": 4},
     "lstm": {"type": "lstm", "width": 9},
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
 }
@@ -42,7 +44,7 @@ MIXER_ROWS = {
 SPREAD = {"bd_matrix": 0.1, "bd_matrix-conv": 0.1}
 HYBRIDS = {
     "hybrid": ["bd_lru", "attention", "h_lru"],
-    "hybrid-attention-first": ["attention", "lstm"],
+    "hybrid-attention-first": ["attention-grouped", "lstm", "attention-window"],
 }
 NAMES = [*MIXER_ROWS, *HYBRIDS]
 RECURRENT = [name for name in MIXER_ROWS if not name.startswith("attention")]

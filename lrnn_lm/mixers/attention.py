@@ -1,14 +1,17 @@
 """Causal softmax attention with rotary positions: the Transformer baseline, and the other half of hybrids.
 
-Legend: B batch, T time, S keys (cached and new), D model width, H heads, d head width.
+Legend: B batch, T time, S keys (cached and new), D model width, H heads, G heads of keys and values, d head
+width.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from .base import Mixer, MixerCost, ResidualOutput, Rotary, SequenceContext, check_sizes
+from .base import Mixer, MixerCost, Reach, ResidualOutput, Rotary, SequenceContext, check_sizes
+from .spans import attend_by_blocks, blocks_of_spans, mask_of_spans, takes_blocks
 
 
 class AttentionWeights(nn.Module):
@@ -26,26 +29,47 @@ class Attention(Mixer):
     Args:
         hidden_size: D.
         num_heads: H; D / H must be even.
+        num_kv_heads: G, which divides H: H / G heads share keys and values (grouped queries, arXiv
+            2305.13245). The cache and its reading shrink by H / G. None for H.
+        use_rope: whether to rotate queries and keys by their positions. A layer without positions still sees
+            the order of tokens through the causal mask, and through the recurrent layers of a hybrid.
         rope_theta: base of the rotary frequencies.
         qk_norm: whether to divide each head's queries and keys by their root mean square before rotation,
             which bounds the scores at high learning rates (arXiv 2302.05442).
+        window: W, the tokens that a query sees, itself included; at least 2. None for all of its document.
+            The cache holds W - 1 of them.
     """
 
-    layer_type = "full_attention"
+    layer_type = "full_attention"  # with a window "sliding_attention"
 
     def __init__(
-        self, hidden_size: int, num_heads: int = 8, rope_theta: float = 10_000.0, qk_norm: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int = 8,
+        num_kv_heads: int | None = None,
+        use_rope: bool = True,
+        rope_theta: float = 10_000.0,
+        qk_norm: bool = False,
+        window: Reach | None = None,
     ):
         super().__init__()
-        check_sizes(num_heads=num_heads)
+        check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads, window=window)
+        if window == 1:
+            raise ValueError("window must be at least 2 tokens: in a window of 1 a token sees itself")
         if hidden_size % (2 * num_heads):
             raise ValueError(f"hidden_size {hidden_size} does not split into {num_heads} heads of even width")
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
         self.head_dim = hidden_size // num_heads
+        self.window = window
+        if window is not None:
+            self.layer_type = "sliding_attention"
+        self.use_rope = use_rope
         self.rope_theta = rope_theta
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
@@ -57,29 +81,47 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Any]:
         """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T.
 
-        A cache layer is transformers' (`DynamicLayer()` for a new one). Without a context the tokens come
-        first, or right after those in the cache.
+        A cache layer is transformers': for a new one `DynamicLayer()`, or with a window
+        `DynamicSlidingWindowLayer(window)`. Without a context the tokens come first, or right after those in
+        the cache.
         """
         B, T, D = x.shape
-        context = context or _context_after(x, state)
+        context = context or self._context_after(x, state)
         q, k, v = (
-            proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H, T, d)
+        )  # (B, H, T, d), and keys and values (B, G, T, d)
         if self.q_norm is not None:
             q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
-        rotary = context.rotary
-        if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
-            rotary = self.rotary(context.positions)
-        q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
+        if self.use_rope:
+            rotary = context.rotary
+            if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
+                rotary = self.rotary(context.positions)
+            q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
         if state is not None:
-            k, v = state.update(k, v)  # (B, H, S, d)
-        mask = context.attention_mask
+            k, v = state.update(k, v)  # (B, G, S, d)
+        mask = context.attention_mask if self.window is None else context.window_mask
+        by_blocks = isinstance(mask, BlockMask)
+        if context.window_order is not None and self.window is not None:
+            where = context.window_order[:, None, :, None].expand_as(k)
+            kept = k.gather(2, where), v.gather(2, where)
+            state.keys, state.values = (each[:, :, 1 - self.window :] for each in kept)
+            k, v = (k, v) if by_blocks else kept
+        if by_blocks:
+            y = attend_by_blocks(q, k, v, mask)
+            return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
+        # Of SDPA's fast kernels only flash attention reads groups in place: half precision, no mask.
+        grouped = self.num_kv_heads < self.num_heads
+        in_place = grouped and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        if grouped and not in_place:
+            k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
         if context.attention_weights:
             y = self.weights(q, k, mask) @ v
         else:
             causal = bool(mask is None and T > 1)  # in an exported graph a symbol, which SDPA refuses
-            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            y = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=in_place
+            )
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
 
     def rotary(self, positions: Tensor) -> Rotary:
@@ -89,21 +131,30 @@ class Attention(Mixer):
         )
 
     def cost(self, context_length: int) -> MixerCost:
-        """Scores and weighted sums over half the context, on average."""
-        return MixerCost(attention=2 * 2 * self.num_heads * self.head_dim * (context_length + 1) // 2)
+        """Scores and weighted sums over the keys that a query sees, on average over the context."""
+        T = context_length
+        W = min(self.window or T, T)
+        keys = W * (W + 1) // 2 + (T - W) * W  # of all T queries
+        return MixerCost(attention=2 * 2 * self.num_heads * self.head_dim * keys // T)
 
     def state_elements(self, context_length: int) -> int:
-        return 2 * self.num_heads * self.head_dim * context_length
+        tokens = context_length if self.window is None else min(context_length, self.window - 1)
+        return 2 * self.num_kv_heads * self.head_dim * tokens
 
-
-def _context_after(x: Tensor, state: Any) -> SequenceContext:
-    """The context of tokens x (B, T, D) that follow those in a cache layer, or begin a sequence."""
-    T, past = x.shape[1], 0 if state is None else state.get_seq_length()
-    positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
-    if not past or T == 1:
-        return SequenceContext(positions=positions)
-    visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-    return SequenceContext(attention_mask=visible[None, None], positions=positions)
+    def _context_after(self, x: Tensor, state: Any) -> SequenceContext:
+        """The context of tokens x (B, T, D) that follow those in a cache layer, or begin a sequence."""
+        T, past = x.shape[1], 0 if state is None else state.get_seq_length()
+        positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
+        if past + T <= (self.window or past + T) and (not past or T == 1):
+            return SequenceContext(positions=positions)
+        starts = torch.zeros_like(positions) if self.window is None else positions - self.window + 1
+        if state is None and takes_blocks(x, self.head_dim):
+            mask = blocks_of_spans(positions, starts, x.shape[0])
+        else:
+            length, offset = (T, 0) if state is None else state.get_mask_sizes(T)
+            keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
+            mask = mask_of_spans(keys, positions, starts)
+        return SequenceContext(attention_mask=mask, window_mask=mask, positions=positions)
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:

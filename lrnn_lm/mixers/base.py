@@ -20,7 +20,7 @@ from ..kernels import runs_fused
 
 # Types of options, by whose names a recipe checks them too (OPTION_TYPES in recipe/mixer.py).
 BlockSize = int  # 1 to 64
-Reach = int  # of a convolution, in tokens: at least 2
+Reach = int  # of a convolution or a window, in tokens: at least 2
 GateName = str  # in kernels.GATES
 HalfLives = Sequence[float]  # [shortest, longest] in tokens
 
@@ -208,7 +208,9 @@ class SequenceContext:
     """What a mixer may need to know of its tokens."""
 
     reset: Tensor | None = None  # (B, T) bool, true where a document starts; None if none does
-    attention_mask: Tensor | None = None  # (B, 1, T, S) over S keys, bool or added, as in SDPA; None: causal
+    attention_mask: Any = None  # (B, 1, T, S), bool or added, as in SDPA; or a BlockMask; None: causal
+    window_mask: Any = None  # the same for attention with a window
+    window_order: Tensor | None = None  # (B, S) keys of a window with padding first; None: as they are
     positions: Tensor | None = None  # (B or 1, T) index of each token in its sequence
     keep_state: bool = True  # whether the caller uses the state after; a mixer may return None otherwise
     attention_weights: bool = False  # compute attention through its weights, so that hooks can record them
@@ -258,7 +260,8 @@ class Mixer(nn.Module):
     `layer_type` is the kind of transformers' cache layer that holds the state:
 
     - "linear_attention": `state` is one tensor (B, ..) of constant size;
-    - "full_attention": `state` is the cache layer itself, which grows with the context.
+    - "full_attention": `state` is the cache layer itself, which grows with the context;
+    - "sliding_attention": the same of attention with the option `window`, which bounds it.
     """
 
     layer_type: ClassVar[str] = "linear_attention"

@@ -35,7 +35,7 @@ class Account:
     parameters: dict[str, int]  # by part; a tied head has none of its own
     work: MixerCost  # of the whole model, on average over a context of `context_length`
     recurrent_state_bytes: int  # of one sequence, at any length
-    attention_state_bytes: int  # of one sequence after `context_length` tokens; proportional to it
+    attention_state_bytes: int  # of one sequence after `context_length` tokens; grows with it
 
     @property
     def total_parameters(self) -> int:
@@ -88,7 +88,7 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
     mixers = [layer.mixer for layer in model.model.layers]
     costs = [mixer.cost(context_length) for mixer in mixers]
     linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    state = {"linear_attention": 0, "full_attention": 0}
+    state = Counter()
     for mixer in mixers:
         state[mixer.layer_type] += mixer.state_elements(context_length)
     return Account(
@@ -101,7 +101,7 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
             attention=sum(cost.attention for cost in costs),
         ),
         recurrent_state_bytes=state["linear_attention"] * STATE_BYTES,
-        attention_state_bytes=state["full_attention"] * cache_bytes,
+        attention_state_bytes=(state["full_attention"] + state["sliding_attention"]) * cache_bytes,
     )
 
 

@@ -51,11 +51,11 @@ class RecurrentCache(DynamicCache):
                 layer.batch_select_indices(indices)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' for attention alone; else a ValueError: a state cannot be cut back."""
-        if not any(map(is_recurrent, self.layers)):
+        """As transformers' for attention to all tokens; else a ValueError: a state cannot be cut back."""
+        if {*map(_kind, self.layers)} <= {"full_attention"}:
             return super().crop(*args, **kwargs)
         raise ValueError(
-            "a recurrent state cannot be cut back to an earlier token; "
+            "a recurrent state or a window cannot be cut back to an earlier token; "
             "keep a copy with lrnn_lm.model.copy_states"
         )
 
@@ -76,7 +76,7 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
-    kinds = ["linear_attention" if is_recurrent(layer) else "full_attention" for layer in cache.layers]
+    kinds = [_kind(layer) for layer in cache.layers]
     if kinds != config.layer_types:
         keys = "linear_attention" in config.layer_types and "linear_attention" not in kinds
         hint = " (recurrent layers take no keys and values, as prefix tuning makes them)" if keys else ""
@@ -84,6 +84,11 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
             f"past_key_values does not fit this model's {config.num_hidden_layers} layers{hint}; {_REMEDY}"
         )
     for layer, spec in zip(cache.layers, config.layer_mixers, strict=True):
+        if (found := window_of(layer)) is not None and found != spec["window"]:
+            raise ValueError(
+                f"past_key_values is of another model: a layer keeps a window of {found} tokens where this "
+                f"model has {spec['window']}; {_REMEDY}"
+            )
         if (found := state_mixer(layer)) is not None and found != spec["type"]:
             raise ValueError(
                 f"past_key_values is of another model: a layer's state is of {found} where this model has "
@@ -132,7 +137,10 @@ def tokens_seen(cache: Cache | None) -> int | Tensor:
 
 
 def document_start(layer: Any) -> Any:
-    """(B,) where the last document begins among an attention layer's keys; None if there is only one."""
+    """(B,) where the last document begins among an attention layer's keys; None if there is only one.
+
+    With a window: at which of its row's tokens, padding aside.
+    """
     return layer.document_start if hasattr(layer, "document_start") else None
 
 
@@ -173,6 +181,18 @@ def keep_layer_state(
 def is_recurrent(layer: Any) -> bool:
     """Whether a cache layer holds a recurrent state rather than keys and values."""
     return hasattr(layer, "recurrent_states")
+
+
+def window_of(layer: Any) -> int | None:
+    """Tokens of a cache layer's window; None where there is none, and of a static layer never used."""
+    return layer.sliding_window if hasattr(layer, "sliding_window") else None
+
+
+def _kind(layer: Any) -> str:
+    """A cache layer's kind, as in `config.layer_types`."""
+    if is_recurrent(layer):
+        return "linear_attention"
+    return "sliding_attention" if layer.is_sliding else "full_attention"
 
 
 def _each(layer: Any, change: Any) -> dict[int, Tensor | None]:

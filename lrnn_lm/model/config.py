@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
 
 class LRNNConfig(PreTrainedConfig):
     """Configuration of a linear recurrent network language model.
@@ -68,7 +70,13 @@ class LRNNConfig(PreTrainedConfig):
             self.layer_pattern = [
                 mixer_options({**options, **_table("layer_pattern", entry)}) for entry in entries
             ]
-        kwargs.pop("num_attention_heads", None)  # written by `to_dict`, computed from the mixers
+        windows = {spec.get("window") for spec in self.layer_pattern or ()} - {None}
+        if len(windows) > 1:
+            raise ValueError(
+                f"layer_pattern has windows of {sorted(windows)} tokens; a model has one size of window"
+            )
+        for name in _HEADS:  # written by `to_dict`, computed from the mixers
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
         # Register the model classes now: the Auto classes look a model up by an existing config, and by the
         # time one exists transformers has been imported as a whole.
@@ -85,18 +93,35 @@ class LRNNConfig(PreTrainedConfig):
         """The kind of cache layer that each layer needs; transformers' caches read this."""
         from ..mixers import mixer_class
 
-        return [mixer_class(spec["type"]).layer_type for spec in self.layer_mixers]
+        return [
+            "sliding_attention" if spec.get("window") else mixer_class(spec["type"]).layer_type
+            for spec in self.layer_mixers
+        ]
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens of attention's window, None if no layer has one; transformers' caches read this."""
+        return next((spec["window"] for spec in self.layer_mixers if spec.get("window")), None)
 
     @property
     def num_attention_heads(self) -> int:
         """Heads of the first attention layer, 1 if there is none; read by some of transformers' helpers."""
-        return next(
-            (spec.get("num_heads", 8) for spec in self.layer_mixers if spec["type"] == "attention"), 1
-        )
+        return self._heads("num_heads")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The same of keys and values."""
+        return self._heads("num_kv_heads", "num_heads")
+
+    def _heads(self, *options: str) -> int:
+        attention = next((spec for spec in self.layer_mixers if spec["type"] == "attention"), None)
+        if attention is None:
+            return 1
+        return next((attention[key] for key in options if attention.get(key) is not None), 8)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds, and `num_attention_heads`, which PEFT looks for there."""
-        return {**super().to_dict(), "num_attention_heads": self.num_attention_heads}
+        """What config.json holds, and the numbers of heads, which PEFT looks for there."""
+        return {**super().to_dict(), **{name: getattr(self, name) for name in _HEADS}}
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class LRNNBlock(GradientCheckpointingLayer):
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
-        if token_mask is None or self.mixer.layer_type == "full_attention":
+        if token_mask is None or self.mixer.layer_type != "linear_attention":
             y, state = self.mixer(x, state, context)
         else:
             y, state = _mix_around_padding(self.mixer, x, state, context, token_mask, order)

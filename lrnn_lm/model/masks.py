@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
-from ..mixers.base import is_traced
+from ..mixers.base import is_exported, is_traced
+from ..mixers.spans import blocks_of_spans, mask_of_spans
 from .cache import document_start
 from .config import LRNNConfig
 from .documents import before, document_starts
@@ -40,9 +41,11 @@ def layout(
     position_ids: Tensor | None,
     reset: Tensor | None,
     packing: dict[str, Any],
-    only_attention: bool,
+    any_mask: bool,
 ) -> Layout:
     """What the model's arguments say of the batch `tokens` (B, T, ..) after `past` tokens in the cache.
+
+    any_mask: whether all layers take any 4-d mask.
 
     Raises:
         ValueError: a mask that is none of 0 and 1, or of another shape; documents that contradict each other.
@@ -53,7 +56,7 @@ def layout(
         fresh = isinstance(past, int) and past == 0 and not is_traced()
         read = _blocks(attention_mask, B, T) if fresh else None
         if read is None:
-            _check_unread(reset, packing, only_attention)
+            _check_unread(reset, packing, any_mask)
             return Layout(attention_mask)
         attention_mask, blocks = read
     if attention_mask is not None:
@@ -155,18 +158,19 @@ def _blocks(mask: Tensor, B: int, T: int) -> tuple[Tensor, Tensor] | None:
     return token.expand(B, T).long(), (begins & inner).expand(B, T)
 
 
-def _check_unread(reset: Tensor | None, packing: dict[str, Any], only_attention: bool) -> None:
+def _check_unread(reset: Tensor | None, packing: dict[str, Any], any_mask: bool) -> None:
     """Raise ValueError for a 4-d mask that is only attention's to read, beside what it cannot take in."""
-    if not only_attention:
+    if not any_mask:
         raise ValueError(
-            "recurrent layers take a 4-d attention_mask only if it is causal within blocks (T x T, not under "
-            "torch.compile); pass documents as reset, seq_idx or position_ids, padding as a mask (B, S)"
+            "recurrent layers and windows take a 4-d attention_mask only if it is causal within blocks "
+            "(T x T, not under torch.compile); pass documents as reset, seq_idx or position_ids, padding as "
+            "a mask (B, S)"
         )
     if reset is not None or any(value is not None for value in packing.values()):
         raise ValueError("a 4-d attention_mask tells who sees whom; give no documents beside it")
 
 
-def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
+def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
     """A mask function, query and key lie in the same document; None if there is only one.
 
     The cache layer keeps where its last document began: keys before that are of no document that goes on.
@@ -193,15 +197,139 @@ def same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tenso
     return visible
 
 
-def attention_mask_of(
-    config: LRNNConfig, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, visible: Any
-) -> Tensor | None:
-    """(B, 1, T, S) for the attention layers, in the form that their implementation takes."""
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=x,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        and_mask_function=visible,
-        layer_idx=config.layer_types.index("full_attention"),
-    )
+def attention_masks(
+    config: LRNNConfig,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    starts: Tensor | None,
+    cache: Cache | None,
+    blocks: bool = False,
+) -> tuple[dict[str, Any], Tensor | None]:
+    """What the attention layers see, by their kind, and the order of a window's keys (None: as they are).
+
+    A mask is (B, 1, T, S) in the form that the implementation takes, None where it is plainly causal, or a
+    BlockMask.
+
+    Args:
+        x: (B, T, D) new tokens.
+        attention_mask, starts: as in Layout.
+        cache: what the tokens go on from.
+        blocks: whether layers attend by blocks where there is nothing before x; in training with a cache too.
+    """
+    masks, order = {}, None
+    eager = config._attn_implementation == "eager"
+    for kind in sorted({*config.layer_types} - {"linear_attention"}):
+        layer_idx = config.layer_types.index(kind)
+        layer = None if cache is None else cache.layers[layer_idx]
+        window = config.sliding_window if kind == "sliding_attention" else None
+        given = attention_mask is not None and attention_mask.ndim == 4
+        past = 0 if layer is None else layer.get_seq_length()
+        if blocks and not given and (layer is None or _is_new(layer)):
+            shown = _spans(x, attention_mask, starts, None, window)
+            masks[kind] = None if shown.causal else blocks_of_spans(shown.keys, shown.starts, x.shape[0])
+            if layer is None:
+                continue
+        if given or (layer is not None and window is None):
+            visible = _same_document(starts, layer, past, x)
+            if kind not in masks:
+                masks[kind] = create_causal_mask(
+                    config=config,
+                    inputs_embeds=x,
+                    attention_mask=attention_mask,
+                    past_key_values=cache,
+                    and_mask_function=visible,
+                    layer_idx=layer_idx,
+                )
+            continue
+        if layer is not None and not is_traced():
+            for each, its in zip(cache.layers, config.layer_types, strict=True):
+                if its == kind:
+                    each.sliding_window = window  # a static layer may be shorter, and does not know
+        spans = _spans(x, attention_mask, starts, layer, window)
+        order = spans.order
+        if kind not in masks:
+            masks[kind] = _mask(spans, x.dtype if eager else None)
+    return masks, order
+
+
+def _is_new(layer: Any) -> bool:
+    """Whether a cache layer is one that training makes: growing, empty, and to get a gradient's keys."""
+    # Not without gradients: flex_attention would be compiled for the prompts of `generate`.
+    return torch.is_grad_enabled() and isinstance(layer, DynamicLayer) and not layer.get_seq_length()
+
+
+class _Spans(NamedTuple):
+    """Arguments of `mask_of_spans`, and whether the mask is plainly causal; order: see `attention_masks`."""
+
+    keys: Tensor
+    queries: Tensor
+    starts: Tensor
+    causal: bool
+    order: Tensor | None
+
+
+def _spans(
+    x: Tensor, attention_mask: Tensor | None, starts: Tensor | None, layer: Any, window: int | None
+) -> _Spans:
+    """What each token of x sees: without a cache layer, or after one with a window.
+
+    Such a layer keeps the last tokens of each row, padding before them, and which of its row's tokens began
+    the last document.
+    """
+    T, past = x.shape[1], 0 if layer is None else layer.get_seq_length()
+    counted = order = None
+    if attention_mask is None:
+        keys = queries = torch.arange(past, past + T, device=x.device).unsqueeze(0)
+    else:
+        counted = attention_mask.long().cumsum(dim=1)
+        token = attention_mask[:, -T:].bool()
+        queries = counted[:, -T:] - token.long()  # of padding: what the next token's will be
+        keys = queries.masked_fill(~token, -1)
+    if layer is not None:
+        length, offset = layer.get_mask_sizes(T)
+        keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
+        if counted is not None:
+            keys = keys - (past + T - counted[:, -1:])
+            order = _padding_first(token, queries[:, :1], length, layer)
+    document = None if layer is None or not past else document_start(layer)
+    document = None if document is None else document.unsqueeze(1)
+    if starts is not None:
+        begun = torch.where(starts, queries, 0).cummax(dim=1).values
+        document = begun if document is None else torch.maximum(begun, document)
+        if layer is not None:
+            layer.document_start = document[:, -1]
+    causal = attention_mask is None and document is None and not isinstance(layer, StaticLayer)
+    if window is None:
+        first = torch.zeros_like(queries)
+    else:
+        first = (queries - window + 1).clamp_min(0)
+        causal = causal and not is_exported() and (window >= T if not past else T == 1)
+    first = first if document is None else torch.maximum(first, document)
+    return _Spans(keys, queries, first, causal, order)
+
+
+def _mask(spans: _Spans, added: torch.dtype | None) -> Tensor | None:
+    """(B, 1, T, S) bool, None if it is plainly causal; or to be added in this dtype."""
+    if spans.causal and added is None:
+        return None
+    mask = mask_of_spans(spans.keys, spans.queries, spans.starts)
+    if added is None:
+        return mask
+    return torch.zeros_like(mask, dtype=added).masked_fill(~mask, torch.finfo(added).min)
+
+
+def _padding_first(token: Tensor, earlier: Tensor, length: int, layer: Any) -> Tensor | None:
+    """(B, length) the order of a window's keys that puts padding first, so that the last tokens are kept.
+
+    None where it is so already. token: (B, T) bool, false on new padding; earlier: (B, 1) tokens before.
+    """
+    begun = torch.cat([earlier > 0, token], dim=1)
+    if not is_traced() and not bool((begun[:, :-1] & ~begun[:, 1:]).any()):
+        return None
+    if isinstance(layer, StaticLayer):
+        if is_traced():
+            return None
+        raise ValueError("beside a window a static cache takes padding on the left only; use a dynamic cache")
+    cached = length - token.shape[1]
+    kept = torch.arange(cached, device=token.device) >= cached - earlier
+    return torch.cat([kept, token], dim=1).long().argsort(dim=1, stable=True)

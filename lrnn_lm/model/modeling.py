@@ -24,16 +24,17 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers.attention import AttentionWeights
+from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
-from .cache import check_cache, make_cache, tokens_seen
+from ..mixers.spans import takes_blocks
+from .cache import check_cache, is_recurrent, make_cache, tokens_seen
 from .config import LRNNConfig
 from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
-from .masks import Layout, attention_mask_of, check_padding, layout, positions_of, same_document, tokens_last
+from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
 class LRNNPreTrainedModel(PreTrainedModel):
@@ -148,23 +149,32 @@ class LRNNModel(LRNNPreTrainedModel):
         reset = batch.starts
         if batch.first is not None:  # it starts a document, so the padding before it leaves no trace
             reset = batch.first if reset is None else reset | batch.first
-        keep_state = cache is not None
-        if "full_attention" not in self.config.layer_types:
+        keep_state, given = cache is not None, batch.attention_mask
+        attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
+        if not attention:
             return SequenceContext(reset=reset, keep_state=keep_state)
-        layer_idx = self.config.layer_types.index("full_attention")
-        layer = None if cache is None else cache.layers[layer_idx]
-        past = 0 if layer is None else layer.get_seq_length()
-        check_padding(layer, batch.attention_mask, x.shape[1], past)
-        if position_ids is None:
-            position_ids = positions_of(batch.attention_mask, x, past)
-        rotary = self.layers[layer_idx].mixer.rotary(position_ids)
-        visible = same_document(batch.starts, layer, past, x)
-        eager = self.config._attn_implementation == "eager"
-        if visible is None and batch.attention_mask is None and layer is None and not eager:
-            # One document a row from its first token on: SDPA's own causal mask does, which is its fast path.
-            return SequenceContext(reset, None, position_ids, keep_state, rotary=rotary)
-        mask = attention_mask_of(self.config, x, batch.attention_mask, cache, visible)
-        return SequenceContext(reset, mask, position_ids, keep_state, eager, rotary)
+        order = None
+        if isinstance(given, dict):
+            masks = given
+        else:
+            layer = None if cache is None else next(each for each in cache.layers if not is_recurrent(each))
+            past = 0 if layer is None else layer.get_seq_length()
+            check_padding(layer, given, x.shape[1], past)
+            if position_ids is None:
+                position_ids = positions_of(given, x, past)
+            eager = self.config._attn_implementation == "eager"
+            blocks = not eager and takes_blocks(x, min(mixer.head_dim for mixer in attention))
+            masks, order = attention_masks(self.config, x, given, batch.starts, cache, blocks)
+        return SequenceContext(
+            reset,
+            attention_mask=masks.get("full_attention"),
+            window_mask=masks.get("sliding_attention"),
+            window_order=order,
+            positions=position_ids,
+            keep_state=keep_state,
+            attention_weights=self.config._attn_implementation == "eager",
+            rotary=next((mixer.rotary(position_ids) for mixer in attention if mixer.use_rope), None),
+        )
 
 
 class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin first: it replaces methods
@@ -177,7 +187,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         self.model = LRNNModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = "linear_attention" in config.layer_types  # else assisted decoding can cut back
+        # Assisted decoding cuts back, which only keys of all tokens can be.
+        self._is_stateful = {*config.layer_types} != {"full_attention"}
         self.post_init()
 
     @can_return_tuple
@@ -257,7 +268,7 @@ def _layout(
     config: LRNNConfig,
     tokens: Tensor,
     cache: Cache | None,
-    attention_mask: Tensor | dict[str, Tensor] | None,
+    attention_mask: Tensor | dict[str, Any] | None,
     position_ids: Tensor | None,
     reset: Tensor | None,
     kwargs: dict[str, Any],
@@ -267,15 +278,16 @@ def _layout(
         check_cache(config, cache)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
         alone = position_ids is None or reset is not None
-        if set(attention_mask) != {"full_attention"} or tokens.shape[1] > 1 or alone:
+        kinds = {*config.layer_types} - {"linear_attention"}
+        if not kinds or set(attention_mask) != kinds or tokens.shape[1] > 1 or alone:
             raise ValueError(
                 "masks by kind of layer are for one token after a static cache, beside position_ids, as in "
                 "generate; pass one attention_mask (rows, tokens so far), 0 on padding"
             )
-        return Layout(attention_mask["full_attention"])
+        return Layout(attention_mask)
     packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}
-    only_attention = "linear_attention" not in config.layer_types
-    return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, only_attention)
+    any_mask = {*config.layer_types} == {"full_attention"}
+    return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, any_mask)
 
 
 remember(LRNNModel, LRNNForCausalLM)

@@ -23,9 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from .cache import RecurrentCache, check_cache, document_start, is_recurrent, state_mixer, tokens_seen
+from .cache import (
+    RecurrentCache,
+    check_cache,
+    document_start,
+    is_recurrent,
+    state_mixer,
+    tokens_seen,
+    window_of,
+)
 
 _FORMAT = "lrnn-states-1"
 _DIGEST_ENTRIES = 64  # of each parameter
@@ -80,8 +88,8 @@ def load_states(path: str | Path, model: PreTrainedModel) -> RecurrentCache:
             f"{path}: states of a model with other weights; load the checkpoint that they were made with, "
             "or read the text again"
         )
-    mixers = [spec["type"] for spec in model.config.layer_mixers]
-    return _cache_of(tensors, int(metadata["tokens"]), mixers, model.dtype)
+    layers = [(spec["type"], spec.get("window")) for spec in model.config.layer_mixers]
+    return _cache_of(tensors, int(metadata["tokens"]), layers, model.dtype)
 
 
 def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
@@ -92,7 +100,8 @@ def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in _tensors(cache).items()}
-    return _cache_of(tensors, int(tokens_seen(cache)), [state_mixer(layer) for layer in cache.layers])
+    layers = [(state_mixer(layer), window_of(layer)) for layer in cache.layers]
+    return _cache_of(tensors, int(tokens_seen(cache)), layers)
 
 
 def drop_states(cache: Cache) -> None:
@@ -101,6 +110,8 @@ def drop_states(cache: Cache) -> None:
     for layer in cache.layers:
         if type(layer) in (LinearAttentionLayer, DynamicLayer):
             fresh.append(type(layer)())
+        elif type(layer) is DynamicSlidingWindowLayer:
+            fresh.append(DynamicSlidingWindowLayer(layer.sliding_window))
         else:
             layer.reset()
             fresh.append(layer)
@@ -117,19 +128,23 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
             tensors[f"{i}.state"] = layer.recurrent_states[0]
             continue
         length = int(layer.get_seq_length())
-        tensors[f"{i}.keys"] = layer.keys[:, :, :length]
-        tensors[f"{i}.values"] = layer.values[:, :, :length]
+        first = 0 if (window := window_of(layer)) is None else 1 - window  # a static layer keeps one more
+        tensors[f"{i}.keys"] = layer.keys[:, :, :length][:, :, first:]
+        tensors[f"{i}.values"] = layer.values[:, :, :length][:, :, first:]
         if (start := document_start(layer)) is not None:
             tensors[f"{i}.document_start"] = start
     return tensors
 
 
 def _cache_of(
-    tensors: dict[str, Tensor], tokens: int, mixers: list[str | None], dtype: torch.dtype | None = None
+    tensors: dict[str, Tensor],
+    tokens: int,
+    layers: list[tuple[str | None, int | None]],
+    dtype: torch.dtype | None = None,
 ) -> RecurrentCache:
-    """The inverse of `_tensors`; `mixers` made the states, keys and values in `dtype`, None for their own."""
+    """The inverse of `_tensors`; layers: mixer and window; keys and values in `dtype`, None for their own."""
     cache = RecurrentCache()
-    for i, mixer_type in enumerate(mixers):
+    for i, (mixer_type, window) in enumerate(layers):
         if f"{i}.state" in tensors:
             layer = LinearAttentionLayer()
             layer.update_recurrent_state(tensors[f"{i}.state"])
@@ -138,8 +153,10 @@ def _cache_of(
             if mixer_type is not None:
                 layer.mixer_type = mixer_type
         else:
-            layer = DynamicLayer()
+            layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
             layer.update(tensors[f"{i}.keys"].to(dtype), tensors[f"{i}.values"].to(dtype))
+            if window is not None:
+                layer.cumulative_length = tokens
             if f"{i}.document_start" in tensors:
                 layer.document_start = tensors[f"{i}.document_start"]
         cache.layers.append(layer)

@@ -63,6 +63,13 @@ class ModelSection(Section):
                     f"hidden_size {self.hidden_size} does not split into "
                     f"{mixer.num_heads} heads of even width"
                 )
+            if mixer.type == "attention" and mixer.num_heads % (mixer.num_kv_heads or 1):
+                raise ValueError(
+                    f"num_kv_heads {mixer.num_kv_heads} does not divide num_heads {mixer.num_heads}"
+                )
+            if len(self.windows) > 1:
+                windows = sorted(self.windows)
+                raise ValueError(f"layer_pattern has windows of {windows} tokens; a model has one size")
             if mixer.type == "mamba2" and mixer.expand * self.hidden_size % mixer.head_dim:
                 raise ValueError(
                     f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
@@ -79,6 +86,12 @@ class ModelSection(Section):
                         f"does not split into {parts} heads"
                     )
         return self
+
+    @property
+    def windows(self) -> set[int]:
+        """Sizes of the attention layers' windows, in tokens."""
+        mixers = self.layer_pattern or [self.mixer]
+        return {m.window for m in mixers if m.type == "attention" and m.window is not None}
 
 
 def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
@@ -320,6 +333,11 @@ class Recipe(Section):
             raise ValueError(
                 f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of "
                 f"data.sequence_length {row}; the nearest below is {near}"
+            )
+        if (window := max(self.model.windows, default=0)) > row:
+            raise ValueError(
+                f"model.mixer.window {window} is above data.sequence_length {row}, so no token is outside "
+                "it; make it smaller, or null for attention to all tokens"
             )
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(

@@ -92,8 +92,8 @@ def test_assisted_decoding_of_attention(options):
     assert torch.equal(model.generate(ids, **options, **GREEDY), want)
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, *HYBRIDS])
-def test_assistants_are_refused_where_a_layer_is_recurrent(name):
+@pytest.mark.parametrize("name", [*RECURRENT, "attention-window", *HYBRIDS])
+def test_assistants_are_refused_where_not_all_keys_are_kept(name):
     model, attention = small_model(name), small_model("attention")
     for options in ({"assistant_model": attention}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="stateful"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_models import MIXER_ROWS, small_config
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.mixers import build_mixer
@@ -22,7 +22,8 @@ def test_it_needs_no_state_and_no_context(name):
     x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         y, *_ = layer(x)
-        state = DynamicLayer() if layer.layer_type == "full_attention" else None
+        kind = DYNAMIC_LAYER_TYPE_MAPPING[layer.layer_type]
+        state = None if layer.layer_type == "linear_attention" else kind(sliding_window=4)
         parts = []
         for part in (x[:, :4], x[:, 4:5], x[:, 5:]):
             out, state = layer(part, state)

@@ -33,6 +33,15 @@ def test_products_are_those_that_torch_counts(name):
     assert counter.get_total_flops() == 2 * T * (counted.work.products + square)
 
 
+def test_a_window_is_counted():
+    """A token is compared with itself and up to 3 before: scores and sums of 2 heads of 8, in 3 layers."""
+    config = small_config("attention-window")
+    for T in (1, 3, 4, 5, 1000):
+        keys = sum(min(t + 1, 4) for t in range(T))
+        assert account(config, T).work.attention == 3 * (2 * 2 * 16 * keys // T)
+        assert account(config, T, cache_bytes=2).attention_state_bytes == 3 * 2 * 2 * 16 * min(T, 3)
+
+
 def test_lstm_products_by_hand():
     """A layer: input 16, cell 9, four gates; the products with the state wait for one another."""
     work = account(small_config("lstm"), 8).work
@@ -66,9 +75,9 @@ def test_mamba2_by_hand():
 @pytest.mark.parametrize("name", NAMES)
 def test_only_attention_depends_on_the_context(name):
     short, long = account(small_config(name), 10), account(small_config(name), 1000)
-    has_attention = "full_attention" in small_config(name).layer_types
-    assert (short.flops_per_token < long.flops_per_token) == has_attention
-    assert (short.state_bytes < long.state_bytes) == has_attention
+    kinds = small_config(name).layer_types
+    assert (short.flops_per_token < long.flops_per_token) == ({*kinds} != {"linear_attention"})
+    assert (short.state_bytes < long.state_bytes) == ("full_attention" in kinds)
     assert short.recurrent_state_bytes == long.recurrent_state_bytes
     assert long.flops_per_token_training == 3 * long.flops_per_token
 

@@ -10,7 +10,7 @@ from lrnn_lm.model import cache as caches
 from lrnn_lm.model.cache import check_state, layer_state, make_cache, tokens_seen
 
 SUMS = TOLERANCE["other order of sums"]
-LIKE = ["bd_lru", "hybrid", "hybrid-attention-first", "attention"]
+LIKE = ["bd_lru", "hybrid", "hybrid-attention-first", "attention", "attention-window"]
 
 
 @pytest.mark.parametrize("name", LIKE)
@@ -55,7 +55,7 @@ def test_a_state_cannot_be_cut_back():
     cache = make_cache(model.config, prefilled(model, ids))
     cache.crop(-3)
     close(model(ids[:, 6:], past_key_values=cache, use_cache=True).logits, model(ids).logits[:, 6:], SUMS)
-    for name in ("bd_lru", "hybrid", "hybrid-attention-first"):
+    for name in ("bd_lru", "hybrid", "hybrid-attention-first", "attention-window"):
         model = small_model(name)
         with pytest.raises(ValueError, match=r"cannot be cut back .* lrnn_lm.model.copy_states"):
             make_cache(model.config, prefilled(model, ids)).crop(-3)

@@ -9,8 +9,10 @@ import torch
 from small_models import MIXER_ROWS, close, small_model, tokens
 from tolerances import TOLERANCE
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
 from lrnn_lm.mixers import SequenceContext
+from lrnn_lm.model import modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
 WHOLE = ["bd_lru", "bd_lru-tanh", "bd_matrix", "h_lru", "attention"]
@@ -40,6 +42,34 @@ def test_one_graph_for_all_blocks(name, documents):
     close(got, want, SUMS)
     for key, gradient in gradients.items():
         assert (gradient - expected[key]).abs().max() <= GRADIENT * expected[key].abs().max(), key
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", ["attention-grouped", "attention-window"])
+def test_attention_by_blocks_is_one_graph(name, monkeypatch):
+    """As on a GPU, where packed rows of any documents take the same graph; and the numbers are a mask's."""
+    torch.compiler.reset()
+    model, ids = small_model(name, num_hidden_layers=2).train(), tokens(length=150)
+    resets = [torch.rand(ids.shape, generator=torch.Generator().manual_seed(i)) < 0.1 * i for i in range(3)]
+    want = [losses_and_gradients(model, ids, reset) for reset in resets]
+    monkeypatch.setattr(modeling, "takes_blocks", lambda x, head_dim: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)  # no gradients on a CPU
+    graphs = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
+        block.compile(backend=graphs, fullgraph=True, dynamic=False)
+    for reset, (loss, expected) in zip(resets, want, strict=True):
+        contexts: list[SequenceContext] = []
+        got, gradients = losses_and_gradients(model, ids, reset)
+        mask = contexts[0].window_mask if name == "attention-window" else contexts[0].attention_mask
+        assert isinstance(mask, flex_attention.BlockMask)
+        close(got, loss, SUMS)
+        for key, gradient in gradients.items():
+            assert (gradient - expected[key]).abs().max() <= GRADIENT * expected[key].abs().max(), key
+    assert graphs.frame_count == 1
+    with torch.no_grad():  # a prompt is no reason to compile
+        model(ids, use_cache=True)
+    assert not isinstance(contexts[-1].window_mask, flex_attention.BlockMask)
 
 
 def test_a_swiglu_is_one_product_when_compiled():

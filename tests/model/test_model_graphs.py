@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.export import Dim, export
 from transformers import CompileConfig, StaticCache
 
-ANY_LENGTH = ["bd_lru", "h_lru", "attention", "hybrid"]
+ANY_LENGTH = ["bd_lru", "h_lru", "attention", "attention-window", "hybrid"]
 ROUNDING = TOLERANCE["other order of sums"]
 
 
@@ -110,7 +110,7 @@ def test_a_step_on_a_static_cache_is_one_graph(name, dynamic):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["attention", *HYBRIDS])
+@pytest.mark.parametrize("name", ["attention", "attention-window", *HYBRIDS])
 @pytest.mark.parametrize("padding", [False, True])
 def test_documents_in_a_static_cache(name, padding):
     """A step sees the last document alone, as on a growing cache, and none of the padding."""

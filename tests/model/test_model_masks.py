@@ -137,12 +137,12 @@ def test_a_4d_mask_of_attention_alone() -> None:
     """It is handed on unread where it is no mask of blocks, or after a past; never beside documents."""
     tokens, odd = torch.zeros(2, 3, 5), torch.ones(2, 1, 3, 3, dtype=torch.bool)
     causal = odd.tril()
-    assert layout(tokens, 0, odd, None, None, NO_PACKING, only_attention=True) == Layout(odd)
-    assert layout(tokens, 2, causal, None, None, NO_PACKING, only_attention=True) == Layout(causal)
-    assert layout(tokens, 0, causal, None, None, NO_PACKING, only_attention=True) == Layout()
-    with pytest.raises(ValueError, match="recurrent layers take a 4-d attention_mask only if"):
-        layout(tokens, 0, odd, None, None, NO_PACKING, only_attention=False)
+    assert layout(tokens, 0, odd, None, None, NO_PACKING, any_mask=True) == Layout(odd)
+    assert layout(tokens, 2, causal, None, None, NO_PACKING, any_mask=True) == Layout(causal)
+    assert layout(tokens, 0, causal, None, None, NO_PACKING, any_mask=True) == Layout()
+    with pytest.raises(ValueError, match="recurrent layers and windows take a 4-d attention_mask only if"):
+        layout(tokens, 0, odd, None, None, NO_PACKING, any_mask=False)
     reset, ids = torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.long)
     for given in ({"reset": reset, "packing": NO_PACKING}, {"reset": None, "packing": {"seq_idx": ids}}):
         with pytest.raises(ValueError, match="give no documents beside it"):
-            layout(tokens, 0, odd, None, only_attention=True, **given)
+            layout(tokens, 0, odd, None, any_mask=True, **given)

@@ -20,6 +20,11 @@ from lrnn_lm.recipe.mixer import GateName
         ({"type": "lstm", "width": 0}, "width must be at least 1"),
         ({"type": "attention", "num_heads": 0}, "num_heads must be at least 1"),
         ({"type": "attention", "num_heads": 3}, "does not split into 3 heads"),
+        ({"type": "attention", "num_kv_heads": 0}, "num_kv_heads must be at least 1"),
+        ({"type": "attention", "num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 8"),
+        ({"type": "attention", "window": 0}, "window must be at least 1"),
+        ({"type": "attention", "window": 1}, "window must be at least 2 tokens"),
+        ({"type": "attention", "window": "4"}, "window must be a whole number"),
         ({"type": "mamba2", "head_dim": 5}, "does not split into heads"),
         ({"type": "mamba2", "head_dim": 8, "n_groups": 3}, "do not split into n_groups"),
         ({"type": "mamba2", "state_size": 0}, "state_size must be at least 1"),
@@ -91,6 +96,18 @@ def test_pattern_repeats_and_takes_the_mixers_options():
     assert config.layer_mixers[0] == {"type": "bd_lru", "block_size": 2}
     assert config.layer_mixers[1] == {"type": "attention", "num_heads": 4}
     assert config.layer_types[:2] == ["linear_attention", "full_attention"]
+    assert (config.num_attention_heads, config.num_key_value_heads) == (4, 4)
+    config.layer_pattern[1]["num_kv_heads"] = 2
+    assert (config.num_attention_heads, config.to_dict()["num_key_value_heads"]) == (4, 2)
+
+
+def test_a_pattern_with_windows_of_two_sizes():
+    pattern = [{"type": "attention", "window": W} for W in (8, 4, 8)]
+    with pytest.raises(ValueError, match=r"windows of \[4, 8\] tokens; a model has one size"):
+        LRNNConfig(layer_pattern=pattern)
+    config = LRNNConfig(layer_pattern=[*pattern[::2], "attention", "lstm"], num_hidden_layers=4)
+    assert config.layer_types == [*["sliding_attention"] * 2, "full_attention", "linear_attention"]
+    assert config.sliding_window == 8
 
 
 def test_the_recipe_knows_the_gates():

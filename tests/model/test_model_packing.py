@@ -194,7 +194,7 @@ WINDOW = torch.ones(7, 7).tril().triu(-2).bool()[None, None]
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["bd_lru", "lstm", "hybrid"])
 def test_4d_masks_that_recurrent_layers_cannot_read(name, mask):
-    with pytest.raises(ValueError, match="recurrent layers take a 4-d attention_mask only if"):
+    with pytest.raises(ValueError, match="recurrent layers and windows take a 4-d attention_mask only if"):
         small_model(name)(tokens(length=7), attention_mask=mask)
 
 

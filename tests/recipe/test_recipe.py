@@ -220,6 +220,14 @@ def test_pattern_entries_take_the_mixers_options():
         ({"optim": {"warmup": "150%"}}, "between 0% and 100%"),
         ({"train": {"tokens": 100, "tokens_per_step": 256}}, "train.tokens 100 is less than one step"),
         (
+            {"model": {"mixer": {"type": "attention", "window": 2049}}},
+            "window 2049 is above data.sequence_length 256",
+        ),
+        (
+            {"model": {"layer_pattern": [{"type": "attention", "window": W} for W in (8, 16)]}},
+            "windows of [8, 16] tokens; a model has one size",
+        ),
+        (
             {"train": {"tokens_per_step": 1000}},
             "not a multiple of data.sequence_length 256; the nearest below is 768",
         ),

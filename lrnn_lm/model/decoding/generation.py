@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from ..cache import check_cache, make_cache
 from ..config import LRNNConfig
-from ..masks import attention_mask_of, same_document
+from ..masks import attention_masks
 from .decode import Decoder, can_decode
 from .sample import is_usual, sample
 
@@ -39,7 +39,7 @@ class LRNNGenerationMixin(GenerationMixin):
 
         But for a step of one token, where it would grow with every token, and a compiled graph with it: where
         no row begins or is padding there, recurrent layers need no mask, and attention's is made here,
-        (B, 1, 1, S) over all S places of a static cache.
+        (B, 1, 1, S) over all S places of a static cache, for each kind of layer.
         """
         if inputs_embeds.shape[1] > 1 or position_ids is None:
             return attention_mask
@@ -47,14 +47,8 @@ class LRNNGenerationMixin(GenerationMixin):
             goes_on = attention_mask[:, :-1].any(dim=1) & attention_mask[:, -1].bool()
             if not bool(goes_on.all()):
                 return attention_mask
-        if "full_attention" not in config.layer_types:
-            return None
-        layer_idx = config.layer_types.index("full_attention")
-        layer = past_key_values.layers[layer_idx]
-        return {"full_attention": attention_mask_of(
-            config, inputs_embeds, attention_mask, past_key_values,
-            same_document(None, layer, layer.get_seq_length(), inputs_embeds),
-        )}  # fmt: skip
+        masks, _ = attention_masks(config, inputs_embeds, attention_mask, None, past_key_values)
+        return masks or None
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -62,8 +56,8 @@ class LRNNGenerationMixin(GenerationMixin):
         """Whatever cache transformers prepares or the caller gave: a view of it that knows its length."""
         if self._is_stateful and generation_config.is_assistant:
             raise ValueError(
-                "assisted decoding cuts its assistant's cache back, which a recurrent state cannot be; "
-                "take an assistant whose layers are all attention"
+                "assisted decoding cuts its assistant's cache back, which a recurrent state or a window "
+                "cannot be; take an assistant whose layers are all attention without a window"
             )
         given = model_kwargs.get("past_key_values") is not None
         if given:
@@ -100,7 +94,7 @@ class LRNNGenerationMixin(GenerationMixin):
         if not asked and not generation_config.disable_compile and can_decode(self):
             return True
         asked = asked or generation_config.cache_implementation == "static"
-        if "full_attention" not in self.config.layer_types and not asked:
+        if {*self.config.layer_types} == {"linear_attention"} and not asked:
             return False  # transformers would compile whatever decodes on a GPU without keys and values
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
