@@ -1,4 +1,4 @@
-"""`prepare`: from a DataSpec to a tokenizer and token shards on disk, once.
+"""`prepare`: from DataSpecs, one a source, to a tokenizer and token shards on disk, once.
 
 Both are kept under cache_dir in folders named by a hash of everything that decides their bytes: a second call
 finds them, and another text, tokenizer or split makes new ones.
@@ -9,11 +9,12 @@ finds them, and another text, tokenizer or split makes new ones.
 
 import errno
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from .encode import encode_documents
 from .progress import Progress
 from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtype
 from .specs import DataError, DataSpec
-from .split import HASHES, HeldOut, OneSidedError, text_hash, training_sample
+from .split import HASHES, HeldOut, one_sided, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
@@ -55,23 +56,35 @@ class PreparedData:
 
 
 def prepare(spec: DataSpec, progress: bool = True) -> PreparedData:
-    """Make the tokenizer and the shards of `spec` unless they exist, and open them.
+    """Make the tokenizer and the shards of `spec` unless they exist, and open them; see `prepare_all`."""
+    return prepare_all([spec], progress)[0]
 
-    If it is interrupted, nothing half-made stays. Raises DataError for every mistake of the user's.
+
+def prepare_all(specs: Sequence[DataSpec], progress: bool = True) -> list[PreparedData]:
+    """Make one tokenizer for all sources, and the shards of each, unless they exist; open them.
+
+    The specs differ only in their sources and what is held out of them. A text that one source names for
+    validation is left out of the training text of all. If it is interrupted, nothing half-made stays. Raises
+    DataError for every mistake of the user's.
     """
-    cache = Path(spec.cache_dir).expanduser()
+    cache = Path(specs[0].cache_dir).expanduser()
     try:
         for kind in ("tokenizers", "data"):
             (cache / kind).mkdir(parents=True, exist_ok=True)
-        folder = _prepare_folder(spec, cache, progress)
+        folders = _prepare_folders(specs, cache, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise DataError(f"cannot write to data.cache_dir {spec.cache_dir}: {error.strerror}") from None
+            raise DataError(f"cannot write to data.cache_dir {cache}: {error.strerror}") from None
         raise
+    return [_opened(spec, folder) for spec, folder in zip(specs, folders, strict=True)]
+
+
+def _opened(spec: DataSpec, folder: Path) -> PreparedData:
     prepared = open_prepared(folder)
     if prepared.train.num_tokens < spec.sequence_length + 1:
         raise DataError(
-            f"the text is too short: its {prepared.train.num_tokens} training tokens do not fill one row of "
+            f"{sources.describe(spec.source)}: the text is too short: its {prepared.train.num_tokens} "
+            "training tokens do not fill one row of "
             f"data.sequence_length + 1 = {spec.sequence_length + 1}; use more text or shorter rows"
         )
     if spec.vocab_size is not None and prepared.vocab_size > spec.vocab_size:
@@ -115,26 +128,57 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     )
 
 
-def _prepare_folder(spec: DataSpec, cache: Path, progress: bool) -> Path:
-    recipe = _tokenizer_recipe(spec)
-    text_key = [
-        FORMAT,
-        sources.fingerprint(spec.source),
-        sources.fingerprint(spec.validation_source) if spec.validation_source else spec.validation_fraction,
-    ]
+def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> list[Path]:
+    """The folder of each source, made unless it exists."""
+    recipe = _tokenizer_recipe(specs[0])
+    text_keys = [_text_key(spec, specs) for spec in specs]
+    name = specs[0].tokenizer
     tokenizer_key = [
         FORMAT,
-        *([tokenize.recipe_key(recipe), text_key] if recipe else _tokenizer_fingerprint(spec.tokenizer)),
+        *([tokenize.recipe_key(recipe), *text_keys] if recipe else _tokenizer_fingerprint(name)),
     ]
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(spec.tokenizer).stem).strip("-.") or "tokenizer"
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
-    folder = cache / "data" / f"{spec.source.type}-{_hash([text_key, tokenizer_key, spec.shard_tokens])}"
-    if folder.is_dir():
-        return folder
-    for parent in (tokenizer.parent, folder.parent):
+    folders = [
+        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, spec.shard_tokens])}"
+        for spec, key in zip(specs, text_keys, strict=True)
+    ]
+    if all(folder.is_dir() for folder in folders):
+        return folders
+    for parent in (tokenizer.parent, cache / "data"):
         storage.clear_leftovers(parent)
-    storage.build_folder(folder, partial(_build, spec, recipe, tokenizer, progress))
-    return folder
+    _report_empty_files(specs)
+    named = [spec.validation_source for spec in specs if spec.validation_source]
+    listed = frozenset(text_hash(text) for source in named for text in sources.documents(source))
+    splits = [_held_out(spec, listed) for spec in specs]
+    if recipe and any(split.threshold != _threshold(spec) for split, spec in zip(splits, specs, strict=True)):
+        tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")  # it saw other train documents
+    make_tokenizer = partial(_build_tokenizer, specs, recipe, splits)
+    for spec, split, folder in zip(specs, splits, folders, strict=True):
+        storage.build_folder(folder, partial(_build, spec, split, tokenizer, make_tokenizer, progress))
+    return folders
+
+
+def _text_key(spec: DataSpec, specs: Sequence[DataSpec]) -> list[Any]:
+    """What decides a source's documents and which of them are held out."""
+    own, others = spec.validation_source, [s.validation_source for s in specs if s is not spec]
+    key = [
+        FORMAT,
+        sources.fingerprint(spec.source),
+        sources.fingerprint(own) if own else spec.validation_fraction,
+    ]
+    excluded = [sources.fingerprint(other) for other in others if other]
+    return [*key, excluded] if excluded else key
+
+
+def _threshold(spec: DataSpec) -> int:
+    return 0 if spec.validation_source else int(spec.validation_fraction * HASHES)
+
+
+def _held_out(spec: DataSpec, listed: frozenset[int]) -> HeldOut:
+    """What is held out of a source: its own fraction or text, and all that is `listed` for validation."""
+    held_out = HeldOut(_threshold(spec), listed)
+    return held_out if spec.validation_source else held_out.with_both_sides(sources.documents(spec.source))
 
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
@@ -164,45 +208,26 @@ def _hash(key: object) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(
-    spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, tokenizer: Path, progress: bool, aside: Path
-) -> None:
-    """Fill `aside` with everything. If a small corpus leaves one side of the split empty, split it again."""
-    _report_empty_files(spec)
-    held_out = HeldOut(int(spec.validation_fraction * HASHES))
-    if spec.validation_source:
-        held_out = HeldOut(0, frozenset(map(text_hash, sources.documents(spec.validation_source))))
-    try:
-        _build_split(spec, recipe, tokenizer, held_out, progress, aside)
-    except OneSidedError as error:
-        if error.threshold is None:
-            raise
-        shutil.rmtree(aside)
-        aside.mkdir()
-        if recipe:  # the tokenizer saw other train documents
-            tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")
-        _build_split(spec, recipe, tokenizer, HeldOut(error.threshold), progress, aside)
-
-
-def _report_empty_files(spec: DataSpec) -> None:
-    both = (spec.source, spec.validation_source)
-    empty = [str(file) for source in both if source for file in sources.empty_files(source)]
+def _report_empty_files(specs: Sequence[DataSpec]) -> None:
+    both = [source for spec in specs for source in (spec.source, spec.validation_source) if source]
+    empty = [str(file) for source in both for file in sources.empty_files(source)]
     if empty:
         names = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         print(f"lrnn: empty files are left out: {names}", file=sys.stderr)
 
 
-def _build_split(
+def _build(
     spec: DataSpec,
-    recipe: tokenize.TokenizerRecipe | None,
-    tokenizer: Path,
     held_out: HeldOut,
+    tokenizer: Path,
+    make_tokenizer: Callable[[Path], None],
     progress: bool,
     aside: Path,
 ) -> None:
+    """Fill `aside` with the tokenizer, made unless it is there, the shards and the held-out documents."""
     with Progress(progress) as bar:
         bar.stage("tokenizer")
-        storage.build_folder(tokenizer, partial(_build_tokenizer, spec, recipe, held_out))
+        storage.build_folder(tokenizer, make_tokenizer)
         facts = tokenize.read_facts(tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
         bar.stage("tokenising")
@@ -222,20 +247,27 @@ def _build_split(
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
-            raise held_out.one_sided(split)
+            raise one_sided(split)
     files = {HELDOUT: heldout_file.close()} | writers["train"].files | writers["validation"].files
     _write_manifest(aside, spec, held_out, facts, writers, files)
 
 
 def _build_tokenizer(
-    spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, held_out: HeldOut, folder: Path
+    specs: Sequence[DataSpec],
+    recipe: tokenize.TokenizerRecipe | None,
+    splits: Sequence[HeldOut],
+    folder: Path,
 ) -> None:
+    """Import the tokenizer, or train it on equal parts of all sources' training text."""
     if recipe is None:
-        tokenize.import_tokenizer(spec.tokenizer, folder)
-    else:
-        tokenize.train(
-            training_sample(sources.documents(spec.source), held_out, recipe.sample_bytes), recipe, folder
-        )
+        tokenize.import_tokenizer(specs[0].tokenizer, folder)
+        return
+    size = recipe.sample_bytes // len(specs)
+    samples = [
+        training_sample(sources.documents(spec.source), split, size)
+        for spec, split in zip(specs, splits, strict=True)
+    ]
+    tokenize.train(itertools.chain.from_iterable(samples), recipe, folder)
 
 
 def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, str]]:
