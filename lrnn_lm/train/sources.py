@@ -219,7 +219,7 @@ def verify_shards(prepared: Prepared) -> None:
 
 
 def held_out_documents(prepared: Prepared) -> bytes | None:
-    """The held-out documents as JSONL, those of a mixture in turns and with their source; None if synthetic."""
+    """The held-out documents as JSONL, those of a mixture in turns, with their source; None if synthetic."""
     if not isinstance(prepared, MixedData):
         return prepared.heldout_path.read_bytes() if prepared.heldout_path else None
     files = [part.heldout_path.read_text(encoding="utf-8").splitlines() for part in prepared.parts.values()]
