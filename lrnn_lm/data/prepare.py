@@ -14,23 +14,22 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import sources, storage, tokenize
+from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
-from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtype
-from .specs import DataError, DataSpec
+from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, token_dtype
+from .specs import DataError, DataSpec, SourceSpec
 from .split import HASHES, HeldOut, one_sided, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
-HELDOUT = "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
         raise DataError(f"{folder}: prepared by another version (format {manifest.get('format')}); {rebuild}")
     for name, facts in manifest["files"].items():
         check_file(folder, name, facts, checksum=verify)
+    token_files.check_unchanged(manifest)
     tokenizer_dir = folder / "tokenizer"
     expected = manifest["tokenizer"]["hash"]
     if tokenize.tokenizer_hash(tokenizer_dir) != expected:
@@ -149,13 +149,15 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
         storage.clear_leftovers(parent)
     _report_empty_files(specs)
     named = [spec.validation_source for spec in specs if spec.validation_source]
-    listed = frozenset(text_hash(text) for source in named for text in sources.documents(source))
+    texts = [source for source in named if source.type not in token_files.TYPES]
+    listed = frozenset(text_hash(text) for source in texts for text in sources.documents(source))
     splits = [_held_out(spec, listed) for spec in specs]
     if recipe and any(split.threshold != _threshold(spec) for split, spec in zip(splits, specs, strict=True)):
         tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")  # it saw other train documents
     make_tokenizer = partial(_build_tokenizer, specs, recipe, splits)
+    named = [source for source in named if source not in texts]
     for spec, split, folder in zip(specs, splits, folders, strict=True):
-        storage.build_folder(folder, partial(_build, spec, split, tokenizer, make_tokenizer, progress))
+        storage.build_folder(folder, partial(_build, spec, split, named, tokenizer, make_tokenizer, progress))
     return folders
 
 
@@ -177,8 +179,12 @@ def _threshold(spec: DataSpec) -> int:
 
 def _held_out(spec: DataSpec, listed: frozenset[int]) -> HeldOut:
     """What is held out of a source: its own fraction or text, and all that is `listed` for validation."""
+    if spec.source.type in token_files.TYPES:
+        return HeldOut(_threshold(spec))  # hashes of ids are known later
     held_out = HeldOut(_threshold(spec), listed)
-    return held_out if spec.validation_source else held_out.with_both_sides(sources.documents(spec.source))
+    if spec.validation_source:
+        return held_out
+    return held_out.with_both_sides(map(text_hash, sources.documents(spec.source)))
 
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
@@ -219,37 +225,68 @@ def _report_empty_files(specs: Sequence[DataSpec]) -> None:
 def _build(
     spec: DataSpec,
     held_out: HeldOut,
+    named: Sequence[SourceSpec],
     tokenizer: Path,
     make_tokenizer: Callable[[Path], None],
     progress: bool,
     aside: Path,
 ) -> None:
-    """Fill `aside` with the tokenizer, made unless it is there, the shards and the held-out documents."""
+    """Fill `aside` with the tokenizer, made unless it is there, the shards and the held-out documents.
+
+    named: the token files that some source names for validation.
+    """
     with Progress(progress) as bar:
         bar.stage("tokenizer")
         storage.build_folder(tokenizer, make_tokenizer)
         facts = tokenize.read_facts(tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
         bar.stage("tokenising")
-        writers = {
-            split: ShardWriter(aside, split, token_dtype(facts.vocab_size), spec.shard_tokens)
-            for split in ("train", "validation")
-        }
-        heldout_file = HashedFile(aside / HELDOUT)
-        pairs = _tagged_documents(spec, held_out)
-        with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
-            for text, split, ids in encoded:
-                size = len(text.encode())
-                writers[split].add(ids, size)
-                if split == "validation":
-                    heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
-                bar.advance(len(ids), size)
+        write = partial(_write_texts, aside, spec, tokenizer, facts, bar)
+        if spec.source.type not in token_files.TYPES:
+            splits, files, _ = write(_tagged_documents(spec, held_out), ("train", "validation"))
+        else:
+            own, listed = spec.validation_source, set()
+            splits, files = {}, {}
+            if own and own.type not in token_files.TYPES:
+                texts = ((text, "validation") for text in sources.documents(own))
+                splits, files, listed = write(texts, ("validation",))
+            index = token_files.Index(aside, tokenizer, facts, spec.num_proc)
+            indexed, more = index.write(spec, named, listed, held_out, bar)
+            splits, files = splits | indexed, files | more
+    _write_manifest(aside, spec, held_out, facts, splits, files)
+
+
+def _write_texts(
+    aside: Path,
+    spec: DataSpec,
+    tokenizer: Path,
+    facts: tokenize.TokenizerFacts,
+    bar: Progress,
+    pairs: Iterable[tuple[str, str]],
+    splits: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, Any], set[int]]:
+    """Tokenise (text, split) pairs into shards, and write the held-out texts.
+
+    Returns the splits' entries in the manifest, those of the files, and the hashes of the held-out ids.
+    """
+    dtype = token_dtype(facts.vocab_size)
+    writers = {split: ShardWriter(aside, split, dtype, spec.shard_tokens) for split in splits}
+    heldout_file, hashes = HashedFile(aside / HELDOUT), set()
+    with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
+        for text, split, ids in encoded:
+            size = len(text.encode())
+            writers[split].add(ids, size)
+            if split == "validation":
+                heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
+                hashes.add(token_files.id_hash(ids[1:-1]))
+            bar.advance(len(ids), size)
+    files = {HELDOUT: heldout_file.close()}
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
             raise one_sided(split)
-    files = {HELDOUT: heldout_file.close()} | writers["train"].files | writers["validation"].files
-    _write_manifest(aside, spec, held_out, facts, writers, files)
+        files |= writer.files
+    return {split: writer.summary() for split, writer in writers.items()}, files, hashes
 
 
 def _build_tokenizer(
@@ -276,7 +313,7 @@ def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, 
         for text in sources.documents(spec.validation_source):
             yield text, "validation"
     for text in sources.documents(spec.source):
-        if not held_out.holds(text):
+        if not held_out.holds(text_hash(text)):
             yield text, "train"
         elif not spec.validation_source:
             yield text, "validation"
@@ -287,10 +324,11 @@ def _write_manifest(
     spec: DataSpec,
     held_out: HeldOut,
     facts: tokenize.TokenizerFacts,
-    writers: dict[str, ShardWriter],
+    splits: dict[str, Any],
     files: dict[str, dict[str, Any]],
 ) -> None:
     hashes = [facts.hash, *(file["sha256"] for file in files.values())]
+    hashes += [s["ids_sha256"] for split in splits.values() for s in split["shards"] if "file" in s]
     manifest = {
         "format": FORMAT,
         "source": asdict(spec.source),
@@ -298,7 +336,7 @@ def _write_manifest(
         "validation_fraction": None if spec.validation_source else held_out.threshold / HASHES,
         "tokenizer": {"name": spec.tokenizer, **asdict(facts)},
         "dtype": token_dtype(facts.vocab_size).name,
-        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "splits": splits,
         "files": files,
         "content_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }

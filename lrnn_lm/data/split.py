@@ -24,24 +24,23 @@ class HeldOut:
     threshold: int
     listed: frozenset[int] = frozenset()
 
-    def holds(self, text: str | bytes) -> bool:
-        """Whether this document is held out."""
-        number = text_hash(text)
+    def holds(self, number: int) -> bool:
+        """Whether the document with this hash is held out."""
         return number < self.threshold or number in self.listed
 
-    def with_both_sides(self, texts: Iterable[str | bytes]) -> "HeldOut":
-        """The rule for these documents: this one, unless it leaves one side without a document.
+    def with_both_sides(self, numbers: Iterable[int]) -> "HeldOut":
+        """The rule for documents of these hashes: this one, unless it leaves one side without a document.
 
         Then the outermost hash is moved over. Reads only until both sides have a document. Raises DataError
         if there are no two different documents.
         """
         hashes: set[int] = set()
         sides: set[bool] = set()
-        for text in texts:
-            sides.add(self.holds(text))
+        for number in numbers:
+            sides.add(self.holds(number))
             if len(sides) == 2:
                 return self
-            hashes.add(text_hash(text))
+            hashes.add(number)
         if len(hashes) < 2:
             raise one_sided("train" if True in sides else "validation")
         return replace(self, threshold=max(hashes) if True in sides else min(hashes) + 1)
@@ -63,7 +62,7 @@ def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> I
     heap: list[tuple[int, str]] = []  # the largest hash on top
     kept = read = 0
     for text in documents:
-        if held_out.holds(text):
+        if held_out.holds(text_hash(text)):
             continue
         text = text[:size]
         read += len(text)

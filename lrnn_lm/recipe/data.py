@@ -237,6 +237,13 @@ class DataSection(Section):
             if not sum(weights):
                 where = f"stages.{k}: the weights of all" if self.stages else "sources: the weights of all"
                 raise ValueError(f"{where} sources are 0; give at least one a weight above 0")
+        pairs = [(s, s.validation_source) for s in self.sources] or [(self.source, self.validation_source)]
+        for source, held_out in pairs:
+            if held_out and held_out.type in TOKEN_FILES and source.type not in TOKEN_FILES:
+                raise ValueError(
+                    f"validation_source of type {held_out.type!r} needs a source of token files, "
+                    f"not {source.type!r}"
+                )
         kinds = {source.type for source in self.sources or [self.source]}
         if kinds & set(TOKEN_FILES) and self.tokenizer.endswith((".yaml", ".yml")):
             raise ValueError(
