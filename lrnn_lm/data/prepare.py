@@ -66,6 +66,7 @@ def prepare_all(specs: Sequence[DataSpec], progress: bool = True) -> list[Prepar
     validation is left out of the training text of all. If it is interrupted, nothing half-made stays. Raises
     DataError for every mistake of the user's.
     """
+    _check_files(specs)
     cache = Path(specs[0].cache_dir).expanduser()
     try:
         for kind in ("tokenizers", "data"):
@@ -159,6 +160,19 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     for spec, split, folder in zip(specs, splits, folders, strict=True):
         storage.build_folder(folder, partial(_build, spec, split, named, tokenizer, make_tokenizer, progress))
     return folders
+
+
+def _check_files(specs: Sequence[DataSpec]) -> None:
+    """Raise DataError if two sources read the same file, as two globs may."""
+    owners: dict[Path, SourceSpec] = {}
+    for spec in specs if len(specs) > 1 else ():
+        source = spec.source
+        for file in sources.files(source) if source.type in sources.FILE_TYPES else ():
+            if (other := owners.setdefault(file.resolve(), source)) is not source:
+                raise DataError(
+                    f"{file} is in two sources, {sources.describe(other)} and {sources.describe(source)}; "
+                    "let one of them leave it out"
+                )
 
 
 def _text_key(spec: DataSpec, specs: Sequence[DataSpec]) -> list[Any]:

@@ -18,7 +18,7 @@ from .specs import DataError, SourceSpec
 
 # A single text file is cut into about 50 parts of at least 200 and at most 2 x 5,000 characters.
 _PARTS, _PART_CHARS = 50, (200, 5000)
-_SUFFIXES = {
+FILE_TYPES = {  # and how the files that they read in a folder end
     "text": (),  # every file of a folder
     "jsonl": tuple(
         f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")
@@ -108,7 +108,7 @@ def _found(spec: SourceSpec) -> list[Path]:
     path = spec.path or ""
     if spec.type == "megatron" and not Path(path).expanduser().is_dir():  # with or without a suffix
         path = path.removesuffix(".bin").removesuffix(".idx") + ".idx"
-    return find_files(path, _SUFFIXES.get(spec.type, ()))
+    return find_files(path, FILE_TYPES.get(spec.type, ()))
 
 
 def files(spec: SourceSpec) -> list[Path]:

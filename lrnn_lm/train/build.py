@@ -28,7 +28,7 @@ from .loop import Trainer
 from .optim import make_optimizer, optimizer_class
 from .parallel import launch_plan, share
 from .runtime import make_accelerator, seed_everything
-from .sources import Prepared, held_out_documents, prepare_data, verify_shards
+from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
 from .tensors import load
 from .together import Together, cpu_group
@@ -82,6 +82,8 @@ def build_trainer(
     together = Together(accelerator, stop)
     main, device = accelerator.is_main_process, accelerator.device
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
+    for line in notes(prepared) if main else ():
+        console.print(escape(line), soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
     model = share(bare_model, accelerator, plan)

@@ -175,15 +175,14 @@ def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
 
     if not exceeds(recipe.total_steps):
         return
-    over = [
-        f"{use.name or 'data.source'} has {use.rows:,} rows of {recipe.data.sequence_length} tokens, and the "
-        f"budget reads {use.needed:,}: {use.epochs:.2f} epochs where max_epochs is {use.max_epochs:g}"
-        for use, limit in zip(found, limits, strict=True)
-        if limit is not None and use.needed > limit
-    ]
+    over = [use for use, limit in zip(found, limits, strict=True) if limit is not None and use.needed > limit]
+    worst = max(over, key=lambda use: use.epochs / use.max_epochs)
+    others = f", and {len(over) - 1} more such" if len(over) > 1 else ""
     steps = bisect.bisect(range(recipe.total_steps + 1), False, key=exceeds) - 1
     raise DataError(
-        f"{'; '.join(over)}. Raise max_epochs, give it less weight, or train at most "
+        f"{worst.name or 'data.source'} has {worst.rows:,} rows of {recipe.data.sequence_length} tokens, and "
+        f"the budget reads {worst.needed:,}: {worst.epochs:.2f} epochs where max_epochs is "
+        f"{worst.max_epochs:g}{others}. Raise max_epochs, lower the weight, or train at most "
         f"train.tokens={steps * recipe.train.tokens_per_step}"
     )
 
@@ -202,7 +201,20 @@ def describe_data(recipe: Recipe, prepared: Prepared) -> list[str]:
         lines.append(f"{label}read by the run: {use.needed:,} rows, {use.epochs:.2f} epochs of {use.rows:,}")
         lines += [f"{label}shards in {part.folder}"] if use.name else []
     where = "" if isinstance(prepared, MixedData) else f"; all in {prepared.folder}"
-    return [*lines, f"tokenizer of {prepared.vocab_size:,} tokens{where}"]
+    return [*lines, *notes(prepared), f"tokenizer of {prepared.vocab_size:,} tokens{where}"]
+
+
+def notes(prepared: Prepared) -> list[str]:
+    """What to tell of held-out token files that do not read back as the same ids."""
+    lines = []
+    for name, part in parts_of(prepared).items():
+        facts = {} if isinstance(part, SyntheticData) else part.manifest["splits"]["validation"]
+        label, why = f"{name}: " if name else "", "whose text, tokenised again, gives other ids"
+        if changed := facts.get("changed"):
+            lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")
+        if left_out := facts.get("left_out"):
+            lines.append(f"{label}{left_out:,} held-out documents {why}, are left out of the validation")
+    return lines
 
 
 def verify_shards(prepared: Prepared) -> None:
