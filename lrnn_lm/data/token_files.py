@@ -137,6 +137,8 @@ def _flat(path: Path, spec: SourceSpec, facts: TokenizerFacts) -> Ints:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(f"{path}: a row of whole numbers is expected, not {ids.dtype} {ids.shape}")
         return ids
+    if path.with_suffix(".idx").exists():
+        raise DataError(f"{path}: beside its .idx this is Megatron's pair; set data.source.type=megatron")
     size = path.stat().st_size
     dtype = np.dtype(spec.dtype or _found_dtype(path, size, facts.vocab_size)).newbyteorder("<")
     if size % dtype.itemsize:

@@ -145,7 +145,8 @@ def exit_code(*arguments: str) -> int:
 
 
 MISTAKES = [
-    (["train.tokens=2M", "data.stages=[]"], r"news has \d+ rows of 64 tokens, and the budget reads 15,6.*where max_epochs is 2, and 2 more"),
+    (["train.tokens=2M", "data.stages=[]"],
+     r"news has \d+ rows of 64 tokens, .* reads 15,6.*where max_epochs is 2, and 2 more"),
     (["data.stages=[{tokens: 1K}, {tokens: 1K}]"], "data.stages take 2K tokens and train.tokens is 6144"),
     (["data.stages=[{weights: {wob: 1}}]"], "no source is named 'wob'; did you mean 'web'?"),
     (["data.stages=[{weights: {web: 0}}]"], "the weights of all sources are 0"),
