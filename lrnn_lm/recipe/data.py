@@ -251,6 +251,16 @@ class DataSection(Section):
                 "files hold the ids of a tokenizer that exists; give its folder or hub name"
             )
 
+    def stages_until(self, tokens: int) -> list[tuple[int, dict[str, float]]]:
+        """Where stages end and their weights, up to a number of tokens: what decides the rows until there."""
+        found, end = [], 0
+        names = [source.name for source in self.sources] or [""]
+        for stage, weights in zip(self.stages or [StageSection()], self.stage_weights, strict=True):
+            begin, end = end, tokens if stage.tokens is None else end + stage.tokens
+            if begin < tokens:
+                found.append((min(end, tokens), {n: w for n, w in zip(names, weights, strict=True) if w}))
+        return found
+
     @property
     def stage_weights(self) -> list[tuple[float, ...]]:
         """Weights of each stage in the order of `sources`; one stage if none is given."""

@@ -23,7 +23,7 @@ from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe
 from ..runs import checkpoint
-from ..runs.layout import RunFolder
+from ..runs.layout import RunFolder, step_of
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class
 from .parallel import launch_plan, share
@@ -203,14 +203,17 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
             f"{RunFolder(folder).skips}: this run left out samples after steps that were not finite, which "
             "only an older lrnn-lm (commit 9065c68) goes on with; use that, or give this run another name=.."
         )
-    stored = RunFolder(folder).recipe
-    if not stored.exists() or not checkpoint.list_checkpoints(RunFolder(folder).checkpoints):
+    stored, done = RunFolder(folder).recipe, checkpoint.list_checkpoints(RunFolder(folder).checkpoints)
+    if not stored.exists() or not done:
         return
-    old, new = flatten(_load_stored(stored)), flatten(recipe)
+    before = _load_stored(stored)
+    old, new = flatten(before), flatten(recipe)
+    read = (step_of(done[-1]) or 0) * before.train.tokens_per_step
+    mixture_goes_on = before.data.stages_until(read) == recipe.data.stages_until(read)
     differing = [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and _is_fixed(key)
+        if old.get(key) != new.get(key) and _is_fixed(key, mixture_goes_on)
     ]
     if differing:
         raise ValueError(
@@ -232,8 +235,10 @@ def _load_stored(path: Path) -> Recipe:
         ) from None
 
 
-def _is_fixed(key: str) -> bool:
-    free = _within(key, _FREE) or key.endswith(".max_epochs")  # of a source, or of one by name in a mixture
+def _is_fixed(key: str, mixture_goes_on: bool) -> bool:
+    """mixture_goes_on: the rows read so far are also those of the new recipe, so other stages may follow."""
+    weights = mixture_goes_on and (key == "data.stages" or key.endswith(".weight"))
+    free = weights or _within(key, _FREE) or key.endswith(".max_epochs")
     return _within(key, _FIXED) and not free
 
 

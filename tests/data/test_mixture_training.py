@@ -186,20 +186,31 @@ def test_what_fits_is_told(folder: Path, tmp_path: Path, capsys) -> None:
     assert exit_code(*command, f"train.tokens={tokens + 512}") == 2
 
 
-def test_max_epochs_may_change_and_weights_may_not(straight, folder: Path, tmp_path: Path) -> None:
+def test_what_was_read_is_fixed_and_later_stages_are_not(straight, folder: Path, tmp_path: Path) -> None:
+    """A run of 12 steps goes on with another mixture; rows and each source's place stay."""
+    shutil.copytree(straight.folder, tmp_path / "tiny", symlinks=True)
+    later = [*STAGES, {"weights": {"news": 1.0}}]
+
+    def again(stages: list, *overrides: str):
+        return build(folder, tmp_path, f"data.stages={json.dumps(stages)}", *overrides)
+
+    with pytest.raises(ValueError, match=r"data\.stages: was .*0\.6.*, is .*0\.7"):
+        again([{"tokens": 3072, "weights": {"web": 0.7, "code": 0.4}}, STAGES[1]])
+    trainer = again(later, "train.tokens=7168")
+    assert trainer.position.step == 12
+    step = next(iter(trainer.rows.loader))[0]["input_ids"]
+    news = trainer.prepared.parts["news"].train
+    alone = TrainLoader(news, 64, 0, 8, 8, position=24)  # half of the second stage's 48 rows
+    assert np.array_equal(step.numpy(), next(iter(alone))[0]["input_ids"].numpy())
+
+
+def test_max_epochs_may_change(straight, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(straight.folder, tmp_path / "tiny", symlinks=True)
     recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
-    web, *others = recipe["data"]["sources"]
-
-    def again(**keys: float):
-        data = recipe["data"] | {"sources": [web | keys, *others]}
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"data": data}))
-        loaded = load_recipe(tmp_path / "r.yaml", [f"train.runs_dir={tmp_path}"])
-        return build_trainer(loaded, Console(quiet=True))
-
-    with pytest.raises(ValueError, match=r"data\.sources\.web\.weight: was 0\.6, is 0\.7"):
-        again(weight=0.7)
-    assert again(max_epochs=3).finished
+    recipe["data"]["sources"][0]["max_epochs"] = 3
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    loaded = load_recipe(tmp_path / "r.yaml", [f"train.runs_dir={tmp_path}"])
+    assert build_trainer(loaded, Console(quiet=True)).finished
 
 
 def test_text_and_token_files_together(straight, folder: Path, tmp_path: Path) -> None:
