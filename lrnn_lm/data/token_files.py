@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,9 +49,9 @@ class TokenFile:
         """The ids of a document as uint32."""
         return self.ids[self.starts[number] : self.stops[number]].astype("<u4")
 
-    def hashes(self) -> Iterator[int]:
-        """A hash of each document, equal for equal ids in any format."""
-        return (id_hash(self.document(k)) for k in range(len(self.starts)))
+    def hashes(self) -> Ints:
+        """A hash of each document (documents,) uint64, equal for equal ids in any format."""
+        return np.fromiter((id_hash(self.document(k)) for k in range(len(self.starts))), np.uint64)
 
 
 def id_hash(ids: Ints) -> int:
@@ -97,12 +97,12 @@ def _megatron(index: Path) -> tuple[Ints, Ints]:
     """Ids of a .bin beside its .idx, and where documents end in them."""
     data = index.with_suffix(".bin")
     try:
-        raw = index.read_bytes()
+        raw = np.memmap(index, mode="r") if index.stat().st_size else b""
         size = data.stat().st_size
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     damaged = f"{index}: truncated or no Megatron index"
-    if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
+    if len(raw) < _HEADER.size or bytes(raw[: len(_MAGIC)]) != _MAGIC:
         raise DataError(f"{damaged}: it does not begin as one")
     _, version, code, sequences, documents = _HEADER.unpack_from(raw)
     if version != 1 or code not in _DTYPES:
@@ -209,15 +209,16 @@ class Index:
         """
         files = self._read(spec.source)
         for source in named:
-            listed = listed.union(*(file.hashes() for file in self._read(source)))
-        held_out = replace(held_out, listed=frozenset(listed))
-        hashes = [list(file.hashes()) for file in files]
+            listed = listed.union(*(file.hashes().tolist() for file in self._read(source)))
+        hashes = [file.hashes() for file in files]
         for file, numbers in zip(files, hashes, strict=True):
             bar.advance(len(file.ids), 0, documents=len(numbers))
         own = spec.validation_source
         if not own:
-            held_out = held_out.with_both_sides(itertools.chain.from_iterable(hashes))
-        held = [np.array([held_out.holds(n) for n in numbers], bool) for numbers in hashes]
+            held_out = replace(held_out, listed=frozenset(listed))
+            held_out = held_out.with_both_sides(map(int, itertools.chain.from_iterable(hashes)))
+        below, named_ids = np.uint64(held_out.threshold), np.array(sorted(listed), np.uint64)
+        held = [(numbers < below) | np.isin(numbers, named_ids) for numbers in hashes]
         splits, written = self._index("train", files, [~mask for mask in held])
         if own and own.type not in TYPES:
             return splits, written
