@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .quantities import TokenCount
 from .section import Section
@@ -131,6 +131,8 @@ class MixtureSource(SourceSection):
 
 class StageSection(Section):
     """A stage of a mixture: a number of tokens, read with other weights."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # a source may be named 2024
 
     tokens: TokenCount | None = Field(None, ge=1, description="default, of the last stage: all that are left")
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(

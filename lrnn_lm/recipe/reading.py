@@ -75,7 +75,7 @@ def load_yaml(text: str) -> Any:
 
 def _plain_keys(data: Any) -> Any:
     if isinstance(data, dict):
-        return {k.text if isinstance(k, Scalar) else k: _plain_keys(value) for k, value in data.items()}
+        return {k.value if isinstance(k, Scalar) else k: _plain_keys(value) for k, value in data.items()}
     return [_plain_keys(entry) for entry in data] if isinstance(data, list) else data
 
 
