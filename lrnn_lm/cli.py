@@ -68,20 +68,11 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     `lrnn train` does this itself. Run it first where many GPUs would wait for it.
     """
-    from .data import SyntheticData
     from .recipe import load_recipe
-    from .train.build import prepare_data
+    from .train.sources import describe_data, prepare_data
 
-    prepared = prepare_data(load_recipe(recipe, overrides))
-    if isinstance(prepared, SyntheticData):
-        print(f"task {prepared.task.name}: {prepared.vocab_size} symbols; rows are made as they are read")
-        return
-    for split in (prepared.train, prepared.validation):
-        print(
-            f"{split.split}: {split.num_tokens:,} tokens of {split.num_documents:,} documents, "
-            f"{split.num_bytes:,} bytes"
-        )
-    print(f"tokenizer of {prepared.vocab_size:,} tokens; all in {prepared.folder}")
+    loaded = load_recipe(recipe, overrides)
+    print("\n".join(describe_data(loaded, prepare_data(loaded))))
 
 
 @app.command()

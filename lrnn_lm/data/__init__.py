@@ -1,7 +1,7 @@
 """Text to (B, T) batches of tokens, from any position on: sources, tokenizers, shards, loaders."""
 
 from .loader import TrainLoader, validation_batches
-from .prepare import PreparedData, open_prepared, prepare
+from .prepare import PreparedData, open_prepared, prepare, prepare_all
 from .shards import TokenShards
 from .specs import DataError, DataSpec, SourceSpec
 from .synthetic.prepare import SyntheticData, prepare_synthetic
@@ -23,6 +23,7 @@ __all__ = [
     "TrainLoader",
     "open_prepared",
     "prepare",
+    "prepare_all",
     "prepare_synthetic",
     "tokenizer_hash",
     "validation_batches",

@@ -7,15 +7,18 @@ takes the r-th of W equal parts of them, in micro-batches.
 import signal
 from collections.abc import Generator, Iterator, Sequence
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
-from .order import rows_of_samples
+from .mixture import Indices, Mixture, MixtureStage
+from .order import rows_at
 from .pack import IGNORED, PackedRows, Row, collate
 from .shards import TokenShards
 from .specs import DataError
 from .synthetic.tasks import SyntheticRows
 
+Split = TokenShards | SyntheticRows
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -24,7 +27,8 @@ class TrainLoader:
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
 
-    shards: a split of text, or the rows of a synthetic task.
+    shards: a split of text, or the rows of a synthetic task; or several splits, with the `mixture` that says
+        in which order they are read.
     position: samples in all steps so far, over all ranks; a new loader resumes there on any number of ranks.
     curriculum: (length, steps) stages in order; in a stage only the first `length` tokens of a row have
         targets.
@@ -35,7 +39,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        shards: TokenShards | SyntheticRows,
+        shards: Split | Sequence[Split],
         sequence_length: int,
         seed: int,
         rows_per_step: int,
@@ -46,13 +50,16 @@ class TrainLoader:
         position: int = 0,
         pin_memory: bool = False,
         curriculum: Sequence[tuple[int, int]] = (),
+        mixture: Mixture | None = None,
     ) -> None:
-        self.rows = _rows(shards, sequence_length)
-        if not self.rows.num_rows:
-            raise DataError(
-                f"the text is too short: {shards.num_tokens} {shards.split} tokens do not fill one row of "
-                f"sequence_length + 1 = {sequence_length + 1}"
-            )
+        sources = shards if isinstance(shards, Sequence) else [shards]
+        self.rows = [_rows(source, sequence_length) for source in sources]
+        for source, rows in zip(sources, self.rows, strict=True):
+            if not rows.num_rows:
+                raise DataError(
+                    f"the text is too short: {source.num_tokens} {source.split} tokens do not fill one row "
+                    f"of sequence_length + 1 = {sequence_length + 1}"
+                )
         if rows_per_step < world_size:
             raise DataError(
                 f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; "
@@ -63,10 +70,14 @@ class TrainLoader:
                 f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
                 f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
             )
-        _check_curriculum(self.rows, curriculum)
+        for rows in self.rows:
+            _check_curriculum(rows, curriculum)
         assert 0 <= rank < world_size
         assert micro_batch > 0
         assert position >= 0
+        self.mixture = mixture or Mixture([MixtureStage(None, (1.0,))])
+        self._offsets = np.cumsum([0, *(rows.num_rows for rows in self.rows)])
+        self.sequence_length = sequence_length
         self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
         self.rank, self.share = rank, rows_per_step // world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
@@ -75,8 +86,8 @@ class TrainLoader:
 
     @property
     def num_rows(self) -> int:
-        """Rows in an epoch, over all ranks."""
-        return self.rows.num_rows
+        """Rows of all sources, over all ranks."""
+        return int(self._offsets[-1])
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -85,7 +96,7 @@ class TrainLoader:
 
     def __iter__(self) -> Generator[list[Row], None, None]:
         loader = DataLoader(
-            self.rows,
+            self.rows[0] if len(self.rows) == 1 else ConcatDataset(self.rows),
             batch_sampler=_Batches(self),
             num_workers=self.num_workers,
             collate_fn=collate,
@@ -102,11 +113,21 @@ class TrainLoader:
         while True:
             step = [next(batches) for _ in range(self.micro_batches_per_step)]
             learnt = self._learnt_length(self.position // self.rows_per_step)
-            if learnt < self.rows.sequence_length:
+            if learnt < self.sequence_length:
                 for batch in step:
                     batch["labels"][:, learnt:] = IGNORED
             self.position += self.rows_per_step
             yield step
+
+    def row_numbers(self, first: int, count: int) -> Indices:
+        """Rows (count,) of samples first .. first+count-1, counted through all sources one after another."""
+        sources, numbers = self.mixture.places(first, count)
+        rows = np.empty(count, np.int64)
+        for source in np.unique(sources):
+            own = sources == source
+            num_rows = self.rows[source].num_rows
+            rows[own] = rows_at(numbers[own], num_rows, self.seed) + self._offsets[source]
+        return rows
 
     def _learnt_length(self, step: int) -> int:
         """Tokens of a row that have targets in this step.
@@ -119,7 +140,7 @@ class TrainLoader:
             end += steps
             if step < end:
                 return length
-        return self.rows.sequence_length
+        return self.sequence_length
 
 
 class _Batches:
@@ -133,7 +154,7 @@ class _Batches:
         step = own.position
         while True:
             first = step + own.rank * own.share
-            rows = rows_of_samples(first, own.share, own.num_rows, own.seed).tolist()
+            rows = own.row_numbers(first, own.share).tolist()
             for start in range(0, own.share, own.micro_batch):
                 yield rows[start : start + own.micro_batch]
             step += own.rows_per_step
@@ -160,9 +181,7 @@ def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tup
             )
 
 
-def _rows(
-    source: TokenShards | SyntheticRows, sequence_length: int, keep_tail: bool = False
-) -> PackedRows | SyntheticRows:
+def _rows(source: Split, sequence_length: int, keep_tail: bool = False) -> PackedRows | SyntheticRows:
     """The rows of a split of text, or a synthetic task's own."""
     if isinstance(source, SyntheticRows):
         assert source.sequence_length == sequence_length
@@ -171,7 +190,7 @@ def _rows(
 
 
 def validation_batches(
-    shards: TokenShards | SyntheticRows,
+    shards: Split,
     sequence_length: int,
     batch_rows: int,
     max_tokens: int | None = None,

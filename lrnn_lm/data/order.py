@@ -15,10 +15,14 @@ Indices = npt.NDArray[np.int64]
 
 
 def rows_of_samples(first: int, count: int, num_rows: int, seed: int) -> Indices:
-    """Rows (count,) of global samples first .. first+count-1: sample i is row perm(seed, i // n)[i % n]."""
-    samples = np.arange(first, first + count, dtype=np.int64)
+    """Rows (count,) of samples first .. first+count-1 of a source: see `rows_at`."""
+    return rows_at(np.arange(first, first + count, dtype=np.int64), num_rows, seed)
+
+
+def rows_at(samples: Indices, num_rows: int, seed: int) -> Indices:
+    """Rows of a source's samples, by their numbers: sample i is row perm(seed, i // n)[i % n]."""
     epochs, places = np.divmod(samples, num_rows)
-    rows = np.empty(count, np.int64)
+    rows = np.empty(len(samples), np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         rows[chosen] = permuted(places[chosen], num_rows, seed, int(epoch))

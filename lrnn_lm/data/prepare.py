@@ -1,4 +1,4 @@
-"""`prepare`: from a DataSpec to a tokenizer and token shards on disk, once.
+"""`prepare`: from DataSpecs, one a source, to a tokenizer and token shards on disk, once.
 
 Both are kept under cache_dir in folders named by a hash of everything that decides their bytes: a second call
 finds them, and another text, tokenizer or split makes new ones.
@@ -9,27 +9,27 @@ finds them, and another text, tokenizer or split makes new ones.
 
 import errno
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import sources, storage, tokenize
+from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
-from .shards import HashedFile, ShardWriter, TokenShards, check_file, token_dtype
-from .specs import DataError, DataSpec
-from .split import HASHES, HeldOut, OneSidedError, text_hash, training_sample
+from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, token_dtype
+from .specs import DataError, DataSpec, SourceSpec
+from .split import HASHES, HeldOut, one_sided, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
-HELDOUT = "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,36 @@ class PreparedData:
 
 
 def prepare(spec: DataSpec, progress: bool = True) -> PreparedData:
-    """Make the tokenizer and the shards of `spec` unless they exist, and open them.
+    """Make the tokenizer and the shards of `spec` unless they exist, and open them; see `prepare_all`."""
+    return prepare_all([spec], progress)[0]
 
-    If it is interrupted, nothing half-made stays. Raises DataError for every mistake of the user's.
+
+def prepare_all(specs: Sequence[DataSpec], progress: bool = True) -> list[PreparedData]:
+    """Make one tokenizer for all sources, and the shards of each, unless they exist; open them.
+
+    The specs differ only in their sources and what is held out of them. A text that one source names for
+    validation is left out of the training text of all. If it is interrupted, nothing half-made stays. Raises
+    DataError for every mistake of the user's.
     """
-    cache = Path(spec.cache_dir).expanduser()
+    _check_files(specs)
+    cache = Path(specs[0].cache_dir).expanduser()
     try:
         for kind in ("tokenizers", "data"):
             (cache / kind).mkdir(parents=True, exist_ok=True)
-        folder = _prepare_folder(spec, cache, progress)
+        folders = _prepare_folders(specs, cache, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise DataError(f"cannot write to data.cache_dir {spec.cache_dir}: {error.strerror}") from None
+            raise DataError(f"cannot write to data.cache_dir {cache}: {error.strerror}") from None
         raise
+    return [_opened(spec, folder) for spec, folder in zip(specs, folders, strict=True)]
+
+
+def _opened(spec: DataSpec, folder: Path) -> PreparedData:
     prepared = open_prepared(folder)
     if prepared.train.num_tokens < spec.sequence_length + 1:
         raise DataError(
-            f"the text is too short: its {prepared.train.num_tokens} training tokens do not fill one row of "
+            f"{sources.describe(spec.source)}: the text is too short: its {prepared.train.num_tokens} "
+            "training tokens do not fill one row of "
             f"data.sequence_length + 1 = {spec.sequence_length + 1}; use more text or shorter rows"
         )
     if spec.vocab_size is not None and prepared.vocab_size > spec.vocab_size:
@@ -99,6 +112,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
         raise DataError(f"{folder}: prepared by another version (format {manifest.get('format')}); {rebuild}")
     for name, facts in manifest["files"].items():
         check_file(folder, name, facts, checksum=verify)
+    token_files.check_unchanged(manifest)
     tokenizer_dir = folder / "tokenizer"
     expected = manifest["tokenizer"]["hash"]
     if tokenize.tokenizer_hash(tokenizer_dir) != expected:
@@ -115,26 +129,76 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     )
 
 
-def _prepare_folder(spec: DataSpec, cache: Path, progress: bool) -> Path:
-    recipe = _tokenizer_recipe(spec)
-    text_key = [
-        FORMAT,
-        sources.fingerprint(spec.source),
-        sources.fingerprint(spec.validation_source) if spec.validation_source else spec.validation_fraction,
-    ]
+def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> list[Path]:
+    """The folder of each source, made unless it exists."""
+    recipe = _tokenizer_recipe(specs[0])
+    text_keys = [_text_key(spec, specs) for spec in specs]
+    name = specs[0].tokenizer
     tokenizer_key = [
         FORMAT,
-        *([tokenize.recipe_key(recipe), text_key] if recipe else _tokenizer_fingerprint(spec.tokenizer)),
+        *([tokenize.recipe_key(recipe), *text_keys] if recipe else _tokenizer_fingerprint(name)),
     ]
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(spec.tokenizer).stem).strip("-.") or "tokenizer"
+    stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
-    folder = cache / "data" / f"{spec.source.type}-{_hash([text_key, tokenizer_key, spec.shard_tokens])}"
-    if folder.is_dir():
-        return folder
-    for parent in (tokenizer.parent, folder.parent):
+    folders = [
+        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, spec.shard_tokens])}"
+        for spec, key in zip(specs, text_keys, strict=True)
+    ]
+    if all(folder.is_dir() for folder in folders):
+        return folders
+    for parent in (tokenizer.parent, cache / "data"):
         storage.clear_leftovers(parent)
-    storage.build_folder(folder, partial(_build, spec, recipe, tokenizer, progress))
-    return folder
+    _report_empty_files(specs)
+    named = [spec.validation_source for spec in specs if spec.validation_source]
+    texts = [source for source in named if source.type not in token_files.TYPES]
+    listed = frozenset(text_hash(text) for source in texts for text in sources.documents(source))
+    splits = [_held_out(spec, listed) for spec in specs]
+    if recipe and any(split.threshold != _threshold(spec) for split, spec in zip(splits, specs, strict=True)):
+        tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")  # it saw other train documents
+    make_tokenizer = partial(_build_tokenizer, specs, recipe, splits)
+    named = [source for source in named if source not in texts]
+    for spec, split, folder in zip(specs, splits, folders, strict=True):
+        storage.build_folder(folder, partial(_build, spec, split, named, tokenizer, make_tokenizer, progress))
+    return folders
+
+
+def _check_files(specs: Sequence[DataSpec]) -> None:
+    """Raise DataError if two sources read the same file, as two globs may."""
+    owners: dict[Path, SourceSpec] = {}
+    for spec in specs if len(specs) > 1 else ():
+        source = spec.source
+        for file in sources.files(source) if source.type in sources.FILE_TYPES else ():
+            if (other := owners.setdefault(file.resolve(), source)) is not source:
+                raise DataError(
+                    f"{file} is in two sources, {sources.describe(other)} and {sources.describe(source)}; "
+                    "let one of them leave it out"
+                )
+
+
+def _text_key(spec: DataSpec, specs: Sequence[DataSpec]) -> list[Any]:
+    """What decides a source's documents and which of them are held out."""
+    own, others = spec.validation_source, [s.validation_source for s in specs if s is not spec]
+    key = [
+        FORMAT,
+        sources.fingerprint(spec.source),
+        sources.fingerprint(own) if own else spec.validation_fraction,
+    ]
+    excluded = [sources.fingerprint(other) for other in others if other]
+    return [*key, excluded] if excluded else key
+
+
+def _threshold(spec: DataSpec) -> int:
+    return 0 if spec.validation_source else int(spec.validation_fraction * HASHES)
+
+
+def _held_out(spec: DataSpec, listed: frozenset[int]) -> HeldOut:
+    """What is held out of a source: its own fraction or text, and all that is `listed` for validation."""
+    if spec.source.type in token_files.TYPES:
+        return HeldOut(_threshold(spec))  # hashes of ids are known later
+    held_out = HeldOut(_threshold(spec), listed)
+    if spec.validation_source:
+        return held_out
+    return held_out.with_both_sides(map(text_hash, sources.documents(spec.source)))
 
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
@@ -164,78 +228,97 @@ def _hash(key: object) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(
-    spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, tokenizer: Path, progress: bool, aside: Path
-) -> None:
-    """Fill `aside` with everything. If a small corpus leaves one side of the split empty, split it again."""
-    _report_empty_files(spec)
-    held_out = HeldOut(int(spec.validation_fraction * HASHES))
-    if spec.validation_source:
-        held_out = HeldOut(0, frozenset(map(text_hash, sources.documents(spec.validation_source))))
-    try:
-        _build_split(spec, recipe, tokenizer, held_out, progress, aside)
-    except OneSidedError as error:
-        if error.threshold is None:
-            raise
-        shutil.rmtree(aside)
-        aside.mkdir()
-        if recipe:  # the tokenizer saw other train documents
-            tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")
-        _build_split(spec, recipe, tokenizer, HeldOut(error.threshold), progress, aside)
-
-
-def _report_empty_files(spec: DataSpec) -> None:
-    both = (spec.source, spec.validation_source)
-    empty = [str(file) for source in both if source for file in sources.empty_files(source)]
+def _report_empty_files(specs: Sequence[DataSpec]) -> None:
+    both = [source for spec in specs for source in (spec.source, spec.validation_source) if source]
+    empty = [str(file) for source in both for file in sources.empty_files(source)]
     if empty:
         names = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
         print(f"lrnn: empty files are left out: {names}", file=sys.stderr)
 
 
-def _build_split(
+def _build(
     spec: DataSpec,
-    recipe: tokenize.TokenizerRecipe | None,
-    tokenizer: Path,
     held_out: HeldOut,
+    named: Sequence[SourceSpec],
+    tokenizer: Path,
+    make_tokenizer: Callable[[Path], None],
     progress: bool,
     aside: Path,
 ) -> None:
+    """Fill `aside` with the tokenizer, made unless it is there, the shards and the held-out documents.
+
+    named: the token files that some source names for validation.
+    """
     with Progress(progress) as bar:
         bar.stage("tokenizer")
-        storage.build_folder(tokenizer, partial(_build_tokenizer, spec, recipe, held_out))
+        storage.build_folder(tokenizer, make_tokenizer)
         facts = tokenize.read_facts(tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
         bar.stage("tokenising")
-        writers = {
-            split: ShardWriter(aside, split, token_dtype(facts.vocab_size), spec.shard_tokens)
-            for split in ("train", "validation")
-        }
-        heldout_file = HashedFile(aside / HELDOUT)
-        pairs = _tagged_documents(spec, held_out)
-        with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
-            for text, split, ids in encoded:
-                size = len(text.encode())
-                writers[split].add(ids, size)
-                if split == "validation":
-                    heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
-                bar.advance(len(ids), size)
+        write = partial(_write_texts, aside, spec, tokenizer, facts, bar)
+        if spec.source.type not in token_files.TYPES:
+            splits, files, _ = write(_tagged_documents(spec, held_out), ("train", "validation"))
+        else:
+            own, listed = spec.validation_source, set()
+            splits, files = {}, {}
+            if own and own.type not in token_files.TYPES:
+                texts = ((text, "validation") for text in sources.documents(own))
+                splits, files, listed = write(texts, ("validation",))
+            index = token_files.Index(aside, tokenizer, facts, spec.num_proc)
+            indexed, more = index.write(spec, named, listed, held_out, bar)
+            splits, files = splits | indexed, files | more
+    _write_manifest(aside, spec, held_out, facts, splits, files)
+
+
+def _write_texts(
+    aside: Path,
+    spec: DataSpec,
+    tokenizer: Path,
+    facts: tokenize.TokenizerFacts,
+    bar: Progress,
+    pairs: Iterable[tuple[str, str]],
+    splits: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, Any], set[int]]:
+    """Tokenise (text, split) pairs into shards, and write the held-out texts.
+
+    Returns the splits' entries in the manifest, those of the files, and the hashes of the held-out ids.
+    """
+    dtype = token_dtype(facts.vocab_size)
+    writers = {split: ShardWriter(aside, split, dtype, spec.shard_tokens) for split in splits}
+    heldout_file, hashes = HashedFile(aside / HELDOUT), set()
+    with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
+        for text, split, ids in encoded:
+            size = len(text.encode())
+            writers[split].add(ids, size)
+            if split == "validation":
+                heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
+                hashes.add(token_files.id_hash(ids[1:-1]))
+            bar.advance(len(ids), size)
+    files = {HELDOUT: heldout_file.close()}
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
-            raise held_out.one_sided(split)
-    files = {HELDOUT: heldout_file.close()} | writers["train"].files | writers["validation"].files
-    _write_manifest(aside, spec, held_out, facts, writers, files)
+            raise one_sided(split)
+        files |= writer.files
+    return {split: writer.summary() for split, writer in writers.items()}, files, hashes
 
 
 def _build_tokenizer(
-    spec: DataSpec, recipe: tokenize.TokenizerRecipe | None, held_out: HeldOut, folder: Path
+    specs: Sequence[DataSpec],
+    recipe: tokenize.TokenizerRecipe | None,
+    splits: Sequence[HeldOut],
+    folder: Path,
 ) -> None:
+    """Import the tokenizer, or train it on equal parts of all sources' training text."""
     if recipe is None:
-        tokenize.import_tokenizer(spec.tokenizer, folder)
-    else:
-        tokenize.train(
-            training_sample(sources.documents(spec.source), held_out, recipe.sample_bytes), recipe, folder
-        )
+        tokenize.import_tokenizer(specs[0].tokenizer, folder)
+        return
+    size = recipe.sample_bytes // len(specs)
+    samples = [
+        training_sample(sources.documents(spec.source), split, size)
+        for spec, split in zip(specs, splits, strict=True)
+    ]
+    tokenize.train(itertools.chain.from_iterable(samples), recipe, folder)
 
 
 def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, str]]:
@@ -244,7 +327,7 @@ def _tagged_documents(spec: DataSpec, held_out: HeldOut) -> Iterator[tuple[str, 
         for text in sources.documents(spec.validation_source):
             yield text, "validation"
     for text in sources.documents(spec.source):
-        if not held_out.holds(text):
+        if not held_out.holds(text_hash(text)):
             yield text, "train"
         elif not spec.validation_source:
             yield text, "validation"
@@ -255,10 +338,11 @@ def _write_manifest(
     spec: DataSpec,
     held_out: HeldOut,
     facts: tokenize.TokenizerFacts,
-    writers: dict[str, ShardWriter],
+    splits: dict[str, Any],
     files: dict[str, dict[str, Any]],
 ) -> None:
     hashes = [facts.hash, *(file["sha256"] for file in files.values())]
+    hashes += [s["ids_sha256"] for split in splits.values() for s in split["shards"] if "file" in s]
     manifest = {
         "format": FORMAT,
         "source": asdict(spec.source),
@@ -266,7 +350,7 @@ def _write_manifest(
         "validation_fraction": None if spec.validation_source else held_out.threshold / HASHES,
         "tokenizer": {"name": spec.tokenizer, **asdict(facts)},
         "dtype": token_dtype(facts.vocab_size).name,
-        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "splits": splits,
         "files": files,
         "content_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
     }

@@ -33,9 +33,9 @@ class Progress:
             self._bar.stop_task(task)
         self._task = self._bar.add_task(name, total=None, counts="", visible=bool(name))
 
-    def advance(self, tokens: int, size: int) -> None:
-        """Count one document of `tokens` tokens and `size` bytes."""
-        self._documents += 1
+    def advance(self, tokens: int, size: int, documents: int = 1) -> None:
+        """Count documents of `tokens` tokens and `size` bytes."""
+        self._documents += documents
         self._tokens += tokens
         self._bytes += size
         if self._documents % 50 == 0:

@@ -1,6 +1,7 @@
 """Token shards on disk: the concatenated documents of a split, as memory-mapped integers.
 
-Shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
+A split of token files made elsewhere has an index of them in place of shards: see token_files.py. Otherwise,
+shard k of split S is `S-k.tokens.bin` (uint16 or uint32, little-endian) and `S-k.starts.bin` (uint64: where
 in the shard each document starts). A document never crosses shards. Counts and checksums are in the folder's
 manifest.
 """
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from .specs import DataError
 
 Tokens = npt.NDArray[np.integer[Any]]
+HELDOUT = "validation.jsonl"  # the held-out documents beside the shards
 STARTS_DTYPE = np.dtype("<u8")
 
 
@@ -96,10 +98,13 @@ class TokenShards:
         self.dtype = np.dtype(manifest["dtype"])
         self.num_tokens: int = entry["num_tokens"]
         self.num_documents: int = entry["num_documents"]
-        self.num_bytes: int = entry["num_bytes"]
+        self.num_bytes: int | None = entry["num_bytes"]  # None: not known, of token files
         self._shards: list[dict[str, Any]] = entry["shards"]
         self._files = {
-            name: manifest["files"][name] for s in self._shards for name in (s["tokens"], s["starts"])
+            s[key]: manifest["files"][s[key]]
+            for s in self._shards
+            for key in ("tokens", "starts", "offsets")
+            if key in s
         }
         ends = np.cumsum([shard["num_tokens"] for shard in self._shards], dtype=np.int64)
         self._offsets = np.concatenate([np.zeros(1, np.int64), ends])  # (shards + 1,)
@@ -111,7 +116,8 @@ class TokenShards:
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens start..stop-1 of the stream, (stop - start,); shorter at its end."""
         parts = [
-            self._map(shard["tokens"], self.dtype)[a:b] for shard, a, b, _ in self._overlaps(start, stop)
+            self._map(shard["tokens"], self.dtype)[a:b] if "tokens" in shard else self._gather(shard, a, b)
+            for shard, a, b, _ in self._overlaps(start, stop)
         ]
         return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
@@ -140,6 +146,27 @@ class TokenShards:
             shard = self._shards[k]
             pieces.append((shard, max(start - offset, 0), min(stop - offset, shard["num_tokens"]), offset))
         return pieces
+
+    def _gather(self, shard: dict[str, Any], start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens start..stop-1 of a shard that is an index of a token file (token_files.py)."""
+        if shard["file"] not in self._maps:
+            self._maps[shard["file"]] = np.memmap(shard["file"], shard["dtype"], "r", offset=shard["begin"])
+        ids = self._maps[shard["file"]]
+        starts, offsets = (self._map(shard[key], STARTS_DTYPE) for key in ("starts", "offsets"))
+        parts = []
+        for k in range(int(np.searchsorted(starts, start, side="right")) - 1, len(starts)):
+            begin = int(starts[k])
+            if begin >= stop:
+                break
+            end = int(starts[k + 1]) if k + 1 < len(starts) else shard["num_tokens"]
+            low, high = max(start, begin) - begin, min(stop, end) - begin  # first, its ids, last
+            if low == 0:
+                parts.append([shard["first"]])
+            offset = int(offsets[k]) - 1
+            parts.append(ids[offset + max(low, 1) : offset + min(high, end - begin - 1)])
+            if high == end - begin:
+                parts.append([shard["last"]])
+        return np.concatenate(parts).astype(np.int64)
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> Tokens:
         if name not in self._maps:

@@ -18,12 +18,14 @@ from .specs import DataError, SourceSpec
 
 # A single text file is cut into about 50 parts of at least 200 and at most 2 x 5,000 characters.
 _PARTS, _PART_CHARS = 50, (200, 5000)
-_SUFFIXES = {
+FILE_TYPES = {  # and how the files that they read in a folder end
     "text": (),  # every file of a folder
     "jsonl": tuple(
         f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")
     ),
     "parquet": (".parquet",),
+    "megatron": (".idx",),
+    "tokens": (".npy", ".bin"),
 }
 
 
@@ -56,10 +58,13 @@ def fingerprint(spec: SourceSpec) -> list[object]:
         return [*what, python_docs.fingerprint()]
     if spec.type == "hf" and not _is_local(spec):
         return [*what, spec.path]
-    files = _files(spec)
+    found = files(spec)
+    if spec.type in ("megatron", "tokens"):  # the index names the files, so it does not move with them
+        found += [_ids_of(file) for file in found if file.suffix == ".idx"]
+        what += [str(Path(spec.path or "").expanduser().resolve()), spec.separator, spec.dtype]
     base = Path(spec.path or "").expanduser()
-    names = [str(f.relative_to(base)) if base.is_dir() else f.name for f in files]
-    stats = [f.stat() for f in files]  # where a link leads
+    names = [str(f.relative_to(base)) if base.is_dir() else f.name for f in found]
+    stats = [f.stat() for f in found]  # where a link leads
     return [*what, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]
 
 
@@ -70,6 +75,14 @@ def empty_files(spec: SourceSpec) -> list[Path]:
     return [f for f in _found(spec) if not f.stat().st_size]
 
 
+def _ids_of(index: Path) -> Path:
+    """The .bin of a Megatron .idx."""
+    data = index.with_suffix(".bin")
+    if not data.is_file():
+        raise DataError(f"{data}: no such file; {index.name} is its index")
+    return data
+
+
 def _is_local(spec: SourceSpec) -> bool:
     return Path(spec.path or "").expanduser().exists()
 
@@ -77,10 +90,10 @@ def _is_local(spec: SourceSpec) -> bool:
 def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
     readers = {
         "python-docs": python_docs.documents,
-        "text": lambda: _read_texts(_files(spec)),
-        "jsonl": lambda: itertools.chain.from_iterable(_read_jsonl(f, spec.text_field) for f in _files(spec)),
+        "text": lambda: _read_texts(files(spec)),
+        "jsonl": lambda: itertools.chain.from_iterable(_read_jsonl(f, spec.text_field) for f in files(spec)),
         "parquet": lambda: itertools.chain.from_iterable(
-            _read_parquet(f, spec.text_field) for f in _files(spec)
+            _read_parquet(f, spec.text_field) for f in files(spec)
         ),
         "hf": lambda: (_field(row, spec.text_field, where) for where, row in read_rows(spec, describe(spec))),
     }
@@ -92,10 +105,13 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
 
 
 def _found(spec: SourceSpec) -> list[Path]:
-    return find_files(spec.path or "", _SUFFIXES.get(spec.type, ()))
+    path = spec.path or ""
+    if spec.type == "megatron" and not Path(path).expanduser().is_dir():  # with or without a suffix
+        path = path.removesuffix(".bin").removesuffix(".idx") + ".idx"
+    return find_files(path, FILE_TYPES.get(spec.type, ()))
 
 
-def _files(spec: SourceSpec) -> list[Path]:
+def files(spec: SourceSpec) -> list[Path]:
     """The files of a source that are not empty. Raises DataError if there are none."""
     found = _found(spec)
     files = [f for f in found if f.stat().st_size]

@@ -15,12 +15,14 @@ class DataError(ValueError):
 class SourceSpec:
     """Where documents come from."""
 
-    type: str = "python-docs"  # or text, jsonl, parquet, hf
+    type: str = "python-docs"  # or text, jsonl, parquet, hf, megatron, tokens
     path: str | None = None  # a file, a folder, a glob, or the name of a hub dataset
     name: str | None = None  # configuration of a hub dataset
     split: str = "train"  # of a hub dataset
     text_field: str = "text"  # of jsonl, parquet and hf
     limit: int | None = None  # documents read at most
+    separator: str | None = None  # of token files: the id or token that ends a document; None: end-of-text
+    dtype: str | None = None  # of flat .bin files; None: found out
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from .specs import DataError
 
@@ -11,55 +11,58 @@ HASHES = 2**64  # number of values of `text_hash`
 SURVEY = 8  # the tokenizer's training sample is chosen from this many times its size
 
 
-def text_hash(text: str) -> int:
-    """A 64-bit hash, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def text_hash(text: str | bytes) -> int:
+    """A 64-bit hash of a text, or of a document's token ids as bytes; the same on every machine."""
+    data = text.encode() if isinstance(text, str) else text
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-class OneSidedError(DataError):
-    """A split left train or validation empty; `threshold` is one that does not, or None."""
-
-    def __init__(self, message: str, threshold: int | None) -> None:
-        super().__init__(message)
-        self.threshold = threshold
-
-
-@dataclass
+@dataclass(frozen=True)
 class HeldOut:
-    """Holds out texts whose hash is below `threshold` or `listed` (the hashes of a validation source)."""
+    """Holds out documents whose hash is below `threshold` or `listed` (the hashes of validation sources)."""
 
     threshold: int
     listed: frozenset[int] = frozenset()
-    lowest: int = field(default=HASHES, init=False)  # hashes seen
-    highest: int = field(default=-1, init=False)
 
-    def holds(self, text: str) -> bool:
-        """Whether this document is held out; records the range of all hashes for `one_sided`."""
-        number = text_hash(text)
-        self.lowest, self.highest = min(self.lowest, number), max(self.highest, number)
+    def holds(self, number: int) -> bool:
+        """Whether the document with this hash is held out."""
         return number < self.threshold or number in self.listed
 
-    def one_sided(self, empty: str) -> OneSidedError:
-        """The error for an empty side, after all documents: its threshold moves the outermost hash over."""
-        threshold = None
-        if not self.listed and self.lowest < self.highest:
-            threshold = self.lowest + 1 if empty == "validation" else self.highest
-        return OneSidedError(
-            f"no document is left for {empty}: the source needs at least two different documents; "
-            "split it into more, or name other text in data.validation_source",
-            threshold,
-        )
+    def with_both_sides(self, numbers: Iterable[int]) -> "HeldOut":
+        """The rule for documents of these hashes: this one, unless it leaves one side without a document.
+
+        Then the outermost hash is moved over. Reads only until both sides have a document. Raises DataError
+        if there are no two different documents.
+        """
+        hashes: set[int] = set()
+        sides: set[bool] = set()
+        for number in numbers:
+            sides.add(self.holds(number))
+            if len(sides) == 2:
+                return self
+            hashes.add(number)
+        if len(hashes) < 2:
+            raise one_sided("train" if True in sides else "validation")
+        return replace(self, threshold=max(hashes) if True in sides else min(hashes) + 1)
+
+
+def one_sided(empty: str) -> DataError:
+    """The error for a split that leaves `empty` without a document."""
+    return DataError(
+        f"no document is left for {empty}: the source needs at least two different documents; "
+        "split it into more, or name other text in data.validation_source"
+    )
 
 
 def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> Iterator[str]:
     """About `size` characters of train documents for the tokenizer, those of lowest hash in SURVEY * size.
 
-    Holds only the sample in memory. Raises OneSidedError if there is no train document.
+    Holds only the sample in memory. Raises DataError if there is no train document.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top
     kept = read = 0
     for text in documents:
-        if held_out.holds(text):
+        if held_out.holds(text_hash(text)):
             continue
         text = text[:size]
         read += len(text)
@@ -70,5 +73,5 @@ def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> I
         if read >= SURVEY * size:
             break
     if not heap:
-        raise held_out.one_sided("train")
+        raise one_sided("train")
     return (text for _, text in sorted(heap, reverse=True))

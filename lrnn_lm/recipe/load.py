@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .data import FILE_KEYS, SOURCE_KEYS
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
 from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
-from .schema import FILE_KEYS, SOURCE_KEYS, Recipe
+from .schema import Recipe
 
-_STORED_SOURCE = FILE_KEYS | {"limit", "examples", "options"}  # by which a recipe that a run stored is known
+# Keys by which a source that a run stored is known.
+_STORED_SOURCE = {"path", "name", "split", "text_field", "limit", "examples", "options"}
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
 
 
@@ -89,6 +91,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.layer_pattern is not None:
         data["model"]["layer_pattern"] = [m.model_dump(mode="json") for m in recipe.model.layer_pattern]
         del data["model"]["mixer"]
+    data["data"]["sources"] = {source["name"]: source for source in data["data"]["sources"]}
     return _flatten(data, "")
 
 
@@ -166,6 +169,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Apply `put` to `below`; drop what `below` gave to mixer and source types that are gone afterwards."""
+    below = _without_other_sources(below, put({}))
     changed = put(below)
     for name, source in _sources(below).items():
         now = _sources(changed).get(name, {}).get("type")
@@ -179,6 +183,16 @@ def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any
         return changed
     kept = {key: value for key, value in mixer.items() if key not in gone}
     return put({**below, "model": {**model, "mixer": kept}})
+
+
+def _without_other_sources(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`below` without its one source if `top` gives a mixture, or without its mixture if one source."""
+    given, data = top.get("data"), below.get("data")
+    if not isinstance(given, dict) or not isinstance(data, dict):
+        return below
+    gone = {"source": ("sources", "stages"), "sources": ("source", "validation_source")}
+    dropped = {key for name, keys in gone.items() if given.get(name) for key in keys} - given.keys()
+    return {**below, "data": {key: value for key, value in data.items() if key not in dropped}}
 
 
 def _sources(data: dict[str, Any]) -> dict[str, dict[str, Any]]:

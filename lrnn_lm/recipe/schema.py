@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from .data import DataSection
 from .launch import LaunchSection
 from .mixer import MixerSection, check_options
-from .quantities import Every, Span, TokenCount
+from .quantities import Every, Span, TokenCount, format_count
 from .section import Section
 
 
@@ -101,117 +102,6 @@ def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, i
     if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
         return [("expand_v", mixer.head_dim, 1)]
     return []
-
-
-class SourceSection(Section):
-    """Where the text comes from, or which synthetic task generates the rows."""
-
-    type: Literal["python-docs", "text", "jsonl", "parquet", "hf", "synthetic"] = "python-docs"
-    path: str | None = Field(
-        None,
-        description="text, jsonl, parquet: a file, folder or glob; hf: a dataset. Each text file is a "
-        "document, but a single one is cut into many",
-    )
-    name: str | None = Field(None, description="hf: configuration of the dataset")
-    split: str = Field("train", description="hf: split of the dataset")
-    text_field: str = "text"
-    limit: int | None = Field(None, ge=1, description="read at most this many documents")
-    task: str | None = Field(None, description="synthetic: s5, parity, in_context_recall, ..")
-    length: int | None = Field(None, ge=2, description="synthetic: tokens per row; default: sequence_length")
-    examples: TokenCount | None = Field(
-        None, ge=1, description="synthetic: number of training rows; default: as published, or unlimited"
-    )
-    validation_examples: TokenCount = Field(1280, ge=1, description="synthetic: number of held-out rows")
-    options: dict[str, int | float] = Field(
-        default_factory=dict, description="synthetic: options of the task, as in {vocab_size: 32}"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "SourceSection":
-        synthetic = self.type == "synthetic"
-        if synthetic and not self.task:
-            raise ValueError("source type 'synthetic' needs a task, as in task: s5")
-        if not synthetic and (self.task or self.length or self.examples or self.options):
-            raise ValueError(
-                f"task, length, examples and options belong to type 'synthetic', not {self.type!r}"
-            )
-        if not synthetic and self.type != "python-docs" and not self.path:
-            raise ValueError(f"source type {self.type!r} needs a path")
-        for key in FILE_KEYS - SOURCE_KEYS[self.type]:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                types = [kind for kind, keys in SOURCE_KEYS.items() if key in keys]
-                raise ValueError(
-                    f"source type {self.type!r} does not read {key}={getattr(self, key)!r}; "
-                    f"set type to one of {', '.join(types)}"
-                )
-        return self
-
-
-FILE_KEYS = {"path", "name", "split", "text_field"}
-SOURCE_KEYS: dict[str, set[str]] = {  # those of them that each type reads
-    "python-docs": set(),
-    "text": {"path"},
-    "jsonl": {"path", "text_field"},
-    "parquet": {"path", "text_field"},
-    "hf": FILE_KEYS,
-    "synthetic": set(),
-}
-
-
-class CurriculumStage(Section):
-    """A stage in which the loss covers only the first tokens of each row."""
-
-    length: int = Field(ge=1, description="number of tokens of a row that have targets")
-    steps: int = Field(ge=1, description="number of optimizer steps")
-
-
-class DataSection(Section):
-    """From text to token shards, and from shards to rows of sequence_length tokens (and their targets)."""
-
-    source: SourceSection = Field(default_factory=SourceSection)
-    validation_source: SourceSection | None = Field(
-        None, description="held-out text; default: a fraction of `source`"
-    )
-    validation_fraction: float = Field(
-        0.02, gt=0, lt=1, description="fraction of documents held out, chosen by hash"
-    )
-    tokenizer: str = Field(
-        "tokenizers/bpe-4k.yaml", description="a folder, a hub name, or a recipe for SentencePiece (YAML)"
-    )
-    sequence_length: int = Field(2048, ge=2)
-    cache_dir: str = Field(
-        "cache", description="folder of prepared tokenizers and shards, shared by runs with equal settings"
-    )
-    shard_tokens: TokenCount = Field(100_000_000, ge=1)
-    num_proc: int | None = Field(None, ge=1, description="tokenising processes; default: one per core")
-    num_workers: int = Field(0, ge=0, description="data loader processes per rank")
-    curriculum: list[CurriculumStage] = Field(
-        default_factory=list,
-        description="loss on short prefixes of rows first, as in [{length: 4, steps: 800}]; then whole rows",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_length(cls, data: Any) -> Any:
-        """source.length of a synthetic task also sets sequence_length, so it need not be given twice."""
-        source = data.get("source") if isinstance(data, dict) else None
-        if isinstance(source, dict) and source.get("type") == "synthetic" and source.get("length"):
-            return {"sequence_length": source["length"], **data}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataSection":
-        if self.source.length not in (None, self.sequence_length):
-            raise ValueError(
-                f"sequence_length {self.sequence_length} is not the task's length {self.source.length}; "
-                "give one of them"
-            )
-        longest = max((stage.length for stage in self.curriculum), default=0)
-        if longest > self.sequence_length:
-            raise ValueError(
-                f"curriculum has rows of {longest} tokens, sequence_length is {self.sequence_length}"
-            )
-        return self
 
 
 class OptimSection(Section):
@@ -349,10 +239,29 @@ class Recipe(Section):
                 f"data.curriculum takes {short} steps and train.tokens pays for {self.total_steps}: no step "
                 "would train on whole rows; shorten it, or pass data.curriculum=[]"
             )
+        self._check_stages()
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         self._check_schedule()
         return self
+
+    def _check_stages(self) -> None:
+        """Check that the stages of a mixture take exactly the budget."""
+        stages = self.data.stages
+        given = sum(stage.tokens or 0 for stage in stages)
+        is_open = bool(stages) and stages[-1].tokens is None
+        if stages and (given >= self.train.tokens if is_open else given != self.train.tokens):
+            rest = "so the last one gets none" if is_open else "make them equal, or leave out the last one's"
+            raise ValueError(
+                f"data.stages take {format_count(given)} tokens and train.tokens is "
+                f"{format_count(self.train.tokens)}; {rest}"
+            )
+        for k, stage in enumerate(stages):
+            if stage.tokens is not None and stage.tokens < self.data.sequence_length:
+                raise ValueError(
+                    f"data.stages.{k} takes {stage.tokens} tokens, less than one row of "
+                    f"{self.data.sequence_length}"
+                )
 
     def _check_schedule(self) -> None:
         """Check that warm-up and decay fit into the run without overlap."""

@@ -8,81 +8,35 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..data import (
-    DataSpec,
-    PreparedData,
-    SourceSpec,
-    SyntheticData,
-    SyntheticTask,
-    prepare,
-    prepare_synthetic,
-)
+from ..data import SyntheticData
 from ..files import replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
-from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe, resolve_path
+from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe
 from ..runs import checkpoint
-from ..runs.layout import RunFolder
+from ..runs.layout import RunFolder, step_of
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class
 from .parallel import launch_plan, share
 from .runtime import make_accelerator, seed_everything
+from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
 from .tensors import load
 from .together import Together, cpu_group
 
-Spec = TypeVar("Spec", DataSpec, SourceSpec)
 # A run cannot resume with another value of these: it would have another model or other batches.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step")
 # Parts of the above that change neither.
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
-_VERIFIED_BYTES = 4_000_000_000  # token shards up to this size are hashed at every start; more takes minutes
-
-
-def prepare_data(recipe: Recipe, progress: bool = True) -> PreparedData | SyntheticData:
-    """The tokenizer and token shards of a recipe, made unless they are there; or its synthetic task."""
-    data, source = recipe.data, recipe.data.source
-    if source.type == "synthetic":
-        return prepare_synthetic(
-            synthetic_task(recipe),
-            source.examples,
-            source.validation_examples,
-            recipe.seed,
-            data.cache_dir,
-            recipe.model.vocab_size,
-        )
-    spec = _spec(
-        DataSpec,
-        data,
-        source=_spec(SourceSpec, source),
-        validation_source=_spec(SourceSpec, data.validation_source) if data.validation_source else None,
-        tokenizer=str(resolve_path(data.tokenizer)),
-        vocab_size=recipe.model.vocab_size,
-    )
-    return prepare(spec, progress)
-
-
-def _spec(kind: type[Spec], section: BaseModel, **others: Any) -> Spec:
-    """What `data/` needs of a recipe's section: the keys that both have, and `others`."""
-    names = {field.name for field in fields(kind)} - others.keys()
-    return kind(**section.model_dump(include=names), **others)
-
-
-def synthetic_task(recipe: Recipe) -> SyntheticTask:
-    """The task of a recipe whose source is synthetic; DataError if it cannot be made so."""
-    source = recipe.data.source
-    return SyntheticTask(source.task or "", recipe.data.sequence_length, source.options)
 
 
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
@@ -128,6 +82,8 @@ def build_trainer(
     together = Together(accelerator, stop)
     main, device = accelerator.is_main_process, accelerator.device
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
+    for line in notes(prepared) if main else ():
+        console.print(escape(line), soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
     model = share(bare_model, accelerator, plan)
@@ -156,7 +112,7 @@ def build_trainer(
     return trainer
 
 
-def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> PreparedData | SyntheticData:
+def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> Prepared:
     """Prepared data: the main rank makes it, the others find it made."""
     if main:
         check_unchanged(recipe, folder)
@@ -179,7 +135,7 @@ def _find_checkpoint(folder: Path, console: Console) -> Path | None:
 
 def _resume(
     recipe: Recipe,
-    prepared: PreparedData | SyntheticData,
+    prepared: Prepared,
     newest: Path | None,
     load_into_model: Callable[[Path], checkpoint.Position],
 ) -> checkpoint.Position:
@@ -193,7 +149,8 @@ def _resume(
     prepared.check_tokenizer(newest)
     position = load_into_model(newest)
     if position.data != content:
-        where = recipe.data.source.path or recipe.data.source.type
+        read = recipe.data.sources or [recipe.data.source]
+        where = " or ".join(source.path or source.type for source in read)
         raise ValueError(
             f"{newest} was trained on other text: {where} has changed since. "
             "Give this run another name=.., or put the text back."
@@ -215,21 +172,7 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def verify_shards(prepared: PreparedData | SyntheticData) -> None:
-    """Check the shards' checksums, of a small data set only: opening shards has checked their sizes.
-
-    Raises DataError naming a damaged file.
-    """
-    if isinstance(prepared, SyntheticData):
-        return
-    if sum(facts["bytes"] for facts in prepared.manifest["files"].values()) <= _VERIFIED_BYTES:
-        prepared.train.verify()
-        prepared.validation.verify()
-
-
-def _make_model(
-    recipe: Recipe, prepared: PreparedData | SyntheticData, tokenizer: Any, device: torch.device
-) -> PreTrainedModel:
+def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, device: torch.device) -> PreTrainedModel:
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -260,14 +203,17 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
             f"{RunFolder(folder).skips}: this run left out samples after steps that were not finite, which "
             "only an older lrnn-lm (commit 9065c68) goes on with; use that, or give this run another name=.."
         )
-    stored = RunFolder(folder).recipe
-    if not stored.exists() or not checkpoint.list_checkpoints(RunFolder(folder).checkpoints):
+    stored, done = RunFolder(folder).recipe, checkpoint.list_checkpoints(RunFolder(folder).checkpoints)
+    if not stored.exists() or not done:
         return
-    old, new = flatten(_load_stored(stored)), flatten(recipe)
+    before = _load_stored(stored)
+    old, new = flatten(before), flatten(recipe)
+    read = (step_of(done[-1]) or 0) * before.train.tokens_per_step
+    mixture_goes_on = before.data.stages_until(read) == recipe.data.stages_until(read)
     differing = [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and _within(key, _FIXED) and not _within(key, _FREE)
+        if old.get(key) != new.get(key) and _is_fixed(key, mixture_goes_on)
     ]
     if differing:
         raise ValueError(
@@ -289,13 +235,18 @@ def _load_stored(path: Path) -> Recipe:
         ) from None
 
 
+def _is_fixed(key: str, mixture_goes_on: bool) -> bool:
+    """mixture_goes_on: the rows read so far are also those of the new recipe, so other stages may follow."""
+    weights = mixture_goes_on and (key == "data.stages" or key.endswith(".weight"))
+    free = weights or _within(key, _FREE) or key.endswith(".max_epochs")
+    return _within(key, _FIXED) and not free
+
+
 def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _write_run_folder(
-    folder: Path, recipe: Recipe, prepared: PreparedData | SyntheticData, finished: bool
-) -> None:
+def _write_run_folder(folder: Path, recipe: Recipe, prepared: Prepared, finished: bool) -> None:
     """Write recipe.yaml, the data's manifest, and the held-out documents, which evaluation reads from here.
 
     A finished run keeps its recipe: it is not trained with the new one.
@@ -306,8 +257,8 @@ def _write_run_folder(
         run.recipe: dump_recipe(recipe).encode(),
         run.data: json.dumps(prepared.manifest, indent=1).encode() + b"\n",
     }
-    if prepared.heldout_path is not None:
-        contents[run.heldout] = prepared.heldout_path.read_bytes()
+    if (held_out := held_out_documents(prepared)) is not None:
+        contents[run.heldout] = held_out
     if finished and run.recipe.exists():
         del contents[run.recipe]
     for path, content in contents.items():

@@ -21,8 +21,9 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
-from .build import model_config, synthetic_task
+from .build import model_config
 from .optim import state_bytes
+from .sources import mixture, synthetic_task
 
 
 def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
@@ -74,6 +75,7 @@ def describe(recipe: Recipe) -> RenderableType:
         _state(costs),
         _memory(memory, recipe, dtype),
         _budget(recipe, costs),
+        *([_mixture(recipe)] if recipe.data.sources else []),
     )
 
 
@@ -174,6 +176,16 @@ def _budget(recipe: Recipe, costs: Account) -> Table:
     table.add_row("rows a step", f"{recipe.rows_per_step:,}", f"of {recipe.data.sequence_length:,} tokens")
     table.add_row("tokens a parameter", f"{tokens / costs.total_parameters:.1f}")
     table.add_row("operations in all", f"{tokens * costs.flops_per_token_training:.2e}")
+    return table
+
+
+def _mixture(recipe: Recipe) -> Table:
+    """What the run reads of each source. How many epochs that is, `lrnn prepare` tells."""
+    table = _table("\nmixture, tokens of the budget")
+    counts = mixture(recipe).counts(recipe.total_steps * recipe.rows_per_step)
+    for source, rows in zip(recipe.data.sources, counts, strict=True):
+        what = f"{rows / sum(counts):.1%}, {source.type} {source.path or ''}".strip()
+        table.add_row(source.name, f"{rows * recipe.data.sequence_length:,}", what)
     return table
 
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from ..data import PreparedData, SyntheticData
 from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
@@ -33,10 +32,11 @@ from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, s
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
+from .sources import Prepared
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
-from .validate import bytes_read, validate, validation_line
+from .validate import held_out_bytes, validate, validation_line
 from .watch import Heartbeat, Stopwatch
 
 
@@ -52,7 +52,7 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer: Any,
-        prepared: PreparedData | SyntheticData,
+        prepared: Prepared,
         position: Position,
         console: Console,
         group: Group,
@@ -285,19 +285,16 @@ class Trainer:
             self.model,
             self.forward,
             self._between_batches,
-            self._held_out_bytes,
+            self._bytes_of_sources,
         )
         position = self.position
         position.validated, position.validation_loss = position.step, found.loss
         self.metrics.write(validation_line(position.step, self.recipe.train.tokens_per_step, found))
-        self.line.validation(position.step, found.loss, found.bits_per_byte, found.accuracy)
+        self.line.validation(position.step, str(found))
 
     @cached_property
-    def _held_out_bytes(self) -> int | None:
-        """Bytes of the text that each validation reads; None for a synthetic task."""
-        if isinstance(self.prepared, SyntheticData):
-            return None
-        return bytes_read(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
+    def _bytes_of_sources(self) -> dict[str, int | None]:
+        return held_out_bytes(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
 
     def _between_batches(self) -> None:
         """Between the batches of a validation: save and stop if any rank was asked to; all ranks call it."""

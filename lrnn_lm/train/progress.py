@@ -65,10 +65,7 @@ class ProgressLine:
                 f"{self._speed:,.0f} tokens/s  {left:.0f} s left"
             )
 
-    def validation(self, step: int, loss: float, bits_per_byte: float | None, accuracy: float | None) -> None:
-        """Show a validation; loss in nats a token, accuracy as a fraction of targets."""
+    def validation(self, step: int, found: str) -> None:
+        """Show what a validation found."""
         if self._speaks:
-            text = f"validation loss {loss:.3f}"
-            text += f"  {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
-            text += f"  accuracy {accuracy:.3f}" if accuracy is not None else ""
-            self._console.print(f"step {step}: {text}")
+            self._console.print(f"step {step}: validation {found}", soft_wrap=True)

@@ -6,9 +6,10 @@ from collections.abc import Generator
 import torch
 from accelerate import Accelerator
 
-from ..data import PreparedData, SyntheticData, TrainLoader
+from ..data import TrainLoader
 from ..recipe import Recipe
 from ..runs.checkpoint import Position
+from .sources import Prepared, mixture, parts_of
 
 Batch = dict[str, torch.Tensor]
 
@@ -19,7 +20,7 @@ class Rows:
     def __init__(
         self,
         recipe: Recipe,
-        prepared: PreparedData | SyntheticData,
+        prepared: Prepared,
         accelerator: Accelerator,
         position: Position,
     ):
@@ -29,7 +30,7 @@ class Rows:
         self._ahead: list[Batch] | None = None
         self._waited = 0.0
         self.loader = TrainLoader(
-            prepared.train,
+            [part.train for part in parts_of(prepared).values()],
             recipe.data.sequence_length,
             recipe.seed,
             recipe.rows_per_step,
@@ -40,6 +41,7 @@ class Rows:
             position=position.samples,
             pin_memory=accelerator.device.type == "cuda",
             curriculum=[(stage.length, stage.steps) for stage in recipe.data.curriculum],
+            mixture=mixture(recipe),
         )
 
     def start(self) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..data.tokenize import read_facts
 from ..model.loss import IGNORE
 from ..recipe import Recipe
 from .parallel import reshard
+from .sources import MixedData, Prepared, parts_of
 
 
 @dataclass(frozen=True)
@@ -25,49 +26,81 @@ class Validation:
     """What a validation found, the same on every rank."""
 
     loss: float  # mean over targets, nats
-    bits_per_byte: float | None = None  # of text
+    bits_per_byte: float | None = None  # of text; None where its bytes are not known
     # Of synthetic tasks: fraction of targets with the largest logit. Text's logits never exist as a whole.
     accuracy: float | None = None
+    sources: dict[str, "Validation"] = field(default_factory=dict)  # of a mixture, by name
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What was measured, by the names of metrics.jsonl; of a source NAME it ends in `/NAME`."""
+        own = {"validation_loss": self.loss, "bits_per_byte": self.bits_per_byte, "accuracy": self.accuracy}
+        return {key: value for key, value in own.items() if value is not None} | {
+            f"{key}/{name}": value
+            for name, found in self.sources.items()
+            for key, value in found.measured.items()
+        }
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.3f}"
+        text += f"  {self.bits_per_byte:.3f} bits/byte" if self.bits_per_byte is not None else ""
+        text += f"  accuracy {self.accuracy:.3f}" if self.accuracy is not None else ""
+        return text + "".join(f"; {name} {found}" for name, found in self.sources.items())
 
 
 @torch.no_grad()
 def validate(
-    prepared: PreparedData | SyntheticData,
+    prepared: Prepared,
     recipe: Recipe,
     accelerator: Accelerator,
     model: nn.Module,
     forward: Callable[..., Any],
     between: Callable[[], None],
-    held_out_bytes: int | None,
+    held_out_bytes: dict[str, int | None],
 ) -> Validation:
     """The mean loss over the targets of the first `eval.tokens` held-out tokens. Every rank calls it.
 
+    Each source of a mixture gives an equal part of them; the whole is the mean over the targets of all.
+
     forward(batch, num_items, return_logits=..) gives the outputs of `model`. between() is called after each
-    batch and may raise. held_out_bytes: of the text that is read; None for a synthetic task.
+    batch and may raise. held_out_bytes: of the text that is read of each source.
     """
     model.eval()
-    synthetic = held_out_bytes is None
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # nats, targets, hits
-    for batch in validation_batches(
-        prepared.validation,
-        recipe.data.sequence_length,
-        recipe.train.micro_batch,
-        recipe.eval.tokens,
-        accelerator.process_index,
-        accelerator.num_processes,
-    ):
-        targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
-        outputs = forward(batch, 1.0, return_logits=synthetic)
-        hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
-        total += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
-        between()
+    parts, synthetic = parts_of(prepared), isinstance(prepared, SyntheticData)
+    # nats, targets, hits of each source
+    total = torch.zeros(len(parts), 3, dtype=torch.float64, device=accelerator.device)
+    for own, part in zip(total, parts.values(), strict=True):
+        for batch in validation_batches(
+            part.validation,
+            recipe.data.sequence_length,
+            recipe.train.micro_batch,
+            recipe.eval.tokens // len(parts),
+            accelerator.process_index,
+            accelerator.num_processes,
+        ):
+            targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
+            outputs = forward(batch, 1.0, return_logits=synthetic)
+            hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
+            own += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
+            between()
     reshard(model)
     if accelerator.num_processes > 1:
         dist.all_reduce(total)
-    nats, targets, hits = total.tolist()
+    nats, targets, hits = total.sum(0).tolist()
     if synthetic:
         return Validation(nats / targets, accuracy=hits / targets)
-    return Validation(nats / targets, bits_per_byte=nats / math.log(2) / held_out_bytes)
+    found = {
+        name: Validation(own[0] / own[1], _bits_per_byte(own[0], [held_out_bytes[name]]))
+        for name, own in zip(parts, total.tolist(), strict=True)
+    }
+    bits_per_byte = _bits_per_byte(nats, list(held_out_bytes.values()))
+    return Validation(nats / targets, bits_per_byte, sources=found if isinstance(prepared, MixedData) else {})
+
+
+def _bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
+    """None if the bytes of some source are not known."""
+    known = [size for size in sizes if size is not None]
+    return nats / math.log(2) / sum(known) if len(known) == len(sizes) else None
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,13 +108,27 @@ def _hits(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=-1) == labels.to(logits.device)).sum()
 
 
-def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int:
+def held_out_bytes(prepared: Prepared, sequence_length: int, max_tokens: int) -> dict[str, int | None]:
+    """Bytes of the text that a validation reads of each source; None for a synthetic task."""
+    parts = parts_of(prepared)
+    return {
+        name: None
+        if isinstance(part, SyntheticData)
+        else bytes_read(part, sequence_length, max_tokens // len(parts))
+        for name, part in parts.items()
+    }
+
+
+def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int | None:
     """Bytes of the held-out text that a validation of at most `max_tokens` predicts.
 
     They are counted, as bytes per token differ between texts: all bytes of the documents that fit, and of the
-    last document those of its tokens up to the end of the last row.
+    last document those of its tokens up to the end of the last row. None for token files whose text is not
+    known exactly.
     """
     shards = prepared.validation
+    if shards.num_bytes is None:
+        return None
     stop = min(max(1, max_tokens // sequence_length) * sequence_length + 1, shards.num_tokens)
     if stop == shards.num_tokens:
         return shards.num_bytes
@@ -95,7 +142,4 @@ def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) ->
 
 def validation_line(step: int, tokens_per_step: int, found: Validation) -> dict[str, Any]:
     """The line of metrics.jsonl."""
-    line = {"step": step, "tokens": step * tokens_per_step, "validation_loss": found.loss}
-    if found.accuracy is None:
-        return line | {"bits_per_byte": found.bits_per_byte}
-    return line | {"accuracy": found.accuracy}
+    return {"step": step, "tokens": step * tokens_per_step, **found.measured}

@@ -326,3 +326,42 @@ def test_a_stored_recipe_may_hold_a_removed_key_that_was_off(tmp_path):
 
 def test_a_number_is_a_name():
     assert load_recipe("recipes/demo.yaml", ["name=12"]).name == "12"
+
+
+MIXTURE = """
+extends: base.yaml
+data:
+  sources:
+    - {type: text, path: "b/web pages*.txt", weight: 6}
+    - {type: hf, path: owner/set, config: en, name: 2024, weight: 4}
+    - {type: python-docs}
+  stages: [{tokens: 1M, weights: {2024: 0.5, python-docs: 1}}, {}]
+"""
+
+
+def test_a_mixture_takes_the_place_of_a_source_and_back(tmp_path):
+    write(
+        tmp_path,
+        "base.yaml",
+        "data: {source: {type: text, path: a}, validation_source: {type: text, path: b}}",
+    )
+    path = write(tmp_path, "mixed.yaml", MIXTURE)
+    data = load_recipe(path).data
+    assert [source.name for source in data.sources] == ["2024", "python-docs", "web-pages"], "by name"
+    assert data.stage_weights == [(0.5, 1.0, 0.0), (4.0, 1.0, 6.0)]
+    assert (data.source.type, data.validation_source) == ("python-docs", None)
+    stored = write(tmp_path, "recipe.yaml", dump_recipe(load_recipe(path)))
+    assert load_recipe(stored).data == data
+    back = load_recipe(path, ["data.source.type=text", "data.source.path=c"]).data
+    assert (back.source.path, back.sources, back.stages) == ("c", [], [])
+    assert load_recipe(path, ["data.stages=[]"]).data.stage_weights == [(4.0, 1.0, 6.0)]
+
+
+def test_stages_until_a_number_of_tokens(tmp_path):
+    write(tmp_path, "base.yaml", "train: {tokens: 3M}")
+    path = write(tmp_path, "mixed.yaml", MIXTURE)
+    first, own = {"2024": 0.5, "python-docs": 1.0}, {"2024": 4.0, "python-docs": 1.0, "web-pages": 6.0}
+    data = load_recipe(path).data
+    assert data.stages_until(0) == []
+    assert data.stages_until(10**6) == [(10**6, first)]
+    assert data.stages_until(10**6 + 1) == [(10**6, first), (10**6 + 1, own)]

@@ -149,11 +149,15 @@ def _data(manifest: Path) -> str:
     if not manifest.is_file():
         return ""
     facts = json.loads(manifest.read_text(encoding="utf-8"))
-    source = {key: value for key, value in facts["source"].items() if value is not None}
-    rows = [("source", ", ".join(f"{key} {value}" for key, value in source.items()))]
-    for split, sizes in facts["splits"].items():
-        counts = (("tokens", "num_tokens"), ("documents", "num_documents"), ("bytes", "num_bytes"))
-        rows.append((split, ", ".join(f"{sizes[key]:,} {unit}" for unit, key in counts)))
+    rows = []
+    for name, part in facts.get("sources", {"": facts}).items():
+        label = f"{name}: " if name else ""
+        source = {key: value for key, value in part["source"].items() if value is not None}
+        rows.append((f"{label}source", ", ".join(f"{key} {value}" for key, value in source.items())))
+        for split, sizes in part["splits"].items():
+            counts = (("tokens", "num_tokens"), ("documents", "num_documents"), ("bytes", "num_bytes"))
+            known = [f"{sizes[key]:,} {unit}" for unit, key in counts if sizes[key] is not None]
+            rows.append((f"{label}{split}", ", ".join(known)))
     tokenizer = facts["tokenizer"]
     rows.append(("tokenizer", f"{Path(tokenizer['name']).name}, {tokenizer['vocab_size']:,} tokens"))
     rows.append(("content hash", f"`{facts['content_hash'][:16]}`"))

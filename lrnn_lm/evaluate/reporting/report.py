@@ -49,12 +49,24 @@ def to_markdown(runs: list[Run]) -> str:
 def _tables(runs: list[Run]) -> list[Table]:
     """The runs; the synthetic tasks, if several runs are on them; the scores, if there are any."""
     tables = [_run_table(runs)]
+    if sources := _source_rows(runs):
+        tables.append((["run", "source", "validation loss", "bits per byte"], sources))
     if synthetic := synthetic_table(runs):
         tables.append(synthetic)
     if keys := dict.fromkeys(key for run in runs for key in run.scores):
         rows = [[*key, *(_score(run.scores.get(key)) for run in runs)] for key in keys]
         tables.append((["task", "metric", *(run.name for run in runs)], rows))
     return tables
+
+
+def _source_rows(runs: list[Run]) -> list[list[str]]:
+    """A row for each source of each run on a mixture: its validation."""
+    head = "validation_loss/"
+    names = [
+        (run, key.removeprefix(head)) for run in runs for key in run.validation_keys if key.startswith(head)
+    ]
+    keys = (head, "bits_per_byte/")
+    return [[run.name, name, *(decimal(run.last(key + name)) for key in keys)] for run, name in names]
 
 
 def _targets(runs: list[Run], output: Path | None) -> tuple[Path, Path | None]:

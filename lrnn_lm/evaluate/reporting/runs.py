@@ -49,6 +49,11 @@ class Run:
         speeds = [line["tokens_per_second"] for line in self.training if _number(line, "tokens_per_second")]
         return statistics.median(speeds) if speeds else None
 
+    @property
+    def validation_keys(self) -> list[str]:
+        """Keys of the newest validation line."""
+        return list(self.validation[-1]) if self.validation else []
+
     def last(self, key: str) -> float | None:
         """The newest value of a key of the validation lines."""
         return next((line[key] for line in reversed(self.validation) if _number(line, key)), None)
