@@ -45,11 +45,10 @@ def test_one_graph_for_all_blocks(name, documents):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("name", ["attention-grouped", "attention-window"])
-def test_attention_by_blocks_is_one_graph(name, monkeypatch):
+def test_attention_by_blocks_is_one_graph(monkeypatch):
     """As on a GPU, where packed rows of any documents take the same graph; and the numbers are a mask's."""
     torch.compiler.reset()
-    model, ids = small_model(name, num_hidden_layers=2).train(), tokens(length=150)
+    model, ids = small_model("attention-window", num_hidden_layers=2).train(), tokens(length=150)
     resets = [torch.rand(ids.shape, generator=torch.Generator().manual_seed(i)) < 0.1 * i for i in range(3)]
     want = [losses_and_gradients(model, ids, reset) for reset in resets]
     monkeypatch.setattr(modeling, "takes_blocks", lambda x, head_dim: True)
@@ -61,8 +60,7 @@ def test_attention_by_blocks_is_one_graph(name, monkeypatch):
     for reset, (loss, expected) in zip(resets, want, strict=True):
         contexts: list[SequenceContext] = []
         got, gradients = losses_and_gradients(model, ids, reset)
-        mask = contexts[0].window_mask if name == "attention-window" else contexts[0].attention_mask
-        assert isinstance(mask, flex_attention.BlockMask)
+        assert isinstance(contexts[0].window_mask, flex_attention.BlockMask)
         close(got, loss, SUMS)
         for key, gradient in gradients.items():
             assert (gradient - expected[key]).abs().max() <= GRADIENT * expected[key].abs().max(), key
