@@ -253,9 +253,12 @@ def attention_masks(
 
 
 def _is_new(layer: Any) -> bool:
-    """Whether a cache layer is one that training makes: growing, empty, and to get a gradient's keys."""
-    # Not without gradients: flex_attention would be compiled for the prompts of `generate`.
-    return torch.is_grad_enabled() and isinstance(layer, DynamicLayer) and not layer.get_seq_length()
+    """Whether a cache layer is one that training makes: growing, and empty."""
+    # Not without gradients: flex_attention would be compiled for the prompts of `generate`. Not in a graph
+    # either: torch.compile makes none of flex_attention beside a new cache.
+    if is_traced() or not torch.is_grad_enabled():
+        return False
+    return isinstance(layer, DynamicLayer) and not layer.get_seq_length()
 
 
 class _Spans(NamedTuple):
