@@ -29,7 +29,7 @@ from .. import measure
 from .matrix_scan import milliseconds
 
 DEVICE = "cuda"
-TOKENS, LENGTHS, WINDOW = 32_768, (2048, 32_768), 1024  # of what is timed
+TOKENS, LENGTHS, WINDOW = 32_768, (4096, 32_768), 1024  # of what is timed
 KINDS = ("full", "window", "packed", "window packed")
 CHECKED = [
     (kind, dtype) for kind in (*KINDS[1:], "window packed padded") for dtype in ("float32", "bfloat16")
@@ -79,7 +79,7 @@ def results(model: LRNNModel, given: dict[str, Tensor]) -> list[Tensor]:
 def check(kind: str, dtype: str) -> bool:
     """Whether a case is right at a length that is no multiple of a block, twice with the same bits."""
     model = layer(kind, 300, num_heads=4, num_kv_heads=2).to(getattr(torch, dtype))
-    given = batch(kind, 2, 1500, model.config.hidden_size)
+    given = batch(kind, 2, 4200, model.config.hidden_size)
     contexts: list[SequenceContext] = []
     hook = model.layers[0].register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[1]))
     got, again = results(model, given), results(model, given)

@@ -17,7 +17,8 @@ from ..kernels.dispatch import has_triton
 from .base import is_exported
 
 SPAN_BLOCK = 128  # tokens; what flex_attention's kernels are tuned for
-LEAST_TOKENS = 1024  # below, a mask is small, and blocks would cost a compilation of flex_attention
+# Below, a mask of a row takes up to 16 MiB, and the kernels of the mask are the ones that ran on a device.
+LEAST_TOKENS = 4096
 LEAST_WIDTH = 16  # of a head, in flex_attention's kernels
 
 
