@@ -27,6 +27,11 @@ class ModelSection(Section):
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
+    init_from: str | None = Field(
+        None,
+        description="weights that a new run begins with: a checkpoint, an exported folder, or a hub name; "
+        "sizes, mixers and tokenizer must be the same",
+    )
     parameters: int | None = Field(
         None, ge=1, description="expected number of parameters; a model with another number is an error"
     )

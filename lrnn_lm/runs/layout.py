@@ -25,6 +25,7 @@ class RunFolder:
     path: Path
 
     recipe = _inside("recipe.yaml")  # resolved: with every default written out
+    parent = _inside("parent.json")  # of a branch: the checkpoint that it began from
     data = _inside("data.json")  # the manifest of the prepared text
     heldout = _inside("heldout.jsonl")  # held-out documents, one JSON object a line; evaluation reads them
     metrics = _inside("metrics.jsonl")  # one JSON object a logged step

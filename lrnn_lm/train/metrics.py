@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from ..files import replace_file
 from ..recipe.quantities import Every
 from ..runs.checkpoint import Position
-from ..runs.layout import RunFolder
+from ..runs.layout import RunFolder, latest_checkpoint
 
 
 class Metrics:
@@ -31,7 +31,7 @@ class Metrics:
         self.problem: str | None = None
         self.put_away: Path | None = None  # the renamed file of an earlier run in this folder
         if accelerator.is_main_process:
-            if resumed.step == 0:
+            if latest_checkpoint(RunFolder(folder).checkpoints) is None:
                 self.put_away = _put_away(self._path)
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")

@@ -88,7 +88,7 @@ def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: int, group:
     Raises CheckpointError if its tensors are not those of this model and this optimizer.
     """
     sizes = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
-    _check_fit(folder, model, part(sizes, "model"))
+    check_fit(folder, model, part(sizes, "model"))
     optimizer.state.clear()
     _make_state(folder, model, optimizer, part(sizes, "optimizer"))
     targets = training_tensors(model, optimizer)
@@ -109,7 +109,8 @@ def _restore_random(trainer: Path, rank: int) -> None:
     restore_random_state(json.loads((trainer / f"{name}.json").read_text()), tensors)
 
 
-def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:
+def check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:
+    """Raise CheckpointError unless the stored names and shapes are those of the model's parameters."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
     if wrong:
