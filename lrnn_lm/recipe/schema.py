@@ -109,6 +109,14 @@ def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, i
     return []
 
 
+class GroupSection(Section):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: str = Field(min_length=1, description="pattern of parameter names, as in *gate_proj*")
+    lr_scale: float = Field(1.0, ge=0, description="times the schedule's learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="default: what the optimizer gives them")
+
+
 class OptimSection(Section):
     """The optimizer and its schedule."""
 
@@ -122,6 +130,9 @@ class OptimSection(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
         0.1, ge=0, description="of matrices, embeddings included; none on norms and biases"
+    )
+    groups: list[GroupSection] = Field(
+        default_factory=list, description="a parameter goes by the first group whose pattern it matches"
     )
     grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

@@ -88,7 +88,7 @@ def build_trainer(
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))
     model = share(bare_model, accelerator, plan)
-    optimizer = make_optimizer(bare_model, recipe.optim, device)
+    optimizer = together.all(lambda: make_optimizer(bare_model, recipe.optim, device))
     lock = together.all(lambda: _lock(folder) if main else None)
     newest = together.from_main(together.all(lambda: _find_checkpoint(folder, console) if main else None))
     if newest is None and parent is not None:

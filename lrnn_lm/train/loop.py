@@ -185,7 +185,7 @@ class Trainer:
             position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         batches = self.rows.take()
         last = position.step + 1 >= self.recipe.total_steps
         result = self.step(batches, None if last else self.rows.fetch)

@@ -7,13 +7,14 @@ import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..recipe.schema import OptimSection
+from ..recipe.schema import GroupSection, OptimSection
 from .muon import MOMENTUM, orthogonalised
 
 
@@ -101,7 +102,7 @@ class Muon(Optimizer):
         self._adamw = torch.optim.AdamW(others, lr=lr, **adamw)
         group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay, "matrices": True}
         super().__init__([group], {**self._adamw.defaults, "matrices": False})
-        self.param_groups += self._adamw.param_groups  # the same objects: a new rate reaches both
+        self.param_groups += [{**group, "matrices": False} for group in self._adamw.param_groups]
         self._adamw.state = self.state
         self._planes = dict(matrices)
 
@@ -120,7 +121,14 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
-        group = self.param_groups[0]
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._move(group)
+        self._adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
+        self._adamw.step()
+
+    def _move(self, group: dict[str, Any]) -> None:
+        """Update the matrices of a parameter group."""
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
@@ -140,7 +148,6 @@ class Muon(Optimizer):
             updates = orthogonalised(torch.stack([update for _, update in pairs]))
             scale = -group["lr"] * 0.2 * max(shape) ** 0.5
             torch._foreach_add_([target for target, _ in pairs], list(updates.unbind()), alpha=scale)
-        self._adamw.step()
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
@@ -156,9 +163,10 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
 
 def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> Optimizer:
-    """The optimizer that `optim.name` names.
+    """The optimizer that `optim.name` names; each of its groups has an `lr_scale`, times the schedule's rate.
 
-    Raises ValueError for an unknown name, and for sharded parameters that the optimizer needs whole.
+    Raises ValueError for an unknown name, for sharded parameters that the optimizer needs whole, and for a
+    group of `optim.groups` that gets no parameter.
     """
     cls = optimizer_class(optim.name)
     if not cls.takes_shards and any(isinstance(p, DTensor) for p in model.parameters()):
@@ -166,7 +174,48 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
             f"optim.name={optim.name} needs whole matrices on each rank and FSDP2 shards them: "
             "set train.parallel=ddp, or optim.name=adamw"
         )
-    return cls.build(model, optim, device)
+    optimizer = cls.build(model, optim, device)
+    rules = _rules(model, optim.groups)
+    optimizer.param_groups[:] = [
+        part for group in optimizer.param_groups for part in _split(group, rules, optim.groups)
+    ]
+    return optimizer
+
+
+def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, int]:
+    """The number of the first group that matches each parameter, where one does."""
+    rules: dict[nn.Parameter, int] = {}
+    names = [name for name, _ in model.named_parameters()]
+    for number, group in enumerate(groups):
+        matching = [p for name, p in model.named_parameters() if fnmatchcase(name, group.match)]
+        if not matching:
+            parts = {part for name in names for part in (name, *name.split("."))}
+            near = difflib.get_close_matches(group.match.strip("*."), parts, n=3, cutoff=0.5)
+            hint = f"near it: {', '.join(near)}" if near else f"names are such as {names[0]}, {names[-1]}"
+            raise ValueError(f"optim.groups.{number}: no parameter matches {group.match!r}; {hint}")
+        if rules.keys() >= set(matching):
+            raise ValueError(
+                f"optim.groups.{number}: groups before it take all that {group.match!r} matches; put it first"
+            )
+        rules = dict.fromkeys(matching, number) | rules
+    return rules
+
+
+def _split(
+    group: dict[str, Any], rules: dict[nn.Parameter, int], groups: list[GroupSection]
+) -> list[dict[str, Any]]:
+    """A parameter group of an optimizer as one for each rule that its parameters follow."""
+    parts: dict[int | None, dict[str, Any]] = {}
+    for parameter in group["params"]:
+        rule = rules.get(parameter)
+        if rule not in parts:
+            parts[rule] = {**group, "params": [], "lr_scale": 1.0}
+            if rule is not None:
+                parts[rule]["lr_scale"] = groups[rule].lr_scale
+                if groups[rule].weight_decay is not None:
+                    parts[rule]["weight_decay"] = groups[rule].weight_decay
+        parts[rule]["params"].append(parameter)
+    return list(parts.values())
 
 
 def state_bytes(model: nn.Module, optim: OptimSection) -> int:

@@ -95,6 +95,54 @@ def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
         assert all(torch.equal(p, q) != moves for p, q in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_by_pattern(name: str) -> None:
+    """The first pattern counts; a scale acts as that rate for all would, a decay as that decay would."""
+
+    def stepped(**changes: object) -> dict[str, Tensor]:
+        model = with_gradients(small_model("bd_lru"))
+        optimizer = make_optimizer(model, OptimSection(name=name, lr=0.02, **changes), CPU)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * group["lr_scale"]
+        optimizer.step()
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        return {key: p.detach() for key, p in model.named_parameters()}
+
+    groups = [
+        {"match": "*gate_proj.weight", "lr_scale": 0.5, "weight_decay": 0.0},
+        {"match": "*.layers.0.*", "lr_scale": 0.0},
+        {"match": "*norm*", "weight_decay": 0.3},
+    ]
+    plain, got = stepped(), stepped(groups=groups)
+    half = stepped(groups=[{"match": "*", "lr_scale": 0.5, "weight_decay": 0.0}])
+    fresh = {key: p.detach() for key, p in with_gradients(small_model("bd_lru")).named_parameters()}
+    decayed = {key for key in got if "norm" in key and ".layers.0." not in key}
+    for key, value in got.items():
+        if key.endswith("gate_proj.weight"):
+            assert torch.equal(value, half[key]), key
+        elif ".layers.0." in key:
+            assert torch.equal(value, fresh[key]), key
+        elif key in decayed:
+            torch.testing.assert_close(value, plain[key] - 0.02 * 0.3 * fresh[key])
+        else:
+            assert torch.equal(value, plain[key]), key
+    assert decayed
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["*gate_prj*"], "optim.groups.0: no parameter matches '\\*gate_prj\\*'; near it: gate_proj"),
+        (["*", "*norm*"], "optim.groups.1: groups before it take all that"),
+    ],
+)
+def test_a_group_without_parameters(patterns: list[str], words: str, build: Build, tmp_path: Path) -> None:
+    groups = ", ".join(f"{{match: '{pattern}'}}" for pattern in patterns)
+    with pytest.raises(ValueError, match=words):
+        build(f"optim.groups=[{groups}]")
+    assert not (tmp_path / "tiny").exists()
+
+
 @pytest.mark.usefixtures("sgd")
 def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) -> None:
     whole = build("name=whole", "optim.name=sgd")
