@@ -170,6 +170,11 @@ class TrainSection(Section):
         ge=1,
         description="tokens whose logits are computed at once: fewer need less memory, more are faster",
     )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="adds this times the mean of softmax's log^2 Z to the training loss; as in 1e-4",
+    )
     residual_in_fp32: bool = Field(
         True,
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",

@@ -199,6 +199,10 @@ def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, weights: Pat
         task = prepared.task
         encodes = task.kind.head == "autoencoder"
         config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
+    if encodes and recipe.train.z_loss:
+        raise ValueError(
+            "train.z_loss is for language models, and this task trains an auto-encoder; leave it out"
+        )
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
     if weights is not None:
         load_weights(weights, model)

@@ -86,6 +86,9 @@ class Trainer:
         self.stalled = 0.0  # seconds that training waited for a checkpoint since the last logged step
         self.first_step = position.step  # where this process began
         self.saved_step = position.step if position.step else -1
+        # An argument of the model's; it reads it in training only, so validation is without it.
+        self.z_loss = {"z_loss": recipe.train.z_loss} if recipe.train.z_loss else {}
+        self._z_sum = torch.zeros((), device=accelerator.device)  # of a step
         self._save_pending = False  # a save came due during bad steps
 
     @property
@@ -214,7 +217,7 @@ class Trainer:
         """
         self.model.train()
         share = targets_per_rank(micro_batches, self.accelerator)
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # all of it; the z-loss in it
         for i, batch in enumerate(micro_batches):
             with accumulating(self.model, i + 1 == len(micro_batches), self.plan):
                 if i == 0:
@@ -227,13 +230,13 @@ class Trainer:
         grad_norm = clip_gradients(self.model.parameters(), self.recipe.optim.grad_clip or math.inf)
         if meanwhile is not None:
             meanwhile()
-        result = self._exchange(loss, grad_norm)
+        result = self._exchange(torch.stack([loss, self._z_sum]), grad_norm)
         if result.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
+    def _exchange(self, losses: Tensor, grad_norm: Tensor) -> StepResult:
         """What ranks must agree on before the update."""
         # Under FSDP2 a forward pass waits for other ranks' parameters: its time says nothing of this rank.
         timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
@@ -244,13 +247,16 @@ class Trainer:
             c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
         ]
         flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
-        result = exchange(loss, grad_norm, flags, seconds, self.accelerator)
+        result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
         return result
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
-        return self.forward(batch, num_items, return_logits=False).loss
+        outputs = self.forward(batch, num_items, return_logits=False)
+        if self.z_loss:
+            self._z_sum += outputs.z_loss
+        return outputs.loss
 
     def forward(self, batch: Batch, num_items: Tensor | float, return_logits: bool) -> Any:
         """The model's outputs on a micro-batch; `loss` is the summed loss divided by `num_items`."""
@@ -265,6 +271,7 @@ class Trainer:
             num_items_in_batch=num_items,
             return_logits=return_logits,
             use_cache=False,
+            **self.z_loss,
         )
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
