@@ -271,6 +271,9 @@ def export(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the checkpoint")] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="the moving average of the weights (train.average)")
+    ] = False,
     license: Annotated[
         str, typer.Option(help="licence named in the model card, as in apache-2.0")
     ] = "unknown",
@@ -280,15 +283,9 @@ def export(
     It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
     (trust_remote_code=True).
     """
-    from transformers.utils.logging import disable_progress_bar
+    from .api import export_checkpoint
 
-    from .evaluate.reporting.card import write_export_card
-    from .model.export import export as write
-    from .train.tensors import plain_folder
-
-    disable_progress_bar()
-    with plain_folder(checkpoint) as plain:
-        write(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    export_checkpoint(checkpoint, folder, dtype, license, average)
     print(f"exported to {folder}; it loads with torch and transformers alone")
 
 

@@ -150,6 +150,16 @@ class OptimSection(Section):
         return betas
 
 
+class AverageSection(Section):
+    """A moving average of the weights, kept beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="share of the old average that each update keeps")
+    every: int = Field(1, ge=1, description="steps between updates")
+    start: Span = Field(
+        Span(amount=0, unit="steps"), description="length of the run before it: 10%, 2M (tokens) or 200 steps"
+    )
+
+
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
@@ -179,6 +189,7 @@ class TrainSection(Section):
         True,
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
+    average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run ends")
     timeout_minutes: float = Field(
         10, gt=0, description="time a rank waits for the others before the run ends with an error"
@@ -264,6 +275,13 @@ class Recipe(Section):
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         self._check_schedule()
+        if (average := self.train.average) is not None:
+            steps = average.start.steps(self.total_steps, self.train.tokens_per_step)
+            if steps >= self.total_steps:
+                raise ValueError(
+                    f"train.average.start takes {steps} steps and train.tokens pays for {self.total_steps}; "
+                    "shorten it"
+                )
         return self
 
     def _check_stages(self) -> None:

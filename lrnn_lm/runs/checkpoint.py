@@ -5,7 +5,7 @@
         model.safetensors        the weights; of a sharded run, at its end only
         trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
-                                 weights and optimiser),
+                                 weights and optimiser), average.safetensors (or in the shards),
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest, best     links, where there are any: the newest, that of lowest validation loss
 

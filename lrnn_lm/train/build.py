@@ -24,6 +24,7 @@ from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
+from .average import make_average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class
@@ -89,6 +90,7 @@ def build_trainer(
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))
     model = share(bare_model, accelerator, plan)
     optimizer = together.all(lambda: make_optimizer(bare_model, recipe.optim, device))
+    average = make_average(bare_model, recipe)
     lock = together.all(lambda: _lock(folder) if main else None)
     newest = together.from_main(together.all(lambda: _find_checkpoint(folder, console) if main else None))
     if newest is None and parent is not None:
@@ -96,7 +98,7 @@ def build_trainer(
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
     def load_into_model(newest: Path) -> checkpoint.Position:
-        return load(newest, bare_model, optimizer, accelerator.process_index, group)
+        return load(newest, bare_model, optimizer, accelerator.process_index, group, average)
 
     def write(finished: bool) -> None:
         _write_run_folder(folder, recipe, prepared, parent, finished)
@@ -107,7 +109,7 @@ def build_trainer(
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
-            group, plan,
+            group, plan, average,
         )
     )  # fmt: skip
     together.all(lambda: write(trainer.finished) if main else None)

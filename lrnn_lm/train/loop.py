@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,7 @@ from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
+from .average import Average
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
@@ -36,8 +38,12 @@ from .sources import Prepared
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
-from .validate import held_out_bytes, validate, validation_line
+from .validate import Validation, held_out_bytes, validate, validation_line
 from .watch import Heartbeat, Stopwatch
+
+
+class _AskedToStopError(Exception):
+    """A signal came during a validation."""
 
 
 class Trainer:
@@ -57,6 +63,7 @@ class Trainer:
         console: Console,
         group: Group,
         plan: Plan,
+        average: Average | None = None,
     ):
         """`model` is called for a pass; it wraps `bare_model` as `plan` says (DDP), or is the same object.
 
@@ -66,6 +73,7 @@ class Trainer:
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
+        self.average = average
         self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
@@ -74,8 +82,9 @@ class Trainer:
             recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
         )
         self.saver = Saver(
-            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
-        )
+            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint,
+            group, average,
+        )  # fmt: skip
         self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
@@ -194,6 +203,8 @@ class Trainer:
         result = self.step(batches, None if last else self.rows.fetch)
         position.step += 1
         position.samples += self.recipe.rows_per_step
+        if result.applied and self.average is not None:
+            self.average.update(position.step)
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
@@ -282,10 +293,27 @@ class Trainer:
             return
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
-            self._validate()
+            try:
+                self._validate()
+            except _AskedToStopError:
+                self._save_and_stop()
 
     def _validate(self) -> None:
-        found = validate(
+        found = self._measure()
+        position = self.position
+        line = validation_line(position.step, self.recipe.train.tokens_per_step, found)
+        if self.average is not None:
+            with self.average.in_place():
+                averaged = self._measure()
+            for name, value in asdict(averaged).items():
+                if value is not None:
+                    line[f"average_{name}"] = value
+        position.validated, position.validation_loss = position.step, found.loss
+        self.metrics.write(line)
+        self.line.validation(position.step, str(found))
+
+    def _measure(self) -> Validation:
+        return validate(
             self.prepared,
             self.recipe,
             self.accelerator,
@@ -294,20 +322,16 @@ class Trainer:
             self._between_batches,
             self._bytes_of_sources,
         )
-        position = self.position
-        position.validated, position.validation_loss = position.step, found.loss
-        self.metrics.write(validation_line(position.step, self.recipe.train.tokens_per_step, found))
-        self.line.validation(position.step, str(found))
 
     @cached_property
     def _bytes_of_sources(self) -> dict[str, int | None]:
         return held_out_bytes(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
 
     def _between_batches(self) -> None:
-        """Between the batches of a validation: save and stop if any rank was asked to; all ranks call it."""
+        """Between the batches of a validation: end it if any rank was asked to stop; all ranks call it."""
         self.beat("validating")
         if on_any_rank(self.stop.asked, self.accelerator):
-            self._save_and_stop()
+            raise _AskedToStopError  # not saved here: the model may have the averages for weights
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
