@@ -160,6 +160,13 @@ class AverageSection(Section):
     )
 
 
+class GuardSection(Section):
+    """When a step is too far above the last ones to be trusted."""
+
+    deviations: float = Field(6.0, gt=0, description="standard deviations above the mean that are too many")
+    window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
+
+
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
@@ -190,7 +197,12 @@ class TrainSection(Section):
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
     average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
-    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run ends")
+    guard: GuardSection | None = Field(
+        None,
+        description="skip steps whose loss or gradient norm is far above the last ones, as in "
+        "{deviations: 6, window: 128}; null: only those that are not finite",
+    )
+    max_bad_steps: int = Field(10, ge=1, description="skipped steps in a row after which the run ends")
     timeout_minutes: float = Field(
         10, gt=0, description="time a rank waits for the others before the run ends with an error"
     )

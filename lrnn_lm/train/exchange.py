@@ -21,7 +21,8 @@ class StepResult:
 
     loss: float  # mean over the valid targets of the global step, nats; without the z-loss
     grad_norm: float  # before clipping
-    applied: bool  # whether the update was done: loss and gradient norm were finite
+    applied: bool  # whether the update was done: loss and gradient norm were finite, and no outliers
+    outlier: bool = False  # whether they were finite and `train.guard` had the step skipped
     stop: bool = False  # whether any rank was asked to stop
     written: int = 0  # ranks that have written their part of the checkpoint in progress
     unwritten: bool = False  # whether any rank could not write its metrics
@@ -65,8 +66,8 @@ def exchange(
 ) -> StepResult:
     """Sum over ranks what the update and the next steps depend on.
 
-    losses: (2,) this rank's part of the loss, and of the z-loss in it. grad_norm: () the same on all ranks
-    already. flags: this rank's stop, written, unwritten and two clocks, as in StepResult. seconds: of this
+    losses: (2,) this rank's part of the loss, and of the z-loss in it. grad_norm: () of all
+    ranks. flags: this rank's stop, written, unwritten and two clocks, as in StepResult. seconds: of this
     rank's forward pass; None on all or on none.
     """
     ranks = accelerator.num_processes
@@ -75,12 +76,13 @@ def exchange(
         slots[accelerator.process_index] = seconds
     # One tensor for all: each transfer to the host waits for the device.
     own = torch.tensor([*flags, *slots], dtype=torch.float64).to(accelerator.device, non_blocking=True)
-    sums = torch.cat([losses.double() / ranks, own])
+    # The main rank's norm on all: a last bit that differed could have one rank skip what another applies.
+    norm = grad_norm.double().view(1) * accelerator.is_main_process
+    sums = torch.cat([losses.double() / ranks, own, norm])
     if ranks > 1:
         dist.all_reduce(sums)
     began = time.perf_counter()
-    numbers = torch.cat([sums, grad_norm.double().view(1)]).tolist()
-    mean_loss, z_loss, stop, written, unwritten, save, evaluate, *slots, norm = numbers
+    mean_loss, z_loss, stop, written, unwritten, save, evaluate, *slots, norm = sums.tolist()
     return StepResult(
         mean_loss - z_loss,
         norm,

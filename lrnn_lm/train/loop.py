@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,7 @@ from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
 from .average import Average
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
+from .guard import is_outlier
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
@@ -203,6 +204,10 @@ class Trainer:
         result = self.step(batches, None if last else self.rows.fetch)
         position.step += 1
         position.samples += self.recipe.rows_per_step
+        position.outliers += result.outlier
+        guard = self.recipe.train.guard
+        if result.applied and guard is not None:
+            position.recent = [*position.recent, [result.loss, result.grad_norm]][-guard.window :]
         if result.applied and self.average is not None:
             self.average.update(position.step)
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
@@ -261,6 +266,9 @@ class Trainer:
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
+        guard, recent = self.recipe.train.guard, self.position.recent
+        if guard and result.applied and is_outlier((result.loss, result.grad_norm), recent, guard):
+            return replace(result, applied=False, outlier=True)
         return result
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
@@ -338,6 +346,8 @@ class Trainer:
         step, every = self.position.step, self.recipe.train.inspect_every
         measured = self.throughput.line(spent)
         line = result.line(self.position, self.recipe.train.tokens_per_step, lr, measured)
+        if self.recipe.train.guard is not None:
+            line["outliers"] = self.position.outliers
         if self.stalled:
             line["checkpoint_seconds"], self.stalled = self.stalled, 0.0
         if every is not None and step % every == 0:  # on every rank: under FSDP2 a forward pass needs all
@@ -351,9 +361,13 @@ class Trainer:
         self.saver.finish()
         if not self.accelerator.is_main_process:
             raise ValueError("")
+        guarded = self.recipe.train.guard is not None
+        beyond = ", or beyond train.guard," if guarded else ""
+        advice = " or raise train.guard.deviations" if guarded else ""
         raise ValueError(
-            f"the loss or its gradient was not finite for {self.position.bad_in_a_row} steps in a row, up to "
-            f"step {self.position.step}; lower optim.lr, then run again to go on from {self.last_name()}"
+            f"the loss or its gradient was not finite{beyond} for {self.position.bad_in_a_row} steps in a "
+            f"row, up to step {self.position.step}; lower optim.lr{advice}, then run again to go on from "
+            f"{self.last_name()}"
         )
 
     def _save_is_due(self, rang: bool) -> bool:
