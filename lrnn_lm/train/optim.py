@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,9 +23,11 @@ class Optimizer(torch.optim.Optimizer):
     """What the trainer needs of an optimizer beyond torch's.
 
     takes_shards: whether it can update the shards of a parameter one by one, as FSDP2 has them.
+    needs: a package that it needs and that is optional here, an extra of the same name.
     """
 
     takes_shards: ClassVar[bool] = True
+    needs: ClassVar[str | None] = None
 
     @classmethod
     def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
@@ -150,16 +153,86 @@ class Muon(Optimizer):
             torch._foreach_add_([target for target, _ in pairs], list(updates.unbind()), alpha=scale)
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+class AdamW8bit(Optimizer):
+    """torchao's AdamW, its moments in 8 bits with a scale for every 256 values (arXiv 2110.02861).
+
+    Parameters of less than 4096 values, or of a number that is no multiple of 256, keep fp32 moments. torchao
+    packs a moment into a tensor of a class of its own. `state` has its plain parts, which checkpoints store,
+    and shares their memory.
+    """
+
+    takes_shards = False  # a shard may end within a block of 256
+    needs = "torchao"
+    _BLOCK = 256
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        from torchao.optim import AdamW8bit as Packed
+
+        super().__init__(groups, settings | {"amsgrad": False})
+        self._packed = Packed([dict(group) for group in groups], **settings, block_size=self._BLOCK)
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        groups = decay_groups(model.parameters(), optim.weight_decay)
+        return cls(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = {"step": torch.zeros(())}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter.numel() < 4096 or parameter.numel() % self._BLOCK:
+                state[moment] = torch.zeros_like(parameter, requires_grad=False)
+            else:
+                scales = parameter.numel() // self._BLOCK
+                state[f"{moment}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
+                state[f"{moment}_scale"] = torch.zeros(scales, device=parameter.device)
+        return state
+
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, packed = self.state[parameter], self._packed.state[parameter]
+            if not state:
+                state.update(self.new_state(parameter))
+            if packed.get("step") is not state["step"]:  # new, or loaded
+                packed["step"] = state["step"]
+                packed["exp_avg"] = self._pack(parameter, "exp_avg", signed=True)
+                packed["exp_avg_sq"] = self._pack(parameter, "exp_avg_sq", signed=False)
+        # torchao takes a tensor for the rate, lest it compile anew for every number.
+        groups = [{**group, "lr": torch.tensor(group["lr"])} for group in self.param_groups]
+        self._packed.param_groups = groups
+        self._packed.step()
+
+    def _pack(self, parameter: nn.Parameter, moment: str, signed: bool) -> Tensor:
+        state = self.state[parameter]
+        if moment in state:
+            return state[moment]
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        packed = OptimState8bit.zeros(
+            parameter.shape, signed, self._BLOCK, parameter.device, dtype=parameter.dtype
+        )
+        packed.codes, packed.scale = state[f"{moment}_codes"], state[f"{moment}_scale"]
+        return packed
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adamw8bit": AdamW8bit}
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class that `optim.name` names; ValueError with the nearest name if there is none."""
+    """The class that `optim.name` names.
+
+    Raises ValueError, with the nearest name if there is none, or with the extra to install.
+    """
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(OPTIMIZERS)}"
         raise ValueError(f"optim.name: {name!r} is not known; {hint}")
-    return OPTIMIZERS[name]
+    cls = OPTIMIZERS[name]
+    if cls.needs is not None and find_spec(cls.needs) is None:
+        raise ValueError(
+            f"optim.name={name} needs {cls.needs}, which is not installed: pip install 'lrnn-lm[{cls.needs}]'"
+        )
+    return cls
 
 
 def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> Optimizer:
@@ -171,7 +244,7 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
     cls = optimizer_class(optim.name)
     if not cls.takes_shards and any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
-            f"optim.name={optim.name} needs whole matrices on each rank and FSDP2 shards them: "
+            f"optim.name={optim.name} needs whole parameters on each rank and FSDP2 shards them: "
             "set train.parallel=ddp, or optim.name=adamw"
         )
     optimizer = cls.build(model, optim, device)

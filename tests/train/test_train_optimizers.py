@@ -1,14 +1,17 @@
 """The registry of optimizers: what each must say of itself, and a new one that is a class and a line."""
 
 import signal
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import small_model
 from test_train_muon import with_gradients
-from test_train_resume import assert_same_run
+from test_train_resume import LAST, assert_same_run
 from tiny_run import STEPS, losses
 from torch import Tensor, nn
 from trainers import Build, send_at
@@ -19,6 +22,15 @@ from lrnn_lm.train.optim import OPTIMIZERS, Optimizer, decay_groups, make_optimi
 from lrnn_lm.train.stop import Stopped
 
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+NAMES = [pytest.param(name, marks=needs_torchao if cls.needs else ()) for name, cls in OPTIMIZERS.items()]
+
+
+@pytest.fixture(autouse=True)
+def eager() -> Iterator[None]:
+    """torchao compiles its update, which takes seconds for each shape on a CPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -38,7 +50,7 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sgd")
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "sgd"])
+@pytest.mark.parametrize("name", [*NAMES, "sgd"])
 def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
     """Names, shapes, dtypes and devices, and the first step from it."""
     section = OptimSection(name=name, lr=0.02)
@@ -63,7 +75,7 @@ def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
     assert state_bytes(plain.to("meta"), section) == held
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_frozen_or_has_no_gradient_stays(name: str) -> None:
     """All of one kind in turn: nothing decays it, and no state is kept of it."""
     model = with_gradients(small_model("hybrid"))
@@ -82,7 +94,7 @@ def test_what_is_frozen_or_has_no_gradient_stays(name: str) -> None:
         assert bool(optimizer.state[parameter]) == (key not in frozen | idle), key
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
     """At none nothing moves; the trainer sets it before each step."""
     model = with_gradients(small_model("bd_lru"))
@@ -95,7 +107,7 @@ def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
         assert all(torch.equal(p, q) != moves for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_groups_by_pattern(name: str) -> None:
     """The first pattern counts; a scale acts as that rate for all would, a decay as that decay would."""
 
@@ -157,6 +169,34 @@ def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) 
     assert_same_run(second.folder, whole.folder)
     assert len(losses(second.folder)) == STEPS
     assert losses(second.folder) != losses(straight)
+
+
+@needs_torchao
+def test_8_bit_moments_are_saved_and_resumed(build: Build, straight: Path) -> None:
+    """The embedding's are packed, norms' are not; the losses stay near AdamW's."""
+    whole = build("name=whole", "optim.name=adamw8bit")
+    whole.run()
+    stored = load_file(whole.folder / LAST / "trainer/optimizer.safetensors")
+    assert stored["model.embed_tokens.weight/exp_avg_codes"].dtype == torch.uint8
+    assert stored["model.embed_tokens.weight/exp_avg_sq_scale"].shape == (320 * 32 // 256,)
+    assert stored["model.norm.weight/exp_avg"].dtype == torch.float32
+    first = build("optim.name=adamw8bit")
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build("optim.name=adamw8bit")
+    second.run()
+    assert_same_run(second.folder, whole.folder)
+    ours, theirs = ([loss for _, loss in losses(run)] for run in (whole.folder, straight))
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert ours != theirs
+
+
+def test_without_torchao(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrnn_lm.train.optim.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs torchao, .*: pip install 'lrnn-lm\[torchao\]'"):
+        build("optim.name=adamw8bit")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_does_not_go_on_with_another_optimizer(build: Build) -> None:
