@@ -134,6 +134,12 @@ class OptimSection(Section):
     groups: list[GroupSection] = Field(
         default_factory=list, description="a parameter goes by the first group whose pattern it matches"
     )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="hidden_size that lr and model.initializer_range were chosen at; both are carried over "
+        "to this recipe's width (muP: AdamW, untied head)",
+    )
     grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: Span = Field(

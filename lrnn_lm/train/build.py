@@ -27,7 +27,7 @@ from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .average import make_average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
-from .optim import make_optimizer, optimizer_class
+from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import launch_plan, share
 from .runtime import make_accelerator, seed_everything
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
@@ -39,6 +39,8 @@ from .together import Together, cpu_group
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
     """The model's configuration."""
     model = recipe.model.model_dump(exclude={"parameters", "vocab_size", "init_from"})
+    if recipe.optim.base_width is not None:
+        model["initializer_range"] *= (recipe.optim.base_width / recipe.model.hidden_size) ** 0.5
     return LRNNConfig(
         **model,
         vocab_size=vocab_size,
@@ -206,6 +208,8 @@ def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, weights: Pat
             "train.z_loss is for language models, and this task trains an auto-encoder; leave it out"
         )
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
+    if recipe.optim.base_width is not None:
+        scale_for_width(model, recipe.optim.base_width)
     if weights is not None:
         load_weights(weights, model)
         prepared.check_tokenizer(weights)

@@ -248,16 +248,46 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
             "set train.parallel=ddp, or optim.name=adamw"
         )
     optimizer = cls.build(model, optim, device)
+    scales = width_scales(model, optim) if optim.base_width is not None else {}
     rules = _rules(model, optim.groups)
     optimizer.param_groups[:] = [
-        part for group in optimizer.param_groups for part in _split(group, rules, optim.groups)
+        part for group in optimizer.param_groups for part in _split(group, rules, scales)
     ]
     return optimizer
 
 
-def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, int]:
-    """The number of the first group that matches each parameter, where one does."""
-    rules: dict[nn.Parameter, int] = {}
+def width_scales(model: nn.Module, optim: OptimSection) -> dict[nn.Parameter, float]:
+    """What muP multiplies the learning rate of matrices by: base_width / width (arXiv 2203.03466, table 8).
+
+    Without the embedding, whose inputs do not grow with the width, and what is no matrix. How the weights
+    begin is `scale_for_width`'s. Raises ValueError for an optimizer or a model that this is not made for.
+    """
+    if not issubclass(optimizer_class(optim.name), AdamW | AdamW8bit):
+        raise ValueError(f"optim.base_width is for AdamW, not for optim.name={optim.name}: leave it out")
+    if model.config.tie_word_embeddings:
+        raise ValueError(
+            "optim.base_width scales embedding and head differently: set model.tie_word_embeddings=false"
+        )
+    scale = optim.base_width / model.config.hidden_size
+    embedding = model.get_input_embeddings().weight
+    return {p: scale for p in model.parameters() if p.ndim == 2 and p is not embedding}
+
+
+def scale_for_width(model: nn.Module, base_width: int) -> None:
+    """Complete muP's start of a model drawn with initializer_range sqrt(base_width / width).
+
+    With s = base_width / width, matrices begin with sqrt(s) times the base's deviation, the embedding with
+    all of it, the head with s times it.
+    """
+    root = (base_width / model.config.hidden_size) ** 0.5
+    with torch.no_grad():
+        model.get_input_embeddings().weight.div_(root)
+        model.get_output_embeddings().weight.mul_(root)
+
+
+def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, GroupSection]:
+    """The first group that matches each parameter, where one does."""
+    rules: dict[nn.Parameter, GroupSection] = {}
     names = [name for name, _ in model.named_parameters()]
     for number, group in enumerate(groups):
         matching = [p for name, p in model.named_parameters() if fnmatchcase(name, group.match)]
@@ -270,24 +300,23 @@ def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, i
             raise ValueError(
                 f"optim.groups.{number}: groups before it take all that {group.match!r} matches; put it first"
             )
-        rules = dict.fromkeys(matching, number) | rules
+        rules = dict.fromkeys(matching, group) | rules
     return rules
 
 
 def _split(
-    group: dict[str, Any], rules: dict[nn.Parameter, int], groups: list[GroupSection]
+    group: dict[str, Any], rules: dict[nn.Parameter, GroupSection], scales: dict[nn.Parameter, float]
 ) -> list[dict[str, Any]]:
-    """A parameter group of an optimizer as one for each rule that its parameters follow."""
-    parts: dict[int | None, dict[str, Any]] = {}
+    """A parameter group of an optimizer as one for each rate and weight decay that its parameters have."""
+    parts: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in group["params"]:
-        rule = rules.get(parameter)
-        if rule not in parts:
-            parts[rule] = {**group, "params": [], "lr_scale": 1.0}
-            if rule is not None:
-                parts[rule]["lr_scale"] = groups[rule].lr_scale
-                if groups[rule].weight_decay is not None:
-                    parts[rule]["weight_decay"] = groups[rule].weight_decay
-        parts[rule]["params"].append(parameter)
+        rule, scale = rules.get(parameter), scales.get(parameter, 1.0)
+        given = rule is not None and rule.weight_decay is not None
+        # A matrix decays by rate x weight decay a step; a scale for the width leaves that product alone.
+        decay = (rule.weight_decay if given else group["weight_decay"]) / scale
+        rate = scale * (rule.lr_scale if rule is not None else 1.0)
+        changes = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        parts.setdefault((rate, decay), group | changes)["params"].append(parameter)
     return list(parts.values())
 
 

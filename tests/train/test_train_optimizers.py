@@ -171,6 +171,48 @@ def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) 
     assert losses(second.folder) != losses(straight)
 
 
+def test_width_transfer(build: Build) -> None:
+    """Rates, decays and start of a model four times as wide as its base; the base's own are unchanged."""
+    plain, same = build("name=plain"), build("name=same", "optim.base_width=32")
+    for ours, theirs in zip(plain.optimizer.param_groups, same.optimizer.param_groups, strict=True):
+        assert (ours["lr_scale"], ours["weight_decay"]) == (theirs["lr_scale"], theirs["weight_decay"])
+    for ours, theirs in zip(plain.bare_model.parameters(), same.bare_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    wide = build("name=wide", "optim.base_width=8", "optim.groups=[{match: '*up_proj*', lr_scale: 0.5}]")
+    held = {p: group for group in wide.optimizer.param_groups for p in group["params"]}
+    expected = {
+        "embed_tokens": (1.0, 0.1, 1.0),
+        "lm_head": (0.25, 0.4, 0.25),
+        "value_proj": (0.25, 0.4, 0.5),
+        "up_proj": (0.125, 0.4, 0.5),
+        "norm": (1.0, 0.0, 1.0),
+        "gate_proj.bias": (1.0, 0.0, 1.0),
+    }
+    narrow = dict(plain.bare_model.named_parameters())
+    for key, (rate, decay, start) in expected.items():
+        found = [(name, p) for name, p in wide.bare_model.named_parameters() if key in name]
+        assert found, key
+        for name, parameter in found:
+            group = held[parameter]
+            assert (group["lr_scale"], group["weight_decay"]) == pytest.approx((rate, decay)), name
+            torch.testing.assert_close(parameter, start * narrow[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("optim.name=muon",), r"optim\.base_width is for AdamW"),
+        (("model.tie_word_embeddings=true",), r"set model\.tie_word_embeddings=false"),
+    ],
+)
+def test_width_transfer_is_not_for_all(
+    build: Build, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        build("optim.base_width=8", *options)
+    assert not (tmp_path / "tiny").exists()
+
+
 @needs_torchao
 def test_8_bit_moments_are_saved_and_resumed(build: Build, straight: Path) -> None:
     """The embedding's are packed, norms' are not; the losses stay near AdamW's."""
