@@ -112,11 +112,12 @@ def _unfinished(
 
 def _check_ranks(recipe: Recipe) -> None:
     """Raise the trainer's error for rows that do not split over ranks before hours in the queue."""
-    rows, ranks = recipe.rows_per_step, recipe.launch.ranks
+    rows, ranks = recipe.rows_at(0), recipe.launch.ranks
+    key = "tokens_per_step" if recipe.train.ramp is None else "ramp.start"
     if rows % ranks:
         raise ValueError(
             f"a step of {rows} rows does not split over {ranks} ranks (launch.nodes x launch.gpus_per_node); "
-            f"make train.tokens_per_step a multiple of {ranks * recipe.data.sequence_length}"
+            f"make train.{key} a multiple of {ranks * recipe.data.sequence_length}"
         )
 
 

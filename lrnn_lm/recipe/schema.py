@@ -173,11 +173,23 @@ class GuardSection(Section):
     window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
 
 
+class RampSection(Section):
+    """A batch that grows: steps of `start` tokens, then of twice as many, and so on up to tokens_per_step."""
+
+    start: TokenCount = Field(
+        ge=1, description="tokens of the first steps; tokens_per_step is a multiple of it"
+    )
+    tokens: TokenCount = Field(
+        ge=1, description="length of the ramp, each size for the same number of tokens"
+    )
+
+
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
     tokens: TokenCount = Field(10_000_000, ge=1)
     tokens_per_step: TokenCount = Field(524_288, ge=1)
+    ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
     micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -279,6 +291,8 @@ class Recipe(Section):
                 f"model.mixer.window {window} is above data.sequence_length {row}, so no token is outside "
                 "it; make it smaller, or null for attention to all tokens"
             )
+        if self.train.ramp is not None:
+            self._check_ramp(self.train.ramp)
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "
@@ -320,6 +334,26 @@ class Recipe(Section):
                     f"{self.data.sequence_length}"
                 )
 
+    def _check_ramp(self, ramp: RampSection) -> None:
+        full, row = self.train.tokens_per_step, self.data.sequence_length
+        if full % ramp.start or ramp.start == full or ramp.start % row:
+            raise ValueError(
+                f"train.ramp.start {ramp.start} must divide train.tokens_per_step {full}, be less, and be a "
+                f"multiple of data.sequence_length {row}"
+            )
+        if self._ramp_tokens + full > self.train.tokens:
+            raise ValueError(
+                f"train.ramp takes {self._ramp_tokens} tokens and train.tokens pays for {self.train.tokens}: "
+                "no full step is left; shorten it"
+            )
+        if self.data.curriculum:
+            raise ValueError("train.ramp and data.curriculum do not go together: leave one out")
+        average = self.train.average
+        spans = {"optim.warmup": self.optim.warmup, "train.average.start": average.start if average else None}
+        for key, span in spans.items():
+            if span is not None and span.unit == "tokens":
+                raise ValueError(f"{key}: with train.ramp, write a number of steps or a share, not tokens")
+
     def _check_schedule(self) -> None:
         """Check that warm-up and decay fit into the run without overlap."""
         total, step = self.total_steps, self.train.tokens_per_step
@@ -345,10 +379,36 @@ class Recipe(Section):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows per optimizer step, over all ranks."""
+        """Rows per full optimizer step, over all ranks."""
         return self.train.tokens_per_step // self.data.sequence_length
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps in the token budget; a remainder of less than one step is not trained."""
-        return self.train.tokens // self.train.tokens_per_step
+        left = self.train.tokens - self._ramp_tokens
+        return sum(steps for _, steps in self._ramp) + left // self.train.tokens_per_step
+
+    @property
+    def _ramp(self) -> list[tuple[int, int]]:
+        """(tokens a step, number of steps) of each size below the full one, in order."""
+        ramp = self.train.ramp
+        if ramp is None:
+            return []
+        sizes = range(ramp.start, self.train.tokens_per_step, ramp.start)
+        return [(size, max(1, round(ramp.tokens / len(sizes) / size))) for size in sizes]
+
+    @property
+    def _ramp_tokens(self) -> int:
+        return sum(size * steps for size, steps in self._ramp)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        tokens = 0
+        for size, steps in self._ramp:
+            tokens += size * min(steps, step)
+            step -= min(steps, step)
+        return tokens + step * self.train.tokens_per_step
+
+    def rows_at(self, step: int) -> int:
+        """Rows of step `step`, counted from 0, over all ranks."""
+        return (self.tokens_at(step + 1) - self.tokens_at(step)) // self.data.sequence_length

@@ -15,7 +15,7 @@ from .layout import CheckpointFolder, RunFolder, latest_checkpoint
 from .load import describe, json_table
 
 # What a run cannot go on with another value of: it would have another model or other batches.
-_FIXED = ("seed", "model", "data", "train.tokens_per_step")
+_FIXED = ("seed", "model", "data", "train.tokens_per_step", "train.ramp")
 # Parts of the above that change neither.
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
 _STATE = ("optim.name", "optim.betas", "optim.eps")  # which give the optimizer's state its meaning
@@ -25,7 +25,7 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
     """`key: was .., is ..` for each key that differs and must not, in a run that goes on from `step`."""
     was, now = flatten(old), flatten(new)
     fixed, free = ((*_FIXED, *_STATE), (*_FREE, "model.init_from")) if branch else (_FIXED, _FREE)
-    read = step * old.train.tokens_per_step
+    read = old.tokens_at(step)
     free += tuple(key for key in now if key.endswith(".max_epochs"))
     if old.data.stages_until(read) == new.data.stages_until(
         read

@@ -31,13 +31,11 @@ class StepResult:
     z_loss: float = 0.0  # its part of what was minimised
     waited: float = 0.0  # seconds that the host waited for the device
 
-    def line(
-        self, position: Position, tokens_per_step: int, lr: float, measured: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The line of metrics.jsonl. `position` counts this step; `measured` is the throughput's part."""
+    def line(self, position: Position, tokens: int, lr: float, measured: dict[str, Any]) -> dict[str, Any]:
+        """The line of metrics.jsonl. `position` and `tokens` count this step; `measured` is throughput's."""
         return {
             "step": position.step,
-            "tokens": position.step * tokens_per_step,
+            "tokens": tokens,
             "loss": self.loss,
             **({"z_loss": self.z_loss} if self.z_loss else {}),
             "lr": lr,

@@ -171,7 +171,7 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
 
 def _budget(recipe: Recipe, costs: Account) -> Table:
     table = _table("\nbudget")
-    tokens = recipe.total_steps * recipe.train.tokens_per_step
+    tokens = recipe.tokens_at(recipe.total_steps)
     left = recipe.train.tokens - tokens
     table.add_row("tokens", f"{tokens:,}", f"{left:,} of the budget are less than a step" if left else "")
     table.add_row("steps", f"{recipe.total_steps:,}")

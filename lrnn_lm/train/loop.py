@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,8 +76,8 @@ class Trainer:
         self.position, self.console, self.group, self.plan = position, console, group, plan
         self.average = average
         self.rows = Rows(recipe, prepared, accelerator, position)
-        self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
-        self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
+        self.save_cadence = Cadence(recipe.checkpoint.every, recipe.tokens_at)
+        self.eval_cadence = Cadence(recipe.eval.every, recipe.tokens_at)
         ranks, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
         self.throughput = Throughput(
             recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
@@ -202,8 +202,8 @@ class Trainer:
         batches = self.rows.take()
         last = position.step + 1 >= self.recipe.total_steps
         result = self.step(batches, None if last else self.rows.fetch)
+        position.samples += self.recipe.rows_at(position.step)
         position.step += 1
-        position.samples += self.recipe.rows_per_step
         position.outliers += result.outlier
         guard = self.recipe.train.guard
         if result.applied and guard is not None:
@@ -309,16 +309,18 @@ class Trainer:
     def _validate(self) -> None:
         found = self._measure()
         position = self.position
-        line = validation_line(position.step, self.recipe.train.tokens_per_step, found)
+        line = self._validation_line(found)
         if self.average is not None:
             with self.average.in_place():
-                averaged = self._measure()
-            for name, value in asdict(averaged).items():
-                if value is not None:
-                    line[f"average_{name}"] = value
+                averaged = self._validation_line(self._measure())
+            line |= {f"average_{key}": averaged[key] for key in averaged if key not in ("step", "tokens")}
         position.validated, position.validation_loss = position.step, found.loss
         self.metrics.write(line)
         self.line.validation(position.step, str(found))
+
+    def _validation_line(self, found: Validation) -> dict[str, Any]:
+        step = self.position.step
+        return validation_line(step, self.recipe.tokens_at(step), found)
 
     def _measure(self) -> Validation:
         return validate(
@@ -344,8 +346,9 @@ class Trainer:
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
         step, every = self.position.step, self.recipe.train.inspect_every
-        measured = self.throughput.line(spent)
-        line = result.line(self.position, self.recipe.train.tokens_per_step, lr, measured)
+        tokens = self.recipe.tokens_at(step)
+        measured = self.throughput.line(spent, tokens - self.recipe.tokens_at(step - 1))
+        line = result.line(self.position, tokens, lr, measured)
         if self.recipe.train.guard is not None:
             line["outliers"] = self.position.outliers
         if self.stalled:
@@ -354,7 +357,7 @@ class Trainer:
             line |= inspect(self.bare_model, lambda: self.forward(shortened(batch), 1.0, return_logits=False))
             reshard(self.model)
         self.metrics.write(line)
-        self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
+        self.line.step(step, result.loss, line["tokens_per_second"], result.applied, result.outlier)
 
     def _end_after_bad_steps(self) -> None:
         """Finish the save in progress, then raise ValueError; the main rank's has the message."""
@@ -416,6 +419,5 @@ class Trainer:
         return "the beginning" if name == "none" else str(self.checkpoints / name)
 
     def beat(self, doing: str, now: bool = False) -> None:
-        self.heartbeat.beat(
-            self.position.step, self.position.step * self.recipe.train.tokens_per_step, doing, now
-        )
+        step = self.position.step
+        self.heartbeat.beat(step, self.recipe.tokens_at(step), doing, now)

@@ -61,14 +61,14 @@ def test_it_is_validated_beside_the_weights(averaged: Path, build: Build) -> Non
     """The last line has the loss of the averages, as a run that begins with them measures it."""
     line = [line for line in metrics(averaged) if "validation_loss" in line][-1]
     assert line["step"] == STEPS
-    assert line["average_loss"] > 0
+    assert line["average_validation_loss"] > 0
     still = ("train.tokens=512", "optim.lr=1e-30", "optim.final_lr=0")
     other = build("name=other", f"model.init_from={averaged / 'average'}", *still)
     other.run()
     got = [line for line in metrics(other.folder) if "validation_loss" in line][-1]
-    assert line["average_loss"] == pytest.approx(got["validation_loss"], abs=1e-6)
+    assert line["average_validation_loss"] == pytest.approx(got["validation_loss"], abs=1e-6)
     assert line["average_bits_per_byte"] == pytest.approx(got["bits_per_byte"], abs=1e-6)
-    assert line["average_loss"] != line["validation_loss"]
+    assert line["average_validation_loss"] != line["validation_loss"]
 
 
 @pytest.mark.parametrize("validating", [False, True])
@@ -111,7 +111,10 @@ def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path) -> None
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=2e-3), name
     assert sha256(out / "model.safetensors") == sha256(run / "average/model.safetensors")
-    of_one, of_two = ([x["average_loss"] for x in metrics(f) if "average_loss" in x] for f in (averaged, run))
+    of_one, of_two = (
+        [x["average_validation_loss"] for x in metrics(f) if "average_validation_loss" in x]
+        for f in (averaged, run)
+    )
     assert of_two == pytest.approx(of_one, abs=1e-4)
 
 
