@@ -64,10 +64,8 @@ def build_trainer(
     folder, called on the main rank; it raises ValueError. `from_checkpoint` makes a new run a branch: it
     goes on from that checkpoint of another run (`runs/branch.py`).
 
-    Raises:
-        ValueError: the recipe asks for something that cannot be done here. Every rank raises it, whichever
-            rank found it.
-        Stopped: any rank was asked to stop.
+    Raises ValueError, on every rank, if the recipe asks for something that cannot be done here; Stopped if
+    any rank was asked to stop.
     """
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars would cut through ours
@@ -84,7 +82,7 @@ def build_trainer(
     main, device = accelerator.is_main_process, accelerator.device
     parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
     source = recipe.model.init_from if begins else None
-    weights = together.main_first(lambda: find_weights(source)) if source else None
+    weights = together.main_first(lambda: find_weights(source, main)) if source else None
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
     for line in notes(prepared) if main else ():
         console.print(escape(line), soft_wrap=True)
@@ -94,9 +92,9 @@ def build_trainer(
     optimizer = together.all(lambda: make_optimizer(bare_model, recipe.optim, device))
     average = make_average(bare_model, recipe)
     lock = together.all(lambda: _lock(folder) if main else None)
-    newest = together.from_main(together.all(lambda: _find_checkpoint(folder, console) if main else None))
-    if newest is None and parent is not None:
-        newest = Path(parent["checkpoint"])
+    newest = together.from_main(
+        together.all(lambda: _find_checkpoint(folder, parent, console) if main else None)
+    )
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
     def load_into_model(newest: Path) -> checkpoint.Position:
@@ -142,10 +140,12 @@ def _origin(
     return parent, parent is None and latest_checkpoint(RunFolder(folder).checkpoints) is None
 
 
-def _find_checkpoint(folder: Path, console: Console) -> Path | None:
-    return checkpoint.newest_valid(
+def _find_checkpoint(folder: Path, parent: dict[str, Any] | None, console: Console) -> Path | None:
+    """The run's newest valid checkpoint, else a branch's parent, else None."""
+    newest = checkpoint.newest_valid(
         RunFolder(folder).checkpoints, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
     )
+    return Path(parent["checkpoint"]) if newest is None and parent is not None else newest
 
 
 def _resume(

@@ -27,10 +27,11 @@ _START = {"gate_std", "half_life"}  # options that only say how weights are draw
 _TOLD = 4  # differences in a message, at most
 
 
-def find_weights(source: str) -> Path:
+def find_weights(source: str, main: bool) -> Path:
     """The folder that `model.init_from` names; a hub name is downloaded, or found in the hub's cache.
 
-    Raises ValueError if there is no such folder or model, or it is of another family.
+    Raises ValueError if there is no such folder or model, or it is of another family; on the main rank, also
+    for a checkpoint that is damaged.
     """
     folder = checkpoint_folder(resolve_path(source))
     if not folder.is_dir():
@@ -45,6 +46,9 @@ def find_weights(source: str) -> Path:
             f"model.init_from: {source} is of another family (model_type {kind!r}): only "
             f"{LRNNConfig.model_type!r} models have weights for this one"
         )
+    damage = verify(folder) if main and CheckpointFolder(folder).manifest.exists() else None
+    if damage is not None:
+        raise ValueError(f"model.init_from: {folder} is damaged ({damage}); take another checkpoint")
     return folder
 
 
@@ -105,9 +109,6 @@ def _mixer_differences(theirs: LRNNConfig, ours: LRNNConfig) -> list[str]:
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a folder, on the CPU; of a run's sharded checkpoint, joined."""
     sharded = is_sharded_folder(folder) and not any(folder.glob("*.safetensors"))
-    damage = verify(folder) if CheckpointFolder(folder).manifest.exists() else None
-    if damage is not None:
-        raise ValueError(f"model.init_from: {folder} is damaged ({damage}); take another checkpoint")
     if sharded:
         return read_shards(folder)
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_runs import Prank, Ranks
+from rich.console import Console
 from safetensors.torch import load_file
 from test_train_resume import LAST, assert_same_run
 from tiny_run import STEPS, losses, metrics, sha256, validations
@@ -13,8 +14,11 @@ from torch import Tensor
 from trainers import Build, main_exits, send_at
 from transformers import AutoModelForCausalLM
 
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.loop import Trainer
 from lrnn_lm.train.stop import Stopped
+from lrnn_lm.train.tensors import read_shards
 
 ON = "train.average={decay: 0.9, every: 2, start: 4 steps}"
 STORED = f"{LAST}/trainer/average.safetensors"
@@ -97,8 +101,9 @@ def test_stopped_and_resumed_is_straight_through(build: Build, averaged: Path, v
     assert sha256(second.folder / STORED) == sha256(averaged / STORED)
 
 
-def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path) -> None:
-    """Under FSDP2: stopped, resumed and exported; the averages of one process."""
+def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path, build: Build) -> None:
+    """Under FSDP2: stopped, resumed and exported; the averages of one process. A new run begins with the
+    weights of its shards, or goes on from them, in one process."""
     options = (f"train.runs_dir={tmp_path}", ON, "name=sharded")
     prank = Prank(rank=1, step=6, signal=signal.SIGTERM)
     Ranks(recipe, 2, *options, parallel="fsdp2", prank=prank).expect(85)
@@ -111,6 +116,16 @@ def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path) -> None
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=2e-3), name
     assert sha256(out / "model.safetensors") == sha256(run / "average/model.safetensors")
+    saved = run / "checkpoints/step-00000008"
+    fresh, stored = build("name=fresh", f"model.init_from={saved}"), read_shards(saved)
+    loaded = load_recipe(recipe, [f"train.runs_dir={tmp_path}", ON, "name=branch"])
+    branch = build_trainer(loaded, Console(quiet=True), from_checkpoint=saved)
+    assert (fresh.position.step, branch.position.step) == (0, 8)
+    for trainer in (fresh, branch):
+        for name, parameter in trainer.bare_model.named_parameters():
+            assert torch.equal(parameter, stored[name]), name
+    for name, value in read_shards(saved, "average").items():
+        assert torch.equal(branch.average.values[name], value), name
     of_one, of_two = (
         [x["average_validation_loss"] for x in metrics(f) if "average_validation_loss" in x]
         for f in (averaged, run)
