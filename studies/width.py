@@ -20,7 +20,7 @@ from lrnn_lm.train.build import build_trainer
 
 WIDTHS = (64, 128, 256, 512)
 BASE = 128
-RATES = tuple(0.0005 * 2**k for k in range(6))
+RATES = tuple(0.001 * 2**k for k in range(5))
 LAST = 10  # steps that the loss is the mean of
 
 

@@ -16,7 +16,8 @@ from tiny_run import fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.model.export import export
-from lrnn_lm.recipe import load_recipe
+from lrnn_lm.recipe import Recipe, load_recipe
+from lrnn_lm.runs.branch import differences
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.stop import Stopped
 
@@ -259,3 +260,16 @@ def test_what_is_no_parent(
     assert "has begun without --from" in refused(parent, "name=own")
     branch(recipe, tmp_path, parent, "train.tokens=4608").run()
     assert "is a branch of" in refused(straight / LAST, "name=branch")
+
+
+def test_a_branch_may_read_other_stages_after_what_was_read(recipe: Path) -> None:
+    """A cool-down on other data: weights and stages are the parent's only up to the checkpoint."""
+    sources = "data.sources=[{type: jsonl, path: a, name: a}, {type: jsonl, path: b, name: b, weight: 3}]"
+
+    def staged(first: int, weights: str) -> Recipe:
+        return load_recipe(recipe, [sources, f"data.stages=[{{tokens: {first}}}, {{weights: {weights}}}]"])
+
+    old = staged(4096, "{a: 1}")
+    assert differences(old, staged(4096, "{b: 1}"), 8, branch=True) == []
+    assert [line.split(":")[0] for line in differences(old, staged(4096, "{b: 1}"), 9)] == ["data.stages"]
+    assert [line.split(":")[0] for line in differences(old, staged(2048, "{a: 1}"), 8)] == ["data.stages"]
