@@ -1,6 +1,7 @@
 """What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,14 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     print(f"{recipe.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card
+    from .model import LRNNForCausalLM
+    from .runs.layout import RunFolder
 
+    averaged = RunFolder(trainer.folder).average
+    if trainer.average is not None and (trainer.first_step < recipe.total_steps or not averaged.exists()):
+        shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
+        if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder has no code to travel with
+            export_checkpoint(checkpoint, averaged, average=True)
     try:
         if recipe.eval.tasks:
             stop.leave_if_asked()
@@ -112,3 +120,25 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
     return checkpoint
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    dtype: str | None = None,
+    license: str = "unknown",
+    average: bool = False,
+) -> None:
+    """What `lrnn export` does: a new folder that torch and transformers alone load, with a card.
+
+    average: the moving average of the weights. Raises ValueError as `model.export.export` and `plain_folder`.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from .evaluate.reporting.card import write_export_card
+    from .model.export import export
+    from .train.tensors import plain_folder
+
+    disable_progress_bar()
+    with plain_folder(checkpoint, average) as plain:
+        export(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))

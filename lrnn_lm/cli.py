@@ -37,6 +37,12 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of the recipe")
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder")]
+Branch = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="CHECKPOINT", help="begin as a branch of this run: RUN/checkpoints/step-N"
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the Python code in the checkpoint's folder")
 ]
@@ -76,11 +82,13 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: Branch = None) -> None:
     """Train a recipe, or resume its run.
 
-    Resumes from the newest valid checkpoint of runs/NAME. Scores the trained model on eval.tasks at the end.
-    SIGTERM, SIGUSR1, SIGINT or SIGHUP saves what was trained and exits with code 85. On several GPUs:
+    --from begins a branch of another run: a new run with that checkpoint's weights, optimizer, step and data
+    position, and this recipe's schedule and budget. Without it, resumes from the newest valid checkpoint of
+    runs/NAME. Scores the trained model on eval.tasks at the end. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
+    what was trained and exits with code 85. On several GPUs:
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
     from .train.stop import Stopped, StopSignal
@@ -93,7 +101,9 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
             from .train.build import build_trainer
 
             loaded = load_recipe(recipe, overrides)
-            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded))
+            trainer = build_trainer(
+                loaded, stop=stop, check=task_check(loaded), from_checkpoint=from_checkpoint
+            )
             score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         if stopped.tell:
@@ -108,6 +118,7 @@ def submit(
     nodes: Annotated[int | None, typer.Option(help="number of machines")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per machine; 0: train on its CPUs")] = None,
     time: Annotated[str | None, typer.Option(help="time limit of the job, as in 24:00:00")] = None,
+    from_checkpoint: Branch = None,
     array: Annotated[Path | None, typer.Option(help="sweep file (YAML), one run per combination")] = None,
     array_limit: Annotated[int | None, typer.Option(help="runs of the array at a time, at most")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition")] = None,
@@ -131,7 +142,7 @@ def submit(
         "sbatch": sbatch,
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}
-    submit_job(recipe, overrides, given, array, dry_run)
+    submit_job(recipe, overrides, given, array, dry_run, from_checkpoint=from_checkpoint)
 
 
 @app.command(name="eval")
@@ -260,6 +271,9 @@ def export(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the checkpoint")] = None,
+    average: Annotated[
+        bool, typer.Option("--average", help="the moving average of the weights (train.average)")
+    ] = False,
     license: Annotated[
         str, typer.Option(help="licence named in the model card, as in apache-2.0")
     ] = "unknown",
@@ -269,15 +283,9 @@ def export(
     It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
     (trust_remote_code=True).
     """
-    from transformers.utils.logging import disable_progress_bar
+    from .api import export_checkpoint
 
-    from .evaluate.reporting.card import write_export_card
-    from .model.export import export as write
-    from .train.tensors import plain_folder
-
-    disable_progress_bar()
-    with plain_folder(checkpoint) as plain:
-        write(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    export_checkpoint(checkpoint, folder, dtype, license, average)
     print(f"exported to {folder}; it loads with torch and transformers alone")
 
 

@@ -1,6 +1,7 @@
 """Measured numbers in the pages: benchmarks.pages.tables makes the tables, sentences agree with them."""
 
 import importlib
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -15,6 +16,7 @@ from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
 from studies.lm_report import best_rates, by_seed, rates_table, read_rows, results_table
+from studies.width import BASE, WIDTHS, best_rate
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -40,6 +42,19 @@ def one_line(page: str) -> str:
 def test_tables_are_what_the_rows_make(tables, name):
     page = (DOCS.parent / name).read_text(encoding="utf-8")
     assert tables.filled(page, tables.PAGES[name]) == page
+
+
+def test_the_best_rate_is_carried_from_width_to_width():
+    """Within a factor of 1.5 at all widths; the numbers on the page are the rows'."""
+    rows = [json.loads(line) for line in (RESULTS / "width.jsonl").read_text().splitlines()]
+    best = {
+        base: [best_rate([r for r in rows if (r["width"], r["base_width"]) == (w, base)]) for w in WIDTHS]
+        for base in (BASE, None)
+    }
+    assert max(best[BASE]) < 1.5 * min(best[BASE])
+    told = [f"{f(best[base]):.4f}" for base, f in itertools.product((BASE, None), (min, max))]
+    page = one_line((DOCS / "training.md").read_text(encoding="utf-8"))
+    assert f"the best rate was {told[0]} to {told[1]}, without it {told[3]} to {told[2]}" in page
 
 
 def test_a_changed_row_changes_its_table(tables, tmp_path, monkeypatch):

@@ -20,9 +20,11 @@ WARPS = 16
 
 @triton.jit
 def _nats_kernel(
-    logits, labels, nats, STRIDE: tl.constexpr, V: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+    logits, labels, nats, squares, Z_LOSS, STRIDE: tl.constexpr, V: tl.constexpr, IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """nats (R,) fp32 of each row; the row of logits (R, V), STRIDE apart, becomes its gradient."""
+    """nats (R,) and squares (R,) of log Z, fp32, of each row; the row of logits (R, V), STRIDE apart, becomes
+    the gradient of nats + Z_LOSS squares."""
     # V and STRIDE are constants because what divides them decides how wide the loads are. Pieces are [BLOCK].
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * STRIDE
@@ -30,6 +32,7 @@ def _nats_kernel(
     lanes = tl.arange(0, BLOCK)
     if label == IGNORE:  # a row without a target: no loss, and its gradient is zero
         tl.store(nats + row, 0.0)
+        tl.store(squares + row, 0.0)
         for start in range(0, V, BLOCK):
             tl.store(at + start + lanes, tl.zeros([BLOCK], logits.dtype.element_ty), mask=start + lanes < V)
     else:
@@ -48,10 +51,12 @@ def _nats_kernel(
             most = larger
         log_z = most + tl.log2(total)
         tl.store(nats + row, log_z * LN2 - hit)
+        tl.store(squares + row, log_z * LN2 * (log_z * LN2))
+        scale = 1.0 + 2.0 * Z_LOSS * (log_z * LN2)  # d log Z / d logit is softmax
         for start in range(0, V, BLOCK):  # last use of the row: the cache may drop it, and what is written
             inside = start + lanes < V
             x = tl.load(at + start + lanes, mask=inside, other=0.0, eviction_policy="evict_first")
-            p = tl.exp2(x.to(tl.float32) * LOG2E - log_z) - tl.where(start + lanes == label, 1.0, 0.0)
+            p = scale * tl.exp2(x.to(tl.float32) * LOG2E - log_z) - tl.where(start + lanes == label, 1.0, 0.0)
             tl.store(
                 at + start + lanes, p.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first"
             )
@@ -63,11 +68,20 @@ def cross_entropy_in_place(logits: Tensor, labels: Tensor, ignore: int) -> Tenso
     labels (R,) int64; rows of label `ignore` count for nothing, their gradient is zero. A label that is no
     column makes the sum NaN.
     """
+    return nats_and_squares_in_place(logits, labels, ignore, 0.0)[0]
+
+
+def nats_and_squares_in_place(
+    logits: Tensor, labels: Tensor, ignore: int, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the sum () of log^2 Z over rows with a target; logits become the gradient of
+    nats + z_loss squares."""
     R, V = logits.shape
     labels = labels.contiguous()  # a column of a batch's labels is not
-    nats = torch.empty(R, device=logits.device, dtype=torch.float32)
+    nats, squares = torch.empty(2, R, device=logits.device, dtype=torch.float32)
     with on_device(logits):
         _nats_kernel[(R,)](
-            logits, labels, nats, STRIDE=logits.stride(0), V=V, IGNORE=ignore, BLOCK=BLOCK, num_warps=WARPS
-        )
-    return nats.sum()
+            logits, labels, nats, squares, float(z_loss), STRIDE=logits.stride(0), V=V, IGNORE=ignore,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return nats.sum(), squares.sum()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .script import job_script
 from .sweep import read_sweep
@@ -28,6 +29,7 @@ def submit(
     sweep: Path | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
+    from_checkpoint: Path | None = None,
 ) -> str | None:
     """Write the job script of a recipe and give it to sbatch; returns the job's id.
 
@@ -37,6 +39,7 @@ def submit(
         launch: values of the launch section in place of the recipe's; a list is added to the recipe's.
         sweep: a file of `read_sweep`: an array with a job a run, without runs that are finished or queued.
         dry_run: print the script and write nothing.
+        from_checkpoint: each run is a branch of this checkpoint.
     Returns None if nothing was submitted: a dry run, or everything is finished or queued.
     Raises ValueError if the recipe, the sweep or the launch section cannot be used, there is no sbatch, it
         refuses the job, or the run is queued already.
@@ -51,6 +54,7 @@ def submit(
             "there is no sbatch here: `lrnn submit` runs where SLURM's commands are, on a login node; "
             "--dry-run prints the script"
         )
+    parents = [find_parent(made, run, from_checkpoint) for made, run in zip(recipes, runs, strict=True)]
     todo = _unfinished(recipes, runs, sweep is not None, dry_run, say)
     if not todo:
         return None
@@ -67,6 +71,8 @@ def submit(
         return None
     for index in todo:
         _write(RunFolder(runs[index]).launch / "recipe.yaml", dump_recipe(recipes[index]))
+        if parents[index] is not None:  # the job's `lrnn train` finds it there
+            _write(RunFolder(runs[index]).parent, json.dumps(parents[index], indent=1) + "\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     _write(folder / "job.sh", script)
     job = _sbatch(folder / "job.sh")
@@ -106,11 +112,12 @@ def _unfinished(
 
 def _check_ranks(recipe: Recipe) -> None:
     """Raise the trainer's error for rows that do not split over ranks before hours in the queue."""
-    rows, ranks = recipe.rows_per_step, recipe.launch.ranks
+    rows, ranks = recipe.rows_at(0), recipe.launch.ranks
+    key = "tokens_per_step" if recipe.train.ramp is None else "ramp.start"
     if rows % ranks:
         raise ValueError(
             f"a step of {rows} rows does not split over {ranks} ranks (launch.nodes x launch.gpus_per_node); "
-            f"make train.tokens_per_step a multiple of {ranks * recipe.data.sequence_length}"
+            f"make train.{key} a multiple of {ranks * recipe.data.sequence_length}"
         )
 
 

@@ -19,8 +19,9 @@ IGNORE = -100  # label of a position without a target
 CACHED_LOGITS = 1 << 20  # of a chunk on a CPU: what stays in its caches
 
 
-def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed nats () of logits (t, V), and their gradient: softmax minus one-hot, nothing without a target.
+def _by_operators(logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (t, V) with a target: summed nats (), the sum () of log^2 Z, and the gradient of
+    nats + z_loss squares (without z_loss: softmax minus one-hot).
 
     Few operators of torch: one exponential a logit, softmax's, a row at a time in cache.
     """
@@ -30,34 +31,41 @@ def _by_operators(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     p = x.softmax(dim=1)
     log_z = x.amax(dim=1) - p.amax(dim=1).log()  # the largest is at least 1 / V: its logarithm is exact
     nats = ((log_z - x.gather(1, target).squeeze(1)) * valid).sum()
+    squares = (log_z.square() * valid).sum()
+    if z_loss:
+        p *= (1 + 2 * z_loss * log_z).unsqueeze(1)  # d log Z / d logit is softmax
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         # Few rows; on a GPU nonzero() would wait for the device.
         p.index_fill_(0, (~valid).nonzero().squeeze(1), 0)
     else:
         p.masked_fill_(~valid.unsqueeze(1), 0)
-    return nats, p.to(logits.dtype)
+    return nats, squares, p.to(logits.dtype)
 
 
-def _nats_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _sums_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     """The same; on a GPU, where passes over the logits are the cost, by a kernel that overwrites them."""
     fused = logits.is_cuda and logits.dtype != torch.float64 and not torch.compiler.is_compiling()
     if not fused or not has_triton():
-        return _by_operators(logits, labels)
-    from ..kernels.cross_entropy import cross_entropy_in_place  # triton is imported only where it runs
+        return _by_operators(logits, labels, z_loss)
+    from ..kernels.cross_entropy import nats_and_squares_in_place  # triton is imported only where it runs
 
-    return cross_entropy_in_place(logits, labels, IGNORE), logits
+    return *nats_and_squares_in_place(logits, labels, IGNORE, z_loss), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over tokens of -log softmax(W h)[label]."""
+    """Sum over tokens of -log softmax(W h)[label] + z_loss log^2 Z; and of its second part alone, for
+    logs. Z = sum of exp(W h)."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, training: bool, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         # hidden (B T, D), weight (V, D), labels (B T,); training: whether a backward pass may follow
         wanted = [training and needed for needed in ctx.needs_input_grad]
         dtype = torch.promote_types(hidden.dtype, torch.float32)  # fp64 for fp64 inputs, as in the scans
         total = torch.zeros((), dtype=dtype, device=hidden.device)
+        z_total = torch.zeros((), dtype=dtype, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         fused = hidden.is_cuda and dtype == torch.float32 and not torch.compiler.is_compiling()
@@ -69,9 +77,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += functional.cross_entropy(
                     logits.to(dtype), label, ignore_index=IGNORE, reduction="sum"
                 )
+                if z_loss:
+                    log_z = logits.to(dtype).logsumexp(1)
+                    z_total += z_loss * (log_z.square() * (label != IGNORE)).sum()
                 continue
-            nats, d_logits = _nats_and_gradient(logits, label)
+            nats, squares, d_logits = _sums_and_gradient(logits, label, z_loss)
             total += nats
+            z_total += z_loss * squares
             if d_hidden is not None:
                 d_hidden[start : start + chunk] = d_logits @ w
             if d_weight is None:
@@ -84,10 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_weight += d_logits.t() @ h
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(z_total)
+        return total + z_total, z_total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if (
             torch.is_grad_enabled()
         ):  # create_graph=True: these are constants to autograd, so it would go wrong
@@ -99,6 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,
@@ -123,6 +137,21 @@ def linear_cross_entropy(
     Returns:
         a scalar in fp32 (fp64 for fp64 inputs).
     """
+    return loss_and_z(hidden, weight, labels, num_items, chunk)[0]
+
+
+def loss_and_z(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    chunk: int = 1024,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` plus z_loss times the mean of log^2 Z; and that second part, without a gradient.
+
+    Z is a token's softmax normaliser; the z-loss keeps log Z near 0 (PaLM, arXiv 2204.02311).
+    """
     hidden = hidden.to(compute_dtype(hidden))  # the weight keeps its dtype: so does its gradient
     if hidden.device.type == "cpu":
         chunk = min(chunk, max(128, CACHED_LOGITS // weight.shape[0]))
@@ -130,10 +159,11 @@ def linear_cross_entropy(
     labels = labels.reshape(-1).long()
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, torch.is_grad_enabled())
+        training = torch.is_grad_enabled()
+        total, z_total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, training, z_loss)
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp_min(1)
-    return total / num_items
+    return total / num_items, z_total / num_items
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:

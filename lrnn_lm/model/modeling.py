@@ -5,6 +5,7 @@ Legend: B batch, T time, D model width, V vocabulary.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
-from .loss import check_labels, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
+from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
@@ -177,6 +178,13 @@ class LRNNModel(LRNNPreTrainedModel):
         )
 
 
+@dataclass
+class LRNNCausalLMOutput(CausalLMOutputWithPast):
+    """transformers' outputs, and the part of `loss` that is the z-loss, if one was asked for."""
+
+    z_loss: Tensor | None = None
+
+
 class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin first: it replaces methods
     """The language model: LRNNModel and a linear head, tied to the embedding if the config says so."""
 
@@ -218,9 +226,13 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
                 computed in chunks and the logits never exist as a whole.
             shift_labels: (B, T) targets aligned with the positions that predict them, instead of `labels`. It
                 is in the kwargs because the Trainer expects data for every argument named like a label.
+            z_loss: in training, adds this times the mean of log^2 Z to the loss, and tells that part in the
+                outputs' `z_loss`. In the kwargs, as it is training's.
             The rest: as in LRNNModel.
         """
         targets = kwargs.pop("shift_labels", None)
+        z_loss = kwargs.pop("z_loss", 0.0)
+        z_loss = z_loss if self.training else 0.0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if targets is None and labels is not None and tokens is not None:
             check_labels(labels, tokens)
@@ -239,29 +251,34 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        loss = None
+        loss = z_part = None
         if targets is not None:
-            loss = self._loss(hidden, targets, num_items_in_batch)
+            loss, z_part = self._loss(hidden, targets, num_items_in_batch, z_loss)
         if return_logits is None:
             return_logits = targets is None or not self.training
         logits = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
-        return CausalLMOutputWithPast(
+        return LRNNCausalLMOutput(
             loss=loss,
+            z_loss=z_part if z_loss else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Mean cross-entropy, in chunks where the head is a plain matrix."""
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, z_loss: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy with the z-loss, and the latter; in chunks where the head is a plain matrix."""
         weight = plain_weight(self.lm_head)
-        if weight is None:
-            return cross_entropy(self.lm_head(hidden), targets, num_items)
-        return linear_cross_entropy(hidden, weight, targets, num_items, self.config.loss_chunk)
+        if weight is not None:
+            return loss_and_z(hidden, weight, targets, num_items, self.config.loss_chunk, z_loss)
+        if z_loss:
+            raise ValueError("z_loss needs a head that is a plain matrix: leave it out for an adapted head")
+        return cross_entropy(self.lm_head(hidden), targets, num_items), None
 
 
 def _layout(

@@ -27,6 +27,11 @@ class ModelSection(Section):
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
+    init_from: str | None = Field(
+        None,
+        description="weights that a new run begins with: a checkpoint, an exported folder, or a hub name; "
+        "sizes, mixers and tokenizer must be the same",
+    )
     parameters: int | None = Field(
         None, ge=1, description="expected number of parameters; a model with another number is an error"
     )
@@ -104,19 +109,36 @@ def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, i
     return []
 
 
+class GroupSection(Section):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    match: str = Field(min_length=1, description="pattern of parameter names, as in *gate_proj*")
+    lr_scale: float = Field(1.0, ge=0, description="times the schedule's learning rate")
+    weight_decay: float | None = Field(None, ge=0, description="default: what the optimizer gives them")
+
+
 class OptimSection(Section):
     """The optimizer and its schedule."""
 
     name: str = Field(
         "adamw",
-        description="a name in OPTIMIZERS of train/optim.py: adamw, or muon (Muon for the layers' matrices, "
-        "AdamW for the rest; not under FSDP2)",
+        description="a name in OPTIMIZERS of train/optim.py: adamw; muon (Muon for the layers' matrices, "
+        "AdamW for the rest) or adamw8bit (torchao), both not under FSDP2",
     )
     lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
         0.1, ge=0, description="of matrices, embeddings included; none on norms and biases"
+    )
+    groups: list[GroupSection] = Field(
+        default_factory=list, description="a parameter goes by the first group whose pattern it matches"
+    )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="hidden_size that lr and model.initializer_range were chosen at; both are carried over "
+        "to this recipe's width (muP: AdamW, untied head)",
     )
     grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -134,11 +156,40 @@ class OptimSection(Section):
         return betas
 
 
+class AverageSection(Section):
+    """A moving average of the weights, kept beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="share of the old average that each update keeps")
+    every: int = Field(1, ge=1, description="steps between updates")
+    start: Span = Field(
+        Span(amount=0, unit="steps"), description="length of the run before it: 10%, 2M (tokens) or 200 steps"
+    )
+
+
+class GuardSection(Section):
+    """When a step is too far above the last ones to be trusted."""
+
+    deviations: float = Field(6.0, gt=0, description="standard deviations above the mean that are too many")
+    window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
+
+
+class RampSection(Section):
+    """A batch that grows: steps of `start` tokens, then of twice as many, and so on up to tokens_per_step."""
+
+    start: TokenCount = Field(
+        ge=1, description="tokens of the first steps; tokens_per_step is a multiple of it"
+    )
+    tokens: TokenCount = Field(
+        ge=1, description="length of the ramp, each size for the same number of tokens"
+    )
+
+
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
     tokens: TokenCount = Field(10_000_000, ge=1)
     tokens_per_step: TokenCount = Field(524_288, ge=1)
+    ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
     micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -154,11 +205,22 @@ class TrainSection(Section):
         ge=1,
         description="tokens whose logits are computed at once: fewer need less memory, more are faster",
     )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="adds this times the mean of softmax's log^2 Z to the training loss; as in 1e-4",
+    )
     residual_in_fp32: bool = Field(
         True,
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
-    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run ends")
+    average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
+    guard: GuardSection | None = Field(
+        None,
+        description="skip steps whose loss or gradient norm is far above the last ones, as in "
+        "{deviations: 6, window: 128}; null: only those that are not finite",
+    )
+    max_bad_steps: int = Field(10, ge=1, description="skipped steps in a row after which the run ends")
     timeout_minutes: float = Field(
         10, gt=0, description="time a rank waits for the others before the run ends with an error"
     )
@@ -229,6 +291,8 @@ class Recipe(Section):
                 f"model.mixer.window {window} is above data.sequence_length {row}, so no token is outside "
                 "it; make it smaller, or null for attention to all tokens"
             )
+        if self.train.ramp is not None:
+            self._check_ramp(self.train.ramp)
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "
@@ -243,6 +307,13 @@ class Recipe(Section):
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         self._check_schedule()
+        if (average := self.train.average) is not None:
+            steps = average.start.steps(self.total_steps, self.train.tokens_per_step)
+            if steps >= self.total_steps:
+                raise ValueError(
+                    f"train.average.start takes {steps} steps and train.tokens pays for {self.total_steps}; "
+                    "shorten it"
+                )
         return self
 
     def _check_stages(self) -> None:
@@ -262,6 +333,26 @@ class Recipe(Section):
                     f"data.stages.{k} takes {stage.tokens} tokens, less than one row of "
                     f"{self.data.sequence_length}"
                 )
+
+    def _check_ramp(self, ramp: RampSection) -> None:
+        full, row = self.train.tokens_per_step, self.data.sequence_length
+        if full % ramp.start or ramp.start == full or ramp.start % row:
+            raise ValueError(
+                f"train.ramp.start {ramp.start} must divide train.tokens_per_step {full}, be less, and be a "
+                f"multiple of data.sequence_length {row}"
+            )
+        if self._ramp_tokens + full > self.train.tokens:
+            raise ValueError(
+                f"train.ramp takes {self._ramp_tokens} tokens and train.tokens pays for {self.train.tokens}: "
+                "no full step is left; shorten it"
+            )
+        if self.data.curriculum:
+            raise ValueError("train.ramp and data.curriculum do not go together: leave one out")
+        average = self.train.average
+        spans = {"optim.warmup": self.optim.warmup, "train.average.start": average.start if average else None}
+        for key, span in spans.items():
+            if span is not None and span.unit == "tokens":
+                raise ValueError(f"{key}: with train.ramp, write a number of steps or a share, not tokens")
 
     def _check_schedule(self) -> None:
         """Check that warm-up and decay fit into the run without overlap."""
@@ -288,10 +379,36 @@ class Recipe(Section):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows per optimizer step, over all ranks."""
+        """Rows per full optimizer step, over all ranks."""
         return self.train.tokens_per_step // self.data.sequence_length
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps in the token budget; a remainder of less than one step is not trained."""
-        return self.train.tokens // self.train.tokens_per_step
+        left = self.train.tokens - self._ramp_tokens
+        return sum(steps for _, steps in self._ramp) + left // self.train.tokens_per_step
+
+    @property
+    def _ramp(self) -> list[tuple[int, int]]:
+        """(tokens a step, number of steps) of each size below the full one, in order."""
+        ramp = self.train.ramp
+        if ramp is None:
+            return []
+        sizes = range(ramp.start, self.train.tokens_per_step, ramp.start)
+        return [(size, max(1, round(ramp.tokens / len(sizes) / size))) for size in sizes]
+
+    @property
+    def _ramp_tokens(self) -> int:
+        return sum(size * steps for size, steps in self._ramp)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        tokens = 0
+        for size, steps in self._ramp:
+            tokens += size * min(steps, step)
+            step -= min(steps, step)
+        return tokens + step * self.train.tokens_per_step
+
+    def rows_at(self, step: int) -> int:
+        """Rows of step `step`, counted from 0, over all ranks."""
+        return (self.tokens_at(step + 1) - self.tokens_at(step)) // self.data.sequence_length

@@ -5,7 +5,7 @@
         model.safetensors        the weights; of a sharded run, at its end only
         trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
-                                 weights and optimiser),
+                                 weights and optimiser), average.safetensors (or in the shards),
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest, best     links, where there are any: the newest, that of lowest validation loss
 
@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,10 +49,13 @@ class Position:
 
     step: int = 0  # optimiser steps done
     samples: int = 0  # rows read, over all ranks and epochs
-    skipped: int = 0  # steps without an update: loss or gradient was not finite
+    skipped: int = 0  # steps without an update: loss or gradient was not finite, or an outlier
+    outliers: int = 0  # those of them that `train.guard` skipped
     bad_in_a_row: int = 0  # such steps since the last good one
     validated: int = -1  # step of the last validation
     validation_loss: float | None = None  # its loss, nats a token
+    # With `train.guard`: [loss, gradient norm] of the last good steps. Replaced, never changed in place.
+    recent: list[list[float]] = field(default_factory=list)
     data: str = ""  # content hash of the prepared text that `samples` counts
 
 

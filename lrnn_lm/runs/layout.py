@@ -25,6 +25,7 @@ class RunFolder:
     path: Path
 
     recipe = _inside("recipe.yaml")  # resolved: with every default written out
+    parent = _inside("parent.json")  # of a branch: the checkpoint that it began from
     data = _inside("data.json")  # the manifest of the prepared text
     heldout = _inside("heldout.jsonl")  # held-out documents, one JSON object a line; evaluation reads them
     metrics = _inside("metrics.jsonl")  # one JSON object a logged step
@@ -36,6 +37,7 @@ class RunFolder:
     scores = _inside("eval")  # scores of checkpoints, as JSON
     plots = _inside("plots")
     loss_plot = _inside("plots", "loss.png")  # loss against tokens
+    average = _inside("average")  # with train.average: its last weights, exported
     card = _inside("README.md")  # the model card
     launch = _inside("launch")  # what `lrnn submit` gave to the cluster
     job = _inside("launch", "job")  # id of the SLURM job that the run waits or trains in
@@ -53,6 +55,7 @@ class CheckpointFolder:
     manifest = _inside("trainer", "manifest.json")  # size and sha256 of every other file
     state = _inside("trainer", "state.json")  # where the run stood: `checkpoint.Position`
     optimizer = _inside("trainer", "optimizer.safetensors")  # of a run that is not sharded
+    average = _inside("trainer", "average.safetensors")  # the same, with train.average
     shards = _inside("trainer", "shards")  # weights and optimizer of a sharded run, a file a rank
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..files import pick_device
-from ..recipe import parse_count
+from ..recipe import parse_count, recipe_from_dict
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
     if step is None:
         with suppress(ValueError):  # a damaged manifest: scores need only the model, resuming checks it
             step = json_table(CheckpointFolder(path).manifest).get("step")
-    tokens_per_step = _run_recipe(run).get("train", {}).get("tokens_per_step")
-    known = step is not None and tokens_per_step is not None
-    return CheckpointInfo(path, run, step, step * parse_count(tokens_per_step) if known else None)
+    recipe = _run_recipe(run)
+    train = recipe.get("train", {})
+    tokens = None
+    if step is not None and train.get("ramp") is not None:
+        tokens = recipe_from_dict({"name": "run", **recipe}).tokens_at(step)
+    elif step is not None and "tokens_per_step" in train:
+        tokens = step * parse_count(train["tokens_per_step"])
+    return CheckpointInfo(path, run, step, tokens)
 
 
 def load_checkpoint(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoTokenizer, PreTrainedModel
@@ -21,11 +20,14 @@ from ..data import SyntheticData
 from ..files import replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
-from ..recipe import Recipe, RecipeError, dump_recipe, flatten, load_recipe
+from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
-from ..runs.layout import RunFolder, step_of
+from ..runs.branch import differences, find_parent
+from ..runs.layout import RunFolder, latest_checkpoint, step_of
+from .average import make_average
+from .init_from import find_weights, load_weights
 from .loop import Trainer
-from .optim import make_optimizer, optimizer_class
+from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import launch_plan, share
 from .runtime import make_accelerator, seed_everything
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
@@ -33,15 +35,12 @@ from .stop import StopSignal
 from .tensors import load
 from .together import Together, cpu_group
 
-# A run cannot resume with another value of these: it would have another model or other batches.
-_FIXED = ("seed", "model", "data", "train.tokens_per_step")
-# Parts of the above that change neither.
-_FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
-
 
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
     """The model's configuration."""
-    model = recipe.model.model_dump(exclude={"parameters", "vocab_size"})
+    model = recipe.model.model_dump(exclude={"parameters", "vocab_size", "init_from"})
+    if recipe.optim.base_width is not None:
+        model["initializer_range"] *= (recipe.optim.base_width / recipe.model.hidden_size) ** 0.5
     return LRNNConfig(
         **model,
         vocab_size=vocab_size,
@@ -57,16 +56,16 @@ def build_trainer(
     console: Console | None = None,
     stop: StopSignal | None = None,
     check: Callable[[Path], None] | None = None,
+    from_checkpoint: Path | None = None,
 ) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
     `stop` is the caller's, if it has installed signal handlers. `check` is the caller's last test of the run
-    folder, called on the main rank; it raises ValueError.
+    folder, called on the main rank; it raises ValueError. `from_checkpoint` makes a new run a branch: it
+    goes on from that checkpoint of another run (`runs/branch.py`).
 
-    Raises:
-        ValueError: the recipe asks for something that cannot be done here. Every rank raises it, whichever
-            rank found it.
-        Stopped: any rank was asked to stop.
+    Raises ValueError, on every rank, if the recipe asks for something that cannot be done here; Stopped if
+    any rank was asked to stop.
     """
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars would cut through ours
@@ -81,22 +80,28 @@ def build_trainer(
     accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
     together = Together(accelerator, stop)
     main, device = accelerator.is_main_process, accelerator.device
+    parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
+    source = recipe.model.init_from if begins else None
+    weights = together.main_first(lambda: find_weights(source, main)) if source else None
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
     for line in notes(prepared) if main else ():
         console.print(escape(line), soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
-    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, device).to(device))
+    bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))
     model = share(bare_model, accelerator, plan)
-    optimizer = make_optimizer(bare_model, recipe.optim, device)
+    optimizer = together.all(lambda: make_optimizer(bare_model, recipe.optim, device))
+    average = make_average(bare_model, recipe)
     lock = together.all(lambda: _lock(folder) if main else None)
-    newest = together.from_main(together.all(lambda: _find_checkpoint(folder, console) if main else None))
+    newest = together.from_main(
+        together.all(lambda: _find_checkpoint(folder, parent, console) if main else None)
+    )
     group = cpu_group(accelerator, recipe.train.timeout_minutes)
 
     def load_into_model(newest: Path) -> checkpoint.Position:
-        return load(newest, bare_model, optimizer, accelerator.process_index, group)
+        return load(newest, bare_model, optimizer, accelerator.process_index, group, average)
 
     def write(finished: bool) -> None:
-        _write_run_folder(folder, recipe, prepared, finished)
+        _write_run_folder(folder, recipe, prepared, parent, finished)
         if check is not None:
             check(folder)
 
@@ -104,7 +109,7 @@ def build_trainer(
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
-            group, plan,
+            group, plan, average,
         )
     )  # fmt: skip
     together.all(lambda: write(trainer.finished) if main else None)
@@ -127,10 +132,20 @@ def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> Pre
     return prepared
 
 
-def _find_checkpoint(folder: Path, console: Console) -> Path | None:
-    return checkpoint.newest_valid(
+def _origin(
+    recipe: Recipe, folder: Path, given: Path | None, main: bool
+) -> tuple[dict[str, Any] | None, bool]:
+    """On the main rank: the parent of a branch that has no checkpoint yet; whether the run begins anew."""
+    parent = find_parent(recipe, folder, given) if main else None
+    return parent, parent is None and latest_checkpoint(RunFolder(folder).checkpoints) is None
+
+
+def _find_checkpoint(folder: Path, parent: dict[str, Any] | None, console: Console) -> Path | None:
+    """The run's newest valid checkpoint, else a branch's parent, else None."""
+    newest = checkpoint.newest_valid(
         RunFolder(folder).checkpoints, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True)
     )
+    return Path(parent["checkpoint"]) if newest is None and parent is not None else newest
 
 
 def _resume(
@@ -172,7 +187,8 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, device: torch.device) -> PreTrainedModel:
+def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, weights: Path | None) -> PreTrainedModel:
+    """The recipe's model on the CPU, with fresh weights or those of the folder `weights`."""
     config = model_config(
         recipe,
         recipe.model.vocab_size or prepared.vocab_size,
@@ -187,7 +203,16 @@ def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, device: torc
         task = prepared.task
         encodes = task.kind.head == "autoencoder"
         config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
+    if encodes and recipe.train.z_loss:
+        raise ValueError(
+            "train.z_loss is for language models, and this task trains an auto-encoder; leave it out"
+        )
     model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
+    if recipe.optim.base_width is not None:
+        scale_for_width(model, recipe.optim.base_width)
+    if weights is not None:
+        load_weights(weights, model)
+        prepared.check_tokenizer(weights)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
@@ -206,15 +231,7 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
     stored, done = RunFolder(folder).recipe, checkpoint.list_checkpoints(RunFolder(folder).checkpoints)
     if not stored.exists() or not done:
         return
-    before = _load_stored(stored)
-    old, new = flatten(before), flatten(recipe)
-    read = (step_of(done[-1]) or 0) * before.train.tokens_per_step
-    mixture_goes_on = before.data.stages_until(read) == recipe.data.stages_until(read)
-    differing = [
-        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and _is_fixed(key, mixture_goes_on)
-    ]
+    differing = differences(_load_stored(stored), recipe, step_of(done[-1]) or 0)
     if differing:
         raise ValueError(
             f"{folder} holds checkpoints of another recipe ({'; '.join(differing)}). "
@@ -235,24 +252,18 @@ def _load_stored(path: Path) -> Recipe:
         ) from None
 
 
-def _is_fixed(key: str, mixture_goes_on: bool) -> bool:
-    """mixture_goes_on: the rows read so far are also those of the new recipe, so other stages may follow."""
-    weights = mixture_goes_on and (key == "data.stages" or key.endswith(".weight"))
-    free = weights or _within(key, _FREE) or key.endswith(".max_epochs")
-    return _within(key, _FIXED) and not free
+def _write_run_folder(
+    folder: Path, recipe: Recipe, prepared: Prepared, parent: dict[str, Any] | None, finished: bool
+) -> None:
+    """Write recipe.yaml, a branch's parent, the data's manifest, and the held-out documents.
 
-
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)
-
-
-def _write_run_folder(folder: Path, recipe: Recipe, prepared: Prepared, finished: bool) -> None:
-    """Write recipe.yaml, the data's manifest, and the held-out documents, which evaluation reads from here.
-
+    Evaluation reads those from here.
     A finished run keeps its recipe: it is not trained with the new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
+    if parent is not None:  # first: without it the run would begin anew
+        replace_file(run.parent, json.dumps(parent, indent=1) + "\n", durable=True)
     contents = {
         run.recipe: dump_recipe(recipe).encode(),
         run.data: json.dumps(prepared.manifest, indent=1).encode() + b"\n",

@@ -19,24 +19,25 @@ from .watch import straggler
 class StepResult:
     """What came of a step, the same on every rank."""
 
-    loss: float  # mean over the valid targets of the global step, nats
+    loss: float  # mean over the valid targets of the global step, nats; without the z-loss
     grad_norm: float  # before clipping
-    applied: bool  # whether the update was done: loss and gradient norm were finite
+    applied: bool  # whether the update was done: loss and gradient norm were finite, and no outliers
+    outlier: bool = False  # whether they were finite and `train.guard` had the step skipped
     stop: bool = False  # whether any rank was asked to stop
     written: int = 0  # ranks that have written their part of the checkpoint in progress
     unwritten: bool = False  # whether any rank could not write its metrics
     clocks: tuple[bool, bool] = (False, False)  # due by the main rank's clock: saving, validation
     seconds: tuple[float, ...] = ()  # each rank's first forward pass, to find slow ranks
+    z_loss: float = 0.0  # its part of what was minimised
     waited: float = 0.0  # seconds that the host waited for the device
 
-    def line(
-        self, position: Position, tokens_per_step: int, lr: float, measured: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The line of metrics.jsonl. `position` counts this step; `measured` is the throughput's part."""
+    def line(self, position: Position, tokens: int, lr: float, measured: dict[str, Any]) -> dict[str, Any]:
+        """The line of metrics.jsonl. `position` and `tokens` count this step; `measured` is throughput's."""
         return {
             "step": position.step,
-            "tokens": position.step * tokens_per_step,
+            "tokens": tokens,
             "loss": self.loss,
+            **({"z_loss": self.z_loss} if self.z_loss else {}),
             "lr": lr,
             "grad_norm": self.grad_norm,
             **measured,
@@ -59,12 +60,13 @@ def targets_per_rank(micro_batches: list[dict[str, Tensor]], accelerator: Accele
 
 
 def exchange(
-    loss: Tensor, grad_norm: Tensor, flags: list[bool], seconds: float | None, accelerator: Accelerator
+    losses: Tensor, grad_norm: Tensor, flags: list[bool], seconds: float | None, accelerator: Accelerator
 ) -> StepResult:
     """Sum over ranks what the update and the next steps depend on.
 
-    loss: () this rank's part. grad_norm: () the same on all ranks already. flags: this rank's stop, written,
-    unwritten and two clocks, as in StepResult. seconds: of this rank's forward pass; None on all or on none.
+    losses: (2,) this rank's part of the loss, and of the z-loss in it. grad_norm: () of all
+    ranks. flags: this rank's stop, written, unwritten and two clocks, as in StepResult. seconds: of this
+    rank's forward pass; None on all or on none.
     """
     ranks = accelerator.num_processes
     slots = [0.0] * ranks if seconds is not None else []  # their sum over ranks holds every rank's seconds
@@ -72,15 +74,17 @@ def exchange(
         slots[accelerator.process_index] = seconds
     # One tensor for all: each transfer to the host waits for the device.
     own = torch.tensor([*flags, *slots], dtype=torch.float64).to(accelerator.device, non_blocking=True)
-    sums = torch.cat([loss.double().view(1) / ranks, own])
+    # The main rank's norm on all: a last bit that differed could have one rank skip what another applies.
+    norm = grad_norm.double().view(1) * accelerator.is_main_process
+    sums = torch.cat([losses.double() / ranks, own, norm])
     if ranks > 1:
         dist.all_reduce(sums)
     began = time.perf_counter()
-    numbers = torch.cat([sums, grad_norm.double().view(1)]).tolist()
-    mean_loss, stop, written, unwritten, save, evaluate, *slots, norm = numbers
+    mean_loss, z_loss, stop, written, unwritten, save, evaluate, *slots, norm = sums.tolist()
     return StepResult(
-        mean_loss,
+        mean_loss - z_loss,
         norm,
+        z_loss=z_loss,
         applied=math.isfinite(mean_loss) and math.isfinite(norm),
         stop=stop > 0,
         written=int(written),

@@ -68,7 +68,9 @@ def describe(recipe: Recipe) -> RenderableType:
     full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
     memory = training_memory(config, train.micro_batch, length, dtype, train.activation_checkpointing)
-    memory = replace(memory, optimizer=state_bytes(meta_model(config), recipe.optim))
+    copies = 1 if train.average is None else 2
+    state = state_bytes(meta_model(config), recipe.optim)
+    memory = replace(memory, weights=copies * memory.weights, optimizer=state)
     return Group(
         _parameters(recipe.name, costs),
         _work(costs),
@@ -156,9 +158,10 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     shape = f"micro-batch {recipe.train.micro_batch} x {recipe.data.sequence_length:,} tokens in {kind}"
     if recipe.train.activation_checkpointing:
         shape += ", layers recomputed"
-    table.add_row("weights", _bytes(memory.weights), "fp32")
+    averaged = recipe.train.average is not None
+    table.add_row("weights", _bytes(memory.weights), "fp32, and their average" if averaged else "fp32")
     table.add_row("gradients", _bytes(memory.gradients), "fp32")
-    each = memory.optimizer / (memory.weights / 4)
+    each = memory.optimizer / (memory.gradients / 4)
     table.add_row("optimiser", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
     table.add_row("activations", _bytes(memory.activations), shape)
     table.add_row("loss", _bytes(memory.loss), f"logits of {recipe.train.loss_chunk:,} tokens at once")
@@ -168,7 +171,7 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
 
 def _budget(recipe: Recipe, costs: Account) -> Table:
     table = _table("\nbudget")
-    tokens = recipe.total_steps * recipe.train.tokens_per_step
+    tokens = recipe.tokens_at(recipe.total_steps)
     left = recipe.train.tokens - tokens
     table.add_row("tokens", f"{tokens:,}", f"{left:,} of the budget are less than a step" if left else "")
     table.add_row("steps", f"{recipe.total_steps:,}")

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,9 @@ from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
+from .average import Average
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
+from .guard import is_outlier
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
@@ -36,8 +39,12 @@ from .sources import Prepared
 from .stop import Stopped, StopSignal
 from .tensors import Group
 from .throughput import Spent, Throughput
-from .validate import held_out_bytes, validate, validation_line
+from .validate import Validation, held_out_bytes, validate, validation_line
 from .watch import Heartbeat, Stopwatch
+
+
+class _AskedToStopError(Exception):
+    """A signal came during a validation."""
 
 
 class Trainer:
@@ -57,6 +64,7 @@ class Trainer:
         console: Console,
         group: Group,
         plan: Plan,
+        average: Average | None = None,
     ):
         """`model` is called for a pass; it wraps `bare_model` as `plan` says (DDP), or is the same object.
 
@@ -66,16 +74,18 @@ class Trainer:
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
+        self.average = average
         self.rows = Rows(recipe, prepared, accelerator, position)
-        self.save_cadence = Cadence(recipe.checkpoint.every, recipe.train.tokens_per_step)
-        self.eval_cadence = Cadence(recipe.eval.every, recipe.train.tokens_per_step)
+        self.save_cadence = Cadence(recipe.checkpoint.every, recipe.tokens_at)
+        self.eval_cadence = Cadence(recipe.eval.every, recipe.tokens_at)
         ranks, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
         self.throughput = Throughput(
             recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
         )
         self.saver = Saver(
-            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint, group
-        )
+            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint,
+            group, average,
+        )  # fmt: skip
         self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
@@ -86,6 +96,9 @@ class Trainer:
         self.stalled = 0.0  # seconds that training waited for a checkpoint since the last logged step
         self.first_step = position.step  # where this process began
         self.saved_step = position.step if position.step else -1
+        # An argument of the model's; it reads it in training only, so validation is without it.
+        self.z_loss = {"z_loss": recipe.train.z_loss} if recipe.train.z_loss else {}
+        self._z_sum = torch.zeros((), device=accelerator.device)  # of a step
         self._save_pending = False  # a save came due during bad steps
 
     @property
@@ -185,12 +198,18 @@ class Trainer:
             position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         batches = self.rows.take()
         last = position.step + 1 >= self.recipe.total_steps
         result = self.step(batches, None if last else self.rows.fetch)
+        position.samples += self.recipe.rows_at(position.step)
         position.step += 1
-        position.samples += self.recipe.rows_per_step
+        position.outliers += result.outlier
+        guard = self.recipe.train.guard
+        if result.applied and guard is not None:
+            position.recent = [*position.recent, [result.loss, result.grad_norm]][-guard.window :]
+        if result.applied and self.average is not None:
+            self.average.update(position.step)
         position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
         position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
@@ -214,7 +233,7 @@ class Trainer:
         """
         self.model.train()
         share = targets_per_rank(micro_batches, self.accelerator)
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # all of it; the z-loss in it
         for i, batch in enumerate(micro_batches):
             with accumulating(self.model, i + 1 == len(micro_batches), self.plan):
                 if i == 0:
@@ -227,13 +246,13 @@ class Trainer:
         grad_norm = clip_gradients(self.model.parameters(), self.recipe.optim.grad_clip or math.inf)
         if meanwhile is not None:
             meanwhile()
-        result = self._exchange(loss, grad_norm)
+        result = self._exchange(torch.stack([loss, self._z_sum]), grad_norm)
         if result.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _exchange(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
+    def _exchange(self, losses: Tensor, grad_norm: Tensor) -> StepResult:
         """What ranks must agree on before the update."""
         # Under FSDP2 a forward pass waits for other ranks' parameters: its time says nothing of this rank.
         timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
@@ -244,13 +263,19 @@ class Trainer:
             c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
         ]
         flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
-        result = exchange(loss, grad_norm, flags, seconds, self.accelerator)
+        result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
+        guard, recent = self.recipe.train.guard, self.position.recent
+        if guard and result.applied and is_outlier((result.loss, result.grad_norm), recent, guard):
+            return replace(result, applied=False, outlier=True)
         return result
 
     def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
-        return self.forward(batch, num_items, return_logits=False).loss
+        outputs = self.forward(batch, num_items, return_logits=False)
+        if self.z_loss:
+            self._z_sum += outputs.z_loss
+        return outputs.loss
 
     def forward(self, batch: Batch, num_items: Tensor | float, return_logits: bool) -> Any:
         """The model's outputs on a micro-batch; `loss` is the summed loss divided by `num_items`."""
@@ -265,6 +290,7 @@ class Trainer:
             num_items_in_batch=num_items,
             return_logits=return_logits,
             use_cache=False,
+            **self.z_loss,
         )
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
@@ -275,10 +301,29 @@ class Trainer:
             return
         if self.eval_cadence.due(step, rang) or self.finished:
             self.beat("validating", now=True)
-            self._validate()
+            try:
+                self._validate()
+            except _AskedToStopError:
+                self._save_and_stop()
 
     def _validate(self) -> None:
-        found = validate(
+        found = self._measure()
+        position = self.position
+        line = self._validation_line(found)
+        if self.average is not None:
+            with self.average.in_place():
+                averaged = self._validation_line(self._measure())
+            line |= {f"average_{key}": averaged[key] for key in averaged if key not in ("step", "tokens")}
+        position.validated, position.validation_loss = position.step, found.loss
+        self.metrics.write(line)
+        self.line.validation(position.step, str(found))
+
+    def _validation_line(self, found: Validation) -> dict[str, Any]:
+        step = self.position.step
+        return validation_line(step, self.recipe.tokens_at(step), found)
+
+    def _measure(self) -> Validation:
+        return validate(
             self.prepared,
             self.recipe,
             self.accelerator,
@@ -287,42 +332,45 @@ class Trainer:
             self._between_batches,
             self._bytes_of_sources,
         )
-        position = self.position
-        position.validated, position.validation_loss = position.step, found.loss
-        self.metrics.write(validation_line(position.step, self.recipe.train.tokens_per_step, found))
-        self.line.validation(position.step, str(found))
 
     @cached_property
     def _bytes_of_sources(self) -> dict[str, int | None]:
         return held_out_bytes(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
 
     def _between_batches(self) -> None:
-        """Between the batches of a validation: save and stop if any rank was asked to; all ranks call it."""
+        """Between the batches of a validation: end it if any rank was asked to stop; all ranks call it."""
         self.beat("validating")
         if on_any_rank(self.stop.asked, self.accelerator):
-            self._save_and_stop()
+            raise _AskedToStopError  # not saved here: the model may have the averages for weights
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
         step, every = self.position.step, self.recipe.train.inspect_every
-        measured = self.throughput.line(spent)
-        line = result.line(self.position, self.recipe.train.tokens_per_step, lr, measured)
+        tokens = self.recipe.tokens_at(step)
+        measured = self.throughput.line(spent, tokens - self.recipe.tokens_at(step - 1))
+        line = result.line(self.position, tokens, lr, measured)
+        if self.recipe.train.guard is not None:
+            line["outliers"] = self.position.outliers
         if self.stalled:
             line["checkpoint_seconds"], self.stalled = self.stalled, 0.0
         if every is not None and step % every == 0:  # on every rank: under FSDP2 a forward pass needs all
             line |= inspect(self.bare_model, lambda: self.forward(shortened(batch), 1.0, return_logits=False))
             reshard(self.model)
         self.metrics.write(line)
-        self.line.step(step, result.loss, line["tokens_per_second"], result.applied)
+        self.line.step(step, result.loss, line["tokens_per_second"], result.applied, result.outlier)
 
     def _end_after_bad_steps(self) -> None:
         """Finish the save in progress, then raise ValueError; the main rank's has the message."""
         self.saver.finish()
         if not self.accelerator.is_main_process:
             raise ValueError("")
+        guarded = self.recipe.train.guard is not None
+        beyond = ", or beyond train.guard," if guarded else ""
+        advice = " or raise train.guard.deviations" if guarded else ""
         raise ValueError(
-            f"the loss or its gradient was not finite for {self.position.bad_in_a_row} steps in a row, up to "
-            f"step {self.position.step}; lower optim.lr, then run again to go on from {self.last_name()}"
+            f"the loss or its gradient was not finite{beyond} for {self.position.bad_in_a_row} steps in a "
+            f"row, up to step {self.position.step}; lower optim.lr{advice}, then run again to go on from "
+            f"{self.last_name()}"
         )
 
     def _save_is_due(self, rang: bool) -> bool:
@@ -371,6 +419,5 @@ class Trainer:
         return "the beginning" if name == "none" else str(self.checkpoints / name)
 
     def beat(self, doing: str, now: bool = False) -> None:
-        self.heartbeat.beat(
-            self.position.step, self.position.step * self.recipe.train.tokens_per_step, doing, now
-        )
+        step = self.position.step
+        self.heartbeat.beat(step, self.recipe.tokens_at(step), doing, now)

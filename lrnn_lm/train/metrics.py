@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from ..files import replace_file
 from ..recipe.quantities import Every
 from ..runs.checkpoint import Position
-from ..runs.layout import RunFolder
+from ..runs.layout import RunFolder, latest_checkpoint
 
 
 class Metrics:
@@ -31,7 +32,7 @@ class Metrics:
         self.problem: str | None = None
         self.put_away: Path | None = None  # the renamed file of an earlier run in this folder
         if accelerator.is_main_process:
-            if resumed.step == 0:
+            if latest_checkpoint(RunFolder(folder).checkpoints) is None:
                 self.put_away = _put_away(self._path)
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
@@ -105,9 +106,9 @@ def _cut_after(path: Path, resumed: Position) -> None:
 class Cadence:
     """Says after which steps something is due, by tokens, steps or minutes."""
 
-    def __init__(self, every: Every, tokens_per_step: int):
-        self._every = every
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, every: Every, tokens_at: Callable[[int], int]):
+        """tokens_at: tokens of so many steps."""
+        self._every, self._tokens_at = every, tokens_at
         self._last = time.monotonic()
 
     @property
@@ -129,4 +130,4 @@ class Cadence:
         amount = int(self._every.amount)
         if self._every.unit == "steps":
             return step % amount == 0
-        return step * self._tokens_per_step // amount > (step - 1) * self._tokens_per_step // amount
+        return self._tokens_at(step) // amount > self._tokens_at(step - 1) // amount

@@ -7,13 +7,15 @@ import difflib
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..recipe.schema import OptimSection
+from ..recipe.schema import GroupSection, OptimSection
 from .muon import MOMENTUM, orthogonalised
 
 
@@ -21,9 +23,11 @@ class Optimizer(torch.optim.Optimizer):
     """What the trainer needs of an optimizer beyond torch's.
 
     takes_shards: whether it can update the shards of a parameter one by one, as FSDP2 has them.
+    needs: a package that it needs and that is optional here, an extra of the same name.
     """
 
     takes_shards: ClassVar[bool] = True
+    needs: ClassVar[str | None] = None
 
     @classmethod
     def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
@@ -101,7 +105,7 @@ class Muon(Optimizer):
         self._adamw = torch.optim.AdamW(others, lr=lr, **adamw)
         group = {"params": [p for p, _ in matrices], "weight_decay": weight_decay, "matrices": True}
         super().__init__([group], {**self._adamw.defaults, "matrices": False})
-        self.param_groups += self._adamw.param_groups  # the same objects: a new rate reaches both
+        self.param_groups += [{**group, "matrices": False} for group in self._adamw.param_groups]
         self._adamw.state = self.state
         self._planes = dict(matrices)
 
@@ -120,7 +124,14 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
-        group = self.param_groups[0]
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._move(group)
+        self._adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
+        self._adamw.step()
+
+    def _move(self, group: dict[str, Any]) -> None:
+        """Update the matrices of a parameter group."""
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
@@ -140,33 +151,173 @@ class Muon(Optimizer):
             updates = orthogonalised(torch.stack([update for _, update in pairs]))
             scale = -group["lr"] * 0.2 * max(shape) ** 0.5
             torch._foreach_add_([target for target, _ in pairs], list(updates.unbind()), alpha=scale)
-        self._adamw.step()
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+class AdamW8bit(Optimizer):
+    """torchao's AdamW, its moments in 8 bits with a scale for every 256 values (arXiv 2110.02861).
+
+    Parameters of less than 4096 values, or of a number that is no multiple of 256, keep fp32 moments. torchao
+    packs a moment into a tensor of a class of its own. `state` has its plain parts, which checkpoints store,
+    and shares their memory.
+    """
+
+    takes_shards = False  # a shard may end within a block of 256
+    needs = "torchao"
+    _BLOCK = 256
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        from torchao.optim import AdamW8bit as Packed
+
+        super().__init__(groups, settings | {"amsgrad": False})
+        self._packed = Packed([dict(group) for group in groups], **settings, block_size=self._BLOCK)
+
+    @classmethod
+    def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
+        groups = decay_groups(model.parameters(), optim.weight_decay)
+        return cls(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+    def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = {"step": torch.zeros(())}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter.numel() < 4096 or parameter.numel() % self._BLOCK:
+                state[moment] = torch.zeros_like(parameter, requires_grad=False)
+            else:
+                scales = parameter.numel() // self._BLOCK
+                state[f"{moment}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8, requires_grad=False)
+                state[f"{moment}_scale"] = torch.zeros(scales, device=parameter.device)
+        return state
+
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, packed = self.state[parameter], self._packed.state[parameter]
+            if not state:
+                state.update(self.new_state(parameter))
+            if packed.get("step") is not state["step"]:  # new, or loaded
+                packed["step"] = state["step"]
+                packed["exp_avg"] = self._pack(parameter, "exp_avg", signed=True)
+                packed["exp_avg_sq"] = self._pack(parameter, "exp_avg_sq", signed=False)
+        # torchao takes a tensor for the rate, lest it compile anew for every number.
+        groups = [{**group, "lr": torch.tensor(group["lr"])} for group in self.param_groups]
+        self._packed.param_groups = groups
+        self._packed.step()
+
+    def _pack(self, parameter: nn.Parameter, moment: str, signed: bool) -> Tensor:
+        state = self.state[parameter]
+        if moment in state:
+            return state[moment]
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        packed = OptimState8bit.zeros(
+            parameter.shape, signed, self._BLOCK, parameter.device, dtype=parameter.dtype
+        )
+        packed.codes, packed.scale = state[f"{moment}_codes"], state[f"{moment}_scale"]
+        return packed
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon, "adamw8bit": AdamW8bit}
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class that `optim.name` names; ValueError with the nearest name if there is none."""
+    """The class that `optim.name` names.
+
+    Raises ValueError, with the nearest name if there is none, or with the extra to install.
+    """
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(OPTIMIZERS)}"
         raise ValueError(f"optim.name: {name!r} is not known; {hint}")
-    return OPTIMIZERS[name]
+    cls = OPTIMIZERS[name]
+    if cls.needs is not None and find_spec(cls.needs) is None:
+        raise ValueError(
+            f"optim.name={name} needs {cls.needs}, which is not installed: pip install 'lrnn-lm[{cls.needs}]'"
+        )
+    return cls
 
 
 def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) -> Optimizer:
-    """The optimizer that `optim.name` names.
+    """The optimizer that `optim.name` names; each of its groups has an `lr_scale`, times the schedule's rate.
 
-    Raises ValueError for an unknown name, and for sharded parameters that the optimizer needs whole.
+    Raises ValueError for an unknown name, for sharded parameters that the optimizer needs whole, and for a
+    group of `optim.groups` that gets no parameter.
     """
     cls = optimizer_class(optim.name)
     if not cls.takes_shards and any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
-            f"optim.name={optim.name} needs whole matrices on each rank and FSDP2 shards them: "
+            f"optim.name={optim.name} needs whole parameters on each rank and FSDP2 shards them: "
             "set train.parallel=ddp, or optim.name=adamw"
         )
-    return cls.build(model, optim, device)
+    optimizer = cls.build(model, optim, device)
+    scales = width_scales(model, optim) if optim.base_width is not None else {}
+    rules = _rules(model, optim.groups)
+    optimizer.param_groups[:] = [
+        part for group in optimizer.param_groups for part in _split(group, rules, scales)
+    ]
+    return optimizer
+
+
+def width_scales(model: nn.Module, optim: OptimSection) -> dict[nn.Parameter, float]:
+    """What muP multiplies the learning rate of matrices by: base_width / width (arXiv 2203.03466, table 8).
+
+    Without the embedding, whose inputs do not grow with the width, and what is no matrix. How the weights
+    begin is `scale_for_width`'s. Raises ValueError for an optimizer or a model that this is not made for.
+    """
+    if not issubclass(optimizer_class(optim.name), AdamW | AdamW8bit):
+        raise ValueError(f"optim.base_width is for AdamW, not for optim.name={optim.name}: leave it out")
+    if model.config.tie_word_embeddings:
+        raise ValueError(
+            "optim.base_width scales embedding and head differently: set model.tie_word_embeddings=false"
+        )
+    scale = optim.base_width / model.config.hidden_size
+    embedding = model.get_input_embeddings().weight
+    return {p: scale for p in model.parameters() if p.ndim == 2 and p is not embedding}
+
+
+def scale_for_width(model: nn.Module, base_width: int) -> None:
+    """Complete muP's start of a model drawn with initializer_range sqrt(base_width / width).
+
+    With s = base_width / width, matrices begin with sqrt(s) times the base's deviation, the embedding with
+    all of it, the head with s times it.
+    """
+    root = (base_width / model.config.hidden_size) ** 0.5
+    with torch.no_grad():
+        model.get_input_embeddings().weight.div_(root)
+        model.get_output_embeddings().weight.mul_(root)
+
+
+def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, GroupSection]:
+    """The first group that matches each parameter, where one does."""
+    rules: dict[nn.Parameter, GroupSection] = {}
+    names = [name for name, _ in model.named_parameters()]
+    for number, group in enumerate(groups):
+        matching = [p for name, p in model.named_parameters() if fnmatchcase(name, group.match)]
+        if not matching:
+            parts = {part for name in names for part in (name, *name.split("."))}
+            near = difflib.get_close_matches(group.match.strip("*."), parts, n=3, cutoff=0.5)
+            hint = f"near it: {', '.join(near)}" if near else f"names are such as {names[0]}, {names[-1]}"
+            raise ValueError(f"optim.groups.{number}: no parameter matches {group.match!r}; {hint}")
+        if rules.keys() >= set(matching):
+            raise ValueError(
+                f"optim.groups.{number}: groups before it take all that {group.match!r} matches; put it first"
+            )
+        rules = dict.fromkeys(matching, group) | rules
+    return rules
+
+
+def _split(
+    group: dict[str, Any], rules: dict[nn.Parameter, GroupSection], scales: dict[nn.Parameter, float]
+) -> list[dict[str, Any]]:
+    """A parameter group of an optimizer as one for each rate and weight decay that its parameters have."""
+    parts: dict[tuple[float, float], dict[str, Any]] = {}
+    for parameter in group["params"]:
+        rule, scale = rules.get(parameter), scales.get(parameter, 1.0)
+        given = rule is not None and rule.weight_decay is not None
+        # A matrix decays by rate x weight decay a step; a scale for the width leaves that product alone.
+        decay = (rule.weight_decay if given else group["weight_decay"]) / scale
+        rate = scale * (rule.lr_scale if rule is not None else 1.0)
+        changes = {"params": [], "lr_scale": rate, "weight_decay": decay}
+        parts.setdefault((rate, decay), group | changes)["params"].append(parameter)
+    return list(parts.values())
 
 
 def state_bytes(model: nn.Module, optim: OptimSection) -> int:

@@ -17,7 +17,7 @@ class ProgressLine:
 
     def __init__(self, console: Console, recipe: Recipe, first_step: int, accelerator: Accelerator):
         self._console, self._total = console, recipe.total_steps
-        self._tokens_per_step = recipe.train.tokens_per_step
+        self._tokens_at = recipe.tokens_at
         self._speaks = accelerator.is_main_process
         self._draws = self._speaks and console.is_terminal
         ranks = accelerator.num_processes
@@ -46,20 +46,21 @@ class ProgressLine:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, speed: float, applied: bool) -> None:
+    def step(self, step: int, loss: float, speed: float, applied: bool, outlier: bool = False) -> None:
         """Show a logged step; speed in tokens a second, smoothed here like the loss."""
         if not self._speaks:
             return
         self._speed = speed if math.isnan(self._speed) else 0.9 * self._speed + 0.1 * speed
         if not applied:
-            self._console.print(f"[yellow]step {step} skipped: its loss or gradient is not finite")
+            why = "far above the last ones" if outlier else "not finite"
+            self._console.print(f"[yellow]step {step} skipped: its loss or gradient is {why}")
         else:
             self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
         self._bar.update(self._task, completed=step, loss=self._loss, speed=self._speed)
         if not self._draws and (time.monotonic() - self._spoke > _LINE_SECONDS or step == self._total):
             self._spoke = time.monotonic()
             left = (self._total - step) * (self._spoke - self._began) / max(1, step - self._first)
-            tokens = format_count(step * self._tokens_per_step)
+            tokens = format_count(self._tokens_at(step))
             self._console.print(
                 f"step {step}/{self._total}  {tokens} tokens  loss {self._loss:.3f}  "
                 f"{self._speed:,.0f} tokens/s  {left:.0f} s left"

@@ -25,6 +25,13 @@ class Rows:
         position: Position,
     ):
         """Raises ValueError if a step's rows do not split over the ranks."""
+        self._step = position.step  # of the rows that are read next
+        ranks, unit = accelerator.num_processes, recipe.rows_at(0)
+        if recipe.train.ramp is not None and unit % ranks:
+            raise ValueError(
+                f"train.ramp.start is {unit} rows, which do not split over {ranks} ranks: make it a multiple "
+                f"of {ranks * recipe.data.sequence_length}"
+            )
         self._recipe, self._accelerator = recipe, accelerator
         self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
@@ -33,7 +40,7 @@ class Rows:
             [part.train for part in parts_of(prepared).values()],
             recipe.data.sequence_length,
             recipe.seed,
-            recipe.rows_per_step,
+            recipe.rows_at(0),  # what all later steps are multiples of
             recipe.train.micro_batch,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -65,7 +72,9 @@ class Rows:
         if self._accelerator.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        self._ahead = next(self._batches)
+        steps = self._recipe.rows_at(self._step) // self._recipe.rows_at(0)
+        self._ahead = [batch for _ in range(steps) for batch in next(self._batches)]
+        self._step += 1
         if event is None or event.query():  # the device has done all that it was given before
             self._waited += time.perf_counter() - began
 

@@ -27,6 +27,7 @@ from ..recipe.schema import CheckpointSection
 from ..runs import checkpoint
 from ..runs.checkpoint import CheckpointError, Position
 from ..runs.layout import CheckpointFolder
+from .average import Average
 from .parallel import is_sharded
 from .runtime import random_state
 from .tensors import (
@@ -57,12 +58,13 @@ class Saver:
         write_extras: Callable[[Path], None],
         section: CheckpointSection,
         group: Group = None,
+        average: Average | None = None,
     ):
         """`model` is the bare model. `write_extras` writes what else belongs in the folder (the tokenizer).
         `group` is a gloo group of all ranks, for the threads that write shards: NCCL is training's."""
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, section
-        self._write_extras, self._group = write_extras, group
+        self._write_extras, self._group, self._average = write_extras, group, average
         self._has_code = isinstance(model, LRNNForCausalLM)  # the auto-encoder loads with this package only
         # The private class: in torch 2.11 the public DefaultStager can be used once and keeps no buffers.
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
@@ -160,7 +162,7 @@ class Saver:
         """
         on_gpu = self._accelerator.device.type == "cuda"
         writes = is_sharded(self._model) or self._accelerator.is_main_process
-        tensors = training_tensors(self._model, self._optimizer) if writes else {}
+        tensors = training_tensors(self._model, self._optimizer, self._average) if writes else {}
         copies = self._stager.stage(tensors, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
@@ -195,7 +197,7 @@ class Saver:
         if self._accelerator.is_main_process:
             if not sharded:
                 write_whole(tensors, aside, self._model)
-                files.append(folder.optimizer)
+                files += [path for path in (folder.optimizer, folder.average) if path.exists()]
             elif weights is not None:
                 self._model.save_pretrained(aside, state_dict=weights)
             else:

@@ -156,7 +156,7 @@ class Use:
 
 def uses(recipe: Recipe, prepared: PreparedData | MixedData) -> list[Use]:
     """How much of each source the budget reads."""
-    counts = mixture(recipe).counts(recipe.total_steps * recipe.rows_per_step)
+    counts = mixture(recipe).counts(recipe.tokens_at(recipe.total_steps) // recipe.data.sequence_length)
     sections = recipe.data.sources or [recipe.data.source]
     return [
         Use(name, (part.train.num_tokens - 1) // recipe.data.sequence_length, needed, section.max_epochs)
@@ -170,7 +170,7 @@ def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
     limits = [use.max_epochs and int(use.max_epochs * use.rows) for use in found]
 
     def exceeds(steps: int) -> bool:
-        counts = mixture(recipe).counts(steps * recipe.rows_per_step)
+        counts = mixture(recipe).counts(recipe.tokens_at(steps) // recipe.data.sequence_length)
         return any(limit is not None and n > limit for n, limit in zip(counts, limits, strict=True))
 
     if not exceeds(recipe.total_steps):
@@ -183,7 +183,7 @@ def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
         f"{worst.name or 'data.source'} has {worst.rows:,} rows of {recipe.data.sequence_length} tokens, and "
         f"the budget reads {worst.needed:,}: {worst.epochs:.2f} epochs where max_epochs is "
         f"{worst.max_epochs:g}{others}. Raise max_epochs, lower the weight, or train at most "
-        f"train.tokens={steps * recipe.train.tokens_per_step}"
+        f"train.tokens={recipe.tokens_at(steps)}"
     )
 
 

@@ -2,7 +2,7 @@
 
 Whole: model.safetensors and trainer/optimizer.safetensors, written by one rank. Sharded: trainer/shards,
 written by torch.distributed.checkpoint, each rank its own part. Both load on any number of ranks, with DDP or
-FSDP2. Keys are `model/NAME` and `optimizer/NAME/KEY`.
+FSDP2. Keys are `model/NAME`, `optimizer/NAME/KEY` and, with `train.average`, `average/NAME`.
 """
 
 import json
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from ..runs.checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
 from ..runs.layout import CheckpointFolder, checkpoint_folder
+from .average import Average
 from .optim import Optimizer
 from .parallel import like_parameter
 from .runtime import restore_random_state
@@ -33,9 +34,12 @@ Group = dist.ProcessGroup | None
 WEIGHTS = "model.safetensors"
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every parameter and its optimiser state, not copied; a tied weight once."""
-    tensors: dict[str, Tensor] = {}
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> dict[str, Tensor]:
+    """Every parameter, its optimiser state and its average, not copied; a tied weight once."""
+    values = average.values if average is not None else {}
+    tensors: dict[str, Tensor] = {f"average/{name}": value for name, value in values.items()}
     for name, parameter in model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -50,9 +54,11 @@ def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def write_whole(tensors: Mapping[str, Tensor], aside: Path, model: nn.Module) -> None:
-    """Weights, configuration and optimiser, from whole tensors on the CPU."""
+    """Weights, configuration, optimiser and average, from whole tensors on the CPU."""
     model.save_pretrained(aside, state_dict=part(tensors, "model"))
     save_file(part(tensors, "optimizer"), CheckpointFolder(aside).optimizer)
+    if average := part(tensors, "average"):
+        save_file(average, CheckpointFolder(aside).average, metadata={"format": "pt"})
 
 
 def write_shards(tensors: dict[str, Tensor], aside: Path, group: Group) -> None:
@@ -81,23 +87,36 @@ def is_sharded_folder(folder: Path) -> bool:
     return CheckpointFolder(folder).shards.is_dir()
 
 
-def load(folder: Path, model: nn.Module, optimizer: Optimizer, rank: int, group: Group) -> Position:
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    rank: int,
+    group: Group,
+    average: Average | None = None,
+) -> Position:
     """Load a checkpoint that passed `verify` into model, optimiser and random generators; its position.
 
     Every rank calls it. The checkpoint may come from another number of ranks, or from DDP instead of FSDP2.
-    Raises CheckpointError if its tensors are not those of this model and this optimizer.
+    An average that it does not have begins at its weights. Raises CheckpointError if its tensors are not
+    those of this model and this optimizer.
     """
     sizes = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
-    _check_fit(folder, model, part(sizes, "model"))
+    check_fit(folder, model, part(sizes, "model"))
     optimizer.state.clear()
     _make_state(folder, model, optimizer, part(sizes, "optimizer"))
-    targets = training_tensors(model, optimizer)
+    has_average = bool(part(sizes, "average"))
+    targets = training_tensors(model, optimizer, average if has_average else None)
     if is_sharded_folder(folder):
         _load_shards(folder, targets, group)
     else:
         with torch.no_grad():
             for key, file, name in _whole_entries(folder):
+                if key not in targets:
+                    continue  # an average that this run does not keep
                 targets[key].copy_(like_parameter(file.get_tensor(name), targets[key]))
+    if average is not None and not has_average:
+        average.restart()
     _restore_random(CheckpointFolder(folder).trainer, rank)
     return read_position(folder)
 
@@ -109,7 +128,8 @@ def _restore_random(trainer: Path, rank: int) -> None:
     restore_random_state(json.loads((trainer / f"{name}.json").read_text()), tensors)
 
 
-def _check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:
+def check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:
+    """Raise CheckpointError unless the stored names and shapes are those of the model's parameters."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
     if wrong:
@@ -148,7 +168,11 @@ def _make_state(folder: Path, model: nn.Module, optimizer: Optimizer, stored: It
 
 def _whole_entries(folder: Path) -> Iterator[tuple[str, Any, str]]:
     """(key, open file, name in it) of each tensor of an unsharded checkpoint; nothing is read yet."""
-    for kind, path in (("model", folder / WEIGHTS), ("optimizer", CheckpointFolder(folder).optimizer)):
+    inner = CheckpointFolder(folder)
+    files = {"model": folder / WEIGHTS, "optimizer": inner.optimizer, "average": inner.average}
+    for kind, path in files.items():
+        if kind == "average" and not path.exists():
+            continue
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, not a dict
                 yield f"{kind}/{name}", file, name
@@ -183,19 +207,23 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
     return part(tensors, kind)
 
 
-def write_weights(folder: Path, path: Path) -> None:
-    """Write the weights of a sharded checkpoint as one file, which transformers can load."""
-    save_file(read_shards(folder), path, metadata={"format": "pt"})
+def write_weights(folder: Path, path: Path, kind: str = "model") -> None:
+    """Write the weights of a sharded checkpoint, or their average, as one file that transformers can load."""
+    save_file(read_shards(folder, kind), path, metadata={"format": "pt"})
 
 
 @contextmanager
-def plain_folder(folder: Path) -> Iterator[Path]:
+def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
     """A checkpoint with model.safetensors: the folder itself, or a temporary copy of a sharded one.
 
-    Raises ValueError if the shards are damaged.
+    average: a copy with the moving average of the weights for weights.
+    Raises ValueError if the shards are damaged, or there is no average.
     """
     folder = checkpoint_folder(folder)
-    if (folder / WEIGHTS).exists() or not is_sharded_folder(folder):
+    whole_average, sharded = CheckpointFolder(folder).average, is_sharded_folder(folder)
+    if average and not whole_average.exists() and not (sharded and part(_shard_sizes(folder), "average")):
+        raise ValueError(f"{folder} holds no average of weights: only runs with train.average keep one")
+    if not average and ((folder / WEIGHTS).exists() or not sharded):
         yield folder
         return
     damage = verify(folder)
@@ -203,6 +231,9 @@ def plain_folder(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
     with room_for_copy(folder.parent), TemporaryDirectory(prefix=COPY, dir=folder.parent) as scratch:
         plain = Path(scratch) / folder.name
-        shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer"))
-        write_weights(folder, plain / WEIGHTS)
+        shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer", WEIGHTS))
+        if sharded:
+            write_weights(folder, plain / WEIGHTS, "average" if average else "model")
+        else:
+            shutil.copyfile(whole_average, plain / WEIGHTS)
         yield plain

@@ -51,13 +51,17 @@ class Throughput:
             update = _ADAMW_PASSES * 4 * cost.total_parameters / (ranks if sharded else 1)
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
-    def line(self, spent: Spent) -> dict[str, float | int | None]:
-        """Fields of metrics.jsonl; null where the device's datasheet values are unknown."""
-        speed = self._tokens / spent.seconds
+    def line(self, spent: Spent, tokens: int | None = None) -> dict[str, float | int | None]:
+        """Fields of metrics.jsonl; null where the device's datasheet values are unknown.
+
+        tokens: of this step; None for a full one. The memory traffic of others is not known.
+        """
+        tokens = self._tokens if tokens is None else tokens
+        speed = tokens / spent.seconds
         mfu = share = None
         if self._flops is not None:
             mfu = speed * self.flops_per_token / (self._flops * self._ranks)
-        if self._bandwidth is not None:
+        if self._bandwidth is not None and tokens == self._tokens:
             share = self.bytes_per_step / spent.seconds / self._bandwidth
         return {
             "tokens_per_second": round(speed, 1),

@@ -140,6 +140,6 @@ def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) ->
     return sum(len(text.encode()) for text in texts[:-1]) + cut
 
 
-def validation_line(step: int, tokens_per_step: int, found: Validation) -> dict[str, Any]:
+def validation_line(step: int, tokens: int, found: Validation) -> dict[str, Any]:
     """The line of metrics.jsonl."""
-    return {"step": step, "tokens": step * tokens_per_step, **found.measured}
+    return {"step": step, "tokens": tokens, **found.measured}

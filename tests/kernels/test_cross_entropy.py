@@ -37,6 +37,24 @@ def test_value_and_gradient(dtype, tolerance, columns):
     assert not gradient[2].any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
+def test_z_loss(dtype, tolerance):
+    from lrnn_lm.kernels.cross_entropy import nats_and_squares_in_place
+
+    generator = torch.Generator().manual_seed(1)
+    logits = (2 * torch.randn(6, 300, generator=generator)).to(dtype)
+    labels = torch.tensor([4, IGNORE, 0, 299, 7, 7])
+    exact = logits.double().requires_grad_()
+    wanted = exact.logsumexp(1)[labels != IGNORE].square().sum()
+    total = functional.cross_entropy(exact, labels, ignore_index=IGNORE, reduction="sum") + 0.02 * wanted
+    (gradient,) = torch.autograd.grad(total, exact)
+    ours = logits.clone().to(DEVICE)
+    nats, squares = nats_and_squares_in_place(ours, labels.to(DEVICE), IGNORE, 0.02)
+    assert squares.item() == pytest.approx(wanted.item(), rel=2e-6)
+    assert (nats + 0.02 * squares).item() == pytest.approx(total.item(), rel=2e-6)
+    assert (ours.cpu().double() - gradient).norm() <= tolerance * gradient.norm()
+
+
 @pytest.mark.parametrize("scale", [0.0, 80.0, 1e4])
 def test_extreme_logits(scale):
     """All equal, far apart, and so far that most exponentials are zero."""

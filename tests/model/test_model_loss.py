@@ -15,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrnn_lm.model import loss
-from lrnn_lm.model.loss import IGNORE, counted_targets, cross_entropy, linear_cross_entropy, shift_labels
+from lrnn_lm.model.loss import (
+    IGNORE,
+    counted_targets,
+    cross_entropy,
+    linear_cross_entropy,
+    loss_and_z,
+    shift_labels,
+)
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
 
@@ -51,6 +58,34 @@ def both(hidden, weight, labels, num_items, chunk):
 def test_values_and_gradients(chunk, num_items):
     for got, want in zip(*both(*case(), num_items, chunk), strict=True):
         close(got, want, SUMS)
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_z_loss(chunk):
+    """Value, its part alone and gradients against logits in fp64; without a gradient the same value."""
+    hidden, weight, labels = case(dtype=torch.float64)
+    total, z = loss_and_z(hidden, weight, labels, 11, chunk, z_loss=0.03)
+    got = torch.autograd.grad(3 * total, (hidden, weight))
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    want_z = 0.03 * logits.logsumexp(1)[labels.flatten() != IGNORE].square().sum() / 11
+    want = F.cross_entropy(logits, labels.flatten(), reduction="sum") / 11 + want_z
+    close(z, want_z.detach(), 1e-12)
+    close(total, want.detach(), 1e-12)
+    assert not z.requires_grad
+    for ours, theirs in zip(got, torch.autograd.grad(3 * want, (hidden, weight)), strict=True):
+        close(ours, theirs, 1e-12)
+    with torch.no_grad():
+        for ours, before in zip(loss_and_z(hidden, weight, labels, 11, chunk, 0.03), (total, z), strict=True):
+            close(ours, before, 1e-12)
+
+
+def test_the_model_has_it_in_training_only():
+    model, ids = small_model("bd_lru").train(), tokens()
+    plain, with_z = model(ids, labels=ids), model(ids, labels=ids, z_loss=0.1)
+    assert with_z.z_loss > 0
+    close(with_z.loss - with_z.z_loss, plain.loss, SUMS)
+    assert plain.z_loss is None
+    assert torch.equal(model.eval()(ids, labels=ids, z_loss=0.1).loss, model(ids, labels=ids).loss)
 
 
 def test_nothing_ignored_and_everything_ignored():

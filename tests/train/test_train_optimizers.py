@@ -1,14 +1,17 @@
 """The registry of optimizers: what each must say of itself, and a new one that is a class and a line."""
 
 import signal
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import small_model
 from test_train_muon import with_gradients
-from test_train_resume import assert_same_run
+from test_train_resume import LAST, assert_same_run
 from tiny_run import STEPS, losses
 from torch import Tensor, nn
 from trainers import Build, send_at
@@ -19,6 +22,15 @@ from lrnn_lm.train.optim import OPTIMIZERS, Optimizer, decay_groups, make_optimi
 from lrnn_lm.train.stop import Stopped
 
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+NAMES = [pytest.param(name, marks=needs_torchao if cls.needs else ()) for name, cls in OPTIMIZERS.items()]
+
+
+@pytest.fixture(autouse=True)
+def eager() -> Iterator[None]:
+    """torchao compiles its update, which takes seconds for each shape on a CPU."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -38,7 +50,7 @@ def sgd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sgd")
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "sgd"])
+@pytest.mark.parametrize("name", [*NAMES, "sgd"])
 def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
     """Names, shapes, dtypes and devices, and the first step from it."""
     section = OptimSection(name=name, lr=0.02)
@@ -63,7 +75,7 @@ def test_the_new_state_is_the_state_that_a_step_begins_from(name: str) -> None:
     assert state_bytes(plain.to("meta"), section) == held
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_frozen_or_has_no_gradient_stays(name: str) -> None:
     """All of one kind in turn: nothing decays it, and no state is kept of it."""
     model = with_gradients(small_model("hybrid"))
@@ -82,7 +94,7 @@ def test_what_is_frozen_or_has_no_gradient_stays(name: str) -> None:
         assert bool(optimizer.state[parameter]) == (key not in frozen | idle), key
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
     """At none nothing moves; the trainer sets it before each step."""
     model = with_gradients(small_model("bd_lru"))
@@ -93,6 +105,54 @@ def test_a_rate_that_is_set_is_everybodys(name: str) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.step()
         assert all(torch.equal(p, q) != moves for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_by_pattern(name: str) -> None:
+    """The first pattern counts; a scale acts as that rate for all would, a decay as that decay would."""
+
+    def stepped(**changes: object) -> dict[str, Tensor]:
+        model = with_gradients(small_model("bd_lru"))
+        optimizer = make_optimizer(model, OptimSection(name=name, lr=0.02, **changes), CPU)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * group["lr_scale"]
+        optimizer.step()
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+        return {key: p.detach() for key, p in model.named_parameters()}
+
+    groups = [
+        {"match": "*gate_proj.weight", "lr_scale": 0.5, "weight_decay": 0.0},
+        {"match": "*.layers.0.*", "lr_scale": 0.0},
+        {"match": "*norm*", "weight_decay": 0.3},
+    ]
+    plain, got = stepped(), stepped(groups=groups)
+    half = stepped(groups=[{"match": "*", "lr_scale": 0.5, "weight_decay": 0.0}])
+    fresh = {key: p.detach() for key, p in with_gradients(small_model("bd_lru")).named_parameters()}
+    decayed = {key for key in got if "norm" in key and ".layers.0." not in key}
+    for key, value in got.items():
+        if key.endswith("gate_proj.weight"):
+            assert torch.equal(value, half[key]), key
+        elif ".layers.0." in key:
+            assert torch.equal(value, fresh[key]), key
+        elif key in decayed:
+            torch.testing.assert_close(value, plain[key] - 0.02 * 0.3 * fresh[key])
+        else:
+            assert torch.equal(value, plain[key]), key
+    assert decayed
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["*gate_prj*"], "optim.groups.0: no parameter matches '\\*gate_prj\\*'; near it: gate_proj"),
+        (["*", "*norm*"], "optim.groups.1: groups before it take all that"),
+    ],
+)
+def test_a_group_without_parameters(patterns: list[str], words: str, build: Build, tmp_path: Path) -> None:
+    groups = ", ".join(f"{{match: '{pattern}'}}" for pattern in patterns)
+    with pytest.raises(ValueError, match=words):
+        build(f"optim.groups=[{groups}]")
+    assert not (tmp_path / "tiny").exists()
 
 
 @pytest.mark.usefixtures("sgd")
@@ -109,6 +169,76 @@ def test_a_new_optimizer_trains_saves_and_resumes(build: Build, straight: Path) 
     assert_same_run(second.folder, whole.folder)
     assert len(losses(second.folder)) == STEPS
     assert losses(second.folder) != losses(straight)
+
+
+def test_width_transfer(build: Build) -> None:
+    """Rates, decays and start of a model four times as wide as its base; the base's own are unchanged."""
+    plain, same = build("name=plain"), build("name=same", "optim.base_width=32")
+    for ours, theirs in zip(plain.optimizer.param_groups, same.optimizer.param_groups, strict=True):
+        assert (ours["lr_scale"], ours["weight_decay"]) == (theirs["lr_scale"], theirs["weight_decay"])
+    for ours, theirs in zip(plain.bare_model.parameters(), same.bare_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    wide = build("name=wide", "optim.base_width=8", "optim.groups=[{match: '*up_proj*', lr_scale: 0.5}]")
+    held = {p: group for group in wide.optimizer.param_groups for p in group["params"]}
+    expected = {
+        "embed_tokens": (1.0, 0.1, 1.0),
+        "lm_head": (0.25, 0.4, 0.25),
+        "value_proj": (0.25, 0.4, 0.5),
+        "up_proj": (0.125, 0.4, 0.5),
+        "norm": (1.0, 0.0, 1.0),
+        "gate_proj.bias": (1.0, 0.0, 1.0),
+    }
+    narrow = dict(plain.bare_model.named_parameters())
+    for key, (rate, decay, start) in expected.items():
+        found = [(name, p) for name, p in wide.bare_model.named_parameters() if key in name]
+        assert found, key
+        for name, parameter in found:
+            group = held[parameter]
+            assert (group["lr_scale"], group["weight_decay"]) == pytest.approx((rate, decay)), name
+            torch.testing.assert_close(parameter, start * narrow[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("optim.name=muon",), r"optim\.base_width is for AdamW"),
+        (("model.tie_word_embeddings=true",), r"set model\.tie_word_embeddings=false"),
+    ],
+)
+def test_width_transfer_is_not_for_all(
+    build: Build, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        build("optim.base_width=8", *options)
+    assert not (tmp_path / "tiny").exists()
+
+
+@needs_torchao
+def test_8_bit_moments_are_saved_and_resumed(build: Build, straight: Path) -> None:
+    """The embedding's are packed, norms' are not; the losses stay near AdamW's."""
+    whole = build("name=whole", "optim.name=adamw8bit")
+    whole.run()
+    stored = load_file(whole.folder / LAST / "trainer/optimizer.safetensors")
+    assert stored["model.embed_tokens.weight/exp_avg_codes"].dtype == torch.uint8
+    assert stored["model.embed_tokens.weight/exp_avg_sq_scale"].shape == (320 * 32 // 256,)
+    assert stored["model.norm.weight/exp_avg"].dtype == torch.float32
+    first = build("optim.name=adamw8bit")
+    send_at(first, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build("optim.name=adamw8bit")
+    second.run()
+    assert_same_run(second.folder, whole.folder)
+    ours, theirs = ([loss for _, loss in losses(run)] for run in (whole.folder, straight))
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert ours != theirs
+
+
+def test_without_torchao(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrnn_lm.train.optim.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs torchao, .*: pip install 'lrnn-lm\[torchao\]'"):
+        build("optim.name=adamw8bit")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_does_not_go_on_with_another_optimizer(build: Build) -> None:

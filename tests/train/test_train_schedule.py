@@ -113,7 +113,7 @@ def test_the_optimizer_is_the_recipes() -> None:
 
 
 def due_steps(every: str, steps: int = 12) -> list[int]:
-    cadence = Cadence(Every.model_validate(every), TOKENS)
+    cadence = Cadence(Every.model_validate(every), lambda step: step * TOKENS)
     return [step for step in range(1, steps + 1) if cadence.due(step)]
 
 
@@ -127,7 +127,7 @@ def test_a_cadence_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 25 s: a minute has passed after the third, and again three steps later."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    cadence = Cadence(Every.model_validate("1 min"), TOKENS)
+    cadence = Cadence(Every.model_validate("1 min"), lambda step: step * TOKENS)
     due = []
     for step in range(1, 10):
         clock[0] += 25

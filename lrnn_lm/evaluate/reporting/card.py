@@ -1,7 +1,7 @@
 """The model card: a README.md with the model, its training, data and scores, and how to load it.
 
 Everything in it is read from the checkpoint and its run: config.json, recipe.yaml, data.json (the data's
-manifest), metrics.jsonl, eval/*.json and plots/loss.png. What is missing is left out.
+manifest), parent.json, metrics.jsonl, eval/*.json and plots/loss.png. What is missing is left out.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ...runs.layout import CheckpointFolder, RunFolder
-from ...runs.load import describe
+from ...runs.load import describe, json_table
 from .report import to_markdown
 from .runs import read_run
 
@@ -79,7 +79,7 @@ def model_card(
         _front_matter(licence, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
-        _training(recipe, info.step),
+        _training(recipe, info.step, json_table(run.parent) if run is not None else {}),
         _data(run.data) if run is not None else "",
         _results(run.path, picture) if run is not None else "",
         "" if is_autoencoder else _loading(folder),
@@ -128,7 +128,8 @@ def _mixer_options(mixer: dict[str, Any]) -> str:
     return mixer["type"] + (f" ({options})" if options else "")
 
 
-def _training(recipe: dict[str, Any], step: int | None) -> str:
+def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) -> str:
+    """parent: what a branch stored of the checkpoint that it began from; empty for other runs."""
     if not recipe:
         return ""
     train, optim = recipe["train"], recipe["optim"]
@@ -141,6 +142,11 @@ def _training(recipe: dict[str, Any], step: int | None) -> str:
         ("precision", f"{train['precision']}"),
         ("seed", f"{recipe['seed']}"),
     ]
+    if source := recipe["model"].get("init_from"):
+        rows.append(("initial weights", source))
+    if parent:
+        recipe_hash = parent["recipe_sha256"][:16]
+        rows.append(("branch of", f"step {parent['step']:,} of {parent['run']} (recipe `{recipe_hash}`)"))
     return "## Training\n\n" + _table(rows)
 
 

@@ -1,0 +1,114 @@
+"""What a run goes on from, and with which recipes: its own checkpoints, or one of another run (a branch).
+
+`lrnn train RECIPE --from CHECKPOINT` begins a run with that checkpoint's weights, optimizer, random state,
+step and data position. The run folder keeps the parent in parent.json, also for starts before the run has
+checkpoints of its own.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..recipe import Recipe, flatten, load_recipe
+from .checkpoint import read_position, verify
+from .layout import CheckpointFolder, RunFolder, latest_checkpoint
+from .load import describe, json_table
+
+# What a run cannot go on with another value of: it would have another model or other batches.
+_FIXED = ("seed", "model", "data", "train.tokens_per_step", "train.ramp")
+# Parts of the above that change neither.
+_FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
+_STATE = ("optim.name", "optim.betas", "optim.eps")  # which give the optimizer's state its meaning
+
+
+def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> list[str]:
+    """`key: was .., is ..` for each key that differs and must not, in a run that goes on from `step`."""
+    was, now = flatten(old), flatten(new)
+    fixed, free = ((*_FIXED, *_STATE), (*_FREE, "model.init_from")) if branch else (_FIXED, _FREE)
+    read = old.tokens_at(step)
+    free += tuple(key for key in now if key.endswith(".max_epochs"))
+    if old.data.stages_until(read) == new.data.stages_until(
+        read
+    ):  # what was read is the same: more may follow
+        free += ("data.stages", *(key for key in now if key.endswith(".weight")))
+    return [
+        f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*was, *now})
+        if was.get(key) != now.get(key) and _within(key, fixed) and not _within(key, free)
+    ]
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
+
+
+def find_parent(recipe: Recipe, folder: Path, given: Path | None) -> dict[str, Any] | None:
+    """The contents of parent.json, for a run that begins as a branch; None for any other.
+
+    given: the checkpoint of `--from`. Without it, the parent that the run stored before its first checkpoint.
+    Raises ValueError if the run has begun otherwise, or the recipe cannot go on from that checkpoint.
+    """
+    stored = json_table(RunFolder(folder).parent)
+    wanted = str(given.expanduser().absolute()) if given is not None else None
+    if stored and wanted not in (None, stored["given"], stored["checkpoint"]):
+        raise ValueError(
+            f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."
+        )
+    if latest_checkpoint(RunFolder(folder).checkpoints) is not None:
+        if given is not None and not stored:
+            raise ValueError(f"{folder} has begun without --from; give this run another name=..")
+        return None
+    if given is None and not stored:
+        return None
+    parent = stored or _describe_parent(given, wanted)
+    _check_parent(recipe, parent)
+    return parent
+
+
+def _describe_parent(given: Path, wanted: str) -> dict[str, Any]:
+    try:
+        path = describe(given).path
+    except ValueError as error:
+        raise ValueError(f"--from: {error}") from None
+    run, manifest = CheckpointFolder(path).run, CheckpointFolder(path).manifest
+    if not manifest.is_file() or run is None or not run.recipe.is_file():
+        raise ValueError(
+            f"--from: {given} is no checkpoint in a run's folder: a branch needs its optimizer, position "
+            "and recipe; for its weights alone set model.init_from"
+        )
+    return {
+        "given": wanted,
+        "checkpoint": str(path),
+        "step": read_position(path).step,
+        "run": run.path.name,
+        "recipe_sha256": _sha256(run.recipe),
+        "manifest_sha256": _sha256(manifest),
+    }
+
+
+def _check_parent(recipe: Recipe, parent: dict[str, Any]) -> None:
+    path = Path(parent["checkpoint"])
+    if not path.is_dir() or (damage := verify(path)) is not None:
+        damage = damage if path.is_dir() else "it is gone"
+        raise ValueError(f"--from: {path} cannot be used ({damage}); take another checkpoint of that run")
+    if _sha256(CheckpointFolder(path).manifest) != parent["manifest_sha256"]:
+        raise ValueError(f"--from: {path} has changed since this branch began; give this run another name=..")
+    old = load_recipe(CheckpointFolder(path).run.recipe)
+    if recipe.model.init_from not in (None, old.model.init_from):
+        raise ValueError(
+            f"--from takes the weights of {path}, and model.init_from those of {recipe.model.init_from}: "
+            "leave one out"
+        )
+    if differing := differences(old, recipe, parent["step"], branch=True):
+        raise ValueError(
+            f"--from: {path} is of a run that this recipe cannot go on from ({'; '.join(differing)})"
+        )
+    if parent["step"] >= recipe.total_steps:
+        raise ValueError(
+            f"--from: {path} is at step {parent['step']} and train.tokens pays for {recipe.total_steps} "
+            "steps, the parent's included; raise train.tokens"
+        )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

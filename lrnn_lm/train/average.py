@@ -1,0 +1,65 @@
+"""`train.average`: an exponential moving average of the weights, kept beside them (Polyak averaging).
+
+Often better than the weights of any one step while the learning rate is high. Tensors and
+torch._foreach_lerp_, as in torch.optim.swa_utils. Not its AveragedModel, which copies the module: FSDP2
+refuses that, and compiled blocks would be compiled again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..recipe import Recipe
+from ..recipe.schema import AverageSection
+from .parallel import reshard
+
+
+def make_average(model: nn.Module, recipe: Recipe) -> "Average | None":
+    """The average that the recipe asks for, at the weights as they are; None if it asks for none."""
+    section, train = recipe.train.average, recipe.train
+    if section is None:
+        return None
+    return Average(model, section, section.start.steps(recipe.total_steps, train.tokens_per_step))
+
+
+class Average:
+    """The averages of all parameters, sharded like them. `start`: steps before averaging begins."""
+
+    def __init__(self, model: nn.Module, section: AverageSection, start: int):
+        self._model, self._section, self._start = model, section, start
+        self.values: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def _pair(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages, and the weights in the same order."""
+        return list(self.values.values()), [parameter.detach() for parameter in self._model.parameters()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, counted from 1. Until `start` the average is the weights."""
+        if step % self._section.every == 0:
+            share = 1.0 if step <= self._start else 1 - self._section.decay
+            torch._foreach_lerp_(*self._pair(), share)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin at the weights as they are now."""
+        torch._foreach_copy_(*self._pair())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the averages for weights inside. An error leaves the weights as they were."""
+        self._swap()
+        try:
+            yield
+        finally:
+            reshard(self._model)  # gathered parameters are the averages
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, live in zip(*self._pair(), strict=True):
+            kept = live.clone()
+            live.copy_(value)
+            value.copy_(kept)

@@ -1,0 +1,170 @@
+"""`train.average`: the moving average of the weights is right, validated, saved, resumed and exported."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rank_runs import Prank, Ranks
+from rich.console import Console
+from safetensors.torch import load_file
+from test_train_resume import LAST, assert_same_run
+from tiny_run import STEPS, losses, metrics, sha256, validations
+from torch import Tensor
+from trainers import Build, main_exits, send_at
+from transformers import AutoModelForCausalLM
+
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
+from lrnn_lm.train.loop import Trainer
+from lrnn_lm.train.stop import Stopped
+from lrnn_lm.train.tensors import read_shards
+
+ON = "train.average={decay: 0.9, every: 2, start: 4 steps}"
+STORED = f"{LAST}/trainer/average.safetensors"
+
+
+def by_hand(trainer: Trainer) -> list[Tensor]:
+    """The average of the first parameter after each step, from its definition; filled while it trains."""
+    step, averages = trainer._train_step, []
+
+    def wrapped() -> object:
+        result = step()
+        weight, at = next(trainer.bare_model.parameters()).detach(), trainer.position.step
+        if at <= 4:
+            averages.append(weight.clone())
+        else:
+            before = averages[-1]
+            averages.append(before if at % 2 else 0.9 * before + 0.1 * weight)
+        return result
+
+    trainer._train_step = wrapped
+    return averages
+
+
+@pytest.fixture(scope="module")
+def averaged(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the undisturbed run with an average. Not to be changed."""
+    runs = tmp_path_factory.mktemp("averaged")
+    main_exits(0, "train", recipe, f"train.runs_dir={runs}", ON)
+    return runs / "tiny"
+
+
+def test_the_average_is_what_its_definition_says(build: Build, averaged: Path, straight: Path) -> None:
+    trainer = build(ON)
+    averages = by_hand(trainer)
+    trainer.run()
+    name, _ = next(trainer.bare_model.named_parameters())
+    torch.testing.assert_close(trainer.average.values[name], averages[-1])
+    assert sha256(trainer.folder / STORED) == sha256(averaged / STORED)
+    assert losses(averaged) == losses(straight)  # it changes nothing else
+    assert validations(averaged) == validations(straight)
+
+
+def test_it_is_validated_beside_the_weights(averaged: Path, build: Build) -> None:
+    """The last line has the loss of the averages, as a run that begins with them measures it."""
+    line = [line for line in metrics(averaged) if "validation_loss" in line][-1]
+    assert line["step"] == STEPS
+    assert line["average_validation_loss"] > 0
+    still = ("train.tokens=512", "optim.lr=1e-30", "optim.final_lr=0")
+    other = build("name=other", f"model.init_from={averaged / 'average'}", *still)
+    other.run()
+    got = [line for line in metrics(other.folder) if "validation_loss" in line][-1]
+    assert line["average_validation_loss"] == pytest.approx(got["validation_loss"], abs=1e-6)
+    assert line["average_bits_per_byte"] == pytest.approx(got["bits_per_byte"], abs=1e-6)
+    assert line["average_validation_loss"] != line["validation_loss"]
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_stopped_and_resumed_is_straight_through(build: Build, averaged: Path, validating: bool) -> None:
+    """Also within the validation of the averages: what is saved are the weights."""
+    first = build(ON)
+    if validating:
+        measure = first._measure
+        calls = []
+
+        def wrapped() -> object:
+            calls.append(first.position.step)
+            if len(calls) == 2:  # of the averages, after step 5
+                signal.raise_signal(signal.SIGTERM)
+            return measure()
+
+        first._measure = wrapped
+    else:
+        send_at(first, 6, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build(ON)
+    assert second.position.step == (5 if validating else 6)
+    second.run()
+    assert_same_run(second.folder, averaged)
+    assert sha256(second.folder / STORED) == sha256(averaged / STORED)
+
+
+def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path, build: Build) -> None:
+    """Under FSDP2: stopped, resumed and exported; the averages of one process. A new run begins with the
+    weights of its shards, or goes on from them, in one process."""
+    options = (f"train.runs_dir={tmp_path}", ON, "name=sharded")
+    prank = Prank(rank=1, step=6, signal=signal.SIGTERM)
+    Ranks(recipe, 2, *options, parallel="fsdp2", prank=prank).expect(85)
+    Ranks(recipe, 2, *options, parallel="fsdp2").expect()
+    run, out = tmp_path / "sharded", tmp_path / "out"
+    main_exits(0, "export", run / "checkpoints/latest", out, "--average")
+    want = load_file(averaged / "average/model.safetensors")
+    got = load_file(out / "model.safetensors")
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=2e-3), name
+    assert sha256(out / "model.safetensors") == sha256(run / "average/model.safetensors")
+    saved = run / "checkpoints/step-00000008"
+    fresh, stored = build("name=fresh", f"model.init_from={saved}"), read_shards(saved)
+    loaded = load_recipe(recipe, [f"train.runs_dir={tmp_path}", ON, "name=branch"])
+    branch = build_trainer(loaded, Console(quiet=True), from_checkpoint=saved)
+    assert (fresh.position.step, branch.position.step) == (0, 8)
+    for trainer in (fresh, branch):
+        for name, parameter in trainer.bare_model.named_parameters():
+            assert torch.equal(parameter, stored[name]), name
+    for name, value in read_shards(saved, "average").items():
+        assert torch.equal(branch.average.values[name], value), name
+    of_one, of_two = (
+        [x["average_validation_loss"] for x in metrics(f) if "average_validation_loss" in x]
+        for f in (averaged, run)
+    )
+    assert of_two == pytest.approx(of_one, abs=1e-4)
+
+
+def test_exported_on_request_and_at_the_end(averaged: Path, straight: Path, tmp_path: Path) -> None:
+    main_exits(0, "export", averaged / LAST, tmp_path / "out", "--average")
+    stored = load_file(averaged / STORED)
+    for folder in (tmp_path / "out", averaged / "average"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, stored[name]), name
+    main_exits(2, "export", straight / LAST, tmp_path / "none", "--average")
+    assert not (tmp_path / "none").exists()
+
+
+def test_turned_on_and_off_by_a_run_that_resumes(build: Build) -> None:
+    build("train.tokens=1024", "optim.schedule=constant").run()
+    on = build("train.tokens=2048", "optim.schedule=constant", "train.average={decay: 0.5}")
+    for name, parameter in on.bare_model.named_parameters():
+        assert torch.equal(on.average.values[name], parameter), name  # it begins at the weights
+    on.run()
+    assert not torch.equal(next(iter(on.average.values.values())), next(on.bare_model.parameters()))
+    off = build("train.tokens=3072", "optim.schedule=constant")
+    off.run()
+    assert not (off.folder / "checkpoints/step-00000006/trainer/average.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{decay: 1.0}", "train.average.decay"),
+        ("{every: 0}", "train.average.every"),
+        ("{start: 12 steps}", "train.average.start takes 12 steps and train.tokens pays for 12"),
+        ("{deccay: 0.9}", "did you mean 'decay'"),
+    ],
+)
+def test_bad_input(value: str, words: str, recipe: Path, tmp_path: Path, capsys) -> None:
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", f"train.average={value}")
+    assert words in capsys.readouterr().err
