@@ -68,6 +68,9 @@ def make(folder: Path, form: str, documents: list[list[int]]) -> tuple[str, Path
         return "tokens", flat(folder / "a.npy", documents, "int64"), {}
     if form == "bos":
         return "tokens", flat(folder / "b.bin", [[BOS, *ids] for ids in documents]), {}
+    if form == "leading":  # the separator begins each document
+        np.array([i for ids in documents for i in [EOS, *ids]], "uint16").tofile(folder / "l.bin")
+        return "tokens", folder / "l.bin", {}
     if form == "named":
         return "tokens", flat(folder / "n.bin", documents, separator=3), {"separator": "<pad>"}
     if form == "files":
@@ -77,7 +80,8 @@ def make(folder: Path, form: str, documents: list[list[int]]) -> tuple[str, Path
     return "tokens", flat(folder / "w.bin", documents, form), {}
 
 
-FORMS = ["megatron", "sentences", "npy", "bos", "named", "files", "uint16", "int32", "uint32", "int64"]
+FORMS = ["megatron", "sentences", "npy", "bos", "leading", "named", "files"]
+FORMS += ["uint16", "int32", "uint32", "int64"]
 
 
 @pytest.mark.parametrize("form", FORMS)
