@@ -185,7 +185,7 @@ def _budget(recipe: Recipe, costs: Account) -> Table:
 def _mixture(recipe: Recipe) -> Table:
     """What the run reads of each source. How many epochs that is, `lrnn prepare` tells."""
     table = _table("\nmixture, tokens of the budget")
-    counts = mixture(recipe).counts(recipe.total_steps * recipe.rows_per_step)
+    counts = mixture(recipe).counts(recipe.tokens_at(recipe.total_steps) // recipe.data.sequence_length)
     for source, rows in zip(recipe.data.sources, counts, strict=True):
         what = f"{rows / sum(counts):.1%}, {source.type} {source.path or ''}".strip()
         table.add_row(source.name, f"{rows * recipe.data.sequence_length:,}", what)

@@ -205,6 +205,21 @@ def test_what_was_read_is_fixed_and_later_stages_are_not(straight, folder: Path,
     assert np.array_equal(step.numpy(), next(iter(alone))[0]["input_ids"].numpy())
 
 
+def test_a_branch_cools_down_on_another_mixture(straight, folder: Path, tmp_path: Path) -> None:
+    """From step 8 of 12, within the second stage: that one ends there, another follows."""
+    stages = [STAGES[0], STAGES[1] | {"tokens": 1024}, {"weights": {"news": 1.0}}]
+    recipe = load_recipe(
+        folder / "tiny.yaml",
+        ["name=branch", f"train.runs_dir={tmp_path}", f"data.stages={json.dumps(stages)}", "optim.lr=1e-3"],
+    )
+    parent = straight.checkpoints / "step-00000008"
+    trainer = build_trainer(recipe, Console(quiet=True), from_checkpoint=parent)
+    assert trainer.position.step == 8
+    step = next(iter(trainer.rows.loader))[0]["input_ids"]
+    alone = TrainLoader(trainer.prepared.parts["news"].train, 64, 0, 8, 8, position=8)
+    assert np.array_equal(step.numpy(), next(iter(alone))[0]["input_ids"].numpy())
+
+
 def test_max_epochs_may_change(straight, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(straight.folder, tmp_path / "tiny", symlinks=True)
     recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
