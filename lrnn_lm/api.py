@@ -101,13 +101,15 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM
     from .runs.layout import RunFolder
+    from .train.tensors import has_average
 
     averaged = RunFolder(trainer.folder).average
-    if trainer.average is not None and (trainer.first_step < recipe.total_steps or not averaged.exists()):
-        shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
-        if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder has no code to travel with
-            export_checkpoint(checkpoint, averaged, average=True)
     try:
+        trained_now = trainer.first_step < recipe.total_steps
+        if has_average(checkpoint) and (trained_now or not averaged.exists()):
+            shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
+            if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder cannot be exported
+                export_checkpoint(checkpoint, averaged, average=True)
         if recipe.eval.tasks:
             stop.leave_if_asked()
             evaluate(

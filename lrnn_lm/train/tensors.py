@@ -188,6 +188,13 @@ def _shard_sizes(folder: Path) -> dict[str, torch.Size]:
     return {key: value.size for key, value in metadata.state_dict_metadata.items()}
 
 
+def has_average(folder: Path) -> bool:
+    """Whether a checkpoint holds the moving average of the weights."""
+    if CheckpointFolder(folder).average.exists():
+        return True
+    return is_sharded_folder(folder) and bool(part(_shard_sizes(folder), "average"))
+
+
 def _load_shards(folder: Path, targets: dict[str, Tensor], group: Group) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")  # not initialised: one process reads alone
@@ -220,8 +227,8 @@ def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
     Raises ValueError if the shards are damaged, or there is no average.
     """
     folder = checkpoint_folder(folder)
-    whole_average, sharded = CheckpointFolder(folder).average, is_sharded_folder(folder)
-    if average and not whole_average.exists() and not (sharded and part(_shard_sizes(folder), "average")):
+    sharded = is_sharded_folder(folder)
+    if average and not has_average(folder):
         raise ValueError(f"{folder} holds no average of weights: only runs with train.average keep one")
     if not average and ((folder / WEIGHTS).exists() or not sharded):
         yield folder
@@ -235,5 +242,5 @@ def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
         if sharded:
             write_weights(folder, plain / WEIGHTS, "average" if average else "model")
         else:
-            shutil.copyfile(whole_average, plain / WEIGHTS)
+            shutil.copyfile(CheckpointFolder(folder).average, plain / WEIGHTS)
         yield plain

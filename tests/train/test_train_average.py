@@ -1,5 +1,6 @@
 """`train.average`: the moving average of the weights is right, validated, saved, resumed and exported."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -142,6 +143,12 @@ def test_exported_on_request_and_at_the_end(averaged: Path, straight: Path, tmp_
             assert torch.equal(parameter, stored[name]), name
     main_exits(2, "export", straight / LAST, tmp_path / "none", "--average")
     assert not (tmp_path / "none").exists()
+
+
+def test_turned_on_for_a_run_that_is_trained(recipe: Path, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "tiny", symlinks=True)
+    main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}", ON)
+    assert not (tmp_path / "tiny/average").exists()
 
 
 def test_turned_on_and_off_by_a_run_that_resumes(build: Build) -> None:
