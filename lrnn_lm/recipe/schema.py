@@ -255,7 +255,11 @@ class EvalSection(Section):
 class TrackingSection(Section):
     """Experiment trackers, in addition to metrics.jsonl, which is always written."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    trackers: list[
+        Literal[
+            "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+        ]  # Accelerate's
+    ] = Field(default_factory=list)  # fmt: skip
     project: str = "lrnn-lm"
 
 

@@ -26,6 +26,7 @@ _PEAK_BANDWIDTH = {
     "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "GH200 480GB": 4.0e12, "H200": 4.8e12,
     "A100-SXM4-40GB": 1.555e12, "A100-PCIE-40GB": 1.555e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12,
 }  # fmt: skip
+_EXTRAS = ("tensorboard", "trackio", "wandb")  # trackers that pyproject.toml has a version of
 _BUCKET_MB = 64  # gradients that DDP sends in one all-reduce, overlapped with the backward pass
 
 
@@ -44,8 +45,9 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
         )
     for tracker in trackers:  # Accelerate would silently leave out a tracker that is not installed
         if find_spec(tracker) is None:
+            package = f"'lrnn-lm[{tracker}]'" if tracker in _EXTRAS else tracker.replace("_", "-")
             raise ValueError(
-                f"tracking.trackers names {tracker}, which is not installed: pip install 'lrnn-lm[{tracker}]'"
+                f"tracking.trackers names {tracker}, which is not installed: pip install {package}"
             )
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:

@@ -365,3 +365,10 @@ def test_stages_until_a_number_of_tokens(tmp_path):
     assert data.stages_until(0) == []
     assert data.stages_until(10**6) == [(10**6, first)]
     assert data.stages_until(10**6 + 1) == [(10**6, first), (10**6 + 1, own)]
+
+
+def test_every_tracker_of_accelerate_can_be_named() -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    names = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    assert recipe_from_dict({"name": "x", "tracking": {"trackers": names}}).tracking.trackers == names

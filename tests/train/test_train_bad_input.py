@@ -174,12 +174,14 @@ def test_bad_recipe_files(recipe: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("name", "package"), [("wandb", "'lrnn-lm[wandb]'"), ("comet_ml", "comet-ml")])
 def test_a_tracker_that_is_not_installed(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    name: str, package: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr("lrnn_lm.train.runtime.find_spec", lambda name: None)
-    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", "tracking.trackers=[wandb]")
-    assert "pip install 'lrnn-lm[wandb]'" in capsys.readouterr().err
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", f"tracking.trackers=[{name}]")
+    assert f"pip install {package}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
