@@ -32,6 +32,8 @@ class TrainLoader:
     position: samples in all steps so far, over all ranks; a new loader resumes there on any number of ranks.
     curriculum: (length, steps) stages in order; in a stage only the first `length` tokens of a row have
         targets.
+    in_order: C > 1: row i of a step follows row i of the step before in the text, C rows long; then come C
+        others. Of one source; its last rows, fewer than C, are not read.
 
     Raises DataError if R does not split over the ranks, the text is too short, or a curriculum leaves
     nothing to learn.
@@ -51,6 +53,7 @@ class TrainLoader:
         pin_memory: bool = False,
         curriculum: Sequence[tuple[int, int]] = (),
         mixture: Mixture | None = None,
+        in_order: int = 1,
     ) -> None:
         sources = shards if isinstance(shards, Sequence) else [shards]
         self.rows = [_rows(source, sequence_length) for source in sources]
@@ -59,6 +62,10 @@ class TrainLoader:
                 raise DataError(
                     f"the text is too short: {source.num_tokens} {source.split} tokens do not fill one row "
                     f"of sequence_length + 1 = {sequence_length + 1}"
+                )
+            if rows.num_rows < in_order:
+                raise DataError(
+                    f"the text is too short: {rows.num_rows} rows, fewer than data.rows_in_order {in_order}"
                 )
         if rows_per_step < world_size:
             raise DataError(
@@ -81,7 +88,7 @@ class TrainLoader:
         self.seed, self.rows_per_step, self.micro_batch = seed, rows_per_step, micro_batch
         self.rank, self.share = rank, rows_per_step // world_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.curriculum = curriculum
+        self.curriculum, self.in_order = curriculum, in_order
         self.position = position
 
     @property
@@ -121,6 +128,8 @@ class TrainLoader:
 
     def row_numbers(self, first: int, count: int) -> Indices:
         """Rows (count,) of samples first .. first+count-1, counted through all sources one after another."""
+        if self.in_order > 1:
+            return self._rows_in_order(np.arange(first, first + count, dtype=np.int64))
         sources, numbers = self.mixture.places(first, count)
         rows = np.empty(count, np.int64)
         for source in np.unique(sources):
@@ -128,6 +137,13 @@ class TrainLoader:
             num_rows = self.rows[source].num_rows
             rows[own] = rows_at(numbers[own], num_rows, self.seed) + self._offsets[source]
         return rows
+
+    def _rows_in_order(self, samples: Indices) -> Indices:
+        """The same where stretches of `in_order` rows are drawn, and each is read in as many steps."""
+        steps, lanes = np.divmod(samples, self.rows_per_step)
+        turns, places = np.divmod(steps, self.in_order)
+        stretches = rows_at(turns * self.rows_per_step + lanes, self.num_rows // self.in_order, self.seed)
+        return stretches * self.in_order + places
 
     def _learnt_length(self, step: int) -> int:
         """Tokens of a row that have targets in this step.

@@ -265,6 +265,7 @@ class Mixer(nn.Module):
     """
 
     layer_type: ClassVar[str] = "linear_attention"
+    differentiable_state: ClassVar[bool] = True  # whether gradients flow into and out of the state
     options: ClassVar[tuple[str, ...]] = ()  # names, from the signature of `__init__`
     fused_window: ClassVar[bool | None] = None  # `window` of kernels/decode; None: not a fused step
 

@@ -27,6 +27,7 @@ CHUNK = 64  # steps that the chunked kernels take at once
 class FlaMixer(Mixer):
     """A layer of fla, with the states of its convolutions and its recurrence packed into one tensor."""
 
+    differentiable_state = False  # not of all kernels, nor of the convolutions
     layer: ClassVar[str]  # its class in fla.layers
     operations: ClassVar[int]  # of the recurrence, for each element of the state and each token
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)

@@ -48,7 +48,7 @@ class LSTM(Mixer):
             h, state = self._run(x, state)
         else:
             h, state = self._run_documents(x, state, context.reset)
-        return self.out_proj(h), state.float()
+        return self.out_proj(h), state.to(torch.promote_types(state.dtype, torch.float32))
 
     def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         h, last = self.cell(x, tuple(state.to(x.dtype).transpose(0, 1).unsqueeze(1).contiguous().unbind(0)))

@@ -35,6 +35,8 @@ class Mamba2(Mixer):
         chunk_size: steps that the scan takes at once; changes no result.
     """
 
+    differentiable_state = False  # right with torch's scan; not tested with the kernels of mamba_ssm
+
     def __init__(
         self,
         hidden_size: int,

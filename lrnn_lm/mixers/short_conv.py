@@ -61,5 +61,5 @@ class ShortConvolution(nn.Module):
         return recurrence.unflatten(1, shape), past.unflatten(1, (self.kernel_size - 1, -1))
 
     def join(self, state: Tensor, past: Tensor) -> Tensor:
-        """One state (B, ..) in fp32 of a recurrence's and the past inputs."""
-        return torch.cat([state.flatten(1), past.flatten(1).float()], dim=1)
+        """One state (B, ..) in the recurrence's dtype, fp32 or fp64, of its state and the past inputs."""
+        return torch.cat([state.flatten(1), past.flatten(1).to(state.dtype)], dim=1)

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..mixers import build_mixer
 from ..mixers.base import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, drawn_by_model
 from .cache import check_state, keep_layer_state, layer_state
+from .carried import Carried, mix_carried
 from .config import LRNNConfig
 
 if TYPE_CHECKING:
@@ -72,12 +73,18 @@ class LRNNBlock(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         order: Tensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> Tensor:
+        carried: Carried | None = None,
+    ) -> Tensor | tuple[Tensor, Carried]:
         """hidden_states (B, T, D); token_mask (B, T, 1), false on padding; order (B, T) where each token lies
-        once the padding is in front of its row, None if it is. Returns (B, T, D)."""
+        once the padding is in front of its row, None if it is. Returns (B, T, D); of a segment, which takes
+        what the layer carries instead of a cache, also what it carries on."""
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
+        if carried is not None:
+            y, carried = mix_carried(self.mixer, x, carried, context)
+            hidden_states = hidden_states + y.to(hidden_states.dtype)
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
         if token_mask is None or self.mixer.layer_type != "linear_attention":
@@ -149,14 +156,15 @@ def checkpoint_without_cache(
     token_mask: Tensor | None = None,
     order: Tensor | None = None,
     past_key_values: Cache | None = None,
-) -> Tensor:
+    carried: Carried | None = None,
+) -> Tensor | tuple[Tensor, Carried]:
     """A block's `forward` through `checkpoint`, unless a cache is in use or no gradient is needed.
 
     A second pass in the backward pass would go on from the state after, and write it again.
     """
     if past_key_values is None and torch.is_grad_enabled():
-        return checkpoint(forward, hidden_states, context, token_mask, order, None)
-    return forward(hidden_states, context, token_mask, order, past_key_values)
+        return checkpoint(forward, hidden_states, context, token_mask, order, None, carried)
+    return forward(hidden_states, context, token_mask, order, past_key_values, carried)
 
 
 def _mix_around_padding(

@@ -29,6 +29,7 @@ from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
 from .cache import check_cache, is_recurrent, make_cache, tokens_seen
+from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
@@ -108,7 +109,8 @@ class LRNNModel(LRNNPreTrainedModel):
                 neither results nor states. Or (B, 1, T, T), causal within documents.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None. A document
                 starts where they do not grow.
-            past_key_values: a cache, read and written in place; any number of new tokens continues it.
+            past_key_values: a cache, read and written in place; any number of new tokens continues it. Or
+                `CarriedStates`, through which gradients flow, in training by segments without padding.
             use_cache: whether to make a cache if none is given, and return it; None: as the config says,
                 but none in training with gradient checkpointing. With a cache, layers are not checkpointed.
             reset: (B, T) bool, true where a document starts; later tokens see nothing before it.
@@ -136,9 +138,17 @@ class LRNNModel(LRNNPreTrainedModel):
             token_mask = batch.token_mask.unsqueeze(-1)
             if "linear_attention" in self.config.layer_types:
                 order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
-        for layer in self.layers:
+        segment = isinstance(past_key_values, CarriedStates)
+        for i, layer in enumerate(self.layers):
             # By position, as transformers drops a cache passed by name where it checkpoints a layer.
-            hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
+            if segment:
+                before = past_key_values.states[i]
+                hidden_states, after = layer(hidden_states, context, token_mask, order, None, before)
+                past_key_values.states[i] = after
+            else:
+                hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
+        if segment:
+            past_key_values.move(hidden_states.shape[1])
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )

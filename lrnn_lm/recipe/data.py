@@ -169,6 +169,12 @@ class DataSection(Section):
         "tokenizers/bpe-4k.yaml", description="a folder, a hub name, or a recipe for SentencePiece (YAML)"
     )
     sequence_length: int = Field(2048, ge=2)
+    rows_in_order: int | None = Field(
+        None,
+        ge=2,
+        description="rows of the text that follow one another, a step each, from the state before; null: "
+        "each row is drawn by itself, and begins with zeros",
+    )
     cache_dir: str = Field(
         "cache", description="folder of prepared tokenizers and shards, shared by runs with equal settings"
     )
@@ -211,6 +217,8 @@ class DataSection(Section):
         return self
 
     def _check_mixture(self) -> None:
+        if self.sources and self.rows_in_order is not None:
+            raise ValueError("rows_in_order is for one source, not for a mixture; leave one of them out")
         if self.sources and (self.source != SourceSection() or self.validation_source):
             raise ValueError(
                 "give either sources or source; held-out text is validation_source of each of the sources"

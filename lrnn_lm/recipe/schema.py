@@ -198,6 +198,18 @@ class TrainSection(Section):
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto", description="how ranks share the model; auto: what Accelerate's config file says, else ddp"
     )
+    segment: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a row in one pass; the gradient is that of the whole row (docs/long.md); "
+        "null: all of them",
+    )
+    start_from_other: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a row begins with the end state of another one instead of zeros",
+    )
     compile: bool = False
     activation_checkpointing: bool = False
     loss_chunk: int = Field(
@@ -297,6 +309,9 @@ class Recipe(Section):
             )
         if self.train.ramp is not None:
             self._check_ramp(self.train.ramp)
+        if (segment := self.train.segment) is not None and (segment > row or row % segment):
+            what = "is above" if segment > row else "does not divide"
+            raise ValueError(f"train.segment {segment} {what} data.sequence_length {row}")
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "

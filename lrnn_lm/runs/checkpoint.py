@@ -3,7 +3,8 @@
     checkpoints/step-00001000/   config.json, generation_config.json, the tokenizer's files
         *_lrnn.py                the model's code; at the end of a run only
         model.safetensors        the weights; of a sharded run, at its end only
-        trainer/                 state.json, rng-00000.json/.safetensors (a rank each),
+        trainer/                 state.json, rng-00000.json/.safetensors (a rank each; random states, and
+                                 the states that its next rows begin with, see train/carry.py),
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
                                  weights and optimiser), average.safetensors (or in the shards),
                                  manifest.json (size and sha256 of every other file)

@@ -23,13 +23,14 @@ from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
-from ..runs.layout import RunFolder, latest_checkpoint, step_of
+from ..runs.layout import CheckpointFolder, RunFolder, latest_checkpoint, step_of
 from .average import make_average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import launch_plan, share
 from .runtime import make_accelerator, seed_everything
+from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
 from .tensors import load
@@ -70,6 +71,7 @@ def build_trainer(
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
+    check_segments(recipe)
     optimizer_class(recipe.optim.name)  # an unknown name is an error before anything is prepared or written
     plan = launch_plan(recipe.train.parallel)
     stop = stop or StopSignal()
@@ -113,6 +115,8 @@ def build_trainer(
         )
     )  # fmt: skip
     together.all(lambda: write(trainer.finished) if main else None)
+    if newest is not None and trainer.carry is not None:
+        together.all(lambda: trainer.carry.load(CheckpointFolder(newest).trainer))
     trainer.lock = lock
     return trainer
 
@@ -216,6 +220,7 @@ def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, weights: Pat
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
+        allow_graphs(config)
         for block in model.model.layers:
             block.compile(dynamic=False)  # there are two shapes, training and evaluation: compile each
     return model

@@ -23,6 +23,7 @@ from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
 from .build import model_config
 from .optim import state_bytes
+from .segments import check_segments
 from .sources import mixture, synthetic_task
 
 
@@ -59,6 +60,7 @@ def _read_config(folder: Path) -> LRNNConfig:
 
 def describe(recipe: Recipe) -> RenderableType:
     """Tables of a recipe's model, its costs and its budget; ValueError as in `print_info`."""
+    check_segments(recipe)
     config = model_config(recipe, vocabulary(recipe))
     check_parameters(config, recipe.model.parameters)
     length = recipe.data.sequence_length
@@ -67,7 +69,8 @@ def describe(recipe: Recipe) -> RenderableType:
     on_cpu = train.device == "cpu"  # where `auto` means fp32
     full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
-    memory = training_memory(config, train.micro_batch, length, dtype, train.activation_checkpointing)
+    at_once = train.segment or length
+    memory = training_memory(config, train.micro_batch, at_once, dtype, train.activation_checkpointing)
     copies = 1 if train.average is None else 2
     state = state_bytes(meta_model(config), recipe.optim)
     memory = replace(memory, weights=copies * memory.weights, optimizer=state)
@@ -155,7 +158,8 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     table = _table("\ntraining memory, estimated for one device that holds the whole model")
     kind = str(dtype).removeprefix("torch.")
     kind += " (auto, on a GPU)" if recipe.train.precision == "auto" and dtype != torch.float32 else ""
-    shape = f"micro-batch {recipe.train.micro_batch} x {recipe.data.sequence_length:,} tokens in {kind}"
+    at_once = recipe.train.segment or recipe.data.sequence_length
+    shape = f"micro-batch {recipe.train.micro_batch} x {at_once:,} tokens in {kind}"
     if recipe.train.activation_checkpointing:
         shape += ", layers recomputed"
     averaged = recipe.train.average is not None

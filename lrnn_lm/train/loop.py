@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
+from ..model.carried import CarriedStates
 from ..recipe import Recipe, flatten
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
 from .average import Average
+from .carry import Carry
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .guard import is_outlier
 from .inspect_layers import inspect, shortened
@@ -35,6 +37,7 @@ from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, s
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
+from .segments import backward_by_segments, evaluate_by_segments, split
 from .sources import Prepared
 from .stop import Stopped, StopSignal
 from .tensors import Group
@@ -86,6 +89,11 @@ class Trainer:
             self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint,
             group, average,
         )  # fmt: skip
+        self.carry: Carry | None = None
+        if recipe.data.rows_in_order is not None or recipe.train.start_from_other:
+            share = self.rows.loader.share
+            self.carry = Carry(recipe, accelerator.process_index * share, share, accelerator.device)
+            self.saver.carried = self.carry.tensors
         self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
@@ -177,7 +185,10 @@ class Trainer:
 
     def _empty_pass(self) -> None:
         """Forward and backward over a dummy batch; the gradients are dropped."""
-        self._loss(self.rows.empty(), 1.0).backward()
+        if self.recipe.train.segment is None:
+            self._loss(self.rows.empty(), 1.0).backward()
+        else:
+            self._backward_by_segments(self.rows.empty(), 1.0, last=True)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _start_trackers(self) -> None:
@@ -235,7 +246,11 @@ class Trainer:
         share = targets_per_rank(micro_batches, self.accelerator)
         loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # all of it; the z-loss in it
         for i, batch in enumerate(micro_batches):
-            with accumulating(self.model, i + 1 == len(micro_batches), self.plan):
+            last = i + 1 == len(micro_batches)
+            if self.recipe.train.segment is not None or self.carry is not None:
+                loss += self._backward_by_segments(batch, share, last, self.carry)
+                continue
+            with accumulating(self.model, last, self.plan):
                 if i == 0:
                     self.stopwatch.start()
                 part = self._loss(batch, share)
@@ -247,6 +262,8 @@ class Trainer:
         if meanwhile is not None:
             meanwhile()
         result = self._exchange(torch.stack([loss, self._z_sum]), grad_norm)
+        if self.carry is not None:
+            self.carry.end_step(result.applied or result.outlier)
         if result.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -271,18 +288,49 @@ class Trainer:
             return replace(result, applied=False, outlier=True)
         return result
 
-    def _loss(self, batch: Batch, num_items: Tensor | float) -> Tensor:
-        outputs = self.forward(batch, num_items, return_logits=False)
+    def _loss(self, batch: Batch, num_items: Tensor | float, carried: CarriedStates | None = None) -> Tensor:
+        outputs = self.forward(batch, num_items, return_logits=False, carried=carried)
         if self.z_loss:
             self._z_sum += outputs.z_loss
         return outputs.loss
 
-    def forward(self, batch: Batch, num_items: Tensor | float, return_logits: bool) -> Any:
-        """The model's outputs on a micro-batch; `loss` is the summed loss divided by `num_items`."""
+    def _backward_by_segments(
+        self, batch: Batch, num_items: Tensor | float, last: bool, carry: Carry | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch, a segment at a time; the loss. `last`: of its step."""
+        start = None
+        if carry is not None:
+            start, batch = carry.before(self.position.step, batch)
+        loss, end = backward_by_segments(
+            lambda part, carried: self.forward(part | {"labels": None}, num_items, False, carried),
+            lambda part, carried: self._loss(part, num_items, carried),
+            self.bare_model.config,
+            split(batch, self.recipe.train.segment or self.recipe.data.sequence_length),
+            lambda first: accumulating(self.model, last and first, self.plan),
+            start,
+            keep_end=carry is not None,
+        )
+        if carry is not None and end is not None:
+            carry.after(end)
+        return loss
+
+    def forward(
+        self,
+        batch: Batch,
+        num_items: Tensor | float,
+        return_logits: bool,
+        carried: CarriedStates | None = None,
+    ) -> Any:
+        """The model's outputs on a micro-batch, or on a segment after what the one before carries.
+
+        `loss` is the summed loss divided by `num_items`; None without labels.
+        """
         device = self.accelerator.device
         input_ids, reset, labels = (
-            batch[key].to(device, non_blocking=True) for key in ("input_ids", "reset", "labels")
+            None if batch[key] is None else batch[key].to(device, non_blocking=True)
+            for key in ("input_ids", "reset", "labels")
         )
+        more = {} if carried is None else {"past_key_values": carried}
         return self.model(
             input_ids=input_ids,
             reset=reset,
@@ -291,6 +339,18 @@ class Trainer:
             return_logits=return_logits,
             use_cache=False,
             **self.z_loss,
+            **more,
+        )
+
+    def _evaluate(self, batch: Batch, num_items: float, return_logits: bool) -> Any:
+        """`forward` for validation: by segments where training is."""
+        if (segment := self.recipe.train.segment) is None:
+            return self.forward(batch, num_items, return_logits)
+        return evaluate_by_segments(
+            lambda part, carried: self.forward(part, num_items, return_logits, carried),
+            self.bare_model.config,
+            split(batch, segment),
+            return_logits,
         )
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
@@ -328,7 +388,7 @@ class Trainer:
             self.recipe,
             self.accelerator,
             self.model,
-            self.forward,
+            self._evaluate,
             self._between_batches,
             self._bytes_of_sources,
         )

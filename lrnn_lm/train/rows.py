@@ -49,6 +49,7 @@ class Rows:
             pin_memory=accelerator.device.type == "cuda",
             curriculum=[(stage.length, stage.steps) for stage in recipe.data.curriculum],
             mixture=mixture(recipe),
+            in_order=recipe.data.rows_in_order or 1,
         )
 
     def start(self) -> None:
@@ -84,8 +85,9 @@ class Rows:
         return seconds
 
     def empty(self) -> Batch:
-        """A micro-batch of token 0 without resets, in the shape of a step's first."""
-        shape = (min(self._recipe.train.micro_batch, self.loader.share), self._recipe.data.sequence_length)
+        """A micro-batch of token 0 without resets, in the shape of a step's first pass."""
+        length = self._recipe.train.segment or self._recipe.data.sequence_length
+        shape = (min(self._recipe.train.micro_batch, self.loader.share), length)
         nothing = torch.zeros(shape, dtype=torch.long)
         return {"input_ids": nothing, "labels": nothing, "reset": nothing.bool()}
 

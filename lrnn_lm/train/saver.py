@@ -71,6 +71,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._step = -1
+        self.carried: Callable[[], dict[str, Tensor]] = dict  # states of this rank's rows, by name
         self.good: str | None = None  # the checkpoint last written or gone on from
 
     @property
@@ -98,7 +99,9 @@ class Saver:
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position)  # training goes on while it is written
-        self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random_state(), last)
+        plain, own = random_state()
+        random = plain, own | self.carried()
+        self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random, last)
         if not self._section.background:
             self.finish()
 

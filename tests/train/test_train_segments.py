@@ -1,0 +1,251 @@
+"""Backpropagation by segments against that of whole rows: gradients, memory, and runs of the trainer."""
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from rank_runs import Ranks
+from small_models import MIXER_ROWS, small_model, tokens
+from tiny_run import fingerprint, losses, validations
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from trainers import Build, main_exits, send_at
+
+from lrnn_lm import LRNNForCausalLM
+from lrnn_lm.mixers import MIXERS as REGISTRY
+from lrnn_lm.model import layers
+from lrnn_lm.model.carried import CarriedStates, mix_carried
+from lrnn_lm.train.segments import backward_by_segments, evaluate_by_segments, split
+from lrnn_lm.train.stop import Stopped
+
+MIXERS = {
+    **{
+        name: [spec]
+        for name, spec in MIXER_ROWS.items()
+        if spec["type"] != "attention" and REGISTRY[spec["type"]].differentiable_state
+    },
+    "attention-window": [MIXER_ROWS["attention-window"]],
+    "attention-long-window": [{"type": "attention", "num_heads": 2, "num_kv_heads": 1, "window": 9}],
+    "hybrid-window": [MIXER_ROWS["bd_lru-all"], MIXER_ROWS["attention-window"], MIXER_ROWS["h_lru"]],
+}
+ITEMS = 29.0
+
+
+def rows(length: int = 24, resets: bool = True) -> dict[str, Tensor]:
+    """Three rows of packed documents: starts inside segments of 4, 6, 8 and 12, and at their boundaries."""
+    ids = tokens(3, length)
+    labels = tokens(3, length, seed=3)
+    labels[1, -5:] = -100  # the rest of a row that its document does not fill
+    reset = torch.zeros(3, length, dtype=torch.bool)
+    if resets:
+        reset[0, [5, 12, 13, 18]] = True
+        reset[1, [0, 8, 23]] = True
+    return {"input_ids": ids, "reset": reset, "labels": labels}
+
+
+def by_segments(model: nn.Module, batch: dict[str, Tensor], segment: int) -> Tensor:
+    def forward(part, carried, labels=None):
+        return model(
+            input_ids=part["input_ids"],
+            reset=part["reset"],
+            shift_labels=labels,
+            num_items_in_batch=ITEMS,
+            return_logits=False,
+            use_cache=False,
+            past_key_values=carried,
+        ).loss
+
+    loss, _ = backward_by_segments(
+        forward,
+        lambda part, carried: forward(part, carried, part["labels"]),
+        model.config,
+        split(batch, segment),
+        lambda last: nullcontext(),
+    )
+    return loss
+
+
+def at_once(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss = model(
+        input_ids=batch["input_ids"], reset=batch["reset"], shift_labels=batch["labels"],
+        num_items_in_batch=ITEMS, return_logits=False, use_cache=False,
+    ).loss  # fmt: skip
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check(model: nn.Module, batch: dict[str, Tensor], tolerance: float, segments=(4, 12, 6)) -> None:
+    """Loss and each parameter's gradient, by the norm of the difference over the norm."""
+    loss = at_once(model, batch)
+    want = gradients(model)
+    for segment in segments:
+        got_loss = by_segments(model, batch, segment)
+        assert float((got_loss - loss).abs() / loss) < tolerance
+        for key, got in gradients(model).items():
+            assert float((got - want[key]).norm() / want[key].norm()) < tolerance, (key, segment)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_gradient_is_that_of_the_whole_row(name: str) -> None:
+    """In fp64 with large weights; in fp32 with a new model's: large ones amplify rounding a hundredfold."""
+    model = small_model("bd_lru", layer_pattern=MIXERS[name]).double().train()
+    check(model, rows(), 1e-12)
+    check(model, rows(resets=False), 1e-12, segments=(8,))
+    torch.manual_seed(0)
+    check(LRNNForCausalLM(model.config).train(), rows(), 1e-6)
+
+
+def test_layers_are_recomputed_within_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("bd_lru", layer_pattern=MIXERS["hybrid-window"]).double().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    monkeypatch.setattr(layers, "mix_carried", lambda *given: calls.append(1) or mix_carried(*given))
+    check(model, rows(), 1e-12, segments=(8,))
+    assert len(calls) == 3 * (2 + 3 + 3)  # layers, of 3 segments: no graph for 2, then each twice
+
+
+def test_compiled_blocks_are_compiled_once_for_all_segments() -> None:
+    """States are arguments of a block: where in its row a segment lies makes no graph of its own."""
+    torch.compiler.reset()
+    model = small_model("bd_lru", layer_pattern=MIXERS["hybrid-window"][:2]).double().train()
+    counter = CompileCounter()
+    for block in model.model.layers:
+        block.compile(dynamic=False, backend=counter)
+    frames = []
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for length in (12, 24):
+            by_segments(model, rows(24) if length == 24 else halved(rows(24)), 4)
+            frames.append(counter.frame_count)
+    torch.compiler.reset()
+    assert frames == [8, 8]  # of two kinds of layer: with and without gradients, with and without a state
+
+
+def halved(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value[:, : value.shape[1] // 2] for key, value in batch.items()}
+
+
+def peak_bytes(model: nn.Module, length: int, segment: int) -> int:
+    """The most bytes of tensors that are held at once for the backward pass, and by boundaries."""
+    held: dict[int, int] = {}
+    peak = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor):
+            nonlocal peak
+            self.tensor = tensor
+            held[id(self)] = tensor.nbytes
+            peak = max(peak, sum(held.values()))
+
+        def __del__(self) -> None:
+            held.pop(id(self), None)
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        by_segments(model, rows(length), segment)
+    return peak
+
+
+def test_memory_does_not_grow_with_the_row() -> None:
+    """What is saved for backward passes is that of one segment; a boundary holds the states alone."""
+    model = small_model("bd_lru", layer_pattern=MIXERS["hybrid-window"]).train()
+    short, long = (peak_bytes(model, length, 8) for length in (32, 128))
+    assert 0 < long <= short < peak_bytes(model, 128, 128) / 8
+    states = CarriedStates(model.config)
+    with torch.no_grad():
+        model(input_ids=tokens(3, 128), past_key_values=states, return_logits=False)
+    kept = [state for layer in states.boundary().layers for state in layer]
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in kept)
+    assert sum(state[0].numel() for state in kept) == sum(
+        layer.mixer.state_elements(128) for layer in model.model.layers
+    )
+
+
+def test_validation_by_segments_is_that_of_whole_rows() -> None:
+    model = small_model("bd_lru", layer_pattern=MIXERS["hybrid-window"]).double().eval()
+    batch = rows()
+
+    def forward(part, carried=None):
+        more = {} if carried is None else {"past_key_values": carried}
+        return model(
+            input_ids=part["input_ids"], reset=part["reset"], shift_labels=part["labels"],
+            num_items_in_batch=1.0, return_logits=True, use_cache=False, **more,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        whole = forward(batch)
+    parts = evaluate_by_segments(forward, model.config, split(batch, 8), True)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.loss, whole.loss, rtol=1e-12, atol=0)
+
+
+# The trainer -----------------------------------------------------------------------------------------
+
+
+def test_a_run_by_segments_is_that_of_whole_rows(build: Build) -> None:
+    """In fp64, accumulated over unequal micro-batches, with validation, inspection and a curriculum."""
+    options = (
+        "train.micro_batch=3", "train.z_loss=0.01", "train.inspect_every=2", "train.tokens=3072", "eval.every=3 steps",
+        "data.curriculum=[{length: 16, steps: 1}, {length: 40, steps: 2}]",
+    )  # fmt: skip
+    ended = {}
+    for name, segment in (("whole", "null"), ("parts", "16")):
+        trainer = build(f"name={name}", f"train.segment={segment}", *options)
+        trainer.bare_model.double()
+        trainer.run()
+        ended[name] = trainer
+    weights = [torch.cat([p.detach().flatten() for p in t.bare_model.parameters()]) for t in ended.values()]
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 1e-9
+    for read in (losses, validations):
+        whole, parts = (read(trainer.folder) for trainer in ended.values())
+        assert parts == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in whole] != []
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(build: Build) -> None:
+    whole = build("name=whole", "train.segment=16").run()
+    stopped = build("name=stopped", "train.segment=16")
+    send_at(stopped, 5, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        stopped.run()
+    assert fingerprint(build("name=stopped", "train.segment=16").run()) == fingerprint(whole)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_by_segments_are_one(build: Build, recipe: Path, parallel: str) -> None:
+    """Gradients are exchanged once a step, in the last backward pass of the last micro-batch."""
+    options = ("train.segment=16", "train.micro_batch=2", "train.tokens=1536", "eval.every=2 steps")
+    alone = build("name=alone", *options).run().parents[1]
+    Ranks(recipe, 2, "name=two", *options, f"train.runs_dir={alone.parent}", parallel=parallel).expect()
+    both = alone.with_name("two")
+    for read in (losses, validations):
+        assert read(both) == [(step, pytest.approx(loss, rel=2e-5)) for step, loss in read(alone)] != []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("train.segment=65",), ("train.segment 65", "above", "64")),
+        (("train.segment=48",), ("train.segment 48", "divide", "64")),
+        (("train.segment=0",), ("train.segment",)),
+        (("train.segment=16", "model.mixer={type: attention}"), ("attention", "window", "tokens before")),
+        (("train.segment=16", "model.layer_pattern=[bd_lru, attention]"), ("attention", "window")),
+        (("train.segment=16", "model.mixer={type: mamba2, expand: 2}"), ("mamba2", "gradients")),
+        (("train.segment=16", "model.layer_pattern=[bd_lru, gla]"), ("gla", "gradients")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_is_said_before_data_is_prepared(
+    recipe: Path, overrides: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    cache = recipe.parent / "nothing"
+    main_exits(2, "train", recipe, *overrides, f"data.cache_dir={cache}")
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+    assert "Traceback" not in said
+    assert not cache.exists()
