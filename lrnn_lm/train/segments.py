@@ -70,11 +70,12 @@ def check_segments(recipe: Recipe) -> None:
 def allow_graphs(config: LRNNConfig) -> None:
     """Let torch.compile make as many graphs of a block as segments need, beyond which it would not compile.
 
-    For each kind of layer: with and without gradients, times with and without a state before.
+    For each kind of layer: with and without gradients, times with and without a state before; again where
+    layers are recomputed, and for validation's last batch, of fewer rows.
     """
     kinds = {repr(sorted(spec.items())) for spec in config.layer_mixers}
     settings = torch._dynamo.config
-    settings.recompile_limit = max(settings.recompile_limit, 8 * len(kinds))  # twice, for validation's rows
+    settings.recompile_limit = max(settings.recompile_limit, 16 * len(kinds))
 
 
 def split(batch: Batch, segment: int) -> list[Batch]:

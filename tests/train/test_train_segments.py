@@ -191,8 +191,8 @@ def test_validation_by_segments_is_that_of_whole_rows() -> None:
 def test_a_run_by_segments_is_that_of_whole_rows(build: Build) -> None:
     """In fp64, accumulated over unequal micro-batches, with validation, inspection and a curriculum."""
     options = (
-        "train.micro_batch=3", "train.z_loss=0.01", "train.inspect_every=2", "train.tokens=3072", "eval.every=3 steps",
-        "data.curriculum=[{length: 16, steps: 1}, {length: 40, steps: 2}]",
+        "train.micro_batch=3", "train.z_loss=0.01", "train.inspect_every=2", "train.tokens=3072",
+        "eval.every=3 steps", "data.curriculum=[{length: 16, steps: 1}, {length: 40, steps: 2}]",
     )  # fmt: skip
     ended = {}
     for name, segment in (("whole", "null"), ("parts", "16")):
