@@ -1,24 +1,24 @@
-"""Backpropagation by segments against that of whole rows: gradients, memory, and runs of the trainer."""
+"""Backpropagation by segments against that of whole rows: gradients, memory, and runs of the trainer.
 
-import signal
+On several ranks, and resumed: test_train_carry.py.
+"""
+
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import Ranks
 from small_models import MIXER_ROWS, small_model, tokens
-from tiny_run import fingerprint, losses, validations
+from tiny_run import losses, validations
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from trainers import Build, main_exits, send_at
+from trainers import Build, main_exits
 
 from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.mixers import MIXERS as REGISTRY
 from lrnn_lm.model import layers
 from lrnn_lm.model.carried import CarriedStates, mix_carried
 from lrnn_lm.train.segments import backward_by_segments, evaluate_by_segments, split
-from lrnn_lm.train.stop import Stopped
 
 MIXERS = {
     **{
@@ -205,26 +205,6 @@ def test_a_run_by_segments_is_that_of_whole_rows(build: Build) -> None:
     for read in (losses, validations):
         whole, parts = (read(trainer.folder) for trainer in ended.values())
         assert parts == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in whole] != []
-
-
-def test_a_stopped_run_goes_on_bit_for_bit(build: Build) -> None:
-    whole = build("name=whole", "train.segment=16").run()
-    stopped = build("name=stopped", "train.segment=16")
-    send_at(stopped, 5, signal.SIGTERM)
-    with pytest.raises(Stopped):
-        stopped.run()
-    assert fingerprint(build("name=stopped", "train.segment=16").run()) == fingerprint(whole)
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_ranks_by_segments_are_one(build: Build, recipe: Path, parallel: str) -> None:
-    """Gradients are exchanged once a step, in the last backward pass of the last micro-batch."""
-    options = ("train.segment=16", "train.micro_batch=2", "train.tokens=1536", "eval.every=2 steps")
-    alone = build("name=alone", *options).run().parents[1]
-    Ranks(recipe, 2, "name=two", *options, f"train.runs_dir={alone.parent}", parallel=parallel).expect()
-    both = alone.with_name("two")
-    for read in (losses, validations):
-        assert read(both) == [(step, pytest.approx(loss, rel=2e-5)) for step, loss in read(alone)] != []
 
 
 @pytest.mark.parametrize(
