@@ -19,7 +19,8 @@ from ..mixers.base import is_traced
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Read by transformers' own decorators; `cache_position`, of older releases, is counted by the cache itself.
-_TRANSFORMERS = ("output_hidden_states", "output_attentions", "return_dict", "cache_position")
+# Beam search with stop strings passes its `tokenizer` on.
+_TRANSFORMERS = ("output_hidden_states", "output_attentions", "return_dict", "cache_position", "tokenizer")
 _NAMED = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "reset",
           "shift_labels")  # fmt: skip
 

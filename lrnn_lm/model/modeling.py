@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -323,3 +324,6 @@ AutoModelForCausalLM.register(LRNNConfig, LRNNForCausalLM, exist_ok=True)
 # The Trainer looks into these tables to see whether label smoothing has to shift the labels.
 MODEL_MAPPING_NAMES[LRNNConfig.model_type] = LRNNModel.__name__
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LRNNConfig.model_type] = LRNNForCausalLM.__name__
+# `transformers serve` takes config.architectures[0] from the module transformers. A process has two
+# objects of that module (processing_utils makes the second), so the name goes to their type.
+type(transformers).LRNNForCausalLM = AutoModelForCausalLM  # the Auto class: it takes each folder's own code

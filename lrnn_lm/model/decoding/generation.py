@@ -76,9 +76,13 @@ class LRNNGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy decoding and sampling: our own loop for what is usual, transformers' for the rest."""
+        """Greedy decoding and sampling: our own loop for what is usual, transformers' for the rest.
+
+        tokenizer: unused. Stop strings are criteria by now, and transformers would hand it to the model.
+        """
         chosen = (logits_processor, stopping_criteria, generation_config)
         if synced_gpus or not is_usual(self, *chosen, model_kwargs):
             return super()._sample(
@@ -103,3 +107,14 @@ class LRNNGenerationMixin(GenerationMixin):
         if compile_config is None and can_decode(self):
             return Decoder(self)
         return super().get_compiled_call(compile_config)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse transformers' continuous batching; `generate_batch` enters here, too.
+
+        It puts tokens of many requests into one row and tells them apart by pages of keys and values. A
+        recurrent layer would mix the requests.
+        """
+        raise ValueError(
+            "continuous batching needs pages of keys and values, and recurrent states have none: call "
+            "generate, or start transformers serve without --continuous-batching"
+        )
