@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .requirements import check_extra
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -44,6 +46,7 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
     Returns:
         The run's last checkpoint: a Hugging Face folder with the model's code. Its run is two folders up.
     Raises:
+        ImportError: the extra `train` is not installed.
         ValueError: a mistake in the recipe, or what it asks for cannot be done here; one or two lines.
         KeyboardInterrupt: a signal (Ctrl-C, SIGTERM) asked it to stop. The run is saved; the same call goes
             on with it.
@@ -54,6 +57,7 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
         >>> sorted(file.name for file in checkpoint.glob("*.py"))
         ['configuration_lrnn.py', 'kernels_lrnn.py', 'modeling_lrnn.py']
     """
+    check_extra("train")
     from .recipe import Recipe, load_recipe
     from .train.stop import Stopped, StopSignal
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .requirements import UnmetRequirementError, check_transformers
+from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
 from .version import __version__
 
@@ -74,6 +74,7 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     `lrnn train` does this itself. Run it first where many GPUs would wait for it.
     """
+    check_extra("train")
     from .recipe import load_recipe
     from .train.sources import describe_data, prepare_data
 
@@ -91,6 +92,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     what was trained and exits with code 85. On several GPUs:
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
+    check_extra("train")
     from .train.stop import Stopped, StopSignal
 
     try:
@@ -178,6 +180,7 @@ def evaluate_checkpoint(
     Tasks are lm-eval's, and those in eval/tasks, which need no network. --length and --recall are probes: no
     task is scored then, unless --tasks or --suite is given too. eval/README.md explains tasks and probes.
     """
+    check_extra("eval")
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)

@@ -1,8 +1,13 @@
-"""The one library whose age matters at run time: transformers, on whose cache layers the model stands."""
+"""Libraries that may be missing (those of the extras) or too old (transformers, for its cache layers)."""
 
 import re
+from importlib.util import find_spec
 
 MINIMUM_TRANSFORMERS = (5, 17)
+EXTRAS = {  # modules that an extra of pyproject.toml installs
+    "train": ("datasets", "matplotlib", "sentencepiece", "zstandard"),
+    "eval": ("lm_eval", "matplotlib"),
+}
 
 
 class UnmetRequirementError(ImportError):
@@ -23,4 +28,14 @@ def check_transformers() -> None:
     if numbers < MINIMUM_TRANSFORMERS:
         raise UnmetRequirementError(
             f"lrnn-lm needs transformers {needed} or newer, {found} is installed: {remedy}"
+        )
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Raise UnmetRequirementError if these modules of an extra (default: any of it) are not installed."""
+    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise UnmetRequirementError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'lrnn-lm[{extra}]'"
         )

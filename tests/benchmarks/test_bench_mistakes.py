@@ -2,7 +2,6 @@
 
 import pytest
 
-from lrnn_lm import cli
 from lrnn_lm.cli import main
 
 
@@ -50,11 +49,3 @@ def test_a_benchmark_is_to_be_named(capsys):
         main(["bench", "--device", "cpu"])
     assert done.value.code == 2
     assert "name a benchmark" in capsys.readouterr().err
-
-
-def test_from_a_wheel_it_says_where_the_benchmarks_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "lrnn_lm" / "cli.py"))
-    with pytest.raises(SystemExit) as done:
-        main(["bench", "kernels"])
-    assert done.value.code == 2
-    assert "run lrnn bench from a clone" in capsys.readouterr().err

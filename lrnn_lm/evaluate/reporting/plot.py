@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...requirements import check_extra
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def picture(path: Path, width: float, height: float, dpi: int = 140) -> Iterator
 
     The suffix says how: PNG, SVG or PDF. Makes the folder.
     """
+    check_extra("train", "matplotlib")
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
