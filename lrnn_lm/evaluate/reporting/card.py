@@ -195,6 +195,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 
 With lrnn-lm installed, `import lrnn_lm` takes the place of `trust_remote_code=True`.
 
+Answers over HTTP, by OpenAI's protocol (`pip install 'transformers[serving]'`):
+
+```bash
+transformers serve {folder} --trust-remote-code
+```
+
 Scores:
 
 ```bash
