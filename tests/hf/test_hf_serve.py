@@ -105,6 +105,13 @@ def test_streams(client, folder, alone):
     assert "".join(parts) == alone("<s>The river")
 
 
+def test_a_client_that_leaves_harms_nobody(client, folder, alone):
+    options = {"model": folder, "prompt": PROMPTS[1], "temperature": 0}
+    with client.completions.create(stream=True, max_tokens=4000, **options) as stream:
+        next(iter(stream))
+    assert client.completions.create(max_tokens=16, **options).choices[0].text == alone(PROMPTS[1])
+
+
 def test_stop_string_ends_the_text(client, folder, tokenizer, alone):
     whole = alone(PROMPTS[0])
     stop = whole[len(whole) // 2 :][:3]
