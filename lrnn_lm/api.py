@@ -57,7 +57,7 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
         >>> sorted(file.name for file in checkpoint.glob("*.py"))
         ['configuration_lrnn.py', 'kernels_lrnn.py', 'modeling_lrnn.py']
     """
-    check_extra("train")
+    check_extra("train", "matplotlib")  # which is imported at the end only
     from .recipe import Recipe, load_recipe
     from .train.stop import Stopped, StopSignal
 

@@ -74,7 +74,6 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     `lrnn train` does this itself. Run it first where many GPUs would wait for it.
     """
-    check_extra("train")
     from .recipe import load_recipe
     from .train.sources import describe_data, prepare_data
 
@@ -92,7 +91,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     what was trained and exits with code 85. On several GPUs:
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
-    check_extra("train")
+    check_extra("train", "matplotlib")  # which is imported at the end only
     from .train.stop import Stopped, StopSignal
 
     try:
@@ -180,7 +179,7 @@ def evaluate_checkpoint(
     Tasks are lm-eval's, and those in eval/tasks, which need no network. --length and --recall are probes: no
     task is scored then, unless --tasks or --suite is given too. eval/README.md explains tasks and probes.
     """
-    check_extra("eval")
+    check_extra("eval", "matplotlib")
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)

@@ -4,10 +4,6 @@ import re
 from importlib.util import find_spec
 
 MINIMUM_TRANSFORMERS = (5, 17)
-EXTRAS = {  # modules that an extra of pyproject.toml installs
-    "train": ("datasets", "matplotlib", "sentencepiece", "zstandard"),
-    "eval": ("lm_eval", "matplotlib"),
-}
 
 
 class UnmetRequirementError(ImportError):
@@ -32,8 +28,8 @@ def check_transformers() -> None:
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raise UnmetRequirementError if these modules of an extra (default: any of it) are not installed."""
-    missing = [module for module in modules or EXTRAS[extra] if find_spec(module) is None]
+    """Raise UnmetRequirementError if one of these modules, which an extra brings, is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UnmetRequirementError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "

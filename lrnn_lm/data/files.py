@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..requirements import check_extra
 from .specs import DataError
 
 _LARGEST_WINDOW = 1 << 31  # bytes: the window of `zstd --long=31`, the largest that its tools write
@@ -126,6 +127,7 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked if it ends in .gz or .zst; DataError if it is damaged or unreadable."""
+    check_extra("train", "zstandard")
     import zstandard
 
     try:

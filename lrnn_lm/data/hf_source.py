@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files import hub_is_reachable
+from ..requirements import check_extra
 from .specs import DataError, SourceSpec
 
 
 def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each row; `name` is the source's name in messages. Raises DataError."""
+    check_extra("train", "datasets")
     from datasets.exceptions import DatasetsError
     from datasets.table import CastError
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..files import hub_is_reachable
+from ..requirements import check_extra
 from .specs import DataError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def train(texts: Iterable[str], recipe: TokenizerRecipe, folder: Path) -> None:
 
     Raises DataError if the text cannot fill the vocabulary, with the largest size that works if it is known.
     """
+    check_extra("train", "sentencepiece")
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
