@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .train.loop import Trainer
     from .train.stop import StopSignal
+    from .train.tasks import Scorer
 
 HOMES = {  # name: module; `train` and `evaluate` are packages that can be called
     "BlockDiagonalLRU": "mixers",
@@ -69,29 +70,50 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
             stop.hold()  # within an import it would come out as that import's error
             from .train.build import build_trainer
 
-            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded))
+            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded), scorer=task_scorer(loaded))
             return score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
 
 
 def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":
-    """Check that a run can be scored on its `eval.tasks`; returns the check of its folder for build_trainer.
+    """Check that a run can be scored on its `eval.tasks`, and on those of `eval.during`; returns the check of
+    its folder for build_trainer.
 
     Raises ValueError: hours of training later would be too late.
     """
     from .runs.layout import RunFolder
 
-    if not recipe.eval.tasks:
+    during = recipe.eval.during.tasks if recipe.eval.during else []
+    names = [*recipe.eval.tasks, *during]
+    if not names:
         return None
     from .evaluate import check_tasks
+    from .evaluate.live import check_data
     from .evaluate.tasks.synthetic import check_answerable
 
-    check_tasks(recipe.eval.tasks)
+    check_tasks(names)
     source = recipe.data.source
     if source.type == "synthetic":
-        check_answerable(recipe.eval.tasks, source.task or "", source.options)
-    return lambda folder: check_tasks(recipe.eval.tasks, RunFolder(folder).heldout)
+        check_answerable(names, source.task or "", source.options)
+
+    def check(folder: Path) -> None:
+        check_tasks(names, RunFolder(folder).heldout)
+        if during:
+            check_data(during, folder)
+
+    return check
+
+
+def task_scorer(recipe: "Recipe") -> "Scorer | None":
+    """Scores the tasks of `eval.during` on the model in training, for build_trainer."""
+    during = recipe.eval.during
+    if during is None:
+        return None
+    from .evaluate.live import LiveScorer
+
+    folder = Path(recipe.train.runs_dir) / recipe.name
+    return LiveScorer(folder, during.tasks, during.limit, min(8, recipe.train.micro_batch))
 
 
 def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:

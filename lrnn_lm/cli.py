@@ -97,13 +97,17 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     try:
         with StopSignal() as stop:
             stop.hold()  # a signal during an import would be reported as that import's error
-            from .api import score_run, task_check
+            from .api import score_run, task_check, task_scorer
             from .recipe import load_recipe
             from .train.build import build_trainer
 
             loaded = load_recipe(recipe, overrides)
             trainer = build_trainer(
-                loaded, stop=stop, check=task_check(loaded), from_checkpoint=from_checkpoint
+                loaded,
+                stop=stop,
+                check=task_check(loaded),
+                from_checkpoint=from_checkpoint,
+                scorer=task_scorer(loaded),
             )
             score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:

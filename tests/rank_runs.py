@@ -76,13 +76,14 @@ class Forked:
 
 @dataclass(frozen=True)
 class Prank:
-    """What befalls a run: `rank` gets `signal` within step `step`, or the validation after it; its loss is
-    NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer."""
+    """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
+    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer."""
 
     rank: int = 0
     step: int = 0
     signal: int = 0
     validating: bool = False
+    scoring: bool = False
     nan_samples: tuple[int, ...] = ()
     sleep: float = 0.0
 
@@ -208,6 +209,16 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             os.kill(os.getpid(), prank.signal)
         return forward(trainer, *arguments, **options)
 
+    if prank.scoring:
+        meet = Trainer._meet_scoring
+
+        def meets(trainer: Trainer, working: bool) -> bool:
+            if trainer.position.step == prank.step:
+                os.kill(os.getpid(), prank.signal)
+            return meet(trainer, working)
+
+        Trainer._meet_scoring = meets
+        return
     if prank.validating:
         Trainer.forward = validating
         return

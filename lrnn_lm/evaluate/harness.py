@@ -86,7 +86,7 @@ def evaluate(
     check_output(output)
     info = describe(checkpoint)
     assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
-    documents = _documents(info, data)
+    documents = documents_of(info, data)
     metadata: dict[str, Any] = {"pretrained": str(info.path)}
     metadata |= {key: value for key, value in (("data", documents), ("lengths", lengths)) if value}
     with quiet_lm_eval():
@@ -95,37 +95,58 @@ def evaluate(
             model, tokenizer = load_checkpoint(
                 info.path, device, autoencoder=True, trust_remote_code=trust_remote_code
             )
-        from .reconstruction import check_kind
-
-        check_kind(info.path, model, names)
         widest = chosen.max_length if chosen else usual_window(names)
         if widest is not None and lengths:
             widest = max(widest, TOKENS_A_STEP * max(lengths))
-        window = max_length or widest_window(model, info.run, widest)
-        check_window(model, window)
-        unlimited = max_length is None and not has_window(model)
         with hub_data(hub):
-            results, truncated = score_tasks(
-                model, tokenizer, manager, names, limit=limit, batch_size=batch_size, num_fewshot=num_fewshot,
-                max_length=window, unlimited=unlimited, team=team,
+            results, reading = score_model(
+                model, tokenizer, manager, names, info, widest, max_length, limit=limit,
+                batch_size=batch_size, num_fewshot=num_fewshot, team=team,
             )  # fmt: skip
-    _check_whole(names, truncated, window)
     if not team.is_main:
         return {}
-    if "offline_blimp" in results["results"]:
-        error_of_the_mean(results["results"]["offline_blimp"])
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
-        "tasks": names, "limit": limit, "num_fewshot": num_fewshot, "max_length": window,
-        "unlimited": unlimited, "lengths": lengths, "batch_size": batch_size, "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "truncated_requests": truncated,
-        "processes": team.size,
+        "tasks": names, "limit": limit, "num_fewshot": num_fewshot, **reading, "lengths": lengths,
+        "batch_size": batch_size, "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "processes": team.size,
     }  # fmt: skip
     results["software"] = _versions()
     stored = finite(results)
     written = _write(stored, info, suite, tasks, output)
     _show(results, written)
     return stored
+
+
+def score_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    manager: Any,
+    names: list[str],
+    info: CheckpointInfo,
+    widest: int | None,
+    max_length: int | None = None,
+    **options: Any,
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """lm-eval's results (None but on the main process), and how requests were read: the window, and how many
+    were too long for it.
+
+    info: what the model is called in messages, and its run. widest: the window that the tasks ask for.
+    max_length: the window that the user asked for. options: of `score_tasks`.
+    """
+    from .reconstruction import check_kind
+
+    check_kind(info.path, model, names)
+    window = max_length or widest_window(model, info.run, widest)
+    check_window(model, window)
+    unlimited = max_length is None and not has_window(model)
+    results, truncated = score_tasks(
+        model, tokenizer, manager, names, max_length=window, unlimited=unlimited, **options
+    )
+    _check_whole(names, truncated, window)
+    if results and "offline_blimp" in results["results"]:
+        error_of_the_mean(results["results"]["offline_blimp"])
+    return results, {"max_length": window, "unlimited": unlimited, "truncated_requests": truncated}
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> None:
@@ -162,7 +183,7 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
     return rows
 
 
-def _documents(info: CheckpointInfo, data: Path | None) -> str | None:
+def documents_of(info: CheckpointInfo, data: Path | None) -> str | None:
     """The held-out file that is passed, or the run's; or the folder of the offline tasks. None: no data.
 
     The tasks that need data raise an error themselves.

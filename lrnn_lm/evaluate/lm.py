@@ -218,7 +218,7 @@ class LiveLM(HFLM):
 
     def _quiet(self, disable_tqdm: bool) -> bool:
         """Only the main process shows a progress bar."""
-        return disable_tqdm or not self._team.is_main
+        return disable_tqdm or not (self._team.is_main and self._team.shows)
 
     @contextmanager
     def _in_windows(self) -> Iterator[None]:

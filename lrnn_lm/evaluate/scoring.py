@@ -16,6 +16,7 @@ from ..runs.load import document_start
 from .team import Team
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOOTSTRAP = 1000  # resamples for standard errors without a closed form
@@ -33,10 +34,12 @@ def score_tasks(
     max_length: int,
     unlimited: bool,
     team: Team,
+    bootstrap: int = BOOTSTRAP,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's results, and the number of requests that lost the beginning of their context.
 
-    max_length, unlimited: as LiveLM takes them. Raises ValueError for what lm-eval refuses.
+    max_length, unlimited: as LiveLM takes them. bootstrap: 0 for no standard errors at all. Raises ValueError
+    for what lm-eval refuses.
     """
     import lm_eval
 
@@ -45,7 +48,13 @@ def score_tasks(
 
     training = model.training
     try:
-        with _random_state_kept(), _overflow_is_infinite(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            refusals(names),
+            _random_state_kept(model.device),
+            _overflow_is_infinite(),
+            _bars(team.shows),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             lm: Any
             if encodes(model):
                 lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
@@ -60,10 +69,21 @@ def score_tasks(
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,
                 limit=limit,
-                bootstrap_iters=BOOTSTRAP,
+                bootstrap_iters=bootstrap,
                 log_samples=False,
                 task_manager=manager,
             )
+    finally:
+        model.train(training)
+    # The results hold functions and tensors; as text, so that the caller gets what is written.
+    return json.loads(json.dumps(results, default=str)), lm.truncated
+
+
+@contextlib.contextmanager
+def refusals(names: list[str]) -> Iterator[None]:
+    """Inside, what lm-eval cannot load or refuses is a ValueError."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
     except AssertionError as error:  # lm-eval reports mistakes in a task's file by assertions
@@ -72,10 +92,6 @@ def score_tasks(
             raise
         reason = " ".join(str(error).split()) or place.line
         raise ValueError(f"lm-eval refuses a task of {', '.join(names)}: {reason}") from error
-    finally:
-        model.train(training)
-    # The results hold functions and tensors; as text, so that the caller gets what is written.
-    return json.loads(json.dumps(results, default=str)), lm.truncated
 
 
 @contextlib.contextmanager
@@ -96,18 +112,31 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _random_state_kept(device: "torch.device") -> Iterator[None]:
     """Restore all generators, which lm-eval seeds: training must continue as if it had not evaluated."""
     import numpy
     import torch
 
     python, legacy = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not each GPU of the machine
         try:
             yield
         finally:
             random.setstate(python)
             numpy.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def _bars(shows: bool) -> Iterator[None]:
+    """Whether lm-eval shows a progress bar for the contexts that it builds; it has no option for it."""
+    from lm_eval.api import task
+
+    bar = task.tqdm
+    task.tqdm = bar if shows else lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        task.tqdm = bar
 
 
 @contextlib.contextmanager

@@ -16,10 +16,16 @@ MINUTES = 120  # a process may be this much slower than another
 
 @dataclass(frozen=True)
 class Team:
-    """This process's rank among `size` processes; rank 0 is the main one."""
+    """This process's rank among `size` processes; rank 0 is the main one.
+
+    shows: whether the main one shows progress bars. wait: called when this process has answered its share,
+    before answers are gathered; it returns once all have.
+    """
 
     rank: int = 0
     size: int = 1
+    shows: bool = True
+    wait: Callable[[], None] = lambda: None
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +58,7 @@ class Team:
         owners = self.owners(groups, costs)
         mine = [i for i, owner in enumerate(owners) if owner == self.rank]
         answers = answer([requests[i] for i in mine]) if mine else []
+        self.wait()
         found = dict(gather_object(list(zip(mine, answers, strict=True))))
         return [found[i] for i in range(len(requests))]
 

@@ -255,13 +255,24 @@ class CheckpointSection(Section):
     background: bool = Field(True, description="write in the background while training continues")
 
 
+class DuringSection(Section):
+    """lm-eval tasks scored on the live model while it trains."""
+
+    tasks: list[str] = Field(min_length=1)
+    every: Every = Field(Every(amount=1000, unit="steps"), description="time between scorings")
+    limit: int | None = Field(200, ge=1, description="maximum number of documents per task; null: all")
+
+
 class EvalSection(Section):
-    """Validation during training, and lm-eval tasks at the end."""
+    """Validation and scores during training, and lm-eval tasks at the end."""
 
     every: Every = Field(Every(amount=500, unit="steps"), description="time between validations")
     tokens: TokenCount = Field(500_000, ge=1, description="tokens per validation")
     tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end of training")
     limit: int | None = Field(None, ge=1, description="maximum number of documents per task")
+    during: DuringSection | None = Field(
+        None, description="as in {tasks: [heldout_cloze], every: 1000 steps}; null: none"
+    )
 
 
 class TrackingSection(Section):

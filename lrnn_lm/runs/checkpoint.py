@@ -55,6 +55,7 @@ class Position:
     bad_in_a_row: int = 0  # such steps since the last good one
     validated: int = -1  # step of the last validation
     validation_loss: float | None = None  # its loss, nats a token
+    scored: int = -1  # step of the last scores of `eval.during`
     # With `train.guard`: [loss, gradient norm] of the last good steps. Replaced, never changed in place.
     recent: list[list[float]] = field(default_factory=list)
     data: str = ""  # content hash of the prepared text that `samples` counts

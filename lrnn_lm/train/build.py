@@ -29,10 +29,11 @@ from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import launch_plan, share
-from .runtime import make_accelerator, seed_everything
+from .runtime import make_accelerator, random_state_kept, seed_everything
 from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
+from .tasks import Scorer
 from .tensors import load
 from .together import Together, cpu_group
 
@@ -58,12 +59,14 @@ def build_trainer(
     stop: StopSignal | None = None,
     check: Callable[[Path], None] | None = None,
     from_checkpoint: Path | None = None,
+    scorer: Scorer | None = None,
 ) -> Trainer:
     """A trainer ready to run, at the position of the run's newest valid checkpoint if it has one.
 
     `stop` is the caller's, if it has installed signal handlers. `check` is the caller's last test of the run
     folder, called on the main rank; it raises ValueError. `from_checkpoint` makes a new run a branch: it
-    goes on from that checkpoint of another run (`runs/branch.py`).
+    goes on from that checkpoint of another run (`runs/branch.py`). `scorer` scores the tasks of
+    `eval.during`; without it none are scored.
 
     Raises ValueError, on every rank, if the recipe asks for something that cannot be done here; Stopped if
     any rank was asked to stop.
@@ -105,13 +108,14 @@ def build_trainer(
     def write(finished: bool) -> None:
         _write_run_folder(folder, recipe, prepared, parent, finished)
         if check is not None:
-            check(folder)
+            with random_state_kept():  # lm-eval draws where it loads a task
+                check(folder)
 
     position = together.all(lambda: _resume(recipe, prepared, newest, load_into_model))
     trainer = together.all(
         lambda: Trainer(
             recipe, folder, accelerator, bare_model, model, optimizer, tokenizer, prepared, position, console,
-            group, plan, average,
+            group, plan, average, scorer,
         )
     )  # fmt: skip
     together.all(lambda: write(trainer.finished) if main else None)

@@ -26,7 +26,8 @@ class StepResult:
     stop: bool = False  # whether any rank was asked to stop
     written: int = 0  # ranks that have written their part of the checkpoint in progress
     unwritten: bool = False  # whether any rank could not write its metrics
-    clocks: tuple[bool, bool] = (False, False)  # due by the main rank's clock: saving, validation
+    # Due by the main rank's clock: saving, validation, tasks.
+    clocks: tuple[bool, bool, bool] = (False, False, False)
     seconds: tuple[float, ...] = ()  # each rank's first forward pass, to find slow ranks
     z_loss: float = 0.0  # its part of what was minimised
     waited: float = 0.0  # seconds that the host waited for the device
@@ -65,7 +66,7 @@ def exchange(
     """Sum over ranks what the update and the next steps depend on.
 
     losses: (2,) this rank's part of the loss, and of the z-loss in it. grad_norm: () of all
-    ranks. flags: this rank's stop, written, unwritten and two clocks, as in StepResult. seconds: of this
+    ranks. flags: this rank's stop, written, unwritten and three clocks, as in StepResult. seconds: of this
     rank's forward pass; None on all or on none.
     """
     ranks = accelerator.num_processes
@@ -80,7 +81,7 @@ def exchange(
     if ranks > 1:
         dist.all_reduce(sums)
     began = time.perf_counter()
-    mean_loss, z_loss, stop, written, unwritten, save, evaluate, *slots, norm = sums.tolist()
+    mean_loss, z_loss, stop, written, unwritten, save, evaluate, score, *slots, norm = sums.tolist()
     return StepResult(
         mean_loss - z_loss,
         norm,
@@ -89,16 +90,16 @@ def exchange(
         stop=stop > 0,
         written=int(written),
         unwritten=unwritten > 0,
-        clocks=(save > 0, evaluate > 0),
+        clocks=(save > 0, evaluate > 0, score > 0),
         seconds=tuple(slots),
         waited=time.perf_counter() - began,
     )
 
 
-def on_any_rank(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set on any rank; every rank must call it."""
+def on_any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether each flag is set on any rank; every rank must call it."""
     if accelerator.num_processes == 1:
-        return flag
-    total = torch.tensor(int(flag), device=accelerator.device)
+        return list(flags)
+    total = torch.tensor(flags, dtype=torch.int32, device=accelerator.device)
     dist.all_reduce(total)
-    return bool(total.item())
+    return (total > 0).tolist()

@@ -40,6 +40,7 @@ from .saver import Saver
 from .segments import backward_by_segments, evaluate_by_segments, split
 from .sources import Prepared
 from .stop import Stopped, StopSignal
+from .tasks import Scorer, in_words, score_live
 from .tensors import Group
 from .throughput import Spent, Throughput
 from .validate import Validation, held_out_bytes, validate, validation_line
@@ -47,7 +48,7 @@ from .watch import Heartbeat, Stopwatch
 
 
 class _AskedToStopError(Exception):
-    """A signal came during a validation."""
+    """A signal came during a validation or the scoring of tasks."""
 
 
 class Trainer:
@@ -68,19 +69,22 @@ class Trainer:
         group: Group,
         plan: Plan,
         average: Average | None = None,
+        scorer: Scorer | None = None,
     ):
         """`model` is called for a pass; it wraps `bare_model` as `plan` says (DDP), or is the same object.
 
-        position: where the run resumes. group: as in Saver.
+        position: where the run resumes. group: as in Saver. scorer: scores the tasks of `eval.during`.
         """
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
-        self.average = average
+        self.average, self.scorer = average, scorer
         self.rows = Rows(recipe, prepared, accelerator, position)
         self.save_cadence = Cadence(recipe.checkpoint.every, recipe.tokens_at)
         self.eval_cadence = Cadence(recipe.eval.every, recipe.tokens_at)
+        during = recipe.eval.during or recipe.eval  # without tasks it asks for nothing
+        self.task_cadence = Cadence(during.every, recipe.tokens_at)
         ranks, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
         self.throughput = Throughput(
             recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
@@ -160,7 +164,9 @@ class Trainer:
         return self.checkpoints / checkpoint.step_name(self.position.step)
 
     def _train(self) -> None:
-        self._validate_if_due()  # the run may have stopped between its last step and that step's validation
+        # The run may have stopped between its last step and that step's validation and scores.
+        self._validate_if_due()
+        self._score_if_due()
         if self.finished:
             self.saver.complete(self.position.step)
             return
@@ -169,13 +175,14 @@ class Trainer:
         settle_buckets(self.model, self._empty_pass)
         first = True
         while not self.finished:
-            save_rang, eval_rang = self._train_step().clocks
+            save_rang, eval_rang, task_rang = self._train_step().clocks
             if first and self.accelerator.device.type == "cuda":
                 # Freeze long-lived objects: a full garbage collection pauses this rank for 0.2 s.
                 gc.collect()
                 gc.freeze()
             first = False
             self._validate_if_due(eval_rang)
+            self._score_if_due(task_rang)
             if self._save_is_due(save_rang) or self.finished:
                 self._save()
             self.beat("training")
@@ -277,7 +284,8 @@ class Trainer:
         unwritten = self.metrics is not None and self.metrics.problem is not None
         # Clocks differ between ranks; the main rank's decides.
         clocks = [
-            c.rang() and self.accelerator.is_main_process for c in (self.save_cadence, self.eval_cadence)
+            c.rang() and self.accelerator.is_main_process
+            for c in (self.save_cadence, self.eval_cadence, self.task_cadence)
         ]
         flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
@@ -376,7 +384,7 @@ class Trainer:
             line |= {f"average_{key}": averaged[key] for key in averaged if key not in ("step", "tokens")}
         position.validated, position.validation_loss = position.step, found.loss
         self.metrics.write(line)
-        self.line.validation(position.step, str(found))
+        self.line.found(position.step, f"validation {found}")
 
     def _validation_line(self, found: Validation) -> dict[str, Any]:
         step = self.position.step
@@ -400,8 +408,41 @@ class Trainer:
     def _between_batches(self) -> None:
         """Between the batches of a validation: end it if any rank was asked to stop; all ranks call it."""
         self.beat("validating")
-        if on_any_rank(self.stop.asked, self.accelerator):
+        self._meet(False)
+
+    def _meet(self, working: bool) -> bool:
+        """Whether any rank is working; raises if any was asked to stop. All ranks call it."""
+        asked, working = on_any_rank(self.accelerator, self.stop.asked, working)
+        if asked:
             raise _AskedToStopError  # not saved here: the model may have the averages for weights
+        return working
+
+    def _score_if_due(self, rang: bool = False) -> None:
+        """Score the tasks of `eval.during` at their interval and at the end of the run."""
+        step, began = self.position.step, time.perf_counter()
+        if self.scorer is None or step == 0 or self.position.scored >= step:
+            return
+        if not (self.task_cadence.due(step, rang) or self.finished):
+            return
+        self.beat("scoring", now=True)
+        try:
+            found = score_live(
+                self.scorer, self.bare_model, self.tokenizer, self.accelerator, self._meet_scoring
+            )
+        except _AskedToStopError:
+            self._save_and_stop()
+        except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
+            self._save(wait=True)
+            raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+        self.position.scored = step
+        seconds = time.perf_counter() - began
+        line = {"step": step, "tokens": self.recipe.tokens_at(step), **found, "tasks_seconds": seconds}
+        self.metrics.write(line)
+        self.line.found(step, in_words(found))
+
+    def _meet_scoring(self, working: bool) -> bool:
+        self.beat("scoring")
+        return self._meet(working)
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""

@@ -87,7 +87,8 @@ def _put_away(path: Path) -> Path | None:
 def _cut_after(path: Path, resumed: Position) -> None:
     """Drop lines after the position that the run resumes from, and torn lines.
 
-    The validation at that very step is dropped too if the position does not count it: it will run again.
+    The validation and the scores at that very step are dropped too if the position does not count them: they
+    will run again.
     """
     if not path.exists():
         return
@@ -96,6 +97,7 @@ def _cut_after(path: Path, resumed: Position) -> None:
         try:
             facts = json.loads(line)
             last = resumed.validated if "validation_loss" in facts else resumed.step
+            last = resumed.scored if "tasks_seconds" in facts else last
             if facts["step"] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):

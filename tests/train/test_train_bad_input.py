@@ -74,7 +74,7 @@ CASES = [
     Case("budget below a step", ("train.tokens=100",), ("train.tokens 100", "one step", "512")),
     Case("unknown optimizer", ("optim.name=adamww",), ("optim.name", "'adamww'", "did you mean 'adamw'")),
     Case("parameter count", ("model.parameters=7",), ("model.parameters", "7")),
-    Case("unknown task", ("eval.tasks=[heldout_clze]",), ("unknown task", "heldout_cloze")),
+    Case("unknown task", ("eval.during={tasks: [heldout_clze]}",), ("unknown task", "heldout_cloze")),
     Case("no such text", text("none.txt"), ("none.txt", "no such file")),
     Case("empty text", text("empty.txt"), ("empty.txt", "empty"), write("empty.txt", b"")),
     Case("binary text", text("a.bin"), ("a.bin", "binary"), write("a.bin", bytes(range(256)) * 40)),

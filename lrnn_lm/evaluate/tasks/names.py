@@ -88,8 +88,10 @@ def _expand(manager: "TaskManager", names: list[str]) -> list[str]:
 
 
 @contextmanager
-def hub_data(needed: bool) -> Iterator[None]:
+def hub_data(needed: bool, cached: bool = False) -> Iterator[None]:
     """Inside, data sets of the Hugging Face hub are read; without a network, at once from the local cache.
+
+    cached: they are in that cache; do not ask the hub.
 
     Raises ValueError, with what to do, for a data set that is neither reachable nor cached.
     """
@@ -101,7 +103,7 @@ def hub_data(needed: bool) -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    offline = any(before) or not hub_is_reachable()
+    offline = cached or any(before) or not hub_is_reachable()
     if offline:  # otherwise the libraries retry every file for half a minute
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:

@@ -1,0 +1,182 @@
+"""`eval.during`: tasks scored while a run trains; the run stays what it is without them, bit for bit."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_runs import Prank, Ranks
+from rich.console import Console
+from tiny_run import STEPS, TEXT, fingerprint, losses, metrics, sha256, validations, write_recipe
+from trainers import main_exits
+
+from lrnn_lm.api import task_scorer
+from lrnn_lm.evaluate import evaluate
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
+from lrnn_lm.train.loop import Trainer
+from lrnn_lm.train.stop import Stopped
+
+TASKS = ("heldout_cloze", "heldout_bits_per_byte")
+ON = f"eval.during={{tasks: [{', '.join(TASKS)}], every: 4 steps, limit: 9}}"
+LAST = f"checkpoints/step-{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe over texts of sentences, as the cloze needs."""
+    folder, rng = tmp_path_factory.mktemp("sentences"), random.Random(0)
+
+    def sentence() -> str:
+        return " ".join(rng.choices(TEXT.split(), k=rng.randint(11, 15))).capitalize() + " tokens."
+
+    with (folder / "text.jsonl").open("w") as lines:
+        for _ in range(150):
+            lines.write(json.dumps({"text": " ".join(sentence() for _ in range(6))}) + "\n")
+    (folder / "tokenizer.yaml").write_text("{model_type: bpe, vocab_size: 320}\n")
+    return write_recipe(folder)
+
+
+def build(recipe: Path, runs: Path, *overrides: str) -> Trainer:
+    loaded = load_recipe(recipe, [f"train.runs_dir={runs}", *overrides])
+    return build_trainer(loaded, Console(quiet=True), scorer=task_scorer(loaded))
+
+
+@pytest.fixture(scope="module")
+def plain(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without tasks."""
+    trainer = build(sentences, tmp_path_factory.mktemp("plain"))
+    trainer.run()
+    return trainer.folder
+
+
+@pytest.fixture(scope="module")
+def scored(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with tasks."""
+    runs = tmp_path_factory.mktemp("scored")
+    main_exits(0, "train", sentences, f"train.runs_dir={runs}", ON)
+    return runs / "tiny"
+
+
+def scores(run: Path) -> dict[int, dict[str, float]]:
+    """By step, without the seconds."""
+    lines = [line for line in metrics(run) if "tasks_seconds" in line]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line["step"]: {k: v for k, v in line.items() if "/" in k} for line in lines}
+
+
+def test_the_run_is_the_same_without(scored: Path, plain: Path) -> None:
+    got, want = fingerprint(scored / LAST), fingerprint(plain / LAST)
+    assert json.loads((scored / LAST / "trainer/state.json").read_text())["scored"] == STEPS
+    got.pop("trainer/state.json"), want.pop("trainer/state.json")
+    assert got == want  # weights, optimizer and random states
+    assert (losses(scored), validations(scored)) == (losses(plain), validations(plain))
+    assert (list(scores(scored)), list(scores(plain))) == ([4, 8, 12], [])
+
+
+def test_they_are_what_the_checkpoint_scores(scored: Path, tmp_path: Path) -> None:
+    found = evaluate(scored / LAST, list(TASKS), limit=9, output=tmp_path)["results"]
+    want = {
+        f"{task}/{metric}": found[task][f"{metric},none"]
+        for task, metric in (("heldout_cloze", "acc"), ("heldout_bits_per_byte", "bits_per_byte"))
+    }
+    assert scores(scored)[STEPS].items() >= want.items()
+    assert len({row["heldout_bits_per_byte/bits_per_byte"] for row in scores(scored).values()}) == 3
+
+
+def assert_alike(run: Path, scored: Path) -> None:
+    """Other sums give other last bits."""
+    got, want = scores(run), scores(scored)
+    assert got.keys() == want.keys()
+    for step, numbers in want.items():
+        assert got[step] == pytest.approx(numbers, rel=1e-3), step
+
+
+def test_two_ranks_share_the_requests(sentences: Path, tmp_path: Path, scored: Path) -> None:
+    Ranks(sentences, 2, f"train.runs_dir={tmp_path}", ON).expect()
+    assert_alike(tmp_path / "tiny", scored)
+
+
+def test_two_sharded_ranks(sentences: Path, tmp_path: Path, scored: Path) -> None:
+    """Stopped within a batch of one of them and resumed, the run is the one without tasks."""
+    options, last = (f"train.runs_dir={tmp_path}", "checkpoint.every=12 steps"), f"{LAST}/model.safetensors"
+    Ranks(sentences, 2, *options, "name=off", parallel="fsdp2").expect()
+    prank = Prank(rank=1, step=8, signal=signal.SIGTERM, scoring=True)
+    said = Ranks(sentences, 2, *options, "name=on", ON, parallel="fsdp2", prank=prank).expect(85)
+    assert "after step 8" in said
+    assert list(scores(tmp_path / "on")) == [4]
+    Ranks(sentences, 2, *options, "name=on", ON, parallel="fsdp2").expect()
+    assert_alike(tmp_path / "on", scored)
+    assert sha256(tmp_path / "on" / last) == sha256(tmp_path / "off" / last)
+    assert losses(tmp_path / "on") == losses(tmp_path / "off")
+
+
+def test_state_around_the_scoring(sentences: Path, tmp_path: Path) -> None:
+    """Random states, modes, hooks and parameters; and a signal in it stops within one batch and saves."""
+    trainer = build(sentences, tmp_path, ON, "train.average={decay: 0.5}")
+    scorer, passes = trainer.scorer, []
+
+    def state() -> tuple:
+        generators = (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
+        model = trainer.bare_model
+        modes = (
+            [m.training for m in model.modules()],
+            torch.is_grad_enabled(),
+            len(model._forward_pre_hooks),
+        )
+        return generators, modes, [id(p) for p in model.parameters()], [p.sum() for p in model.parameters()]
+
+    def one_pass(*_: object) -> None:
+        passes.append(1)
+        signal.raise_signal(signal.SIGTERM)
+
+    def wrapped(model: torch.nn.Module, *rest: object) -> dict[str, float]:
+        if trainer.position.step == 8:
+            model.register_forward_hook(one_pass)
+        random.random(), np.random.rand(), torch.rand(1)
+        return scorer(model, *rest)
+
+    check, trainer.scorer = trainer._score_if_due, wrapped
+
+    def checked(rang: bool = False) -> None:
+        before = state()
+        check(rang)
+        assert state() == before
+
+    trainer._score_if_due = checked
+    with pytest.raises(Stopped, match="after step 8"):
+        trainer.run()
+    assert len(passes) == 1
+    assert list(scores(trainer.folder)) == [4]
+
+
+def test_a_mistake_that_only_scoring_shows(sentences: Path, tmp_path: Path, capsys) -> None:
+    """Told at the first scoring; nothing is lost."""
+    tasks = "eval.during={tasks: [mad_compression], every: 4 steps, limit: 1}"
+    main_exits(2, "train", sentences, f"train.runs_dir={tmp_path}", tasks)
+    said = capsys.readouterr().err
+    assert "task mad_compression asks an auto-encoder" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "tiny/checkpoints/step-00000004").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{tasks: []}", "eval.during.tasks"),
+        ("{every: 4 steps}", "eval.during.tasks"),
+        ("{tasks: [heldout_cloze], limit: 0}", "eval.during.limit"),
+        ("{tasks: [heldout_cloze], every: never}", "eval.during.every"),
+        ("{tasks: [heldout_cloze], evry: 4}", "did you mean 'every'"),
+        ("{tasks: [offline_wikitext]}", "wikitext2_test.txt: no such file"),
+    ],
+)
+def test_bad_input(value: str, words: str, sentences: Path, tmp_path: Path, capsys) -> None:
+    main_exits(2, "train", sentences, f"train.runs_dir={tmp_path}", f"eval.during={value}")
+    said = capsys.readouterr().err
+    assert words in said, said
+    assert "Traceback" not in said
+    assert not (tmp_path / "tiny/metrics.jsonl").exists()
