@@ -184,6 +184,13 @@ class RampSection(Section):
     )
 
 
+class ProfileSection(Section):
+    """Steps that torch's profiler records."""
+
+    at: int = Field(ge=1, description="the first of them, counted from 1")
+    steps: int = Field(3, ge=1, description="how many")
+
+
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
@@ -226,6 +233,7 @@ class TrainSection(Section):
         True,
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
+    profile: ProfileSection | None = Field(None, description="as in {at: 20, steps: 3}; null: none")
     average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
     guard: GuardSection | None = Field(
         None,
@@ -337,6 +345,11 @@ class Recipe(Section):
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         self._check_schedule()
+        if (profile := self.train.profile) and profile.at + profile.steps - 1 > self.total_steps:
+            raise ValueError(
+                f"train.profile ends after step {profile.at + profile.steps - 1} and train.tokens pays for "
+                f"{self.total_steps}; profile earlier steps"
+            )
         if (average := self.train.average) is not None:
             steps = average.start.steps(self.total_steps, self.train.tokens_per_step)
             if steps >= self.total_steps:

@@ -37,6 +37,8 @@ class RunFolder:
     scores = _inside("eval")  # scores of checkpoints, as JSON
     plots = _inside("plots")
     loss_plot = _inside("plots", "loss.png")  # loss against tokens
+    trace = _inside("profile", "trace.json")  # with train.profile: a Chrome trace of some steps
+    profile_table = _inside("profile", "table.txt")  # their operators and kernels, the longest first
     average = _inside("average")  # with train.average: its last weights, exported
     card = _inside("README.md")  # the model card
     launch = _inside("launch")  # what `lrnn submit` gave to the cluster

@@ -34,6 +34,7 @@ from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
+from .profile import StepProfile
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
@@ -101,6 +102,9 @@ class Trainer:
         self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
+        self.profile: StepProfile | None = None
+        if recipe.train.profile is not None and accelerator.is_main_process:
+            self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator.device)
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
@@ -155,6 +159,8 @@ class Trainer:
                 gc.unfreeze()
                 self.heartbeat.stop()
                 self.rows.close()
+                if self.profile is not None:
+                    self.profile.close()
                 self.saver.close()
                 self.metrics.close()
                 for tracker in self.accelerator.trackers:
@@ -217,11 +223,15 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if self.profile is not None:
+            self.profile.begins(position.step + 1)
         batches = self.rows.take()
         last = position.step + 1 >= self.recipe.total_steps
         result = self.step(batches, None if last else self.rows.fetch)
         position.samples += self.recipe.rows_at(position.step)
         position.step += 1
+        if self.profile is not None and (said := self.profile.ends(position.step)):
+            self.line.found(position.step, escape(said))
         position.outliers += result.outlier
         guard = self.recipe.train.guard
         if result.applied and guard is not None:
