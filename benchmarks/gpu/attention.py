@@ -77,7 +77,10 @@ def results(model: LRNNModel, given: dict[str, Tensor]) -> list[Tensor]:
 
 
 def check(kind: str, dtype: str) -> bool:
-    """Whether a case is right at a length that is no multiple of a block, twice with the same bits."""
+    """Whether attention by blocks is as close to fp64 as the mask, and a second run has the same bits.
+
+    The length is no multiple of a block.
+    """
     model = layer(kind, 300, num_heads=4, num_kv_heads=2).to(getattr(torch, dtype))
     given = batch(kind, 2, 4200, model.config.hidden_size)
     contexts: list[SequenceContext] = []

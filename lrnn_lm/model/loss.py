@@ -83,7 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             nats, squares, d_logits = _sums_and_gradient(logits, label, z_loss)
             total += nats
-            z_total += z_loss * squares
+            if z_loss:
+                z_total += z_loss * squares
             if d_hidden is not None:
                 d_hidden[start : start + chunk] = d_logits @ w
             if d_weight is None:

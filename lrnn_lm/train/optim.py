@@ -156,9 +156,9 @@ class Muon(Optimizer):
 class AdamW8bit(Optimizer):
     """torchao's AdamW, its moments in 8 bits with a scale for every 256 values (arXiv 2110.02861).
 
-    Parameters of less than 4096 values, or of a number that is no multiple of 256, keep fp32 moments. torchao
-    packs a moment into a tensor of a class of its own. `state` has its plain parts, which checkpoints store,
-    and shares their memory.
+    A parameter keeps fp32 moments if it has fewer than 4096 values, or if 256 does not divide their number.
+    torchao packs a moment into a tensor of a class of its own. `state` holds that tensor's plain parts, in
+    the same memory: checkpoints store them.
     """
 
     takes_shards = False  # a shard may end within a block of 256
