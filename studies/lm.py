@@ -180,6 +180,13 @@ def commit() -> str:
     return told.stdout.strip() or "unknown"
 
 
+def visible_devices() -> list[str]:
+    """Names of the devices that this process may use, as its trainings are told them."""
+    # A training that is told "0" takes the machine's first device, whichever ones this process was given.
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return given or [str(i) for i in range(torch.cuda.device_count())]
+
+
 class Pool:
     """Runs several trainings at a time until the queue or the budget is spent."""
 
@@ -189,11 +196,11 @@ class Pool:
         self.workers, self.more = options.workers, options.set
         self.lock = Lock()
         self.devices: SimpleQueue[str] = SimpleQueue()  # a place a worker: devices take turns
-        count = torch.cuda.device_count()
+        visible = visible_devices()
         # Each process would take all cores: 16 of them on 64 cores trained at a third of the speed.
         self.threads = str(max(1, (os.cpu_count() or 1) // (2 * self.workers)))
         for i in range(self.workers):
-            self.devices.put(str(i % count) if count else "")
+            self.devices.put(visible[i % len(visible)] if visible else "")
 
     def make(self, runs: list[Run]) -> None:
         self.runs.mkdir(parents=True, exist_ok=True)
