@@ -7,7 +7,7 @@ from studies import lm
 
 
 @pytest.mark.parametrize(
-    "given, count, told",
+    ("given", "count", "told"),
     [(None, 3, ["0", "1", "2"]), ("2,3", 2, ["2", "3"]), ("1", 1, ["1"]), ("", 0, []), (None, 0, [])],
 )
 def test_trainings_take_the_devices_that_the_study_was_given(monkeypatch, given, count, told):
