@@ -30,6 +30,14 @@ MIXER_ROWS = {
         "head_norm": False,
         "keys": True,
     },
+    "bd_matrix-erase": {
+        "type": "bd_matrix",
+        "num_heads": 2,
+        "head_dim": 4,
+        "block_size": 2,
+        "keys": True,
+        "erase": True,
+    },
     "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},
     "attention": {"type": "attention", "num_heads": 2},
@@ -41,7 +49,7 @@ MIXER_ROWS = {
 }
 # What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix multiplies three projections of
 # its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later.
-SPREAD = {"bd_matrix": 0.1, "bd_matrix-conv": 0.1}
+SPREAD = {"bd_matrix": 0.1, "bd_matrix-conv": 0.1, "bd_matrix-erase": 0.1}
 HYBRIDS = {
     "hybrid": ["bd_lru", "attention", "h_lru"],
     "hybrid-attention-first": ["attention-grouped", "lstm", "attention-window"],

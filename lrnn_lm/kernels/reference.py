@@ -74,8 +74,10 @@ def matrix_scan(
     queries: Tensor,
     h0: Tensor | None = None,
     reset: Tensor | None = None,
+    erase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """BD-LRU with a matrix for a state: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`."""
+    """BD-LRU with a matrix for a state: `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`; with
+    `erase`, v_t - (A_t S_{t-1})^T e_t instead of v_t."""
     dtype = compute_dtype(transitions, writes, values, queries)
     B, T, H, K, M = transitions.shape
     S = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype) if h0 is None else h0.to(dtype)
@@ -85,6 +87,9 @@ def matrix_scan(
             S = S * (~reset[:, t]).to(dtype)[:, None, None, None]
         A, k, v, q = (x[:, t].to(dtype) for x in (transitions, writes, values, queries))
         mixed = A.unflatten(2, (K // M, M)) @ S.unflatten(2, (K // M, M))  # (B, H, K/M, M, V)
-        S = mixed.flatten(2, 3) + k.unsqueeze(-1) * v.unsqueeze(-2)
+        mixed = mixed.flatten(2, 3)
+        if erase is not None:
+            v = v - (erase[:, t].to(dtype).unsqueeze(-1) * mixed).sum(-2)
+        S = mixed + k.unsqueeze(-1) * v.unsqueeze(-2)
         outputs.append((q.unsqueeze(-1) * S).sum(-2))
     return torch.stack(outputs, dim=1).to(values.dtype), S

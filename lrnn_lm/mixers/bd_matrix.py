@@ -6,7 +6,14 @@
 
 A head has K slots in blocks of M and V columns: K V numbers of state for K (M + 1) gates. With M = 1 it is
 HGRN2 (arXiv 2404.07904). With `keys` a write has a signed address: k_t is multiplied by norm(W_u x_t), as the
-keys of gated linear attention (arXiv 2312.06635); numbers of S may then exceed those of v.
+keys of gated linear attention (arXiv 2312.06635); numbers of S may then exceed those of v. With `erase` too,
+a write replaces what the state holds at its key, as in gated DeltaNet (arXiv 2412.06464):
+
+    u_t = W_u x_t / |W_u x_t|    beta_t = sigmoid(W_b x_t + b_b), one a head    S'_t = A_t S_{t-1}
+    S_t = S'_t + beta_t u_t (v_t - S'_t^T u_t)^T
+
+k_t then only takes its share of the rows of [A_t, k_t], so that A_t forgets; M = 1 is Kimi Delta Attention's
+rule (arXiv 2510.26692).
 
 Legend: B batch, T time, D model width, H heads, K slots a head, M slots a block, V columns a head; W reach of
 the convolution.
@@ -54,6 +61,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
+        erase: whether a write erases what the state holds at its key; needs `keys`. On a CPU it runs step by
+            step.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         output_gate: bool | None = None,
         head_norm: bool = True,
         keys: bool = False,
+        erase: bool = False,
     ):
         super().__init__()
         check_sizes(
@@ -79,6 +89,10 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         check_gates(gate, gate_std, half_life)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
+        if erase and not keys:
+            raise ValueError(
+                "erase needs keys: a write erases what the state holds at its key; set keys: true"
+            )
         H, K, V, M = num_heads, head_dim, value_dim or head_dim, block_size
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
         self.gate, self.gate_std = gate, gate_std
@@ -89,6 +103,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.key_proj = nn.Linear(hidden_size, H * K, bias=False) if keys else None
+        self.rate_proj = nn.Linear(hidden_size, H) if erase else None
         self.output_gate_proj = None if output_gate is False else nn.Linear(hidden_size, H * V, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(H, V)) if head_norm else None
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
@@ -112,13 +127,20 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         """The same without the convolution: state (B, H, K, V)."""
         H, K, V = self.head_shape
         gates, values, queries, *more = self.project(x, context.joint)
+        more = list(more)  # torch.compile unpacks a tuple here
         transitions, writes = self._coefficients(gates)
+        erase = None
         if self.key_proj is not None:
             keys = more.pop(0).unflatten(-1, (H, K)).to(writes.dtype)
-            writes = writes * functional.rms_norm(keys, (K,), eps=NORM_EPS)
+            keys = functional.rms_norm(keys, (K,), eps=NORM_EPS)
+            if self.rate_proj is not None:
+                erase = keys * K**-0.5
+                writes = more.pop(0).to(keys.dtype).sigmoid().unsqueeze(-1) * erase
+            else:
+                writes = writes * keys
         y, state = matrix_scan(
             transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state,
-            context.reset, self.backend,
+            context.reset, self.backend, erase,
         )  # fmt: skip
         if self.norm_weight is not None:
             y = functional.rms_norm(y, (V,), eps=NORM_EPS) * self.norm_weight.to(y.dtype)
@@ -128,7 +150,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return self.out_proj(y), state
 
     def joint_projections(self) -> list[nn.Linear]:
-        optional = (self.key_proj, self.output_gate_proj)
+        optional = (self.key_proj, self.rate_proj, self.output_gate_proj)
         return [self.gate_proj, self.value_proj, self.query_proj, *(p for p in optional if p is not None)]
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,12 +189,13 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return values
 
     def cost(self, context_length: int) -> MixerCost:
-        """A number of the state is M + 1 multiply-adds and one to be read; normalising gates is about 3
-        operations each."""
+        """A number of the state is M + 1 multiply-adds and one to be read, and one more to be erased;
+        normalising gates is about 3 operations each."""
         H, K, V = self.head_shape
         taps = 0 if self.conv is None else self.conv.weight.numel()
         gates = self.block_size + 1
-        return MixerCost(products=2 * taps, scan=H * K * (2 * V * (gates + 1) + 3 * gates))
+        uses = gates + (1 if self.rate_proj is None else 2)
+        return MixerCost(products=2 * taps, scan=H * K * (2 * V * uses + 3 * gates))
 
     def state_elements(self, context_length: int) -> int:
         H, K, V = self.head_shape

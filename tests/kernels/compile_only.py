@@ -124,6 +124,20 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64)
     matrix._backward(y, last, transitions, writes, values, queries, h0, reset)
 
 
+def launch_erase(M: int, dtype: torch.dtype, V: int = 64) -> None:
+    """Every kernel of the same scan where writes erase."""
+    from lrnn_lm.kernels.scan.matrix_erase import matrix_erase_triton
+
+    B, T, H, K = 2, 33, 2, 64
+    gates = torch.zeros(B, T, M + 1, H, K, requires_grad=True)
+    transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
+    values = torch.zeros(B, T, H, V, dtype=dtype)
+    y, last = matrix_erase_triton(
+        transitions, writes, values, writes.to(dtype), writes, torch.zeros(B, H, K, V), None
+    )
+    (y.sum() + last.sum()).backward()
+
+
 def launch_wide_transfer(M: int) -> None:
     from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
 
@@ -169,6 +183,8 @@ def everything() -> None:
     assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
     launch_matrix(4, torch.float32, 33, states=True)  # these spill: the largest states that fit
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
+    launch_erase(1, torch.bfloat16)
+    launch_erase(4, torch.float32)
     first = len(SPILLED)
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)

@@ -14,7 +14,7 @@ from triton_cases import DEVICE, TOLERANCES, inside, poison, to_device  # noqa: 
 from lrnn_lm.kernels import matrix_scan
 from lrnn_lm.kernels.scan.matrix_scan import BACKENDS
 
-NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0")
+NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0", "erase")
 PLAIN = [name for name in BACKENDS if name != "triton"]
 
 
@@ -36,11 +36,19 @@ def make_inputs(B=2, T=9, H=2, K=4, M=2, V=4, dtype=torch.float32, reset_probabi
     ]  # fmt: skip
 
 
+def erasing(inputs):
+    """The same inputs, with keys of length 1 as what is erased, and writes of a part of them."""
+    transitions, _, values, queries, h0, reset = inputs
+    keys = torch.nn.functional.normalize(queries.roll(1, 1).to(transitions.dtype), dim=-1)
+    rates = torch.rand(keys.shape[:3], generator=torch.Generator().manual_seed(2)).to(keys)
+    return [transitions, rates.unsqueeze(-1) * keys, values, queries, h0, keys, reset]
+
+
 def run(inputs, backend):
     """y, h_last and the gradients of a random weighing of both."""
     *numbers, reset = inputs
     numbers = [x.detach().requires_grad_() if x is not None else None for x in numbers]
-    outputs = matrix_scan(*numbers, reset, backend=backend)
+    outputs = matrix_scan(*numbers[:5], reset, backend, *numbers[5:])
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
     loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
@@ -115,6 +123,32 @@ def test_gradcheck_and_no_second_derivative():
 def test_triton(T, K, M, V):
     pytest.importorskip("triton")
     compare("triton", T=T, K=K, M=M, V=V, B=1 if M > 4 else 2)
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "M", "V", "dtype"),
+    [(19, 4, 2, 4, torch.float32), (33, 8, 4, 8, torch.bfloat16), (16, 4, 1, 4, torch.float32)],
+)
+def test_triton_erases(T, K, M, V, dtype):
+    pytest.importorskip("triton")
+    compare("triton", dtype, erasing(make_inputs(T=T, K=K, M=M, V=V, B=1, dtype=dtype)))
+
+
+def test_what_a_write_erases():
+    """S_t = (I - k_t e_t^T) A_t S_{t-1} + k_t v_t^T, with dense matrices; a step alone is the same."""
+    A, k, v, q, h0, e, _ = erasing(make_inputs(B=1, H=1, T=5, K=6, M=3, dtype=torch.float64))
+    S = h0[0, 0]
+    for t in range(5):
+        dense = torch.block_diag(*A[0, t, 0].unflatten(0, (2, 3)))
+        S = (torch.eye(6) - torch.outer(k[0, t, 0], e[0, t, 0])) @ dense @ S + torch.outer(
+            k[0, t, 0], v[0, t, 0]
+        )
+    first = matrix_scan(*(x[:, :4] for x in (A, k, v, q)), h0, erase=e[:, :4])[1]
+    for last in (
+        matrix_scan(A, k, v, q, h0, erase=e)[1],
+        matrix_scan(*(x[:, 4:] for x in (A, k, v, q)), first, erase=e[:, 4:])[1],
+    ):
+        torch.testing.assert_close(last[0, 0], S)
 
 
 def test_triton_of_blocks_of_sixteen():
@@ -219,6 +253,7 @@ def test_mistakes_are_told():
         ((A.unsqueeze(0), k, v, q, None, None, "auto"), r"\(B, T, H, K, M\)"),
         ((A, k, v.long(), q, None, None, "auto"), "floating-point"),
         ((A, k, v, q, None, None, "cuda"), "unknown backend 'cuda'"),
+        ((A, k, v, q, None, None, "auto", q[..., :1]), "erase has shape"),
     ]
     for given, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ from lrnn_lm.mixers import SequenceContext, build_mixer
 from lrnn_lm.mixers.bd_matrix import HALF_LIFE
 
 SPEC = {"type": "bd_matrix", "num_heads": 2, "head_dim": 8, "value_dim": 4, "block_size": 4}
+ERASES = SPEC | {"keys": True, "erase": True}
 
 
 def made(spec, hidden_size=16):
@@ -84,6 +85,48 @@ def test_options_change_the_output_and_their_parameters(change):
 def test_work_by_hand():
     """2 heads of 8 x 4: a number takes 5 multiply-adds and one to be read, a gate 3 operations."""
     assert build_mixer(SPEC, 16).cost(100).scan == 2 * 8 * 4 * 6 * 2 + 2 * 8 * 5 * 3
+    assert build_mixer(ERASES, 16).cost(100).scan == 2 * 8 * 4 * 7 * 2 + 2 * 8 * 5 * 3
+
+
+def test_a_write_replaces_what_the_state_holds_at_its_key():
+    """Without forgetting and at rate 1 a key gives the value last written under it, whatever was before."""
+    mixer = made(ERASES | {"output_gate": False, "head_norm": False, "value_dim": 16})
+    with torch.no_grad():
+        mixer.gate_proj.weight.zero_()
+        planes = mixer.gate_proj.bias.view(5, 2, 8)
+        planes.fill_(-60.0)  # A_t = identity: each row keeps its own slot alone
+        for slot in range(8):
+            planes[slot % 4, :, slot] = 60.0
+        mixer.rate_proj.weight.zero_()
+        mixer.rate_proj.bias.fill_(60.0)
+        mixer.query_proj.weight.copy_(mixer.key_proj.weight)
+        mixer.out_proj.weight.copy_(torch.cat([torch.eye(16), torch.zeros(16, 16)], dim=1))  # of head 0
+        a, b = torch.randn(2, 16)
+        x = torch.stack([a, b, b, a, a])[None]
+        y, _ = mixer(x, None, SequenceContext())
+        size = mixer.key_proj(a)[:8].norm()
+        torch.testing.assert_close(y[0, -1] / size, mixer.value_proj(a)[:16], rtol=1e-3, atol=1e-4)
+
+
+def test_erasing_needs_keys():
+    with pytest.raises(ValueError, match="erase needs keys"):
+        build_mixer(SPEC | {"erase": True}, 16)
+
+
+def test_triton_erases_as_the_reference():
+    """Outputs, states and all gradients, from a state and with documents; and nothing is left of padding."""
+    pytest.importorskip("triton")
+    x, reset = torch.randn(2, 19, 16), torch.rand(2, 19) < 0.2
+    got = {}
+    for backend in ("triton", "reference"):
+        mixer = made(ERASES)
+        mixer.backend = backend
+        given, state = x.clone().requires_grad_(), torch.ones(2, 2, 8, 4).requires_grad_()
+        y, last = mixer(given, state, SequenceContext(reset=reset))
+        inputs = [given, state, *mixer.parameters()]
+        got[backend] = [y, last, *torch.autograd.grad(y.square().sum() + last.square().sum(), inputs)]
+    for a, b in zip(got["triton"], got["reference"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("documents", [False, True])

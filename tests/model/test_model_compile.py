@@ -15,7 +15,7 @@ from lrnn_lm.mixers import SequenceContext
 from lrnn_lm.model import modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
-WHOLE = ["bd_lru", "bd_lru-tanh", "bd_matrix", "h_lru", "attention"]
+WHOLE = ["bd_lru", "bd_lru-tanh", "bd_matrix", "bd_matrix-conv", "bd_matrix-erase", "h_lru", "attention"]
 
 
 def losses_and_gradients(model, ids, reset):

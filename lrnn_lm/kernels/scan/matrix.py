@@ -19,6 +19,8 @@ from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import reset_flags
 
+Summaries = tuple[Tensor, ...]  # scores, reads, keys, whole: see `matrix_kernels.py`
+
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
@@ -77,8 +79,7 @@ def _within(transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor 
     }  # fmt: skip
 
 
-def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """scores, reads, keys, whole: see `matrix_kernels.py`."""
+def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> Summaries:
     B, H, K, C = chunks.B, chunks.H, chunks.K, chunks.count
     new = inputs["transitions"].new_empty
     scores = new(B, C, H, CHUNK, CHUNK, dtype=dtype)
@@ -91,15 +92,73 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> t
     return scores, reads, keys, whole
 
 
-def _of_state(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
+def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str, Any]:
     """Arguments of both kernels from chunk to chunk."""
     K, V = chunks.K, chunks.V
     return {
-        "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
-        "n_chunks": chunks.count, "H": chunks.H, "K": K, "M": chunks.M, "V": V, "KP": max(K, 16),
-        "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"], "num_warps": 4,
-        "FP32": "ieee" if torch.version.hip else "tf32x3",
+        "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "erase": erase,
+        "ERASES": erase is not None, "T": chunks.T, "n_chunks": chunks.count, "H": chunks.H, "K": K,
+        "M": chunks.M, "V": V, "KP": max(K, 16), "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"],
+        "num_warps": 4, "FP32": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
+
+
+def _outputs(
+    chunks: _Chunks, summaries: Summaries, values: Tensor, erase: Tensor | None, h0: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and the last state, from chunk to chunk."""
+    y = values.new_empty(values.shape)
+    last = values.new_empty(chunks.B, chunks.H, chunks.K, chunks.V, dtype=torch.float32)
+    state_forward_kernel[(chunks.B * chunks.H,)](
+        *summaries, start=h0, y=y, last=last, states=None, HAS_START=h0 is not None, KEEP=False,
+        **_of_state(chunks, values, erase),
+    )  # fmt: skip
+    return y, last
+
+
+def _outputs_backward(
+    chunks: _Chunks, summaries: Summaries, values: Tensor, erase: Tensor | None, h0: Tensor | None,
+    grad: Tensor, grad_last: Tensor,
+) -> tuple[Summaries, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """dL/d of the summaries, values, erase, and h0 in fp32."""
+    B, C, H, K, V = chunks.B, chunks.count, chunks.H, chunks.K, chunks.V
+    of_state = _of_state(chunks, values, erase)
+    states = values.new_empty(B, C, H, K, V)  # before each chunk: recomputed, as saving them costs memory
+    state_forward_kernel[(B * H,)](
+        *summaries, start=h0, y=None, last=None, states=states, HAS_START=h0 is not None, KEEP=True,
+        **of_state,
+    )  # fmt: skip
+    d_scores, d_reads, d_keys, d_whole = d_summaries = tuple(torch.empty_like(x) for x in summaries)
+    d_values, d_erase = values.new_empty(values.shape), None if erase is None else torch.empty_like(erase)
+    d_h0 = values.new_empty(B, H, K, V, dtype=torch.float32)
+    state_backward_kernel[(B * H,)](
+        *summaries, states=states, grad=grad, grad_last=grad_last.contiguous(), d_scores=d_scores,
+        d_reads=d_reads, d_keys=d_keys, d_whole=d_whole, d_values=d_values, d_erase=d_erase, d_start=d_h0,
+        g_b=grad.stride(0), **_strides("G", "THV", grad), **of_state,
+    )  # fmt: skip
+    return d_summaries, d_values, d_erase, d_h0
+
+
+def _summaries_backward(
+    chunks: _Chunks, inputs: dict[str, Any], d_summaries: Summaries
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/d of transitions, as M planes (B, T, M, H, K) in memory, of writes, and of queries."""
+    B, T, H, K, M = chunks.B, chunks.T, chunks.H, chunks.K, chunks.M
+    d_scores, d_reads, d_keys, d_whole = d_summaries
+    d_a = inputs["transitions"].new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
+    d_k, d_q = (inputs[name].new_empty(B, T, H, K) for name in ("writes", "queries"))
+    programs = min(chunks.work, PROGRAMS_PER_SM * multiprocessors(d_a.device))
+    options = chunks.options
+    # Programs take items one after another, so scratch is as large as the device, not as the batch.
+    columns = (M + CHUNK) // options["G"] * options["R"] * M  # numbers a lane
+    lanes = options["ITEMS"] * options["G"] * options["NL"]
+    chunk_backward_kernel[(programs,)](
+        d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
+        d_transitions=d_a, d_writes=d_k, d_queries=d_q,
+        scratch=d_scores.new_empty(programs, CHUNK, columns * lanes), T=T, n_chunks=chunks.count,
+        total=chunks.total, work=chunks.work, **inputs, **options,
+    )  # fmt: skip
+    return d_a, d_k, d_q
 
 
 def _forward(
@@ -107,16 +166,9 @@ def _forward(
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     chunks = _chunks(transitions, values.shape[-1], reset)
-    y = values.new_empty(values.shape)
-    last = values.new_empty(chunks.B, chunks.H, chunks.K, chunks.V, dtype=torch.float32)
     with on_device(values):
         inputs = _within(transitions, writes, queries, reset_flags(reset))
-        summaries = _summaries(chunks, inputs, values.dtype)
-        state_forward_kernel[(chunks.B * chunks.H,)](
-            *summaries, start=h0, y=y, last=last, states=None, HAS_START=h0 is not None, KEEP=False,
-            **_of_state(chunks, values),
-        )  # fmt: skip
-    return y, last
+        return _outputs(chunks, _summaries(chunks, inputs, values.dtype), values, None, h0)
 
 
 def _backward(
@@ -125,45 +177,12 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dL/d of transitions, writes, values, queries, and h0 in fp32."""
     chunks = _chunks(transitions, values.shape[-1], reset)
-    B, C, H, K, V = chunks.B, chunks.count, chunks.H, chunks.K, chunks.V
-    d_a, d_k, d_v, d_q, d_h0 = _gradients_like(transitions, writes, values, queries)
     with on_device(values):
         inputs = _within(transitions, writes, queries, reset_flags(reset))
         summaries = _summaries(chunks, inputs, values.dtype)
-        states = values.new_empty(B, C, H, K, V)  # before each chunk: recomputed, as saving them costs memory
-        of_state = _of_state(chunks, values)
-        state_forward_kernel[(B * H,)](
-            *summaries, start=h0, y=None, last=None, states=states, HAS_START=h0 is not None, KEEP=True,
-            **of_state,
-        )  # fmt: skip
-        d_scores, d_reads, d_keys, d_whole = (torch.empty_like(x) for x in summaries)
-        state_backward_kernel[(B * H,)](
-            *summaries, states=states, grad=grad, grad_last=grad_last.contiguous(), d_scores=d_scores,
-            d_reads=d_reads, d_keys=d_keys, d_whole=d_whole, d_values=d_v, d_start=d_h0,
-            g_b=grad.stride(0), **_strides("G", "THV", grad), **of_state,
-        )  # fmt: skip
-        programs = min(chunks.work, PROGRAMS_PER_SM * multiprocessors(values.device))
-        options = chunks.options
-        # Programs take items one after another, so scratch is as large as the device, not as the batch.
-        columns = (chunks.M + CHUNK) // options["G"] * options["R"] * chunks.M  # numbers a lane
-        lanes = options["ITEMS"] * options["G"] * options["NL"]
-        chunk_backward_kernel[(programs,)](
-            d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
-            d_transitions=d_a, d_writes=d_k, d_queries=d_q,
-            scratch=values.new_empty(programs, CHUNK, columns * lanes), T=chunks.T, n_chunks=C,
-            total=chunks.total, work=chunks.work, **inputs, **options,
-        )  # fmt: skip
+        d_summaries, d_v, _, d_h0 = _outputs_backward(chunks, summaries, values, None, h0, grad, grad_last)
+        d_a, d_k, d_q = _summaries_backward(chunks, inputs, d_summaries)
     return d_a, d_k, d_v, d_q, d_h0
-
-
-def _gradients_like(
-    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """New tensors for the gradients. That of transitions is M planes (B, T, M, H, K) in memory."""
-    B, T, H, K, M = transitions.shape
-    d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
-    d_h0 = values.new_empty(B, H, K, values.shape[-1], dtype=torch.float32)
-    return d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0
 
 
 @torch.library.custom_op("lrnn_lm::matrix_scan_triton", mutates_args=())
@@ -191,7 +210,10 @@ def _(transitions, writes, values, queries, h0, reset):
 
 @_scan_backward.register_fake
 def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
-    return _gradients_like(transitions, writes, values, queries)
+    B, T, H, K, M = transitions.shape
+    d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
+    d_h0 = values.new_empty(B, H, K, values.shape[-1], dtype=torch.float32)
+    return d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0
 
 
 def _setup_context(ctx, inputs, output):

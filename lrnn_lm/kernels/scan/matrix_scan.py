@@ -32,6 +32,7 @@ def matrix_scan(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
     backend: str = "auto",
+    erase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan of the matrix-valued BD-LRU, `S_t = blockdiag(A_t) S_{t-1} + k_t v_t^T`, `y_t = S_t^T q_t`.
 
@@ -43,6 +44,10 @@ def matrix_scan(
         queries: (B, T, H, K) q; any strides.
         h0: (B, H, K, V) state before the first step; zeros if None.
         reset, backend: as in `block_diagonal_scan`.
+        erase: (B, T, H, K) e; a write then replaces what the state holds at e, `k_t w_t^T` with
+            `w_t = v_t - (blockdiag(A_t) S_{t-1})^T e_t` (the delta rule, arXiv 2412.06464; with M = 1 that
+            of arXiv 2510.26692). The states stay bounded where k_t = beta_t e_t with |e_t| <= 1 and
+            0 <= beta_t <= 1. On a CPU this is the reference, step by step.
     Returns:
         y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both
         are differentiable, once, with respect to all inputs but `reset`.
@@ -51,13 +56,21 @@ def matrix_scan(
     """
     _check(transitions, writes, values, queries, h0, reset)
     inputs = (transitions, writes, values, queries)
+    if erase is not None:
+        expect_shape("erase", erase, queries.shape)
+        expect_floats(erase=erase)
     backend = _choose(backend, *inputs)
-    if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
-        return reference.matrix_scan(*inputs, h0, reset)
+    plain = backend == "reference" or (backend == "torch" and erase is not None)
+    if plain or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
+        return reference.matrix_scan(*inputs, h0, reset, erase)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
-    if backend == "triton":
-        from .matrix import matrix_scan_triton  # triton is imported only where it runs
+    if backend == "triton":  # which is imported only where it runs
+        if erase is not None:
+            from .matrix_erase import matrix_erase_triton
+
+            return matrix_erase_triton(*inputs, erase, h0, reset)
+        from .matrix import matrix_scan_triton
 
         return matrix_scan_triton(*inputs, h0, reset)
     if h0 is None:

@@ -4,6 +4,10 @@ From what `matrix_kernels.py` computes of a chunk, its outputs and the state aft
 
     y = reads S_0 + scores v        S_L = blockdiag(whole) S_0 + keys^T v
 
+Where a write first erases (`matrix_erase.py`), v is what the values add to what S_0 holds already:
+
+    v = values - erase S_0
+
 One program a head carries the state from chunk to chunk, in fp32 and in registers. The backward pass walks
 the other way with dL/dS. Products have factors in the dtype of the values; only the state's own step has fp32
 factors, as three products of tf32 each.
@@ -67,18 +71,27 @@ def _steps_of(at, base, steps, T, columns, S_T: tl.constexpr, S_V: tl.constexpr,
     return tl.load(at + steps[:, None] * S_T + columns[None, :] * S_V, mask=inside, other=0.0)
 
 
+@triton.jit
+def _remaining(v, erase, written, rows, S, K: tl.constexpr, L: tl.constexpr, FP32: tl.constexpr):
+    """v - erase S [L, VP], in the order of the columns."""
+    erased = _matrix(erase, written, rows, K, L, K)  # [L, KP]
+    return (v.to(tl.float32) - _product(erased, S.to(v.dtype), tl.zeros(v.shape, tl.float32), FP32)).to(
+        v.dtype
+    )
+
+
 @triton.jit(do_not_specialize=["T", "n_chunks"])
 def state_forward_kernel(
-    scores, reads, keys, whole, values, start, y, last, states, T, n_chunks, v_b,
+    scores, reads, keys, whole, values, erase, start, y, last, states, T, n_chunks, v_b,
     V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
-    HAS_START: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
+    HAS_START: tl.constexpr, ERASES: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
     """y and the last state, or with KEEP the states before each chunk, for the backward pass.
 
     scores, reads, keys, whole as `chunk_forward_kernel` writes them, values (B, T, H, V) of any strides,
-    start (B, H, K, V) fp32; out, contiguous: y (B, T, H, V) and last (B, H, K, V) fp32, or states (B, C, H,
-    K, V).
+    erase (B, C, H, L, K) by step, start (B, H, K, V) fp32; out, contiguous: y (B, T, H, V) and
+    last (B, H, K, V) fp32, or states (B, C, H, K, V).
     """
     head = tl.program_id(0) % H
     b = as_int64(tl.program_id(0) // H)
@@ -93,6 +106,8 @@ def state_forward_kernel(
         item = (b * n_chunks + chunk) * H + head
         v_at = values + b * v_b + as_int64(chunk * L) * V_T + head * V_H
         v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)  # [L, VP], in the order of the columns
+        if ERASES:
+            v = _remaining(v, erase + item * (L * K), written, rows, S, K, L, FP32)
         if KEEP:
             _store_matrix(states + item * (K * V), S, rows, cols, V, K, V)
         else:
@@ -117,11 +132,11 @@ def state_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "n_chunks"])
 def state_backward_kernel(
-    scores, reads, keys, whole, values, states, grad, grad_last, d_scores, d_reads, d_keys, d_whole, d_values,
-    d_start, T, n_chunks, v_b, g_b,
+    scores, reads, keys, whole, values, erase, states, grad, grad_last, d_scores, d_reads, d_keys, d_whole,
+    d_values, d_erase, d_start, T, n_chunks, v_b, g_b,
     V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, G_T: tl.constexpr, G_H: tl.constexpr,
     G_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
-    VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, FP32: tl.constexpr,
+    VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, ERASES: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what `state_forward_kernel` reads, each contiguous and shaped as the tensor itself.
 
@@ -143,6 +158,8 @@ def state_backward_kernel(
         g = _steps_of(g_at, chunk * L, steps, T, cols, G_T, G_V, V)
         S = _matrix(states + item * (K * V), rows, cols, V, K, V)  # before the chunk
         owed = dS.to(dtype)  # after the chunk
+        if ERASES:
+            v = _remaining(v, erase + item * (L * K), written, rows, S, K, L, FP32)
         d_score = _product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
         d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)  # values reach no earlier output
         _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
@@ -156,6 +173,10 @@ def state_backward_kernel(
         dv = _product(key, owed, dv, FP32)
         dv_at = d_values + ((b * T + as_int64(chunk * L)) * H + head) * V
         _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
+        if ERASES:
+            removed = (-dv).to(dtype)
+            d_erased = _product(removed, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
+            _store_matrix(d_erase + item * (L * K), d_erased, written, rows, K, L, K)
         if M == 1:
             d_decay = tl.sum(dS * S.to(tl.float32), axis=1)  # [KP], the diagonal of dP
             tl.store(d_whole + item * K + rows, d_decay, mask=rows < K)
@@ -170,6 +191,8 @@ def state_backward_kernel(
             dS = _product(P, dS, tl.zeros_like(dS), FP32)
         read = _transposed(reads + item * (L * K), steps, rows, K, L, K)
         dS = _product(read, g, dS, FP32)
+        if ERASES:
+            dS = _product(_transposed(erase + item * (L * K), written, rows, K, L, K), removed, dS, FP32)
     _store_matrix(d_start + (b * H + head) * (K * V), dS, rows, cols, V, K, V)
 
 
