@@ -79,9 +79,8 @@ def check(M: int, dtype: torch.dtype, T: int, erases: bool) -> bool:
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     right = max(errors.values()) <= TOLERANCE[dtype] and same
     verdict = "ok" if right else "WRONG"
-    print(
-        f"M {M} {dtype} T {T}{' erasing' * erases}: {verdict}; {text}; same bits twice: {same}; first call {seconds:.0f} s"
-    )
+    case = f"M {M} {dtype} T {T}{' erasing' * erases}"
+    print(f"{case}: {verdict}; {text}; same bits twice: {same}; first call {seconds:.0f} s")
     return right
 
 
