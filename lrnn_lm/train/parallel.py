@@ -99,7 +99,7 @@ def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a global norm of at most `limit`; returns the norm before, () on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)
 
 
 def reshard(model: nn.Module) -> None:
@@ -107,6 +107,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, gathered from its shards if it is sharded: all ranks call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def assert_agree(run: Path, one: Path) -> None:
 )
 def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str, int, int]) -> None:
     parallel, ranks, rows = layout
+    optim = "muon" if parallel == "hsdp" else "adamw"
     short = (f"train.micro_batch={rows}", "train.tokens=9216", "checkpoint.every=5 steps")
+    short = (*short, f"optim.name={optim}")
     Ranks(recipe, ranks, *short, f"name=straight-{parallel}", parallel=parallel).expect()
     stop = Prank(rank=ranks - 1, step=7, signal=signal.SIGTERM)
     said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel, prank=stop).expect(85)
@@ -298,6 +300,7 @@ MODELS = {
     "lstm": "model.mixer={type: lstm, width: 20}",
     "mamba2": "model.mixer={type: mamba2, head_dim: 8, state_size: 4}",
     "hybrid": "model.layer_pattern=[bd_lru, {type: attention, num_heads: 2}]",
+    "muon": "optim.name=muon",
     "tied": "model.tie_word_embeddings=true",
     "reconstruction": "data.source={type: synthetic, task: compression}",
 }
