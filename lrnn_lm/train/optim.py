@@ -145,7 +145,7 @@ class Muon(Optimizer):
         if parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for shape, pairs in by_shape.items():
-            stacks = [whole(ahead).view(-1, *shape) for _, ahead in pairs]  # (planes, rows, columns) each
+            stacks = [whole(ahead).reshape(-1, *shape) for _, ahead in pairs]  # (planes, rows, columns) each
             updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])
             targets = [parameter for parameter, _ in pairs]
             shares = [like_parameter(u.flatten(0, 1), p) for u, p in zip(updates, targets, strict=True)]
