@@ -127,7 +127,7 @@ def test_the_example(way, make_checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     script = Path(__file__).parents[2] / "examples/finetune.py"
     checkpoint = str(make_checkpoint("hybrid"))
-    options = [f"--way={way}", "--length=256", "--epochs=60", "--lr=0.01"]
+    options = [f"--way={way}", "--length=256", "--epochs=40", "--lr=0.01"]
     monkeypatch.setattr(
         sys, "argv", [str(script), checkpoint, str(tmp_path / "chats.jsonl"), str(tmp_path / "out"), *options]
     )
