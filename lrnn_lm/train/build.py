@@ -76,7 +76,7 @@ def build_trainer(
     folder = Path(recipe.train.runs_dir) / recipe.name
     check_segments(recipe)
     optimizer_class(recipe.optim.name)  # an unknown name is an error before anything is prepared or written
-    plan = launch_plan(recipe.train.parallel)
+    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size)
     stop = stop or StopSignal()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop.hold()  # if one rank left now, the others would wait for it
@@ -84,6 +84,7 @@ def build_trainer(
         stop.let_go()
     accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
     together = Together(accelerator, stop)
+    together.all(lambda: recipe.train.check_shards(accelerator.num_processes, plan.kind))
     main, device = accelerator.is_main_process, accelerator.device
     parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
     source = recipe.model.init_from if begins else None

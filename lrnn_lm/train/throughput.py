@@ -48,7 +48,8 @@ class Throughput:
             memory = training_memory(config, micro_batch, length, dtype, recomputed)
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
-            update = _ADAMW_PASSES * 4 * cost.total_parameters / (ranks if sharded else 1)
+            shards = (recipe.train.shard_size or ranks) if sharded else 1
+            update = _ADAMW_PASSES * 4 * cost.total_parameters / shards
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
     def line(self, spent: Spent, tokens: int | None = None) -> dict[str, float | int | None]:
