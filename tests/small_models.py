@@ -35,6 +35,7 @@ MIXER_ROWS = {
         "num_heads": 2,
         "head_dim": 4,
         "block_size": 2,
+        "head_conv": 3,
         "keys": True,
         "erase": True,
     },
