@@ -93,7 +93,9 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
         if short_conv and head_conv:
-            raise ValueError("short_conv convolves the input, head_conv what heads make of it: set one of them")
+            raise ValueError(
+                "short_conv convolves the input, head_conv what heads get of it: set one of them"
+            )
         if erase and not keys:
             raise ValueError(
                 "erase needs keys: a write erases what the state holds at its key; set keys: true"
@@ -119,8 +121,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution of C channels (B, H K V +
-        (W-1) C), its inputs after the recurrence's state."""
+        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution of C channels
+        (B, H K V + (W-1) C), its inputs after the recurrence's state."""
         context = context or SequenceContext()
         conv, past = self.conv if self.head_conv is None else self.head_conv, None
         if conv is not None:
