@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_A_STEP = 8  # upper bound for a symbol or word of a row: --lengths enlarges a suite's window by it
-WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on the whole row
+WHOLE_ROWS = ("state_", "mad_", "recall_", "long_")  # tasks whose answer depends on the whole row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
