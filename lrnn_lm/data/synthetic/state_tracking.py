@@ -115,7 +115,7 @@ def depths(max_depth: int) -> Automaton:
 
 
 def even_pairs() -> Automaton:
-    """Letters 0 and 1; states: 0 before any, then 1 + 2 * first + last; label 1 where first and last agree."""
+    """Letters 0 and 1; states: 0 before any, then 1 + 2 * first + last; label 1 where those agree."""
     table = [[1 + 3 * a, 1 + a, 1 + a, 3 + a, 3 + a] for a in (0, 1)]
     return Automaton(np.array(table), np.array([1, 1, 0, 0, 1]))
 
