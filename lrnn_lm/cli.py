@@ -175,6 +175,9 @@ def evaluate_checkpoint(
     rows: Annotated[
         int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
     ] = None,
+    prompt_twice: Annotated[
+        bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
+    ] = False,
     certify: Annotated[
         str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
     ] = None,
@@ -236,6 +239,7 @@ def evaluate_checkpoint(
             batch_size=batch_size,
             max_length=max_length,
             lengths=wanted,
+            prompt_twice=prompt_twice,
             device=device,
             trust_remote_code=trust_remote_code,
             team=team,
@@ -260,6 +264,9 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="file to read before the prompt, of any length; not printed")
     ] = None,
+    prompt_twice: Annotated[
+        bool, typer.Option("--prompt-twice", help="read prompt file and prompt twice, print the continuation")
+    ] = False,
     segment: Annotated[int, typer.Option(help="tokens of the prompt file read at once")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(help="write at most this many tokens")] = 100,
     temperature: Annotated[float, typer.Option(help="divides the logits before sampling; 0: greedy")] = 0.8,
@@ -277,6 +284,7 @@ def generate(
         checkpoint,
         prompt,
         prompt_file=prompt_file,
+        prompt_twice=prompt_twice,
         segment=segment,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
