@@ -13,8 +13,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +29,10 @@ from studies.replicas import Job, train_wave
 from .measure import describe
 from .results import Budget, Row, check_output, read_results, show, tabulate
 
+ASKED = ("contenders", "tasks", "lrs", "budget_seconds")  # may differ when the command goes on
 HELD = 0.99  # accuracy of the second half of rows that counts as holding a length
 REFERENCE = "bd_lru-m5"  # whose parameters the others are brought to
+SIDE_BY_SIDE = 8  # small models that train at once on a GPU
 # Lengths, and shares of the steps, that state tasks begin with.
 SHORT_ROWS = ((4, 0.22), (8, 0.17), (16, 0.11))
 DEFAULT_TASKS = "s5,a5,parity,mqar,selective_copying"
@@ -55,6 +58,7 @@ class FrontierSettings:
     depth: int = 12
     tokens: int = 32_768
     context: int = 2048
+    speed_vocab: int = 8192
     decoded: int = 64
     corpus: str | None = None
     corpus_tokens: int = 20_000_000
@@ -63,6 +67,7 @@ class FrontierSettings:
 
 SMALL = {
     "hidden": 32, "rows": 64, "width": 64, "depth": 2, "tokens": 2048, "context": 256, "vocab": 64,
+    "speed_vocab": 256,
 }  # fmt: skip
 
 
@@ -81,14 +86,15 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
     rows = _begun(settings, target, output)
     budget = Budget(settings.budget_seconds)
     fit = Fitter(settings)
-    for row, measure in _wanted(settings, names, tasks, rates, fit, target, output):
-        if any(all(done.get(key) == value for key, value in row.items()) for done in rows):
-            continue
+    done = {_key(row) for row in rows}
+    for wave in _waves(settings, names, tasks, rates, fit, target, output, done):
         if budget.refusal():
             print("the budget is spent; the same command goes on")
             break
-        rows.append({**row, **budget.run(measure)})
-        _append(output, rows[-1])
+        made = budget.run(lambda wave=wave: {"rows": wave.measure()})
+        for row, rest in zip(wave.rows, made.get("rows", [made] * len(wave.rows)), strict=True):
+            rows.append({**row, **rest})
+            _append(output, rows[-1])
     summary = summarise(rows, names, tasks)
     _show(summary, tasks, output)
     if output is not None:
@@ -98,7 +104,7 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
 
 def _begun(settings: FrontierSettings, device: torch.device, output: Path | None) -> list[Row]:
     """The rows of a file that was begun with the same settings; of a new one, none."""
-    fixed = {k: v for k, v in asdict(settings).items() if k not in ("contenders", "tasks", "budget_seconds")}
+    fixed = {k: v for k, v in asdict(settings).items() if k not in ASKED}
     check_output(output)
     if output is None:
         return []
@@ -120,7 +126,18 @@ def _append(output: Path | None, row: Row) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _wanted(
+class Wave(NamedTuple):
+    """Rows that are measured at once: what each is of, and what gives the rest of all."""
+
+    rows: list[Row]
+    measure: Callable[[], list[Row]]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["contender"], row["kind"], row.get("task"), row.get("lr")
+
+
+def _waves(
     settings: FrontierSettings,
     names: list[str],
     tasks: list[str],
@@ -128,19 +145,22 @@ def _wanted(
     fit: "Fitter",
     device: torch.device,
     output: Path | None,
-) -> Iterator[tuple[Row, Callable[[], Row]]]:
-    """What a row is of, and how to measure the rest of it; cheap kinds first."""
-    for name in names:
-        yield {"contender": name, "kind": "speed"}, lambda name=name: speed(settings, fit.large(name), device)
-    for task in tasks:
-        for name in names:
-            for lr in rates:
-                yield (
-                    {"contender": name, "kind": "task", "task": task, "lr": lr},
-                    lambda name=name, task=task, lr=lr: holds(fit.small(name, task, lr), settings, device),
-                )
-    for name in names if settings.corpus else ():
-        yield {"contender": name, "kind": "loss"}, lambda name=name: loss(settings, name, device, output)
+    done: set[tuple[Any, ...]],
+) -> Iterator[Wave]:
+    """What is not done; cheap kinds first. On a GPU small models train side by side."""
+    for row in ({"contender": name, "kind": "speed"} for name in names):
+        if _key(row) not in done:
+            yield Wave([row], lambda row=row: [speed(settings, fit.large(row["contender"]), device)])
+    at_once = SIDE_BY_SIDE if device.type == "cuda" else 1
+    for task, lr in product(tasks, rates):
+        rows = [{"contender": name, "kind": "task", "task": task, "lr": lr} for name in names]
+        rows = [row for row in rows if _key(row) not in done]
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            yield Wave(part, lambda part=part: holds([fit.small(row) for row in part], device))
+    for row in ({"contender": name, "kind": "loss"} for name in names if settings.corpus):
+        if _key(row) not in done:
+            yield Wave([row], lambda row=row: [loss(settings, row["contender"], device, output)])
 
 
 class Fitter:
@@ -150,9 +170,9 @@ class Fitter:
         self.settings = settings
         self._fits: dict[tuple[int, int], Fitting] = {}
 
-    def small(self, name: str, task: str, lr: float) -> Job:
-        """A training run on a task: state tasks begin with short rows, which S5 needs."""
-        s = self.settings
+    def small(self, row: Row) -> Job:
+        """A row's training run on its task: state tasks begin with short rows, which S5 needs."""
+        s, name, task, lr = self.settings, row["contender"], row["task"], row["lr"]
         states = task in STATE_TASKS
         begun = [(n, max(1, round(share * s.steps))) for n, share in SHORT_ROWS if states and n < s.length]
         length = s.length if states else max(s.length, 64)
@@ -175,7 +195,7 @@ class Fitter:
         job = Job(
             name=name, task="mqar", model=name, mixer={}, seed=0, lr=1e-3, stages=((s.context, 1),),
             tested=(s.context,), hidden=s.width, layers=s.depth, intermediate=-(-s.width * 8 // 3 // 64) * 64,
-            options={"vocab_size": 8192, "pairs": 8},
+            options={"vocab_size": s.speed_vocab, "pairs": 8},
         )  # fmt: skip
         return self._fitted(job, name)
 
@@ -187,12 +207,15 @@ class Fitter:
         return self._fits[key](contender(job, name, gate_std=1.0))
 
 
-def holds(job: Job, settings: FrontierSettings, device: torch.device) -> Row:
-    """Train a job; the longest length up to which it holds the task, 0 for none."""
-    (result,) = train_wave([job], device, float("inf"))
+def holds(jobs: list[Job], device: torch.device) -> list[Row]:
+    """Train jobs side by side; the longest length up to which each holds its task, 0 for none."""
+    return [_held(result) for result in train_wave(jobs, device, float("inf"))]
+
+
+def _held(result: Row) -> Row:
     if "error" in result:
         return {"reason": result["error"]}
-    shares = result.get("last_half") or {str(job.tested[0]): result["accuracy"]}
+    shares = result.get("last_half") or {str(result["tested"][0]): result["accuracy"]}
     held = 0
     for length, share in sorted((int(length), share) for length, share in shares.items()):
         if share < HELD:

@@ -13,7 +13,7 @@ from studies.contenders import count
 TINY = {
     "contenders": "bd_lru-m2,min_gru", "tasks": "parity,mqar,selective_copying", "lrs": "0.02",
     "hidden": 8, "rows": 8, "steps": 6, "length": 8, "longest": 32, "vocab": 32, "width": 16,
-    "depth": 1, "tokens": 64, "context": 32, "decoded": 4,
+    "depth": 1, "tokens": 64, "context": 32, "decoded": 4, "speed_vocab": 32,
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_rows_table_and_picture(tmp_path, capsys):
 def test_contenders_have_equal_parameters():
     fit = Fitter(FrontierSettings())
     made = [
-        fit.small(name, "s5", 0.01)
+        fit.small({"contender": name, "task": "s5", "lr": 0.01})
         for name in ("bd_lru-m5", "bd_lru-m1", "rg_lru", "complex_lru", "slice-m5")
     ]
     counts = [count(job) for job in made]
