@@ -11,7 +11,17 @@ from lrnn_lm.cli import main
 from lrnn_lm.data import SyntheticTask
 from lrnn_lm.data.synthetic.prepare import write_symbols
 from lrnn_lm.evaluate.probe.certify import certify
-from lrnn_lm.evaluate.probe.state_boxes import _gate_error, affine_maps, certified_length
+from lrnn_lm.evaluate.probe.state_boxes import (
+    Ball,
+    _after,
+    _first_states,
+    _gate_error,
+    _growth,
+    _lead,
+    _widened,
+    affine_maps,
+    certified_length,
+)
 from lrnn_lm.kernels.gates import GATES, normalise
 
 ELEMENTS = list(permutations(range(3)))
@@ -177,6 +187,75 @@ def test_exact_means_exact_in_fp32(gate, low):
     assert ((p := normalise(z.float(), gate)) == p.round()).all()
     exact, _ = _gate_error(z, torch.full_like(z, 20.0), normalise(z, gate), gate)
     assert not exact[0]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize(("task", "gate"), [
+    ("parity", "softmax"), ("aa_star", "silu"), ("dyck1_depth", "tanh"), ("even_pairs", "identity"),
+    ("cycle_navigation", "relu"), ("modular_arithmetic", "sigmoid"), ("s3", "softmax"),
+])  # fmt: skip
+@torch.no_grad()
+def test_states_are_in_their_boxes(task, gate, start):
+    """Of random models, after random rows; and the lead of an answer is at least what is said."""
+    torch.manual_seed(0)
+    made = SyntheticTask(task, 13, {"start": start})
+    automaton = made.kind.automaton(made.options)
+    mixer = {"type": "bd_lru", "block_size": 3, "num_blocks": 2, "gate": gate, "gate_std": 2.0}
+    model = LRNNForCausalLM(LRNNConfig(
+        vocab_size=made.vocab_size, hidden_size=8, num_hidden_layers=1, intermediate_size=8, mixer=mixer,
+        initializer_range=0.3,
+    )).eval()  # fmt: skip
+    inputs, labels = made.rows(0, "eval", np.arange(50))
+    ids = torch.from_numpy(inputs)
+    layer = model.model.layers[0]
+    seen = []
+    layer.mixer.out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = model(ids).logits.double()
+    h = seen[0].unflatten(-1, (2, 3)).double()  # (50, 13, N, M)
+    exact = model.double()
+    first = automaton.ids if start else None
+    maps = affine_maps(exact, made.vocab_size if start else len(automaton.table))
+    begun = boxes = _first_states(maps, automaton, first)
+    state = np.full(50, automaton.start)
+    for t in range(start, 13):
+        ends = maps(boxes)
+        low, high = (end[inputs[:, t], state] for end in ends)
+        assert (h[:, t] >= low).all()
+        assert (h[:, t] <= high).all()
+        asked = labels[:, t] >= 0
+        if asked.any():
+            label = torch.from_numpy(labels[asked, t])
+            box = Ball(((low + high) / 2)[asked], ((high - low) / 2)[asked])
+            lead = _lead(exact, ids[asked, t], box, label)
+            right = logits[asked, t].gather(1, label[:, None])
+            others = logits[asked, t].scatter(1, label[:, None], -torch.inf).amax(dim=1)
+            assert (right[:, 0] - others >= lead).all()
+        boxes = _after(maps, automaton, boxes, begun)
+        state = automaton.table[inputs[:, t], state]
+        assert boxes.reached[state].all()
+        assert (h[:, t] >= boxes.low[state]).all()
+        assert (h[:, t] <= boxes.high[state]).all()
+
+
+@pytest.mark.parametrize("lead", [1.0, 4.0, 200.0])
+@torch.no_grad()
+def test_widened_boxes_hold_the_later_ones(lead):
+    model = model_of_s3(lead, blocks=3, pull=1.0).double()
+    automaton = SyntheticTask("s3", 8, {"start": 1}).kind.automaton({"start": 1})
+    maps = affine_maps(model, 7)
+    begun = boxes = _first_states(maps, automaton, START)
+    found = []
+    for _ in range(60):
+        boxes = _after(maps, automaton, boxes, begun)
+        found.append(boxes)
+    for early in (1, 5, 20):
+        growth = _growth(found[early], found[early + 1])
+        assert bool(growth[0] == 0) == (lead == 200)
+        for later in range(early + 1, 60):
+            for more in (later - early, torch.inf):
+                wide = _widened(found[early], growth, maps.shrinks, more)
+                assert (wide.low <= found[later].low).all()
+                assert (wide.high >= found[later].high).all()
 
 
 @torch.no_grad()

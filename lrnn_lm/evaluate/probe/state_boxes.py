@@ -147,10 +147,7 @@ def certified_length(
     shrinks = maps.shrinks
 
     def margin_after(more: float) -> float:
-        """The margin of rows `more` symbols longer: a step's growth is at most `shrinks` of that before."""
-        total = growth * (1 / (1 - shrinks)).clamp(max=more)  # of 1 + shrinks + shrinks^2 ..
-        wider = torch.where(growth > 0, total, 0.0).view(1, -1, 1)
-        return _margin(model, maps, automaton, Boxes(boxes.low - wider, boxes.high + wider, boxes.reached))
+        return _margin(model, maps, automaton, _widened(boxes, growth, shrinks, more))
 
     if (limit := margin_after(torch.inf)) > 0:
         return {"length": None, "margin": limit}
@@ -196,6 +193,13 @@ def _growth(before: Boxes, after: Boxes) -> Tensor:
         return torch.full_like(before.low[0, :, 0], torch.inf)
     over = torch.maximum(after.high - before.high, before.low - after.low)  # (Q, N, M)
     return over.amax(dim=(0, 2)).clamp(min=0.0)
+
+
+def _widened(boxes: Boxes, growth: Tensor, shrinks: Tensor, more: float) -> Boxes:
+    """What holds the boxes `more` steps later: a step's growth is at most `shrinks` of that before."""
+    total = growth * (1 / (1 - shrinks)).clamp(max=more)  # of 1 + shrinks + shrinks^2 ..
+    wider = torch.where(growth > 0, total, 0.0).view(1, -1, 1)
+    return Boxes(boxes.low - wider, boxes.high + wider, boxes.reached)
 
 
 def _margin(model: "PreTrainedModel", maps: Maps, automaton: "Automaton", boxes: Boxes) -> float:
