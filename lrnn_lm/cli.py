@@ -175,18 +175,29 @@ def evaluate_checkpoint(
     rows: Annotated[
         int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
     ] = None,
+    prompt_twice: Annotated[
+        bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
+    ] = False,
+    certify: Annotated[
+        str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
+    ] = None,
+    harden: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score checkpoints on lm-eval tasks, or probe them.
 
-    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length and --recall are probes: no
-    task is scored then, unless --tasks or --suite is given too. eval/README.md explains tasks and probes.
+    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length, --recall and --certify are
+    probes: no task is scored then, unless --tasks or --suite is given too. eval/README.md explains them.
     """
     check_extra("eval", "matplotlib")
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)
+    if harden is not None and certify is None:
+        raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
     team, device = join(device)
     if length is not None and team.is_main:
         from .evaluate.compare import folders
@@ -204,7 +215,16 @@ def evaluate_checkpoint(
             checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-    if tasks or suite is not None or (length is None and not recall):
+    if certify is not None and team.is_main:
+        from .evaluate.compare import folders
+        from .evaluate.probe.certify import certify as certify_one
+
+        for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
+            certify_one(
+                checkpoint, certify, output=where, hardened=harden, device=device,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+    if tasks or suite is not None or (length is None and not recall and certify is None):
         from .evaluate.compare import evaluate_each
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -219,6 +239,7 @@ def evaluate_checkpoint(
             batch_size=batch_size,
             max_length=max_length,
             lengths=wanted,
+            prompt_twice=prompt_twice,
             device=device,
             trust_remote_code=trust_remote_code,
             team=team,
@@ -243,6 +264,9 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="file to read before the prompt, of any length; not printed")
     ] = None,
+    prompt_twice: Annotated[
+        bool, typer.Option("--prompt-twice", help="read prompt file and prompt twice, print the continuation")
+    ] = False,
     segment: Annotated[int, typer.Option(help="tokens of the prompt file read at once")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(help="write at most this many tokens")] = 100,
     temperature: Annotated[float, typer.Option(help="divides the logits before sampling; 0: greedy")] = 0.8,
@@ -260,6 +284,7 @@ def generate(
         checkpoint,
         prompt,
         prompt_file=prompt_file,
+        prompt_twice=prompt_twice,
         segment=segment,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -4,7 +4,6 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ def generate(
     prompt: str = "",
     *,
     prompt_file: str | Path | None = None,
+    prompt_twice: bool = False,
     segment: int = 2048,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
@@ -35,7 +35,8 @@ def generate(
 
     The text starts at BOS, like documents in training, so the prompt may be empty. A prompt file comes before
     the prompt. It is read `segment` tokens at a time, in memory that does not grow with its length (except
-    for attention layers); then only the continuation is printed and returned.
+    for attention layers); then only the continuation is printed and returned, as with `prompt_twice`: read
+    file and prompt, a line break, and both again, so that a recurrence knows what to keep (arXiv 2407.05483).
 
     Sampling divides logits by temperature, then keeps the top_k most likely tokens and of these the smallest
     set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
@@ -58,17 +59,18 @@ def generate(
     from transformers import TextStreamer
 
     cache = None
-    if prompt_file is None:
+    shown = prompt_file is None and not prompt_twice
+    if shown:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
         length = ids.shape[1]
         check_window(model, length + max_new_tokens)
     else:
-        texts = chain(read_text(prompt_file), [prompt] if prompt else [])
+        texts = _texts(prompt, prompt_file, times=2 if prompt_twice else 1)
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
     settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
-    streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=not shown, skip_special_tokens=True)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _any_text_printed():
         if seed is not None:
@@ -82,7 +84,18 @@ def generate(
             generation_config=settings,
             streamer=streamer,
         )
-    return tokenizer.decode(out[0, 1 if prompt_file else 0 :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, 0 if shown else 1 :], skip_special_tokens=True)
+
+
+def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[str]:
+    """The file and the prompt after it, in pieces; each time after the first on a line of its own."""
+    for time in range(times if prompt or prompt_file is not None else 0):
+        if time:
+            yield "\n"
+        if prompt_file is not None:
+            yield from read_text(prompt_file)
+        if prompt:
+            yield prompt
 
 
 def _check(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_A_STEP = 8  # upper bound for a symbol or word of a row: --lengths enlarges a suite's window by it
-WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on the whole row
+WHOLE_ROWS = ("state_", "mad_", "recall_", "long_")  # tasks whose answer depends on the whole row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -48,6 +48,7 @@ def evaluate(
     num_fewshot: int | None = None,
     max_length: int | None = None,
     lengths: list[int] | None = None,
+    prompt_twice: bool = False,
     trust_remote_code: bool = False,
     team: Team = ALONE,
 ) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def evaluate(
             up to the model's limit; else `context_length`. By default, models without attention read
             requests of any length whole, except rolling ones.
         lengths: of the rows of state, mad and long tasks.
+        prompt_twice: read each context, a line break and the context again (arXiv 2407.05483). Not of rolling
+            tasks, which have no context.
         trust_remote_code: let the checkpoint's folder run its own code.
         team: the processes that share the work, which all call this. The main one prints and writes, the
             others return {}.
@@ -101,13 +104,14 @@ def evaluate(
         with hub_data(hub):
             results, reading = score_model(
                 model, tokenizer, manager, names, info, widest, max_length, limit=limit,
-                batch_size=batch_size, num_fewshot=num_fewshot, team=team,
+                batch_size=batch_size, num_fewshot=num_fewshot, team=team, prompt_twice=prompt_twice,
             )  # fmt: skip
     if not team.is_main:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names, "limit": limit, "num_fewshot": num_fewshot, **reading, "lengths": lengths,
+        "prompt_twice": prompt_twice,
         "batch_size": batch_size, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "processes": team.size,
     }  # fmt: skip
@@ -247,6 +251,7 @@ def _write(
         if len(what) > 80:  # a file name takes 255 bytes
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
         what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
+        what += "-prompt-twice" if settings["prompt_twice"] else ""
         what += f"-limit{settings['limit']}" if settings["limit"] else ""
         where = f"{info.run.name}-" if output is not None and info.run is not None else ""
         path = folder / f"{where}{info.name}-{what}.json"
