@@ -188,11 +188,11 @@ def rounded_blocks(
 def _write_and_show(facts: dict[str, Any], info: CheckpointInfo, output: Path | None) -> None:
     folder = output if output is not None else info.run and RunFolder(info.run).scores
     task, states = facts["task"]["name"], facts["task"]["states"]
-    rows = [
-        [str(b["block"]), "yes" if b["follows"] else "no", str(b["values"]), f"{b['off']:.2g}",
-         f"{b['leak']:.2g}", f"{b['exact']:.0%}"]
-        for b in facts["blocks"]
-    ]  # fmt: skip
+    rows = []
+    for b in facts["blocks"]:
+        follows = "no" if not b["follows"] else "yes" if b["values"] > 1 else "constant"
+        numbers = [str(b["values"]), f"{b['off']:.2g}", f"{b['leak']:.2g}", f"{b['exact']:.0%}"]
+        rows.append([str(b["block"]), follows, *numbers])
     header = ["block", f"rounded, follows {task}", f"states of {states}", "off by", "leak", "exact rows"]
     print_table(header, rows, left=0, title=info.name)
     table_console().print(verdict(facts), highlight=False)
