@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-fresh test-slurm lint clean
+.PHONY: install demo test test-fresh test-slurm lint site clean
 
 install: .venv/.installed
 
@@ -10,7 +10,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev,tensorboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev,site,tensorboard]'
 	@touch $@
 
 demo: install
@@ -36,6 +36,10 @@ test-slurm: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation in build/site; a broken link is an error.
+site: install
+	$(BIN)/python -m sphinx -q -W --keep-going -c site docs build/site
 
 clean:
 	rm -rf .venv build dist *.egg-info

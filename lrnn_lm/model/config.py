@@ -17,15 +17,15 @@ class LRNNConfig(PreTrainedConfig):
     """Configuration of a linear recurrent network language model.
 
     Args:
-        vocab_size, hidden_size, num_hidden_layers, intermediate_size, rms_norm_eps, initializer_range,
-        tie_word_embeddings: as everywhere in transformers; intermediate_size is the width of the SwiGLU.
+        vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings: as everywhere in transformers.
+        intermediate_size, rms_norm_eps, initializer_range: likewise; the first is the width of the SwiGLU.
         mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
         layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a
             table as above, or a type's name, which takes `mixer`'s options where they fit.
         max_position_embeddings: the training length. It limits no mixer; evaluation cuts text by it.
-        loss_chunk: tokens whose logits exist at once while the training loss is computed. residual_in_fp32:
-        whether the residual stream stays in fp32 under autocast instead of taking autocast's
-            dtype. With weights in bf16 it is in bf16.
+        loss_chunk: tokens whose logits exist at once while the training loss is computed.
+        residual_in_fp32: whether the residual stream stays in fp32 under autocast instead of taking
+            autocast's dtype. With weights in bf16 it is in bf16.
         synthetic_task: the task that a model learnt, for evaluation: `{"task", "length", "options"}`.
 
     Raises:
