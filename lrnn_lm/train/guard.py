@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..recipe.schema import GuardSection
+from ..recipe.train import GuardSection
 
 
 def is_outlier(now: Sequence[float], recent: Sequence[Sequence[float]], guard: GuardSection) -> bool:

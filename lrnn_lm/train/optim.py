@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..recipe.schema import GroupSection, OptimSection
+from ..recipe.optim import GroupSection, OptimSection
 from .muon import MOMENTUM, orthogonalised
 
 

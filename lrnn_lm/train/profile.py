@@ -3,7 +3,7 @@
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..recipe.schema import ProfileSection
+from ..recipe.train import ProfileSection
 from ..runs.layout import RunFolder
 
 _ROWS = 40  # of the table

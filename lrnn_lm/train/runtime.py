@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
 
-from ..recipe.schema import TrainSection
+from ..recipe.train import TrainSection
 
 # Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
 # The first key that is part of the device's name counts, so `H100 PCIe` stands before `H100`.
