@@ -1,5 +1,9 @@
 """The recipe's optim section: the optimizer, its schedule, groups of parameters with their own rates."""
 
+import ast
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -55,7 +59,7 @@ class OptimSection(Section):
         return betas
 
     def check_spans(self, total: int, step: int) -> None:
-        """Raise ValueError unless warm-up and decay fit into `total` steps of `step` tokens, without overlap."""
+        """Raise ValueError unless warm-up and decay fit, one after the other, into `total` steps."""
         spans = {"warmup": self.warmup}
         if self.schedule == "wsd":
             spans["decay"] = self.decay
@@ -75,3 +79,27 @@ class OptimSection(Section):
                 f"optim.warmup {self.warmup} and optim.decay {self.decay} overlap: together they "
                 f"take more than the {total} steps of the run; shorten one"
             )
+
+
+def check_optimizer(name: str, known: Iterable[str] | None = None) -> None:
+    """Raise ValueError, with the nearest name, for an `optim.name` that is not registered.
+
+    known: the registry's names; None: read them from its source, where torch cannot be imported.
+    """
+    known = _registered() if known is None else list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        raise ValueError(f"optim.name: {name!r} is not known; {hint}")
+
+
+def _registered() -> list[str]:
+    """Keys that train/optim.py gives to OPTIMIZERS, in the table or in a line of their own."""
+    source = (Path(__file__).parents[1] / "train" / "optim.py").read_text(encoding="utf-8")
+    keys: list[ast.expr] = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "OPTIMIZERS":
+            keys += node.value.keys
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("OPTIMIZERS["):
+            keys.append(node.targets[0].slice)
+    return [ast.literal_eval(key) for key in keys]

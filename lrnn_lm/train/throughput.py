@@ -2,8 +2,8 @@
 
 MFU counts the operations of the model's mathematics without recomputation (`model.accounting`). Memory
 traffic is a lower bound, each byte counted once: activations kept for the backward pass are written and read;
-weights are read in both passes, in the precision of the passes; gradients are written; AdamW reads weights,
-gradients and two moments and writes weights and moments, in fp32.
+weights are read in both passes, in the precision of the passes; gradients are written; the optimizer reads
+weights, gradients and its state and writes weights and state.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..model.accounting import account, training_memory
+from ..model.accounting import account, meta_model, training_memory
 from ..recipe import Recipe
+from .optim import state_bytes
 from .runtime import peak_bandwidth, peak_flops, peak_memory_bytes
-
-_ADAMW_PASSES = 7  # reads weight, gradient, two moments; writes weight and two moments
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Throughput:
             memory = training_memory(config, micro_batch, length, dtype, recomputed)
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
-            update = _ADAMW_PASSES * 4 * cost.total_parameters / (ranks if sharded else 1)
+            state = state_bytes(meta_model(config), recipe.optim)
+            update = (3 * 4 * cost.total_parameters + 2 * state) / (ranks if sharded else 1)
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
     def line(self, spent: Spent, tokens: int | None = None) -> dict[str, float | int | None]:
