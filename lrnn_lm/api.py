@@ -127,6 +127,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM
     from .runs.layout import RunFolder
+    from .train.parallel import is_sharded
     from .train.tensors import has_average
 
     averaged = RunFolder(trainer.folder).average
@@ -138,13 +139,9 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
                 export_checkpoint(checkpoint, averaged, average=True)
         if recipe.eval.tasks:
             stop.leave_if_asked()
-            evaluate(
-                checkpoint,
-                recipe.eval.tasks,
-                limit=recipe.eval.limit,
-                model=trainer.whole_model,
-                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
-            )
+            live = (trainer.bare_model, trainer.tokenizer)  # what is sharded is read from the checkpoint
+            model, tokenizer = (None, None) if is_sharded(trainer.bare_model) else live
+            evaluate(checkpoint, recipe.eval.tasks, limit=recipe.eval.limit, model=model, tokenizer=tokenizer)
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
     return checkpoint

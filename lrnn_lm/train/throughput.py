@@ -9,6 +9,7 @@ weights, gradients and its state and writes weights and state.
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
 from ..model.accounting import account, meta_model, training_memory
@@ -29,10 +30,8 @@ class Spent:
 class Throughput:
     """Turns a step's seconds into the numbers of a line of metrics.jsonl."""
 
-    def __init__(
-        self, recipe: Recipe, config: PreTrainedConfig, ranks: int, sharded: bool, bf16: bool, device
-    ):
-        self._ranks, self._device = ranks, device
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig, sharded: bool, accelerator: Accelerator):
+        self._ranks, self._device = ranks, device = accelerator.num_processes, accelerator.device
         self._tokens = recipe.train.tokens_per_step
         length = recipe.data.sequence_length
         cost = account(config, length)
@@ -40,7 +39,7 @@ class Throughput:
         self._flops, self._bandwidth = peak_flops(device), peak_bandwidth(device)
         self.bytes_per_step = 0.0
         if self._bandwidth is not None:
-            dtype = torch.bfloat16 if bf16 else torch.float32
+            dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
             rows = -(-recipe.rows_per_step // ranks)
             micro_batch = min(recipe.train.micro_batch, rows)
             recomputed = recipe.train.activation_checkpointing
