@@ -188,41 +188,24 @@ def evaluate_checkpoint(
 
     wanted = _numbers(lengths)
     team, device = join(device)
+    shared = {"data": data, "output": output, "device": device, "trust_remote_code": trust_remote_code}
+    probing = shared if rows is None else shared | {"rows": rows}
     if length is not None and team.is_main:
-        from .evaluate.compare import folders
-        from .evaluate.probe.length import probe_length
+        from .evaluate.probe.length import probe_lengths
 
-        for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
-            probe_length(
-                checkpoint, length, rows=16 if rows is None else rows, data=data, output=where, device=device,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        probe_lengths(checkpoints, length, **probing)
     if recall and team.is_main:
         from .evaluate.probe.recall import probe_recall
 
-        probe_recall(
-            checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        probe_recall(checkpoints, **probing)
     if tasks or suite is not None or (length is None and not recall):
         from .evaluate.compare import evaluate_each
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         evaluate_each(
-            checkpoints,
-            names,
-            suite=suite,
-            limit=limit,
-            output=output,
-            data=data,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            max_length=max_length,
-            lengths=wanted,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            team=team,
-        )
+            checkpoints, names, suite=suite, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
+            max_length=max_length, lengths=wanted, team=team, **shared,
+        )  # fmt: skip
     leave(team)
 
 

@@ -13,7 +13,7 @@ from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 from .show import check_at_least
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -49,10 +49,8 @@ def generate(
         >>> text.startswith("the state")
         True
     """
-    _check(max_new_tokens, temperature, top_k, top_p, segment)
+    _check(max_new_tokens, temperature, top_k, top_p, segment, seed)
     prompt = _text(prompt)
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
     model, tokenizer = load_checkpoint(checkpoint, device, trust_remote_code=trust_remote_code)
     import torch
     from transformers import TextStreamer
@@ -65,16 +63,11 @@ def generate(
     else:
         texts = chain(read_text(prompt_file), [prompt] if prompt else [])
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
-    settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
-    ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
-    settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
+    settings = _settings(model, tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _any_text_printed():
-        if seed is not None:
-            torch.manual_seed(seed)
-        else:
-            torch.seed()
+        torch.seed() if seed is None else torch.manual_seed(seed)
         out = model.generate(
             ids,
             attention_mask=torch.ones(1, length, dtype=torch.bool, device=model.device),
@@ -86,12 +79,19 @@ def generate(
 
 
 def _check(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, segment: int
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    segment: int,
+    seed: int | None,
 ) -> None:
     check_at_least(1, max_new_tokens=max_new_tokens, segment=segment, top_k=top_k)
     check_at_least(0, temperature=temperature)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
 
 
 def _text(prompt: str) -> str:
@@ -118,6 +118,7 @@ def _any_text_printed() -> Iterator[None]:
 
 
 def _settings(
+    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     max_new_tokens: int,
     temperature: float,
@@ -128,6 +129,8 @@ def _settings(
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, pad_token_id=pad)
+    ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
+    settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     if settings.do_sample:
         settings.temperature = temperature
         settings.top_k = top_k or 0  # 0: no limit; transformers' own default is 50

@@ -14,6 +14,7 @@ Legend: b rows, N length in tokens, V vocabulary.
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from ...data import SyntheticTask
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
+from ..compare import folders
 from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
@@ -38,6 +40,14 @@ if TYPE_CHECKING:
 BINS = 4  # an octave
 MEMORY_LENGTHS = 64  # memory is probed up to this many training lengths
 MOVED = 0.01  # a change that moves the output by more than this total variation counts as remembered
+
+
+def probe_lengths(
+    checkpoints: Sequence[str | Path], length: str, output: Path | None = None, **options: Any
+) -> None:
+    """`probe_length` of each checkpoint; of several, `output` holds a folder each."""
+    for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
+        probe_length(checkpoint, length, output=where, **options)
 
 
 def probe_length(
@@ -76,26 +86,20 @@ def probe_length(
         bins, states = _by_position(model, inputs, labels, trained)
         matrices = transitions(model, seen)
         memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed, symbols)
+    asked = {"length": N, "rows": rows, "seed": seed}
     facts = {
         "checkpoint": {"path": str(info.path), "step": info.step},
-        "settings": {
-            "length": N,
-            "trained": trained,
-            "rows": rows,
-            "seed": seed,
-            "device": str(model.device),
-        },
+        "settings": asked | {"trained": trained, "device": str(model.device)},
         "by_position": bins,
         "states": states,
         "memory": memory,
         "effective_memory": max((m["distance"] for m in memory if m["moved"] > MOVED), default=0),
         "transitions": matrices,
     }
-    folders = _folders(info, output)
     written = []
-    if folders is not None:
+    if (places := _folders(info, output)) is not None:
         name = f"{info.name}-length-{N}"
-        written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
+        written = [places[0] / f"{name}.json", places[1] / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
     _show(facts)

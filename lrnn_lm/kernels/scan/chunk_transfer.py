@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
+from .triton_gates import EPS, gate_value
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
-    EPS,
     as_int64,
     gate_rows,
-    gate_value,
     renewed,
     step_flags,
     tile_of,
