@@ -71,6 +71,7 @@ class Trainer:
         position: where the run resumes. group: as in Saver. scorer: scores the tasks of `eval.during`.
         """
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.checkpoints = RunFolder(folder).checkpoints
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
@@ -105,10 +106,6 @@ class Trainer:
         # An argument of the model's; it reads it in training only, so validation is without it.
         self.z_loss = {"z_loss": recipe.train.z_loss} if recipe.train.z_loss else {}
         self._z_sum = torch.zeros((), device=accelerator.device)  # of a step
-
-    @property
-    def checkpoints(self) -> Path:
-        return RunFolder(self.folder).checkpoints
 
     @property
     def finished(self) -> bool:
@@ -300,6 +297,8 @@ class Trainer:
             None if batch[key] is None else batch[key].to(device, non_blocking=True)
             for key in ("input_ids", "reset", "labels")
         )
+        # Not None: an auto-encoder takes no cache.
+        more = self.z_loss if carried is None else self.z_loss | {"past_key_values": carried}
         return self.model(
             input_ids=input_ids,
             reset=reset,
@@ -307,8 +306,7 @@ class Trainer:
             num_items_in_batch=num_items,
             return_logits=return_logits,
             use_cache=False,
-            past_key_values=carried,
-            **self.z_loss,
+            **more,
         )
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
