@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from .scoring import quiet_lm_eval, score_tasks
 from .show import check_at_least, decimal, finite, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
-from .tasks.offline import error_of_the_mean
 from .team import ALONE, Team
 
 if TYPE_CHECKING:
@@ -88,9 +88,10 @@ def evaluate(
             return model, tokenizer
         return load_checkpoint(info.path, device, autoencoder=True, trust_remote_code=trust_remote_code)
 
-    stored = _scored(info, names, suite, load, options, settings, team)
+    results = _scored(info, names, suite, load, options, settings, team)
+    stored = finite(results)
     if stored:
-        _show(stored, _write(stored, info, suite, tasks, output))
+        _show(results, _write(stored, info, suite, tasks, output))
     return stored
 
 
@@ -115,7 +116,7 @@ def _scored(
     settings: dict[str, Any],
     team: Team,
 ) -> dict[str, Any]:
-    """What `evaluate` returns. options: of `score_tasks`. settings: lengths, max_length and data."""
+    """Results, with what they are of; {} on other processes than the main one. options: of `score_tasks`. settings: lengths, max_length and data."""
     lengths = settings["lengths"]
     known = {"pretrained": str(info.path), "data": settings["data"], "lengths": lengths}
     with quiet_lm_eval():
@@ -136,7 +137,7 @@ def _scored(
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
     }  # fmt: skip
     results["software"] = _versions()
-    return finite(results)
+    return results
 
 
 def score_model(
@@ -166,8 +167,20 @@ def score_model(
     )
     _check_whole(names, truncated, window)
     if results and "offline_blimp" in results["results"]:
-        error_of_the_mean(results["results"]["offline_blimp"])
+        _add_error_of_the_mean(results["results"]["offline_blimp"])
     return results, {"max_length": window, "unlimited": unlimited, "truncated_requests": truncated}
+
+
+def _add_error_of_the_mean(scores: dict[str, Any]) -> None:
+    """Fill in the standard error of offline_blimp's `acc`: lm-eval computes it for its own aggregations only.
+
+    As in lm-eval's group: sqrt(sum of squared errors) / number of paradigms. It stays "N/A" if a paradigm has
+    none, such as one with a single pair.
+    """
+    own = "acc_stderr,none"
+    errors = [scores[key] for key in scores if key.endswith("_stderr,none") and key != own]
+    if errors and all(isinstance(error, float) for error in errors):
+        scores[own] = math.hypot(*errors) / len(errors)
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> None:
