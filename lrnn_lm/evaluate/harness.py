@@ -116,7 +116,7 @@ def _scored(
     settings: dict[str, Any],
     team: Team,
 ) -> dict[str, Any]:
-    """Results, with what they are of; {} on other processes than the main one. options: of `score_tasks`. settings: lengths, max_length and data."""
+    """Results and what they are of; {} but on the main process. options: of `score_tasks`. settings: the rest."""
     lengths = settings["lengths"]
     known = {"pretrained": str(info.path), "data": settings["data"], "lengths": lengths}
     with quiet_lm_eval():
