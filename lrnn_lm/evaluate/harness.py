@@ -116,7 +116,7 @@ def _scored(
     settings: dict[str, Any],
     team: Team,
 ) -> dict[str, Any]:
-    """Results and what they are of; {} but on the main process. options: of `score_tasks`. settings: the rest."""
+    """Results and what they are of; {} but on the main process. options: of `score_tasks`."""
     lengths = settings["lengths"]
     known = {"pretrained": str(info.path), "data": settings["data"], "lengths": lengths}
     with quiet_lm_eval():
