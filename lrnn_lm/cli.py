@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from .files import words_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
 from .version import __version__
@@ -97,19 +98,10 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     try:
         with StopSignal() as stop:
             stop.hold()  # a signal during an import would be reported as that import's error
-            from .api import score_run, task_check, task_scorer
+            from .api import train_and_score
             from .recipe import load_recipe
-            from .train.build import build_trainer
 
-            loaded = load_recipe(recipe, overrides)
-            trainer = build_trainer(
-                loaded,
-                stop=stop,
-                check=task_check(loaded),
-                from_checkpoint=from_checkpoint,
-                scorer=task_scorer(loaded),
-            )
-            score_run(trainer, trainer.run(stop), stop)
+            train_and_score(load_recipe(recipe, overrides), stop, from_checkpoint)
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)
@@ -343,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        if (message := _message(mistake)) and _tells():  # empty where another rank prints it
+        if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
@@ -363,12 +355,6 @@ def _tells() -> bool:
         return True
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _message(mistake: Exception) -> str:
-    if isinstance(mistake, OSError) and mistake.strerror:
-        return f"{mistake.filename or 'output'}: {mistake.strerror}"
-    return str(mistake)
 
 
 if __name__ == "__main__":

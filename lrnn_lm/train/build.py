@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..data import SyntheticData
-from ..files import replace_file
+from ..files import random_state_kept, replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
@@ -30,7 +31,7 @@ from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import Plan, launch_plan, share
-from .runtime import make_accelerator, random_state_kept, seed_everything
+from .runtime import make_accelerator, seed_everything
 from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
@@ -106,7 +107,7 @@ def build_trainer(
             group, plan, average, scorer,
         )
     )  # fmt: skip
-    facts = (recipe, prepared, parent, trainer.finished, check)
+    facts = (recipe, prepared, parent, trainer.finished, check, device)
     together.all(lambda: _write_run_folder(folder, *facts) if main else None)
     if newest is not None and trainer.carry is not None:
         together.all(lambda: trainer.carry.load(CheckpointFolder(newest).trainer))
@@ -269,6 +270,7 @@ def _write_run_folder(
     parent: dict[str, Any] | None,
     finished: bool,
     check: Callable[[Path], None] | None,
+    device: torch.device,
 ) -> None:
     """Write recipe.yaml, a branch's parent, the data's manifest, and the held-out documents; then check.
 
@@ -289,5 +291,5 @@ def _write_run_folder(
     for path, content in contents.items():
         replace_file(path, content)
     if check is not None:
-        with random_state_kept():  # lm-eval draws where it loads a task
+        with random_state_kept(device):  # lm-eval draws where it loads a task
             check(folder)

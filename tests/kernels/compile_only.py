@@ -146,9 +146,11 @@ def launch_wide_transfer(M: int) -> None:
 
 
 def launch_loss(V: int) -> None:
-    from lrnn_lm.kernels.cross_entropy import cross_entropy_in_place
+    from lrnn_lm.kernels.cross_entropy import nats_and_squares_in_place
 
-    cross_entropy_in_place(torch.zeros(2, V, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.long), -100)
+    nats_and_squares_in_place(
+        torch.zeros(2, V, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.long), -100, 0.0
+    )
 
 
 def some_scans() -> None:
