@@ -1,9 +1,8 @@
 """What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
 
-import importlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .requirements import check_extra
 
@@ -28,12 +27,6 @@ HOMES = {  # name: module; `train` and `evaluate` are packages that can be calle
     "load_recipe": "recipe",
     "train": "",
 }
-
-
-def public(name: str) -> Any:
-    """An object of HOMES."""
-    module = importlib.import_module(f"lrnn_lm.{HOMES[name] or name}")
-    return getattr(module, name) if HOMES[name] else module
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:

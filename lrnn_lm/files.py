@@ -1,4 +1,4 @@
-"""What several parts need of the machine: files replaced in one go, random states, the hub, devices by name."""
+"""What several parts need of the machine: files replaced in one go, random states, the hub, device names."""
 
 import os
 import random

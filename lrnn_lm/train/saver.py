@@ -101,7 +101,13 @@ class Saver:
         began = time.perf_counter()
         self._step = position.step
         aside = checkpoint.aside_of(self.checkpoints, position.step)
-        self._on_main(lambda: _make_room(self.checkpoints, aside))
+
+        def make_room() -> None:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear_leftovers(self.checkpoints)
+            CheckpointFolder(aside).trainer.mkdir(parents=True)
+
+        self._on_main(make_room)
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position)  # training goes on while it is written
@@ -222,12 +228,6 @@ class Saver:
             written = (path for path in aside.rglob("*") if path.is_file())
             files += sorted(path for path in written if folder.trainer not in path.parents)
         checkpoint.record_facts(aside, files, rank)
-
-
-def _make_room(checkpoints: Path, aside: Path) -> None:
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear_leftovers(checkpoints)
-    CheckpointFolder(aside).trainer.mkdir(parents=True)
 
 
 def _reason_of(work: Callable[[], object]) -> str | None:
