@@ -61,20 +61,20 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
     try:
         with StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
-            return train_and_score(loaded, stop)
+            trainer = trainer_of(loaded, stop)
+            return score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
 
 
-def train_and_score(recipe: "Recipe", stop: "StopSignal", from_checkpoint: Path | None = None) -> Path:
-    """Train a recipe with the caller's signal handlers, and score it; returns the last checkpoint."""
+def trainer_of(recipe: "Recipe", stop: "StopSignal", from_checkpoint: Path | None = None) -> "Trainer":
+    """A trainer that can score the recipe's tasks, with the caller's signal handlers."""
     from .train.build import build_trainer
 
-    trainer = build_trainer(
+    return build_trainer(
         recipe, stop=stop, check=task_check(recipe), from_checkpoint=from_checkpoint,
         scorer=task_scorer(recipe),
     )  # fmt: skip
-    return score_run(trainer, trainer.run(stop), stop)
 
 
 def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":

@@ -98,10 +98,11 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     try:
         with StopSignal() as stop:
             stop.hold()  # a signal during an import would be reported as that import's error
-            from .api import train_and_score
+            from .api import score_run, trainer_of
             from .recipe import load_recipe
 
-            train_and_score(load_recipe(recipe, overrides), stop, from_checkpoint)
+            trainer = trainer_of(load_recipe(recipe, overrides), stop, from_checkpoint)
+            score_run(trainer, trainer.run(stop), stop)  # run here: a file fewer on the way to the kernel
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)
