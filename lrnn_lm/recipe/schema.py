@@ -65,34 +65,13 @@ class ModelSection(Section):
     def _check(self) -> "ModelSection":
         """Widths split into heads and blocks. The mixer classes check this too, but they need torch, and a
         user should learn of a mistake before a job has waited in a queue."""
+        if len(self.windows) > 1:
+            windows = sorted(self.windows)
+            raise ValueError(f"layer_pattern has windows of {windows} tokens; a model has one size")
         for mixer in self.layer_pattern or [self.mixer]:
-            if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} does not split into "
-                    f"{mixer.num_heads} heads of even width"
-                )
-            if mixer.type == "attention" and mixer.num_heads % (mixer.num_kv_heads or 1):
-                raise ValueError(
-                    f"num_kv_heads {mixer.num_kv_heads} does not divide num_heads {mixer.num_heads}"
-                )
-            if len(self.windows) > 1:
-                windows = sorted(self.windows)
-                raise ValueError(f"layer_pattern has windows of {windows} tokens; a model has one size")
-            if mixer.type == "mamba2" and mixer.expand * self.hidden_size % mixer.head_dim:
-                raise ValueError(
-                    f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
-                    f"heads of width {mixer.head_dim}"
-                )
-            if mixer.type == "bd_matrix" and mixer.head_dim % mixer.block_size:
-                raise ValueError(
-                    f"bd_matrix: head_dim {mixer.head_dim} does not split into blocks of {mixer.block_size}"
-                )
-            for key, base, parts in _expansions(mixer, self.hidden_size):
-                if (width := base * getattr(mixer, key)) % parts:
-                    raise ValueError(
-                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} "
-                        f"does not split into {parts} heads"
-                    )
+            for what, width, part, parts in _splits(mixer, self.hidden_size):
+                if width % part:
+                    raise ValueError(f"{mixer.type}: {what} does not split into {parts}")
         return self
 
     @property
@@ -102,12 +81,25 @@ class ModelSection(Section):
         return {m.window for m in mixers if m.type == "attention" and m.window is not None}
 
 
-def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
-    """(key, width that it multiplies, number of heads to split into) of a mixer's fractional expansions."""
-    if mixer.type in ("deltanet", "gla"):
-        return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
-    if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
-        return [("expand_v", mixer.head_dim, 1)]
+def _splits(m: MixerSection, width: int) -> list[tuple[str, float, int, str]]:
+    """(what, its size, what divides that, in words) for all that a mixer of this width takes apart."""
+    match m.type:
+        case "attention":
+            heads, shared = m.num_heads, m.num_kv_heads or 1
+            return [
+                (f"hidden_size {width}", width, 2 * heads, f"{heads} heads of even width"),
+                (f"num_heads {heads}", heads, shared, f"num_kv_heads {shared} groups"),
+            ]
+        case "mamba2":
+            inner = m.expand * width
+            return [(f"width {m.expand} x {width}", inner, m.head_dim, f"heads of width {m.head_dim}")]
+        case "bd_matrix":
+            return [(f"head_dim {m.head_dim}", m.head_dim, m.block_size, f"blocks of {m.block_size}")]
+        case "deltanet" | "gla":
+            both, heads = {"expand_k": m.expand_k, "expand_v": m.expand_v}, m.num_heads
+            return [(f"{k} {x:g} x {width}", x * width, heads, f"{heads} heads") for k, x in both.items()]
+        case "gated_deltanet" | "gated_deltaproduct":
+            return [(f"expand_v {m.expand_v:g} x {m.head_dim}", m.expand_v * m.head_dim, 1, "whole columns")]
     return []
 
 
