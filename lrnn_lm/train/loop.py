@@ -96,8 +96,9 @@ class Trainer:
         self.stopwatch = Stopwatch(accelerator.device)
         self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator)
         self.validator = Validator(
-            prepared, recipe, accelerator, model, lambda *inputs: self.forward(*inputs), average
-        )
+            prepared, recipe, accelerator, model, bare_model.config,
+            lambda *inputs: self.forward(*inputs), average,
+        )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # of the run folder, held to the end of `run`

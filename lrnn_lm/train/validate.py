@@ -16,6 +16,7 @@ from torch import distributed as dist
 from ..data import PreparedData, SyntheticData, validation_batches
 from ..data.encode import Encoder
 from ..data.tokenize import read_facts
+from ..model import LRNNConfig
 from ..model.loss import IGNORE
 from ..recipe import Recipe
 from .average import Average
@@ -67,11 +68,12 @@ class Validator:
         recipe: Recipe,
         accelerator: Accelerator,
         model: nn.Module,
+        config: LRNNConfig,
         forward: Callable[..., Any],
         average: Average | None = None,
     ):
         self._prepared, self._recipe, self._accelerator = prepared, recipe, accelerator
-        self._model, self._forward, self._average = model, forward, average
+        self._model, self._config, self._forward, self._average = model, config, forward, average
 
     def measure(self, between: Callable[[], None]) -> tuple[Validation, dict[str, float]]:
         """What it found, and as fields of metrics.jsonl. Every rank calls it.
@@ -102,7 +104,7 @@ class Validator:
             return self._forward(batch, 1.0, return_logits)
         return evaluate_by_segments(
             lambda part, carried: self._forward(part, 1.0, return_logits, carried),
-            self._accelerator.unwrap_model(self._model).config,
+            self._config,
             split(batch, segment),
             return_logits,
         )
