@@ -183,11 +183,14 @@ def evaluate_checkpoint(
     team, device = join(device)
     shared = {"data": data, "output": output, "device": device, "trust_remote_code": trust_remote_code}
     probing = shared if rows is None else shared | {"rows": rows}
-    if (length is not None or recall) and team.is_main:
-        _look_in_clone("studies/probe", "the probes", "eval")
-        from studies.probe.run import probe
+    if length is not None and team.is_main:
+        from .evaluate.probe.length import probe_lengths
 
-        probe(checkpoints, length, recall, **probing)
+        probe_lengths(checkpoints, length, **probing)
+    if recall and team.is_main:
+        from .evaluate.probe.recall import probe_recall
+
+        probe_recall(checkpoints, **probing)
     if tasks or suite is not None or (length is None and not recall):
         from .evaluate.compare import evaluate_each
 
@@ -310,21 +313,16 @@ def report(
 )
 def bench(context: typer.Context) -> None:
     """Measure speed: kernels, train, decode (from a clone only)."""
-    _look_in_clone("benchmarks", "the benchmarks", "bench")
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "commands.py").is_file():
+        raise ValueError(
+            "the benchmarks are not part of the installed package: run lrnn bench from a clone of the "
+            "repository, installed with pip install --editable ."
+        )
+    sys.path.insert(0, str(root))  # first: another package named benchmarks may be installed
     from benchmarks.commands import bench_app
 
     bench_app(args=context.args, prog_name="lrnn bench")
-
-
-def _look_in_clone(folder: str, what: str, command: str) -> None:
-    """Let Python find what is beside the package; ValueError where the package was installed without it."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / folder / "__init__.py").is_file():
-        raise ValueError(
-            f"{what} are not part of the installed package: run lrnn {command} from a clone of the "
-            "repository, installed with pip install --editable ."
-        )
-    sys.path.insert(0, str(root))  # first: another package of that name may be installed
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -83,7 +83,6 @@ main(["train", "recipes/demo.yaml", *tiny])
         (["--help"], 0, "Pretrain, score and run"),
         (["--version"], 0, lrnn_lm.__version__),
         (["bench", "kernels"], 2, "run lrnn bench from a clone"),
-        (["eval", "model", "--recall"], 2, "run lrnn eval from a clone"),
     ],
 )
 def test_commands(wheel, words, code, told):

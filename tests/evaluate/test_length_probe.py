@@ -11,10 +11,10 @@ from small_models import MIXER_ROWS, small_model
 from torch.nn import functional
 
 from lrnn_lm.cli import main
+from lrnn_lm.evaluate.probe import length as probe
+from lrnn_lm.evaluate.probe.length import bin_edges, by_multiple, parse_length, probe_length
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
-from studies.probe import length as probe
-from studies.probe.length import bin_edges, by_multiple, parse_length, probe_length
 
 
 def train(folder, task="s3", *overrides):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import RECURRENT, small_model, tokens
 
-from studies.probe.recall import only_diagonals, seen_before, split, token_losses
+from lrnn_lm.evaluate.probe.recall import only_diagonals, seen_before, split, token_losses
 
 
 def naive(row: list[int], t: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrnn_lm.evaluate.reporting.plot import COLOURS, GREY, colour, picture, tidy
+from ..reporting.plot import COLOURS, GREY, colour, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,22 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrnn_lm.data import SyntheticTask
-from lrnn_lm.evaluate.compare import folders
-from lrnn_lm.evaluate.show import (
-    check_at_least,
-    decimal,
-    print_table,
-    print_written,
-    table_console,
-    write_json,
-)
-from lrnn_lm.evaluate.tasks.heldout import heldout_path
-from lrnn_lm.evaluate.tasks.synthetic import run_source
-from lrnn_lm.model.decoding.long_input import prefill
-from lrnn_lm.runs.layout import RunFolder
-from lrnn_lm.runs.load import CheckpointInfo, context_length, describe, load_checkpoint
-
+from ...data import SyntheticTask
+from ...model.decoding.long_input import prefill
+from ...runs.layout import RunFolder
+from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
+from ..compare import folders
+from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
+from ..tasks.heldout import heldout_path
+from ..tasks.synthetic import run_source
 from .recall import PIECE_LOGITS, text_rows
 from .transitions import mixer_inputs, transitions
 
@@ -193,7 +185,7 @@ def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
     """Root mean square of each recurrent layer's state, by layer; empty for others' models."""
     if model.config.model_type != "lrnn":
         return {}
-    from lrnn_lm.model.cache import layer_state
+    from ...model.cache import layer_state
 
     found = {}
     for layer in range(model.config.num_hidden_layers):

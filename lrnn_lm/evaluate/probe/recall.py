@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrnn_lm.evaluate.compare import checkpoint_names
-from lrnn_lm.evaluate.show import check_at_least, decimal, print_table, print_written, write_json
-from lrnn_lm.evaluate.tasks.heldout import heldout_path, read_documents
-from lrnn_lm.runs.layout import RunFolder
-from lrnn_lm.runs.load import context_length, describe, document_start, load_checkpoint
-
+from ...runs.layout import RunFolder
+from ...runs.load import context_length, describe, document_start, load_checkpoint
+from ..compare import checkpoint_names
+from ..show import check_at_least, decimal, print_table, print_written, write_json
+from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lrnn_lm.evaluate.reporting.plot import colour, picture
+from ..reporting.plot import colour, picture
 
 
 def draw_recall(found: list[dict[str, Any]], path: Path) -> None:
