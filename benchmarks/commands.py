@@ -1,4 +1,4 @@
-"""`lrnn bench kernels | train | decode`, and `lrnn bench --compare`."""
+"""`lrnn bench kernels | train | decode | frontier`, and `lrnn bench --compare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,8 @@ def bench(
     if compare is None:
         if context.invoked_subcommand is None:
             raise ValueError(
-                "name a benchmark (kernels, train, decode), or --compare and the file of an earlier run"
+                "name a benchmark (kernels, train, decode, frontier), or --compare and the file of an "
+                "earlier run"
             )
         return
     if context.invoked_subcommand is not None:
@@ -146,5 +147,37 @@ def decode(
         width=width, layers=layers, vocab=vocab, precision=precision, tokens=tokens, emulate=emulate,
         processes=processes,
         budget_seconds=budget_seconds,
+    )  # fmt: skip
+    run(settings, device, output)
+
+
+@bench_app.command()
+def frontier(
+    device: Device = "auto",
+    output: Output = None,
+    contenders: Annotated[str, typer.Option(help="of studies/contenders.py, separated by commas")] = "",
+    tasks: Annotated[str, typer.Option(help="synthetic tasks, separated by commas")] = "",
+    corpus: Annotated[
+        Path | None, typer.Option(help="recipe whose mixer is replaced, for the loss; default: no loss")
+    ] = None,
+    corpus_tokens: Annotated[str, typer.Option(help="tokens that the corpus is trained on")] = "20M",
+    lrs: Annotated[str, typer.Option(help="rates tried on each task, separated by commas")] = "0.003,0.01",
+    steps: Annotated[int, typer.Option(help="training steps on a task")] = 3600,
+    longest: Annotated[int, typer.Option(help="longest rows of the state tasks, in tokens")] = 2048,
+    small: Annotated[bool, typer.Option("--small", help="tiny models and budgets: minutes on a CPU")] = False,
+    budget_seconds: Budget = None,
+) -> None:
+    """Draw speed against what each mixer can track, recall and model, at equal parameters.
+
+    Resumable: the same command with the same --output goes on where it was stopped.
+    """
+    from .frontier import SMALL, FrontierSettings, run
+    from .results import numbers
+
+    (tokens,) = numbers(corpus_tokens, "--corpus-tokens")
+    given = {"contenders": contenders, "tasks": tasks, "corpus": None if corpus is None else str(corpus)}
+    settings = FrontierSettings(
+        **{key: value for key, value in given.items() if value}, corpus_tokens=tokens, lrs=lrs, steps=steps,
+        longest=longest, budget_seconds=budget_seconds, **(SMALL if small else {}),
     )  # fmt: skip
     run(settings, device, output)

@@ -44,6 +44,29 @@ Branch = Annotated[
         "--from", metavar="CHECKPOINT", help="begin as a branch of this run: RUN/checkpoints/step-N"
     ),
 ]
+# Options of `lrnn eval`, here so that its function can be read at one sitting.
+EvalData = Annotated[
+    Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
+]
+Length = Annotated[
+    str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
+]
+Lengths = Annotated[
+    str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
+]
+Recall = Annotated[
+    bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
+]
+Rows = Annotated[int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")]
+PromptTwice = Annotated[
+    bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
+]
+Certify = Annotated[
+    str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
+]
+Harden = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the Python code in the checkpoint's folder")
 ]
@@ -150,54 +173,54 @@ def evaluate_checkpoint(
     suite: Annotated[Path | None, typer.Option(help="YAML file of tasks, or a name in eval/suites")] = None,
     limit: Annotated[int | None, typer.Option(help="score at most this many documents per task")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for results; default: eval/ of the run")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
-    ] = None,
+    data: EvalData = None,
     num_fewshot: Annotated[int | None, typer.Option(help="solved examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
     max_length: Annotated[int | None, typer.Option(help="longest window, in tokens")] = None,
-    length: Annotated[
-        str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
-    ] = None,
-    lengths: Annotated[
-        str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
-    ] = "",
-    recall: Annotated[
-        bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
-    ] = False,
-    rows: Annotated[
-        int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
-    ] = None,
+    length: Length = None,
+    lengths: Lengths = "",
+    recall: Recall = False,
+    rows: Rows = None,
+    prompt_twice: PromptTwice = False,
+    certify: Certify = None,
+    harden: Harden = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score checkpoints on lm-eval tasks, or probe them.
 
-    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length and --recall are probes: no
-    task is scored then, unless --tasks or --suite is given too. eval/README.md explains tasks and probes.
+    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length, --recall and --certify are
+    probes: no task is scored then, unless --tasks or --suite is given too. eval/README.md explains them.
     """
     check_extra("eval", "matplotlib")
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)
+    if harden is not None and certify is None:
+        raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
     team, device = join(device)
-    shared = {"data": data, "output": output, "device": device, "trust_remote_code": trust_remote_code}
-    probing = shared if rows is None else shared | {"rows": rows}
-    if length is not None and team.is_main:
-        from .evaluate.probe.length import probe_lengths
+    shared = {"device": device, "trust_remote_code": trust_remote_code}
+    probing = shared | {"data": data} | ({} if rows is None else {"rows": rows})
+    from .evaluate.compare import evaluate_each, for_each
 
-        probe_lengths(checkpoints, length, **probing)
+    if length is not None and team.is_main:
+        from .evaluate.probe.length import probe_length
+
+        for_each(probe_length, checkpoints, output, length, **probing)
     if recall and team.is_main:
         from .evaluate.probe.recall import probe_recall
 
-        probe_recall(checkpoints, **probing)
-    if tasks or suite is not None or (length is None and not recall):
-        from .evaluate.compare import evaluate_each
+        probe_recall(checkpoints, output=output, **probing)
+    if certify is not None and team.is_main:
+        from .evaluate.probe.certify import certify as certify_one
 
+        for_each(certify_one, checkpoints, output, certify, hardened=harden, **shared)
+    if tasks or suite is not None or (length is None and not recall and certify is None):
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         evaluate_each(
             checkpoints, names, suite=suite, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
-            max_length=max_length, lengths=wanted, team=team, **shared,
+            max_length=max_length, lengths=wanted, prompt_twice=prompt_twice, team=team, data=data,
+            output=output, **shared,
         )  # fmt: skip
     leave(team)
 
@@ -219,6 +242,9 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="file to read before the prompt, of any length; not printed")
     ] = None,
+    prompt_twice: Annotated[
+        bool, typer.Option("--prompt-twice", help="read prompt file and prompt twice, print the continuation")
+    ] = False,
     segment: Annotated[int, typer.Option(help="tokens of the prompt file read at once")] = 2048,
     max_new_tokens: Annotated[int, typer.Option(help="write at most this many tokens")] = 100,
     temperature: Annotated[float, typer.Option(help="divides the logits before sampling; 0: greedy")] = 0.8,
@@ -236,6 +262,7 @@ def generate(
         checkpoint,
         prompt,
         prompt_file=prompt_file,
+        prompt_twice=prompt_twice,
         segment=segment,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

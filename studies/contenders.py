@@ -18,10 +18,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "deltanet": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": False},
     "deltanet-negative": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": True},
     "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 32},
+    "min_lstm": {"type": "bd_lru", "block_size": 1, "gate": "sigmoid"},
+    "min_gru": {"type": "min_gru"},
+    "rg_lru": {"type": "rg_lru"},
+    "complex_lru": {"type": "complex_lru"},
+    "slice-m5": {"type": "slice", "block_size": 5, "scaled": True},
 }
 GATED = ("bd_lru", "h_lru")
 HALF = ("deltanet", "gated_deltaproduct")  # whose kernels train in half precision only
-FITTED = {"bd_lru": "num_blocks", "h_lru": "num_blocks", "lstm": "width"}  # else the SwiGLU
+FITTED = {  # else the SwiGLU
+    "bd_lru": "num_blocks", "h_lru": "num_blocks", "complex_lru": "num_blocks", "slice": "num_blocks",
+    "lstm": "width", "min_gru": "width", "rg_lru": "width",
+}  # fmt: skip
 
 
 def contender(job: Job, model: str, **options: Any) -> Job:
@@ -33,7 +41,7 @@ def contender(job: Job, model: str, **options: Any) -> Job:
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
     kind = MODELS[model]["type"]
-    mixer = {**MODELS[model], **(options if kind in GATED else {})}
+    mixer = {**(options if kind in GATED else {}), **MODELS[model]}
     return replace(job, model=model, mixer=mixer, precision="bf16" if kind in HALF else "fp32")
 
 

@@ -31,14 +31,17 @@ def setting(row: Row) -> tuple[str, int, str]:
 
 
 def best_rates(rows: list[Row]) -> dict[str, list[Row]]:
-    """Of each contender, all seeds at the rate whose first seed is lowest."""
+    """Of each contender, all seeds at the rate with the most; of several, the best by its first."""
+    # A rate tried with one seed beside three may be lower by less than seeds differ: `rates_table` shows it.
     by_name: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_name[row["contender"]].append(row)
     chosen = {}
     for name, own in by_name.items():
+        seeds = Counter(row["lr"] for row in own)
         first = min(row["seed"] for row in own)
-        lr = min((row for row in own if row["seed"] == first), key=lambda row: row["bits_per_byte"])["lr"]
+        firsts = [row for row in own if row["seed"] == first]
+        lr = min(firsts, key=lambda row: (-seeds[row["lr"]], row["bits_per_byte"]))["lr"]
         chosen[name] = [row for row in own if row["lr"] == lr]
     return chosen
 

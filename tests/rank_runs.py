@@ -105,7 +105,8 @@ class Ranks:
         port = free_port()
         self._log = recipe.parent / "logs" / f"{port}.log"
         self._log.write_text("")
-        arguments = [str(recipe), f"train.parallel={parallel}", *overrides]
+        plan = ["fsdp2", "train.shard_size=2"] if parallel == "hsdp" else [parallel]
+        arguments = [str(recipe), f"train.parallel={plan[0]}", *plan[1:], *overrides]
         self.processes: list[BaseProcess] = [
             _server().Process(
                 target=_rank, args=(rank, count, port, action, arguments, prank, record, self._log)

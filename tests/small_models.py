@@ -35,6 +35,7 @@ MIXER_ROWS = {
         "num_heads": 2,
         "head_dim": 4,
         "block_size": 2,
+        "head_conv": 3,
         "keys": True,
         "erase": True,
     },
@@ -46,6 +47,10 @@ MIXER_ROWS = {
     "attention-window": {"type": "attention", "num_heads": 2, "window": 4},
     "lstm": {"type": "lstm", "width": 9},
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
+    "min_gru": {"type": "min_gru", "width": 9},
+    "rg_lru": {"type": "rg_lru", "width": 9},
+    "complex_lru": {"type": "complex_lru", "num_blocks": 5},
+    "slice": {"type": "slice", "num_blocks": 5, "block_size": 3, "scaled": True},
 }
 # What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix multiplies three projections of
 # its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later.

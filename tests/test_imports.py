@@ -18,7 +18,7 @@ ARROWS = {  # a package may import those on its right, and itself
     "mixers": {"kernels"},
     "model": {"mixers", "kernels"},
     "train": {"data", "model", "recipe", "runs"},
-    "evaluate": {"model", "data", "recipe", "runs"},
+    "evaluate": {"model", "data", "recipe", "runs", "kernels"},
     "launch": {"recipe", "runs"},
 }
 

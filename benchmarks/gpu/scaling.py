@@ -1,14 +1,15 @@
-"""Trains on one and on two GPUs, for the measured numbers of docs/scaling.md.
+"""Trains on one GPU and on several, for the measured numbers of docs/scaling.md.
 
     python -m benchmarks.gpu.scaling --output docs/results/scaling.json      # about 3 minutes on two H100
+    python -m benchmarks.gpu.scaling --gpus 4 --output scaling-4.json        # with HSDP, 2 x 2
     python -m benchmarks.gpu.scaling --table docs/results/scaling.json       # its Markdown
     python -m benchmarks.gpu.scaling --device cpu --output scaling.json # a rehearsal, with a tiny model
 
-Rows are random words, so no corpus is needed. One process measures one GPU; then two processes, started by
-this project's launcher with recipes/accelerate/ddp.yaml, train with DDP and then with FSDP2. FSDP2's residual
-stream is bf16, like its parameters, so one GPU is also measured that way: like is compared with like. Before
-that, a small model in fp32 checks that the three agree, and that a run saved and resumed under FSDP2 equals
-one that was not.
+Rows are random words, so no corpus is needed. One process measures one GPU; then a process a GPU, started by
+this project's launcher with recipes/accelerate/ddp.yaml, trains with DDP, with FSDP2 and, on four GPUs, with
+HSDP. FSDP2's residual stream is bf16, like its parameters, so one GPU is also measured that way: like is
+compared with like. Before that, a small model in fp32 checks that all agree, with AdamW and with Muon, and
+that a run saved and resumed under FSDP2 and HSDP equals one that was not.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = 50_000
+COUNTS = {2: "two", 4: "four"}  # GPUs
+KINDS = {"ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
 BIG = [
     "model.vocab_size=50280",
     "data.sequence_length=2048",
@@ -166,21 +169,27 @@ def work(options: argparse.Namespace) -> None:
     steps = options.steps
     saving = f"checkpoint.every={saved_at(steps)} steps"
     found: dict[str, Any] = {"agree": {}, "speed": {}}
-    for kind in ("ddp",) if ranks == 1 else ("ddp", "fsdp2"):
+    for kind in list(KINDS)[: {1: 1, 2: 2, 4: 3}[ranks]]:
         label = "one" if ranks == 1 else kind
-        parallel = f"train.parallel={kind}"
-        found["agree"][label] = small_losses(f"small-{label}", 6, common, parallel)
-        lines = run(f"big-{label}", [*big, tokens(big, steps), *common, parallel, saving])
+        parallel = [f"train.parallel={kind}"]
+        if kind == "hsdp":
+            parallel = ["train.parallel=fsdp2", "train.shard_size=2"]
+        for name, muon in (("", []), (", Muon", ["optim.name=muon"])):
+            whole = small_losses(f"small-{label}{name[2:]}", 6, common, *parallel, *muon)
+            found["agree"][label + name] = whole
+            if kind != "ddp":
+                resumed = f"resumed-{label}{name[2:]}"
+                small_losses(resumed, 3, common, *parallel, *muon)
+                again = small_losses(resumed, 6, common, *parallel, *muon)
+                found["agree"][f"{label}{name}, saved and resumed"] = again
+        lines = run(f"big-{label}", [*big, tokens(big, steps), *common, *parallel, saving])
         found["speed"][label] = speed(lines, warm=3)
     if ranks == 1:
         bf16 = "train.residual_in_fp32=false"
-        lines = run("big-one-bf16", [*big, tokens(big, steps), *common, parallel, saving, bf16])
+        lines = run("big-one-bf16", [*big, tokens(big, steps), *common, saving, bf16])
         found["speed"]["one, residual in bf16"] = speed(lines, warm=3)
     if ranks > 1:
         found["links"] = links(options.device)
-        parallel = "train.parallel=fsdp2"
-        small_losses("small-resumed", 3, common, parallel)
-        found["agree"]["fsdp2, saved and resumed"] = small_losses("small-resumed", 6, common, parallel)
     if int(os.environ.get("RANK", "0")) == 0:
         Path(options.part).write_text(json.dumps(found))
 
@@ -193,7 +202,7 @@ def lead(options: argparse.Namespace) -> None:
         common = write_words(folder, 300 if options.device == "cpu" else 3000)
         common.append(f"train.device={options.device}")
         parts = []
-        for ranks in (1, 2):
+        for ranks in (1, options.gpus):
             part = folder / f"part-{ranks}.json"
             worker = [
                 str(Path(__file__).resolve()), "--worker", "--ranks", str(ranks), "--steps",
@@ -202,7 +211,7 @@ def lead(options: argparse.Namespace) -> None:
             ]  # fmt: skip
             launcher = [
                 "-m", "lrnn_lm.train.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"),
-                "--num_processes", "2", "--main_process_port", "0",
+                "--num_processes", str(options.gpus), "--main_process_port", "0",
             ]  # fmt: skip
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             surroundings = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
@@ -212,10 +221,10 @@ def lead(options: argparse.Namespace) -> None:
             parts.append(json.loads(part.read_text()))
     found = {key: parts[0][key] | parts[1][key] for key in ("agree", "speed")}
     result = {
-        "about": about(options.device),
+        "about": about(options.device, options.gpus),
         **found,
         "links": parts[1]["links"],
-        "checks": checks(found),
+        "checks": checks(found, options.gpus),
         "seconds": time.time() - began,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -223,58 +232,60 @@ def lead(options: argparse.Namespace) -> None:
     print(table(result))
 
 
-def checks(found: dict[str, Any]) -> dict[str, Any]:
+def checks(found: dict[str, Any], gpus: int) -> dict[str, Any]:
     agree, fast = found["agree"], found["speed"]
-    one = agree["one"]
-    worst = {
-        label: max(abs(a / b - 1) for a, b in zip(losses, one, strict=True))
-        for label, losses in agree.items()
-    }
+    worst = {}
+    for label, losses in agree.items():
+        one = agree["one, Muon" if "Muon" in label else "one"]
+        worst[label] = max(abs(a / b - 1) for a, b in zip(losses, one, strict=True))
+    again = ", saved and resumed"
+    pairs = [(label, label.removesuffix(again)) for label in agree if again in label]
     return {
         "largest_relative_difference_of_losses": worst,
-        "resumed_equals_straight": agree["fsdp2, saved and resumed"] == agree["fsdp2"],
-        "efficiency": efficiency(fast),
+        "resumed_equals_straight": all(agree[resumed] == agree[straight] for resumed, straight in pairs),
+        "efficiency": efficiency(fast, gpus),
     }
 
 
-def efficiency(fast: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of twice one GPU's speed, {kind: {"steady": of the medians before the checkpoint, "all": of all steps
-    after the first, the checkpoint's among them}}. FSDP2 beside one GPU with the same residual stream where
-    that was measured, as "fsdp2, like for like".
+def efficiency(fast: dict[str, Any], gpus: int = 2) -> dict[str, dict[str, float]]:
+    """Of `gpus` times one GPU's speed, {kind: {"steady": of the medians before the checkpoint, "all": of all
+    steps after the first, the checkpoint's among them}}. FSDP2 beside one GPU with the same residual stream
+    where that was measured, as "fsdp2, like for like"; so with HSDP.
     """
 
     def whole(kind: str) -> float:
         return harmonic_mean(fast[kind]["tokens_per_second_each"][1:])  # steps have equal tokens
 
-    pairs = {"ddp": ("ddp", "one"), "fsdp2": ("fsdp2", "one")}
+    pairs = {kind: (kind, "one") for kind in KINDS if kind in fast}
     if (like := "one, residual in bf16") in fast:
-        pairs["fsdp2, like for like"] = ("fsdp2", like)
+        pairs |= {f"{kind}, like for like": (kind, like) for kind in ("fsdp2", "hsdp") if kind in fast}
     return {
         name: {
-            "steady": fast[kind]["tokens_per_second"] / (2 * fast[one]["tokens_per_second"]),
-            "all": whole(kind) / (2 * whole(one)),
+            "steady": fast[kind]["tokens_per_second"] / (gpus * fast[one]["tokens_per_second"]),
+            "all": whole(kind) / (gpus * whole(one)),
         }
         for name, (kind, one) in pairs.items()
     }
 
 
-def about(device: str) -> dict[str, Any]:
+def about(device: str, gpus: int) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
-    return {"device": name, "count": 2, "torch": torch.__version__, "recipe": "recipes/paper/bd-lru-m4.yaml"}
+    recipe = "recipes/paper/bd-lru-m4.yaml"
+    return {"device": name, "count": gpus, "torch": torch.__version__, "recipe": recipe}
 
 
 def table(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
-    labels = {
-        "one": "one GPU", "one, residual in bf16": "one GPU, residual stream in bf16", "ddp": "two, DDP",
-        "fsdp2": "two, FSDP2",
-    }  # fmt: skip
-    shares = efficiency(result["speed"])
+    gpus = result["about"]["count"]
+    labels = {"one": "one GPU", "one, residual in bf16": "one GPU, residual stream in bf16"}
+    labels |= {kind: f"{COUNTS[gpus]}, {name}" for kind, name in KINDS.items()}
+    times = "twice" if gpus == 2 else f"{COUNTS[gpus]} times"
+    shares = efficiency(result["speed"], gpus)
     lines = [
-        "| | tokens/s | of twice one | over all steps | MFU | bandwidth | data wait | host idle "
-        "| peak memory | checkpoint stall |",
+        f"| | tokens/s | of {times} one | over all steps | MFU | bandwidth | data wait "
+        "| host idle | peak memory | checkpoint stall |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for kind, label in labels.items():
@@ -291,11 +302,13 @@ def table(result: dict[str, Any]) -> str:
     worst = result["checks"]["largest_relative_difference_of_losses"]
     differences = ", ".join(f"{label} {value:.1e}" for label, value in worst.items() if label != "one")
     resumed = "equal" if result["checks"]["resumed_equals_straight"] else "NOT equal"
+    sharded = "FSDP2 and HSDP" if "hsdp" in result["speed"] else "FSDP2"
     lines += [
         "",
         "Losses of a small model in fp32, not compiled, over 6 steps: largest relative difference from one",
         f"GPU {differences}.",
-        f"Saved and resumed under FSDP2, they are {resumed} to those of an uninterrupted run, bit for bit.",
+        f"Saved and resumed under {sharded}, they are {resumed} to those of an uninterrupted run, bit for "
+        "bit.",
         f"A rank sends {result['links']['all_reduce'] / 1e9:.0f} GB/s in an all-reduce of fp32 gradients and "
         f"{result['links']['all_gather'] / 1e9:.0f} GB/s in an all-gather of bf16 parameters.",
     ]
@@ -310,6 +323,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("docs/results/scaling.json"))
+    parser.add_argument("--gpus", type=int, choices=COUNTS, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=20, help="of the large model, at least 7")
     parser.add_argument("--table", type=Path, help="print the Markdown of a result")

@@ -150,15 +150,24 @@ def ddp(size: Size, gpus: int) -> Step:
     return Step(rows, accumulation, compute, each + max(0.0, (buckets - 1) * each - window))
 
 
-def fsdp2(size: Size, gpus: int) -> Step:
+def fsdp2(size: Size, gpus: int, shards: int | None = None) -> Step:
     """Blocks gathered in bf16 for the forward and again for the backward pass of every micro-batch, each
     while the one before it computes; embedding and head once, hidden by nothing, as are a pass's first gather
-    and the step's last scatter. Gradients are scattered in fp32, in the last micro-batch only."""
+    and the step's last scatter. Gradients are scattered in fp32, in the last micro-batch only.
+
+    shards: GPUs that hold a copy (default: all). Copies then sum their shards of the gradients."""
     rows, accumulation, compute = _parts(size, gpus)
-    cost, delay = costs(size), ring_delay(gpus)
+    shards = shards or gpus
+    cost, delay, copies = costs(size), ring_delay(shards), gpus // shards
 
     def exchange(bytes_whole: float) -> float:
-        return (gpus - 1) / gpus * bytes_whole / bus(gpus) + delay
+        return (shards - 1) / shards * bytes_whole / bus(shards) + delay
+
+    def sum_up(bytes_whole: float) -> float:
+        if copies == 1:
+            return exchange(bytes_whole)
+        between = 2 * (copies - 1) / copies * bytes_whole / shards / bus(gpus)
+        return exchange(bytes_whole) + between + 2 * math.ceil(math.log2(copies)) * piece("hop_network")
 
     block = (cost.parameters - cost.embeddings) / cost.blocks
     forward = compute / 3 / accumulation / cost.blocks  # a block's
@@ -167,26 +176,31 @@ def fsdp2(size: Size, gpus: int) -> Step:
     def exposed(seconds: float, hidden_by: float) -> float:
         return seconds + (cost.blocks - 1) * max(0.0, seconds - hidden_by)
 
-    gather, scatter = exchange(2 * block), exchange(4 * block)
+    gather, scatter = exchange(2 * block), sum_up(4 * block)
     front = exchange(2 * cost.embeddings) + exposed(gather, forward)
     most = front + exposed(gather, backward)
-    last = front + exposed(gather + scatter, backward) + exchange(4 * cost.embeddings)
+    last = front + exposed(gather + scatter, backward) + sum_up(4 * cost.embeddings)
     return Step(rows, accumulation, compute, (accumulation - 1) * most + last)
 
 
-def memory(size: Size, gpus: int, sharded: bool) -> float:
+def hsdp(size: Size, gpus: int) -> Step:
+    """FSDP2 within each node, a copy a node."""
+    return fsdp2(size, gpus, NODE)
+
+
+def memory(size: Size, gpus: int, shards: int) -> float:
     """Bytes of a GPU: weights, moments, gradients in fp32; a micro-batch's activations, none recomputed.
 
     Sharded, gradients are whole while micro-batches accumulate, and so are embedding and head (bf16)."""
     cost = costs(size)
-    if not sharded:
+    if shards == 1:
         return 16 * cost.parameters + cost.activations
     whole = 4 * cost.parameters if _parts(size, gpus)[1] > 1 else 4 * cost.embeddings
-    return 16 * cost.parameters / gpus + whole + 2 * cost.embeddings + cost.activations
+    return 16 * cost.parameters / shards + whole + 2 * cost.embeddings + cost.activations
 
 
-def fits(size: Size, gpus: int, sharded: bool) -> bool:
-    return memory(size, gpus, sharded) < 0.9 * DEVICE_BYTES
+def fits(size: Size, gpus: int, shards: int) -> bool:
+    return memory(size, gpus, shards) < 0.9 * DEVICE_BYTES
 
 
 @dataclass(frozen=True)
@@ -214,8 +228,8 @@ def checkpoint(size: Size, gpus: int, sharded: bool) -> Checkpoint:
 
 def best(size: Size, gpus: int) -> tuple[str, Step]:
     """The faster way that fits."""
-    ways: dict[str, tuple[Callable[[Size, int], Step], bool]] = {"DDP": (ddp, False), "FSDP2": (fsdp2, True)}
-    fitting = {name: step(size, gpus) for name, (step, sharded) in ways.items() if fits(size, gpus, sharded)}
+    ways: dict[str, tuple[Callable[[Size, int], Step], int]] = {"DDP": (ddp, 1), "FSDP2": (fsdp2, gpus)}
+    fitting = {name: step(size, gpus) for name, (step, shards) in ways.items() if fits(size, gpus, shards)}
     name = max(fitting, key=lambda name: fitting[name].efficiency)
     return name, fitting[name]
 
@@ -238,18 +252,21 @@ def efficiency_table() -> str:
     for size in SIZES:
         for gpus in GPUS:
             cells = []
-            for step, sharded in ((ddp, False), (fsdp2, True)):
-                if fits(size, gpus, sharded):
+            for step, shards in ((ddp, 1), (fsdp2, gpus), (hsdp, NODE)):
+                if step is hsdp and gpus == NODE:
+                    cells += ["", "as FSDP2"]
+                elif fits(size, gpus, shards):
                     made = step(size, gpus)
                     cells += [f"{made.exposed * 1e3:.1f}", f"{made.efficiency:.3f}"]
                 else:
-                    cells += ["", f"does not fit ({memory(size, gpus, sharded) / 1e9:.0f} GB)"]
+                    cells += ["", f"does not fit ({memory(size, gpus, shards) / 1e9:.0f} GB)"]
             rows.append(
                 [size.name, str(gpus), f"{size.tokens_per_step[GPUS.index(gpus)]:,}", f"{made.rows:g}",
                  str(made.accumulation), f"{made.compute * 1e3:.0f}", *cells]
             )  # fmt: skip
     head = ["model", "GPUs", "tokens a step", "rows a GPU", "micro-batches", "compute, ms",
-            "DDP: exposed, ms", "DDP: efficiency", "FSDP2: exposed, ms", "FSDP2: efficiency"]  # fmt: skip
+            "DDP: exposed, ms", "DDP: efficiency", "FSDP2: exposed, ms", "FSDP2: efficiency",
+            "HSDP: exposed, ms", "HSDP: efficiency"]  # fmt: skip
     return _table(head, rows)
 
 
@@ -261,7 +278,7 @@ def checkpoint_table() -> str:
             cells = []
             for sharded in (False, True):
                 save = checkpoint(size, gpus, sharded)
-                fit = fits(size, gpus, sharded)
+                fit = fits(size, gpus, gpus if sharded else 1)
                 cells += [f"{save.stall:.3f}", f"{save.background:.0f}"] if fit else ["", ""]
             save = checkpoint(size, gpus, name == "FSDP2")
             rate = save.bytes / piece("checkpoint_every")
@@ -309,8 +326,8 @@ def findings() -> str:
     """What the efficiency table says, in numbers of the same formulas."""
     small, middle, large = SIZES
     upto = [(size, gpus) for size in SIZES for gpus in GPUS[:2]]
-    least_ddp = min(ddp(*at).efficiency for at in upto if fits(*at, False))
-    least_fsdp2 = min(fsdp2(*at).efficiency for at in upto if fits(*at, True))
+    least_ddp = min(ddp(*at).efficiency for at in upto if fits(*at, 1))
+    least_fsdp2 = min(fsdp2(*at).efficiency for at in upto if fits(*at, at[1]))
 
     def forward(size: Size) -> float:
         """ms of a block's forward pass at 1024 GPUs."""
@@ -323,8 +340,10 @@ def findings() -> str:
         f"Up to 64 GPUs DDP keeps {least_ddp:.3f} or more where it fits, FSDP2 {least_fsdp2:.3f} or more.",
         f"FSDP2 over 1024 GPUs in one ring is bound by latency, not by bytes: a gather takes {gather:.1f} "
         f"ms, a block's forward pass {forward(small):.2f} ms (200M), {forward(middle):.2f} ms (1.3B) or "
-        f"{forward(large):.1f} ms (7B). Use DDP for the first two there. Hybrid sharding (shards within a "
-        "node, copies between nodes) would remove this latency; it is not built.",
+        f"{forward(large):.1f} ms (7B). Shards within a node (HSDP) remove this latency: "
+        f"{hsdp(small, 1024).efficiency:.3f}, {hsdp(middle, 1024).efficiency:.3f} and "
+        f"{hsdp(large, 1024).efficiency:.3f} instead of {fsdp2(small, 1024).efficiency:.3f}, "
+        f"{fsdp2(middle, 1024).efficiency:.3f} and {fsdp2(large, 1024).efficiency:.3f}.",
         f"A 200M model on 1024 GPUs has {one.rows:g} row a GPU and {step:.1f} ms a step with DDP. What is "
         "not included (kernel launches, the optimizer's own pass, the slowest rank) would be a large part of "
         "that.",

@@ -1,6 +1,6 @@
 """Several checkpoints on the same tasks, and their scores side by side as a table and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,18 @@ def folders(checkpoints: Sequence[str | Path], output: Path | None) -> list[Path
     """Where each checkpoint's results go: `output`, or for several checkpoints a folder each in it."""
     names = checkpoint_names(checkpoints)
     return [output if output is None or len(names) == 1 else Path(output) / name for name in names]
+
+
+def for_each(
+    work: Callable[..., object],
+    checkpoints: Sequence[str | Path],
+    output: Path | None,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """work(checkpoint, *arguments, output=.., **options) for each; of several, `output` has a folder each."""
+    for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
+        work(checkpoint, *arguments, output=where, **options)
 
 
 def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:

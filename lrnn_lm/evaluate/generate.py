@@ -4,7 +4,6 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ def generate(
     prompt: str = "",
     *,
     prompt_file: str | Path | None = None,
+    prompt_twice: bool = False,
     segment: int = 2048,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
@@ -35,13 +35,13 @@ def generate(
 
     The text starts at BOS, like documents in training, so the prompt may be empty. A prompt file comes before
     the prompt. It is read `segment` tokens at a time, in memory that does not grow with its length (except
-    for attention layers); then only the continuation is printed and returned.
+    for attention layers); then only the continuation is printed and returned, as with `prompt_twice`: read
+    file and prompt, a line break, and both again, so that a recurrence knows what to keep (arXiv 2407.05483).
 
     Sampling divides logits by temperature, then keeps the top_k most likely tokens and of these the smallest
     set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
-    same machine; the caller's random state stays as it was. trust_remote_code: let the folder run its own
-    code. Raises ValueError for a number out of range, an unreadable file, a text longer than the model takes,
-    or a folder without a checkpoint.
+    same machine; the caller's random state stays. trust_remote_code: let the folder run its own code. Raises
+    ValueError for a number out of range, an unreadable file, too long a text, or no checkpoint.
 
     Example:
         >>> from lrnn_lm import generate
@@ -55,18 +55,17 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    cache = None
-    if prompt_file is None:
+    cache, shown = None, prompt_file is None and not prompt_twice
+    if shown:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
         length = ids.shape[1]
         check_window(model, length + max_new_tokens)
     else:
-        texts = chain(read_text(prompt_file), [prompt] if prompt else [])
+        texts = _texts(prompt, prompt_file, times=2 if prompt_twice else 1)
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
     settings = _settings(model, tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
-    streamer = TextStreamer(tokenizer, skip_prompt=prompt_file is not None, skip_special_tokens=True)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _any_text_printed():
+    streamer = TextStreamer(tokenizer, skip_prompt=not shown, skip_special_tokens=True)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _any_text_printed():
         torch.seed() if seed is None else torch.manual_seed(seed)
         out = model.generate(
             ids,
@@ -75,7 +74,18 @@ def generate(
             generation_config=settings,
             streamer=streamer,
         )
-    return tokenizer.decode(out[0, 1 if prompt_file else 0 :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, 0 if shown else 1 :], skip_special_tokens=True)
+
+
+def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[str]:
+    """The file and the prompt after it, in pieces; each time after the first on a line of its own."""
+    for time in range(times if prompt or prompt_file is not None else 0):
+        if time:
+            yield "\n"
+        if prompt_file is not None:
+            yield from read_text(prompt_file)
+        if prompt:
+            yield prompt
 
 
 def _check(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_A_STEP = 8  # upper bound for a symbol or word of a row: --lengths enlarges a suite's window by it
-WHOLE_ROWS = ("state_", "mad_", "long_")  # tasks whose answer depends on the whole row
+WHOLE_ROWS = ("state_", "mad_", "recall_", "long_")  # tasks whose answer depends on the whole row
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
@@ -49,6 +49,7 @@ def evaluate(
     num_fewshot: int | None = None,
     max_length: int | None = None,
     lengths: list[int] | None = None,
+    prompt_twice: bool = False,
     trust_remote_code: bool = False,
     team: Team = ALONE,
 ) -> dict[str, Any]:
@@ -65,9 +66,9 @@ def evaluate(
             to the model's limit; else `context_length`. Without it, models without attention read requests
             of any length whole, except rolling ones.
         lengths: of the rows of state, mad and long tasks.
+        prompt_twice: read each context, a line break and the context again (arXiv 2407.05483).
         trust_remote_code: let the checkpoint's folder run its own code.
-        team: the processes that share the work, which all call this. The main one prints and writes, the
-            others return {}.
+        team: the processes that share the work and all call this; others than the main one return {}.
 
     The caller's random state, the model's mode and its device stay as they were. Raises ValueError for an
     unknown task, missing data, a limit below 1, or a folder without a checkpoint.
@@ -80,8 +81,8 @@ def evaluate(
     """
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     _check(names, max_length, output, **options)
-    info, settings = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
-    settings |= {"data": documents_of(info, data)}
+    info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
+    settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         if model is not None:
@@ -127,8 +128,9 @@ def _scored(
             widest = max(widest, TOKENS_A_STEP * max(lengths))
         with hub_data(hub):
             results, reading = score_model(
-                model, tokenizer, manager, names, info, widest, settings["max_length"], team=team, **options
-            )
+                model, tokenizer, manager, names, info, widest, settings["max_length"], team=team,
+                prompt_twice=settings["prompt_twice"], **options,
+            )  # fmt: skip
     if results is None:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
@@ -287,6 +289,7 @@ def _write(
         if len(what) > 80:  # a file name takes 255 bytes
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
         what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
+        what += "-prompt-twice" if settings["prompt_twice"] else ""
         what += f"-limit{settings['limit']}" if settings["limit"] else ""
         where = f"{info.run.name}-" if output is not None and info.run is not None else ""
         path = folder / f"{where}{info.name}-{what}.json"

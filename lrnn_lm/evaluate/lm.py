@@ -31,6 +31,7 @@ class LiveLM(HFLM):
             memory does not grow with the length.
         start: the token before every context (BOS); None: the tokenizer adds it. A rolling log-likelihood
             always starts at BOS, exactly once.
+        prompt_twice: read each context twice, a line break between.
         team: the processes that share the requests; to lm-eval each looks like a single process.
     """
 
@@ -43,8 +44,10 @@ class LiveLM(HFLM):
         max_length: int,
         start: int | None,
         unlimited: bool = False,
+        prompt_twice: bool = False,
         team: Team = ALONE,
     ) -> None:
+        self._twice = prompt_twice
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
         self._window, self._unlimited = max_length, unlimited
         self._bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None  # no start token
@@ -114,6 +117,7 @@ class LiveLM(HFLM):
 
         Raises ValueError for a continuation longer than the window.
         """
+        requests = self._read_twice(requests)
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         sizes = [len(context) + len(target) for _, context, target in pairs]
         for request, (_, _, target) in zip(requests, pairs, strict=True):
@@ -145,6 +149,7 @@ class LiveLM(HFLM):
 
         Raises ValueError for invalid settings, or answers so long that a window has no room for a context.
         """
+        requests = self._read_twice(requests)
         requests = [_with_plain_settings(request, self.max_gen_toks) for request in requests]
         contexts = [request.args[0] for request in requests]
         for request in requests:
@@ -162,6 +167,17 @@ class LiveLM(HFLM):
             return super(LiveLM, self).generate_until(share, disable_tqdm=self._quiet(disable_tqdm))
 
         return self._team.share(requests, range(len(contexts)), list(map(len, contexts)), write)
+
+    def _read_twice(self, requests: list[Instance]) -> list[Instance]:
+        """The requests with each context written twice, if it is to be read so."""
+        if not self._twice:
+            return requests
+        twice = []
+        for request in requests:
+            context, *rest = request.args
+            context = f"{context.rstrip()}\n{context}" if context.strip() else context
+            twice.append(replace(request, arguments=(context, *rest)))
+        return twice
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context, at least one, and of its continuation: the ids of the whole text, cut in two.

@@ -33,12 +33,13 @@ def score_tasks(
     max_length: int,
     unlimited: bool,
     team: Team,
+    prompt_twice: bool = False,
     bootstrap: int = BOOTSTRAP,
 ) -> tuple[dict[str, Any], int]:
     """lm-eval's results, and the number of requests that lost the beginning of their context.
 
-    max_length, unlimited: as LiveLM takes them. bootstrap: 0 for no standard errors at all. Raises ValueError
-    for what lm-eval refuses.
+    max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
+    Raises ValueError for what lm-eval refuses.
     """
     import lm_eval
 
@@ -61,6 +62,7 @@ def score_tasks(
                 lm = LiveLM(
                     model, tokenizer, batch_size=batch_size, max_length=max_length,
                     start=document_start(model, tokenizer), unlimited=unlimited, team=team,
+                    prompt_twice=prompt_twice,
                 )  # fmt: skip
             results = lm_eval.simple_evaluate(
                 model=lm,

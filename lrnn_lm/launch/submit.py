@@ -113,8 +113,9 @@ def _unfinished(
 
 
 def _check_ranks(recipe: Recipe) -> None:
-    """Raise the trainer's error for rows that do not split over ranks before hours in the queue."""
+    """Raise the trainer's errors for the number of ranks before hours in the queue."""
     rows, ranks = recipe.rows_at(0), recipe.launch.ranks
+    recipe.train.check_shards(ranks, recipe.train.parallel)
     key = "tokens_per_step" if recipe.train.ramp is None else "ramp.start"
     if rows % ranks:
         raise ValueError(

@@ -7,10 +7,14 @@ from .attention import Attention
 from .base import Mixer, SequenceContext
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
+from .complex_lru import ComplexLRU
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
 from .mamba2 import Mamba2
+from .min_gru import MinGRU
+from .rg_lru import RealGatedLRU
+from .slice import SLiCE
 
 MIXERS: dict[str, type[Mixer]] = {
     "bd_lru": BlockDiagonalLRU,
@@ -23,6 +27,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "gated_deltaproduct": GatedDeltaProduct,
     "gla": GatedLinearAttention,
+    "min_gru": MinGRU,
+    "rg_lru": RealGatedLRU,
+    "complex_lru": ComplexLRU,
+    "slice": SLiCE,
 }
 
 

@@ -58,6 +58,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         half_life: [shortest, longest] initial half-life of a head's slots, in tokens, see `initial_gates`;
             None for [2, 512], or for equal gates where the gate function has no such start.
         short_conv: reach W in tokens of a short convolution of the input; None for none.
+        head_conv: reach W in tokens of short convolutions of values, queries and keys in place of one of the
+            input, and SiLU after them, as in gated DeltaNet. A key can then be that of the token before.
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
@@ -76,6 +78,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         gate_std: float | None = None,
         half_life: HalfLives | None = None,
         short_conv: Reach | None = None,
+        head_conv: Reach | None = None,
         output_gate: bool | None = None,
         head_norm: bool = True,
         keys: bool = False,
@@ -84,11 +87,15 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         super().__init__()
         check_sizes(
             num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
-            short_conv=short_conv,
+            short_conv=short_conv, head_conv=head_conv,
         )  # fmt: skip
         check_gates(gate, gate_std, half_life)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
+        if short_conv and head_conv:
+            raise ValueError(
+                "short_conv convolves the input, head_conv what heads get of it: set one of them"
+            )
         if erase and not keys:
             raise ValueError(
                 "erase needs keys: a write erases what the state holds at its key; set keys: true"
@@ -108,26 +115,41 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.norm_weight = nn.Parameter(torch.ones(H, V)) if head_norm else None
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
+        self.head_conv = ShortConvolution(H * (V + K + K * keys), head_conv) if head_conv else None
         self.draw_parameters()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution (B, H K V + (W-1) D),
-        its inputs after the recurrence's state."""
+        """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution of C channels
+        (B, H K V + (W-1) C), its inputs after the recurrence's state."""
         context = context or SequenceContext()
-        if self.conv is None:
-            return self._mix(x, state, context)
-        state, past = self.conv.split(state, self.head_shape)
-        x, past = self.conv(x, past, context.reset)
-        y, state = self._mix(x, state, context)
-        return y, self.conv.join(state, past)
+        conv, past = self.conv if self.head_conv is None else self.head_conv, None
+        if conv is not None:
+            state, past = conv.split(state, self.head_shape)
+        if self.conv is not None:
+            x, past = self.conv(x, past, context.reset)
+        gates, *streams = self.project(x, context.joint)
+        if self.head_conv is not None:
+            streams, past = self._convolved(list(streams), past, context.reset)
+        y, state = self._mix(gates, list(streams), state, context.reset)
+        return y, state if conv is None else conv.join(state, past)
 
-    def _mix(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:
-        """The same without the convolution: state (B, H, K, V)."""
+    def _convolved(
+        self, streams: list[Tensor], past: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Values, queries and keys after their convolutions; the other projections as they are."""
+        count = 2 if self.key_proj is None else 3
+        mixed, past = self.head_conv(torch.cat(streams[:count], dim=-1), past, reset)
+        mixed = functional.silu(mixed).split([stream.shape[-1] for stream in streams[:count]], dim=-1)
+        return [*mixed, *streams[count:]], past
+
+    def _mix(
+        self, gates: Tensor, streams: list[Tensor], state: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence and what follows, of the projections; state (B, H, K, V)."""
         H, K, V = self.head_shape
-        gates, values, queries, *more = self.project(x, context.joint)
-        more = list(more)  # torch.compile unpacks a tuple here
+        values, queries, more = streams[0], streams[1], streams[2:]
         transitions, writes = self._coefficients(gates)
         erase = None
         if self.key_proj is not None:
@@ -139,8 +161,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             else:
                 writes = writes * keys
         y, state = matrix_scan(
-            transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state,
-            context.reset, self.backend, erase,
+            transitions, writes, values.unflatten(-1, (H, V)), queries.unflatten(-1, (H, K)), state, reset,
+            self.backend, erase,
         )  # fmt: skip
         if self.norm_weight is not None:
             y = functional.rms_norm(y, (V,), eps=NORM_EPS) * self.norm_weight.to(y.dtype)
@@ -182,8 +204,9 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(K, self.block_size, self.half_life)  # (K, M+1)
             values["gate_proj.bias"] = bias.T.unsqueeze(1).expand(-1, H, -1).flatten()
-        if self.conv is not None:
-            values["conv.weight"] = torch.zeros_like(self.conv.weight, device="cpu")
+        for name, conv in (("conv", self.conv), ("head_conv", self.head_conv)):
+            if conv is not None:
+                values[f"{name}.weight"] = torch.zeros_like(conv.weight, device="cpu")
         if self.norm_weight is not None:
             values["norm_weight"] = torch.ones(H, V)
         return values
@@ -192,12 +215,12 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         """A number of the state is M + 1 multiply-adds and one to be read, and one more to be erased;
         normalising gates is about 3 operations each."""
         H, K, V = self.head_shape
-        taps = 0 if self.conv is None else self.conv.weight.numel()
+        taps = sum(conv.weight.numel() for conv in (self.conv, self.head_conv) if conv is not None)
         gates = self.block_size + 1
         uses = gates + (1 if self.rate_proj is None else 2)
         return MixerCost(products=2 * taps, scan=H * K * (2 * V * uses + 3 * gates))
 
     def state_elements(self, context_length: int) -> int:
         H, K, V = self.head_shape
-        kept = 0 if self.conv is None else self.conv.elements
+        kept = sum(conv.elements for conv in (self.conv, self.head_conv) if conv is not None)
         return H * K * V + kept

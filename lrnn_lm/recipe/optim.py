@@ -26,7 +26,7 @@ class OptimSection(Section):
     name: str = Field(
         "adamw",
         description="a name in OPTIMIZERS of train/optim.py: adamw; muon (Muon for the layers' matrices, "
-        "AdamW for the rest) or adamw8bit (torchao), both not under FSDP2",
+        "AdamW for the rest); adamw8bit (torchao; not under FSDP2)",
     )
     lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)

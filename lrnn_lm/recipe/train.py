@@ -57,6 +57,12 @@ class TrainSection(Section):
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto", description="how ranks share the model; auto: what Accelerate's config file says, else ddp"
     )
+    shard_size: int | None = Field(
+        None,
+        ge=2,
+        description="ranks that hold one copy of the model between them under FSDP2, as in 8, the GPUs of a "
+        "node (HSDP); null: all ranks",
+    )
     segment: int | None = Field(
         None,
         ge=1,
@@ -102,3 +108,17 @@ class TrainSection(Section):
         100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
     )
     runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+
+    def check_shards(self, ranks: int, parallel: str) -> None:
+        """Raise ValueError if so many ranks cannot hold the model as `shard_size` says."""
+        if self.shard_size is None or ranks == 1:
+            return
+        if parallel == "ddp":
+            raise ValueError(
+                "train.shard_size is for FSDP2, DDP shards nothing: set train.parallel=fsdp2, or leave it out"
+            )
+        if ranks % self.shard_size:
+            raise ValueError(
+                f"train.shard_size {self.shard_size} does not divide {ranks} ranks: set it to the number of "
+                "GPUs of a node, or leave it out"
+            )

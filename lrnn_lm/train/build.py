@@ -79,6 +79,7 @@ def build_trainer(
     stop = stop or StopSignal()
     accelerator, plan = _start(recipe, folder, stop)
     together = Together(accelerator, stop)
+    together.all(lambda: recipe.train.check_shards(accelerator.num_processes, plan.kind))
     main, device = accelerator.is_main_process, accelerator.device
     parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
     source = recipe.model.init_from if begins else None
@@ -119,7 +120,7 @@ def _start(recipe: Recipe, folder: Path, stop: StopSignal) -> tuple[Accelerator,
     """The ranks of a recipe that this machine can train; nothing is prepared or written yet."""
     check_segments(recipe)
     optimizer_class(recipe.optim.name)
-    plan = launch_plan(recipe.train.parallel)
+    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop.hold()  # if one rank left now, the others would wait for it
     else:

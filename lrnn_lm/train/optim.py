@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..recipe.optim import GroupSection, OptimSection, check_optimizer
 from .muon import MOMENTUM, orthogonalised
+from .parallel import like_parameter, whole
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -83,7 +84,8 @@ class Muon(Optimizer):
     0.2 sqrt(max(rows, columns)) so that an update has the size of AdamW's and one learning rate and weight
     decay serve both (arXiv 2502.16982). All matrices of one shape go through the iteration as a batch: for 60
     matrices 15 kernel launches instead of torch.optim.Muon's 900. A projection that stacks several maps
-    (planes) counts as one matrix a plane.
+    (planes) counts as one matrix a plane. Under FSDP2 the matrices of one shape are gathered, and every rank
+    computes all of them, as under DDP, and takes its shards.
 
     Args:
         matrices: (parameter (rows, columns), planes) each; planes divides the rows.
@@ -91,8 +93,6 @@ class Muon(Optimizer):
         lr, weight_decay: of the matrices; decoupled, as AdamW's.
         adamw: further settings of AdamW.
     """
-
-    takes_shards = False  # the singular values are those of the whole matrix
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Muon(Optimizer):
 
     def _move(self, group: dict[str, Any]) -> None:
         """Update the matrices of a parameter group."""
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
@@ -141,16 +141,15 @@ class Muon(Optimizer):
             momentum, planes = state["momentum"], self._planes[parameter]
             momentum.mul_(MOMENTUM).add_(parameter.grad)
             ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
-            rows = parameter.shape[0] // planes
-            for i in range(planes):
-                plane = slice(i * rows, (i + 1) * rows)
-                by_shape[(rows, parameter.shape[1])].append((parameter[plane], ahead[plane]))
+            by_shape[(parameter.shape[0] // planes, parameter.shape[1])].append((parameter, ahead))
         if parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for shape, pairs in by_shape.items():
-            updates = orthogonalised(torch.stack([update for _, update in pairs]))
-            scale = -group["lr"] * 0.2 * max(shape) ** 0.5
-            torch._foreach_add_([target for target, _ in pairs], list(updates.unbind()), alpha=scale)
+            stacks = [whole(ahead).reshape(-1, *shape) for _, ahead in pairs]  # (planes, rows, columns) each
+            updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])
+            targets = [parameter for parameter, _ in pairs]
+            shares = [like_parameter(u.flatten(0, 1), p) for u, p in zip(updates, targets, strict=True)]
+            torch._foreach_add_(targets, shares, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 class AdamW8bit(Optimizer):

@@ -1,4 +1,5 @@
-"""How ranks share a model, and all code that depends on it: a copy each (DDP) or a shard each (FSDP2).
+"""How ranks share a model, and all code that depends on it: a copy each (DDP), a shard each (FSDP2), or a
+shard each of a copy that a group of ranks has (HSDP: FSDP2 over a mesh of groups x ranks of a group).
 
 FSDP2 is torch's `fully_shard` on each block and on the rest, applied here and not by Accelerate: then it is
 the same on a GPU and on a CPU with gloo, and the head's weight is gathered while the loss, which reads it
@@ -26,10 +27,12 @@ class Plan:
 
     kind: Literal["ddp", "fsdp2"] = "ddp"
     reshard: bool = False  # free a block's gathered parameters after each pass, not only after each step
+    shard_size: int | None = None  # ranks that hold a copy between them; None: all
 
 
-def launch_plan(asked: str) -> Plan:
-    """The recipe's `train.parallel`; for auto, what Accelerate's config file told its launcher.
+def launch_plan(asked: str, shard_size: int | None = None) -> Plan:
+    """The recipe's `train.parallel` and `train.shard_size`; for auto, what Accelerate's config file told its
+    launcher.
 
     Call it before the Accelerator is made: it removes the variable that has Accelerate apply FSDP itself.
     Raises ValueError for kinds of FSDP that are not supported.
@@ -43,14 +46,18 @@ def launch_plan(asked: str) -> Plan:
             raise ValueError("fsdp_offload_params is not supported; set it to false in the Accelerate config")
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     kind = ("fsdp2" if launched else "ddp") if asked == "auto" else asked
-    return Plan(kind, reshard)
+    return Plan(kind, reshard, shard_size)
 
 
 def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
     """The module to call for a forward pass. FSDP2 changes `model` itself: its parameters become shards."""
     if accelerator.num_processes == 1 or plan.kind == "ddp":
         return accelerator.prepare_model(model)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    ranks = accelerator.num_processes
+    size = plan.shard_size or ranks
+    # Ranks are numbered node by node: a row of the mesh lies within a node where its size divides a node's.
+    shape, names = ((ranks,), ("shard",)) if size == ranks else ((ranks // size, size), ("copy", "shard"))
+    mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
     bf16 = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -92,7 +99,7 @@ def settle_buckets(model: nn.Module, empty_pass: Callable[[], None]) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients to a global norm of at most `limit`; returns the norm before, () on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(norm)
 
 
 def reshard(model: nn.Module) -> None:
@@ -100,6 +107,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, gathered from its shards if it is sharded: all ranks call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:

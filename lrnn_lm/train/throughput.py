@@ -46,8 +46,9 @@ class Throughput:
             memory = training_memory(config, micro_batch, length, dtype, recomputed)
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
+            shards = (recipe.train.shard_size or ranks) if sharded else 1
             state = state_bytes(meta_model(config), recipe.optim)
-            update = (3 * 4 * cost.total_parameters + 2 * state) / (ranks if sharded else 1)
+            update = (3 * 4 * cost.total_parameters + 2 * state) / shards
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
     def line(self, spent: Spent, tokens: int | None = None) -> dict[str, float | int | None]:

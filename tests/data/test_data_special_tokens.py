@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from corpora import make_texts, write_jsonl, write_recipe
 from lrnn_lm.data import DataSpec, PreparedData, SourceSpec, prepare, tokenizer_hash
 from lrnn_lm.data.encode import Encoder
 from lrnn_lm.data.tokenize import read_facts
+from lrnn_lm.recipe import shipped
 
 TRAINED, READY = ("bpe", "unigram"), ("gpt-2", "llama-2", "split before")
 KINDS = (*TRAINED, *READY)
@@ -190,6 +192,28 @@ def test_chat_templates_and_added_markers(kind: str, made, tmp_path: Path) -> No
         marks = [token for token in ids if token in {user, model, own.bos_token_id, own.eos_token_id}]
         assert marks == [own.bos_token_id, user, own.eos_token_id, model, own.eos_token_id, model]
         assert len(ids) - len(marks) == len(own("the state").input_ids) + len(own("mixes").input_ids)
+
+
+@pytest.mark.parametrize("kind", [*TRAINED, "gpt-2", "llama-2"])
+def test_the_shipped_chat_template(kind: str, made) -> None:
+    """A prompt's tokens begin the whole chat, and the mask of answers is their tokens and EOS, exactly."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(made(kind).tokenizer_dir)
+    tokenizer.chat_template = shipped("tokenizers/chat.jinja").read_text()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["It is\n", "\n the state", " mixes  what", "\n\nit has read. "]
+    chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    parts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    whole = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+    pairs = list(zip(whole["input_ids"], whole["assistant_masks"], strict=True))
+    assert [token for token, answered in pairs if answered] == [*parts[1], end, *parts[3], end]
+    roles = [tokenizer(message["role"], add_special_tokens=False).input_ids for message in chat]
+    written = [[begin, *role, begin, *part, end] for role, part in zip(roles, parts, strict=True)]
+    assert whole["input_ids"] == [*chain(*written)]
+    for asked in (1, 3):
+        prompt = tokenizer.apply_chat_template(chat[:asked], add_generation_prompt=True)["input_ids"]
+        assert prompt == [*chain(*written[:asked]), begin, *roles[asked], begin]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "split before"])

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from corpora import make_texts, write_jsonl
 from rank_runs import Ranks, recorded
 from rich.console import Console
+from safetensors.torch import load_file
 from test_token_files import flat, megatron
 from tiny_run import ROOT, fingerprint, metrics, write_recipe
 
@@ -22,7 +24,6 @@ from lrnn_lm.data.mixture import Mixture, MixtureStage
 from lrnn_lm.data.tokenize import read_facts
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer, prepare_data
-from lrnn_lm.train.sources import uses
 
 WEB, CODE, NEWS = make_texts(70, seed=1), [t.upper() for t in make_texts(40, seed=2)], make_texts(30, seed=3)
 STAGES = [
@@ -250,26 +251,37 @@ def test_text_and_token_files_together(straight, folder: Path, tmp_path: Path) -
     assert {entry["text"] for entry in held if entry["source"] == "code"} < set(CODE)
 
 
-def test_the_staged_recipe_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sources, then a third while the learning rate falls; on fewer documents."""
+def test_the_staged_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in docs/recipes.md, but shorter: two sources, then a third; a cool-down branch with averaging."""
     monkeypatch.chdir(ROOT)
     sources = load_recipe("recipes/staged.yaml").data.model_dump(mode="json")["sources"]
-    recipe = load_recipe(
-        "recipes/staged.yaml",
-        [
-            f"data.sources={json.dumps([source | {'limit': 15, 'max_epochs': None} for source in sources])}",
-            "data.stages=[{tokens: 4K, weights: {manual: 0.6, code: 0.4}}, "
-            "{weights: {manual: 0.4, code: 0.2, pages: 0.4}}]",
-            "model.vocab_size=400", "model.hidden_size=32",
-            "model.num_hidden_layers=1", "model.mixer.num_blocks=8", "model.intermediate_size=32",
-            "data.sequence_length=50", "train.tokens=5K", "train.tokens_per_step=500", "eval.every=2 steps",
-            "eval.tokens=600", "eval.tasks=[]", f"data.cache_dir={tmp_path}", f"train.runs_dir={tmp_path}",
-        ],
-    )  # fmt: skip
-    trainer = build_trainer(recipe, Console(quiet=True))
-    trainer.run()
-    lines = [line for line in metrics(trainer.folder) if "validation_loss/pages" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10], "its third source too, from the start"
-    rates = [line["lr"] for line in metrics(trainer.folder) if "lr" in line]
-    assert rates[7] == max(rates) > rates[8] > rates[9], "the last stage is the decay"
-    assert uses(recipe, trainer.prepared)[2].needed == 8
+    small = [
+        f"data.sources={json.dumps([source | {'limit': 15, 'max_epochs': None} for source in sources])}",
+        "data.stages=[{tokens: 4K, weights: {manual: 0.6, code: 0.4}}, "
+        "{weights: {manual: 0.4, code: 0.2, pages: 0.4}}]",
+        "model.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=1",
+        "model.mixer.num_blocks=8", "model.intermediate_size=32", "data.sequence_length=50",
+        "train.tokens=6K", "train.tokens_per_step=500", "checkpoint.every=5 steps", "eval.every=2 steps",
+        "eval.tokens=600", "eval.tasks=[]", f"data.cache_dir={tmp_path}", f"train.runs_dir={tmp_path}",
+    ]  # fmt: skip
+    assert exit_code("train", "recipes/staged.yaml", *small) == 0
+    lines = metrics(tmp_path / "staged")
+    validated = [line["step"] for line in lines if "validation_loss/pages" in line]
+    assert validated == [2, 4, 6, 8, 10, 12], "its third source too, from the start"
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert len(rates) == 12
+    assert set(rates[2:]) == {max(rates)}
+    parent = str(tmp_path / "staged/checkpoints/step-00000010")
+    assert exit_code("train", "recipes/cooldown.yaml", "--from", parent, *small, "optim.decay=2 steps") == 0
+    branch = tmp_path / "cooldown"
+    lines = [line for line in metrics(branch) if "lr" in line]
+    assert [line["step"] for line in lines] == [11, 12]
+    assert max(rates) > lines[0]["lr"] > lines[1]["lr"]
+    assert "average_bits_per_byte/pages" in metrics(branch)[-1]
+    assert json.loads((branch / "parent.json").read_text())["checkpoint"] == parent
+    assert "| branch of | step 10 of staged (recipe `" in (branch / "README.md").read_text()
+    weights, average = (
+        load_file(branch / folder / "model.safetensors") for folder in ("checkpoints/latest", "average")
+    )
+    assert weights.keys() == average.keys()
+    assert not torch.equal(weights["model.norm.weight"], average["model.norm.weight"])

@@ -99,6 +99,38 @@ def test_formal_languages():
     assert (labels.min(), labels.max()) == (0, 3)
 
 
+def test_regular_languages_by_their_definitions():
+    inputs, labels = task("even_pairs", 30).rows(0, "train", np.arange(20))
+    for row, states in zip(inputs, labels, strict=True):
+        word = "".join("ab"[symbol] for symbol in row)
+        for t in range(1, len(word) + 1):
+            pairs = [word[i : i + 2] for i in range(t - 1)]
+            assert states[t - 1] == ((pairs.count("ab") + pairs.count("ba")) % 2 == 0)
+    inputs, labels = task("cycle_navigation", 50, modulus=4).rows(0, "train", np.arange(5))
+    assert (labels == np.array([0, 1, -1])[inputs].cumsum(axis=1) % 4).all()
+    inputs, labels = task("modular_arithmetic", 40).rows(0, "train", np.arange(50))
+    assert set(inputs.ravel()) == set(range(8))
+    for row, values in zip(inputs, labels, strict=True):
+        text = "".join("01234+-*"[symbol] for symbol in row)
+        assert [eval(text[: t + 1]) % 5 if t % 2 == 0 else -100 for t in range(40)] == values.tolist()
+
+
+def test_many_queries_are_answered_by_the_pairs():
+    made = task("mqar", 40, vocab_size=64, pairs=5)
+    inputs, labels = made.rows(0, "train", np.arange(400))
+    for row, asked in zip(inputs, labels, strict=True):
+        pairs = dict(zip(row[:10:2].tolist(), row[1:10:2].tolist(), strict=True))
+        assert len(pairs) == 5
+        assert all(0 < key < 32 <= value < 64 for key, value in pairs.items())
+        (places,) = np.nonzero(asked >= 0)
+        assert (places % 2 == 0).all()
+        assert places.min() >= 10
+        assert {key: pairs[key] for key in row[places].tolist()} == pairs
+        assert [pairs[key] for key in row[places].tolist()] == asked[places].tolist()
+    share = (labels[:, 10:25] >= 0).sum() / (labels >= 0).sum()
+    assert share > 0.6  # near the pairs more often: a power law
+
+
 @pytest.mark.parametrize("name", STATE_TASKS)
 def test_a_start_symbol_goes_before_the_same_row(name):
     plain, started = task(name, 12), task(name, 13, start=1)
@@ -178,7 +210,7 @@ def test_copying_memorisation_and_compression():
 
 def test_published_baselines_and_sweeps_can_be_made():
     assert len(MAD_TASKS) == 6
-    assert len(STATE_TASKS) == 9
+    assert len(STATE_TASKS) == 12
     for name in MAD_TASKS:
         for key, values in SYNTHETIC_TASKS[name].sweep.items():
             for value in values:
@@ -203,6 +235,10 @@ def test_published_baselines_and_sweeps_can_be_made():
     (lambda: task("memorisation", vocab_size=2), "vocab_size must be at least 3"),
     (lambda: task("modular_counting", modulus=1), "at least 2"),
     (lambda: task("dyck1_depth", max_depth=0), "at least 1"),
+    (lambda: task("cycle_navigation", modulus=1), "at least 2"),
+    (lambda: task("mqar", 128, pairs=33), "too short for 33 pairs: at least 132"),
+    (lambda: task("mqar", 128, vocab_size=16), "at least 18"),
+    (lambda: task("mqar", 128, power=0), "above 0"),
     (lambda: task("dyck1_depth", max_depth=2.5), "takes a number"),
     (lambda: task("s3", 1), "at least 2"),
     (lambda: task("s3", start=2), "0 or 1"),

@@ -74,6 +74,21 @@ def test_a_byte_order_mark_is_no_text(checkpoint, continued, tmp_path, monkeypat
     assert "".join(read_text(tmp_path / "prompt.txt")) == inside, "only the first is a mark"
 
 
+def test_a_prompt_is_read_twice(checkpoint, tmp_path):
+    """The same as the prompt written twice by hand; the file comes before the prompt each time."""
+    text = "She carried two buckets"
+    twice = f"{text}\n{text}"
+    want = generate(checkpoint, twice, **SETTINGS).removeprefix(twice)
+    assert generate(checkpoint, text, prompt_twice=True, **SETTINGS) == want
+    (tmp_path / "prompt.txt").write_text("She carried")
+    found = generate(
+        checkpoint, " two buckets", prompt_file=tmp_path / "prompt.txt", prompt_twice=True, **SETTINGS
+    )
+    assert found == want
+    empty = generate(checkpoint, "", **SETTINGS)
+    assert generate(checkpoint, "", prompt_twice=True, **SETTINGS) == empty
+
+
 def test_a_pipe_is_a_prompt_file(checkpoint, continued, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     data = b"\xef\xbb\xbf" + TEXT.encode()

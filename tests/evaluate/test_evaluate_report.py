@@ -71,6 +71,24 @@ def test_one_run_gets_its_picture_and_table(tmp_path, capsys):
     assert "410K" in shown
 
 
+def test_tasks_during_training_are_drawn(tmp_path):
+    """A panel a metric; of a step that was scored again the last line counts."""
+    lines = [
+        {"step": step, "tokens": 9, "tasks_seconds": 1.0, "cloze/acc": acc, "cloze/bits": 2.0, "x/acc": 1.0}
+        for step, acc in ((40, 0.25), (80, 0.1), (80, 0.5))
+    ]
+    run = _write_run(tmp_path / "a", tail="".join(json.dumps(line) + "\n" for line in lines))
+    found = read_run(run)
+    assert [line["cloze/acc"] for line in found.tasks] == [0.25, 0.5]
+    assert found.task_keys == ["cloze/acc", "cloze/bits", "x/acc"]
+    assert len(found.training) == 100
+    report([run, _write_run(tmp_path / "b")], output=tmp_path / "both.svg")
+    drawn = (tmp_path / "both.svg").read_text()
+    for words in ("cloze while training", "acc", "bits", "a: 0.500"):
+        assert f"<!-- {words} -->" in drawn
+    assert drawn.count('<g id="axes_') == 5, "and the sixth place is empty"
+
+
 def test_two_runs_share_a_picture(tmp_path, capsys):
     runs = [_write_run(tmp_path / "bd"), _write_run(tmp_path / "h", floor=2.5)]
     report(runs)

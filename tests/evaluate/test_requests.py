@@ -57,6 +57,23 @@ def test_pairs_of_any_length_are_read_whole(recurrent, tokenizer):
     assert scorer.truncated == 0
 
 
+def test_contexts_are_read_twice(recurrent, tokenizer):
+    """As if they had been written twice; what has no context stays as it is."""
+    pairs = [("the old", " river"), ("the old ", "river"), ("", "the river")]
+    written = [("the old\nthe old", " river"), ("the old\nthe old ", "river"), ("", "the river")]
+    twice = LiveLM(recurrent, tokenizer, batch_size=3, max_length=WINDOW, start=tokenizer.bos_token_id,
+                   unlimited=True, prompt_twice=True)  # fmt: skip
+    once = live(recurrent, tokenizer)
+    found = twice.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+    want = once.loglikelihood(ask("loglikelihood", *written), disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in want], rel=1e-5)
+    settings = {"until": ["."], "max_gen_toks": 5}
+    answers = twice.generate_until(ask("generate_until", ("the old", settings)), disable_tqdm=True)
+    assert answers == once.generate_until(
+        ask("generate_until", ("the old\nthe old", settings)), disable_tqdm=True
+    )
+
+
 @pytest.mark.parametrize("shared", [2, 1])
 @pytest.mark.parametrize("answer", ["ers", "ers and the rope"])
 def test_a_token_over_the_join_is_of_the_answer(recurrent, tokenizer, shared, answer):

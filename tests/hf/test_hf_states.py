@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import HYBRIDS, NAMES, close, small_model, tokens
+from small_models import MIXER_ROWS, NAMES, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache, StaticCache
 
@@ -147,10 +147,9 @@ def test_files_that_hold_no_states(tmp_path):
 def test_a_cache_of_another_size_is_refused(name):
     """As many layers of the right kinds, but states of another model: told before anything is computed."""
     other = {"hidden_size": 32} if "attention" in name or "hybrid" in name or name == "mamba2" else {}
-    sizes = {"bd_lru": "num_blocks", "bd_matrix": "num_heads", "h_lru": "num_blocks", "lstm": "width"}
     mixer = small_model(name).config.mixer
-    if name not in HYBRIDS and mixer["type"] in sizes:
-        size = sizes[mixer["type"]]
+    if not other:
+        size = next(key for key in ("num_blocks", "width", "num_heads") if key in MIXER_ROWS[name])
         other = {"mixer": mixer | {size: mixer[size] * 2}}
     cache = prefill(small_model(name, **other), tokens()).past_key_values
     if name == "hybrid":  # its recurrent layers have sizes of their own: the attention layer tells

@@ -1,23 +1,25 @@
 """TRL's SFTTrainer: however it packs or pads, each example's logits are those of the example alone."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
 from small_models import NAMES, VOCAB, close, small_model
 from tolerances import TOLERANCE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lrnn_lm.recipe import shipped
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'lrnn-lm[finetune]'")
 LENGTHS = (3, 9, 5, 12, 4, 7, 6, 2)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [*SPECIAL, *(f"w{i}" for i in range(VOCAB - len(SPECIAL)))]
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<s> {% generation %}{{ m.content }} </s> "
-    "{% endgeneration %}{% else %}<s> {{ m.content }} {% endif %}{% endfor %}"
-)
 WAYS = {
     "padded": {},
     "packed": {"packing": True, "max_length": 24},
@@ -30,7 +32,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE, **names)
+    template = shipped("tokenizers/chat.jinja").read_text()
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **names)
 
 
 def sentences() -> list[str]:
@@ -111,3 +114,33 @@ def test_training(way, tmp_path):
     losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
     assert len(losses) == 2
     assert all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize("way", ["packed", "padding-free"])
+def test_the_example(way, make_checkpoint, tmp_path, monkeypatch, capsys):
+    """Run as it is shipped: what it writes answers as it was taught, and loads without this package."""
+    taught = {"Where is the river?": "Behind the mill.", "Who carried the buckets?": "The gardener."}
+    chats = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+        for asked, answer in taught.items()
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    script = Path(__file__).parents[2] / "examples/finetune.py"
+    checkpoint = str(make_checkpoint("hybrid"))
+    options = [f"--way={way}", "--length=256", "--epochs=40", "--lr=0.01"]
+    monkeypatch.setattr(
+        sys, "argv", [str(script), checkpoint, str(tmp_path / "chats.jsonl"), str(tmp_path / "out"), *options]
+    )
+    runpy.run_path(str(script), run_name="__main__")
+    assert "answers 'Where is the river?' with 'Behind the mill.'" in capsys.readouterr().out
+    assert (tmp_path / "out/modeling_lrnn.py").is_file()
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    for chat in chats:
+        prompt = tokenizer.apply_chat_template(
+            chat["messages"][:1], add_generation_prompt=True, return_tensors="pt"
+        )
+        written = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+        answer = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == chat["messages"][1]["content"]

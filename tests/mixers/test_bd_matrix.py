@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.mixers import SequenceContext, build_mixer
@@ -106,6 +107,29 @@ def test_a_write_replaces_what_the_state_holds_at_its_key():
         y, _ = mixer(x, None, SequenceContext())
         size = mixer.key_proj(a)[:8].norm()
         torch.testing.assert_close(y[0, -1] / size, mixer.value_proj(a)[:16], rtol=1e-3, atol=1e-4)
+
+
+def test_heads_convolve_their_streams():
+    """A key of the token before: with it a query reads the value that came after its last occurrence."""
+    mixer, x = made(ERASES | {"head_conv": 2}), torch.randn(2, 5, 16)
+    y, state = mixer(x, None, SequenceContext())
+    assert state.shape == (2, mixer.state_elements(9)) == (2, 2 * 8 * 4 + 2 * (4 + 8 + 8))
+    streams = torch.cat([p(x) for p in (mixer.value_proj, mixer.query_proj, mixer.key_proj)], dim=-1)
+    torch.testing.assert_close(state[:, -40:], streams[:, -1])
+    with torch.no_grad():
+        mixer.head_conv.weight[0, -16:] = -1.0  # of the keys: the token before instead of its own
+        mixer.head_conv.weight[1, -16:] = 1.0
+    changed, _ = mixer(x, None, SequenceContext())
+    own = functional.silu(mixer.key_proj(x)).roll(1, 1)
+    own[:, 0] = 0.0
+    _, _, keys = mixer._convolved([p(x) for p in mixer.joint_projections()[1:]], None, None)[0][:3]
+    torch.testing.assert_close(keys, own)
+    assert not torch.allclose(changed, y)
+
+
+def test_one_convolution_at_most():
+    with pytest.raises(ValueError, match="set one of them"):
+        build_mixer(SPEC | {"short_conv": 3, "head_conv": 3}, 16)
 
 
 def test_erasing_needs_keys():

@@ -147,7 +147,7 @@ def test_initialisation_has_the_right_spread(name):
     spec = {**MIXER_ROWS[name]} | ({"num_blocks": 40} if "num_blocks" in MIXER_ROWS[name] else {})
     model = LRNNForCausalLM(LRNNConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=8, intermediate_size=192,
-        mixer=spec | ({"width": 64} if spec["type"] == "lstm" else {}),
+        mixer=spec | ({"width": 64} if "width" in spec else {}),
     ))  # fmt: skip
     narrow = 0.02 / math.sqrt(2 * 8)
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)

@@ -267,7 +267,7 @@ def test_what_accelerate_was_told(accelerate_says: pytest.MonkeyPatch) -> None:
     accelerate_says.setenv("FSDP_RESHARD_AFTER_FORWARD", "true")
     assert launch_plan("auto") == Plan("fsdp2", reshard=True)
     assert launch_plan("auto") == Plan("ddp")  # it was told once
-    assert launch_plan("fsdp2") == Plan("fsdp2")
+    assert launch_plan("fsdp2", 8) == Plan("fsdp2", shard_size=8)
 
 
 @pytest.mark.parametrize(

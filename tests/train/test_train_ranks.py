@@ -1,4 +1,4 @@
-"""Ranks, accumulation, DDP and FSDP2 are one training; a run goes on on other ranks as on the same.
+"""Ranks, accumulation, DDP, FSDP2 and HSDP are one training; a run goes on on other ranks as on the same.
 
 Processes of gloo's on the CPU.
 """
@@ -13,6 +13,7 @@ from rank_runs import Prank, Ranks, recorded, weights
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import losses, metrics, validations, write_recipe
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from trainers import main_exits
 
 from lrnn_lm.data.order import rows_of_samples
@@ -24,8 +25,9 @@ from lrnn_lm.train.tensors import is_sharded_folder, read_shards
 
 STEPS, ROWS = 50, 12
 LAST = f"checkpoints/step-{STEPS:08d}"
-# How the model is shared, ranks, rows of a micro-batch: of 12 rows a step, 1, 2 or 4 micro-batches a rank.
-LAYOUTS = [("ddp", 1, 3), ("ddp", 2, 3), ("ddp", 4, 2), ("fsdp2", 2, 3), ("fsdp2", 4, 3)]
+# How the model is shared (hsdp: two ranks hold a copy), ranks, rows of a micro-batch: of 12 rows a step, 1, 2
+# or 4 micro-batches a rank.
+LAYOUTS = [("ddp", 1, 3), ("ddp", 2, 3), ("ddp", 4, 2), ("fsdp2", 2, 3), ("hsdp", 4, 3)]
 MORE_LAYOUTS = [("ddp", 1, 6), ("ddp", 2, 6), ("ddp", 4, 1), ("fsdp2", 2, 6), ("fsdp2", 4, 1)]
 
 
@@ -74,10 +76,14 @@ def assert_agree(run: Path, one: Path) -> None:
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("layout", [("ddp", 4, 3), ("fsdp2", 3, 2)], ids=lambda layout: name(*layout))
+@pytest.mark.parametrize(
+    "layout", [("ddp", 4, 3), ("fsdp2", 3, 2), ("hsdp", 4, 3)], ids=lambda layout: name(*layout)
+)
 def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str, int, int]) -> None:
     parallel, ranks, rows = layout
+    optim = "muon" if parallel == "hsdp" else "adamw"
     short = (f"train.micro_batch={rows}", "train.tokens=9216", "checkpoint.every=5 steps")
+    short = (*short, f"optim.name={optim}")
     Ranks(recipe, ranks, *short, f"name=straight-{parallel}", parallel=parallel).expect()
     stop = Prank(rank=ranks - 1, step=7, signal=signal.SIGTERM)
     said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel, prank=stop).expect(85)
@@ -90,6 +96,10 @@ def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str
     ends = [tensors_of(run / "checkpoints/step-00000012") for run in (straight, parts)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    if parallel != "ddp":  # each shard is stored once, also where several ranks hold it
+        shards = straight / "checkpoints/step-00000012/trainer/shards"
+        stored = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
+        assert len(stored["model/lm_head.weight"].chunks) == {"fsdp2": 3, "hsdp": 2}[parallel]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -103,9 +113,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_path: Path) -> None:
-    """4 ranks, then 2, then 3, whole and sharded: every row once, in the order of one process; its losses."""
+    """4 ranks, then 3, shared in each way: every row once, in the order of one process; its losses."""
     seen = tmp_path / "seen"
-    stages = [("ddp", 4, 9), ("fsdp2", 2, 21), ("fsdp2", 3, 36), ("ddp", 3, None)]
+    stages = [("ddp", 4, 9), ("hsdp", 4, 21), ("fsdp2", 3, 36), ("ddp", 3, None)]
     for parallel, ranks, end in stages:
         prank = Prank(rank=ranks - 1, step=end, signal=signal.SIGUSR1) if end else None
         Ranks(
@@ -133,7 +143,7 @@ def test_shards_are_on_disk_with_their_folder(recipe: Path, monkeypatch: pytest.
 
 
 def test_the_optimiser_comes_back_on_other_ranks(recipe: Path, tmp_path: Path) -> None:
-    """What DDP saved, bit for bit, on shards of 3 ranks; what those save, on shards of 2, and whole."""
+    """What DDP saved, bit for bit, on shards of 3 ranks; what those save, on other shards, and whole."""
     stop = Prank(rank=1, step=4, signal=signal.SIGTERM)
     Ranks(recipe, 2, "name=moving", prank=stop).expect(85)
     folder = recipe.parent / "runs/moving/checkpoints/step-00000004"
@@ -146,7 +156,7 @@ def test_the_optimiser_comes_back_on_other_ranks(recipe: Path, tmp_path: Path) -
     ).expect(85)
     assert not (recipe.parent / "runs/moving/checkpoints/step-00000006/model.safetensors").exists()
     Ranks(recipe, 3, "name=moving", parallel="fsdp2", action=str(tmp_path / "sharded")).expect()
-    for parallel, ranks in (("fsdp2", 2), ("ddp", 2), ("ddp", 1)):
+    for parallel, ranks in (("fsdp2", 2), ("hsdp", 4), ("ddp", 1)):
         held = load_file(tmp_path / "sharded")
         assert_holds(recipe, parallel, ranks, held, tmp_path / f"{parallel}{ranks}")
 
@@ -156,6 +166,21 @@ def assert_holds(recipe: Path, parallel: str, ranks: int, tensors: dict, path: P
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "words"),
+    [("fsdp2", 4, "train.shard_size 3 does not divide 4 ranks"), ("ddp", 3, "set train.parallel=fsdp2")],
+)
+def test_copies_that_ranks_cannot_hold(recipe: Path, parallel: str, ranks: int, words: str) -> None:
+    train = load_recipe(recipe, ["train.shard_size=3"]).train
+    train.check_shards(1, "ddp")
+    train.check_shards(6, "fsdp2")
+    with pytest.raises(ValueError, match=words):
+        train.check_shards(ranks, parallel)
+    said = Ranks(recipe, ranks, "train.shard_size=3", "name=refused", parallel=parallel).expect(2)
+    assert said.count("lrnn: ") == said.count(words) == 1
+    assert not (recipe.parent / "runs/refused").exists()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -275,6 +300,7 @@ MODELS = {
     "lstm": "model.mixer={type: lstm, width: 20}",
     "mamba2": "model.mixer={type: mamba2, head_dim: 8, state_size: 4}",
     "hybrid": "model.layer_pattern=[bd_lru, {type: attention, num_heads: 2}]",
+    "muon": "optim.name=muon",
     "tied": "model.tie_word_embeddings=true",
     "reconstruction": "data.source={type: synthetic, task: compression}",
 }

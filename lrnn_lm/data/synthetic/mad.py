@@ -1,4 +1,4 @@
-"""The six token-manipulation tasks of MAD (Poli et al., arXiv 2403.17844) as generators.
+"""Recall and copying: the six tasks of MAD (Poli et al., arXiv 2403.17844) and MQAR, as generators.
 
     recall            key-value pairs, the map drawn anew in each row: recall the value of a key seen before
     noisy recall      the same with pairs of noise tokens between
@@ -6,6 +6,7 @@
     selective copying tokens scattered among blanks, to be written out in order when asked
     memorisation      a map from keys to values that never changes: it has to be learnt, not read
     compression       read a sequence into one vector, from which another network writes it out again
+    mqar              many queries: all pairs first, then each key once (Zoology, arXiv 2312.04927)
 
 As in the published benchmark, the recall tasks train on every next token and are scored on the recalled
 values only; labels are aligned with the positions that predict them. The lower half of the vocabulary are
@@ -167,3 +168,25 @@ def compression(draws: Draws, length: int, train: bool, vocab_size: int) -> Rows
     inputs = np.full((draws.rows, length), vocab_size - 1, np.int64)
     inputs[:, :-1] = draws.integers(vocab_size - 1, length - 1)
     return inputs, inputs.copy()
+
+
+def mqar(draws: Draws, length: int, train: bool, vocab_size: int, pairs: int, power: float) -> Rows:
+    """`pairs` keys and values, then each key once among random tokens; the label of a query is its value.
+
+    The places of the queries are every second one, drawn by the power law x^(power - 1) of the distance x to
+    the pairs. Keys are ids from 1 to half of the vocabulary, values the upper half, as published.
+    """
+    b, P, half = draws.rows, pairs, vocab_size // 2
+    keys = draws.permutations(half - 1)[:, :P] + 1  # (b, P)
+    values = draws.integers(vocab_size - half, P) + half
+    places = (length - 2 * P) // 2
+    chance = np.arange(1, places + 1) ** (power - 1.0)
+    # The P smallest of exponential times with these rates: draws without replacement, in order.
+    times = -np.log1p(-draws.uniform(places)) / chance
+    asked = 2 * P + 2 * np.argsort(times, axis=1, kind="stable")[:, :P]
+    inputs = draws.integers(vocab_size, length)
+    inputs[:, : 2 * P] = np.stack([keys, values], axis=2).reshape(b, 2 * P)
+    np.put_along_axis(inputs, asked, keys, axis=1)
+    labels = np.full_like(inputs, IGNORED)
+    np.put_along_axis(labels, asked, values, axis=1)
+    return inputs, labels

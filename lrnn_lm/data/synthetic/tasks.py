@@ -18,6 +18,7 @@ from ..pack import IGNORED, Row
 from ..specs import DataError
 from . import mad, state_tracking
 from .draws import Draws, Integers
+from .state_tracking import Automaton
 
 Option = int | float
 KEPT_NUMBERS = 50_000_000  # a split of at most this many tokens is made once and kept in memory
@@ -37,11 +38,11 @@ class TaskKind:
     examples: int | None = None  # training rows; None: new rows without end
     head: str = "causal"  # of the model
     sweep: dict[str, list[Option]] = field(default_factory=dict)  # values that it varies, one key at a time
+    automaton: Callable[[dict[str, Option]], Automaton] | None = None  # of a state task, from the options
 
 
 def _state_task(
-    make: Callable[..., tuple[Integers, Integers]],
-    symbols: Callable[[dict[str, Option]], int],
+    automaton: Callable[..., Automaton],
     options: dict[str, Option] | None = None,
     check: Callable[[int, dict[str, Option]], None] = lambda length, options: None,
 ) -> TaskKind:
@@ -51,15 +52,18 @@ def _state_task(
     text. There a recurrence, whose state is zero, can write an initial state.
     """
 
+    def made(options: dict[str, Option]) -> Automaton:
+        return automaton(**{key: int(value) for key, value in options.items() if key != "start"})
+
     def rows(
         draws: Draws, length: int, train: bool, start: Option, **rest: Option
     ) -> tuple[Integers, Integers]:
+        states = made(rest)
         if not start:
-            return make(draws, length, **rest)
-        inputs, labels = make(draws, length - 1, **rest)
+            return states.rows(draws, length)
+        inputs, labels = states.rows(draws, length - 1)
         pad = ((0, 0), (1, 0))
-        first = symbols(rest)
-        return np.pad(inputs, pad, constant_values=first), np.pad(labels, pad, constant_values=IGNORED)
+        return np.pad(inputs, pad, constant_values=states.ids), np.pad(labels, pad, constant_values=IGNORED)
 
     def check_all(length: int, options: dict[str, Option]) -> None:
         _need(options["start"] in (0, 1), f"start is 0 or 1, not {options['start']}")
@@ -67,16 +71,12 @@ def _state_task(
 
     return TaskKind(
         rows,
-        lambda options: symbols(options) + int(options["start"]),
+        lambda options: made(options).ids + int(options["start"]),
         length=32,
         options={"start": 0, **(options or {})},
         check=check_all,
+        automaton=made,
     )
-
-
-def _group(name: str) -> TaskKind:
-    size = state_tracking.GROUPS[name]
-    return _state_task(partial(state_tracking.products, group=name), lambda options: size)
 
 
 def _vocabulary(options: dict[str, Option]) -> int:
@@ -127,27 +127,32 @@ def _check_memorisation(length: int, options: dict[str, Option]) -> None:
     _at_least(3, "vocab_size")(length, options)
 
 
+def _check_mqar(length: int, options: dict[str, Option]) -> None:
+    pairs, size = options["pairs"], options["vocab_size"]
+    _need(pairs >= 1, f"pairs must be at least 1, not {pairs}")
+    _need(size // 2 > pairs, f"vocab_size {size} is too small for {pairs} keys: at least {2 * pairs + 2}")
+    _need(length >= 4 * pairs, f"length {length} is too short for {pairs} pairs: at least {4 * pairs}")
+    _need(options["power"] > 0, f"power must be above 0, not {options['power']}")
+
+
 _MAD = partial(TaskKind, symbols=_vocabulary, examples=12_800)
 _SIZES: list[Option] = [32, 64, 128]
 _FEWER: list[Option] = [6400, 3200, 1600, 800]
 _LONGER: list[Option] = [256, 512, 1024]
 
 SYNTHETIC_TASKS: dict[str, TaskKind] = {
-    **{name: _group(name) for name in state_tracking.GROUPS},
-    "parity": _state_task(partial(state_tracking.counts, modulus=2), lambda options: 2),
+    **{name: _state_task(partial(state_tracking.group, name)) for name in state_tracking.GROUPS},
+    "parity": _state_task(partial(state_tracking.ring, 2, (0, 1))),
     "modular_counting": _state_task(
-        state_tracking.counts,
-        lambda options: int(options["modulus"]),
-        {"modulus": 5},
-        _at_least(2, "modulus"),
+        partial(state_tracking.ring, steps=(0, 1)), {"modulus": 5}, _at_least(2, "modulus")
     ),
-    "aa_star": _state_task(state_tracking.even_words, lambda options: 2),
-    "dyck1_depth": _state_task(
-        state_tracking.depths,
-        lambda options: int(options["max_depth"]) + 1,
-        {"max_depth": 8},
-        _at_least(1, "max_depth"),
+    "aa_star": _state_task(state_tracking.even_words),
+    "dyck1_depth": _state_task(state_tracking.depths, {"max_depth": 8}, _at_least(1, "max_depth")),
+    "even_pairs": _state_task(state_tracking.even_pairs),
+    "cycle_navigation": _state_task(
+        partial(state_tracking.ring, steps=(0, 1, -1)), {"modulus": 5}, _at_least(2, "modulus")
     ),
+    "modular_arithmetic": _state_task(state_tracking.arithmetic, {"modulus": 5}, _at_least(2, "modulus")),
     "in_context_recall": _MAD(
         mad.recall,
         length=128,
@@ -193,9 +198,16 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         head="autoencoder",
         sweep={"vocab_size": _SIZES, "length": [64, 128, 256], "examples": _FEWER},
     ),
+    "mqar": TaskKind(
+        mad.mqar,
+        _vocabulary,
+        length=128,
+        options={"vocab_size": 8192, "pairs": 8, "power": 0.01},
+        check=_check_mqar,
+    ),
 }
-STATE_TASKS = (*state_tracking.GROUPS, "parity", "modular_counting", "aa_star", "dyck1_depth")
-MAD_TASKS = tuple(name for name in SYNTHETIC_TASKS if name not in STATE_TASKS)
+STATE_TASKS = tuple(name for name, kind in SYNTHETIC_TASKS.items() if kind.automaton)
+MAD_TASKS = tuple(name for name in SYNTHETIC_TASKS if name not in (*STATE_TASKS, "mqar"))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Legend: b rows, N length in tokens, V vocabulary.
 
 import copy
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ from ...data import SyntheticTask
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
-from ..compare import folders
 from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
@@ -40,14 +38,6 @@ if TYPE_CHECKING:
 BINS = 4  # an octave
 MEMORY_LENGTHS = 64  # memory is probed up to this many training lengths
 MOVED = 0.01  # a change that moves the output by more than this total variation counts as remembered
-
-
-def probe_lengths(
-    checkpoints: Sequence[str | Path], length: str, output: Path | None = None, **options: Any
-) -> None:
-    """`probe_length` of each checkpoint; of several, `output` holds a folder each."""
-    for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
-        probe_length(checkpoint, length, output=where, **options)
 
 
 def probe_length(

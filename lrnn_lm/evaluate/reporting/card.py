@@ -26,6 +26,10 @@ _KINDS = {
     "attention": "causal softmax attention",
     "lstm": "an LSTM",
     "mamba2": "Mamba-2",
+    "min_gru": "a minGRU",
+    "rg_lru": "an RG-LRU",
+    "complex_lru": "a complex diagonal linear recurrent unit (LRU)",
+    "slice": "a block-diagonal SLiCE",
 }
 
 

@@ -1,8 +1,9 @@
-"""The style of all pictures, and that of a report: loss against tokens, bits per byte against gzip's."""
+"""The style of all pictures, and that of a report: loss, bits per byte and tasks against tokens."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST = 12  # metrics of tasks in a picture
 INK, GREY = "#222222", "#8a8f98"
 COLOURS = ("#1f5fbf", "#d1602b", "#2a8a57", "#8a4fbf", "#b8860b", "#c2347c", "#3a8fb7", "#5d5d5d")
 
@@ -51,14 +53,22 @@ def colour(i: int) -> str:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Write one picture of one or several runs."""
-    bits = any(run.last("bits_per_byte") is not None for run in runs)
-    with picture(path, 11 if bits else 7, 4.2, dpi=160) as figure:
-        axes = figure.subplots(1, 2 if bits else 1, squeeze=False)
-        _draw_loss(axes[0][0], runs)
-        if bits:
-            _draw_bits(axes[0][1], runs)
-        figure.suptitle(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", fontweight="bold")
+    """Write one picture of one or several runs: loss, bits per byte, and the metrics of `eval.during`."""
+    panels = [_draw_loss]
+    if any(run.last("bits_per_byte") is not None for run in runs):
+        panels.append(_draw_bits)
+    keys = list(dict.fromkeys(key for run in runs for key in run.task_keys))
+    panels += [partial(_draw_task, key=key) for key in keys[:_MOST]]
+    columns, rows = min(2, len(panels)), math.ceil(len(panels) / 2)
+    with picture(path, 11 if columns == 2 else 7, 4.2 * rows, dpi=160) as figure:
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for panel, place in zip(panels, axes, strict=False):
+            panel(place, runs)
+        for place in axes[len(panels) :]:
+            place.set_visible(False)
+        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+        more = f", {_MOST} of {len(keys)} metrics of tasks" if len(keys) > _MOST else ""
+        figure.suptitle(title + more, fontweight="bold")
 
 
 def smooth(values: list[float], width: int) -> list[float]:
@@ -117,6 +127,17 @@ def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=f"gzip -9: {value:.3f}")
     axes.margins(y=0.12)
     _finish(axes, "Bits per byte of held-out text", "bits per byte")
+
+
+def _draw_task(axes: "Axes", runs: list[Run], key: str) -> None:
+    for i, run in enumerate(runs):
+        points = [(line["tokens"], line[key]) for line in run.tasks if isinstance(line.get(key), int | float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour(i), markeredgecolor="white",
+                      label=f"{run.name}: {points[-1][1]:.3f}")  # fmt: skip
+    task, metric = key.rsplit("/", 1)
+    axes.margins(y=0.12)
+    _finish(axes, f"{task} while training", metric.replace("_", " "))
 
 
 def _after_warm_up(tokens: Any, losses: Any, total: int) -> list[float]:

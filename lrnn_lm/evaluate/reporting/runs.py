@@ -29,6 +29,7 @@ class Run:
     path: Path
     training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step, in order
     validation: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]  # lines of `eval.during`
     parameters: int | None  # None without a checkpoint
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, metric)
 
@@ -50,6 +51,11 @@ class Run:
         return statistics.median(speeds) if speeds else None
 
     @property
+    def task_keys(self) -> list[str]:
+        """TASK/METRIC of the newest line of `eval.during`."""
+        return [key for key in self.tasks[-1] if "/" in key] if self.tasks else []
+
+    @property
     def validation_keys(self) -> list[str]:
         """Keys of the newest validation line."""
         return list(self.validation[-1]) if self.validation else []
@@ -67,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
     file = RunFolder(path).metrics
     if not file.is_file():
         raise ValueError(f"{folder}: not a run (there is no metrics.jsonl in it)")
-    training, validation = _read_metrics(file)
+    training, validation, tasks = _read_metrics(file)
     if not training and not validation:
         raise ValueError(f"{folder}: metrics.jsonl holds no step yet")
     return Run(
@@ -75,18 +81,18 @@ def read_run(folder: str | Path) -> Run:
         path=path,
         training=training,
         validation=validation,
+        tasks=tasks,
         parameters=_count_parameters(checkpoint_folder(RunFolder(path).latest)),
         scores=_read_scores(RunFolder(path).scores),
     )
 
 
-def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation lines by step. Of several lines of a step the last counts (a resumed run).
+def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
+    """Lines of training, validation and tasks by step. Of several of a step the last counts (a resumed run).
 
     A line torn by a crash is skipped.
     """
-    training: dict[int, dict[str, Any]] = {}
-    validation: dict[int, dict[str, Any]] = {}
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"loss": {}, "validation_loss": {}, "tasks_seconds": {}}
     with file.open(encoding="utf-8", errors="replace") as lines:
         for text in lines:
             try:
@@ -95,11 +101,10 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
                 continue
             if not isinstance(line, dict) or not (_number(line, "step") and _number(line, "tokens")):
                 continue
-            if _number(line, "validation_loss"):
-                validation[line["step"]] = line
-            elif _number(line, "loss"):
-                training[line["step"]] = line
-    return [training[s] for s in sorted(training)], [validation[s] for s in sorted(validation)]
+            for key, lines_of in kinds.items():
+                if _number(line, key):
+                    lines_of[line["step"]] = line
+    return tuple([found[step] for step in sorted(found)] for found in kinds.values())
 
 
 def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:

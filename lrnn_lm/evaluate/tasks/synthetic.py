@@ -19,7 +19,7 @@ def check_answerable(names: Sequence[str], task: str, options: dict[str, Any]) -
         return  # an unknown task is an error when the data is prepared
     known = kind.symbols({**kind.options, **options})
     for name in names:
-        asked = name.removeprefix("state_").removeprefix("mad_")
+        asked = name.removeprefix("state_").removeprefix("mad_").removeprefix("recall_")
         if asked in (name, task) or asked not in SYNTHETIC_TASKS:
             continue
         other = SYNTHETIC_TASKS[asked]

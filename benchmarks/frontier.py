@@ -1,0 +1,372 @@
+"""`lrnn bench frontier`: how much a recurrence can express at what cost, each mixer at equal parameters.
+
+For each contender, rows of three kinds: its speed in training and decoding, and its state; the longest rows
+on which it holds a synthetic task after a fixed budget; its loss on a corpus after a fixed budget. Rows are
+appended as they are known, and those that are there are not measured again, so the same command goes on where
+it was stopped. A row with a `reason` is of what could not be measured; delete its line to try again. The
+picture has the Pareto front of speed against each of the others.
+
+Legend: B rows, T tokens a row.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lrnn_lm import LRNNForCausalLM
+from lrnn_lm.data import STATE_TASKS, SYNTHETIC_TASKS
+from lrnn_lm.files import pick_device
+from lrnn_lm.model.accounting import account
+from studies.contenders import MODELS, Fitting, contender
+from studies.replicas import Job, train_wave
+
+from .measure import describe
+from .results import Budget, Row, check_output, read_results, show, tabulate
+
+ASKED = ("contenders", "tasks", "lrs", "budget_seconds")  # may differ when the command goes on
+HELD = 0.99  # accuracy of the second half of rows that counts as holding a length
+REFERENCE = "bd_lru-m5"  # whose parameters the others are brought to
+SIDE_BY_SIDE = 8  # small models that train at once on a GPU
+# Lengths, and shares of the steps, that state tasks begin with.
+SHORT_ROWS = ((4, 0.22), (8, 0.17), (16, 0.11))
+DEFAULT_TASKS = "s5,a5,parity,mqar,selective_copying"
+
+
+@dataclass(frozen=True)
+class FrontierSettings:
+    """hidden, layers, steps, rows, length: of the synthetic tasks; `longest` is tested. width, depth, tokens:
+    of the speed, in rows of T = `context`; decoded: timed tokens. corpus: a recipe, whose mixer is replaced;
+    None for no loss."""
+
+    contenders: str = ",".join(MODELS)
+    tasks: str = DEFAULT_TASKS
+    lrs: str = "0.003,0.01"
+    hidden: int = 64
+    layers: int = 1
+    steps: int = 3600
+    rows: int = 256
+    length: int = 32
+    longest: int = 2048
+    vocab: int = 256
+    width: int = 768
+    depth: int = 12
+    tokens: int = 32_768
+    context: int = 2048
+    speed_vocab: int = 8192
+    decoded: int = 64
+    corpus: str | None = None
+    corpus_tokens: int = 20_000_000
+    budget_seconds: float | None = None
+
+
+SMALL = {
+    "hidden": 32, "rows": 64, "width": 64, "depth": 2, "tokens": 2048, "context": 256, "vocab": 64,
+    "speed_vocab": 256,
+}  # fmt: skip
+
+
+def run(settings: FrontierSettings, device: str = "auto", output: Path | None = None) -> list[Row]:
+    """Measure what is missing, print a table and draw; returns all rows.
+
+    Raises ValueError for an unknown contender or task, or a file of other settings.
+    """
+    target = torch.device(pick_device(device))
+    names, tasks = ([part.strip() for part in text.split(",") if part.strip()]
+                    for text in (settings.contenders, settings.tasks))  # fmt: skip
+    for known, given in ((MODELS, names), (SYNTHETIC_TASKS, tasks)):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
+    rates = [float(part) for part in settings.lrs.split(",")]
+    rows = _begun(settings, target, output)
+    budget = Budget(settings.budget_seconds)
+    fit = Fitter(settings)
+    done = {_key(row) for row in rows}
+    for wave in _waves(settings, names, tasks, rates, fit, target, output, done):
+        if budget.refusal():
+            print("the budget is spent; the same command goes on")
+            break
+        made = budget.run(lambda wave=wave: {"rows": wave.measure()})
+        for row, rest in zip(wave.rows, made.get("rows", [made] * len(wave.rows)), strict=True):
+            rows.append({**row, **rest})
+            _append(output, rows[-1])
+    summary = summarise(rows, names, tasks)
+    _show(summary, tasks, output)
+    if output is not None:
+        draw(summary, tasks, output.with_suffix(".png"), str(target))
+    return rows
+
+
+def _begun(settings: FrontierSettings, device: torch.device, output: Path | None) -> list[Row]:
+    """The rows of a file that was begun with the same settings; of a new one, none."""
+    fixed = {k: v for k, v in asdict(settings).items() if k not in ASKED}
+    check_output(output)
+    if output is None:
+        return []
+    if not output.is_file():
+        _append(output, {"about": {"bench": "frontier", "settings": fixed, **describe(device)}})
+        return []
+    about, rows = read_results(output)
+    if about.get("settings") != json.loads(json.dumps(fixed)):
+        raise ValueError(
+            f"{output}: begun with other settings; name another file, or repeat the first command"
+        )
+    return rows
+
+
+def _append(output: Path | None, row: Row) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Wave(NamedTuple):
+    """Rows that are measured at once: what each is of, and what gives the rest of all."""
+
+    rows: list[Row]
+    measure: Callable[[], list[Row]]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["contender"], row["kind"], row.get("task"), row.get("lr")
+
+
+def _waves(
+    settings: FrontierSettings,
+    names: list[str],
+    tasks: list[str],
+    rates: list[float],
+    fit: "Fitter",
+    device: torch.device,
+    output: Path | None,
+    done: set[tuple[Any, ...]],
+) -> Iterator[Wave]:
+    """What is not done; cheap kinds first. On a GPU small models train side by side."""
+    for row in ({"contender": name, "kind": "speed"} for name in names):
+        if _key(row) not in done:
+            yield Wave([row], lambda row=row: [speed(settings, fit.large(row["contender"]), device)])
+    at_once = SIDE_BY_SIDE if device.type == "cuda" else 1
+    for task, lr in product(tasks, rates):
+        rows = [{"contender": name, "kind": "task", "task": task, "lr": lr} for name in names]
+        rows = [row for row in rows if _key(row) not in done]
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            yield Wave(part, lambda part=part: holds([fit.small(row) for row in part], device))
+    for row in ({"contender": name, "kind": "loss"} for name in names if settings.corpus):
+        if _key(row) not in done:
+            yield Wave([row], lambda row=row: [loss(settings, row["contender"], device, output)])
+
+
+class Fitter:
+    """Jobs of contenders with the reference's parameters, at the size of the tasks and of the speed."""
+
+    def __init__(self, settings: FrontierSettings) -> None:
+        self.settings = settings
+        self._fits: dict[tuple[int, int], Fitting] = {}
+
+    def small(self, row: Row) -> Job:
+        """A row's training run on its task: state tasks begin with short rows, which S5 needs."""
+        s, name, task, lr = self.settings, row["contender"], row["task"], row["lr"]
+        states = task in STATE_TASKS
+        begun = [(n, max(1, round(share * s.steps))) for n, share in SHORT_ROWS if states and n < s.length]
+        length = s.length if states else max(s.length, 64)
+        stages = (*begun, (length, max(1, s.steps - sum(steps for _, steps in begun))))
+        options: dict[str, float] = {"start": 1} if states else {}
+        options |= {"vocab_size": s.vocab, "pairs": 8} if task == "mqar" else {}
+        lengths = [length]
+        while states and lengths[-1] * 2 <= s.longest:
+            lengths.append(lengths[-1] * 2)
+        job = Job(
+            name=f"{name}-{task}-{lr:g}", task=task, model=name, mixer={}, seed=0, lr=lr, stages=stages,
+            tested=tuple(lengths), rows=s.rows, hidden=s.hidden, layers=s.layers if states else 2,
+            intermediate=2 * s.hidden, weight_decay=0.03 if states else 0.0, options=options,
+        )  # fmt: skip
+        return self._fitted(job, name)
+
+    def large(self, name: str) -> Job:
+        """The model whose speed is measured."""
+        s = self.settings
+        job = Job(
+            name=name, task="mqar", model=name, mixer={}, seed=0, lr=1e-3, stages=((s.context, 1),),
+            tested=(s.context,), hidden=s.width, layers=s.depth, intermediate=-(-s.width * 8 // 3 // 64) * 64,
+            options={"vocab_size": s.speed_vocab, "pairs": 8},
+        )  # fmt: skip
+        return self._fitted(job, name)
+
+    def _fitted(self, job: Job, name: str) -> Job:
+        key = (job.hidden, job.layers)
+        if key not in self._fits:
+            blocks = max(1, job.hidden // 4)
+            self._fits[key] = Fitting(contender(job, REFERENCE, num_blocks=blocks, gate_std=1.0))
+        return self._fits[key](contender(job, name, gate_std=1.0))
+
+
+def holds(jobs: list[Job], device: torch.device) -> list[Row]:
+    """Train jobs side by side; the longest length up to which each holds its task, 0 for none."""
+    return [_held(result) for result in train_wave(jobs, device, float("inf"))]
+
+
+def _held(result: Row) -> Row:
+    if "error" in result:
+        return {"reason": result["error"]}
+    shares = result.get("last_half") or {str(result["tested"][0]): result["accuracy"]}
+    held = 0
+    for length, share in sorted((int(length), share) for length, share in shares.items()):
+        if share < HELD:
+            break
+        held = length
+    kept = {key: result[key] for key in ("parameters", "selection", "loss", "accuracy", "seconds")}
+    return {**kept, "held": held, "last_half": shares}
+
+
+def speed(settings: FrontierSettings, job: Job, device: torch.device) -> Row:
+    """Training tokens a second, milliseconds of a decoded token after a short prompt, bytes of state."""
+    T = settings.context
+    B = max(1, settings.tokens // T)
+    config = job.config()
+    config.use_cache, config.loss_chunk = True, 1024
+    torch.manual_seed(0)
+    model = LRNNForCausalLM(config).to(device).train()
+    half = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, config.vocab_size, (B, T), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = model(ids, shift_labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    train_seconds = _seconds(step, device, calls=5)
+    model = model.eval().to(torch.bfloat16 if half else torch.float32)
+
+    def write(count: int) -> float:
+        lengths = {"max_new_tokens": count, "min_new_tokens": count}
+        return _seconds(lambda: model.generate(ids[:1, :16], do_sample=False, **lengths), device, calls=3)
+
+    token_seconds = (write(4 + settings.decoded) - write(4)) / settings.decoded
+    found = account(config, T)
+    return {
+        "parameters": found.total_parameters,
+        "tokens_per_second": B * T / train_seconds,
+        "decode_ms": 1e3 * max(0.0, token_seconds),
+        "state_bytes": sum(4 * layer.mixer.state_elements(T) for layer in model.model.layers),
+        "B": B,
+        "T": T,
+    }
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """The shortest of some calls, after one that is not counted."""
+    times = []
+    for _ in range(calls + 1):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def loss(settings: FrontierSettings, name: str, device: torch.device, output: Path | None) -> Row:
+    """Train the corpus's recipe with another mixer, brought to the parameters of the reference."""
+    from rich.console import Console
+
+    from lrnn_lm.recipe import load_recipe
+    from lrnn_lm.train.build import build_trainer
+
+    model = load_recipe(settings.corpus).model
+    size = replace(settings, hidden=model.hidden_size, layers=model.num_hidden_layers)
+    job = Fitter(replace(size, width=model.hidden_size, depth=model.num_hidden_layers)).large(name)
+    folder = (output.parent if output is not None else Path("runs")) / "frontier"
+    recipe = load_recipe(settings.corpus, [
+        f"name={name}", f"model.mixer={json.dumps(job.mixer)}", f"model.intermediate_size={job.intermediate}",
+        "model.parameters=null", f"train.tokens={settings.corpus_tokens}", f"train.runs_dir={folder}",
+        f"train.device={device.type}",
+    ])  # fmt: skip
+    trainer = build_trainer(recipe, Console(quiet=True))
+    trainer.run()
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "validation_loss" in line)
+    return {key: last[key] for key in ("tokens", "validation_loss", "bits_per_byte") if key in last}
+
+
+def summarise(rows: list[Row], names: list[str], tasks: list[str]) -> list[Row]:
+    """A row a contender: its speed, the length that it holds of each task at the rate that is best at the
+    training length, and its loss."""
+    found = []
+    for name in names:
+        own = [row for row in rows if row["contender"] == name and "reason" not in row]
+        line: Row = {"contender": name}
+        for row in own:
+            line |= row if row["kind"] in ("speed", "loss") else {}
+        for task in tasks:
+            runs = [row for row in own if row.get("task") == task]
+            if runs:
+                line[task] = max(runs, key=lambda row: (row["selection"], -row["loss"]))["held"]
+        found.append(line)
+    return found
+
+
+def front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in both numbers, and better in one."""
+
+    def beaten(p: tuple[float, float]) -> bool:
+        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+
+    return [i for i, p in enumerate(points) if not beaten(p)]
+
+
+def _show(summary: list[Row], tasks: list[str], output: Path | None) -> None:
+    columns = ["contender", "parameters", "train tokens/s", "decode ms", "state KB", *tasks, "loss"]
+    cells = [
+        [line["contender"], show(line.get("parameters")), show(line.get("tokens_per_second")),
+         show(line.get("decode_ms"), ".2f"), show(line.get("state_bytes"), ",.1f", 1e-3),
+         *(show(line.get(task)) for task in tasks), show(line.get("validation_loss"), ".4f")]
+        for line in summary
+    ]  # fmt: skip
+    tabulate(f"longest rows held at {HELD:g}", columns, cells, output)
+
+
+def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
+    """A panel for each task and for the loss: against the speed of training, with the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(task, f"{task}: longest rows held", 1) for task in tasks]
+    panels += [("validation_loss", "loss on the corpus, nats", -1)]
+    drawn = [panel for panel in panels
+             if any(panel[0] in line and "tokens_per_second" in line for line in summary)]  # fmt: skip
+    if not drawn:
+        return
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4.5), squeeze=False)
+    for ax, (key, label, sign) in zip(axes[0], drawn, strict=True):
+        lines = [line for line in summary if key in line and "tokens_per_second" in line]
+        points = [(line["tokens_per_second"], sign * line[key]) for line in lines]
+        best = sorted(front(points), key=lambda i: points[i])
+        ax.plot([points[i][0] for i in best], [sign * points[i][1] for i in best], color="0.6", zorder=0)
+        for i, line in enumerate(lines):
+            ax.scatter(points[i][0], line[key], color="C0" if i in best else "0.5", s=18)
+            ax.annotate(line["contender"], (points[i][0], line[key]), fontsize=7, xytext=(3, 3),
+                        textcoords="offset points")  # fmt: skip
+        ax.set_xscale("log")
+        if sign > 0:
+            ax.set_yscale("symlog", base=2, linthresh=16)
+            ax.yaxis.set_major_formatter("{x:,g}")
+        ax.set_xlabel("training, tokens/s")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"on {device}; the line is the Pareto front", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"written: {path}")

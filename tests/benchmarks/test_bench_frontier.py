@@ -1,0 +1,82 @@
+"""`lrnn bench frontier` on a CPU: rows of each kind, going on where it was stopped, the front, mistakes."""
+
+import json
+
+import pytest
+from tiny_run import write_recipe
+
+from benchmarks.frontier import Fitter, FrontierSettings, front, run, summarise
+from benchmarks.results import read_results
+from lrnn_lm.cli import main
+from studies.contenders import count
+
+TINY = {
+    "contenders": "bd_lru-m2,min_gru", "tasks": "parity,mqar,selective_copying", "lrs": "0.02",
+    "hidden": 8, "rows": 8, "steps": 6, "length": 8, "longest": 32, "vocab": 32, "width": 16,
+    "depth": 1, "tokens": 64, "context": 32, "decoded": 4, "speed_vocab": 32,
+}  # fmt: skip
+
+
+def test_rows_table_and_picture(tmp_path, capsys):
+    output = tmp_path / "frontier.jsonl"
+    settings = FrontierSettings(**TINY, corpus=str(write_recipe(tmp_path / "corpus")), corpus_tokens=1024)
+    rows = run(settings, "cpu", output)
+    assert read_results(output)[1] == json.loads(json.dumps(rows))
+    assert len(rows) == 2 * (1 + 3 + 1)
+    assert not any("reason" in row for row in rows), rows
+    for row in rows:
+        if row["kind"] == "speed":
+            assert row["tokens_per_second"] > 0
+            assert row["state_bytes"] > 0
+        elif row["kind"] == "task":
+            assert set(row["last_half"]) == ({"8", "16", "32"} if row["task"] == "parity" else {"64"})
+            assert row["held"] in (0, 8, 16, 32)
+        else:
+            assert (row["tokens"], row["validation_loss"] > 1) == (1024, True)
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    assert "| bd_lru-m2 |" in (tmp_path / "frontier.md").read_text()
+    lines = output.read_text().splitlines()
+    output.write_text("\n".join(lines[:-3]) + "\n")  # stopped in between
+    capsys.readouterr()
+    again = run(settings, "cpu", output)
+    assert again[:7] == json.loads(json.dumps(rows[:7]))
+    assert [row["contender"] for row in again] == [row["contender"] for row in rows]
+    with pytest.raises(ValueError, match="begun with other settings"):
+        run(FrontierSettings(**{**TINY, "steps": 7}), "cpu", output)
+
+
+def test_contenders_have_equal_parameters():
+    fit = Fitter(FrontierSettings())
+    made = [
+        fit.small({"contender": name, "task": "s5", "lr": 0.01})
+        for name in ("bd_lru-m5", "bd_lru-m1", "rg_lru", "complex_lru", "slice-m5")
+    ]
+    counts = [count(job) for job in made]
+    assert max(counts) / min(counts) < 1.01
+    assert sum(steps for _, steps in made[0].stages) == 3600
+
+
+def test_the_best_rate_in_training_is_the_one_that_counts():
+    def row(lr, selection, loss, held):
+        kind = {"contender": "a", "kind": "task", "task": "s5"}
+        return {**kind, "lr": lr, "selection": selection, "loss": loss, "held": held}
+
+    rows = [row(1, 0.5, 1.0, 64), row(2, 1.0, 0.2, 0), row(3, 1.0, 0.1, 32)]
+    rows += [{"contender": "a", "kind": "speed", "reason": "no room"}]
+    assert summarise(rows, ["a"], ["s5"]) == [{"contender": "a", "s5": 32}]
+
+
+def test_the_front():
+    assert front([(1, 5), (2, 3), (3, 3), (2, 4), (1, 5)]) == [0, 2, 3, 4]
+
+
+def test_mistakes_leave_with_2(capsys, tmp_path):
+    for arguments, message in (
+        (["--contenders", "bd_lru-m9"], "unknown 'bd_lru-m9'"),
+        (["--tasks", "s9"], "unknown 's9'"),
+        (["--output", str(tmp_path / "x.png")], "name the rows' file .jsonl"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["bench", "frontier", "--small", *arguments])
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""Mixers of others on our scan: each against its paper's equations, step by step, with all gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lrnn_lm.mixers import SequenceContext, build_mixer
+from lrnn_lm.mixers.slice import SLiCE
+
+D, T = 6, 11
+RESET = torch.zeros(2, T, dtype=torch.bool)
+RESET[1, 4] = True
+
+
+def states(h: Tensor, steps, resets: Tensor) -> Tensor:
+    """(B, T, ..) states of h <- steps[t](h), which count as zero where a document starts."""
+    found = []
+    for t, step in enumerate(steps):
+        h = step(h.masked_fill(resets[:, t].view(-1, *[1] * (h.ndim - 1)), 0))
+        found.append(h)
+    return torch.stack(found, dim=1)
+
+
+def min_gru(m, x, reset):
+    z, v = m.gate_proj(x).sigmoid(), m.value_proj(x)
+    h = states(
+        x.new_zeros(2, 5), [lambda h, t=t: (1 - z[:, t]) * h + z[:, t] * v[:, t] for t in range(T)], reset
+    )
+    return m.out_proj(h)
+
+
+def min_lstm(m, x, reset):
+    """Of a bd_lru of M = 1 with the gate sigmoid."""
+    logits = m.gate_proj(x)
+    f, i = logits[..., :5].sigmoid(), logits[..., 5:].sigmoid()
+    f, i, v = f / (f + i), i / (f + i), m.value_proj(x)
+    h = states(x.new_zeros(2, 5), [lambda h, t=t: f[:, t] * h + i[:, t] * v[:, t] for t in range(T)], reset)
+    return m.out_proj(h)
+
+
+def rg_lru(m, x, reset):
+    u = m.value_proj(x)
+    weight = m.conv.weight.clone()
+    weight[0] += 1
+    parts = [torch.zeros_like(u[:, 0])] * T
+    for t in range(T):
+        for lag in range(min(3, t) + 1):
+            crossed = reset[:, t - lag + 1 : t + 1].any(dim=1, keepdim=True)
+            parts[t] = parts[t] + (weight[lag] * u[:, t - lag]).masked_fill(crossed, 0)
+    u = torch.stack(parts, dim=1)
+    r, i = m.gate_proj(u).sigmoid().chunk(2, dim=-1)
+    a = torch.exp(-8 * functional.softplus(m.decay) * r)
+    b = (1 - a.square()).sqrt() * i * u
+    h = states(x.new_zeros(2, 5), [lambda h, t=t: a[:, t] * h + b[:, t] for t in range(T)], reset)
+    return m.out_proj(h * functional.gelu(m.output_gate_proj(x), approximate="tanh"))
+
+
+def complex_lru(m, x, reset):
+    decay = torch.exp(torch.complex(-m.nu.exp(), m.theta))
+    gamma = (1 - decay.abs().square()).sqrt()
+    b = gamma * torch.view_as_complex(m.value_proj(x).unflatten(-1, (5, 2)).contiguous())
+    h = states(b.new_zeros(2, 5), [lambda h, t=t: decay * h + b[:, t] for t in range(T)], reset)
+    C = torch.view_as_complex(m.out_proj.weight.unflatten(-1, (5, 2)).contiguous()).conj()
+    return (h @ C.T).real + m.skip * x
+
+
+def cde(m, x, reset):
+    A = torch.eye(2).double() + m.transition_proj(x).view(2, T, 5, 2, 2)
+    if m.scaled:
+        A = A / A.abs().sum(dim=-1, keepdim=True).clamp(min=1)
+    v = m.value_proj(x).view(2, T, 5, 2, 1)
+    h = states(x.new_zeros(2, 5, 2, 1), [lambda h, t=t: A[:, t] @ h + v[:, t] for t in range(T)], reset)
+    return m.out_proj(h.flatten(2))
+
+
+CASES = {
+    "min_gru": ({"type": "min_gru", "width": 5}, min_gru),
+    "min_lstm": ({"type": "bd_lru", "num_blocks": 5, "block_size": 1, "gate": "sigmoid"}, min_lstm),
+    "rg_lru": ({"type": "rg_lru", "width": 5}, rg_lru),
+    "complex_lru": ({"type": "complex_lru", "num_blocks": 5}, complex_lru),
+    "slice": ({"type": "slice", "num_blocks": 5, "block_size": 2}, cde),
+    "slice-scaled": ({"type": "slice", "num_blocks": 5, "block_size": 2, "scaled": True}, cde),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("resets", [False, True])
+def test_the_papers_equations(name, resets):
+    spec, plain = CASES[name]
+    torch.manual_seed(0)
+    mixer = build_mixer(spec, D).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, T, D, dtype=torch.float64, requires_grad=True)
+    reset = RESET if resets else torch.zeros_like(RESET)
+    y, _ = mixer(x, None, SequenceContext(reset=reset if resets else None))
+    want = plain(mixer, x, reset)
+    # minLSTM has no eps beside f + i, the scan's gate functions have 1e-6.
+    close = {"rtol": 0, "atol": 1e-5 if name == "min_lstm" else 1e-10}
+    torch.testing.assert_close(y, want, **close)
+    weight = torch.randn_like(y)
+    wanted = [x, *mixer.parameters()]
+    got = torch.autograd.grad((y * weight).sum(), wanted)
+    for left, right in zip(got, torch.autograd.grad((want * weight).sum(), wanted), strict=True):
+        torch.testing.assert_close(left, right, **close)
+
+
+def test_published_initial_values():
+    torch.manual_seed(0)
+    mixer = build_mixer({"type": "rg_lru", "width": 4000}, D)
+    decay = torch.exp(-8 * functional.softplus(mixer.decay))
+    assert 0.9 <= decay.min() < 0.901
+    assert 0.998 < decay.max() <= 0.999
+    mixer = build_mixer({"type": "complex_lru", "num_blocks": 4000}, D)
+    size = torch.exp(-mixer.nu.exp())
+    assert 2**-0.25 <= size.min() < 0.85
+    assert 0.998 < size.max() <= 2 ** (-1 / 512) + 1e-6
+    assert abs(size.square().mean() - (2**-0.5 + 2 ** (-1 / 256)) / 2) < 0.005  # uniform on the ring
+
+
+def test_a_bf16_model_keeps_its_decays():
+    """1 - 2^-9 would be 1 in bf16, and the state would never forget."""
+    mixer = build_mixer({"type": "complex_lru", "num_blocks": 4, "shortest": 500.0, "longest": 512.0}, D)
+    A = mixer.bfloat16().transitions(torch.zeros(1, 1, D, dtype=torch.bfloat16))
+    assert A.dtype == torch.float32
+    assert (torch.linalg.eigvals(A).abs() < 0.9999).all()
+
+
+def test_scaled_slice_is_bounded_and_plain_is_not():
+    torch.manual_seed(0)
+    x = 5 * torch.randn(1, 400, D)
+    for scaled in (True, False):
+        mixer = SLiCE(D, block_size=2, scaled=scaled)
+        torch.nn.init.normal_(mixer.transition_proj.weight, std=0.3)
+        _, state = mixer(x)
+        assert (state.abs().max() < 1e3) == scaled
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"type": "complex_lru", "shortest": 8.0, "longest": 2.0}, "no range above 0"),
+    ({"type": "rg_lru", "width": 0}, "width must be at least 1"),
+    ({"type": "slice", "block_size": 0}, "block_size must be at least 1"),
+])  # fmt: skip
+def test_mistakes(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_mixer(spec, D)
