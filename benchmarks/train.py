@@ -22,7 +22,7 @@ from torch import Tensor
 from lrnn_lm.files import pick_device
 from lrnn_lm.model import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.model.accounting import account, saved_bytes
-from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.recipe.optim import OptimSection
 from lrnn_lm.train.optim import make_optimizer
 from lrnn_lm.train.runtime import peak_flops
 

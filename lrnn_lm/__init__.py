@@ -5,9 +5,10 @@ Torch and transformers themselves are imported when one of the names below is fi
 an example of each.
 """
 
+import importlib
 from typing import Any
 
-from .api import HOMES, public
+from .api import HOMES
 from .registration import register
 from .version import __version__
 
@@ -18,5 +19,6 @@ register()
 
 def __getattr__(name: str) -> Any:
     if name in HOMES:
-        return public(name)
+        module = importlib.import_module(f"lrnn_lm.{HOMES[name] or name}")
+        return getattr(module, name) if HOMES[name] else module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

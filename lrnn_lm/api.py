@@ -1,9 +1,8 @@
 """What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
 
-import importlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .requirements import check_extra
 
@@ -28,12 +27,6 @@ HOMES = {  # name: module; `train` and `evaluate` are packages that can be calle
     "load_recipe": "recipe",
     "train": "",
 }
-
-
-def public(name: str) -> Any:
-    """An object of HOMES."""
-    module = importlib.import_module(f"lrnn_lm.{HOMES[name] or name}")
-    return getattr(module, name) if HOMES[name] else module
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
@@ -68,12 +61,20 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
     try:
         with StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
-            from .train.build import build_trainer
-
-            trainer = build_trainer(loaded, stop=stop, check=task_check(loaded), scorer=task_scorer(loaded))
+            trainer = trainer_of(loaded, stop)
             return score_run(trainer, trainer.run(stop), stop)
     except Stopped as stopped:
         raise KeyboardInterrupt(str(stopped)) from None
+
+
+def trainer_of(recipe: "Recipe", stop: "StopSignal", from_checkpoint: Path | None = None) -> "Trainer":
+    """A trainer that can score the recipe's tasks, with the caller's signal handlers."""
+    from .train.build import build_trainer
+
+    return build_trainer(
+        recipe, stop=stop, check=task_check(recipe), from_checkpoint=from_checkpoint,
+        scorer=task_scorer(recipe),
+    )  # fmt: skip
 
 
 def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":
@@ -127,6 +128,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM
     from .runs.layout import RunFolder
+    from .train.parallel import is_sharded
     from .train.tensors import has_average
 
     averaged = RunFolder(trainer.folder).average
@@ -138,13 +140,9 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
                 export_checkpoint(checkpoint, averaged, average=True)
         if recipe.eval.tasks:
             stop.leave_if_asked()
-            evaluate(
-                checkpoint,
-                recipe.eval.tasks,
-                limit=recipe.eval.limit,
-                model=trainer.whole_model,
-                tokenizer=trainer.tokenizer if trainer.whole_model is not None else None,
-            )
+            live = (trainer.bare_model, trainer.tokenizer)  # what is sharded is read from the checkpoint
+            model, tokenizer = (None, None) if is_sharded(trainer.bare_model) else live
+            evaluate(checkpoint, recipe.eval.tasks, limit=recipe.eval.limit, model=model, tokenizer=tokenizer)
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
     return checkpoint

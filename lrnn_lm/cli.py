@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from .files import words_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
 from .version import __version__
@@ -42,6 +43,29 @@ Branch = Annotated[
     typer.Option(
         "--from", metavar="CHECKPOINT", help="begin as a branch of this run: RUN/checkpoints/step-N"
     ),
+]
+# Options of `lrnn eval`, here so that its function can be read at one sitting.
+EvalData = Annotated[
+    Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
+]
+Length = Annotated[
+    str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
+]
+Lengths = Annotated[
+    str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
+]
+Recall = Annotated[
+    bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
+]
+Rows = Annotated[int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")]
+PromptTwice = Annotated[
+    bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
+]
+Certify = Annotated[
+    str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
+]
+Harden = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the Python code in the checkpoint's folder")
@@ -97,19 +121,11 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     try:
         with StopSignal() as stop:
             stop.hold()  # a signal during an import would be reported as that import's error
-            from .api import score_run, task_check, task_scorer
+            from .api import score_run, trainer_of
             from .recipe import load_recipe
-            from .train.build import build_trainer
 
-            loaded = load_recipe(recipe, overrides)
-            trainer = build_trainer(
-                loaded,
-                stop=stop,
-                check=task_check(loaded),
-                from_checkpoint=from_checkpoint,
-                scorer=task_scorer(loaded),
-            )
-            score_run(trainer, trainer.run(stop), stop)
+            trainer = trainer_of(load_recipe(recipe, overrides), stop, from_checkpoint)
+            score_run(trainer, trainer.run(stop), stop)  # run here: a file fewer on the way to the kernel
     except Stopped as stopped:
         if stopped.tell:
             print(stopped, file=sys.stderr)
@@ -157,33 +173,17 @@ def evaluate_checkpoint(
     suite: Annotated[Path | None, typer.Option(help="YAML file of tasks, or a name in eval/suites")] = None,
     limit: Annotated[int | None, typer.Option(help="score at most this many documents per task")] = None,
     output: Annotated[Path | None, typer.Option(help="folder for results; default: eval/ of the run")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
-    ] = None,
+    data: EvalData = None,
     num_fewshot: Annotated[int | None, typer.Option(help="solved examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
     max_length: Annotated[int | None, typer.Option(help="longest window, in tokens")] = None,
-    length: Annotated[
-        str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
-    ] = None,
-    lengths: Annotated[
-        str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
-    ] = "",
-    recall: Annotated[
-        bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
-    ] = False,
-    rows: Annotated[
-        int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")
-    ] = None,
-    prompt_twice: Annotated[
-        bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
-    ] = False,
-    certify: Annotated[
-        str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
-    ] = None,
-    harden: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
-    ] = None,
+    length: Length = None,
+    lengths: Lengths = "",
+    recall: Recall = False,
+    rows: Rows = None,
+    prompt_twice: PromptTwice = False,
+    certify: Certify = None,
+    harden: Harden = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -199,51 +199,29 @@ def evaluate_checkpoint(
     if harden is not None and certify is None:
         raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
     team, device = join(device)
+    shared = {"device": device, "trust_remote_code": trust_remote_code}
+    probing = shared | {"data": data} | ({} if rows is None else {"rows": rows})
+    from .evaluate.compare import evaluate_each, for_each
+
     if length is not None and team.is_main:
-        from .evaluate.compare import folders
         from .evaluate.probe.length import probe_length
 
-        for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
-            probe_length(
-                checkpoint, length, rows=16 if rows is None else rows, data=data, output=where, device=device,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        for_each(probe_length, checkpoints, output, length, **probing)
     if recall and team.is_main:
         from .evaluate.probe.recall import probe_recall
 
-        probe_recall(
-            checkpoints, rows=64 if rows is None else rows, data=data, output=output, device=device,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        probe_recall(checkpoints, output=output, **probing)
     if certify is not None and team.is_main:
-        from .evaluate.compare import folders
         from .evaluate.probe.certify import certify as certify_one
 
-        for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
-            certify_one(
-                checkpoint, certify, output=where, hardened=harden, device=device,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        for_each(certify_one, checkpoints, output, certify, hardened=harden, **shared)
     if tasks or suite is not None or (length is None and not recall and certify is None):
-        from .evaluate.compare import evaluate_each
-
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         evaluate_each(
-            checkpoints,
-            names,
-            suite=suite,
-            limit=limit,
-            output=output,
-            data=data,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            max_length=max_length,
-            lengths=wanted,
-            prompt_twice=prompt_twice,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            team=team,
-        )
+            checkpoints, names, suite=suite, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
+            max_length=max_length, lengths=wanted, prompt_twice=prompt_twice, team=team, data=data,
+            output=output, **shared,
+        )  # fmt: skip
     leave(team)
 
 
@@ -383,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
-        if (message := _message(mistake)) and _tells():  # empty where another rank prints it
+        if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
@@ -403,12 +381,6 @@ def _tells() -> bool:
         return True
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _message(mistake: Exception) -> str:
-    if isinstance(mistake, OSError) and mistake.strerror:
-        return f"{mistake.filename or 'output'}: {mistake.strerror}"
-    return str(mistake)
 
 
 if __name__ == "__main__":

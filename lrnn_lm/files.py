@@ -1,9 +1,12 @@
-"""What several parts need of the machine: files replaced in one go, the hub's reach, a device by name."""
+"""What several parts need of the machine: files replaced in one go, random states, the hub, device names."""
 
 import os
+import random
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +41,29 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
             fsync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def words_of(error: Exception) -> str:
+    """An error in a line for a person; of the system's, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error)
+
+
+@contextmanager
+def random_state_kept(device: "torch.device") -> Iterator[None]:
+    """Inside, others may seed and draw: afterwards the generators of Python, NumPy, the CPU and this device
+    are as before."""
+    import numpy
+    import torch
+
+    python, legacy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not each GPU of the machine
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(legacy)
 
 
 def hub_is_reachable() -> bool:

@@ -211,14 +211,14 @@ def _disturb(rank: int, prank: Prank | None) -> None:
         return forward(trainer, *arguments, **options)
 
     if prank.scoring:
-        meet = Trainer._meet_scoring
+        meet = Trainer._meet
 
-        def meets(trainer: Trainer, working: bool) -> bool:
-            if trainer.position.step == prank.step:
+        def meets(trainer: Trainer, doing: str, working: bool = False) -> bool:
+            if doing == "scoring" and trainer.position.step == prank.step:
                 os.kill(os.getpid(), prank.signal)
-            return meet(trainer, working)
+            return meet(trainer, doing, working)
 
-        Trainer._meet_scoring = meets
+        Trainer._meet = meets
         return
     if prank.validating:
         Trainer.forward = validating

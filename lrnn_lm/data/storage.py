@@ -35,7 +35,8 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
         try:  # around mkdir too: a signal can hit between two lines
             aside.mkdir()  # not tempfile's, whose folders others cannot read
             build(aside)
-            _flush(aside)
+            for path in [*aside.rglob("*"), aside]:
+                fsync(path)
             _rename_new(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -89,8 +90,3 @@ def _rename_new(source: Path, target: Path) -> None:
         if not target.is_dir():  # without locks another process may have been first, with the same bytes
             raise
     fsync(target.parent)
-
-
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)

@@ -1,6 +1,6 @@
 """Several checkpoints on the same tasks, and their scores side by side as a table and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ def evaluate_each(
         results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))
     if len(results) > 1 and team.is_main:
         print_table(["task", "metric", *names], beside(results), left=2, title="beside each other")
-        picture = _picture(checkpoints[0], output)
-        if picture is not None:
+        run = describe(checkpoints[0]).run  # without `output` the picture goes to the first one's run
+        folder = output if output is not None or run is None else RunFolder(run).plots
+        if folder is not None:
+            picture = Path(folder) / "comparison.png"
             draw_scores(names, results, picture)
             table_console().print(f"drawn in {picture}", soft_wrap=True, highlight=False)
     return results
@@ -45,6 +47,18 @@ def folders(checkpoints: Sequence[str | Path], output: Path | None) -> list[Path
     """Where each checkpoint's results go: `output`, or for several checkpoints a folder each in it."""
     names = checkpoint_names(checkpoints)
     return [output if output is None or len(names) == 1 else Path(output) / name for name in names]
+
+
+def for_each(
+    work: Callable[..., object],
+    checkpoints: Sequence[str | Path],
+    output: Path | None,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """work(checkpoint, *arguments, output=.., **options) for each; of several, `output` has a folder each."""
+    for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
+        work(checkpoint, *arguments, output=where, **options)
 
 
 def beside(results: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -76,10 +90,3 @@ def checkpoint_names(checkpoints: Sequence[str | Path]) -> list[str]:
             return names
     twice = next(info.path for i, info in enumerate(found) if info.path in [f.path for f in found[:i]])
     raise ValueError(f"{twice}: each checkpoint is to be given once")
-
-
-def _picture(first: str | Path, output: Path | None) -> Path | None:
-    """The picture's path: in `output`, else in plots/ of the first checkpoint's run, if it has one."""
-    run = describe(first).run
-    folder = Path(output) if output is not None else RunFolder(run).plots if run is not None else None
-    return None if folder is None else folder / "comparison.png"

@@ -12,7 +12,7 @@ from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 from .show import check_at_least
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -40,9 +40,8 @@ def generate(
 
     Sampling divides logits by temperature, then keeps the top_k most likely tokens and of these the smallest
     set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
-    same machine; the caller's random state stays as it was. trust_remote_code: let the folder run its own
-    code. Raises ValueError for a number out of range, an unreadable file, a text longer than the model takes,
-    or a folder without a checkpoint.
+    same machine; the caller's random state stays. trust_remote_code: let the folder run its own code. Raises
+    ValueError for a number out of range, an unreadable file, too long a text, or no checkpoint.
 
     Example:
         >>> from lrnn_lm import generate
@@ -50,16 +49,13 @@ def generate(
         >>> text.startswith("the state")
         True
     """
-    _check(max_new_tokens, temperature, top_k, top_p, segment)
+    _check(max_new_tokens, temperature, top_k, top_p, segment, seed)
     prompt = _text(prompt)
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
     model, tokenizer = load_checkpoint(checkpoint, device, trust_remote_code=trust_remote_code)
     import torch
     from transformers import TextStreamer
 
-    cache = None
-    shown = prompt_file is None and not prompt_twice
+    cache, shown = None, prompt_file is None and not prompt_twice
     if shown:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
         length = ids.shape[1]
@@ -67,16 +63,10 @@ def generate(
     else:
         texts = _texts(prompt, prompt_file, times=2 if prompt_twice else 1)
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
-    settings = _settings(tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
-    ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
-    settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
+    settings = _settings(model, tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     streamer = TextStreamer(tokenizer, skip_prompt=not shown, skip_special_tokens=True)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _any_text_printed():
-        if seed is not None:
-            torch.manual_seed(seed)
-        else:
-            torch.seed()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _any_text_printed():
+        torch.seed() if seed is None else torch.manual_seed(seed)
         out = model.generate(
             ids,
             attention_mask=torch.ones(1, length, dtype=torch.bool, device=model.device),
@@ -99,12 +89,19 @@ def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[
 
 
 def _check(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, segment: int
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    segment: int,
+    seed: int | None,
 ) -> None:
     check_at_least(1, max_new_tokens=max_new_tokens, segment=segment, top_k=top_k)
     check_at_least(0, temperature=temperature)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, unlike {seed}")
 
 
 def _text(prompt: str) -> str:
@@ -131,6 +128,7 @@ def _any_text_printed() -> Iterator[None]:
 
 
 def _settings(
+    model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     max_new_tokens: int,
     temperature: float,
@@ -141,6 +139,8 @@ def _settings(
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, pad_token_id=pad)
+    ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
+    settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     if settings.do_sample:
         settings.temperature = temperature
         settings.top_k = top_k or 0  # 0: no limit; transformers' own default is 50

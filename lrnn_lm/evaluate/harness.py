@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,6 @@ from .scoring import quiet_lm_eval, score_tasks
 from .show import check_at_least, decimal, finite, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
-from .tasks.offline import error_of_the_mean
 from .team import ALONE, Team
 
 if TYPE_CHECKING:
@@ -58,19 +59,16 @@ def evaluate(
         tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks.
         limit: documents a task.
         output: a folder, or a .json file (default: eval/ of the run; outside a run nothing is written).
-        data: held-out documents for the heldout tasks (default: those of the run), or the folder that the
-            offline tasks read.
+        data: held-out documents (default: those of the run), or the folder that the offline tasks read.
         suite: a YAML file of task names, taken before `tasks`. Arguments override its settings.
         model, tokenizer: the pair, if the caller holds it in memory; `checkpoint` then only names it.
-        max_length: tokens a window. Default: that of the suite, or of the shipped suite with all the tasks,
-            up to the model's limit; else `context_length`. By default, models without attention read
-            requests of any length whole, except rolling ones.
+        max_length: tokens a window. Default: the suite's, or that of the shipped suite with all the tasks, up
+            to the model's limit; else `context_length`. Without it, models without attention read requests
+            of any length whole, except rolling ones.
         lengths: of the rows of state, mad and long tasks.
-        prompt_twice: read each context, a line break and the context again (arXiv 2407.05483). Not of rolling
-            tasks, which have no context.
+        prompt_twice: read each context, a line break and the context again (arXiv 2407.05483).
         trust_remote_code: let the checkpoint's folder run its own code.
-        team: the processes that share the work, which all call this. The main one prints and writes, the
-            others return {}.
+        team: the processes that share the work and all call this; others than the main one return {}.
 
     The caller's random state, the model's mode and its device stay as they were. Raises ValueError for an
     unknown task, missing data, a limit below 1, or a folder without a checkpoint.
@@ -81,45 +79,67 @@ def evaluate(
         >>> scores["results"]["heldout_bits_per_byte"]["bits_per_byte,none"] > 0  # bits a byte of text
         True
     """
-    chosen = read_suite(suite) if suite is not None else None
-    names = [*(chosen.tasks if chosen else []), *tasks]
-    limit = chosen.limit if chosen and limit is None else limit
-    num_fewshot = chosen.num_fewshot if chosen and num_fewshot is None else num_fewshot
-    _check(names, limit, batch_size, num_fewshot, max_length)
-    check_output(output)
-    info = describe(checkpoint)
-    assert (model is None) == (tokenizer is None), "pass the live model with its tokenizer"
-    documents = documents_of(info, data)
-    metadata: dict[str, Any] = {"pretrained": str(info.path)}
-    metadata |= {key: value for key, value in (("data", documents), ("lengths", lengths)) if value}
+    names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    _check(names, max_length, output, **options)
+    info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
+    settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
+
+    def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        if model is not None:
+            return model, tokenizer
+        return load_checkpoint(info.path, device, autoencoder=True, trust_remote_code=trust_remote_code)
+
+    results = _scored(info, names, suite, load, options, settings, team)
+    stored = finite(results)
+    if stored:
+        _show(results, _write(stored, info, suite, tasks, output))
+    return stored
+
+
+def _chosen(
+    suite: Path | None, tasks: list[str], **given: int | None
+) -> tuple[list[str], dict[str, int | None]]:
+    """The tasks of a suite and `tasks`; and what is `given`, filled in from the suite."""
+    if suite is None:
+        return tasks, given
+    chosen = read_suite(suite)
+    own = {"limit": chosen.limit, "num_fewshot": chosen.num_fewshot}
+    filled = {key: own.get(key) if value is None else value for key, value in given.items()}
+    return [*chosen.tasks, *tasks], filled
+
+
+def _scored(
+    info: CheckpointInfo,
+    names: list[str],
+    suite: Path | None,
+    load: "Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]",
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    team: Team,
+) -> dict[str, Any]:
+    """Results and what they are of; {} but on the main process. options: of `score_tasks`."""
+    lengths = settings["lengths"]
+    known = {"pretrained": str(info.path), "data": settings["data"], "lengths": lengths}
     with quiet_lm_eval():
-        manager, names, hub = find_tasks(names, metadata)
-        if model is None or tokenizer is None:
-            model, tokenizer = load_checkpoint(
-                info.path, device, autoencoder=True, trust_remote_code=trust_remote_code
-            )
-        widest = chosen.max_length if chosen else usual_window(names)
+        manager, names, hub = find_tasks(names, {key: value for key, value in known.items() if value})
+        model, tokenizer = load()
+        widest = usual_window(names) if suite is None else read_suite(suite).max_length
         if widest is not None and lengths:
             widest = max(widest, TOKENS_A_STEP * max(lengths))
         with hub_data(hub):
             results, reading = score_model(
-                model, tokenizer, manager, names, info, widest, max_length, limit=limit,
-                batch_size=batch_size, num_fewshot=num_fewshot, team=team, prompt_twice=prompt_twice,
+                model, tokenizer, manager, names, info, widest, settings["max_length"], team=team,
+                prompt_twice=settings["prompt_twice"], **options,
             )  # fmt: skip
-    if not team.is_main:
+    if results is None:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
-        "tasks": names, "limit": limit, "num_fewshot": num_fewshot, **reading, "lengths": lengths,
-        "prompt_twice": prompt_twice,
-        "batch_size": batch_size, "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."), "data": documents, "processes": team.size,
+        "tasks": names, **options, **settings, **reading, "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
     }  # fmt: skip
     results["software"] = _versions()
-    stored = finite(results)
-    written = _write(stored, info, suite, tasks, output)
-    _show(results, written)
-    return stored
+    return results
 
 
 def score_model(
@@ -149,8 +169,20 @@ def score_model(
     )
     _check_whole(names, truncated, window)
     if results and "offline_blimp" in results["results"]:
-        error_of_the_mean(results["results"]["offline_blimp"])
+        _add_error_of_the_mean(results["results"]["offline_blimp"])
     return results, {"max_length": window, "unlimited": unlimited, "truncated_requests": truncated}
+
+
+def _add_error_of_the_mean(scores: dict[str, Any]) -> None:
+    """Fill in the standard error of offline_blimp's `acc`: lm-eval computes it for its own aggregations only.
+
+    As in lm-eval's group: sqrt(sum of squared errors) / number of paradigms. It stays "N/A" if a paradigm has
+    none, such as one with a single pair.
+    """
+    own = "acc_stderr,none"
+    errors = [scores[key] for key in scores if key.endswith("_stderr,none") and key != own]
+    if errors and all(isinstance(error, float) for error in errors):
+        scores[own] = math.hypot(*errors) / len(errors)
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> None:
@@ -202,7 +234,12 @@ def documents_of(info: CheckpointInfo, data: Path | None) -> str | None:
 
 
 def _check(
-    names: list[str], limit: int | None, batch_size: int, num_fewshot: int | None, max_length: int | None
+    names: list[str],
+    max_length: int | None,
+    output: Path | None,
+    limit: int | None,
+    batch_size: int,
+    num_fewshot: int | None,
 ) -> None:
     if not names or not all(name.strip() for name in names):
         raise ValueError(
@@ -211,6 +248,7 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
+    check_output(output)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:

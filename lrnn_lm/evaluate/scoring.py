@@ -6,17 +6,16 @@ import json
 import logging
 import math
 import os
-import random
 import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..files import random_state_kept
 from ..runs.load import document_start
 from .team import Team
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BOOTSTRAP = 1000  # resamples for standard errors without a closed form
@@ -51,7 +50,7 @@ def score_tasks(
     try:
         with (
             refusals(names),
-            _random_state_kept(model.device),
+            random_state_kept(model.device),  # lm-eval seeds all generators
             _overflow_is_infinite(),
             _bars(team.shows),
             contextlib.redirect_stdout(io.StringIO()),
@@ -111,21 +110,6 @@ def quiet_lm_eval() -> Iterator[None]:
             del os.environ["DISABLE_MULTIPROC"]
         else:
             os.environ["DISABLE_MULTIPROC"] = pool
-
-
-@contextlib.contextmanager
-def _random_state_kept(device: "torch.device") -> Iterator[None]:
-    """Restore all generators, which lm-eval seeds: training must continue as if it had not evaluated."""
-    import numpy
-    import torch
-
-    python, legacy = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # not each GPU of the machine
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(legacy)
 
 
 @contextlib.contextmanager

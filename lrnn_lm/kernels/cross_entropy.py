@@ -62,20 +62,14 @@ def _nats_kernel(
             )
 
 
-def cross_entropy_in_place(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Summed nats () in fp32 of logits (R, V), which become d nats / d logits: softmax minus one-hot.
-
-    labels (R,) int64; rows of label `ignore` count for nothing, their gradient is zero. A label that is no
-    column makes the sum NaN.
-    """
-    return nats_and_squares_in_place(logits, labels, ignore, 0.0)[0]
-
-
 def nats_and_squares_in_place(
     logits: Tensor, labels: Tensor, ignore: int, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the sum () of log^2 Z over rows with a target; logits become the gradient of
-    nats + z_loss squares."""
+    """Summed nats () in fp32 of logits (R, V), and the sum () of log^2 Z over rows with a target.
+
+    logits become the gradient of nats + z_loss squares. labels (R,) int64; rows of label `ignore` count for
+    nothing, their gradient is zero. A label that is no column makes the sum NaN.
+    """
     R, V = logits.shape
     labels = labels.contiguous()  # a column of a batch's labels is not
     nats, squares = torch.empty(2, R, device=logits.device, dtype=torch.float32)

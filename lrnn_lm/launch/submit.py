@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .script import job_script
@@ -47,6 +48,7 @@ def submit(
     recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
     recipes = [_with_launch(made, launch or {}) for made in recipes]
     for made in recipes:
+        check_optimizer(made.optim.name)
         _check_ranks(made)
     runs = [(Path(made.train.runs_dir).expanduser() / made.name).absolute() for made in recipes]
     if not dry_run and shutil.which("sbatch") is None:

@@ -24,7 +24,6 @@ from .modeling import LRNNForCausalLM
 
 STATE_BYTES = 4  # recurrent states are kept in fp32
 TRAINING_PASSES = 3  # forward, and twice that backward
-OPTIMIZER_BYTES = 8  # AdamW's two moments in fp32
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Account:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one device that holds the whole model; weights, gradients and AdamW moments in fp32."""
+    """Bytes on one device that holds the whole model; weights and gradients in fp32."""
 
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int  # its state
     activations: int  # kept for the backward pass; with checkpointing, each layer's input and one whole layer
     loss: int  # the final hidden states, and the logits of one chunk with their gradient
 
@@ -152,6 +151,7 @@ def training_memory(
     sequence_length: int,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    optimizer: int = 0,
 ) -> TrainingMemory:
     """Estimate the memory of a training step on a device that holds the whole model.
 
@@ -160,6 +160,7 @@ def training_memory(
         micro_batch, sequence_length: B and T.
         dtype: of activations; bfloat16 under autocast.
         checkpointing: whether layers are recomputed in the backward pass.
+        optimizer: bytes of its state, which it declares itself: `train.optim.state_bytes`.
     """
     parameters = sum(_parameters_by_part(meta_model(config)).values())
     kinds = [repr(sorted(spec.items())) for spec in config.layer_mixers]
@@ -176,7 +177,7 @@ def training_memory(
     return TrainingMemory(
         weights=4 * parameters,
         gradients=4 * parameters,
-        optimizer=OPTIMIZER_BYTES * parameters,
+        optimizer=optimizer,
         activations=activations,
         loss=2 * hidden + chunk * config.vocab_size * (4 + dtype.itemsize),
     )

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import LRNNConfig
 from .layers import RMSNorm
-from .loss import linear_cross_entropy
+from .loss import loss_and_z
 from .modeling import LRNNModel, LRNNPreTrainedModel
 
 
@@ -63,8 +63,7 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
         written = self.decoder(hidden[:, -1:] + code)  # (B, T, D)
         loss = None
         if shift_labels is not None:
-            loss = linear_cross_entropy(
-                written, self.lm_head.weight, shift_labels, num_items_in_batch, self.config.loss_chunk
-            )
+            weight, chunk = self.lm_head.weight, self.config.loss_chunk
+            loss, _ = loss_and_z(written, weight, shift_labels, num_items_in_batch, chunk)
         wanted = return_logits if return_logits is not None else shift_labels is None or not self.training
         return CausalLMOutputWithPast(loss=loss, logits=self.lm_head(written) if wanted else None)

@@ -120,27 +120,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    num_items: Tensor | float | None = None,
-    chunk: int = 1024,
-) -> Tensor:
-    """Mean cross-entropy in nats of `softmax(hidden @ weight.T)` against labels.
-
-    Args:
-        hidden: (B, T, D).
-        weight: (V, D).
-        labels: (B, T) int64, aligned with hidden (already shifted); IGNORE where there is no target.
-        num_items: what to divide the sum by; None for the number of valid labels here.
-        chunk: tokens whose logits exist at once, at most.
-    Returns:
-        a scalar in fp32 (fp64 for fp64 inputs).
-    """
-    return loss_and_z(hidden, weight, labels, num_items, chunk)[0]
-
-
 def loss_and_z(
     hidden: Tensor,
     weight: Tensor,
@@ -149,9 +128,19 @@ def loss_and_z(
     chunk: int = 1024,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_cross_entropy` plus z_loss times the mean of log^2 Z; and that second part, without a gradient.
+    """Mean cross-entropy in nats of `softmax(hidden @ weight.T)` plus the z-loss; and the latter alone.
 
-    Z is a token's softmax normaliser; the z-loss keeps log Z near 0 (PaLM, arXiv 2204.02311).
+    The z-loss is `z_loss` times the mean of log^2 Z, with Z a token's softmax normaliser: it keeps log Z near
+    0 (PaLM, arXiv 2204.02311). Alone it has no gradient.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D).
+        labels: (B, T) int64, aligned with hidden (already shifted); IGNORE where there is no target.
+        num_items: what to divide the sum by; None for the number of valid labels here.
+        chunk: tokens whose logits exist at once, at most.
+    Returns:
+        scalars in fp32 (fp64 for fp64 inputs).
     """
     hidden = hidden.to(compute_dtype(hidden))  # the weight keeps its dtype: so does its gradient
     if hidden.device.type == "cpu":

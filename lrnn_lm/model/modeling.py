@@ -102,7 +102,7 @@ class LRNNModel(LRNNPreTrainedModel):
         reset: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a batch of sequences.
+        """Hidden states of sequences.
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) instead.
@@ -110,10 +110,10 @@ class LRNNModel(LRNNPreTrainedModel):
                 neither results nor states. Or (B, 1, T, T), causal within documents.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None. A document
                 starts where they do not grow.
-            past_key_values: a cache, read and written in place; any number of new tokens continues it. Or
-                `CarriedStates`, through which gradients flow, in training by segments without padding.
+            past_key_values: a cache, written in place; any number of tokens continues it. Or `CarriedStates`,
+                through which gradients flow, in training by segments without padding.
             use_cache: whether to make a cache if none is given, and return it; None: as the config says,
-                but none in training with gradient checkpointing. With a cache, layers are not checkpointed.
+                but none where layers are checkpointed; with a cache they are not.
             reset: (B, T) bool, true where a document starts; later tokens see nothing before it.
             seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: other forms of `reset`.
 
@@ -134,22 +134,20 @@ class LRNNModel(LRNNPreTrainedModel):
         masks = (attention_mask, position_ids, reset)
         batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
-        token_mask = order = None
-        if batch.token_mask is not None:
-            token_mask = batch.token_mask.unsqueeze(-1)
-            if "linear_attention" in self.config.layer_types:
-                order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
-        segment = isinstance(past_key_values, CarriedStates)
-        for i, layer in enumerate(self.layers):
-            # By position, as transformers drops a cache passed by name where it checkpoints a layer.
-            if segment:
-                before = past_key_values.states[i]
-                hidden_states, after = layer(hidden_states, context, token_mask, order, None, before)
-                past_key_values.states[i] = after
-            else:
-                hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
-        if segment:
+        token_mask = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1)
+        order = None
+        if token_mask is not None and "linear_attention" in self.config.layer_types:
+            order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
+        if isinstance(past_key_values, CarriedStates):
+            for i, layer in enumerate(self.layers):
+                hidden_states, past_key_values.states[i] = layer(
+                    hidden_states, context, token_mask, order, None, past_key_values.states[i]
+                )
             past_key_values.move(hidden_states.shape[1])
+        else:
+            for layer in self.layers:
+                # By position, as transformers drops a cache passed by name where it checkpoints a layer.
+                hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
@@ -232,13 +230,10 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
                 documents. Padding is no target and predicts none.
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
-            return_logits: whether to return logits; None: yes, except in training with labels, where the loss
-            is
-                computed in chunks and the logits never exist as a whole.
+            return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
             shift_labels: (B, T) targets aligned with the positions that predict them, instead of `labels`. It
                 is in the kwargs because the Trainer expects data for every argument named like a label.
-            z_loss: in training, adds this times the mean of log^2 Z to the loss, and tells that part in the
-                outputs' `z_loss`. In the kwargs, as it is training's.
+            z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
             The rest: as in LRNNModel.
         """
         targets = kwargs.pop("shift_labels", None)
@@ -246,12 +241,9 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         z_loss = z_loss if self.training else 0.0
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if targets is None and labels is not None and tokens is not None:
-            check_labels(labels, tokens)
             masks = (attention_mask, position_ids, kwargs.get("reset"))
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
-            targets = shift_labels(labels, batch.starts, batch.token_mask)
-            if batch.token_mask is not None or batch.starts is not None:
-                num_items_in_batch = counted_targets(labels, targets, num_items_in_batch)
+            targets, num_items_in_batch = _targets(labels, tokens, batch, num_items_in_batch)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,10 +257,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         loss = z_part = None
         if targets is not None:
             loss, z_part = self._loss(hidden, targets, num_items_in_batch, z_loss)
-        if return_logits is None:
-            return_logits = targets is None or not self.training
         logits = None
-        if return_logits:
+        if return_logits or (return_logits is None and (targets is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
         return LRNNCausalLMOutput(
@@ -290,6 +280,17 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         if z_loss:
             raise ValueError("z_loss needs a head that is a plain matrix: leave it out for an adapted head")
         return cross_entropy(self.lm_head(hidden), targets, num_items), None
+
+
+def _targets(
+    labels: Tensor, tokens: Tensor, batch: Layout, num_items: Tensor | int | None
+) -> tuple[Tensor, Tensor | int | None]:
+    """Labels (B, T) where they are predicted, and what their loss is divided by."""
+    check_labels(labels, tokens)
+    targets = shift_labels(labels, batch.starts, batch.token_mask)
+    if batch.token_mask is None and batch.starts is None:
+        return targets, num_items
+    return targets, counted_targets(labels, targets, num_items)
 
 
 def _layout(

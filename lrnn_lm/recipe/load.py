@@ -163,7 +163,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends takes one file name, not {parent!r}")
-    below = _read(_beside(found, parent), (*chain, found.resolve()))
+    beside = found.parent / parent
+    below = _read(beside if beside.exists() else Path(parent), (*chain, found.resolve()))
     return _on_top(below, lambda below: _merge(below, data))
 
 
@@ -240,12 +241,6 @@ def _upgrade(model: Any) -> None:
             for entry in pattern
         ]
     model["mixer"] = {key: value for key, value in mixer.items() if key == "type" or key in read}
-
-
-def _beside(recipe: Path, parent: str) -> Path:
-    """The path in `extends`: beside the recipe if there is such a file, else as written."""
-    beside = recipe.parent / parent
-    return beside if beside.exists() else Path(parent)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -82,35 +82,25 @@ TimeLimit = Annotated[str, BeforeValidator(_checked_time)]
 TokenCount = Annotated[int, BeforeValidator(parse_count), PlainSerializer(format_count, when_used="json")]
 
 
-class Every(BaseModel):
-    """An interval: `100K` tokens, `200 steps` or `30 min`."""
+class _Quantity(BaseModel):
+    """An amount and its unit, as a recipe writes them; a subclass says which units it takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     amount: float
-    unit: Literal["tokens", "steps", "minutes"]
+    unit: str
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: object) -> object:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str):
-            return value
-        text = value.strip().lower()
-        for unit, pattern in (
-            ("steps", r"\s*steps?"),
-            ("minutes", r"\s*min(?:utes?)?"),
-            ("tokens", r"(?:\s*tokens?)?"),
-        ):
-            match = re.fullmatch(rf"(.*?\d[kmbt]?){pattern}", text)
-            if match and (unit != "minutes" or _DECIMAL.fullmatch(match[1])):
-                amount = float(match[1]) if unit == "minutes" else parse_count(match[1])
-                if amount <= 0:
-                    break
-                return {"amount": amount, "unit": unit}
-        raise ValueError(
-            f"expected an interval such as '100K' (tokens), '200 steps' or '30 min', not {value!r}"
-        )
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            amount, unit = cls._read(str(value).strip().lower())
+            return {"amount": amount, "unit": unit}
+        return value
+
+    @classmethod
+    def _read(cls, text: str) -> tuple[float, str]:
+        """(amount, unit) of a text in lower case; ValueError if it is none."""
+        raise NotImplementedError
 
     @model_serializer
     def _write(self) -> str:
@@ -119,48 +109,49 @@ class Every(BaseModel):
     def __str__(self) -> str:
         if self.unit == "minutes":
             return f"{_decimal(self.amount)} min"
+        if self.unit == "fraction":
+            return f"{_decimal(self.amount * 100)}%"
         return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
 
 
-class Span(BaseModel):
+class Every(_Quantity):
+    """An interval: `100K` tokens, `200 steps` or `30 min`."""
+
+    unit: Literal["tokens", "steps", "minutes"]
+
+    @classmethod
+    def _read(cls, text: str) -> tuple[float, str]:
+        match = re.fullmatch(r"(.*?\d[kmbt]?)\s*(steps?|min(?:utes?)?|tokens?|)", text)
+        unit = {"s": "steps", "m": "minutes"}.get(match[2][:1], "tokens") if match else "minutes"
+        if match and (unit != "minutes" or _DECIMAL.fullmatch(match[1])):
+            amount = float(match[1]) if unit == "minutes" else parse_count(match[1])
+            if amount > 0:
+                return amount, unit
+        raise ValueError(
+            f"expected an interval such as '100K' (tokens), '200 steps' or '30 min', not {text!r}"
+        )
+
+
+class Span(_Quantity):
     """A part of the run: `10%` or 0.1 of the budget, `2M` tokens, or `200 steps`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    amount: float
     unit: Literal["fraction", "tokens", "steps"]
 
-    @model_validator(mode="before")
     @classmethod
-    def _parse(cls, value: object) -> object:
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            if 0 <= value <= 1:
-                return {"amount": value, "unit": "fraction"}
-            return {"amount": parse_count(value), "unit": "tokens"}
-        if not isinstance(value, str):
-            return value
-        text = value.strip().lower()
+    def _read(cls, text: str) -> tuple[float, str]:
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
-            return {"amount": float(match[1]) / 100, "unit": "fraction"}
+            return float(match[1]) / 100, "fraction"
         if match := re.fullmatch(r"(.*\d[kmbt]?)\s*steps?", text):
-            return {"amount": parse_count(match[1]), "unit": "steps"}
-        if re.fullmatch(r"[01]?\.\d+|0|1|1\.0*", text):
-            return {"amount": float(text), "unit": "fraction"}
-        return {"amount": parse_count(text), "unit": "tokens"}
+            return parse_count(match[1]), "steps"
+        if re.fullmatch(r"[01]?\.\d+|0|1|1\.0*|\d(\.\d+)?e-\d+", text):
+            return float(text), "fraction"
+        return parse_count(text), "tokens"
 
     @model_validator(mode="after")
     def _check(self) -> "Span":
         if self.unit == "fraction" and not 0 <= self.amount <= 1:
             raise ValueError(f"a share of the budget lies between 0% and 100%, not {self.amount:.0%}")
         return self
-
-    @model_serializer
-    def _write(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        if self.unit == "fraction":
-            return f"{_decimal(self.amount * 100)}%"
-        return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
 
     def steps(self, total_steps: int, tokens_per_step: int) -> int:
         """Length of the span in optimizer steps, in a run of `total_steps`."""

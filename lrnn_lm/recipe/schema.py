@@ -11,8 +11,10 @@ from pydantic import ConfigDict, Field, field_serializer, field_validator, model
 from .data import DataSection
 from .launch import LaunchSection
 from .mixer import MixerSection, check_options
-from .quantities import Every, Span, TokenCount, format_count
+from .optim import OptimSection
+from .quantities import Every, TokenCount, format_count
 from .section import Section
+from .train import RampSection, TrainSection
 
 
 class ModelSection(Section):
@@ -63,34 +65,13 @@ class ModelSection(Section):
     def _check(self) -> "ModelSection":
         """Widths split into heads and blocks. The mixer classes check this too, but they need torch, and a
         user should learn of a mistake before a job has waited in a queue."""
+        if len(self.windows) > 1:
+            windows = sorted(self.windows)
+            raise ValueError(f"layer_pattern has windows of {windows} tokens; a model has one size")
         for mixer in self.layer_pattern or [self.mixer]:
-            if mixer.type == "attention" and self.hidden_size % (2 * mixer.num_heads):
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} does not split into "
-                    f"{mixer.num_heads} heads of even width"
-                )
-            if mixer.type == "attention" and mixer.num_heads % (mixer.num_kv_heads or 1):
-                raise ValueError(
-                    f"num_kv_heads {mixer.num_kv_heads} does not divide num_heads {mixer.num_heads}"
-                )
-            if len(self.windows) > 1:
-                windows = sorted(self.windows)
-                raise ValueError(f"layer_pattern has windows of {windows} tokens; a model has one size")
-            if mixer.type == "mamba2" and mixer.expand * self.hidden_size % mixer.head_dim:
-                raise ValueError(
-                    f"mamba2's width {mixer.expand} x {self.hidden_size} does not split into "
-                    f"heads of width {mixer.head_dim}"
-                )
-            if mixer.type == "bd_matrix" and mixer.head_dim % mixer.block_size:
-                raise ValueError(
-                    f"bd_matrix: head_dim {mixer.head_dim} does not split into blocks of {mixer.block_size}"
-                )
-            for key, base, parts in _expansions(mixer, self.hidden_size):
-                if (width := base * getattr(mixer, key)) % parts:
-                    raise ValueError(
-                        f"{mixer.type}: {key} {getattr(mixer, key):g} x {base} = {width:g} "
-                        f"does not split into {parts} heads"
-                    )
+            for what, width, part, parts in _splits(mixer, self.hidden_size):
+                if width % part:
+                    raise ValueError(f"{mixer.type}: {what} does not split into {parts}")
         return self
 
     @property
@@ -100,176 +81,26 @@ class ModelSection(Section):
         return {m.window for m in mixers if m.type == "attention" and m.window is not None}
 
 
-def _expansions(mixer: MixerSection, hidden_size: int) -> list[tuple[str, int, int]]:
-    """(key, width that it multiplies, number of heads to split into) of a mixer's fractional expansions."""
-    if mixer.type in ("deltanet", "gla"):
-        return [(key, hidden_size, mixer.num_heads) for key in ("expand_k", "expand_v")]
-    if mixer.type in ("gated_deltanet", "gated_deltaproduct"):
-        return [("expand_v", mixer.head_dim, 1)]
+def _splits(m: MixerSection, width: int) -> list[tuple[str, float, int, str]]:
+    """(what, its size, what divides that, in words) for all that a mixer of this width takes apart."""
+    match m.type:
+        case "attention":
+            heads, shared = m.num_heads, m.num_kv_heads or 1
+            return [
+                (f"hidden_size {width}", width, 2 * heads, f"{heads} heads of even width"),
+                (f"num_heads {heads}", heads, shared, f"num_kv_heads {shared} groups"),
+            ]
+        case "mamba2":
+            inner = m.expand * width
+            return [(f"width {m.expand} x {width}", inner, m.head_dim, f"heads of width {m.head_dim}")]
+        case "bd_matrix":
+            return [(f"head_dim {m.head_dim}", m.head_dim, m.block_size, f"blocks of {m.block_size}")]
+        case "deltanet" | "gla":
+            both, heads = {"expand_k": m.expand_k, "expand_v": m.expand_v}, m.num_heads
+            return [(f"{k} {x:g} x {width}", x * width, heads, f"{heads} heads") for k, x in both.items()]
+        case "gated_deltanet" | "gated_deltaproduct":
+            return [(f"expand_v {m.expand_v:g} x {m.head_dim}", m.expand_v * m.head_dim, 1, "whole columns")]
     return []
-
-
-class GroupSection(Section):
-    """Parameters with a learning rate or weight decay of their own."""
-
-    match: str = Field(min_length=1, description="pattern of parameter names, as in *gate_proj*")
-    lr_scale: float = Field(1.0, ge=0, description="times the schedule's learning rate")
-    weight_decay: float | None = Field(None, ge=0, description="default: what the optimizer gives them")
-
-
-class OptimSection(Section):
-    """The optimizer and its schedule."""
-
-    name: str = Field(
-        "adamw",
-        description="a name in OPTIMIZERS of train/optim.py: adamw; muon (Muon for the layers' matrices, "
-        "AdamW for the rest); adamw8bit (torchao; not under FSDP2)",
-    )
-    lr: float = Field(3e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(
-        0.1, ge=0, description="of matrices, embeddings included; none on norms and biases"
-    )
-    groups: list[GroupSection] = Field(
-        default_factory=list, description="a parameter goes by the first group whose pattern it matches"
-    )
-    base_width: int | None = Field(
-        None,
-        ge=1,
-        description="hidden_size that lr and model.initializer_range were chosen at; both are carried over "
-        "to this recipe's width (muP: AdamW, untied head)",
-    )
-    grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Span = Field(
-        Span(amount=0.1, unit="fraction"), description="length of the warm-up: 10%, 2M (tokens) or 200 steps"
-    )
-    decay: Span = Field(Span(amount=0.2, unit="fraction"), description="length of wsd's final decay")
-    final_lr: float = Field(1e-5, ge=0)
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"each beta lies in [0, 1), not {list(betas)}")
-        return betas
-
-
-class AverageSection(Section):
-    """A moving average of the weights, kept beside them."""
-
-    decay: float = Field(0.999, gt=0, lt=1, description="share of the old average that each update keeps")
-    every: int = Field(1, ge=1, description="steps between updates")
-    start: Span = Field(
-        Span(amount=0, unit="steps"), description="length of the run before it: 10%, 2M (tokens) or 200 steps"
-    )
-
-
-class GuardSection(Section):
-    """When a step is too far above the last ones to be trusted."""
-
-    deviations: float = Field(6.0, gt=0, description="standard deviations above the mean that are too many")
-    window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
-
-
-class RampSection(Section):
-    """A batch that grows: steps of `start` tokens, then of twice as many, and so on up to tokens_per_step."""
-
-    start: TokenCount = Field(
-        ge=1, description="tokens of the first steps; tokens_per_step is a multiple of it"
-    )
-    tokens: TokenCount = Field(
-        ge=1, description="length of the ramp, each size for the same number of tokens"
-    )
-
-
-class ProfileSection(Section):
-    """Steps that torch's profiler records."""
-
-    at: int = Field(ge=1, description="the first of them, counted from 1")
-    steps: int = Field(3, ge=1, description="how many")
-
-
-class TrainSection(Section):
-    """The training budget, the step size, and how a step runs on the devices."""
-
-    tokens: TokenCount = Field(10_000_000, ge=1)
-    tokens_per_step: TokenCount = Field(524_288, ge=1)
-    ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
-    micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 if the device supports it, else fp32"
-    )
-    parallel: Literal["auto", "ddp", "fsdp2"] = Field(
-        "auto", description="how ranks share the model; auto: what Accelerate's config file says, else ddp"
-    )
-    shard_size: int | None = Field(
-        None,
-        ge=2,
-        description="ranks that hold one copy of the model between them under FSDP2, as in 8, the GPUs of a "
-        "node (HSDP); null: all ranks",
-    )
-    segment: int | None = Field(
-        None,
-        ge=1,
-        description="tokens of a row in one pass; the gradient is that of the whole row (docs/long.md); "
-        "null: all of them",
-    )
-    start_from_other: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="probability that a row begins with the end state of another one instead of zeros",
-    )
-    compile: bool = False
-    activation_checkpointing: bool = False
-    loss_chunk: int = Field(
-        1024,
-        ge=1,
-        description="tokens whose logits are computed at once: fewer need less memory, more are faster",
-    )
-    z_loss: float = Field(
-        0.0,
-        ge=0,
-        description="adds this times the mean of softmax's log^2 Z to the training loss; as in 1e-4",
-    )
-    residual_in_fp32: bool = Field(
-        True,
-        description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
-    )
-    profile: ProfileSection | None = Field(None, description="as in {at: 20, steps: 3}; null: none")
-    average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
-    guard: GuardSection | None = Field(
-        None,
-        description="skip steps whose loss or gradient norm is far above the last ones, as in "
-        "{deviations: 6, window: 128}; null: only those that are not finite",
-    )
-    max_bad_steps: int = Field(10, ge=1, description="skipped steps in a row after which the run ends")
-    timeout_minutes: float = Field(
-        10, gt=0, description="time a rank waits for the others before the run ends with an error"
-    )
-    stall_minutes: float = Field(5, gt=0, description="a longer step prints its stack traces")
-    log_every: int = Field(1, ge=1, description="steps between lines in metrics.jsonl")
-    inspect_every: int | None = Field(
-        100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
-    )
-    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
-
-    def check_shards(self, ranks: int, parallel: str) -> None:
-        """Raise ValueError if so many ranks cannot hold the model as `shard_size` says."""
-        if self.shard_size is None or ranks == 1:
-            return
-        if parallel == "ddp":
-            raise ValueError(
-                "train.shard_size is for FSDP2, DDP shards nothing: set train.parallel=fsdp2, or leave it out"
-            )
-        if ranks % self.shard_size:
-            raise ValueError(
-                f"train.shard_size {self.shard_size} does not divide {ranks} ranks: set it to the number of "
-                "GPUs of a node, or leave it out"
-            )
 
 
 class CheckpointSection(Section):
@@ -364,7 +195,7 @@ class Recipe(Section):
         self._check_stages()
         if self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
-        self._check_schedule()
+        self.optim.check_spans(self.total_steps, self.train.tokens_per_step)
         if (profile := self.train.profile) and profile.at + profile.steps - 1 > self.total_steps:
             raise ValueError(
                 f"train.profile ends after step {profile.at + profile.steps - 1} and train.tokens pays for "
@@ -416,29 +247,6 @@ class Recipe(Section):
         for key, span in spans.items():
             if span is not None and span.unit == "tokens":
                 raise ValueError(f"{key}: with train.ramp, write a number of steps or a share, not tokens")
-
-    def _check_schedule(self) -> None:
-        """Check that warm-up and decay fit into the run without overlap."""
-        total, step = self.total_steps, self.train.tokens_per_step
-        spans = {"warmup": self.optim.warmup}
-        if self.optim.schedule == "wsd":
-            spans["decay"] = self.optim.decay
-        for key, span in spans.items():
-            if span.unit == "tokens" and 0 < span.amount < step:
-                raise ValueError(
-                    f"optim.{key} {span} is a number of tokens, less than one step of {step}; write "
-                    f"'{span} steps' or a share such as 10%"
-                )
-            if span.steps(total, step) > total:
-                raise ValueError(
-                    f"optim.{key} takes {span.steps(total, step)} steps and train.tokens pays for {total}; "
-                    f"shorten it, as in optim.{key}=10%, or raise train.tokens"
-                )
-        if sum(span.share(total, step) for span in spans.values()) > 1 + 1e-9:
-            raise ValueError(
-                f"optim.warmup {self.optim.warmup} and optim.decay {self.optim.decay} overlap: together they "
-                f"take more than the {total} steps of the run; shorten one"
-            )
 
     @property
     def rows_per_step(self) -> int:

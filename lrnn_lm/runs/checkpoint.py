@@ -191,6 +191,12 @@ def latest_name(checkpoints: Path) -> str:
     return "none" if found is None else found.name
 
 
+def resumes_from(checkpoints: Path) -> str:
+    """Where a new start goes on, for messages."""
+    found = latest_checkpoint(checkpoints)
+    return "the beginning" if found is None else str(checkpoints / found.name)
+
+
 def _remove(folder: Path) -> None:
     """Hide a folder by one rename, then delete it. If this process dies, the next start deletes it."""
     aside = folder.with_name(f".{folder.name}.old.tmp")

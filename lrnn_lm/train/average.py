@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from ..recipe.schema import AverageSection
+from ..recipe.train import AverageSection
 from .parallel import reshard
 
 

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..data import SyntheticData
-from ..files import replace_file
+from ..files import random_state_kept, replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
@@ -28,8 +30,8 @@ from .average import make_average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
-from .parallel import launch_plan, share
-from .runtime import make_accelerator, random_state_kept, seed_everything
+from .parallel import Plan, launch_plan, share
+from .runtime import make_accelerator, seed_everything
 from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
 from .stop import StopSignal
@@ -74,15 +76,8 @@ def build_trainer(
     console = console or Console(stderr=True, highlight=False)
     disable_progress_bar()  # transformers' bars would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
-    check_segments(recipe)
-    optimizer_class(recipe.optim.name)  # an unknown name is an error before anything is prepared or written
-    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size)
     stop = stop or StopSignal()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop.hold()  # if one rank left now, the others would wait for it
-    else:
-        stop.let_go()
-    accelerator = make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder))
+    accelerator, plan = _start(recipe, folder, stop)
     together = Together(accelerator, stop)
     together.all(lambda: recipe.train.check_shards(accelerator.num_processes, plan.kind))
     main, device = accelerator.is_main_process, accelerator.device
@@ -106,12 +101,6 @@ def build_trainer(
     def load_into_model(newest: Path) -> checkpoint.Position:
         return load(newest, bare_model, optimizer, accelerator.process_index, group, average)
 
-    def write(finished: bool) -> None:
-        _write_run_folder(folder, recipe, prepared, parent, finished)
-        if check is not None:
-            with random_state_kept():  # lm-eval draws where it loads a task
-                check(folder)
-
     position = together.all(lambda: _resume(recipe, prepared, newest, load_into_model))
     trainer = together.all(
         lambda: Trainer(
@@ -119,11 +108,24 @@ def build_trainer(
             group, plan, average, scorer,
         )
     )  # fmt: skip
-    together.all(lambda: write(trainer.finished) if main else None)
+    facts = (recipe, prepared, parent, trainer.finished, check, device)
+    together.all(lambda: _write_run_folder(folder, *facts) if main else None)
     if newest is not None and trainer.carry is not None:
         together.all(lambda: trainer.carry.load(CheckpointFolder(newest).trainer))
     trainer.lock = lock
     return trainer
+
+
+def _start(recipe: Recipe, folder: Path, stop: StopSignal) -> tuple[Accelerator, Plan]:
+    """The ranks of a recipe that this machine can train; nothing is prepared or written yet."""
+    check_segments(recipe)
+    optimizer_class(recipe.optim.name)
+    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop.hold()  # if one rank left now, the others would wait for it
+    else:
+        stop.let_go()
+    return make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder)), plan
 
 
 def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> Prepared:
@@ -263,12 +265,17 @@ def _load_stored(path: Path) -> Recipe:
 
 
 def _write_run_folder(
-    folder: Path, recipe: Recipe, prepared: Prepared, parent: dict[str, Any] | None, finished: bool
+    folder: Path,
+    recipe: Recipe,
+    prepared: Prepared,
+    parent: dict[str, Any] | None,
+    finished: bool,
+    check: Callable[[Path], None] | None,
+    device: torch.device,
 ) -> None:
-    """Write recipe.yaml, a branch's parent, the data's manifest, and the held-out documents.
+    """Write recipe.yaml, a branch's parent, the data's manifest, and the held-out documents; then check.
 
-    Evaluation reads those from here.
-    A finished run keeps its recipe: it is not trained with the new one.
+    Evaluation reads those from here. A finished run keeps its recipe: it is not trained with the new one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
@@ -284,3 +291,6 @@ def _write_run_folder(
         del contents[run.recipe]
     for path, content in contents.items():
         replace_file(path, content)
+    if check is not None:
+        with random_state_kept(device):  # lm-eval draws where it loads a task
+            check(folder)

@@ -32,6 +32,16 @@ class StepResult:
     z_loss: float = 0.0  # its part of what was minimised
     waited: float = 0.0  # seconds that the host waited for the device
 
+    def count(self, position: Position, rows: int, window: int) -> None:
+        """Move the position over this step of `rows` rows. window: of `train.guard`, 0 without it."""
+        position.samples += rows
+        position.step += 1
+        position.outliers += self.outlier
+        position.skipped += not self.applied
+        position.bad_in_a_row = 0 if self.applied else position.bad_in_a_row + 1
+        if self.applied and window:
+            position.recent = [*position.recent, [self.loss, self.grad_norm]][-window:]
+
     def line(self, position: Position, tokens: int, lr: float, measured: dict[str, Any]) -> dict[str, Any]:
         """The line of metrics.jsonl. `position` and `tokens` count this step; `measured` is throughput's."""
         return {

@@ -70,10 +70,10 @@ def describe(recipe: Recipe) -> RenderableType:
     full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
     at_once = train.segment or length
-    memory = training_memory(config, train.micro_batch, at_once, dtype, train.activation_checkpointing)
-    copies = 1 if train.average is None else 2
     state = state_bytes(meta_model(config), recipe.optim)
-    memory = replace(memory, weights=copies * memory.weights, optimizer=state)
+    memory = training_memory(config, train.micro_batch, at_once, dtype, train.activation_checkpointing, state)
+    if train.average is not None:
+        memory = replace(memory, weights=2 * memory.weights)
     return Group(
         _parameters(recipe.name, costs),
         _work(costs),

@@ -6,12 +6,10 @@ What ranks tell one another in a step is in `exchange.py`.
 
 import gc
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,34 +20,30 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from ..model.carried import CarriedStates
-from ..recipe import Recipe, flatten
+from ..recipe import Recipe
 from ..runs import checkpoint
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder
 from .average import Average
 from .carry import Carry
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
-from .guard import is_outlier
+from .guard import after_bad_steps, guarded
 from .inspect_layers import inspect, shortened
-from .metrics import Cadence, Metrics
+from .metrics import Cadence, Metrics, start_trackers
 from .optim import learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .profile import StepProfile
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
-from .segments import backward_by_segments, evaluate_by_segments, split
+from .segments import backward_by_segments, split
 from .sources import Prepared
-from .stop import Stopped, StopSignal
+from .stop import AskedToStopError, Stopped, StopSignal
 from .tasks import Scorer, in_words, score_live
 from .tensors import Group
 from .throughput import Spent, Throughput
-from .validate import Validation, held_out_bytes, validate, validation_line
+from .validate import Validator
 from .watch import Heartbeat, Stopwatch
-
-
-class _AskedToStopError(Exception):
-    """A signal came during a validation or the scoring of tasks."""
 
 
 class Trainer:
@@ -77,54 +71,42 @@ class Trainer:
         position: where the run resumes. group: as in Saver. scorer: scores the tasks of `eval.during`.
         """
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.checkpoints = RunFolder(folder).checkpoints
         self.bare_model, self.model, self.optimizer = bare_model, model, optimizer
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
         self.average, self.scorer = average, scorer
         self.rows = Rows(recipe, prepared, accelerator, position)
-        self.save_cadence = Cadence(recipe.checkpoint.every, recipe.tokens_at)
-        self.eval_cadence = Cadence(recipe.eval.every, recipe.tokens_at)
         during = recipe.eval.during or recipe.eval  # without tasks it asks for nothing
-        self.task_cadence = Cadence(during.every, recipe.tokens_at)
-        ranks, bf16 = accelerator.num_processes, accelerator.mixed_precision == "bf16"
-        self.throughput = Throughput(
-            recipe, bare_model.config, ranks, is_sharded(bare_model), bf16, accelerator.device
-        )
+        self.cadences = [  # of saving, validation, tasks
+            Cadence(each.every, recipe.tokens_at, accelerator.is_main_process)
+            for each in (recipe.checkpoint, recipe.eval, during)
+        ]
+        self.throughput = Throughput(recipe, bare_model.config, is_sharded(bare_model), accelerator)
         self.saver = Saver(
-            self.checkpoints, accelerator, bare_model, optimizer, self._write_extras, recipe.checkpoint,
-            group, average,
+            self.checkpoints, accelerator, bare_model, optimizer, prepared.tokenizer_dir, recipe.checkpoint,
+            position.step, group, average,
         )  # fmt: skip
         self.carry: Carry | None = None
         if recipe.data.rows_in_order is not None or recipe.train.start_from_other:
             share = self.rows.loader.share
             self.carry = Carry(recipe, accelerator.process_index * share, share, accelerator.device)
             self.saver.carried = self.carry.tensors
-        self.saver.good = checkpoint.step_name(position.step) if position.step else None
         self.heartbeat = Heartbeat(folder, accelerator.is_main_process, 60 * recipe.train.stall_minutes)
         self.stopwatch = Stopwatch(accelerator.device)
-        self.profile: StepProfile | None = None
-        if recipe.train.profile is not None and accelerator.is_main_process:
-            self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator.device)
+        self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator)
+        self.validator = Validator(
+            prepared, recipe, accelerator, model, bare_model.config,
+            lambda *inputs: self.forward(*inputs), average,
+        )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
         self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
         self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
-        self.stalled = 0.0  # seconds that training waited for a checkpoint since the last logged step
         self.first_step = position.step  # where this process began
-        self.saved_step = position.step if position.step else -1
         # An argument of the model's; it reads it in training only, so validation is without it.
         self.z_loss = {"z_loss": recipe.train.z_loss} if recipe.train.z_loss else {}
         self._z_sum = torch.zeros((), device=accelerator.device)  # of a step
-        self._save_pending = False  # a save came due during bad steps
-
-    @property
-    def checkpoints(self) -> Path:
-        return RunFolder(self.folder).checkpoints
-
-    @property
-    def whole_model(self) -> nn.Module | None:
-        """The model if this rank holds all of it; None if it must be read from the last checkpoint."""
-        return None if is_sharded(self.bare_model) else self.bare_model
 
     @property
     def finished(self) -> bool:
@@ -142,29 +124,24 @@ class Trainer:
         """
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
             self.metrics = Metrics(self.folder, self.accelerator, self.position)
+            self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
             if self.metrics.put_away is not None:
-                self.console.print(
+                self.line.say(
                     f"[yellow]begins anew: no checkpoint was written yet, or they were removed; the lines of "
-                    f"the steps before are in {escape(str(self.metrics.put_away))}",
-                    soft_wrap=True,
+                    f"the steps before are in {escape(str(self.metrics.put_away))}"
                 )
             try:
-                self._start_trackers()
-                with ProgressLine(
-                    self.console, self.recipe, self.position.step, self.accelerator
-                ) as self.line:
+                start_trackers(self.accelerator, self.recipe)
+                with self.line:
                     self._train()
                 self.saver.finish()
             finally:
                 gc.unfreeze()
                 self.heartbeat.stop()
                 self.rows.close()
-                if self.profile is not None:
-                    self.profile.close()
+                self.profile.close()
                 self.saver.close()
                 self.metrics.close()
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
                 if self.lock is not None:
                     self.lock.close()
         return self.checkpoints / checkpoint.step_name(self.position.step)
@@ -179,17 +156,18 @@ class Trainer:
         self.saver.warm_up()
         self.rows.start()
         settle_buckets(self.model, self._empty_pass)
-        first = True
         while not self.finished:
             save_rang, eval_rang, task_rang = self._train_step().clocks
-            if first and self.accelerator.device.type == "cuda":
+            if self.position.step == self.first_step + 1 and self.accelerator.device.type == "cuda":
                 # Freeze long-lived objects: a full garbage collection pauses this rank for 0.2 s.
                 gc.collect()
                 gc.freeze()
-            first = False
             self._validate_if_due(eval_rang)
             self._score_if_due(task_rang)
-            if self._save_is_due(save_rang) or self.finished:
+            bad = (
+                self.position.bad_in_a_row > 0
+            )  # its weights may be the cause: save after the next good step
+            if self.cadences[0].due(self.position.step, save_rang, wait=bad) or self.finished:
                 self._save()
             self.beat("training")
         if self.metrics.problem is not None:
@@ -204,50 +182,32 @@ class Trainer:
             self._backward_by_segments(self.rows.empty(), 1.0, last=True)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _start_trackers(self) -> None:
-        """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else."""
-        if self.recipe.tracking.trackers:
-            settings = {
-                k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.recipe).items()
-            }
-            self.accelerator.init_trackers(self.recipe.tracking.project, config=settings)
-
     # One step ---------------------------------------------------------------------------------------
 
     def _train_step(self) -> StepResult:
         """One step and what surrounds it: learning rate, rows, logging, stop."""
-        position = self.position
-        started = time.perf_counter()
-        lr = learning_rate(
-            position.step, self.recipe.total_steps, self.recipe.train.tokens_per_step, self.recipe.optim
-        )
+        position, recipe, started = self.position, self.recipe, time.perf_counter()
+        lr = learning_rate(position.step, recipe.total_steps, recipe.train.tokens_per_step, recipe.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self.profile is not None:
-            self.profile.begins(position.step + 1)
-        batches = self.rows.take()
-        last = position.step + 1 >= self.recipe.total_steps
+        self.profile.begins(position.step + 1)
+        batches, guard = self.rows.take(), recipe.train.guard
+        last = position.step + 1 >= recipe.total_steps
         result = self.step(batches, None if last else self.rows.fetch)
-        position.samples += self.recipe.rows_at(position.step)
-        position.step += 1
-        if self.profile is not None and (said := self.profile.ends(position.step)):
-            self.line.found(position.step, escape(said))
-        position.outliers += result.outlier
-        guard = self.recipe.train.guard
-        if result.applied and guard is not None:
-            position.recent = [*position.recent, [result.loss, result.grad_norm]][-guard.window :]
+        result.count(position, recipe.rows_at(position.step), guard.window if guard else 0)
+        if said := self.profile.ends(position.step):
+            self.line.say(f"step {position.step}: {escape(said)}")
         if result.applied and self.average is not None:
             self.average.update(position.step)
-        position.bad_in_a_row = 0 if result.applied else position.bad_in_a_row + 1
-        position.skipped += not result.applied
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
-        if position.step % self.recipe.train.log_every == 0 or not result.applied:
+        if position.step % recipe.train.log_every == 0 or not result.applied:
             self._log(result, lr, spent, batches[0])
         if result.written == self.accelerator.num_processes:
-            with self._stalling():
-                self.saver.finish()
-        if position.bad_in_a_row >= self.recipe.train.max_bad_steps:
-            self._end_after_bad_steps()
+            self.saver.finish()
+        if position.bad_in_a_row >= recipe.train.max_bad_steps:
+            self.saver.finish()
+            why = after_bad_steps(position, guard is not None, checkpoint.resumes_from(self.checkpoints))
+            raise ValueError(why if self.accelerator.is_main_process else "")
         if result.unwritten:
             self.metrics.check()
         if result.stop:
@@ -268,11 +228,8 @@ class Trainer:
                 loss += self._backward_by_segments(batch, share, last, self.carry)
                 continue
             with accumulating(self.model, last, self.plan):
-                if i == 0:
-                    self.stopwatch.start()
-                part = self._loss(batch, share)
-                if i == 0:
-                    self.stopwatch.stop()
+                with self.stopwatch.timing() if i == 0 else nullcontext():
+                    part = self._loss(batch, share)
                 part.backward()
             loss += part.detach()
         grad_norm = clip_gradients(self.model.parameters(), self.recipe.optim.grad_clip or math.inf)
@@ -292,19 +249,12 @@ class Trainer:
         timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
         seconds = self._forward_seconds if timed else None
         unwritten = self.metrics is not None and self.metrics.problem is not None
-        # Clocks differ between ranks; the main rank's decides.
-        clocks = [
-            c.rang() and self.accelerator.is_main_process
-            for c in (self.save_cadence, self.eval_cadence, self.task_cadence)
-        ]
+        clocks = [cadence.rang() for cadence in self.cadences]
         flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
-        guard, recent = self.recipe.train.guard, self.position.recent
-        if guard and result.applied and is_outlier((result.loss, result.grad_norm), recent, guard):
-            return replace(result, applied=False, outlier=True)
-        return result
+        return guarded(result, self.position.recent, self.recipe.train.guard)
 
     def _loss(self, batch: Batch, num_items: Tensor | float, carried: CarriedStates | None = None) -> Tensor:
         outputs = self.forward(batch, num_items, return_logits=False, carried=carried)
@@ -348,7 +298,8 @@ class Trainer:
             None if batch[key] is None else batch[key].to(device, non_blocking=True)
             for key in ("input_ids", "reset", "labels")
         )
-        more = {} if carried is None else {"past_key_values": carried}
+        # Not None: an auto-encoder takes no cache.
+        more = self.z_loss if carried is None else self.z_loss | {"past_key_values": carried}
         return self.model(
             input_ids=input_ids,
             reset=reset,
@@ -356,103 +307,58 @@ class Trainer:
             num_items_in_batch=num_items,
             return_logits=return_logits,
             use_cache=False,
-            **self.z_loss,
             **more,
-        )
-
-    def _evaluate(self, batch: Batch, num_items: float, return_logits: bool) -> Any:
-        """`forward` for validation: by segments where training is."""
-        if (segment := self.recipe.train.segment) is None:
-            return self.forward(batch, num_items, return_logits)
-        return evaluate_by_segments(
-            lambda part, carried: self.forward(part, num_items, return_logits, carried),
-            self.bare_model.config,
-            split(batch, segment),
-            return_logits,
         )
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
 
     def _validate_if_due(self, rang: bool = False) -> None:
-        step = self.position.step
-        if step == 0 or self.position.validated >= step:
+        if not self._is_due(self.cadences[1], rang, self.position.validated):
             return
-        if self.eval_cadence.due(step, rang) or self.finished:
-            self.beat("validating", now=True)
-            try:
-                self._validate()
-            except _AskedToStopError:
-                self._save_and_stop()
+        self.beat("validating", now=True)
+        try:
+            found, line = self.validator.measure(partial(self._meet, "validating"))
+        except AskedToStopError:
+            self._save_and_stop()
+        self.position.validated, self.position.validation_loss = self.position.step, found.loss
+        self._write(line, f"validation {found}")
 
-    def _validate(self) -> None:
-        found = self._measure()
-        position = self.position
-        line = self._validation_line(found)
-        if self.average is not None:
-            with self.average.in_place():
-                averaged = self._validation_line(self._measure())
-            line |= {f"average_{key}": averaged[key] for key in averaged if key not in ("step", "tokens")}
-        position.validated, position.validation_loss = position.step, found.loss
-        self.metrics.write(line)
-        self.line.found(position.step, f"validation {found}")
-
-    def _validation_line(self, found: Validation) -> dict[str, Any]:
+    def _is_due(self, cadence: Cadence, rang: bool, done: int) -> bool:
+        """Whether to do now, at its interval or at the run's end, what was last done after step `done`."""
         step = self.position.step
-        return validation_line(step, self.recipe.tokens_at(step), found)
+        return step > max(0, done) and (cadence.due(step, rang) or self.finished)
 
-    def _measure(self) -> Validation:
-        return validate(
-            self.prepared,
-            self.recipe,
-            self.accelerator,
-            self.model,
-            self._evaluate,
-            self._between_batches,
-            self._bytes_of_sources,
-        )
+    def _write(self, fields: dict[str, Any], words: str) -> None:
+        """Write a line of metrics.jsonl beside those of the steps, and say what it holds."""
+        step = self.position.step
+        self.metrics.write({"step": step, "tokens": self.recipe.tokens_at(step), **fields})
+        self.line.say(f"step {step}: {words}")
 
-    @cached_property
-    def _bytes_of_sources(self) -> dict[str, int | None]:
-        return held_out_bytes(self.prepared, self.recipe.data.sequence_length, self.recipe.eval.tokens)
-
-    def _between_batches(self) -> None:
-        """Between the batches of a validation: end it if any rank was asked to stop; all ranks call it."""
-        self.beat("validating")
-        self._meet(False)
-
-    def _meet(self, working: bool) -> bool:
+    def _meet(self, doing: str, working: bool = False) -> bool:
         """Whether any rank is working; raises if any was asked to stop. All ranks call it."""
+        self.beat(doing)
         asked, working = on_any_rank(self.accelerator, self.stop.asked, working)
         if asked:
-            raise _AskedToStopError  # not saved here: the model may have the averages for weights
+            raise AskedToStopError  # not saved here: the model may have the averages for weights
         return working
 
     def _score_if_due(self, rang: bool = False) -> None:
         """Score the tasks of `eval.during` at their interval and at the end of the run."""
-        step, began = self.position.step, time.perf_counter()
-        if self.scorer is None or step == 0 or self.position.scored >= step:
+        if self.scorer is None or not self._is_due(self.cadences[2], rang, self.position.scored):
             return
-        if not (self.task_cadence.due(step, rang) or self.finished):
-            return
+        began = time.perf_counter()
         self.beat("scoring", now=True)
         try:
             found = score_live(
-                self.scorer, self.bare_model, self.tokenizer, self.accelerator, self._meet_scoring
+                self.scorer, self.bare_model, self.tokenizer, self.accelerator, partial(self._meet, "scoring")
             )
-        except _AskedToStopError:
+        except AskedToStopError:
             self._save_and_stop()
         except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
             self._save(wait=True)
             raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
-        self.position.scored = step
-        seconds = time.perf_counter() - began
-        line = {"step": step, "tokens": self.recipe.tokens_at(step), **found, "tasks_seconds": seconds}
-        self.metrics.write(line)
-        self.line.found(step, in_words(found))
-
-    def _meet_scoring(self, working: bool) -> bool:
-        self.beat("scoring")
-        return self._meet(working)
+        self.position.scored = self.position.step
+        self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))
 
     def _log(self, result: StepResult, lr: float, spent: Spent, batch: Batch) -> None:
         """Write a line of metrics.jsonl and show progress; now and then, inspect the layers."""
@@ -462,57 +368,21 @@ class Trainer:
         line = result.line(self.position, tokens, lr, measured)
         if self.recipe.train.guard is not None:
             line["outliers"] = self.position.outliers
-        if self.stalled:
-            line["checkpoint_seconds"], self.stalled = self.stalled, 0.0
+        if self.saver.stalled:
+            line["checkpoint_seconds"], self.saver.stalled = self.saver.stalled, 0.0
         if every is not None and step % every == 0:  # on every rank: under FSDP2 a forward pass needs all
             line |= inspect(self.bare_model, lambda: self.forward(shortened(batch), 1.0, return_logits=False))
             reshard(self.model)
         self.metrics.write(line)
         self.line.step(step, result.loss, line["tokens_per_second"], result.applied, result.outlier)
 
-    def _end_after_bad_steps(self) -> None:
-        """Finish the save in progress, then raise ValueError; the main rank's has the message."""
-        self.saver.finish()
-        if not self.accelerator.is_main_process:
-            raise ValueError("")
-        guarded = self.recipe.train.guard is not None
-        beyond = ", or beyond train.guard," if guarded else ""
-        advice = " or raise train.guard.deviations" if guarded else ""
-        raise ValueError(
-            f"the loss or its gradient was not finite{beyond} for {self.position.bad_in_a_row} steps in a "
-            f"row, up to step {self.position.step}; lower optim.lr{advice}, then run again to go on from "
-            f"{self.last_name()}"
-        )
-
-    def _save_is_due(self, rang: bool) -> bool:
-        """Whether to save now. A save that comes due in a bad step waits for the next good one."""
-        self._save_pending |= self.save_cadence.due(self.position.step, rang)
-        if self.position.bad_in_a_row:
-            return False
-        due, self._save_pending = self._save_pending, False
-        return due
-
     def _save(self, wait: bool = False) -> None:
         """Start to save; at the end of the run, or with `wait`, finish it."""
         self.beat("saving", now=True)
-        with self._stalling():
-            if self.saved_step != self.position.step:
-                self.metrics.sync()
-                self.saved_step = self.position.step
-                self.saver.begin(self.position, last=self.finished)
-            if wait or self.finished:
-                self.saver.finish()
-
-    @contextmanager
-    def _stalling(self) -> Iterator[None]:
-        """Count the seconds that training waits for a checkpoint; they go into the next logged line."""
-        began = time.perf_counter()
-        yield
-        self.stalled += time.perf_counter() - began
-
-    def _write_extras(self, folder: Path) -> None:
-        """Put the tokenizer beside the weights, so that a checkpoint loads on its own."""
-        shutil.copytree(self.prepared.tokenizer_dir, folder, dirs_exist_ok=True)
+        self.metrics.sync()
+        self.saver.begin(self.position, last=self.finished)
+        if wait or self.finished:
+            self.saver.finish()
 
     def _save_and_stop(self) -> None:
         reshard(self.model)
@@ -520,14 +390,9 @@ class Trainer:
         self.beat("stopped", now=True)
         raise Stopped(
             f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
-            f"saved {self.last_name()}",
+            f"saved {checkpoint.resumes_from(self.checkpoints)}",
             tell=self.accelerator.is_main_process,
         )
-
-    def last_name(self) -> str:
-        """The checkpoint that a new start resumes from, for messages."""
-        name = checkpoint.latest_name(self.checkpoints)
-        return "the beginning" if name == "none" else str(self.checkpoints / name)
 
     def beat(self, doing: str, now: bool = False) -> None:
         step = self.position.step

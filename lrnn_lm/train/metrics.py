@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..files import replace_file
+from ..recipe import Recipe, flatten
 from ..recipe.quantities import Every
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder, latest_checkpoint
@@ -69,6 +70,16 @@ class Metrics:
         if self._file is not None:
             with suppress(OSError):  # `write` has reported a full disk
                 self._file.close()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else."""
+    if recipe.tracking.trackers:
+        flat = flatten(recipe).items()
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat}
+        accelerator.init_trackers(recipe.tracking.project, config=settings)
 
 
 def _finite(value: Any) -> Any:
@@ -108,28 +119,32 @@ def _cut_after(path: Path, resumed: Position) -> None:
 class Cadence:
     """Says after which steps something is due, by tokens, steps or minutes."""
 
-    def __init__(self, every: Every, tokens_at: Callable[[int], int]):
-        """tokens_at: tokens of so many steps."""
-        self._every, self._tokens_at = every, tokens_at
+    def __init__(self, every: Every, tokens_at: Callable[[int], int], main: bool = True):
+        """tokens_at: tokens of so many steps. main: whether this is the main rank, whose clock decides."""
+        self._every, self._tokens_at, self._main = every, tokens_at, main
         self._last = time.monotonic()
-
-    @property
-    def by_clock(self) -> bool:
-        """Whether the answer depends on each rank's clock."""
-        return self._every.unit == "minutes"
+        self._pending = False
 
     def rang(self) -> bool:
-        """Whether the minutes have passed on this rank's clock; if so it restarts."""
-        if not self.by_clock or time.monotonic() - self._last < 60 * self._every.amount:
+        """Whether the minutes have passed on the main rank's clock; if so it restarts."""
+        by_clock = self._main and self._every.unit == "minutes"
+        if not by_clock or time.monotonic() - self._last < 60 * self._every.amount:
             return False
         self._last = time.monotonic()
         return True
 
-    def due(self, step: int, rang: bool = False) -> bool:
-        """Whether it is due after `step` steps; by minutes, `rang` says so: the main rank's clock."""
-        if self.by_clock:
-            return rang
+    def due(self, step: int, rang: bool = False, wait: bool = False) -> bool:
+        """Whether it is due after `step` steps; by minutes, `rang` says so: the main rank's clock.
+
+        With `wait` it is not, and is due at the next call without.
+        """
         amount = int(self._every.amount)
-        if self._every.unit == "steps":
-            return step % amount == 0
-        return self._tokens_at(step) // amount > self._tokens_at(step - 1) // amount
+        if self._every.unit == "minutes":
+            due = rang
+        elif self._every.unit == "steps":
+            due = step % amount == 0
+        else:
+            due = self._tokens_at(step) // amount > self._tokens_at(step - 1) // amount
+        due |= self._pending
+        self._pending = due and wait
+        return due and not wait

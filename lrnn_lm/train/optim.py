@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..recipe.schema import GroupSection, OptimSection
+from ..recipe.optim import GroupSection, OptimSection, check_optimizer
 from .muon import MOMENTUM, orthogonalised
 from .parallel import like_parameter, whole
 
@@ -222,10 +222,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
 
     Raises ValueError, with the nearest name if there is none, or with the extra to install.
     """
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(OPTIMIZERS)}"
-        raise ValueError(f"optim.name: {name!r} is not known; {hint}")
+    check_optimizer(name, OPTIMIZERS)
     cls = OPTIMIZERS[name]
     if cls.needs is not None and find_spec(cls.needs) is None:
         raise ValueError(

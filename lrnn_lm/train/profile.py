@@ -1,25 +1,29 @@
 """`train.profile`: torch's profiler over some steps of the main rank; a trace and a table in its folder."""
 
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 
-from ..recipe.schema import ProfileSection
+from ..recipe.train import ProfileSection
 from ..runs.layout import RunFolder
 
 _ROWS = 40  # of the table
 
 
 class StepProfile:
-    """Profiles the steps `at` to `at + steps - 1`. A run that resumes after step `at` profiles nothing."""
+    """Profiles the steps `at` to `at + steps - 1`. A run that resumes after step `at` profiles nothing.
 
-    def __init__(self, section: ProfileSection, run: RunFolder, device: torch.device):
-        self._section, self._run = section, run
-        self._on_gpu = device.type == "cuda"
+    Nor does a run without the section, or another rank than the main one.
+    """
+
+    def __init__(self, section: ProfileSection | None, run: RunFolder, accelerator: Accelerator):
+        self._section, self._run = section if accelerator.is_main_process else None, run
+        self._on_gpu = accelerator.device.type == "cuda"
         self._profiler: profile | None = None  # while it runs
 
     def begins(self, step: int) -> None:
         """Call it before step `step`, counted from 1."""
-        if step == self._section.at:
+        if self._section is not None and step == self._section.at:
             gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
             self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
             self._profiler.start()

@@ -66,7 +66,7 @@ class ProgressLine:
                 f"{self._speed:,.0f} tokens/s  {left:.0f} s left"
             )
 
-    def found(self, step: int, words: str) -> None:
-        """Show what a validation or the tasks found."""
+    def say(self, words: str) -> None:
+        """Print a line, such as what a validation found."""
         if self._speaks:
-            self._console.print(f"step {step}: {words}", soft_wrap=True)
+            self._console.print(words, soft_wrap=True)

@@ -4,8 +4,6 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
 
-from ..recipe.schema import TrainSection
+from ..recipe.train import TrainSection
 
 # Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
 # The first key that is part of the device's name counts, so `H100 PCIe` stands before `H100`.
@@ -106,16 +104,6 @@ def restore_random_state(plain: dict[str, Any], tensors: dict[str, torch.Tensor]
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Inside, others may seed and draw: afterwards all generators are as before."""
-    plain, tensors = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(plain, tensors)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

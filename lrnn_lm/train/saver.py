@@ -7,6 +7,7 @@ finish   once all ranks have written: the main rank completes the manifest and r
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -55,24 +56,26 @@ class Saver:
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        write_extras: Callable[[Path], None],
+        tokenizer: Path,
         section: CheckpointSection,
+        step: int,
         group: Group = None,
         average: Average | None = None,
     ):
-        """`model` is the bare model. `write_extras` writes what else belongs in the folder (the tokenizer).
-        `group` is a gloo group of all ranks, for the threads that write shards: NCCL is training's."""
+        """`model` is the bare model. tokenizer: its folder, which is put beside the weights. step: where the
+        run goes on. group: a gloo group of all ranks, as threads write shards while training uses NCCL."""
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, section
-        self._write_extras, self._group, self._average = write_extras, group, average
+        self._tokenizer, self._group, self._average = tokenizer, group, average
         self._has_code = isinstance(model, LRNNForCausalLM)  # the auto-encoder loads with this package only
         # The private class: in torch 2.11 the public DefaultStager can be used once and keeps no buffers.
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self._step = -1
+        self._step = step or -1  # of the checkpoint last begun or gone on from
+        self.stalled = 0.0  # seconds that training waited here; the trainer logs them and begins anew
         self.carried: Callable[[], dict[str, Tensor]] = dict  # states of this rank's rows, by name
-        self.good: str | None = None  # the checkpoint last written or gone on from
+        self._good = checkpoint.step_name(step) if step else None  # the one last published or gone on from
 
     @property
     def written(self) -> bool:
@@ -86,22 +89,32 @@ class Saver:
             self._copied()
 
     def begin(self, position: Position, last: bool = False) -> None:
-        """Save the run as it is now.
+        """Save the run as it is now, unless it was saved at this step.
 
         last: add the model's code, so that it loads without this package, and the weights of a sharded run
         as one file. Returns once the tensors are copied; with `checkpoint.background=false`, once all is
         written. Raises CheckpointError if this or the previous save failed on any rank.
         """
+        if position.step == self._step:
+            return
         self.finish()
+        began = time.perf_counter()
         self._step = position.step
         aside = checkpoint.aside_of(self.checkpoints, position.step)
-        self._on_main(lambda: _make_room(self.checkpoints, aside))
+
+        def make_room() -> None:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear_leftovers(self.checkpoints)
+            CheckpointFolder(aside).trainer.mkdir(parents=True)
+
+        self._on_main(make_room)
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
         state = replace(position)  # training goes on while it is written
         plain, own = random_state()
         random = plain, own | self.carried()
         self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random, last)
+        self.stalled += time.perf_counter() - began
         if not self._section.background:
             self.finish()
 
@@ -112,11 +125,13 @@ class Saver:
         """
         if self._writing is None:
             return
+        began = time.perf_counter()
         writing, self._writing = self._writing, None
         self._agree(_reason_of(writing.result))
         keep = self._section.keep_last, self._section.keep_best
-        self._on_main(lambda: checkpoint.publish(self.checkpoints, self._step, *keep, self.good))
-        self.good = checkpoint.step_name(self._step)
+        self._on_main(lambda: checkpoint.publish(self.checkpoints, self._step, *keep, self._good))
+        self._good = checkpoint.step_name(self._step)
+        self.stalled += time.perf_counter() - began
 
     def complete(self, step: int) -> None:
         """Turn the checkpoint of a stop into the last one of the run, as `begin` with `last` would write it.
@@ -205,7 +220,7 @@ class Saver:
                 self._model.save_pretrained(aside, state_dict=weights)
             else:
                 write_config(aside, self._model)
-            self._write_extras(aside)
+            shutil.copytree(self._tokenizer, aside, dirs_exist_ok=True)
             if last and self._has_code:
                 write_remote_code(aside)
             folder.state.write_text(json.dumps(asdict(position), indent=1) + "\n")
@@ -213,12 +228,6 @@ class Saver:
             written = (path for path in aside.rglob("*") if path.is_file())
             files += sorted(path for path in written if folder.trainer not in path.parents)
         checkpoint.record_facts(aside, files, rank)
-
-
-def _make_room(checkpoints: Path, aside: Path) -> None:
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear_leftovers(checkpoints)
-    CheckpointFolder(aside).trainer.mkdir(parents=True)
 
 
 def _reason_of(work: Callable[[], object]) -> str | None:

@@ -30,6 +30,10 @@ class Stopped(SystemExit):
         return self.message
 
 
+class AskedToStopError(Exception):
+    """A signal came during a validation or the scoring of tasks, on any rank."""
+
+
 class StopSignal:
     """Signal handlers as a context manager, which restores the old ones at its end.
 

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..files import random_state_kept
 from .parallel import is_sharded, reshard
-from .runtime import random_state_kept
 
 _SHOWN = 8  # numbers in the progress line
 
@@ -38,7 +38,7 @@ def score_live(
         # Eagerly: a compiled block would be compiled for every length of a batch, up to torch's limit, after
         # which a shape of training that was not met yet would not be compiled any more.
         with (
-            random_state_kept(),
+            random_state_kept(accelerator.device),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
             _in_step(model, meet) as wait,

@@ -117,15 +117,12 @@ def load(
                 targets[key].copy_(like_parameter(file.get_tensor(name), targets[key]))
     if average is not None and not has_average:
         average.restart()
-    _restore_random(CheckpointFolder(folder).trainer, rank)
+    # A rank that did not exist before takes the first rank's state: nothing in training draws from it.
+    trainer, name = CheckpointFolder(folder).trainer, f"rng-{rank:05d}"
+    name = name if (trainer / f"{name}.json").exists() else "rng-00000"
+    plain = json.loads((trainer / f"{name}.json").read_text())
+    restore_random_state(plain, load_file(trainer / f"{name}.safetensors"))
     return read_position(folder)
-
-
-def _restore_random(trainer: Path, rank: int) -> None:
-    """A rank that did not exist before takes the first rank's state: nothing in training draws from it."""
-    name = f"rng-{rank:05d}" if (trainer / f"rng-{rank:05d}.json").exists() else "rng-00000"
-    tensors = load_file(trainer / f"{name}.safetensors")
-    restore_random_state(json.loads((trainer / f"{name}.json").read_text()), tensors)
 
 
 def check_fit(folder: Path, model: nn.Module, stored: dict[str, torch.Size]) -> None:

@@ -2,20 +2,20 @@
 
 MFU counts the operations of the model's mathematics without recomputation (`model.accounting`). Memory
 traffic is a lower bound, each byte counted once: activations kept for the backward pass are written and read;
-weights are read in both passes, in the precision of the passes; gradients are written; AdamW reads weights,
-gradients and two moments and writes weights and moments, in fp32.
+weights are read in both passes, in the precision of the passes; gradients are written; the optimizer reads
+weights, gradients and its state and writes weights and state.
 """
 
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
-from ..model.accounting import account, training_memory
+from ..model.accounting import account, meta_model, training_memory
 from ..recipe import Recipe
+from .optim import state_bytes
 from .runtime import peak_bandwidth, peak_flops, peak_memory_bytes
-
-_ADAMW_PASSES = 7  # reads weight, gradient, two moments; writes weight and two moments
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class Spent:
 class Throughput:
     """Turns a step's seconds into the numbers of a line of metrics.jsonl."""
 
-    def __init__(
-        self, recipe: Recipe, config: PreTrainedConfig, ranks: int, sharded: bool, bf16: bool, device
-    ):
-        self._ranks, self._device = ranks, device
+    def __init__(self, recipe: Recipe, config: PreTrainedConfig, sharded: bool, accelerator: Accelerator):
+        self._ranks, self._device = ranks, device = accelerator.num_processes, accelerator.device
         self._tokens = recipe.train.tokens_per_step
         length = recipe.data.sequence_length
         cost = account(config, length)
@@ -41,7 +39,7 @@ class Throughput:
         self._flops, self._bandwidth = peak_flops(device), peak_bandwidth(device)
         self.bytes_per_step = 0.0
         if self._bandwidth is not None:
-            dtype = torch.bfloat16 if bf16 else torch.float32
+            dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
             rows = -(-recipe.rows_per_step // ranks)
             micro_batch = min(recipe.train.micro_batch, rows)
             recomputed = recipe.train.activation_checkpointing
@@ -49,7 +47,8 @@ class Throughput:
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
             shards = (recipe.train.shard_size or ranks) if sharded else 1
-            update = _ADAMW_PASSES * 4 * cost.total_parameters / shards
+            state = state_bytes(meta_model(config), recipe.optim)
+            update = (3 * 4 * cost.total_parameters + 2 * state) / shards
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 
     def line(self, spent: Spent, tokens: int | None = None) -> dict[str, float | int | None]:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import distributed as dist
 
+from ..files import words_of
 from .stop import Stopped, StopSignal
 
 _POLL_SECONDS = 0.2
@@ -62,7 +63,7 @@ class Together:
         try:
             result = work()
         except (ValueError, OSError) as error:
-            problem = _words(error)
+            problem = words_of(error)
         message = next((text for text in gather_object([problem]) if text is not None), None)
         if message is not None:
             raise ValueError(message if self._main else "") from None
@@ -88,7 +89,7 @@ class Together:
             verdict = _STOPPED + str(stopped)
             raise
         except (ValueError, OSError) as error:
-            verdict = _MISTAKE + _words(error)
+            verdict = _MISTAKE + words_of(error)
             raise
         finally:
             ended.set()
@@ -124,12 +125,6 @@ class Together:
             raise Stopped(verdict.removeprefix(_STOPPED), tell=False)
         if verdict.startswith(_MISTAKE):
             raise ValueError("")
-
-
-def _words(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}"
-    return str(error)
 
 
 def cpu_group(accelerator: Accelerator, timeout_minutes: float) -> dist.ProcessGroup | None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import distributed as dist
 from ..data import PreparedData, SyntheticData, validation_batches
 from ..data.encode import Encoder
 from ..data.tokenize import read_facts
+from ..model import LRNNConfig
 from ..model.loss import IGNORE
 from ..recipe import Recipe
+from .average import Average
 from .parallel import reshard
+from .segments import evaluate_by_segments, split
 from .sources import MixedData, Prepared, parts_of
 
 
@@ -48,53 +52,97 @@ class Validation:
         return text + "".join(f"; {name} {found}" for name, found in self.sources.items())
 
 
-@torch.no_grad()
-def validate(
-    prepared: Prepared,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    model: nn.Module,
-    forward: Callable[..., Any],
-    between: Callable[[], None],
-    held_out_bytes: dict[str, int | None],
-) -> Validation:
-    """The mean loss over the targets of the first `eval.tokens` held-out tokens. Every rank calls it.
+class Validator:
+    """The mean loss over the targets of the first `eval.tokens` held-out tokens.
 
     Each source of a mixture gives an equal part of them; the whole is the mean over the targets of all.
 
-    forward(batch, num_items, return_logits=..) gives the outputs of `model`. between() is called after each
-    batch and may raise. held_out_bytes: of the text that is read of each source.
+    Args:
+        forward: (batch, num_items, return_logits[, carried states]) -> the outputs of `model`.
+        average: is validated too, if there is one.
     """
-    model.eval()
-    parts, synthetic = parts_of(prepared), isinstance(prepared, SyntheticData)
-    # nats, targets, hits of each source
-    total = torch.zeros(len(parts), 3, dtype=torch.float64, device=accelerator.device)
-    for own, part in zip(total, parts.values(), strict=True):
-        for batch in validation_batches(
-            part.validation,
-            recipe.data.sequence_length,
-            recipe.train.micro_batch,
-            recipe.eval.tokens // len(parts),
-            accelerator.process_index,
-            accelerator.num_processes,
-        ):
-            targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
-            outputs = forward(batch, 1.0, return_logits=synthetic)
-            hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
-            own += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
-            between()
-    reshard(model)
-    if accelerator.num_processes > 1:
-        dist.all_reduce(total)
-    nats, targets, hits = total.sum(0).tolist()
-    if synthetic:
-        return Validation(nats / targets, accuracy=hits / targets)
-    found = {
-        name: Validation(own[0] / own[1], _bits_per_byte(own[0], [held_out_bytes[name]]))
-        for name, own in zip(parts, total.tolist(), strict=True)
-    }
-    bits_per_byte = _bits_per_byte(nats, list(held_out_bytes.values()))
-    return Validation(nats / targets, bits_per_byte, sources=found if isinstance(prepared, MixedData) else {})
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: nn.Module,
+        config: LRNNConfig,
+        forward: Callable[..., Any],
+        average: Average | None = None,
+    ):
+        self._prepared, self._recipe, self._accelerator = prepared, recipe, accelerator
+        self._model, self._config, self._forward, self._average = model, config, forward, average
+
+    def measure(self, between: Callable[[], None]) -> tuple[Validation, dict[str, float]]:
+        """What it found, and as fields of metrics.jsonl. Every rank calls it.
+
+        between() is called after each batch and may raise.
+        """
+        found = self._measure(between)
+        fields = found.measured
+        if self._average is not None:
+            with self._average.in_place():
+                averaged = self._measure(between).measured
+            fields |= {f"average_{key}": value for key, value in averaged.items()}
+        return found, fields
+
+    @cached_property
+    def _bytes(self) -> dict[str, int | None]:
+        """Of the text that is read of each source; None for a synthetic task."""
+        parts = parts_of(self._prepared)
+        length, tokens = self._recipe.data.sequence_length, self._recipe.eval.tokens // len(parts)
+        return {
+            name: None if isinstance(part, SyntheticData) else bytes_read(part, length, tokens)
+            for name, part in parts.items()
+        }
+
+    def _outputs(self, batch: dict[str, Tensor], return_logits: bool) -> Any:
+        """By segments where training is."""
+        if (segment := self._recipe.train.segment) is None:
+            return self._forward(batch, 1.0, return_logits)
+        return evaluate_by_segments(
+            lambda part, carried: self._forward(part, 1.0, return_logits, carried),
+            self._config,
+            split(batch, segment),
+            return_logits,
+        )
+
+    @torch.no_grad()
+    def _measure(self, between: Callable[[], None]) -> Validation:
+        parts, accelerator, recipe = parts_of(self._prepared), self._accelerator, self._recipe
+        synthetic = isinstance(self._prepared, SyntheticData)
+        self._model.eval()
+        # nats, targets, hits of each source
+        total = torch.zeros(len(parts), 3, dtype=torch.float64, device=accelerator.device)
+        for own, part in zip(total, parts.values(), strict=True):
+            for batch in validation_batches(
+                part.validation,
+                recipe.data.sequence_length,
+                recipe.train.micro_batch,
+                recipe.eval.tokens // len(parts),
+                accelerator.process_index,
+                accelerator.num_processes,
+            ):
+                targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
+                outputs = self._outputs(batch, synthetic)
+                hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
+                own += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
+                between()
+        reshard(self._model)
+        if accelerator.num_processes > 1:
+            dist.all_reduce(total)
+        nats, targets, hits = total.sum(0).tolist()
+        if synthetic:
+            return Validation(nats / targets, accuracy=hits / targets)
+        mixed = isinstance(self._prepared, MixedData)
+        found = {
+            name: Validation(own[0] / own[1], _bits_per_byte(own[0], [self._bytes[name]]))
+            for name, own in zip(parts, total.tolist(), strict=True)
+        }
+        bits_per_byte = _bits_per_byte(nats, list(self._bytes.values()))
+        return Validation(nats / targets, bits_per_byte, sources=found if mixed else {})
 
 
 def _bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
@@ -106,17 +154,6 @@ def _bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:
     """() number of targets with the largest logit. logits (B, T, V); labels (B, T), on any device."""
     return (logits.argmax(dim=-1) == labels.to(logits.device)).sum()
-
-
-def held_out_bytes(prepared: Prepared, sequence_length: int, max_tokens: int) -> dict[str, int | None]:
-    """Bytes of the text that a validation reads of each source; None for a synthetic task."""
-    parts = parts_of(prepared)
-    return {
-        name: None
-        if isinstance(part, SyntheticData)
-        else bytes_read(part, sequence_length, max_tokens // len(parts))
-        for name, part in parts.items()
-    }
 
 
 def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int | None:
@@ -138,8 +175,3 @@ def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) ->
     encoder = Encoder(prepared.tokenizer_dir, read_facts(prepared.tokenizer_dir))
     cut = encoder.bytes_of(texts[-1], stop - int(starts[-1]))
     return sum(len(text.encode()) for text in texts[:-1]) + cut
-
-
-def validation_line(step: int, tokens: int, found: Validation) -> dict[str, Any]:
-    """The line of metrics.jsonl."""
-    return {"step": step, "tokens": tokens, **found.measured}

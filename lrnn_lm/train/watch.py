@@ -5,7 +5,8 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -60,15 +61,16 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._marks: list[torch.cuda.Event | float] = []
 
-    def start(self) -> None:
-        self._marks = [self._mark()]
-
-    def stop(self) -> None:
-        self._marks.append(self._mark())
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around that pass."""
+        began = self._mark()
+        yield
+        self._marks = [began, self._mark()]
 
     def seconds(self) -> float:
         """Of the last pass. Call it after the host has waited for the device: it would wait here again."""
-        if len(self._marks) != 2:
+        if not self._marks:
             return 0.0
         first, last = self._marks
         return first.elapsed_time(last) / 1000 if self._cuda else last - first

@@ -77,7 +77,7 @@ def test_validation_of_each_source_and_of_all(straight) -> None:
         for batch in validation_batches(part.validation, 64, 8, 1536 // 3):
             own[0] += straight.forward(batch, 1.0, return_logits=False).loss.item()
             own[1] += int((batch["labels"] != -100).sum())
-        read = straight._bytes_of_sources[name]
+        read = straight.validator._bytes[name]
         assert 0 < read < part.validation.num_bytes or part.validation.num_tokens <= 513
         assert line[f"validation_loss/{name}"] == pytest.approx(own[0] / own[1], rel=1e-6)
         assert line[f"bits_per_byte/{name}"] == pytest.approx(own[0] / math.log(2) / read, rel=1e-6)

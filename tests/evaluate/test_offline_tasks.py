@@ -1,6 +1,7 @@
 """The offline tasks give lm-eval's own numbers on the same files, for a tiny GPT-2; mistakes are told."""
 
 import json
+from runpy import run_path
 
 import datasets
 import pytest
@@ -9,8 +10,13 @@ from lm_eval.api.metrics import unweighted_mean_stderr
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.tasks.offline import blimp_dataset, lambada_dataset, pages, wikitext_dataset
+from lrnn_lm.evaluate.tasks.names import own_tasks_path
 
+FUNCTIONS = run_path(str(own_tasks_path() / "offline" / "functions.py"))
+pages = FUNCTIONS["pages"]
+blimp_dataset, lambada_dataset, wikitext_dataset = (
+    FUNCTIONS[f"{name}_dataset"] for name in ("blimp", "lambada", "wikitext")
+)
 ARTICLE = (
     " \n = {0} = \n \n {0} is a river @-@ town , and {0} 's bridge ( old ) has 1 @,@ 000 stones . \n \n"
     ' = = Later = = \n \n In N years it grew ; people said " so be it " . \n\n'

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from lrnn_lm.cli import main
 from lrnn_lm.data import STATE_TASKS, SyntheticTask
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
-from lrnn_lm.evaluate.tasks.long_context import needle_dataset, passkey_dataset
 from lrnn_lm.evaluate.tasks.names import own_tasks_path, read_suite
-from lrnn_lm.evaluate.tasks.synthetic import check_answerable, run_source, synthetic_dataset
+from lrnn_lm.evaluate.tasks.synthetic import check_answerable, run_source
 from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.runs.load import load_checkpoint
 from lrnn_lm.train.build import build_trainer
+
+LONG, SYNTHETIC = (run_path(str(own_tasks_path() / name / "functions.py")) for name in ("long", "synthetic"))
+synthetic_dataset = SYNTHETIC["synthetic_dataset"]
+needle_dataset, passkey_dataset = LONG["needle_dataset"], LONG["passkey_dataset"]
 
 
 @pytest.fixture(scope="module")

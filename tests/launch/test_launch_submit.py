@@ -205,6 +205,7 @@ MISTAKES = [
     (("base.yaml", "--module="), "one line each"),
     (("base.yaml", "--array-limit=0"), "launch.array_limit"),
     (("base.yaml", "--nodes=3"), "a step of 16 rows does not split over 12 ranks"),
+    (("base.yaml", "optim.name=muonn"), "optim.name: 'muonn' is not known; did you mean 'muon'"),
     (("base.yaml", "train.shard_size=3"), "train.shard_size 3 does not divide"),
     (("base.yaml", "launch.node=3"), "launch.node: unknown key; did you mean 'nodes'?"),
     (("base.yaml", "launch.template=none.sh"), "launch.template: none.sh: no such file"),

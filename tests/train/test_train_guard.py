@@ -10,7 +10,7 @@ from test_train_resume import LAST, assert_same_run
 from tiny_run import metrics
 from trainers import Build, main_exits, send_at
 
-from lrnn_lm.recipe.schema import GuardSection
+from lrnn_lm.recipe.train import GuardSection
 from lrnn_lm.runs.checkpoint import read_position
 from lrnn_lm.train.guard import is_outlier
 from lrnn_lm.train.loop import Trainer

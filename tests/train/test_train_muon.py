@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.recipe.optim import OptimSection
 from lrnn_lm.train.muon import MOMENTUM, orthogonalised
 from lrnn_lm.train.optim import layer_matrices, make_optimizer
 

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import nullcontext
 from itertools import cycle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ def test_pace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config(recipe, 50_280)
     monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e15)
     monkeypatch.setattr(throughput, "peak_bandwidth", lambda device: 4e12)
-    pace = Throughput(recipe, config, 4, sharded=True, bf16=True, device=torch.device("cpu"))
+    ranks = SimpleNamespace(num_processes=4, device=torch.device("cpu"), mixed_precision="bf16")
+    pace = Throughput(recipe, config, sharded=True, accelerator=ranks)
     line = pace.line(Spent(0.5, 0.05, 0.2))
     assert line["tokens_per_second"] == 524_288 / 0.5
     a_token = account(config, 2048).flops_per_token_training
@@ -149,8 +151,8 @@ def test_the_pulse(build: Build) -> None:
 def test_what_stands_in_which_line(build: Build) -> None:
     """The layers every 6 steps; the seconds that a checkpoint took, once, in the line of the next step."""
     trainer = build("train.inspect_every=6", "checkpoint.background=false")
-    save = trainer.saver.begin
-    trainer.saver.begin = lambda *args, **options: (time.sleep(0.05), save(*args, **options))
+    copied = trainer.saver._copied
+    trainer.saver._copied = lambda: time.sleep(0.05) or copied()
     trainer.run()
     lines = {line["step"]: line for line in metrics(trainer.folder) if "loss" in line}
     assert [step for step, line in lines.items() if "state_norm" in line] == [6, 12]
@@ -215,7 +217,7 @@ def test_the_slowest_rank() -> None:
 def test_the_best_checkpoint_is_kept(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validated and saved every 2 steps, best at 4: kept beyond its turn, if the recipe wants it."""
     losses = cycle([5.0, 3.0, 4.0, 4.5, 3.5, 3.6])  # of steps 2, 4, .., 12 of each run
-    monkeypatch.setattr("lrnn_lm.train.loop.validate", lambda *_: Validation(next(losses)))
+    monkeypatch.setattr("lrnn_lm.train.validate.Validator._measure", lambda *_: Validation(next(losses)))
     often = ("eval.every=2 steps", "checkpoint.every=2 steps", "checkpoint.keep_last=2")
     for name, best in (("best", ["step-00000004"]), ("last", [])):
         trainer = build(*often, f"name={name}", f"checkpoint.keep_best={str(bool(best)).lower()}")

@@ -16,7 +16,7 @@ from tiny_run import STEPS, losses
 from torch import Tensor, nn
 from trainers import Build, send_at
 
-from lrnn_lm.recipe.schema import OptimSection
+from lrnn_lm.recipe.optim import OptimSection
 from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.train.optim import OPTIMIZERS, Optimizer, decay_groups, make_optimizer, state_bytes
 from lrnn_lm.train.stop import Stopped

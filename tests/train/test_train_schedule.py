@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lrnn_lm.recipe import recipe_from_dict
+from lrnn_lm.recipe.optim import OptimSection
 from lrnn_lm.recipe.quantities import Every
-from lrnn_lm.recipe.schema import OptimSection
 from lrnn_lm.train.build import model_config
 from lrnn_lm.train.metrics import Cadence
 from lrnn_lm.train.optim import decay_groups, learning_rate, make_optimizer

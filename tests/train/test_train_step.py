@@ -164,7 +164,7 @@ def test_a_stop_amid_poisoned_steps_is_saved_and_gone_on_from(build: Build) -> N
 def test_a_clock_that_rang_amid_poisoned_steps(build: Build) -> None:
     trainer = build("checkpoint.every=60 min", "checkpoint.keep_last=9")
     poison(trainer, [4, 5])
-    trainer.save_cadence.rang = lambda: trainer.position.step + 1 == 4
+    trainer.cadences[0].rang = lambda: trainer.position.step + 1 == 4
     trainer.run()
     assert saved(trainer) == [6, 12]
 

@@ -76,26 +76,20 @@ def probe_length(
         bins, states = _by_position(model, inputs, labels, trained)
         matrices = transitions(model, seen)
         memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed, symbols)
+    asked = {"length": N, "rows": rows, "seed": seed}
     facts = {
         "checkpoint": {"path": str(info.path), "step": info.step},
-        "settings": {
-            "length": N,
-            "trained": trained,
-            "rows": rows,
-            "seed": seed,
-            "device": str(model.device),
-        },
+        "settings": asked | {"trained": trained, "device": str(model.device)},
         "by_position": bins,
         "states": states,
         "memory": memory,
         "effective_memory": max((m["distance"] for m in memory if m["moved"] > MOVED), default=0),
         "transitions": matrices,
     }
-    folders = _folders(info, output)
     written = []
-    if folders is not None:
+    if (places := _folders(info, output)) is not None:
         name = f"{info.name}-length-{N}"
-        written = [folders[0] / f"{name}.json", folders[1] / f"{name}.png"]
+        written = [places[0] / f"{name}.json", places[1] / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
     _show(facts)

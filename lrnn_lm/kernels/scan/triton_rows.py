@@ -1,8 +1,7 @@
-"""Building blocks of the Triton scans: gate functions and their gradient, register tiles, warp shuffles.
+"""Building blocks of the Triton scans: rows of gates and their gradient, register tiles, warp shuffles.
 
 A row of gates is a Python tuple of K tensors, one row a lane. Tuples are unrolled at compile time, so a row
-lives in registers and K need not be a power of two. The gate functions are those of `gates.py`; tests compare
-the two for every gate.
+lives in registers and K need not be a power of two.
 
 Legend: z gate logits, f = f(z), S the row's normaliser, p = f / S, x_k what gate k multiplies, h the row's
 new state, s = dL/dh, K = M + 1 gates a row, P rows a lane, SHARE lanes a row. Unless a comment says
@@ -13,10 +12,9 @@ row] or a part of that.
 import triton
 import triton.language as tl
 
-from ..gates import EPS as _EPS
 from ..triton_device import LOG2E, settle_cache_keys
+from .triton_gates import EPS, gate_value, logit_gradient, reciprocal
 
-EPS = tl.constexpr(_EPS)
 WARP = tl.constexpr(32)
 
 
@@ -97,45 +95,6 @@ def renewed(window, count: tl.constexpr, STEPS: tl.constexpr, P: tl.constexpr):
             x = window[p * count + k]
             values = values + (x + 0.0 if k >= STEPS else x,)
     return values
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x for x > 0, to a relative 3e-7."""
-    r = tl.rsqrt(x)  # two instructions; the division operator guards cases that cannot occur here
-    return r * r
-
-
-@triton.jit
-def _sigmoid(z):
-    return reciprocal(1.0 + tl.exp2(z * -LOG2E))
-
-
-@triton.jit
-def _tanh(z):
-    e = tl.exp2(tl.abs(z) * (-2 * LOG2E))
-    far = (1.0 - e) * reciprocal(1.0 + e)
-    far = tl.where(z < 0, -far, far)
-    # Near zero 1 - e cancels, so take the Taylor series there; its next term is 1e-9 z at |z| = 1/4.
-    q = z * z
-    near = z * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
-    return tl.where(tl.abs(z) < 0.25, near, far)
-
-
-@triton.jit
-def gate_value(z, GATE: tl.constexpr):
-    """f(z) of the L1 gates; softmax needs the whole row, see `coefficients`."""
-    if GATE == "sigmoid":
-        return _sigmoid(z)
-    elif GATE == "relu":
-        return tl.maximum(z, 0.0)
-    elif GATE == "silu":
-        return z * _sigmoid(z)
-    elif GATE == "tanh":
-        return _tanh(z)
-    else:
-        tl.static_assert(GATE == "identity" or GATE == "none")
-        return z
 
 
 @triton.jit
@@ -273,31 +232,6 @@ def input_terms(f, v, q, TAPS: tl.constexpr, E: tl.constexpr, SHARE: tl.constexp
         term = f[TAPS * E + e] * v[e]
         terms = terms + (tl.where(q == 0, term, 0.0) if SHARE > 1 else term,)
     return terms
-
-
-@triton.jit
-def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
-    """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h), with `scaled` = s / S; README.md derives it.
-
-    softmax: f' = f and sign = 1. none: s x_k.
-    """
-    if GATE == "softmax":
-        return scaled * f * (x - h)
-    elif GATE == "none":
-        return scaled * x
-    elif GATE == "sigmoid":
-        return scaled * f * (1.0 - f) * (x - h)
-    elif GATE == "relu":
-        return tl.where(z > 0, scaled * (x - h), 0.0)
-    else:
-        signed = tl.where(f > 0, h, tl.where(f < 0, -h, 0.0))
-        if GATE == "silu":
-            g = _sigmoid(z)
-            return scaled * g * (1.0 + z * (1.0 - g)) * (x - signed)
-        elif GATE == "tanh":
-            return scaled * (1.0 - f * f) * (x - signed)
-        else:
-            return scaled * (x - signed)
 
 
 @triton.jit

@@ -235,19 +235,14 @@ def _runs_directly(*tensors: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def register(name: str, forward: Callable, backward: Callable) -> Scan:
-    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op.
-
-    forward(gates, values, h0, reset, gate) -> (h, h_last), both new tensors, h_last (B, N, M) fp32;
-    backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values) fills its last two
-    arguments and returns (d_h0, None).
-    """
+def _register(name: str) -> Scan:
+    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op."""
 
     @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
     def scan(
         gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
     ) -> tuple[Tensor, Tensor]:
-        return forward(gates, values, h0, reset, gate)
+        return _forward(gates, values, h0, reset, gate)
 
     @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
     def scan_backward(
@@ -255,7 +250,7 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
         reset: Tensor | None, gate: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
-        d_h0, _ = backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
+        d_h0, _ = _backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
         return d_gates, d_values, d_h0
 
     @scan.register_fake
@@ -281,24 +276,14 @@ def register(name: str, forward: Callable, backward: Callable) -> Scan:
     def public(
         gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
     ) -> tuple[Tensor, Tensor]:
-        run = forward if _runs_directly(gates, values) else scan
+        run = _forward if _runs_directly(gates, values) else scan
         return run(gates, values, _in_fp32(h0), reset, gate)
 
     return public
 
 
-def register_packed(
-    name: str,
-    split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]],
-    forward: Callable,
-    backward: Callable,
-    fills: Callable[[Tensor], bool],
-) -> PackedScan:
-    """`register` for planes (B, T, M + 2, columns).
-
-    split(planes, N, M) -> gates, values; forward and backward as in `register`, with the number of columns as
-    one more argument, and backward with whether to return the gates' gradient summed over (B, T) too;
-    fills(values): whether backward writes zeros to the columns beyond the rows.
+def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]) -> PackedScan:
+    """`_register` for planes (B, T, M + 2, columns), which split(planes, N, M) takes apart: gates, values.
 
     bias (M+1, rows) fp32 is in the planes already. Its gradient comes out of the kernel that writes the
     planes' gradient, which would otherwise have to be read once more.
@@ -309,7 +294,7 @@ def register_packed(
         planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
+        return _forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
 
     # Inductor pads rows of products to whole lines of 128 bytes. Without this tag it would copy them back to
     # the strides that it saw when it traced.
@@ -321,11 +306,11 @@ def register_packed(
         d_planes = planes.new_empty(planes.shape)
         (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
         columns, rows = planes.shape[-1], values[0, 0].numel()
-        filled = fills(values)
+        filled = _fills_columns(values)
         if columns > rows and not filled:  # the gradient of padding is zero, and weights read it
             d_planes[..., rows:].zero_()
         h = _as_written(h, columns, filled)
-        d_h0, sums = backward(
+        d_h0, sums = _backward(
             grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
             columns if filled else None, summed,
         )  # fmt: skip
@@ -368,11 +353,6 @@ def register_packed(
     return public
 
 
-block_diagonal_scan = register("bd_scan_triton", _forward, _backward)
-higher_order_scan = register("h_scan_triton", _forward, _backward)
-packed_block_diagonal_scan = register_packed(
-    "bd_packed_triton", _split_blocks, _forward, _backward, _fills_columns
-)
-packed_higher_order_scan = register_packed(
-    "h_packed_triton", _split_channels, _forward, _backward, _fills_columns
-)
+block_diagonal_scan, higher_order_scan = _register("bd_scan_triton"), _register("h_scan_triton")
+packed_block_diagonal_scan = _register_packed("bd_packed_triton", _split_blocks)
+packed_higher_order_scan = _register_packed("h_packed_triton", _split_channels)

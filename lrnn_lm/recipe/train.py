@@ -1,0 +1,124 @@
+"""The recipe's train section: the token budget, the size of a step, and how it runs on the devices."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .quantities import Span, TokenCount
+from .section import Section
+
+
+class AverageSection(Section):
+    """A moving average of the weights, kept beside them."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="share of the old average that each update keeps")
+    every: int = Field(1, ge=1, description="steps between updates")
+    start: Span = Field(
+        Span(amount=0, unit="steps"), description="length of the run before it: 10%, 2M (tokens) or 200 steps"
+    )
+
+
+class GuardSection(Section):
+    """When a step is too far above the last ones to be trusted."""
+
+    deviations: float = Field(6.0, gt=0, description="standard deviations above the mean that are too many")
+    window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
+
+
+class RampSection(Section):
+    """A batch that grows: steps of `start` tokens, then of twice as many, and so on up to tokens_per_step."""
+
+    start: TokenCount = Field(
+        ge=1, description="tokens of the first steps; tokens_per_step is a multiple of it"
+    )
+    tokens: TokenCount = Field(
+        ge=1, description="length of the ramp, each size for the same number of tokens"
+    )
+
+
+class ProfileSection(Section):
+    """Steps that torch's profiler records."""
+
+    at: int = Field(ge=1, description="the first of them, counted from 1")
+    steps: int = Field(3, ge=1, description="how many")
+
+
+class TrainSection(Section):
+    """The training budget, the step size, and how a step runs on the devices."""
+
+    tokens: TokenCount = Field(10_000_000, ge=1)
+    tokens_per_step: TokenCount = Field(524_288, ge=1)
+    ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
+    micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 if the device supports it, else fp32"
+    )
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto", description="how ranks share the model; auto: what Accelerate's config file says, else ddp"
+    )
+    shard_size: int | None = Field(
+        None,
+        ge=2,
+        description="ranks that hold one copy of the model between them under FSDP2, as in 8, the GPUs of a "
+        "node (HSDP); null: all ranks",
+    )
+    segment: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a row in one pass; the gradient is that of the whole row (docs/long.md); "
+        "null: all of them",
+    )
+    start_from_other: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a row begins with the end state of another one instead of zeros",
+    )
+    compile: bool = False
+    activation_checkpointing: bool = False
+    loss_chunk: int = Field(
+        1024,
+        ge=1,
+        description="tokens whose logits are computed at once: fewer need less memory, more are faster",
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="adds this times the mean of softmax's log^2 Z to the training loss; as in 1e-4",
+    )
+    residual_in_fp32: bool = Field(
+        True,
+        description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
+    )
+    profile: ProfileSection | None = Field(None, description="as in {at: 20, steps: 3}; null: none")
+    average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
+    guard: GuardSection | None = Field(
+        None,
+        description="skip steps whose loss or gradient norm is far above the last ones, as in "
+        "{deviations: 6, window: 128}; null: only those that are not finite",
+    )
+    max_bad_steps: int = Field(10, ge=1, description="skipped steps in a row after which the run ends")
+    timeout_minutes: float = Field(
+        10, gt=0, description="time a rank waits for the others before the run ends with an error"
+    )
+    stall_minutes: float = Field(5, gt=0, description="a longer step prints its stack traces")
+    log_every: int = Field(1, ge=1, description="steps between lines in metrics.jsonl")
+    inspect_every: int | None = Field(
+        100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
+    )
+    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+
+    def check_shards(self, ranks: int, parallel: str) -> None:
+        """Raise ValueError if so many ranks cannot hold the model as `shard_size` says."""
+        if self.shard_size is None or ranks == 1:
+            return
+        if parallel == "ddp":
+            raise ValueError(
+                "train.shard_size is for FSDP2, DDP shards nothing: set train.parallel=fsdp2, or leave it out"
+            )
+        if ranks % self.shard_size:
+            raise ValueError(
+                f"train.shard_size {self.shard_size} does not divide {ranks} ranks: set it to the number of "
+                "GPUs of a node, or leave it out"
+            )
