@@ -138,6 +138,13 @@ def launch_erase(M: int, dtype: torch.dtype, V: int = 64) -> None:
     (y.sum() + last.sum()).backward()
 
 
+def launch_wide_transfer(M: int) -> None:
+    from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
+
+    gates = torch.zeros(1, 32, M + 1, 3, M, dtype=torch.bfloat16).movedim(2, -1)
+    block_transfer(gates, gates[..., 0], None, "softmax", 16, 2, reverse=False)
+
+
 def launch_loss(V: int) -> None:
     from lrnn_lm.kernels.cross_entropy import nats_and_squares_in_place
 
@@ -149,6 +156,7 @@ def launch_loss(V: int) -> None:
 def some_scans() -> None:
     """Every kernel of a scan in chunks of time, at the smallest size."""
     launch_all(1, 40, "softmax", states=True, chunk=16)
+    launch_wide_transfer(16)
 
 
 def some_steps() -> None:

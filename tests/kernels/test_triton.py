@@ -59,7 +59,14 @@ def test_chunks_of_time(scan, T, M, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("M", [4, 8])
+@pytest.mark.parametrize(("M", "gate"), [(9, "softmax"), (16, "tanh")])
+def test_chunks_of_blocks_that_have_a_warp_each(M, gate, monkeypatch):
+    cut_time(monkeypatch, 4)
+    compare(block_diagonal_scan, T=11, N=2, M=M, gate=gate)
+
+
+@interpreted
+@pytest.mark.parametrize("M", [4, 16])
 def test_nothing_of_a_document_reaches_the_next_chunk(M, monkeypatch):
     """Not even NaN: a start clears what came before in every block size, cut or not."""
     gates, values, _, _ = make_inputs(block_diagonal_scan, T=12, N=2, M=M)
@@ -141,7 +148,7 @@ def test_packed_planes(scan, M, backend):
 
 
 @pytest.mark.parametrize(
-    ("scan", "M"), [(block_diagonal_scan, 2), (block_diagonal_scan, 8), (higher_order_scan, 2)]
+    ("scan", "M"), [(block_diagonal_scan, 2), (block_diagonal_scan, 12), (higher_order_scan, 2)]
 )
 def test_gradients_of_a_bias_over_chunks(scan, M, monkeypatch):
     """Summed in each chunk of time, then over them; for lanes that share a row as well."""

@@ -24,7 +24,7 @@ def test_grid(scan, M):
         compare(scan, torch.bfloat16, T=T, N=7, M=M)
 
 
-CUT = [(scan, M) for scan in SCANS for M in range(1, 9 if scan is block_diagonal_scan else 17)]
+CUT = [(scan, M) for scan in SCANS for M in range(1, 17)]
 
 
 @pytest.mark.parametrize(("scan", "M"), [pytest.param(*case, marks=gpu) for case in CUT])

@@ -2,7 +2,7 @@
 
 A chunk is an affine map of the state before it, x -> P x + q, so chunks can be computed side by side and
 joined afterwards. A lane owns one block (or one channel and some columns of P) of one chunk and keeps P in
-registers, which holds blocks of up to 8. Going back in time the same P appears transposed:
+registers; blocks above 8 have a warp each. Going back in time the same P appears transposed:
 
     forward    P = A_t .. A_begin,   q = h at the end of the chunk from a zero state
     backward   P^T,                  q = sum_t (A_t .. A_begin)^T g_t
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device, settle_cache_keys
+from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
+from .triton_gates import EPS, gate_value
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
     as_int64,
@@ -121,6 +122,64 @@ def block_transfer_kernel(
         for k in tl.static_range(M):
             at = i * (N * M) + k if REVERSE else k * (N * M) + i
             tl.store(out_at + at, pq[i * M + k], mask=block < N)
+
+
+@triton.jit
+def _normalised(z, a, inside, GATE: tl.constexpr):
+    """Gates z [MP, MP], a row each, and input gates a [MP], normalised; `inside` [MP, MP]: real entries."""
+    if GATE == "softmax":  # the largest logit is subtracted before exp, which overflows fp32 at 89
+        z = tl.where(inside, z, float("-inf"))
+        top = tl.maximum(tl.max(z, axis=1), a)
+        f, f_in = tl.exp2((z - top[:, None]) * LOG2E), tl.exp2((a - top) * LOG2E)
+        total = tl.sum(f, axis=1) + f_in
+    else:
+        f, f_in = tl.where(inside, gate_value(z, GATE), 0.0), gate_value(a, GATE)
+        total = tl.sum(tl.abs(f), axis=1) + tl.abs(f_in) + EPS
+    return f / total[:, None], f_in / total
+
+
+@triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "x_b"])
+def wide_block_transfer_kernel(
+    gates, x_in, flags, out, T, chunk, n_chunks, g_b, x_b,
+    G_T: tl.constexpr, G_N: tl.constexpr, G_I: tl.constexpr, G_K: tl.constexpr,
+    X_T: tl.constexpr, X_N: tl.constexpr, X_I: tl.constexpr, ALIGN: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, STAGES: tl.constexpr, GATE: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):  # fmt: skip
+    """`block_transfer_kernel` for M above 8: a warp a block, P [MP, MP], one product of matrices a step."""
+    # M^2 values of P above 64 do not fit in one lane's registers.
+    pid = tl.program_id(0)
+    n = pid % N
+    b, c = as_int64(pid // N // n_chunks), pid // N % n_chunks
+    begin = c * chunk
+    end = tl.minimum(begin + chunk, T)
+    i, k = tl.arange(0, MP), tl.arange(0, MP)  # tl.dot takes 16 x 16 at least: MP is 16 for M above 8
+    row, inside = i < M, (i < M)[:, None] & (k < M)[None, :]
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + n * G_N + i * G_I + M * G_K
+    z_at = a_at[:, None] + (k - M)[None, :] * G_K
+    x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + n * X_N + i * X_I
+    p = tl.where(i[:, None] == k[None, :], 1.0, 0.0)  # [MP, MP]
+    q = tl.zeros([MP], tl.float32)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        t = as_int64(step)
+        z = tl.load(z_at + t * G_T, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
+        x = tl.load(x_at + t * X_T, mask=row, other=0.0).to(tl.float32)
+        f, f_in = _normalised(z, a, inside, GATE)  # [MP, MP], [MP]
+        if HAS_RESET:  # a select, not a product with zero: the state of the document before may be NaN
+            starts = tl.load(flags + b * T + t) != 0
+            p = tl.where(starts, 0.0, p)
+            q = q if REVERSE else tl.where(starts, 0.0, q)
+        p = tl.dot(f, p, input_precision="ieee")  # fp32: tf32 would lose 13 bits at every step
+        if REVERSE:
+            q += tl.sum(p * x[:, None], axis=0)
+        else:
+            q = tl.sum(f * q[None, :], axis=1) + f_in * x
+    to = n_chunks - 1 - c if REVERSE else c
+    out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + n * M)
+    at = i[:, None] * (N * M) + k[None, :] if REVERSE else k[None, :] * (N * M) + i[:, None]
+    tl.store(out_at + at, p, mask=inside)
+    tl.store(out_at + M * (N * M) + i, q, mask=row)
 
 
 @triton.jit
@@ -259,12 +318,10 @@ def _columns(M: int) -> tuple[int, int]:
 
 
 def block_transfer_cost(M: int, gate: str) -> float:
-    """A transfer's instructions over a scan's: about 1.2 at M = 4. Infinite: time is not cut."""
-    # Products of unnormalised A can overflow where the states do not. Above M = 8 the M^2 values of P do not
-    # fit in a lane's registers.
-    if gate == "none" or M > 8:
+    """A transfer's instructions over a scan's: about 1.2 at M = 4; above 8, products of matrices."""
+    if gate == "none":  # never cut time: products of unnormalised A can overflow where the states do not
         return float("inf")
-    return 1.2 if M <= 4 else 1.7
+    return 1.2 if M <= 4 else 1.7 if M <= 8 else 8.0
 
 
 def channel_transfer_cost(M: int, gate: str) -> float:
@@ -277,10 +334,30 @@ def block_transfer(
 ) -> Tensor:
     """(B, C, N, M, M+1) fp32, [P | q] of every chunk of a BD-LRU; `reverse`: [P^T | q], last chunk first."""
     rows = triton.next_power_of_2(x.shape[3])
+    if rows > 8:
+        return _wide_block_transfer(gates, x, reset, gate, chunk, n_chunks, reverse, rows)
     return _transfer(
         block_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, rows, 1,
         MP=rows, G_I=row_stride(gates), X_I=row_stride(x),
     )  # fmt: skip
+
+
+def _wide_block_transfer(
+    gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool,
+    rows: int,
+) -> Tensor:  # fmt: skip
+    """The same with a warp a block, for blocks above 8."""
+    B, T, N, M = x.shape
+    out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
+    with on_device(x):
+        wide_block_transfer_kernel[(N * B * n_chunks,)](
+            gates, x, reset_flags(reset), out, T, chunk, n_chunks,
+            gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_I=row_stride(gates),
+            G_K=gates.stride(-1), X_T=x.stride(1), X_N=x.stride(2), X_I=row_stride(x),
+            ALIGN=batch_alignment(gates, x), N=N, M=M, MP=rows, STAGES=4, GATE=gate, REVERSE=reverse,
+            HAS_RESET=reset is not None, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out.permute(0, 1, 3, 4, 2)
 
 
 def row_stride(x: Tensor) -> int:

@@ -33,7 +33,7 @@ MOST_STEPS = 16  # chunks are multiples of it, so that every group of steps is w
 ROWS_PER_SM = 96  # rows that keep an SM busy without chunks
 # Lanes an SM to aim for, one a block and chunk, by a block's rows rounded up: the fastest of a sweep at B 1.
 # More hide the latency of the transfers; fewer leave wide loads to the scan and fewer chunks to join.
-LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128}
+LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128, 16: 32}
 
 
 class Launch:
