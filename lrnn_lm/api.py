@@ -152,12 +152,12 @@ def export_checkpoint(
     checkpoint: Path,
     folder: Path,
     dtype: str | None = None,
-    license: str = "unknown",
+    license: str | None = None,
     average: bool = False,
 ) -> None:
     """What `lrnn export` does: a new folder that torch and transformers alone load, with a card.
 
-    average: the moving average of the weights. Raises ValueError as `model.export.export` and `plain_folder`.
+    license: named in the card; None for the recipe's. average: the moving average of the weights. Raises ValueError as `model.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar
 

@@ -284,8 +284,9 @@ def export(
         bool, typer.Option("--average", help="the moving average of the weights (train.average)")
     ] = False,
     license: Annotated[
-        str, typer.Option(help="licence named in the model card, as in apache-2.0")
-    ] = "unknown",
+        str | None,
+        typer.Option(help="licence named in the model card, as in apache-2.0; default: the recipe's"),
+    ] = None,
 ) -> None:
     """Write a folder that loads without lrnn-lm.
 

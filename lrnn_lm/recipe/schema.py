@@ -154,6 +154,9 @@ class Recipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200
     )  # a folder name, with room for suffixes
     seed: int = Field(0, ge=0, lt=2**63)
+    license: str = Field(
+        "unknown", min_length=1, description="of the trained model, in its card, as in apache-2.0"
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     optim: OptimSection = Field(default_factory=OptimSection)

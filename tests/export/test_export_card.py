@@ -56,6 +56,14 @@ def test_card_of_a_run(run):
     assert "loss.png" not in text
 
 
+def test_the_licence_is_the_recipes_unless_one_is_passed(run):
+    stored = run / "recipe.yaml"
+    stored.write_text("license: cc-by-4.0\n" + stored.read_text())
+    newest = run / "checkpoints" / "latest"
+    assert front_matter(model_card(newest))["license"] == "cc-by-4.0"
+    assert front_matter(model_card(newest, "mit"))["license"] == "mit"
+
+
 def test_card_shows_the_curve_where_it_lies(run, tmp_path):
     (run / "plots").mkdir()
     (run / "plots" / "loss.png").write_bytes(b"picture")

@@ -45,7 +45,7 @@ def write_run_card(run: str | Path) -> Path:
     return folder.card
 
 
-def write_export_card(checkpoint: str | Path, target: Path, licence: str = UNKNOWN_LICENCE) -> Path:
+def write_export_card(checkpoint: str | Path, target: Path, licence: str | None = None) -> Path:
     """Write TARGET/README.md, and the picture of the curve beside it, for an exported checkpoint."""
     run = describe(checkpoint).run
     curve = RunFolder(run).loss_plot if run is not None else None
@@ -59,7 +59,7 @@ def write_export_card(checkpoint: str | Path, target: Path, licence: str = UNKNO
 
 def model_card(
     checkpoint: str | Path,
-    licence: str = UNKNOWN_LICENCE,
+    licence: str | None = None,
     picture: str | None = None,
     folder: str = ".",
 ) -> str:
@@ -67,7 +67,7 @@ def model_card(
 
     Args:
         checkpoint: a checkpoint folder; its run is looked for two folders above.
-        licence: the model's licence, as the hub abbreviates it (`apache-2.0`).
+        licence: the model's licence, as the hub abbreviates it (`apache-2.0`); None for the recipe's.
         picture: path of the loss curve, relative to the card.
         folder: path of the model, relative to the card.
     Raises ValueError if there is no checkpoint.
@@ -80,7 +80,7 @@ def model_card(
     mixers = config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
     is_autoencoder = "LRNNForReconstruction" in (config.get("architectures") or [])
     parts = [
-        _front_matter(licence, mixers, is_autoencoder),
+        _front_matter(licence or recipe.get("license") or UNKNOWN_LICENCE, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
         _training(recipe, info.step, json_table(run.parent) if run is not None else {}),
