@@ -157,7 +157,8 @@ def export_checkpoint(
 ) -> None:
     """What `lrnn export` does: a new folder that torch and transformers alone load, with a card.
 
-    license: named in the card; None for the recipe's. average: the moving average of the weights. Raises ValueError as `model.export.export` and `plain_folder`.
+    license: named in the card; None for the recipe's. average: the moving average of the weights. Raises
+    ValueError as `model.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar
 

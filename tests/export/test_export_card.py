@@ -58,7 +58,7 @@ def test_card_of_a_run(run):
 
 def test_the_licence_is_the_recipes_unless_one_is_passed(run):
     stored = run / "recipe.yaml"
-    stored.write_text("license: cc-by-4.0\n" + stored.read_text())
+    stored.write_text(stored.read_text().replace("license: unknown", "license: cc-by-4.0"))
     newest = run / "checkpoints" / "latest"
     assert front_matter(model_card(newest))["license"] == "cc-by-4.0"
     assert front_matter(model_card(newest, "mit"))["license"] == "mit"
