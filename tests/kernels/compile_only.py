@@ -182,7 +182,8 @@ def everything() -> None:
     assert len(COMPILED) == first + 10, COMPILED[first:]
     launch_matrix(4, torch.bfloat16, 96, states=False)
     assert len(COMPILED) == first + 10, "another T compiled again"
-    assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
+    # The most: the backward pass from chunk to chunk in fp32, two 64 x 64 states in four warps' registers.
+    assert max(SPILLED[first:]) < 128, list(zip(COMPILED, SPILLED, strict=True))[first:]
     launch_matrix(4, torch.float32, 33, states=True)  # these spill: the largest states that fit
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     launch_erase(1, torch.bfloat16)
