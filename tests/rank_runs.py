@@ -1,12 +1,8 @@
-"""Runs of one process or of several that meet by gloo: through `accelerate launch`, or forked from a server
-that has imported all.
-"""
+"""Runs of one process or of several that meet by gloo, forked from a server that has imported all."""
 
-import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,29 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from forks import server
 from safetensors.torch import load_file, save_file
-from tiny_run import ROOT, environment
 from torch.distributed.tensor import DTensor
-
-
-def launch(
-    recipe: Path, ranks: int, *overrides: str, parallel: str = "ddp", module: str = "lrnn_lm.train.launch"
-) -> subprocess.Popen[str]:
-    """Start a run; `module` is what starts the ranks: our launcher, or accelerate's own."""
-    command = [
-        sys.executable, "-m", module, "--config_file", str(ROOT / f"recipes/accelerate/{parallel}.yaml"),
-        "--num_processes", str(ranks), "--main_process_port", "0", "-m", "lrnn_lm.train",
-        str(recipe), *overrides,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 class Forked:
@@ -51,8 +27,8 @@ class Forked:
     def __init__(self, recipe: Path, *overrides: str, first: Callable[[], object] | None = None):
         self._log = recipe.parent / f"forked-{free_port()}.log"
         self._log.write_text("")
-        begun = _server().Event()
-        self.process = _server().Process(
+        begun = server().Event()
+        self.process = server().Process(
             target=_train, args=(self._log, first, begun, str(recipe), *overrides)
         )
         self.process.start()
@@ -108,7 +84,7 @@ class Ranks:
         plan = ["fsdp2", "train.shard_size=2"] if parallel == "hsdp" else [parallel]
         arguments = [str(recipe), f"train.parallel={plan[0]}", *plan[1:], *overrides]
         self.processes: list[BaseProcess] = [
-            _server().Process(
+            server().Process(
                 target=_rank, args=(rank, count, port, action, arguments, prank, record, self._log)
             )
             for rank in range(count)
@@ -134,15 +110,6 @@ class Ranks:
         codes = self.wait()
         assert codes == [code] * len(codes), f"{codes}: {self.errors}"
         return self.errors
-
-
-def _server() -> multiprocessing.context.ForkServerContext:
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["lrnn_lm.cli", "lrnn_lm.train.build", "lrnn_lm.evaluate.reporting.card", "rank_runs"]
-    )
-    return context
 
 
 def free_port() -> int:

@@ -91,6 +91,11 @@ def small_model(name: str, **changes) -> LRNNForCausalLM:
     return model
 
 
+def shallow_model(name: str) -> LRNNForCausalLM:
+    """One layer of each mixer: for graphs, which take as long to make as they have layers."""
+    return small_model(name, num_hidden_layers=len(HYBRIDS.get(name, "1")))
+
+
 def tokens(rows: int = 2, length: int = 21, seed: int = 2) -> Tensor:
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -111,3 +116,20 @@ def prefilled(model, ids):
 @torch.no_grad()
 def plain(model, ids, cache):
     return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+def byte_tokenizer(texts: list[str], size: int, **options):
+    """A byte-level BPE with BOS and EOS that adds neither by itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", **options)

@@ -1,13 +1,14 @@
 """Who may import whom; what `import lrnn_lm` costs; and registration whichever library is imported first."""
 
 import ast
-import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from forks import LIBRARIES, run_code
+from tiny_run import environment
 
 PACKAGE = Path(__file__).parents[1] / "lrnn_lm"
 ARROWS = {  # a package may import those on its right, and itself
@@ -84,12 +85,7 @@ def test_no_circle(capsys):
 
 
 def python(code: str) -> str:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path]),
-    }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -102,20 +98,22 @@ def test_importing_lrnn_lm_is_light():
 @pytest.mark.parametrize(
     "imports",
     [
-        "from transformers import AutoModelForCausalLM; import lrnn_lm",
+        "import lrnn_lm",  # after transformers
         "import lrnn_lm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
         "import lrnn_lm.model.layers; from transformers import AutoModelForCausalLM",
     ],
 )
 def test_registered_in_any_order(imports):
     code = (
-        f"{imports}; from transformers import AutoConfig; config = AutoConfig.for_model('lrnn', "
-        "vocab_size=11, hidden_size=16, num_hidden_layers=1, intermediate_size=8); "
+        f"{imports}; from transformers import AutoConfig, AutoModelForCausalLM; "
+        "config = AutoConfig.for_model('lrnn', vocab_size=11, hidden_size=16, num_hidden_layers=1, "
+        "intermediate_size=8); "
         "print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)"
     )
-    assert python(code) == "LRNNConfig LRNNForCausalLM"
+    done = LIBRARIES.run(code).stdout.strip() if imports == "import lrnn_lm" else python(code)
+    assert done == "LRNNConfig LRNNForCausalLM"
 
 
 def test_modules_that_moved_are_found_under_their_old_names():
     code = "from lrnn_lm.model import decode; print(decode.__name__, callable(decode.decode_step))"
-    assert python(code) == "lrnn_lm.model.decoding.decode True"
+    assert run_code(code).stdout == "lrnn_lm.model.decoding.decode True\n"

@@ -52,10 +52,12 @@ def test_there_is_something_to_test():
 
 
 @pytest.mark.parametrize("words", commands("lrnn"), ids=" ".join)
-def test_lrnn_command(words, demo, monkeypatch, capsys):
+def test_lrnn_command(words, demo, monkeypatch, capsys, request):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if words[1] == "train":
         words = [*words, *TINY]
+    if "standard" in words:
+        request.getfixturevalue("read_once")
     code = lrnn(*words[1:])
     if "standard" in words:  # its tasks come from the hub, which a test must not need
         assert code == 2

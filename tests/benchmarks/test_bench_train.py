@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from forks import server
 
 from benchmarks import peers, results, train
 from benchmarks.contenders import CONTENDERS, SIZES, build_config, count, pick_contenders, pick_size
@@ -69,8 +70,9 @@ def test_the_residual_streams_dtype_is_a_setting(tmp_path):
         assert TrainSettings(**about["settings"]) == settings
 
 
-def test_several_processes(tmp_path):
+def test_several_processes(tmp_path, monkeypatch):
     """A row is the median process's, with the times of all; the file says so and runs again."""
+    monkeypatch.setattr("benchmarks.processes.get_context", lambda kind: server())  # imports cost seconds
     settings = TrainSettings("bd-m4,lstm", compile=False, processes=2, **TINY | {"lengths": "16"})
     rows = train.run(settings, "cpu", tmp_path / "rows.jsonl")
     assert [row["contender"] for row in rows] == ["bd-m4", "lstm"]

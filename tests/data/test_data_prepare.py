@@ -5,15 +5,16 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import make_texts, write_jsonl, write_recipe
+from forks import server
 
 from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare, tokenizer_hash
 from lrnn_lm.data.sources import documents
@@ -258,36 +259,31 @@ def test_interrupt_leaves_nothing(
     prepare(spec, progress=False).train.verify()
 
 
-SLOW_PREPARE = """
-import signal, sys, time, json
-import importlib
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with "&"
-module = importlib.import_module("lrnn_lm.data.prepare")
-from lrnn_lm.data import DataSpec, SourceSpec
-keys = json.loads(sys.argv[1])
-keys["source"] = SourceSpec(**keys["source"])
-real = module._tagged_documents
-def slow(*args):
-    for k, pair in enumerate(real(*args)):
-        if k == 30:
-            print("half way", flush=True)
-            time.sleep(60)
-        yield pair
-module._tagged_documents = slow
-module.prepare(DataSpec(**keys), progress=False)
-"""
+def _prepare_slowly(spec: DataSpec, half_way: Event) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with "&"
+    module = importlib.import_module("lrnn_lm.data.prepare")
+    real = module._tagged_documents
+
+    def slow(*args: object) -> Iterator[object]:
+        for k, pair in enumerate(real(*args)):
+            if k == 30:
+                half_way.set()
+                time.sleep(60)
+            yield pair
+
+    module._tagged_documents = slow
+    prepare(spec, progress=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_killed_half_way(spec: DataSpec, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_PREPARE, json.dumps(asdict(replace(spec, num_proc=2)))],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half way\n"
-    process.send_signal(number)
-    assert process.wait(timeout=20) != 0
+    half_way = server().Event()
+    process = server().Process(target=_prepare_slowly, args=(replace(spec, num_proc=2), half_way))
+    process.start()
+    assert half_way.wait(60)
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode not in (None, 0)
     if number != signal.SIGKILL:
         assert leftovers(spec) == []
     prepare(spec, progress=False).train.verify()
@@ -311,6 +307,7 @@ def test_two_processes_at_once(spec: DataSpec) -> None:
     assert leftovers(spec) == []
 
 
+@pytest.mark.slow  # `make test-fresh` prepares it too
 def test_python_docs_whole(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "tokenizers" / "bpe-4k.yaml"
     spec = DataSpec(tokenizer=str(recipe), sequence_length=256, cache_dir=str(tmp_path), num_proc=2)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_models import byte_tokenizer
 
 _GARDEN = (
     "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
@@ -28,21 +29,7 @@ DOCUMENTS = [_GARDEN, _COMPILER, "Short one.", _BYTES, *(_ROAD.format(i) for i i
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE with BOS and EOS that adds neither by itself."""
-    from transformers import PreTrainedTokenizerFast
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(DOCUMENTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    return byte_tokenizer(DOCUMENTS, 400)
 
 
 @pytest.fixture(scope="session")
@@ -93,26 +80,3 @@ def write_documents():
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def full_manager():
-    """lm-eval's index of everything takes seconds to read: once a process."""
-    from lm_eval.tasks import TaskManager
-
-    from lrnn_lm.evaluate.tasks.names import own_tasks_path
-
-    return TaskManager(include_path=str(own_tasks_path()))
-
-
-@pytest.fixture
-def read_once(full_manager, monkeypatch):
-    """Whoever asks for the whole index gets the one that was read."""
-    from lm_eval import tasks as upstream
-
-    real = type(full_manager)
-
-    def manager(include_defaults=True, **settings):
-        return full_manager if include_defaults else real(include_defaults=False, **settings)
-
-    monkeypatch.setattr(upstream, "TaskManager", manager)

@@ -2,12 +2,12 @@
 
 import io
 import os
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from forks import run_lrnn
 
 from lrnn_lm.evaluate.generate import generate, prompt_ids
 from lrnn_lm.evaluate.prompt import read_text
@@ -98,30 +98,12 @@ def test_a_pipe_is_a_prompt_file(checkpoint, continued, tmp_path):
     writer.join()
 
 
-COMMAND = [sys.executable, "-m", "lrnn_lm.cli", "generate"]
 OPTIONS = ["--max-new-tokens", "6", "--temperature", "0", "--device", "cpu"]
 
 
 def test_standard_input_is_a_prompt_file(checkpoint, continued):
-    done = subprocess.run(
-        [*COMMAND, str(checkpoint), *OPTIONS, "--prompt-file", "/dev/stdin"],
-        input=TEXT.encode(), capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout.decode()) == (0, continued + "\n"), done.stderr.decode()
-
-
-def test_a_command_line_that_python_takes_for_ascii(checkpoint):
-    """The C locale without Python's UTF-8 mode: the bytes of the arguments arrive as surrogates."""
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment.pop("PYTHONIOENCODING", None)
-    done = subprocess.run(
-        [*COMMAND, str(checkpoint), *OPTIONS, "--prompt", TEXT],
-        env=environment,
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.startswith(TEXT.encode("ascii", "backslashreplace"))
+    done = run_lrnn("generate", checkpoint, *OPTIONS, "--prompt-file", "/dev/stdin", stdin=TEXT)
+    assert (done.returncode, done.stdout) == (0, continued + "\n"), done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -3,12 +3,11 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
+from forks import LRNN, run_code
 from short_models import RECURRENT, build
-from tiny_run import environment, write_recipe
+from tiny_run import write_recipe
 
 from lrnn_lm.cli import main
 from lrnn_lm.model.export import export, write_remote_code
@@ -99,10 +98,9 @@ def test_a_folder_with_code_is_refused_in_a_line(folder, marker, lrnn, command):
 @pytest.mark.parametrize("folder", ["model", "tokenizer"], indirect=True)
 def test_the_flag_lets_it_run(folder, marker, tmp_path):
     """In a process of its own, as the code changes what transformers knows."""
-    command = [sys.executable, "-m", "lrnn_lm.cli", "generate", str(folder), "--max-new-tokens", "2",
-               "--prompt", "the", "--device", "cpu", "--trust-remote-code"]  # fmt: skip
-    variables = environment() | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    code = f"from transformers import dynamic_module_utils as m; m.HF_MODULES_CACHE = {str(tmp_path)!r}\n"
+    words = ("generate", folder, "--max-new-tokens", "2", "--prompt", "the", "--device", "cpu")
+    done = run_code(code + LRNN, *words, "--trust-remote-code")
     assert done.returncode == 0, done.stderr
     assert marker.exists()
 

@@ -70,16 +70,33 @@ def test_a_terminal_of_ascii_costs_nothing(run, tmp_path, monkeypatch):
     assert_told(named, out.buffer.getvalue())
 
 
+# Two command lines of `lrnn` in one process.
+BOTH = """
+import sys
+from lrnn_lm.cli import main
+between = sys.argv.index("then")
+for words in (sys.argv[1:between], sys.argv[between + 1 :]):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
 def test_the_c_locale_costs_nothing(run, tmp_path):
-    """Without Python's UTF-8 mode: the table has a ±; the scores are written, and the exit code is 0."""
+    """Without Python's UTF-8 mode: the table has a ±; the scores are written, and the exit code is 0. The
+    bytes of a prompt among the arguments arrive as surrogates."""
     named = shutil.copytree(run, tmp_path / "plain", symlinks=True)
-    command = [sys.executable, "-m", "lrnn_lm.cli", "eval", str(named / "checkpoints" / "latest"),
-               "--tasks", "heldout_bits_per_byte"]  # fmt: skip
-    clean = {key: value for key, value in environment().items() if not key.startswith(("LC_", "LANG"))}
+    checkpoint, prompt = str(named / "checkpoints" / "latest"), "Naïve façade, 数学"
+    words = ["eval", checkpoint, "--tasks", "heldout_bits_per_byte",
+             "then", "generate", checkpoint, "--max-new-tokens", "6", "--prompt", prompt]  # fmt: skip
+    command, told = [sys.executable, "-c", BOTH, *words], ("LC_", "LANG", "PYTHONIO")
+    clean = {key: value for key, value in environment().items() if not key.startswith(told)}
     clean |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run(command, env=clean, cwd=ROOT, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
     assert_told(named, done.stdout)
+    assert b"\n" + prompt.encode("ascii", "backslashreplace") in done.stdout
 
 
 def assert_told(run, said):

@@ -1,11 +1,12 @@
-"""`accelerate launch -m lrnn_lm.evaluate`: two processes score as one does."""
+"""`accelerate launch -m lrnn_lm.evaluate`: two processes, as it starts them, score as one does."""
 
 import json
-import subprocess
-import sys
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny_run import ROOT, environment
+from forks import run_code
+from rank_runs import free_port
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.team import Team
@@ -40,12 +41,17 @@ def test_two_processes_are_one(checkpoint, tmp_path, capsys):
         main(["eval", *words, str(tmp_path / "1.json")])
     assert not ended.value.code
     assert capsys.readouterr().out.count("written to") == 1
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines",
-               "1", "--multi_gpu", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend",
-               "no", "-m", "lrnn_lm.evaluate", *words, str(tmp_path / "2.json")]  # fmt: skip
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
+    there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    code = "import runpy; runpy.run_module('lrnn_lm.evaluate', run_name='__main__')"
+
+    def process(rank):
+        env = os.environ | there | {"RANK": rank, "LOCAL_RANK": rank}
+        return run_code(code, *words, tmp_path / "2.json", env=env)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(process, "01"))
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert [process.stdout.count("written to") for process in done] == [1, 0]
     results = [json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)]
     one, two = results
     assert [found["settings"]["processes"] for found in results] == [1, 2]

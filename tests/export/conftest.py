@@ -1,17 +1,13 @@
 """Tiny models saved as checkpoints, and a Python of their readers: one with neither lrnn_lm nor Triton."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import LIBRARIES
 from small_models import VOCAB, small_model
-
-ROOT = Path(__file__).parents[2]
 
 # What a reader may not have is blocked by name, wherever it is installed.
 PRELUDE = """
@@ -21,7 +17,8 @@ class Absent:
         if name.split(".")[0] in {absent!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
-sys.path[:0] = {path!r}
+from transformers import dynamic_module_utils
+dynamic_module_utils.HF_MODULES_CACHE = {cache!r}
 arguments, result = json.loads(sys.argv[1]), {{}}
 """
 EPILOGUE = "\nprint('RESULT' + json.dumps(result))\n"
@@ -59,34 +56,17 @@ def make_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def read_elsewhere(tmp_path_factory) -> Callable[..., dict[str, Any]]:
-    """A function (script, arguments, absent) that runs a script in an isolated Python, in another folder.
+    """A function (script, arguments, absent) that runs a script in a Python without this package, in another
+    folder.
 
     The script finds `arguments` and fills the dictionary `result`, which is returned; both pass as JSON.
     `absent` are the packages that it cannot import.
     """
-    import transformers
-
-    # An isolated Python knows no PYTHONPATH, and must still read the transformers that the test itself reads.
-    library = str(Path(transformers.__file__).parent.parent)
 
     def read(script: str, arguments: Any, absent: tuple[str, ...] = ("lrnn_lm", "triton")) -> dict[str, Any]:
-        path = [library] if "lrnn_lm" in absent else [str(ROOT), library]
         cwd = tmp_path_factory.mktemp("elsewhere")
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-I",
-                "-c",
-                PRELUDE.format(absent=absent, path=path) + script + EPILOGUE,
-                json.dumps(arguments),
-            ],
-            cwd=cwd,
-            env={**os.environ, "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
+        code = PRELUDE.format(absent=absent, cache=str(cwd / "hf")) + script + EPILOGUE
+        done = LIBRARIES.run(code, json.dumps(arguments), cwd=cwd)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.split("RESULT")[-1])
 

@@ -1,6 +1,7 @@
 """Small checkpoints with a tokenizer, and which neighbours are installed."""
 
 import pytest
+from small_models import byte_tokenizer
 
 TEXT = (
     "The gardener walked to the river every morning. She carried two buckets and a long rope. When the sun "
@@ -11,21 +12,7 @@ TEXT = (
 @pytest.fixture(scope="package")
 def tokenizer():
     """A byte-level BPE with BOS and EOS that adds neither by itself."""
-    from transformers import PreTrainedTokenizerFast
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", padding_side="left"
-    )
+    return byte_tokenizer([TEXT], 320, pad_token="</s>", padding_side="left")
 
 
 @pytest.fixture(scope="package")

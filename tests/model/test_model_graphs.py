@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import HYBRIDS, MIXER_ROWS, close, small_model, tokens
+from small_models import HYBRIDS, MIXER_ROWS, close, shallow_model, small_model, tokens
 from tolerances import TOLERANCE
 from torch import Tensor
 from torch.export import Dim, export
@@ -34,7 +34,7 @@ def compare(graph, model, inputs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_export(name, masked):
     """A graph made of one mask is right for another: with other padding, in the middle too, or without."""
-    model = small_model(name, num_hidden_layers=2)
+    model = shallow_model(name)
     inputs = padded(2, 6)
     if not masked:
         del inputs["attention_mask"]
@@ -50,7 +50,7 @@ def test_export(name, masked):
 @pytest.mark.parametrize("name", ANY_LENGTH)
 @pytest.mark.parametrize("masked", [False, True])
 def test_export_for_any_length(name, masked):
-    model = small_model(name)
+    model = shallow_model(name)
     inputs = padded(2, 9) if masked else {"input_ids": tokens(2, 9)}
     sizes = {0: Dim("B", min=2, max=64), 1: Dim("T", min=2, max=4096)}
     shapes = {**dict.fromkeys(inputs, sizes), "use_cache": None}
@@ -66,7 +66,7 @@ def test_export_for_any_length(name, masked):
 @pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
 def test_trace(name):
     """Traced without padding, used with it."""
-    model = small_model(name, num_hidden_layers=1 if name in MIXER_ROWS else 2)
+    model = shallow_model(name)
     inputs = padded(2, 6)
 
     class Logits(torch.nn.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import NAMES, RECURRENT, close, small_model, states, tokens
+from small_models import NAMES, RECURRENT, close, shallow_model, small_model, states, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -191,7 +191,7 @@ def test_a_mask_of_the_new_tokens_alone(name):
 @torch.no_grad()
 def test_one_graph_for_any_mask(name):
     torch.compiler.reset()
-    model, ids = small_model(name), tokens(rows=3, length=T)
+    model, ids = shallow_model(name), tokens(rows=3, length=T)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for kind in KINDS:
         mask = mask_of(kind)

@@ -3,6 +3,7 @@
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import Prank, Ranks, free_port, launch
+from forks import run_code
+from rank_runs import Prank, Ranks, free_port
 from safetensors.torch import load_file
-from tiny_run import environment, finish, losses, metrics, start, validations, write_recipe
+from tiny_run import ROOT, environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
 
 from lrnn_lm.train.parallel import Plan, launch_plan
 
 ROWS = 8
-FSDP2 = {"parallel": "fsdp2"}
+FSDP2, FSDP2_FILE = {"parallel": "fsdp2"}, ROOT / "recipes/accelerate/fsdp2.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,7 @@ def same(run: Path, straight: Path) -> None:
 # Stopping -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "validating"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)]
-)
+@pytest.mark.parametrize(("number", "validating"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
 def test_a_signal_on_one_rank_stops_all_within_the_step(
     recipe: Path, straight: Path, number: signal.Signals, validating: bool
 ) -> None:
@@ -78,7 +78,14 @@ def test_a_signal_while_data_is_prepared(tmp_path: Path, rank: int) -> None:
 def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, straight: Path) -> None:
     """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers."""
     run = recipe.parent / "runs/launched"
-    process = launch(recipe, 2, "name=launched", "data.num_workers=1", "train.tokens=1M", parallel="fsdp2")
+    command = [
+        sys.executable, "-m", "lrnn_lm.train.launch", "--config_file", FSDP2_FILE, "--num_processes", "2",
+        "--main_process_port", "0", "-m", "lrnn_lm.train", recipe, "name=launched", "train.tokens=1M",
+        "data.num_workers=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (run / "metrics.jsonl").exists() or not losses(run):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
@@ -90,7 +97,7 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, st
     assert (run / "checkpoints/latest").exists()
 
 
-@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("rank", [None, 0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_before_the_ranks_have_met(tmp_path: Path, rank: int | None) -> None:
     """As torch and transformers are imported, alone or on one of two: none waits for one that has left."""
     recipe = write_recipe(tmp_path)
@@ -164,14 +171,21 @@ def test_a_mistake_that_every_rank_sees_is_told_once(recipe: Path, mistake: str)
     assert mistake.split("=")[0] in said
 
 
-def test_the_launcher_keeps_the_code_of_a_mistake(recipe: Path) -> None:
-    process = launch(recipe, 2, "train.tokens_per_step=192", "train.tokens=384", "name=mistake")
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 2, errors
-    assert [line for line in errors.splitlines() if line.startswith("lrnn: ")] == [
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_keeps_the_code_of_a_mistake(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "mistaken.py").write_text("import sys; sys.exit(2)")
+    options = ["--config_file", ROOT / "recipes/accelerate/ddp.yaml"] if processes > 1 else ["--cpu"]
+    options += ["--num_processes", processes, "--main_process_port", "0", tmp_path / "mistaken.py"]
+    done = run_code("from lrnn_lm.train.launch import main; main()", *options)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_step_that_does_not_split_over_ranks(recipe: Path) -> None:
+    said = Ranks(recipe, 2, "train.tokens_per_step=192", "train.tokens=384", "name=mistake").expect(2)
+    assert [line for line in said.splitlines() if line.startswith("lrnn: ")] == [
         "lrnn: a step of 3 rows does not split over 2 ranks; make train.tokens_per_step a multiple of 128"
     ]
-    assert "Traceback" not in errors
 
 
 # Nonsense and death ---------------------------------------------------------------------------------

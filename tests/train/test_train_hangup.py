@@ -3,14 +3,13 @@
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 from rank_runs import Forked
-from tiny_run import ROOT, STEPS, environment, fingerprint, metrics
+from tiny_run import STEPS, fingerprint, metrics
 
 LONG = ("train.tokens=5M", "checkpoint.every=100000 steps", "eval.every=100000 steps", "data.num_workers=1")
 
@@ -37,15 +36,23 @@ def test_a_hangup_saves_and_exits_85(recipe: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tiny/checkpoints").glob("step-*"))
 
 
+def work_at(terminal: str) -> None:
+    """A session of its own, whose controlling terminal this becomes."""
+    os.setsid()
+    os.environ["TERM"] = "xterm"
+    opened = os.open(terminal, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(opened, descriptor)
+    os.close(opened)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))
+
+
 def test_a_closed_terminal_saves_and_exits_85(recipe: Path, tmp_path: Path) -> None:
     """With the progress bar on it: writing to what is gone must not be an error."""
     master, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lrnn_lm.cli", "train", str(recipe), f"train.runs_dir={tmp_path}", *LONG],
-        env=environment() | {"TERM": "xterm"}, cwd=ROOT, start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(1), os.O_RDWR)),  # becomes its controlling terminal
-        stdin=terminal, stdout=terminal, stderr=terminal,
-    )  # fmt: skip
+    process = Forked(
+        recipe, f"train.runs_dir={tmp_path}", *LONG, first=partial(work_at, os.ttyname(terminal))
+    )
     os.close(terminal)
     os.set_blocking(master, False)
     deadline = time.monotonic() + 90
@@ -54,10 +61,10 @@ def test_a_closed_terminal_saves_and_exits_85(recipe: Path, tmp_path: Path) -> N
             os.read(master, 1 << 16)
         except BlockingIOError:
             time.sleep(0.02)
-        assert process.poll() is None
+        assert process.runs()
         assert time.monotonic() < deadline
     os.close(master)
-    assert process.wait(timeout=60) == 85
+    assert process.finish(60)[0] == 85
     assert list((tmp_path / "tiny/checkpoints").glob("step-*"))
 
 

@@ -23,7 +23,7 @@ from lrnn_lm.runs import checkpoint
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.tensors import is_sharded_folder, read_shards
 
-STEPS, ROWS = 50, 12
+STEPS, ROWS = 24, 12
 LAST = f"checkpoints/step-{STEPS:08d}"
 # How the model is shared (hsdp: two ranks hold a copy), ranks, rows of a micro-batch: of 12 rows a step, 1, 2
 # or 4 micro-batches a rank.
@@ -37,8 +37,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(
         tmp_path_factory.mktemp("ranks"),
         train={"tokens": STEPS * ROWS * 64, "tokens_per_step": ROWS * 64, "micro_batch": 12},
-        checkpoint={"every": "20 steps"},
-        eval={"every": "25 steps"},
+        checkpoint={"every": "10 steps"},
+        eval={"every": "12 steps"},
         optim={"lr": 0.003},
     )
 
@@ -115,7 +115,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_path: Path) -> None:
     """4 ranks, then 3, shared in each way: every row once, in the order of one process; its losses."""
     seen = tmp_path / "seen"
-    stages = [("ddp", 4, 9), ("hsdp", 4, 21), ("fsdp2", 3, 36), ("ddp", 3, None)]
+    stages = [("ddp", 4, 5), ("hsdp", 4, 11), ("fsdp2", 3, 17), ("ddp", 3, None)]
     for parallel, ranks, end in stages:
         prank = Prank(rank=ranks - 1, step=end, signal=signal.SIGUSR1) if end else None
         Ranks(

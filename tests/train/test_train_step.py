@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from types import FrameType
 
 import pytest
 import torch
+from forks import run_code
 from tiny_run import ROOT, environment, losses, metrics, validations
 from torch import Tensor
 from torch.nn import functional
@@ -81,13 +81,13 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         stopped.run()
     command = [
-        sys.executable, "-m", "accelerate.commands.launch",
         "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
         "--mixed_precision", "no", "--dynamo_backend", "no",
         "-m", "lrnn_lm.train", str(recipe), "name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2",
         "checkpoint.every=0.0005 min", f"data.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    launcher = "from accelerate.commands.launch import main; main()"  # forked; the ranks are not
+    done = run_code(launcher, *command, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("going on from step 2 of 12") == 1
     assert "(2 ranks)" in done.stderr
