@@ -27,6 +27,7 @@ HOMES = {  # name: module; `train` and `evaluate` are packages that can be calle
     "load_recipe": "recipe",
     "train": "",
 }
+FORMATS = ("transformers", "onnx")  # of `lrnn export`
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
@@ -154,10 +155,11 @@ def export_checkpoint(
     dtype: str | None = None,
     license: str | None = None,
     average: bool = False,
+    format: str = "transformers",
 ) -> None:
-    """What `lrnn export` does: a new folder that torch and transformers alone load, with a card.
+    """What `lrnn export` does: a new folder that torch and transformers alone load, with a card; or graphs.
 
-    license: named in the card; None for the recipe's. average: the moving average of the weights. Raises
+    format: transformers, or onnx (`model.export.onnx`; in fp32, without a card). license: named in the card; None for the recipe's. average: the moving average of the weights. Raises
     ValueError as `model.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar
@@ -166,6 +168,15 @@ def export_checkpoint(
     from .model.export import export
     from .train.tensors import plain_folder
 
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: use {' or '.join(FORMATS)}")
+    if format == "onnx" and (dtype or license):
+        raise ValueError("--format onnx writes fp32 and no card: leave --dtype and --license out")
     disable_progress_bar()
     with plain_folder(checkpoint, average) as plain:
+        if format == "onnx":
+            from .model.export.onnx import export_onnx
+
+            export_onnx(plain, folder)
+            return
         export(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))

@@ -287,16 +287,19 @@ def export(
         str | None,
         typer.Option(help="licence named in the model card, as in apache-2.0; default: the recipe's"),
     ] = None,
+    format: Annotated[str, typer.Option(help="transformers, or onnx: graphs in fp32")] = "transformers",
 ) -> None:
     """Write a folder that loads without lrnn-lm.
 
     It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
-    (trust_remote_code=True).
+    (trust_remote_code=True). With --format onnx it holds one ONNX graph for a token and one for 16, which
+    onnxruntime runs without PyTorch.
     """
     from .api import export_checkpoint
 
-    export_checkpoint(checkpoint, folder, dtype, license, average)
-    print(f"exported to {folder}; it loads with torch and transformers alone")
+    export_checkpoint(checkpoint, folder, dtype, license, average, format)
+    needs = "onnxruntime" if format == "onnx" else "torch and transformers"
+    print(f"exported to {folder}; it loads with {needs} alone")
 
 
 @app.command()

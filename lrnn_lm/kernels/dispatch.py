@@ -261,6 +261,8 @@ def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...])
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
     expect_floats(gates=gates, values=values)
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return BACKENDS["reference"]  # the others are operators of our own, which ONNX has no counterpart of
     if backend == "auto":
         here = values.device.type
         candidates = (b for b in reversed(BACKENDS.values()) if b.devices is None or here in b.devices)

@@ -100,6 +100,8 @@ def _check(
 
 
 def _choose(backend: str, *inputs: Tensor) -> str:
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return "reference"
     if backend == "auto":
         on_gpu = inputs[0].is_cuda
         return "triton" if on_gpu and _triton_obstacle(*inputs) is None else "torch"

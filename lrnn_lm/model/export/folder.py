@@ -7,7 +7,8 @@ chosen precision, tokenizer, code and a model card, without the trainer's state.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,13 +59,9 @@ def export(
     checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
-    _check_checkpoint(checkpoint)
-    _check_target(target)
-    _check_tokenizer(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        _load(checkpoint, dtype).save_pretrained(aside)
+    check_exportable(checkpoint, target)
+    with written_aside(target) as aside:
+        load_model(checkpoint, dtype).save_pretrained(aside)
         shutil.copytree(
             checkpoint,
             aside,
@@ -75,10 +72,26 @@ def export(
         write_remote_code(aside)
         if write_card is not None:
             write_card(aside)
+    return target
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder to be made beside the target, which takes the target's place once it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
         aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target
+
+
+def check_exportable(checkpoint: Path, target: Path) -> None:
+    """Raise ValueError if the checkpoint or its tokenizer cannot be exported, or the target is in use."""
+    _check_checkpoint(checkpoint)
+    _check_target(target)
+    _check_tokenizer(checkpoint)
 
 
 def _other_files(checkpoint: Path) -> Callable[[str, list[str]], set[str]]:
@@ -92,7 +105,7 @@ def _other_files(checkpoint: Path) -> Callable[[str, list[str]], set[str]]:
     return ignore
 
 
-def _load(checkpoint: Path, dtype: str | None) -> LRNNForCausalLM:
+def load_model(checkpoint: Path, dtype: str | None) -> LRNNForCausalLM:
     try:
         return LRNNForCausalLM.from_pretrained(
             checkpoint, dtype=DTYPES.get(dtype, "auto"), local_files_only=True

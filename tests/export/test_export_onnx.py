@@ -1,0 +1,73 @@
+"""`lrnn export --format onnx`: graphs that onnxruntime runs without PyTorch, with the model's numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from lrnn_lm import LRNNForCausalLM, cli
+from lrnn_lm.model.export.onnx import export_onnx
+
+RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
+
+
+@pytest.fixture(scope="module")
+def exported(make_checkpoint, tmp_path_factory):
+    checkpoint = make_checkpoint("bd_lru")
+    return checkpoint, export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
+
+
+@torch.no_grad()
+def test_prompt_and_tokens_have_the_models_logits(exported):
+    """Of several sequences: two passes of prefill.onnx, then token by token, from states of zeros."""
+    checkpoint, folder = exported
+    states = [
+        np.zeros((3, *shape), np.float32)
+        for shape in json.loads((folder / "onnx.json").read_text())["states"]
+    ]
+    ids, logits = torch.randint(53, (3, 8), generator=torch.Generator().manual_seed(0)), []
+    for name, start, stop in (("prefill", 0, 3), ("prefill", 3, 6), ("token", 6, 7), ("token", 7, 8)):
+        graph = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+        names = [given.name for given in graph.get_inputs()]
+        given = [ids[:, start:stop].numpy(), *states]
+        part, *states = graph.run(None, dict(zip(names, given, strict=True)))
+        logits.append(torch.from_numpy(part))
+    want = LRNNForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), want, rtol=1e-4, atol=1e-4)
+    shared = (folder / "weights.bin").stat().st_size
+    assert (folder / "token.onnx").stat().st_size < shared + 400_000  # the weights are there once
+
+
+def test_the_example_writes_the_models_text_without_pytorch(exported):
+    checkpoint, folder = exported
+    text = "w11 w12 w13 w14"
+    code = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0])"
+    command = [sys.executable, "-c", code, RUNNER, folder, text, "5"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = LRNNForCausalLM.from_pretrained(checkpoint).eval()
+    start = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    want = model.generate(torch.tensor([start]), max_new_tokens=5, do_sample=False)[0]
+    assert told.stdout.strip() == tokenizer.decode(want, skip_special_tokens=True).strip()
+
+
+def test_what_has_no_graph_is_refused(make_checkpoint, tmp_path, capsys):
+    folder = make_checkpoint("hybrid")
+    for words, message in (
+        (["--format", "onnx"], "layer 1 (attention) cannot be exported to ONNX: its keys and values grow"),
+        (["--format", "gguf"], "format 'gguf': use transformers or onnx"),
+        (["--format", "onnx", "--dtype", "bf16"], "writes fp32 and no card"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["export", str(folder), str(tmp_path / "out"), *words])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
