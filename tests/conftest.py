@@ -50,6 +50,11 @@ def pytest_collection_finish() -> None:
     gc.freeze = gc.unfreeze = lambda: None
 
 
+def pytest_unconfigure(config: pytest.Config, unfreeze=gc.unfreeze) -> None:
+    """Let Triton's objects go before its library does, which complains of those that are left."""
+    unfreeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
