@@ -50,11 +50,16 @@ class TokenizerRecipe:
 def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
     """Read and check a SentencePiece recipe; `vocab_size` overrides the one in the file. Raises DataError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        data, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         raise DataError(
             f"{path}: cannot read this tokenizer recipe: {' '.join(str(error).split())}"
         ) from None
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: {twice[0]} is given twice; make one of them")
     if not isinstance(data, dict):
         raise DataError(f"{path}: a tokenizer recipe is a mapping of keys such as model_type and vocab_size")
     known = {f.name: f.type for f in fields(TokenizerRecipe)}

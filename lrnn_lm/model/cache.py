@@ -18,6 +18,9 @@ from ..mixers.base import is_traced
 from .config import LRNNConfig
 
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
+# What an attention layer keeps of each row beside keys and values, (B,): where its last document began, and
+# how far its positions are ahead of the count of its tokens.
+NOTES = ("document_start", "position_shift")
 
 
 class RecurrentCache(DynamicCache):
@@ -36,6 +39,7 @@ class RecurrentCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make of each row `repeats` rows, next to each other."""
+        self._move_notes(lambda note: note.repeat_interleave(repeats))
         for layer in self.layers:
             if is_recurrent(layer):
                 layer.recurrent_states = _each(layer, lambda s: s.repeat_interleave(repeats, dim=0))
@@ -44,16 +48,35 @@ class RecurrentCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
+        self._move_notes(lambda note: note[indices.to(note.device)])
         for layer in self.layers:
             if is_recurrent(layer):
                 layer.recurrent_states = _each(layer, lambda s: s[indices.to(s.device)])
             else:
                 layer.batch_select_indices(indices)
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' for attention to all tokens; else a ValueError: a state cannot be cut back."""
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same for beam search."""
+        self._move_notes(lambda note: note[beam_idx.to(note.device)])
+        super().reorder_cache(beam_idx)
+
+    def _move_notes(self, move: Any) -> None:
+        for layer in self.layers:
+            for name, note in notes_of(layer).items():
+                setattr(layer, name, move(note))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers' for attention to all tokens; else a ValueError: a state cannot be cut back, nor
+        packed rows to a document before their last."""
         if {*map(_kind, self.layers)} <= {"full_attention"}:
-            return super().crop(*args, **kwargs)
+            starts = [notes_of(layer).get("document_start") for layer in self.layers]
+            left = tokens_to_remove + (int(tokens_seen(self)) if tokens_to_remove <= 0 else 0)
+            if any(start is not None and bool((start > left).any()) for start in starts):
+                raise ValueError(
+                    "packed rows cannot be cut back to before the last document; "
+                    "keep a copy with lrnn_lm.model.copy_states"
+                )
+            return super().crop(tokens_to_remove)
         raise ValueError(
             "a recurrent state or a window cannot be cut back to an earlier token; "
             "keep a copy with lrnn_lm.model.copy_states"
@@ -136,12 +159,25 @@ def tokens_seen(cache: Cache | None) -> int | Tensor:
     return layer.seen_tokens if layer.has_previous_state[0] else 0
 
 
-def document_start(layer: Any) -> Any:
-    """(B,) where the last document begins among an attention layer's keys; None if there is only one.
+def notes_of(layer: Any) -> dict[str, Tensor]:
+    """The `NOTES` that a cache layer has."""
+    return {name: getattr(layer, name) for name in NOTES if hasattr(layer, name)}
 
-    With a window: at which of its row's tokens, padding aside.
+
+def note_of(layer: Any, name: str, past: int | Tensor) -> Tensor | None:
+    """One of the `NOTES` of a layer that has seen `past` tokens; None where there is nothing to tell.
+
+    document_start: (B,) where the last document begins among the layer's keys; with a window: at which of its
+    row's tokens, padding aside. The notes of a cache that was emptied since are forgotten.
     """
-    return layer.document_start if hasattr(layer, "document_start") else None
+    if not hasattr(layer, name):
+        return None
+    if isinstance(past, Tensor):  # of a static cache, on whose value a graph must not depend
+        setattr(layer, name, getattr(layer, name) * (past > 0))
+    elif not past:
+        delattr(layer, name)
+        return None
+    return getattr(layer, name)
 
 
 def state_mixer(layer: Any) -> str | None:

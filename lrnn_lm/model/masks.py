@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..mixers.base import is_exported, is_traced
 from ..mixers.spans import blocks_of_spans, mask_of_spans
-from .cache import document_start
+from .cache import note_of
 from .config import LRNNConfig
 from .documents import before, document_starts
 
@@ -112,12 +112,39 @@ def tokens_last(token_mask: Tensor, keep_state: bool) -> Tensor | None:
     return token_mask.long().argsort(dim=1, stable=True)
 
 
-def positions_of(attention_mask: Tensor | None, x: Tensor, past: int | Tensor) -> Tensor:
-    """(B or 1, T) the position of each new token of x (B, T, D) in its row, padding not counted."""
-    T = x.shape[1]
+def positions_of(
+    attention_mask: Tensor | None,
+    x: Tensor,
+    past: int | Tensor,
+    layer: Any = None,
+    given: Tensor | None = None,
+) -> Tensor:
+    """(B or 1, T) the position of each new token of x (B, T, D): as given, or counted on from the last.
+
+    Padding is not counted. layer: a cache layer of attention, which keeps how far the given positions were
+    ahead of the count, as keys before are turned by them.
+    """
+    B, T, _ = x.shape
+    step = T == 1 and (isinstance(past, Tensor) or past > 0)  # which goes on as the tokens before it
+    if given is not None and (layer is None or step or is_exported()):
+        return given
     if attention_mask is None or attention_mask.ndim == 4:
-        return (torch.arange(T, device=x.device) + past).unsqueeze(0)
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+        count = (torch.arange(T, device=x.device) + past).unsqueeze(0)
+        last = None
+    else:
+        count = (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+        token = attention_mask[:, -T:].bool()
+        last = token.long().cumsum(dim=1).argmax(dim=1, keepdim=True)  # (B, 1) each row's last token
+    shift = None if layer is None else note_of(layer, "position_shift", past)
+    if given is None:
+        return count if shift is None else count + shift.unsqueeze(1)
+    ahead = (given - count).expand(B, T)
+    if last is None:
+        layer.position_shift = ahead[:, -1]
+    else:  # a row of padding alone keeps what it had
+        before = ahead.new_zeros(B) if shift is None else shift
+        layer.position_shift = torch.where(token.any(dim=1), ahead.gather(1, last).squeeze(1), before)
+    return given
 
 
 def check_padding(layer: Any, attention_mask: Tensor | None, T: int, past: int | Tensor) -> None:
@@ -175,8 +202,7 @@ def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tens
 
     The cache layer keeps where its last document began: keys before that are of no document that goes on.
     """
-    # A static cache tells its length by a tensor, on whose value a graph must not depend.
-    start = document_start(layer) if isinstance(past, Tensor) or past else None  # (B,)
+    start = None if layer is None else note_of(layer, "document_start", past)  # (B,)
     if reset is None:
         return None if start is None else lambda batch, head, query, key: key >= start[batch]
     B, T, _ = x.shape
@@ -294,7 +320,7 @@ def _spans(
         if counted is not None:
             keys = keys - (past + T - counted[:, -1:])
             order = _padding_first(token, queries[:, :1], length, layer)
-    document = None if layer is None or not past else document_start(layer)
+    document = None if layer is None else note_of(layer, "document_start", past)
     document = None if document is None else document.unsqueeze(1)
     if starts is not None:
         begun = torch.where(starts, queries, 0).cummax(dim=1).values

@@ -170,8 +170,7 @@ class LRNNModel(LRNNPreTrainedModel):
             layer = None if cache is None else next(each for each in cache.layers if not is_recurrent(each))
             past = 0 if layer is None else layer.get_seq_length()
             check_padding(layer, given, x.shape[1], past)
-            if position_ids is None:
-                position_ids = positions_of(given, x, past)
+            position_ids = positions_of(given, x, past, layer, position_ids)
             eager = self.config._attn_implementation == "eager"
             blocks = not eager and takes_blocks(x, min(mixer.head_dim for mixer in attention))
             masks, order = attention_masks(self.config, x, given, batch.starts, cache, blocks)

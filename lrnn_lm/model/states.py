@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from .cache import (
+    NOTES,
     RecurrentCache,
     check_cache,
-    document_start,
     is_recurrent,
+    notes_of,
     state_mixer,
     tokens_seen,
     window_of,
@@ -131,8 +132,7 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
         first = 0 if (window := window_of(layer)) is None else 1 - window  # a static layer keeps one more
         tensors[f"{i}.keys"] = layer.keys[:, :, :length][:, :, first:]
         tensors[f"{i}.values"] = layer.values[:, :, :length][:, :, first:]
-        if (start := document_start(layer)) is not None:
-            tensors[f"{i}.document_start"] = start
+        tensors |= {f"{i}.{name}": note for name, note in notes_of(layer).items()}
     return tensors
 
 
@@ -157,8 +157,9 @@ def _cache_of(
             layer.update(tensors[f"{i}.keys"].to(dtype), tensors[f"{i}.values"].to(dtype))
             if window is not None:
                 layer.cumulative_length = tokens
-            if f"{i}.document_start" in tensors:
-                layer.document_start = tensors[f"{i}.document_start"]
+            for name in NOTES:
+                if f"{i}.{name}" in tensors:
+                    setattr(layer, name, tensors[f"{i}.{name}"])
         cache.layers.append(layer)
     return cache
 

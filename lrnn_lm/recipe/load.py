@@ -44,6 +44,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises RecipeError, which lists every mistake.
     """
 
+    _check_kept(overrides or [])
+
     def override(below: dict[str, Any]) -> dict[str, Any]:
         data = copy.deepcopy(below)
         for text in overrides or []:
@@ -260,7 +262,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = load_override(text, field_type(Recipe, *keys))
     except TwiceError as error:
         raise RecipeError(f"override {override!r}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
         lost = f" ({error})" if "would be lost" in str(error) else ""
         raise RecipeError(f"override {override!r}: the value is not valid YAML{lost}") from None
     for depth, key in enumerate(keys[:-1]):
@@ -273,6 +275,17 @@ def _apply(data: dict[str, Any], override: str) -> None:
             )
         data = child
     data[keys[-1]] = value
+
+
+def _check_kept(overrides: list[str]) -> None:
+    """Raise RecipeError for an override of a whole section after one of a key in it, which would be lost."""
+    for place, after in enumerate(overrides):
+        section = f"{after.partition('=')[0].strip()}."
+        if lost := [before for before in overrides[:place] if before.strip().startswith(section)]:
+            raise RecipeError(
+                f"override {after!r} replaces the whole section, and {lost[0]!r} before it would be lost; "
+                "put it after"
+            )
 
 
 def _explain(detail: Any) -> str:

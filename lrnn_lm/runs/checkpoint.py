@@ -245,7 +245,7 @@ def verify(folder: Path) -> str | None:
     try:
         manifest = json.loads(CheckpointFolder(folder).manifest.read_text())
         files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest is missing or unreadable"
     if manifest.get("format") not in _READABLE:
         raise CheckpointError(
@@ -253,11 +253,14 @@ def verify(folder: Path) -> str | None:
             f"reads {' and '.join(map(str, _READABLE))}). Go on with that version, or move the folder away."
         )
     wrong = _incomplete(folder, manifest["files"])
-    wrong = wrong or next(filter(None, (_misplaced(folder, name) for name in manifest["files"])), None)
-    if wrong is not None:
-        return wrong
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashlib releases the GIL
-        return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
+    try:
+        wrong = wrong or next(filter(None, (_misplaced(folder, name) for name in manifest["files"])), None)
+        if wrong is not None:
+            return wrong
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashlib releases the GIL
+            return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
+    except OSError as error:  # of the disk, or a name that no file can have
+        return f"a file cannot be read: {error.strerror}"
 
 
 def _incomplete(folder: Path, files: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -100,10 +101,13 @@ def load_checkpoint(
         AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         if encodes:
-            model = LRNNForReconstruction.from_pretrained(path, dtype="auto", local_files_only=True)
+            kind, trust = LRNNForReconstruction, {}
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, **trust)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+            kind = AutoModelForCausalLM
+        model, told = kind.from_pretrained(
+            path, dtype="auto", local_files_only=True, output_loading_info=True, **trust
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{checkpoint}: only loads with code of its own; read it, then pass --trust-remote-code"
@@ -114,6 +118,10 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"
         ) from error
+    if missing := sorted(told["missing_keys"]):  # which transformers draws at random
+        raise ValueError(
+            f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; copy the folder anew"
+        )
     return model.to(target).eval(), tokenizer
 
 

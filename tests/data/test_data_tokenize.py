@@ -161,6 +161,8 @@ def test_shipped_recipes(name: str) -> None:
         ({"vocab_size": 100}, "no room for special tokens and bytes"),
         ({"model_type": "word"}, "bpe or unigram, not 'word'"),
         ({"vocab_size": 2**31}, r"below 2\^31, not 2147483648"),
+        ({"vocab_size": "300\nvocab_size: 400"}, r"r.yaml: vocab_size is given twice"),
+        ({"vocab_size": "9" * 5000}, "r.yaml: cannot read this tokenizer recipe: Exceeds the limit"),
         ({"character_coverage": 2}, r"lies in \[0.98, 1\], not 2"),
         ({"character_coverage": 0.95}, r"lies in \[0.98, 1\], not 0.95"),
         ({"character_coverage": ".nan"}, r"lies in \[0.98, 1\], not nan"),

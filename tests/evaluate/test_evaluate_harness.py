@@ -337,6 +337,9 @@ def test_a_suite_names_tasks_and_settings(checkpoint, loaded, tmp_path):
     suite.write_text("task: [x]\n")
     with pytest.raises(ValueError, match=r"mine\.yaml.*task"):
         read_suite(suite)
+    suite.write_text("tasks: [a]\nlimit: 2\ntasks: [b]\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: tasks is given twice"):
+        read_suite(suite)
 
 
 def test_context_length_comes_from_config_then_recipe(loaded, tmp_path, monkeypatch):

@@ -164,3 +164,30 @@ def test_a_recipes_tokenizer_with_code_is_refused(checkpoint, marker, tmp_path, 
         assert code == 2
         assert "code of its own" in told.splitlines()[-1]
         assert not marker.exists()
+
+
+def test_no_weight_is_made_up_or_run(checkpoint, tmp_path, marker, lrnn):
+    """Weights that are missing would be drawn at random; pickled ones may hold code."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, said = lrnn("generate", str(folder), "--max-new-tokens", "1")
+    assert code == 2
+    assert said.endswith(
+        "1 weights are missing, such as model.layers.1.mlp.up_proj.weight; copy the folder anew\n"
+    )
+    (folder / "model.safetensors").unlink()
+
+    class Code:
+        def __reduce__(self):
+            return exec, (f"open({str(marker)!r}, 'w')",)
+
+    torch.save({"lost": lost, "code": Code()}, folder / "pytorch_model.bin")
+    code, said = lrnn("generate", str(folder), "--max-new-tokens", "1")
+    assert code == 2
+    assert "cannot be loaded as a model" in said
+    assert not marker.exists()

@@ -4,9 +4,10 @@ import pytest
 import torch
 from small_models import close, prefilled, small_model, states, tokens
 from tolerances import TOLERANCE
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from lrnn_lm.model import cache as caches
+from lrnn_lm.model import copy_states, load_states, save_states
 from lrnn_lm.model.cache import check_state, layer_state, make_cache, tokens_seen
 
 SUMS = TOLERANCE["other order of sums"]
@@ -47,6 +48,54 @@ def test_rows_of_a_cache(name, change, rows):
     change(make_cache(model.config))  # of nothing nothing is made
     got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
     close(got, model(ids[rows]).logits[:, 6:], SUMS)
+    cache = make_cache(model.config)
+    reset = torch.zeros_like(ids, dtype=torch.bool)
+    reset[[0, 1], [4, 2]] = True  # each row's last document goes on
+    model(ids[:, :6], reset=reset[:, :6], past_key_values=cache, use_cache=True)
+    change(cache)
+    got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
+    close(got, model(ids[rows], reset=reset[rows]).logits[:, 6:], SUMS)
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid", "attention-window"])
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_positions_go_on_from_those_given(name, static, tmp_path):
+    """After positions that do not count from the first token; a cache that is emptied forgets them."""
+    model, ids = small_model(name), tokens(length=9)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [7, 8, 3, 4, 5, 6]])
+    begins = [3, 2]
+    want = torch.cat([model(ids[i : i + 1, n:]).logits[:, 6 - n :] for i, n in enumerate(begins)])
+    cache = StaticCache(config=model.config, max_cache_len=16) if static else make_cache(model.config)
+
+    def read():
+        model(ids[:, :6], position_ids=positions, past_key_values=cache, use_cache=True)
+
+    def rest(cache, rows=(0, 1)):
+        parts = ids[list(rows), 6:].split(1, dim=1)
+        return torch.cat([model(p, past_key_values=cache, use_cache=True).logits for p in parts], dim=1)
+
+    read()
+    close(rest(copy_states(cache, 2), (0, 0, 1, 1)), want.repeat_interleave(2, dim=0), SUMS)
+    save_states(cache, tmp_path / "states", model)
+    close(rest(load_states(tmp_path / "states", model)), want, SUMS)
+    close(rest(cache), want, SUMS)
+    cache.reset()
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([5, 4], dim=1)]
+    close(torch.cat(parts, dim=1), model(ids).logits, SUMS)
+
+
+@torch.no_grad()
+def test_positions_go_on_after_padding():
+    model, ids = small_model("hybrid"), tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, 4:6] = mask[1, :2] = 0
+    positions = torch.tensor([[5, 6, 7, 8, 0, 0], [1, 1, 3, 4, 5, 6]])
+    cache = make_cache(model.config)
+    some = {"past_key_values": cache, "use_cache": True}
+    model(ids[:, :6], attention_mask=mask[:, :6], position_ids=positions, **some)
+    got = model(ids[:, 6:], attention_mask=mask, **some).logits
+    close(got, model(ids, attention_mask=mask).logits[:, 6:], SUMS)
 
 
 @torch.no_grad()
@@ -55,6 +104,9 @@ def test_a_state_cannot_be_cut_back():
     cache = make_cache(model.config, prefilled(model, ids))
     cache.crop(-3)
     close(model(ids[:, 6:], past_key_values=cache, use_cache=True).logits, model(ids).logits[:, 6:], SUMS)
+    cache = model(ids, reset=torch.arange(9).expand(2, 9) == 5, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cut back to before the last document"):
+        cache.crop(-5)
     for name in ("bd_lru", "hybrid", "hybrid-attention-first", "attention-window"):
         model = small_model(name)
         with pytest.raises(ValueError, match=r"cannot be cut back .* lrnn_lm.model.copy_states"):
@@ -128,11 +180,11 @@ def test_caches_of_other_layers_are_refused():
 def test_documents_are_remembered_by_attention_alone():
     model, ids = small_model("hybrid"), tokens()
     cache = prefilled(model, ids)
-    assert [caches.document_start(layer) for layer in cache.layers] == [None] * 3
+    assert [caches.notes_of(layer).get("document_start") for layer in cache.layers] == [None] * 3
     reset = torch.zeros_like(ids, dtype=torch.bool)
     reset[0, 4], reset[1, [2, 7]] = True, True
     cache = model(ids, reset=reset, use_cache=True).past_key_values
-    found = [caches.document_start(layer) for layer in cache.layers]
+    found = [caches.notes_of(layer).get("document_start") for layer in cache.layers]
     assert found[1].tolist() == [4, 7]
     assert found[0] is found[2] is None
     assert [caches.state_mixer(layer) for layer in cache.layers] == ["bd_lru", None, "h_lru"]

@@ -148,6 +148,12 @@ def test_given_twice(base: Path, text: str, key: str, lines: tuple[int, int]) ->
 def test_given_twice_elsewhere(base: Path) -> None:
     with pytest.raises(RecipeError, match="path is given twice"):
         load_recipe(base, ["data.source={type: text, path: a, path: b}"])
+    for one, section in (("optim.lr=1", "optim={}"), ("model.mixer.order=2", " model ={hidden_size: 8}")):
+        with pytest.raises(RecipeError, match=f"'{one}' before it would be lost"):
+            load_recipe(base, ["seed=1", one, section])
+        load_recipe(base, ["optim={lr: 1}", "optim.lr=2", "optim.lr=3"])  # the last of one key counts
+    with pytest.raises(RecipeError, match=r"override 'seed=9+': the value is not valid YAML"):
+        load_recipe(base, [f"seed={'9' * 5000}"])
     sweep = base.with_name("sweep.yaml")
     sweep.write_text("seed: [1]\noptim.lr: [1]\nseed: [2]\n")
     with pytest.raises(RecipeError, match=r"sweep.yaml: seed is given twice, in lines 1 and 3"):

@@ -270,6 +270,14 @@ def test_no_table_of_files(folder: Path, files: object) -> None:
     assert checkpoint.verify(folder) == "its manifest is missing or unreadable"
 
 
+def test_what_cannot_be_read_is_damage(folder: Path) -> None:
+    """So that the run goes on from the checkpoint before: no traceback, nor an end."""
+    change_manifest(folder, files_of(folder) | {"x" * 300: files_of(folder)["config.json"]})
+    assert checkpoint.verify(folder) == "a file cannot be read: File name too long"
+    (folder / "trainer/manifest.json").write_text("[" * 100_000)
+    assert checkpoint.verify(folder) == "its manifest is missing or unreadable"
+
+
 @pytest.mark.parametrize("facts", [{}, [], None, {"bytes": "3"}, {"sha256": ""}])
 def test_no_facts_of_a_file(folder: Path, facts: object) -> None:
     change_manifest(folder, files_of(folder) | {"config.json": facts})

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lrnn_lm.recipe import resolve_path, shipped
+from lrnn_lm.recipe import read_yaml, resolve_path, shipped
+from lrnn_lm.recipe.reading import settle
 
 from ...files import hub_is_reachable
 from ...requirements import check_extra
@@ -36,9 +36,7 @@ def read_suite(file: str | Path) -> Suite:
         known = ", ".join(sorted(p.stem for p in shipped("eval/suites").glob("*.yaml")))
         raise ValueError(f"{file}: no such suite file; the project ships {known}")
     try:
-        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        return Suite.model_validate(settle(read_yaml(path, Path(file)), Suite))
     except ValidationError as error:
         wrong = [(".".join(map(str, detail["loc"])) or "suite", detail["msg"]) for detail in error.errors()]
         raise ValueError(f"{file}: " + "; ".join(f"{key}: {message}" for key, message in wrong)) from None
