@@ -90,8 +90,8 @@ def load_checkpoint(
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
-    architectures = json_table(CheckpointFolder(path).config).get("architectures") or []
-    encodes = "LRNNForReconstruction" in architectures
+    config = json_table(CheckpointFolder(path).config)
+    encodes = "LRNNForReconstruction" in (config.get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
@@ -100,10 +100,7 @@ def load_checkpoint(
         trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
         AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
-        if encodes:
-            kind, trust = LRNNForReconstruction, {}
-        else:
-            kind = AutoModelForCausalLM
+        kind, trust = (LRNNForReconstruction, {}) if encodes else (AutoModelForCausalLM, trust)
         model, told = kind.from_pretrained(
             path, dtype="auto", local_files_only=True, output_loading_info=True, **trust
         )
