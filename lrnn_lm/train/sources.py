@@ -205,11 +205,18 @@ def describe_data(recipe: Recipe, prepared: Prepared) -> list[str]:
 
 
 def notes(prepared: Prepared) -> list[str]:
-    """What to tell of held-out token files that do not read back as the same ids."""
+    """What to tell of documents that are left out: short ones, and held-out token files that do not read back
+    as the same ids."""
     lines = []
     for name, part in parts_of(prepared).items():
-        facts = {} if isinstance(part, SyntheticData) else part.manifest["splits"]["validation"]
+        splits = {} if isinstance(part, SyntheticData) else part.manifest["splits"]
+        facts = splits.get("validation", {})
         label, why = f"{name}: " if name else "", "whose text, tokenised again, gives other ids"
+        if short := splits.get("train", {}).get("short"):
+            lines.append(
+                f"{label}{short['num_documents']:,} training documents of fewer than {short['below']:,} "
+                f"tokens, {short['num_tokens']:,} tokens in all, are left out (data.min_document)"
+            )
         if changed := facts.get("changed"):
             lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")
         if left_out := facts.get("left_out"):

@@ -24,6 +24,7 @@ from lrnn_lm.data.mixture import Mixture, MixtureStage
 from lrnn_lm.data.tokenize import read_facts
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer, prepare_data
+from lrnn_lm.train.sources import describe_data, notes
 
 WEB, CODE, NEWS = make_texts(70, seed=1), [t.upper() for t in make_texts(40, seed=2)], make_texts(30, seed=3)
 STAGES = [
@@ -249,6 +250,22 @@ def test_text_and_token_files_together(straight, folder: Path, tmp_path: Path) -
     assert {"bits_per_byte/web", "bits_per_byte/code", "bits_per_byte/news", "bits_per_byte"} <= line.keys()
     held = [json.loads(text) for text in (trainer.folder / "heldout.jsonl").read_text().splitlines()]
     assert {entry["text"] for entry in held if entry["source"] == "code"} < set(CODE)
+
+
+def test_short_documents_of_each_source_are_left_out_and_told(straight, folder: Path) -> None:
+    """In `lrnn prepare` and where a run starts; rows are then a function of what is left."""
+    recipe = load_recipe(folder / "tiny.yaml", ["data.min_document=200"])
+    prepared = prepare_data(recipe, progress=False)
+    told = [line for line in describe_data(recipe, prepared) if "fewer than 200 tokens" in line]
+    assert told == notes(prepared)
+    assert [line.split(":")[0] for line in told] == ["code", "news", "web"]
+    for name, part in prepared.parts.items():
+        whole, short = straight.prepared.parts[name].train, part.manifest["splits"]["train"]["short"]
+        assert part.train.num_documents == whole.num_documents - short["num_documents"]
+        ends = [*part.train.document_starts(0, part.train.num_tokens)[1:], part.train.num_tokens]
+        assert np.diff([0, *ends]).min() >= 202
+        assert part.validation.num_tokens == straight.prepared.parts[name].validation.num_tokens
+    assert sum(part.manifest["splits"]["train"]["short"]["num_documents"] for part in prepared.parts.values())
 
 
 def test_the_staged_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
