@@ -222,8 +222,6 @@ class DataSection(Section):
         return self
 
     def _check_mixture(self) -> None:
-        if self.sources and self.rows_in_order is not None:
-            raise ValueError("rows_in_order is for one source, not for a mixture; leave one of them out")
         if self.sources and (self.source != SourceSection() or self.validation_source):
             raise ValueError(
                 "give either sources or source; held-out text is validation_source of each of the sources"

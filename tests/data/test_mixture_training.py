@@ -24,9 +24,10 @@ from lrnn_lm.data.mixture import Mixture, MixtureStage
 from lrnn_lm.data.tokenize import read_facts
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer, prepare_data
-from lrnn_lm.train.sources import describe_data, notes
+from lrnn_lm.train.sources import describe_data, notes, rows_read
 
 WEB, CODE, NEWS = make_texts(70, seed=1), [t.upper() for t in make_texts(40, seed=2)], make_texts(30, seed=3)
+EVAL = "eval.every=100 steps"
 STAGES = [
     {"tokens": 3072, "weights": {"web": 0.6, "code": 0.4}},
     {"tokens": 3072, "weights": {"news": 0.5, "web": 0.5}},
@@ -129,6 +130,33 @@ def test_two_ranks_read_the_same_ids(straight, folder: Path, tmp_path: Path) -> 
     loader = iter(TrainLoader(shards, 64, 0, 8, 8, mixture=mixed))
     for rows in recorded(tmp_path / "ids").values():
         assert np.array_equal(rows, next(loader)[0]["input_ids"].numpy())
+
+
+def test_rows_in_order_of_a_mixture(folder: Path, tmp_path: Path) -> None:
+    """Each lane reads stretches of one source; the sources have their shares of them, stage by stage."""
+    options = ("data.rows_in_order=2", "checkpoint.every=3 steps", "checkpoint.keep_last=9", EVAL)
+    trainer = build(folder, tmp_path, *options)
+    loader = trainer.rows.loader
+    R, C = loader.rows_per_step, 2
+    numbers = loader.row_numbers(0, 12 * R).reshape(6, C, R)
+    ends = np.cumsum([rows.num_rows for rows in loader.rows])
+    sources = np.searchsorted(ends, numbers, side="right")
+    assert (numbers[:, 1] == numbers[:, 0] + 1).all()
+    assert (sources[:, 0] == sources[:, 1]).all()
+    assert ((numbers[:, 0] - np.array([0, *ends])[sources[:, 0]]) % C == 0).all()
+    for steps in (1, 2, 5, 12):
+        read = np.bincount(sources.reshape(-1, R)[:steps].flatten(), minlength=3)
+        assert rows_read(trainer.recipe, steps) == read.tolist()
+    assert len({*sources.flatten()}) > 1
+    part = loader.row_numbers(3 * R + 2, 4)
+    assert part.tolist() == numbers.reshape(-1, R)[3, 2:6].tolist()
+    trainer.run()
+    whole = fingerprint(trainer.checkpoints / "step-00000012")
+    for step in (6, 9, 12):
+        shutil.rmtree(trainer.checkpoints / f"step-{step:08d}")
+    resumed = build(folder, tmp_path, *options)
+    assert resumed.position.step == 3, "within a stretch"
+    assert fingerprint(resumed.run()) == whole
 
 
 def test_the_order_in_the_recipe_does_not_matter(folder: Path) -> None:
