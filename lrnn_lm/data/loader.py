@@ -28,12 +28,12 @@ class TrainLoader:
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
 
     shards: a split of text, or the rows of a synthetic task; or several splits, with the `mixture` that says
-        in which order they are read.
+        in which order their rows, or stretches of `in_order` rows, are read.
     position: samples in all steps so far, over all ranks; a new loader resumes there on any number of ranks.
     curriculum: (length, steps) stages in order; in a stage only the first `length` tokens of a row have
         targets.
     in_order: C > 1: row i of a step follows row i of the step before in the text, C rows long; then come C
-        others. Of one source; its last rows, fewer than C, are not read.
+        others. The last rows of a source, fewer than C, are not read.
 
     Raises DataError if R does not split over the ranks, the text is too short, or a curriculum leaves
     nothing to learn.
@@ -128,22 +128,18 @@ class TrainLoader:
 
     def row_numbers(self, first: int, count: int) -> Indices:
         """Rows (count,) of samples first .. first+count-1, counted through all sources one after another."""
-        if self.in_order > 1:
-            return self._rows_in_order(np.arange(first, first + count, dtype=np.int64))
-        sources, numbers = self.mixture.places(first, count)
+        steps, lanes = np.divmod(np.arange(first, first + count, dtype=np.int64), self.rows_per_step)
+        turns, places = np.divmod(steps, self.in_order)  # a stretch of rows is read in as many steps
+        stretches = turns * self.rows_per_step + lanes
+        low = int(stretches.min())
+        sources, numbers = self.mixture.places(low, int(stretches.max()) - low + 1)
+        sources, numbers = sources[stretches - low], numbers[stretches - low]
         rows = np.empty(count, np.int64)
         for source in np.unique(sources):
             own = sources == source
-            num_rows = self.rows[source].num_rows
-            rows[own] = rows_at(numbers[own], num_rows, self.seed) + self._offsets[source]
+            drawn = rows_at(numbers[own], self.rows[source].num_rows // self.in_order, self.seed)
+            rows[own] = drawn * self.in_order + places[own] + self._offsets[source]
         return rows
-
-    def _rows_in_order(self, samples: Indices) -> Indices:
-        """The same where stretches of `in_order` rows are drawn, and each is read in as many steps."""
-        steps, lanes = np.divmod(samples, self.rows_per_step)
-        turns, places = np.divmod(steps, self.in_order)
-        stretches = rows_at(turns * self.rows_per_step + lanes, self.num_rows // self.in_order, self.seed)
-        return stretches * self.in_order + places
 
     def _learnt_length(self, step: int) -> int:
         """Tokens of a row that have targets in this step.

@@ -25,6 +25,7 @@ from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
 from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, token_dtype
+from .short import Short
 from .specs import DataError, DataSpec, SourceSpec
 from .split import HASHES, HeldOut, one_sided, text_hash, training_sample
 
@@ -141,7 +142,7 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
     folders = [
-        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, spec.shard_tokens])}"
+        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, *_shard_key(spec)])}"
         for spec, key in zip(specs, text_keys, strict=True)
     ]
     if all(folder.is_dir() for folder in folders):
@@ -185,6 +186,11 @@ def _text_key(spec: DataSpec, specs: Sequence[DataSpec]) -> list[Any]:
     ]
     excluded = [sources.fingerprint(other) for other in others if other]
     return [*key, excluded] if excluded else key
+
+
+def _shard_key(spec: DataSpec) -> list[int]:
+    """What decides, of documents and tokenizer that are given, the bytes of the shards."""
+    return [spec.shard_tokens, *([] if spec.min_document is None else [spec.min_document])]
 
 
 def _threshold(spec: DataSpec) -> int:
@@ -285,10 +291,13 @@ def _write_texts(
     """
     dtype = token_dtype(facts.vocab_size)
     writers = {split: ShardWriter(aside, split, dtype, spec.shard_tokens) for split in splits}
+    short = Short(spec)
     heldout_file, hashes = HashedFile(aside / HELDOUT), set()
     with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
         for text, split, ids in encoded:
             size = len(text.encode())
+            if split == "train" and short.leaves_out(len(ids) - 2):
+                continue
             writers[split].add(ids, size)
             if split == "validation":
                 heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
@@ -298,9 +307,12 @@ def _write_texts(
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
-            raise one_sided(split)
+            raise (short.error() if split == "train" and short.documents else one_sided(split))
         files |= writer.files
-    return {split: writer.summary() for split, writer in writers.items()}, files, hashes
+    found = {split: writer.summary() for split, writer in writers.items()}
+    if "train" in found:
+        found["train"] |= short.facts()
+    return found, files, hashes
 
 
 def _build_tokenizer(

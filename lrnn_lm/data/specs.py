@@ -32,6 +32,7 @@ class DataSpec:
     source: SourceSpec = field(default_factory=SourceSpec)
     validation_source: SourceSpec | None = None  # None: hold out a fraction of `source`
     validation_fraction: float = 0.02
+    min_document: int | None = None  # training documents whose text has fewer tokens are left out
     tokenizer: str = "tokenizers/bpe-4k.yaml"  # a SentencePiece recipe, a folder, or a hub name
     sequence_length: int = 2048  # only checked: the text must fill one row
     cache_dir: str = "cache"

@@ -22,6 +22,7 @@ from . import sources
 from .encode import encode_documents
 from .progress import Progress
 from .shards import HELDOUT, STARTS_DTYPE, HashedFile
+from .short import Short
 from .specs import DataError, DataSpec, SourceSpec
 from .split import HeldOut, one_sided, text_hash
 from .tokenize import TokenizerFacts, load_backend
@@ -219,7 +220,15 @@ class Index:
             held_out = held_out.with_both_sides(map(int, itertools.chain.from_iterable(hashes)))
         below, named_ids = np.uint64(held_out.threshold), np.array(sorted(listed), np.uint64)
         held = [(numbers < below) | np.isin(numbers, named_ids) for numbers in hashes]
-        splits, written = self._index("train", files, [~mask for mask in held])
+        short = Short(spec)
+        train = [
+            ~mask & ~short.left_out(file.stops - file.starts, ~mask)
+            for file, mask in zip(files, held, strict=True)
+        ]
+        if short.documents and not any(mask.any() for mask in train):
+            raise short.error()
+        splits, written = self._index("train", files, train)
+        splits["train"] |= short.facts()
         if own and own.type not in TYPES:
             return splits, written
         others = self._read(own) if own else files

@@ -142,7 +142,7 @@ def _part(name: str, model: LRNNForCausalLM) -> str:
     if keys[3] == "mlp":
         return "mlp"
     kind = model.config.layer_mixers[int(keys[2])]["type"]
-    return f"{kind}.{keys[4]}"
+    return f"{kind}.{keys[4] if keys[3] == 'mixer' else keys[3]}"
 
 
 def training_memory(

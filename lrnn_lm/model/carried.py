@@ -16,6 +16,7 @@ from ..mixers import mixer_class
 from ..mixers.base import Mixer, SequenceContext
 from .cache import RecurrentCache, is_recurrent
 from .config import LRNNConfig
+from .initial_state import mix
 
 # Of a layer: its state; or keys and values (B, G, up to W - 1, d) of a window; () at the beginning of a row.
 Carried = tuple[Tensor, ...]
@@ -89,11 +90,11 @@ def carries_gradients(mixer_type: str) -> bool:
 
 
 def mix_carried(
-    mixer: Mixer, x: Tensor, carried: Carried, context: SequenceContext
+    mixer: Mixer, x: Tensor, carried: Carried, context: SequenceContext, initial: Tensor | None
 ) -> tuple[Tensor, Carried]:
-    """y (B, T, D) of a segment x (B, T, D), and what the layer carries on."""
+    """y (B, T, D) of a segment x (B, T, D), and what the layer carries on; initial as in `mix`."""
     if mixer.layer_type == "linear_attention":
-        y, state = mixer(x, carried[0] if carried else None, context)
+        y, state = mix(mixer, x, carried[0] if carried else None, context, initial)
         return y, (state,)
     window: Any = _Window(mixer.window, carried)
     y, _ = mixer(x, window, context)

@@ -22,6 +22,7 @@ class LRNNConfig(PreTrainedConfig):
         mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
         layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a
             table as above, or a type's name, which takes `mixer`'s options where they fit.
+        learn_initial_state: whether documents begin with a learnt state in the recurrent layers, not zeros.
         max_position_embeddings: the training length. It limits no mixer; evaluation cuts text by it.
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
         residual_in_fp32: whether the residual stream stays in fp32 under autocast instead of taking
@@ -44,6 +45,7 @@ class LRNNConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     mixer: dict[str, Any] | None = None
     layer_pattern: list[Any] | None = None
+    learn_initial_state: bool = False
     max_position_embeddings: int = 2048
     loss_chunk: int = 1024
     residual_in_fp32: bool = True
@@ -75,12 +77,27 @@ class LRNNConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_pattern has windows of {sorted(windows)} tokens; a model has one size of window"
             )
+        if self.learn_initial_state:
+            self._check_initial_state()
         for name in _HEADS:  # written by `to_dict`, computed from the mixers
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
         # Register the model classes now: the Auto classes look a model up by an existing config, and by the
         # time one exists transformers has been imported as a whole.
         importlib.import_module("lrnn_lm.model.modeling")
+
+    def _check_initial_state(self) -> None:
+        from ..mixers import mixer_class
+
+        kinds = [spec["type"] for spec in self.layer_mixers if spec["type"] != "attention"]
+        if not kinds:
+            raise ValueError("learn_initial_state: attention has no state; give the model a recurrent layer")
+        for kind in kinds:
+            if not mixer_class(kind).differentiable_state:
+                raise ValueError(
+                    f"learn_initial_state: gradients through the state of {kind} are not supported; take "
+                    "another mixer, or leave it out"
+                )
 
     @property
     def layer_mixers(self) -> list[dict[str, Any]]:

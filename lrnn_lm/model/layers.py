@@ -17,6 +17,7 @@ from ..mixers.base import Joint, JointProjections, Mixer, ResidualOutput, Sequen
 from .cache import check_state, keep_layer_state, layer_state
 from .carried import Carried, mix_carried
 from .config import LRNNConfig
+from .initial_state import initial_states, mix
 
 if TYPE_CHECKING:
     from ..kernels.decode.fused_tiles import Stream, Workspace
@@ -63,6 +64,10 @@ class LRNNBlock(GradientCheckpointingLayer):
         self.mixer_type = spec["type"]
         with drawn_by_model():
             self.mixer = build_mixer(spec, config.hidden_size)
+        self.initial_state = None
+        if config.learn_initial_state and self.mixer.layer_type == "linear_attention":
+            # A vector, whatever the state's shape: weight decay and Muon leave vectors alone.
+            self.initial_state = nn.Parameter(torch.zeros(self.mixer.state_elements(1)))
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -82,15 +87,17 @@ class LRNNBlock(GradientCheckpointingLayer):
         if token_mask is not None:
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
         if carried is not None:
-            y, carried = mix_carried(self.mixer, x, carried, context)
+            y, carried = mix_carried(self.mixer, x, carried, context, self.initial_state)
             hidden_states = hidden_states + y.to(hidden_states.dtype)
             return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
         if token_mask is None or self.mixer.layer_type != "linear_attention":
-            y, state = self.mixer(x, state, context)
+            y, state = mix(self.mixer, x, state, context, self.initial_state)
         else:
-            y, state = _mix_around_padding(self.mixer, x, state, context, token_mask, order)
+            y, state = _mix_around_padding(
+                self.mixer, x, state, context, token_mask, order, self.initial_state
+            )
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
         hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
@@ -174,11 +181,12 @@ def _mix_around_padding(
     context: SequenceContext,
     token_mask: Tensor,
     order: Tensor | None,
+    initial: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A recurrent mixer on rows with padding, which leaves outputs and states as they would be without.
 
     A row's padding is moved to its front. What a new sequence's state makes of it there is forgotten, as its
-    first token starts a document. Shapes as in `LRNNBlock.forward`, state (B, ..).
+    first token starts a document. Shapes as in `LRNNBlock.forward`, state (B, ..), initial as in `mix`.
     """
     if order is not None:
         where = order.unsqueeze(-1)
@@ -186,13 +194,15 @@ def _mix_around_padding(
         if context.reset is not None:
             context = replace(context, reset=context.reset.gather(1, order))
     if state is None:
-        y, after = mixer(x, None, context)
+        y, after = mix(mixer, x, None, context, initial)
         old = None if after is None else torch.zeros_like(after)
+        if old is not None and initial is not None:
+            old = initial_states(after, initial)
     elif x.shape[1] == 1:
-        y, after = mixer(x, state, context)
+        y, after = mix(mixer, x, state, context, initial)
         old = state
     else:
-        y, after = _mix_after_padding(mixer, x, state, context, token_mask)
+        y, after = _mix_after_padding(mixer, x, state, context, token_mask, initial)
         old = None
     if old is not None:  # a row of padding alone
         some = token_mask.any(dim=1).view(-1, *[1] * (after.ndim - 1))
@@ -204,7 +214,12 @@ def _mix_around_padding(
 
 @torch.compiler.disable
 def _mix_after_padding(
-    mixer: Mixer, x: Tensor, state: Tensor, context: SequenceContext, token_mask: Tensor
+    mixer: Mixer,
+    x: Tensor,
+    state: Tensor,
+    context: SequenceContext,
+    token_mask: Tensor,
+    initial: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A recurrent mixer on rows that go on from a state after some padding, which must leave the state alone.
 
@@ -215,14 +230,14 @@ def _mix_after_padding(
     padding = (token_mask.squeeze(-1).cumsum(dim=1) == 0).sum(dim=1)  # (B,)
     lengths = padding.unique().tolist()
     if lengths == [0]:
-        return mixer(x, state, context)
+        return mix(mixer, x, state, context, initial)
     y, after = x.new_zeros(B, T, D), state.clone()
     for length in lengths:
         if length == T:
             continue
         rows = (padding == length).nonzero().squeeze(1)
         reset = None if context.reset is None else context.reset[rows, length:]
-        part, last = mixer(x[rows, length:], state[rows], SequenceContext(reset=reset))
+        part, last = mix(mixer, x[rows, length:], state[rows], SequenceContext(reset=reset), initial)
         y = y.to(part.dtype)
         y[rows, length:] = part
         after[rows] = last

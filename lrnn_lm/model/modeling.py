@@ -77,6 +77,8 @@ class LRNNPreTrainedModel(PreTrainedModel):
         """Normal(0, initializer_range) for matrices, narrower where they write to the residual stream."""
         std = self.config.initializer_range
         initialise(module, std, std / math.sqrt(2 * self.config.num_hidden_layers), init)
+        if isinstance(module, LRNNBlock) and module.initial_state is not None:
+            init.zeros_(module.initial_state)
 
 
 class LRNNModel(LRNNPreTrainedModel):

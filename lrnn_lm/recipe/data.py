@@ -175,6 +175,9 @@ class DataSection(Section):
         description="rows of the text that follow one another, a step each, from the state before; null: "
         "each row is drawn by itself, and begins with zeros",
     )
+    min_document: int | None = Field(
+        None, ge=2, description="training documents of fewer tokens are left out; held-out text stays whole"
+    )
     cache_dir: str = Field(
         "cache", description="folder of prepared tokenizers and shards, shared by runs with equal settings"
     )
@@ -213,12 +216,12 @@ class DataSection(Section):
             raise ValueError(
                 f"curriculum has rows of {longest} tokens, sequence_length is {self.sequence_length}"
             )
+        if self.min_document is not None and self.source.type == "synthetic":
+            raise ValueError("min_document: a synthetic task has no documents; leave it out")
         self._check_mixture()
         return self
 
     def _check_mixture(self) -> None:
-        if self.sources and self.rows_in_order is not None:
-            raise ValueError("rows_in_order is for one source, not for a mixture; leave one of them out")
         if self.sources and (self.source != SourceSection() or self.validation_source):
             raise ValueError(
                 "give either sources or source; held-out text is validation_source of each of the sources"

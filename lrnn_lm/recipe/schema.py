@@ -29,6 +29,9 @@ class ModelSection(Section):
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
+    learn_initial_state: bool = Field(
+        False, description="documents begin with a learnt state in the recurrent layers, in place of zeros"
+    )
     init_from: str | None = Field(
         None,
         description="weights that a new run begins with: a checkpoint, an exported folder, or a hub name; "

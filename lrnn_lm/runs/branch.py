@@ -25,7 +25,8 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
     """`key: was .., is ..` for each key that differs and must not, in a run that goes on from `step`."""
     was, now = flatten(old), flatten(new)
     fixed, free = ((*_FIXED, *_STATE), (*_FREE, "model.init_from")) if branch else (_FIXED, _FREE)
-    read = old.tokens_at(step)
+    length = old.data.rows_in_order or 1
+    read = old.tokens_at(-(-step // length) * length)  # stretches that were begun are read to their ends
     free += tuple(key for key in now if key.endswith(".max_epochs"))
     if old.data.stages_until(read) == new.data.stages_until(
         read

@@ -24,7 +24,7 @@ from ..runs.layout import checkpoint_folder
 from .build import model_config
 from .optim import state_bytes
 from .segments import check_segments
-from .sources import mixture, synthetic_task
+from .sources import rows_read, synthetic_task
 
 
 def print_info(target: str, overrides: list[str] | None = None, console: Console | None = None) -> None:
@@ -189,7 +189,7 @@ def _budget(recipe: Recipe, costs: Account) -> Table:
 def _mixture(recipe: Recipe) -> Table:
     """What the run reads of each source. How many epochs that is, `lrnn prepare` tells."""
     table = _table("\nmixture, tokens of the budget")
-    counts = mixture(recipe).counts(recipe.tokens_at(recipe.total_steps) // recipe.data.sequence_length)
+    counts = rows_read(recipe, recipe.total_steps)
     for source, rows in zip(recipe.data.sources, counts, strict=True):
         what = f"{rows / sum(counts):.1%}, {source.type} {source.path or ''}".strip()
         table.add_row(source.name, f"{rows * recipe.data.sequence_length:,}", what)

@@ -132,12 +132,24 @@ def synthetic_task(recipe: Recipe) -> SyntheticTask:
 
 
 def mixture(recipe: Recipe) -> Mixture:
-    """The order of the sources: stages end at the row in which their tokens are reached."""
-    row = recipe.data.sequence_length
+    """The order of the sources, in rows or in stretches of `rows_in_order`: a stage ends with the one in
+    which its tokens are reached."""
+    row = recipe.data.sequence_length * (recipe.data.rows_in_order or 1)
     ends = itertools.accumulate(stage.tokens or 0 for stage in recipe.data.stages[:-1])
     lengths = [b - a for a, b in itertools.pairwise([0, *(end // row for end in ends)])]
     weights = recipe.data.stage_weights
     return Mixture([MixtureStage(n, w) for n, w in zip([*lengths, None], weights, strict=True)])
+
+
+def rows_read(recipe: Recipe, steps: int) -> list[int]:
+    """Rows that the first steps read of each source."""
+    order, length = mixture(recipe), recipe.data.rows_in_order
+    if length is None:
+        return order.counts(recipe.tokens_at(steps) // recipe.data.sequence_length)
+    lanes = recipe.rows_at(0)
+    turns, places = divmod(steps, length)
+    pairs = zip(order.counts(turns * lanes), order.counts((turns + 1) * lanes), strict=True)
+    return [before * length + (after - before) * places for before, after in pairs]
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ class Use:
 
 def uses(recipe: Recipe, prepared: PreparedData | MixedData) -> list[Use]:
     """How much of each source the budget reads."""
-    counts = mixture(recipe).counts(recipe.tokens_at(recipe.total_steps) // recipe.data.sequence_length)
+    counts = rows_read(recipe, recipe.total_steps)
     sections = recipe.data.sources or [recipe.data.source]
     return [
         Use(name, (part.train.num_tokens - 1) // recipe.data.sequence_length, needed, section.max_epochs)
@@ -170,7 +182,7 @@ def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
     limits = [use.max_epochs and int(use.max_epochs * use.rows) for use in found]
 
     def exceeds(steps: int) -> bool:
-        counts = mixture(recipe).counts(recipe.tokens_at(steps) // recipe.data.sequence_length)
+        counts = rows_read(recipe, steps)
         return any(limit is not None and n > limit for n, limit in zip(counts, limits, strict=True))
 
     if not exceeds(recipe.total_steps):
@@ -205,11 +217,18 @@ def describe_data(recipe: Recipe, prepared: Prepared) -> list[str]:
 
 
 def notes(prepared: Prepared) -> list[str]:
-    """What to tell of held-out token files that do not read back as the same ids."""
+    """What to tell of documents that are left out: short ones, and held-out token files that do not read back
+    as the same ids."""
     lines = []
     for name, part in parts_of(prepared).items():
-        facts = {} if isinstance(part, SyntheticData) else part.manifest["splits"]["validation"]
+        splits = {} if isinstance(part, SyntheticData) else part.manifest["splits"]
+        facts = splits.get("validation", {})
         label, why = f"{name}: " if name else "", "whose text, tokenised again, gives other ids"
+        if short := splits.get("train", {}).get("short"):
+            lines.append(
+                f"{label}{short['num_documents']:,} training documents of fewer than {short['below']:,} "
+                f"tokens, {short['num_tokens']:,} tokens in all, are left out (data.min_document)"
+            )
         if changed := facts.get("changed"):
             lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")
         if left_out := facts.get("left_out"):

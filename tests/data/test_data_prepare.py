@@ -92,6 +92,27 @@ def test_split_is_by_text(spec: DataSpec, tmp_path: Path) -> None:
     assert again.train.num_documents == 2 * (60 - len(held)), "no copy of a held-out text is trained on"
 
 
+def test_short_training_documents_are_left_out(spec: DataSpec) -> None:
+    """By their tokens of text; the held-out text and the tokenizer stay, and what is left out is told."""
+    whole = prepare(spec, progress=False)
+    tokens, starts = stream(whole.train)
+    kept = np.split(tokens, starts[1:])
+    lengths = sorted(len(ids) - 2 for ids in kept)
+    least = lengths[len(lengths) // 2]
+    assert lengths[0] < least < lengths[-1]
+    long = prepare(replace(spec, min_document=least), progress=False)
+    tokens, starts = stream(long.train)
+    assert tokens.tolist() == [i for ids in kept if len(ids) - 2 >= least for i in ids]
+    assert heldout(long) == heldout(whole)
+    assert long.tokenizer_hash == whole.tokenizer_hash
+    short = [length for length in lengths if length < least]
+    facts = {"below": least, "num_documents": len(short), "num_tokens": sum(short)}
+    assert long.manifest["splits"]["train"]["short"] == facts
+    assert "short" not in whole.manifest["splits"]["train"]
+    with pytest.raises(DataError, match=f"min_document 9,999 .* has {lengths[-1]:,} tokens"):
+        prepare(replace(spec, min_document=9999), progress=False)
+
+
 def test_validation_source(spec: DataSpec, tmp_path: Path) -> None:
     texts = make_texts(60)
     held = [*texts[5:8], "something else altogether"]

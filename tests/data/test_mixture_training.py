@@ -24,8 +24,10 @@ from lrnn_lm.data.mixture import Mixture, MixtureStage
 from lrnn_lm.data.tokenize import read_facts
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer, prepare_data
+from lrnn_lm.train.sources import describe_data, notes, rows_read
 
 WEB, CODE, NEWS = make_texts(70, seed=1), [t.upper() for t in make_texts(40, seed=2)], make_texts(30, seed=3)
+EVAL = "eval.every=100 steps"
 STAGES = [
     {"tokens": 3072, "weights": {"web": 0.6, "code": 0.4}},
     {"tokens": 3072, "weights": {"news": 0.5, "web": 0.5}},
@@ -128,6 +130,33 @@ def test_two_ranks_read_the_same_ids(straight, folder: Path, tmp_path: Path) -> 
     loader = iter(TrainLoader(shards, 64, 0, 8, 8, mixture=mixed))
     for rows in recorded(tmp_path / "ids").values():
         assert np.array_equal(rows, next(loader)[0]["input_ids"].numpy())
+
+
+def test_rows_in_order_of_a_mixture(folder: Path, tmp_path: Path) -> None:
+    """Each lane reads stretches of one source; the sources have their shares of them, stage by stage."""
+    options = ("data.rows_in_order=2", "checkpoint.every=3 steps", "checkpoint.keep_last=9", EVAL)
+    trainer = build(folder, tmp_path, *options)
+    loader = trainer.rows.loader
+    R, C = loader.rows_per_step, 2
+    numbers = loader.row_numbers(0, 12 * R).reshape(6, C, R)
+    ends = np.cumsum([rows.num_rows for rows in loader.rows])
+    sources = np.searchsorted(ends, numbers, side="right")
+    assert (numbers[:, 1] == numbers[:, 0] + 1).all()
+    assert (sources[:, 0] == sources[:, 1]).all()
+    assert ((numbers[:, 0] - np.array([0, *ends])[sources[:, 0]]) % C == 0).all()
+    for steps in (1, 2, 5, 12):
+        read = np.bincount(sources.reshape(-1, R)[:steps].flatten(), minlength=3)
+        assert rows_read(trainer.recipe, steps) == read.tolist()
+    assert len({*sources.flatten()}) > 1
+    part = loader.row_numbers(3 * R + 2, 4)
+    assert part.tolist() == numbers.reshape(-1, R)[3, 2:6].tolist()
+    trainer.run()
+    whole = fingerprint(trainer.checkpoints / "step-00000012")
+    for step in (6, 9, 12):
+        shutil.rmtree(trainer.checkpoints / f"step-{step:08d}")
+    resumed = build(folder, tmp_path, *options)
+    assert resumed.position.step == 3, "within a stretch"
+    assert fingerprint(resumed.run()) == whole
 
 
 def test_the_order_in_the_recipe_does_not_matter(folder: Path) -> None:
@@ -249,6 +278,22 @@ def test_text_and_token_files_together(straight, folder: Path, tmp_path: Path) -
     assert {"bits_per_byte/web", "bits_per_byte/code", "bits_per_byte/news", "bits_per_byte"} <= line.keys()
     held = [json.loads(text) for text in (trainer.folder / "heldout.jsonl").read_text().splitlines()]
     assert {entry["text"] for entry in held if entry["source"] == "code"} < set(CODE)
+
+
+def test_short_documents_of_each_source_are_left_out_and_told(straight, folder: Path) -> None:
+    """In `lrnn prepare` and where a run starts; rows are then a function of what is left."""
+    recipe = load_recipe(folder / "tiny.yaml", ["data.min_document=200"])
+    prepared = prepare_data(recipe, progress=False)
+    told = [line for line in describe_data(recipe, prepared) if "fewer than 200 tokens" in line]
+    assert told == notes(prepared)
+    assert [line.split(":")[0] for line in told] == ["code", "news", "web"]
+    for name, part in prepared.parts.items():
+        whole, short = straight.prepared.parts[name].train, part.manifest["splits"]["train"]["short"]
+        assert part.train.num_documents == whole.num_documents - short["num_documents"]
+        ends = [*part.train.document_starts(0, part.train.num_tokens)[1:], part.train.num_tokens]
+        assert np.diff([0, *ends]).min() >= 202
+        assert part.validation.num_tokens == straight.prepared.parts[name].validation.num_tokens
+    assert sum(part.manifest["splits"]["train"]["short"]["num_documents"] for part in prepared.parts.values())
 
 
 def test_the_staged_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,25 @@ def test_rows_are_those_of_the_text(
     foreign.verify()
 
 
+def test_short_documents_are_left_out_as_of_text(
+    tmp_path: Path, tokenizer: Path, documents: list[list[int]]
+) -> None:
+    held = SourceSpec(type="jsonl", path=str(write_jsonl(tmp_path / "held.jsonl", HELD)))
+    text = write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    least = sorted(map(len, documents))[len(documents) // 2]
+
+    def made(kind: str, path: Path, least: int = least):
+        spec = replace(spec_of(tmp_path, tokenizer, kind, path), validation_source=held, min_document=least)
+        return prepare(spec, progress=False)
+
+    own, foreign = made("jsonl", text), made("megatron", megatron(tmp_path / "ids", documents))
+    assert 0 < foreign.train.num_documents == own.train.num_documents < len(TEXTS)
+    assert foreign.train.read(0, 10**6).tolist() == own.train.read(0, 10**6).tolist()
+    assert foreign.manifest["splits"]["train"]["short"] == own.manifest["splits"]["train"]["short"]
+    with pytest.raises(DataError, match="min_document 9,999 leaves no training document"):
+        made("megatron", tmp_path / "ids.idx", 9999)
+
+
 @pytest.mark.parametrize("form", ["megatron", "uint16"])
 def test_a_fraction_is_held_out_and_its_bytes_are_known(
     tmp_path: Path, tokenizer: Path, documents: list[list[int]], form: str

@@ -286,6 +286,7 @@ MIXERS = {
     "layers": ({"type": "bd_lru"}, 2, "2 layers have no certificate"),
     "none": ({"type": "bd_lru", "gate": "none"}, 1, "gate none has no certificate"),
     "conv": ({"type": "bd_lru", "short_conv": 2}, 1, "it takes a plain bd_lru"),
+    "learnt": ({"type": "bd_lru"}, 1, "a learnt initial state has no certificate"),
 }
 
 
@@ -293,8 +294,9 @@ MIXERS = {
 def test_models_without_a_certificate(name, tmp_path, capsys):
     mixer, layers, message = MIXERS[name]
     config = LRNNConfig(
-        vocab_size=7, hidden_size=8, num_hidden_layers=layers, intermediate_size=8, mixer=mixer
-    )
+        vocab_size=7, hidden_size=8, num_hidden_layers=layers, intermediate_size=8, mixer=mixer,
+        learn_initial_state=name == "learnt",
+    )  # fmt: skip
     folder = saved(LRNNForCausalLM(config), tmp_path / "model")
     with pytest.raises(SystemExit) as left:
         main(["eval", str(folder), "--certify", "s3", "--device", "cpu"])

@@ -16,6 +16,7 @@ from lrnn_lm.train.loop import Trainer
 from lrnn_lm.train.stop import Stopped
 
 ORDER = "data.rows_in_order=4"
+LEARNT = "model.learn_initial_state=true"
 WINDOW = "model.layer_pattern=[bd_lru, {type: attention, num_heads: 2, window: 24}]"
 
 
@@ -54,7 +55,7 @@ def nats_of_long_rows(model: nn.Module, batches: list[dict[str, Tensor]]) -> lis
 
 
 @pytest.mark.usefixtures("frozen")
-@pytest.mark.parametrize("options", [(), ("train.segment=16", "train.micro_batch=3"), (WINDOW,)])
+@pytest.mark.parametrize("options", [(), ("train.segment=16", "train.micro_batch=3"), (WINDOW,), (LEARNT,)])
 def test_rows_go_on_from_the_rows_before(build: Build, options: tuple[str, ...]) -> None:
     """The losses of C steps are those of one row C times as long; then a lane begins anew."""
     trainer = build(ORDER, "train.tokens=4096", "eval.every=100 steps", *options)
@@ -100,7 +101,12 @@ def stopped_after(build: Build, step: int, *options: str) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    "options", [(ORDER, WINDOW, "train.segment=16"), (ORDER, "train.start_from_other=0.5")]
+    "options",
+    [
+        (ORDER, WINDOW, "train.segment=16"),
+        (ORDER, "train.start_from_other=0.5"),
+        (ORDER, WINDOW, "train.segment=16", LEARNT),
+    ],
 )
 def test_a_stopped_run_goes_on_from_the_same_states(build: Build, options: tuple[str, ...]) -> None:
     """Bit for bit, from the middle of a stretch."""
@@ -114,7 +120,7 @@ def test_a_stopped_run_goes_on_from_the_same_states(build: Build, options: tuple
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_lanes_go_on_with_another_number_of_ranks(build: Build, recipe: Path, parallel: str) -> None:
     """By segments, in two micro-batches a rank: ranks exchange gradients in a step's last backward pass."""
-    options = (ORDER, WINDOW, "train.segment=16", "train.tokens=2048", "train.micro_batch=3")
+    options = (ORDER, WINDOW, LEARNT, "train.segment=16", "train.tokens=2048", "train.micro_batch=3")
     alone = build("name=alone", *options)
     alone.run()
     folder = stopped_after(build, 2, *options).folder
@@ -131,6 +137,9 @@ def test_lanes_go_on_with_another_number_of_ranks(build: Build, recipe: Path, pa
         (("train.start_from_other=1.5",), ("start_from_other",)),
         ((ORDER, "data.source={type: synthetic, task: s5}"), ("rows_in_order", "synthetic")),
         ((ORDER, "train.ramp={start: 128, tokens: 1024}"), ("data.rows_in_order", "train.ramp")),
+        (("data.min_document=8", "data.source={type: synthetic, task: s5}"), ("min_document", "synthetic")),
+        (("data.min_document=1",), ("data.min_document", "2")),
+        (("data.min_document=900000",), ("data.min_document 900,000", "the longest has")),
         (("data.rows_in_order=100000",), ("rows_in_order 100000", "too short")),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -273,3 +273,7 @@ def test_a_branch_may_read_other_stages_after_what_was_read(recipe: Path) -> Non
     assert differences(old, staged(4096, "{b: 1}"), 8, branch=True) == []
     assert [line.split(":")[0] for line in differences(old, staged(4096, "{b: 1}"), 9)] == ["data.stages"]
     assert [line.split(":")[0] for line in differences(old, staged(2048, "{a: 1}"), 8)] == ["data.stages"]
+    old, new = staged(3072, "{b: 1}"), staged(3584, "{b: 1}")
+    assert differences(old, new, 5) == []
+    old.data.rows_in_order = new.data.rows_in_order = 4  # the stretches of steps 4 to 7 are drawn at step 4
+    assert [line.split(":")[0] for line in differences(old, new, 5)] == ["data.stages"]

@@ -103,6 +103,17 @@ def test_the_gradient_is_that_of_the_whole_row(name: str) -> None:
     check(LRNNForCausalLM(model.config).train(), rows(), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["bd_lru-all", "lstm", "hybrid-window"])
+def test_a_learnt_initial_state_has_the_gradient_of_the_whole_row(name: str) -> None:
+    """Of documents that start in any segment, and of rows that begin no document."""
+    model = small_model("bd_lru", layer_pattern=MIXERS[name], learn_initial_state=True).double().train()
+    with torch.no_grad():
+        for block in model.model.layers:
+            if block.initial_state is not None:
+                block.initial_state.normal_()
+    check(model, rows(), 1e-12)
+
+
 def test_layers_are_recomputed_within_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("bd_lru", layer_pattern=MIXERS["hybrid-window"]).double().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

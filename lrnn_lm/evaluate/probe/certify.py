@@ -103,6 +103,8 @@ def _check(model: "PreTrainedModel", task: SyntheticTask) -> None:
         raise ValueError(
             "short_conv, output_gate and norm_groups have no certificate: it takes a plain bd_lru"
         )
+    if config.learn_initial_state:
+        raise ValueError("a learnt initial state has no certificate: it takes states that begin with zeros")
     if mixer.gate == "none":
         raise ValueError("gate none has no certificate: its states are not bounded")
     if config.vocab_size < task.vocab_size:
