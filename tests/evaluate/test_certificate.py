@@ -250,6 +250,17 @@ def test_rounding_grows_with_the_box():
 
 
 @torch.no_grad()
+def test_what_overflows_in_fp32_is_not_certified():
+    """Its squares are beyond fp32, where a norm makes 0 of it; in fp64, which bounds are computed in, not."""
+    model = model_of_s3().double()
+    automaton = SyntheticTask("s3", 8, {"start": 1}).kind.automaton({"start": 1})
+    assert certified_length(model, affine_maps(model, 7), automaton, START)["length"] is None
+    model.model.embed_tokens.weight *= 1e20
+    model.model.layers[0].mixer.out_proj.weight *= 1e20
+    assert certified_length(model, affine_maps(model, 7), automaton, START)["length"] == 0
+
+
+@torch.no_grad()
 def test_states_without_a_question_are_bounded_too():
     made = SyntheticTask("modular_arithmetic", 8)
     automaton = made.kind.automaton(made.options)

@@ -25,6 +25,7 @@ UNIT = 2.0**-24  # relative error of one fp32 operation
 ULPS = 2.0**-21  # relative error allowed to exp and to a division
 VANISHES = 105.0  # exp(-105) is below half of the smallest fp32 number
 SWALLOWS = 32.0  # f + 1e-6 is f in fp32 from here on
+LARGE = 2.0**50  # sums of squares of such numbers are still far from where fp32 ends
 STEPS = 1024  # boxes are followed for this many symbols, then bounded by how much they still grow
 FAR = 10**12  # lengths beyond are not told from each other
 
@@ -249,7 +250,8 @@ def _lead(model: "PreTrainedModel", symbol: Tensor, states: Ball, label: Tensor)
 
 def _rounded(c: Tensor, r: Tensor, off: float) -> Ball:
     """Numbers within r of c that fp32 has to a relative `off`: the larger they are, the further off."""
-    return Ball(c, r + off * (c.abs() + r))
+    size = c.abs() + r
+    return Ball(c, torch.where(size < LARGE, r + off * size, torch.inf))
 
 
 def _linear(x: Ball, weight: Tensor) -> Ball:
