@@ -78,7 +78,13 @@ def generate(
 
 
 def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[str]:
-    """The file and the prompt after it, in pieces; each time after the first on a line of its own."""
+    """The file and the prompt after it, in pieces; each time after the first on a line of its own.
+
+    Raises ValueError for a pipe that would be read more than once: it is empty the second time.
+    """
+    path = Path(prompt_file or "")
+    if times > 1 and path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: a pipe can be read only once; write its text to a file for --prompt-twice")
     for time in range(times if prompt or prompt_file is not None else 0):
         if time:
             yield "\n"

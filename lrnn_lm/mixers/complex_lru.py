@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ResidualOutput, check_sizes
-from .linear_recurrence import LinearRecurrence, precise
+from .linear_recurrence import LinearRecurrence, input_scale, precise
 
 
 class ComplexLRU(LinearRecurrence):
@@ -48,7 +48,7 @@ class ComplexLRU(LinearRecurrence):
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rate = precise(self.nu).exp()  # -log |lambda|
         r, theta = (-rate).exp(), precise(self.theta)
-        cos, sin, gamma = r * theta.cos(), r * theta.sin(), (-torch.expm1(-2 * rate)).sqrt()
+        cos, sin, gamma = r * theta.cos(), r * theta.sin(), input_scale(-rate)
         rows = [torch.stack([cos, -sin, gamma], dim=-1), torch.stack([sin, cos, gamma], dim=-1)]
         gates = torch.stack(rows, dim=1)  # (N, 2, 3)
         values = self.value_proj(x).unflatten(-1, (self.num_blocks, 2))

@@ -18,6 +18,14 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def input_scale(log_decay: Tensor) -> Tensor:
+    """sqrt(1 - a^2) of a decay a: with it, inputs of size 1 keep a state of size 1.
+
+    Where a is 1 in this precision, the root's slope would be infinite, and gradients NaN: it is cut off.
+    """
+    return (-torch.expm1(2 * log_decay)).clamp(min=torch.finfo(log_decay.dtype).tiny).sqrt()
+
+
 class LinearRecurrence(Mixer):
     """Base of the mixers whose `coefficients` are all there is to them.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import MixerCost, Reach, ResidualOutput, SequenceContext, check_sizes
-from .linear_recurrence import LinearRecurrence, precise
+from .linear_recurrence import LinearRecurrence, input_scale, precise
 from .short_conv import ShortConvolution
 
 SHARPNESS = 8.0
@@ -51,7 +51,7 @@ class RealGatedLRU(LinearRecurrence):
         """Of the convolution's outputs u (B, T, W)."""
         r, i = precise(self.gate_proj(u)).sigmoid().chunk(2, dim=-1)
         log_a = -SHARPNESS * functional.softplus(precise(self.decay)) * r
-        a = torch.stack([log_a.exp(), (-torch.expm1(2 * log_a)).sqrt()], dim=-1)  # (B, T, W, 2)
+        a = torch.stack([log_a.exp(), input_scale(log_a)], dim=-1)  # (B, T, W, 2)
         return a.unsqueeze(3), (i * u).unsqueeze(-1)
 
     def transitions(self, x: Tensor) -> Tensor:

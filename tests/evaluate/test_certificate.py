@@ -18,6 +18,8 @@ from lrnn_lm.evaluate.probe.state_boxes import (
     _gate_error,
     _growth,
     _lead,
+    _linear,
+    _margin,
     _widened,
     affine_maps,
     certified_length,
@@ -235,6 +237,41 @@ def test_states_are_in_their_boxes(task, gate, start):
         assert boxes.reached[state].all()
         assert (h[:, t] >= boxes.low[state]).all()
         assert (h[:, t] <= boxes.high[state]).all()
+
+
+def test_rounding_grows_with_the_box():
+    """A box around 0 holds what fp32 makes of its corners, whose sums are rounded too."""
+    corner, weight = (
+        torch.full((1, 500), 0.1),
+        torch.rand(64, 500, generator=torch.Generator().manual_seed(0)),
+    )
+    r = _linear(Ball(torch.zeros(1, 500, dtype=torch.float64), corner.double()), weight.double()).r
+    assert ((corner @ weight.T).double() <= r).all()
+
+
+@torch.no_grad()
+def test_what_overflows_in_fp32_is_not_certified():
+    """Its squares are beyond fp32, where a norm makes 0 of it; in fp64, which bounds are computed in, not."""
+    model = model_of_s3().double()
+    automaton = SyntheticTask("s3", 8, {"start": 1}).kind.automaton({"start": 1})
+    assert certified_length(model, affine_maps(model, 7), automaton, START)["length"] is None
+    model.model.embed_tokens.weight *= 1e20
+    model.model.layers[0].mixer.out_proj.weight *= 1e20
+    assert certified_length(model, affine_maps(model, 7), automaton, START)["length"] == 0
+
+
+@torch.no_grad()
+def test_states_without_a_question_are_bounded_too():
+    made = SyntheticTask("modular_arithmetic", 8)
+    automaton = made.kind.automaton(made.options)
+    config = LRNNConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
+    model = LRNNForCausalLM(config).double()
+    maps = affine_maps(model, 8)
+    boxes = _after(maps, automaton, *2 * [_first_states(maps, automaton, None)])
+    boxes = boxes._replace(reached=boxes.reached & (torch.from_numpy(automaton.labels) >= 0))  # after a digit
+    assert _margin(model, maps, automaton, boxes) == float("inf")  # nothing is asked after a sign
+    far = boxes._replace(high=boxes.high + 1e3)
+    assert _margin(model, maps, automaton, far) == -float("inf")
 
 
 @pytest.mark.parametrize("lead", [1.0, 4.0, 200.0])

@@ -96,6 +96,8 @@ def test_a_pipe_is_a_prompt_file(checkpoint, continued, tmp_path):
     writer.start()
     assert generate(checkpoint, prompt_file=tmp_path / "pipe", **SETTINGS) == continued
     writer.join()
+    with pytest.raises(ValueError, match="a pipe can be read only once"):
+        generate(checkpoint, prompt_file=tmp_path / "pipe", prompt_twice=True, **SETTINGS)
 
 
 OPTIONS = ["--max-new-tokens", "6", "--temperature", "0", "--device", "cpu"]

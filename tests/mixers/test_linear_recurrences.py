@@ -138,6 +138,17 @@ def test_scaled_slice_is_bounded_and_plain_is_not():
         assert (state.abs().max() < 1e3) == scaled
 
 
+@pytest.mark.parametrize(
+    ("type_", "name"), [("rg_lru", "gate_proj.bias"), ("rg_lru", "decay"), ("complex_lru", "nu")]
+)
+def test_a_decay_of_1_has_gradients(type_, name):
+    """A gate that is closed, or a rate that rounds to 0: the slope of sqrt(1 - a^2) is infinite there."""
+    mixer = build_mixer({"type": type_}, D)
+    torch.nn.init.constant_(mixer.get_parameter(name), -120.0)
+    mixer(torch.randn(1, 5, D))[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in mixer.parameters())
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ({"type": "complex_lru", "shortest": 8.0, "longest": 2.0}, "no range above 0"),
     ({"type": "rg_lru", "width": 0}, "width must be at least 1"),

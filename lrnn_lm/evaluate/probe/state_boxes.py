@@ -25,6 +25,7 @@ UNIT = 2.0**-24  # relative error of one fp32 operation
 ULPS = 2.0**-21  # relative error allowed to exp and to a division
 VANISHES = 105.0  # exp(-105) is below half of the smallest fp32 number
 SWALLOWS = 32.0  # f + 1e-6 is f in fp32 from here on
+LARGE = 2.0**50  # sums of squares of such numbers are still far from where fp32 ends
 STEPS = 1024  # boxes are followed for this many symbols, then bounded by how much they still grow
 FAR = 10**12  # lengths beyond are not told from each other
 
@@ -206,12 +207,15 @@ def _margin(model: "PreTrainedModel", maps: Maps, automaton: "Automaton", boxes:
     """By how much the right logit surely leads after any symbol that follows a state of the boxes."""
     table = torch.from_numpy(automaton.table)
     labels = torch.from_numpy(automaton.labels)[table.clamp(min=0)]
-    asked = (table >= 0) & boxes.reached & (labels >= 0)  # (S, Q)
-    low, high = (end[: len(table)][asked] for end in maps(boxes))
+    can_come = (table >= 0) & boxes.reached  # (S, Q)
+    asked = can_come & (labels >= 0)
+    low, high = (end[: len(table)] for end in maps(boxes))
+    # Beyond, errors are not bounded: also those of states without a question, which later ones come from.
+    if not (torch.maximum(-low, high)[can_come] <= maps.bound.view(1, -1, 1)).all():
+        return -float("inf")
     if not asked.any():
         return float("inf")
-    if not (torch.maximum(-low, high) <= maps.bound.view(1, -1, 1)).all():  # beyond, errors are not bounded
-        return -float("inf")
+    low, high = low[asked], high[asked]
     symbol = torch.arange(len(table)).view(-1, 1).expand_as(table)[asked]
     return float(_lead(model, symbol, Ball((low + high) / 2, (high - low) / 2), labels[asked]).min())
 
@@ -221,20 +225,20 @@ def _lead(model: "PreTrainedModel", symbol: Tensor, states: Ball, label: Tensor)
     block = model.model.layers[0]
     y = _linear(Ball(states.c.flatten(1), states.r.flatten(1)), block.mixer.out_proj.weight)
     x = model.model.embed_tokens(symbol)
-    hidden = Ball(x + y.c, y.r + UNIT * (x + y.c).abs())
+    hidden = _rounded(x + y.c, y.r, UNIT)
     u = _norm(hidden, block.mlp_norm)
     gate, up = _linear(u, block.mlp.gate_proj.weight), _linear(u, block.mlp.up_proj.weight)
     silu = torch.nn.functional.silu(gate.c)
     gate = Ball(silu, 1.1 * gate.r + 4 * ULPS * gate.c.abs())  # silu is nowhere steeper than 1.1
     product = gate.c * up.c
-    r = gate.c.abs() * up.r + up.c.abs() * gate.r + gate.r * up.r + UNIT * product.abs()
-    down = _linear(Ball(product, r), block.mlp.down_proj.weight)
-    hidden = Ball(hidden.c + down.c, hidden.r + down.r + UNIT * (hidden.c + down.c).abs())
+    r = gate.c.abs() * up.r + up.c.abs() * gate.r + gate.r * up.r
+    down = _linear(_rounded(product, r, UNIT), block.mlp.down_proj.weight)
+    hidden = _rounded(hidden.c + down.c, hidden.r + down.r, UNIT)
     last = _norm(hidden, model.model.norm)
     W = model.lm_head.weight  # (V, D)
     logits = last.c @ W.T
     lead = torch.empty(len(label), dtype=W.dtype)
-    rounding = _off(W.shape[1]) * (last.c.abs() @ W.abs().T)
+    rounding = _off(W.shape[1]) * ((last.c.abs() + last.r) @ W.abs().T)
     for answer in label.unique():
         rows = label == answer
         ahead = logits[rows][:, answer, None] - logits[rows]
@@ -244,9 +248,14 @@ def _lead(model: "PreTrainedModel", symbol: Tensor, states: Ball, label: Tensor)
     return lead.nan_to_num(nan=-torch.inf)
 
 
+def _rounded(c: Tensor, r: Tensor, off: float) -> Ball:
+    """Numbers within r of c that fp32 has to a relative `off`: the larger they are, the further off."""
+    size = c.abs() + r
+    return Ball(c, torch.where(size < LARGE, r + off * size, torch.inf))
+
+
 def _linear(x: Ball, weight: Tensor) -> Ball:
-    size = weight.abs()
-    return Ball(x.c @ weight.T, (x.r + _off(weight.shape[1]) * x.c.abs()) @ size.T)
+    return Ball(x.c @ weight.T, _rounded(*x, _off(weight.shape[1])).r @ weight.abs().T)
 
 
 def _norm(x: Ball, norm: torch.nn.RMSNorm) -> Ball:
@@ -255,5 +264,5 @@ def _norm(x: Ball, norm: torch.nn.RMSNorm) -> Ball:
     q = x.r.square().mean(dim=-1, keepdim=True).sqrt()
     smallest = (s - q).clamp(min=norm.eps**0.5)
     c, weight = x.c / s, norm.weight
-    r = (x.r + c.abs() * q) / smallest + _off(weight.numel()) * c.abs()
+    r = _rounded(c, (x.r + c.abs() * q) / smallest, _off(weight.numel())).r
     return Ball(c * weight, r * weight.abs())
