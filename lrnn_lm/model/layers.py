@@ -92,12 +92,14 @@ class LRNNBlock(GradientCheckpointingLayer):
             return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
         state = layer_state(past_key_values, self.layer_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
-        if token_mask is None or self.mixer.layer_type != "linear_attention":
-            y, state = mix(self.mixer, x, state, context, self.initial_state)
-        else:
+        if token_mask is not None and self.mixer.layer_type == "linear_attention":
             y, state = _mix_around_padding(
                 self.mixer, x, state, context, token_mask, order, self.initial_state
             )
+        elif self.initial_state is None:  # without `mix`: a file fewer to open on the way to the scan
+            y, state = self.mixer(x, state, context)
+        else:
+            y, state = mix(self.mixer, x, state, context, self.initial_state)
         keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
         hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
