@@ -120,6 +120,15 @@ class LRNNConfig(PreTrainedConfig):
         """Tokens of attention's window, None if no layer has one; transformers' caches read this."""
         return next((spec["window"] for spec in self.layer_mixers if spec.get("window")), None)
 
+    @sliding_window.setter
+    def sliding_window(self, tokens: int | None) -> None:
+        """Sets the window of every attention layer, as in transformers' configurations. Others have none."""
+        from ..mixers import mixer_options
+
+        for spec in self.layer_pattern or [self.mixer]:
+            if spec["type"] == "attention":
+                spec.update(mixer_options({**spec, "window": tokens}))
+
     @property
     def num_attention_heads(self) -> int:
         """Heads of the first attention layer, 1 if there is none; read by some of transformers' helpers."""

@@ -210,3 +210,17 @@ def test_norms_in_fp32_beside_a_model_in_bf16():
         if isinstance(module, torch.nn.RMSNorm):
             module.float()
     assert model(tokens()).logits.dtype == torch.bfloat16
+
+
+def test_a_window_can_be_set_as_in_transformers():
+    """Of all attention layers, and of none else; what no window can be is refused."""
+    config = small_config("hybrid")
+    config.sliding_window = 2
+    assert [spec.get("window") for spec in config.layer_mixers] == [None, 2, None]
+    assert config.layer_types[1] == "sliding_attention"
+    assert LRNNForCausalLM(config).model.layers[1].mixer.window == 2
+    config.sliding_window = None
+    assert config.sliding_window is None
+    recurrent = small_config("bd_lru")
+    recurrent.sliding_window = 2
+    assert recurrent.sliding_window is None
