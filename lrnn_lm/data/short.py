@@ -1,4 +1,4 @@
-"""Training documents that are too short for a run (`data.min_document`), and what is told of them."""
+"""Leaves out training documents shorter than `data.min_document` tokens, and counts them for the manifest."""
 
 from typing import Any
 

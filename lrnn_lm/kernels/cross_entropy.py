@@ -68,7 +68,7 @@ def nats_and_squares_in_place(
     """Summed nats () in fp32 of logits (R, V), and the sum () of log^2 Z over rows with a target.
 
     logits become the gradient of nats + z_loss squares. labels (R,) int64; rows of label `ignore` count for
-    nothing, their gradient is zero. A label that is no column makes the sum NaN.
+    nothing, their gradient is zero. A label outside the vocabulary makes the sum NaN.
     """
     R, V = logits.shape
     labels = labels.contiguous()  # a column of a batch's labels is not

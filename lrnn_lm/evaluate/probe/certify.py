@@ -44,7 +44,7 @@ def certify(
 
     The model is taken in fp32. hardened: a folder for a copy with rounded gates, see `harden`.
 
-    Raises ValueError for a task that is no automaton, and for a model that has no certificate.
+    Raises ValueError if the task is not an automaton, or if no certificate exists for such a model.
     """
     info = describe(checkpoint)
     source = run_source(info.path)

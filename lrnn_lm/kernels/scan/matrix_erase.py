@@ -121,11 +121,11 @@ _within_chunks.register_autograd(_gradients_within, setup_context=_save_within)
 _from_chunk_to_chunk.register_autograd(_gradients_of_outputs, setup_context=_save_outputs)
 
 
-def _steps_of_columns(transitions: Tensor) -> Tensor:
-    """(L,): the step of each column, as `matrix_kernels.step_of_column`."""
+def _columns_of_steps(transitions: Tensor) -> Tensor:
+    """(L,): the column of each step, the inverse of `matrix_kernels.step_of_column`."""
     G = _chunks(transitions, 1, None).options["G"]
-    column = torch.arange(CHUNK, device=transitions.device)
-    return column % (CHUNK // G) * G + column // (CHUNK // G)
+    step = torch.arange(CHUNK, device=transitions.device)
+    return step % G * (CHUNK // G) + step // G
 
 
 def _by_chunk(x: Tensor) -> Tensor:
@@ -143,8 +143,7 @@ def matrix_erase_triton(
     summaries = _within_chunks(transitions, writes, queries, reset, dtype)
     scores, reads, _, _ = _within_chunks(transitions, writes, erase, reset, torch.float32)
     with torch.autocast(values.device.type, enabled=False):
-        column = torch.argsort(_steps_of_columns(transitions))  # of each step
-        N = scores[..., column].tril(-1)  # (B, C, H, L, L) by steps t, s
+        N = scores[..., _columns_of_steps(transitions)].tril(-1)  # (B, C, H, L, L) by steps t, s
         one = torch.eye(CHUNK, device=N.device)
         X = torch.linalg.solve_triangular(N + one, one.expand_as(N), upper=False, unitriangular=True)
         X = X.to(dtype)
