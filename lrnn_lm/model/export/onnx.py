@@ -19,16 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ...mixers.base import SequenceContext
+from ...mixers import mixer_class
+from ...mixers.base import Mixer, SequenceContext
+from ...mixers.fla_layer import FlaMixer
 from ...requirements import check_extra
 from ..modeling import LRNNForCausalLM
 from .folder import check_exportable, load_model, written_aside
 
 PREFILL = 16
-WITHOUT = {  # mixer types that have no graph, and why
-    "attention": "its keys and values grow with the text",
-    **dict.fromkeys(("deltanet", "gated_deltanet", "gated_deltaproduct", "gla"), "its kernels need a GPU"),
-}
 
 
 class _Steps(nn.Module):
@@ -61,7 +59,7 @@ def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = PREFI
     check_exportable(checkpoint, target)
     model = load_model(checkpoint, "fp32").eval()
     for i, spec in enumerate(model.config.layer_mixers):
-        if reason := WITHOUT.get(spec["type"]):
+        if reason := _obstacle(mixer_class(spec["type"])):
             raise ValueError(f"layer {i} ({spec['type']}) cannot be exported to ONNX: {reason}")
     with written_aside(target) as aside:
         aside.mkdir()
@@ -79,6 +77,13 @@ def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = PREFI
         lengths = {"prefill": prefill, "token": 1}
         _write_graphs({name: _graph(model, states, tokens) for name, tokens in lengths.items()}, aside)
     return target
+
+
+def _obstacle(mixer: type[Mixer]) -> str | None:
+    """Why a type of mixer has no graph; None if it has one."""
+    if mixer.layer_type != "linear_attention":
+        return "its keys and values grow with the text"
+    return "its kernels need a GPU" if issubclass(mixer, FlaMixer) else None
 
 
 def _empty_states(model: LRNNForCausalLM) -> list[Tensor]:
