@@ -60,6 +60,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         short_conv: reach W in tokens of a short convolution of the input; None for none.
         head_conv: reach W in tokens of short convolutions of values, queries and keys in place of one of the
             input, and SiLU after them, as in gated DeltaNet. A key can then be that of the token before.
+        shift_keys: whether keys start as the queries of the token before, so that a layer reads at first what
+            followed earlier tokens like this one; needs `head_conv` and `keys`.
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
@@ -79,6 +81,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         half_life: HalfLives | None = None,
         short_conv: Reach | None = None,
         head_conv: Reach | None = None,
+        shift_keys: bool = False,
         output_gate: bool | None = None,
         head_norm: bool = True,
         keys: bool = False,
@@ -100,10 +103,15 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             raise ValueError(
                 "erase needs keys: a write erases what the state holds at its key; set keys: true"
             )
+        if shift_keys and not (head_conv and keys):
+            raise ValueError(
+                "shift_keys is a start of the keys' convolution: set head_conv and keys: true too"
+            )
         H, K, V, M = num_heads, head_dim, value_dim or head_dim, block_size
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
         self.gate, self.gate_std = gate, gate_std
         self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
+        self.shift_keys = shift_keys
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         self.gate_proj = nn.Linear(hidden_size, (M + 1) * H * K)
@@ -209,6 +217,12 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
                 values[f"{name}.weight"] = torch.zeros_like(conv.weight, device="cpu")
         if self.norm_weight is not None:
             values["norm_weight"] = torch.ones(H, V)
+        if self.shift_keys:  # as an induction head: what stands beside x_{t-1} is found by x_t
+            values["query_proj.weight"] = std * torch.randn(H * K, self.hidden_size)
+            values["key_proj.weight"] = values["query_proj.weight"]
+            own, before = values["head_conv.weight"][:2, -H * K :]
+            own.fill_(-1.0)  # the convolution adds to its input
+            before.fill_(1.0)
         return values
 
     def cost(self, context_length: int) -> MixerCost:

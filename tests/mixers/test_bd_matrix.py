@@ -110,26 +110,31 @@ def test_a_write_replaces_what_the_state_holds_at_its_key():
 
 
 def test_heads_convolve_their_streams():
-    """A key of the token before: with it a query reads the value that came after its last occurrence."""
-    mixer, x = made(ERASES | {"head_conv": 2}), torch.randn(2, 5, 16)
+    """A new convolution is the identity; keys that start shifted are the queries of the token before."""
+    mixer, x = made(ERASES | {"head_conv": 2, "shift_keys": True}), torch.randn(2, 5, 16)
     y, state = mixer(x, None, SequenceContext())
     assert state.shape == (2, mixer.state_elements(9)) == (2, 2 * 8 * 4 + 2 * (4 + 8 + 8))
-    streams = torch.cat([p(x) for p in (mixer.value_proj, mixer.query_proj, mixer.key_proj)], dim=-1)
-    torch.testing.assert_close(state[:, -40:], streams[:, -1])
+    projected = [p(x) for p in mixer.joint_projections()[1:]]
+    torch.testing.assert_close(state[:, -40:], torch.cat(projected[:3], dim=-1)[:, -1])
+    values, queries, keys, *rest = mixer._convolved(projected, None, None)[0]
+    assert torch.equal(values, functional.silu(projected[0]))
+    assert torch.equal(queries[:, :-1], keys[:, 1:])
+    assert not keys[:, 0].any()
+    assert all(a is b for a, b in zip(rest, projected[3:], strict=True))
     with torch.no_grad():
-        mixer.head_conv.weight[0, -16:] = -1.0  # of the keys: the token before instead of its own
-        mixer.head_conv.weight[1, -16:] = 1.0
-    changed, _ = mixer(x, None, SequenceContext())
-    own = functional.silu(mixer.key_proj(x)).roll(1, 1)
-    own[:, 0] = 0.0
-    _, _, keys = mixer._convolved([p(x) for p in mixer.joint_projections()[1:]], None, None)[0][:3]
-    torch.testing.assert_close(keys, own)
-    assert not torch.allclose(changed, y)
+        mixer.head_conv.weight.zero_()  # keys are those of their own token again
+    assert not torch.allclose(mixer(x, None, SequenceContext())[0], y)
 
 
 def test_one_convolution_at_most():
     with pytest.raises(ValueError, match="set one of them"):
         build_mixer(SPEC | {"short_conv": 3, "head_conv": 3}, 16)
+
+
+def test_shifted_keys_need_keys_and_their_convolution():
+    for missing in ({"head_conv": 3}, {"keys": True}):
+        with pytest.raises(ValueError, match="set head_conv and keys"):
+            build_mixer(SPEC | {"shift_keys": True} | missing, 16)
 
 
 def test_erasing_needs_keys():
