@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu.scaling --output docs/results/scaling.json      # about 3 minutes on two H100
     python -m benchmarks.gpu.scaling --gpus 4 --output scaling-4.json        # with HSDP, 2 x 2
+    python -m benchmarks.gpu.scaling --gpus 4 --check --output agree-4.json  # only whether all agree
     python -m benchmarks.gpu.scaling --table docs/results/scaling.json       # its Markdown
     python -m benchmarks.gpu.scaling --device cpu --output scaling.json # a rehearsal, with a tiny model
 
@@ -182,13 +183,15 @@ def work(options: argparse.Namespace) -> None:
                 small_losses(resumed, 3, common, *parallel, *muon)
                 again = small_losses(resumed, 6, common, *parallel, *muon)
                 found["agree"][f"{label}{name}, saved and resumed"] = again
+        if options.check:
+            continue
         lines = run(f"big-{label}", [*big, tokens(big, steps), *common, *parallel, saving])
         found["speed"][label] = speed(lines, warm=3)
-    if ranks == 1:
+    if ranks == 1 and not options.check:
         bf16 = "train.residual_in_fp32=false"
         lines = run("big-one-bf16", [*big, tokens(big, steps), *common, saving, bf16])
         found["speed"]["one, residual in bf16"] = speed(lines, warm=3)
-    if ranks > 1:
+    if ranks > 1 and not options.check:
         found["links"] = links(options.device)
     if int(os.environ.get("RANK", "0")) == 0:
         Path(options.part).write_text(json.dumps(found))
@@ -207,7 +210,7 @@ def lead(options: argparse.Namespace) -> None:
             worker = [
                 str(Path(__file__).resolve()), "--worker", "--ranks", str(ranks), "--steps",
                 str(options.steps), "--device", options.device, "--common", json.dumps(common), "--part",
-                str(part),
+                str(part), *["--check"] * options.check,
             ]  # fmt: skip
             launcher = [
                 "-m", "lrnn_lm.train.launch", "--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"),
@@ -223,13 +226,13 @@ def lead(options: argparse.Namespace) -> None:
     result = {
         "about": about(options.device, options.gpus),
         **found,
-        "links": parts[1]["links"],
+        "links": parts[1].get("links"),
         "checks": checks(found, options.gpus),
         "seconds": time.time() - began,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(json.dumps(result["checks"], indent=1) if options.check else table(result))
 
 
 def checks(found: dict[str, Any], gpus: int) -> dict[str, Any]:
@@ -326,6 +329,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, choices=COUNTS, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=20, help="of the large model, at least 7")
+    parser.add_argument("--check", action="store_true", help="only the small model: no speeds")
     parser.add_argument("--table", type=Path, help="print the Markdown of a result")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)

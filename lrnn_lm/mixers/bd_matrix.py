@@ -60,8 +60,9 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         short_conv: reach W in tokens of a short convolution of the input; None for none.
         head_conv: reach W in tokens of short convolutions of values, queries and keys in place of one of the
             input, and SiLU after them, as in gated DeltaNet. A key can then be that of the token before.
-        shift_keys: whether keys start as the queries of the token before, so that a layer reads at first what
-            followed earlier tokens like this one; needs `head_conv` and `keys`.
+        shift_keys: n: keys of the first of n heads start as the queries of the token before, so that a layer
+            reads at first what followed earlier tokens like this one; keys and queries of the next as those
+            of another token before, and so on in turns. Needs `keys` and a `head_conv` above n.
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
@@ -81,7 +82,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         half_life: HalfLives | None = None,
         short_conv: Reach | None = None,
         head_conv: Reach | None = None,
-        shift_keys: bool = False,
+        shift_keys: int | None = None,
         output_gate: bool | None = None,
         head_norm: bool = True,
         keys: bool = False,
@@ -90,7 +91,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         super().__init__()
         check_sizes(
             num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
-            short_conv=short_conv, head_conv=head_conv,
+            short_conv=short_conv, head_conv=head_conv, shift_keys=shift_keys,
         )  # fmt: skip
         check_gates(gate, gate_std, half_life)
         if head_dim % block_size:
@@ -103,9 +104,10 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             raise ValueError(
                 "erase needs keys: a write erases what the state holds at its key; set keys: true"
             )
-        if shift_keys and not (head_conv and keys):
+        if shift_keys and not (keys and shift_keys < (head_conv or 0)):
             raise ValueError(
-                "shift_keys is a start of the keys' convolution: set head_conv and keys: true too"
+                "shift_keys is a start of the keys' convolution: set keys: true and head_conv above "
+                f"{shift_keys}"
             )
         H, K, V, M = num_heads, head_dim, value_dim or head_dim, block_size
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
@@ -220,9 +222,12 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         if self.shift_keys:  # as an induction head: what stands beside x_{t-1} is found by x_t
             values["query_proj.weight"] = std * torch.randn(H * K, self.hidden_size)
             values["key_proj.weight"] = values["query_proj.weight"]
-            own, before = values["head_conv.weight"][:2, -H * K :]
-            own.fill_(-1.0)  # the convolution adds to its input
-            before.fill_(1.0)
+            taps = values["head_conv.weight"][:, H * V :].unflatten(1, (2, H, K))  # of queries and keys
+            taps[0] = -1.0  # the convolution adds to its input
+            for head in range(H):
+                lag = head % self.shift_keys
+                taps[lag, 0, head] += 1.0
+                taps[lag + 1, 1, head] += 1.0
         return values
 
     def cost(self, context_length: int) -> MixerCost:

@@ -270,8 +270,9 @@ def test_what_triton_cannot_run_is_told(monkeypatch):
     told("block size 3", K=6, M=3)
     told("3 blocks a head", K=6)
     told("3 columns a head are not a power of two", V=3)
-    told("128 x 4 is above 64 x 64", K=128)
-    told("4 x 128 is above 64 x 64", K=4, V=128)
+    told("128 x 4 is above 64 x 64", K=128, M=4)
+    told("256 x 4 is above 128 x 32", K=256, M=1)
+    told("128 x 128 is above 128 x 64", K=128, M=1, V=128)
     told("4 x 256 is above 64 x 128", K=4, V=256, dtype=torch.bfloat16)
     told("fp64", dtype=torch.float64)
     if DEVICE == "cpu":

@@ -110,16 +110,19 @@ def test_a_write_replaces_what_the_state_holds_at_its_key():
 
 
 def test_heads_convolve_their_streams():
-    """A new convolution is the identity; keys that start shifted are the queries of the token before."""
-    mixer, x = made(ERASES | {"head_conv": 2, "shift_keys": True}), torch.randn(2, 5, 16)
+    """A new convolution is the identity; keys that start shifted are the queries of a token before."""
+    mixer, x = made(ERASES | {"head_conv": 3, "shift_keys": 2}), torch.randn(2, 5, 16)
     y, state = mixer(x, None, SequenceContext())
-    assert state.shape == (2, mixer.state_elements(9)) == (2, 2 * 8 * 4 + 2 * (4 + 8 + 8))
+    assert state.shape == (2, mixer.state_elements(9)) == (2, 2 * 8 * 4 + 2 * 2 * (4 + 8 + 8))
     projected = [p(x) for p in mixer.joint_projections()[1:]]
     torch.testing.assert_close(state[:, -40:], torch.cat(projected[:3], dim=-1)[:, -1])
     values, queries, keys, *rest = mixer._convolved(projected, None, None)[0]
     assert torch.equal(values, functional.silu(projected[0]))
-    assert torch.equal(queries[:, :-1], keys[:, 1:])
-    assert not keys[:, 0].any()
+    own = functional.silu(projected[1]).unflatten(-1, (2, 8))  # of two heads
+    queries, keys = (stream.unflatten(-1, (2, 8)) for stream in (queries, keys))
+    for head, (query_lag, key_lag) in enumerate(((0, 1), (1, 2))):
+        torch.testing.assert_close(queries[:, 2:, head], own[:, 2 - query_lag : 5 - query_lag, head])
+        torch.testing.assert_close(keys[:, 2:, head], own[:, 2 - key_lag : 5 - key_lag, head])
     assert all(a is b for a, b in zip(rest, projected[3:], strict=True))
     with torch.no_grad():
         mixer.head_conv.weight.zero_()  # keys are those of their own token again
@@ -132,9 +135,9 @@ def test_one_convolution_at_most():
 
 
 def test_shifted_keys_need_keys_and_their_convolution():
-    for missing in ({"head_conv": 3}, {"keys": True}):
-        with pytest.raises(ValueError, match="set head_conv and keys"):
-            build_mixer(SPEC | {"shift_keys": True} | missing, 16)
+    for missing in ({"head_conv": 3}, {"keys": True}, {"head_conv": 2, "keys": True}):
+        with pytest.raises(ValueError, match="set keys: true and head_conv above 2"):
+            build_mixer(SPEC | {"shift_keys": 2} | missing, 16)
 
 
 def test_erasing_needs_keys():

@@ -17,10 +17,10 @@ from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
 TRITON_BLOCKS = (1, 2, 4, 8, 16)
-# The products of one program need up to 159 KB of shared memory at these sizes, 258 KB or more above them. A
-# Hopper SM has 227 KB.
-TRITON_SLOTS = 64
-TRITON_COLUMN_BYTES = 256  # of a head's columns in the values' dtype
+# A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some. Blocks also need
+# the dense transition of a head, which does not fit beside 128 slots in 227 KB, a Hopper SM's shared memory.
+TRITON_STATE = 8192
+TRITON_SLOTS, TRITON_DIAGONAL_SLOTS = 64, 128
 BACKENDS = ("reference", "torch", "triton")
 
 
@@ -122,9 +122,10 @@ def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, querie
     for count, what in ((K // M, "blocks"), (V, "columns")):
         if count & (count - 1):
             return f"{count} {what} a head are not a power of two"
-    columns = TRITON_COLUMN_BYTES // values.element_size()
-    if K > TRITON_SLOTS or columns < V:
-        return f"a head of {K} x {V} is above {TRITON_SLOTS} x {columns}"
+    slots = TRITON_DIAGONAL_SLOTS if M == 1 else TRITON_SLOTS
+    columns = TRITON_STATE // max(K, TRITON_SLOTS)
+    if slots < K or columns < V:
+        return f"a head of {K} x {V} is above {slots} x {columns}"
     return None
 
 
