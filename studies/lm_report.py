@@ -11,6 +11,9 @@ from statistics import fmean as mean
 from statistics import stdev
 from typing import Any
 
+HEADLINE = (  # of README's table, in its order; the plot shows them at their size
+    "hybrid-m2-qk", "gdn-hybrid-qk", "transformer-qk", "mixed-e1-shift-lags-half", "gdn", "bd-m2",
+)  # fmt: skip
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
 Row = dict[str, Any]
 
@@ -97,20 +100,24 @@ def by_seed(rows: list[Row]) -> list[float]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Held-out bits per byte against tokens, a panel a size: the ten best contenders under Muon."""
+    """Held-out bits per byte against tokens under Muon, a panel a size: of HEADLINE, or the ten best."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if optimizer(row) == "Muon"]
-    sizes = sorted({row["size"] for row in rows}, reverse=True)
+    contenders = Counter(size for size, _ in {(row["size"], row["contender"]) for row in rows})
+    sizes = sorted((size for size, count in contenders.items() if count > 1), reverse=True)
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(6.5 * len(sizes), 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         for axis, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
             chosen = best_rates([row for row in rows if row["size"] == size])
             order = sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"])
-            for name in order[:10]:
+            shown = (
+                [name for name in order if name in HEADLINE] if chosen.keys() >= {*HEADLINE} else order[:10]
+            )
+            for name in shown:
                 row = chosen[name][0]
                 steps = row["curve"][-1][0]
                 tokens = [step / steps * row["tokens"] / 1e6 for step, _ in row["curve"]]

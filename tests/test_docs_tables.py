@@ -15,7 +15,7 @@ from benchmarks.decode import DecodeSettings
 from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
-from studies.lm_report import best_rates, by_seed, rates_table, read_rows, results_table
+from studies.lm_report import HEADLINE, best_rates, by_seed, rates_table, read_rows, results_table
 from studies.width import BASE, WIDTHS, best_rate
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -25,7 +25,6 @@ BENCH = sorted([*RESULTS.glob("*-h100.jsonl"), *RESULTS.glob("sizes/*.jsonl")])
 BENCH = [path for path in BENCH if not path.name.startswith(("synthetic", "train-fp8"))]
 PERFORMANCE = (DOCS / "performance.md").read_text(encoding="utf-8")
 SYNTHETIC = (RESULTS / "synthetic.md").read_text(encoding="utf-8")
-README_MODELS = ("hybrid-m2-qk", "gdn-hybrid-qk", "transformer-qk", "mixed-e1-conv", "gdn", "bd-m2")
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -159,7 +158,7 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
     found = {name: f"{mean(by_seed(own)):.3f}" for name, own in best_rates(rows).items()}
     line = next(line for line in README.splitlines() if line.startswith("| **1."))
     cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-    assert cells == [found[name] for name in README_MODELS]
+    assert cells == [found[name] for name in HEADLINE]
     page = (RESULTS / "lm.md").read_text()
     for table in (
         results_table(read_rows(RESULTS / "lm.jsonl")),

@@ -66,8 +66,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
-        erase: whether a write erases what the state holds at its key; needs `keys`. On a CPU it runs step by
-            step.
+        erase: whether a write erases what the state holds at its key; needs `keys`.
     """
 
     def __init__(

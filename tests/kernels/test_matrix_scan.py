@@ -97,6 +97,8 @@ def test_a_block_of_one_is_a_gated_sum():
 def test_plain_torch(T, K, M):
     compare("torch", torch.float64, T=T, K=K, M=M, V=3)
     compare("torch", T=T, K=K, M=M, V=5)
+    compare("torch", torch.float64, erasing(make_inputs(T=T, K=K, M=M, V=3, dtype=torch.float64)))
+    compare("torch", inputs=erasing(make_inputs(T=T, K=K, M=M, V=5)))
 
 
 def test_slabs_of_time(monkeypatch):
@@ -105,6 +107,7 @@ def test_slabs_of_time(monkeypatch):
 
     monkeypatch.setattr(module, "SLAB_BYTES", 3 * 8 * 2 * 2 * 4 * 4)
     compare("torch", torch.float64, T=11)
+    compare("torch", torch.float64, erasing(make_inputs(T=11, dtype=torch.float64)))
 
 
 def test_gradcheck_and_no_second_derivative():

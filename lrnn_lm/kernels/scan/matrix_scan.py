@@ -47,7 +47,7 @@ def matrix_scan(
         erase: (B, T, H, K) e; a write then replaces what the state holds at e, `k_t w_t^T` with
             `w_t = v_t - (blockdiag(A_t) S_{t-1})^T e_t` (the delta rule, arXiv 2412.06464; with M = 1 that
             of arXiv 2510.26692). The states stay bounded where k_t = beta_t e_t with |e_t| <= 1 and
-            0 <= beta_t <= 1. On a CPU this is the reference, step by step.
+            0 <= beta_t <= 1.
     Returns:
         y (B, T, H, V) in the dtype of `values`, and S_T (B, H, K, V) in fp32 (fp64 where an input is). Both
         are differentiable, once, with respect to all inputs but `reset`.
@@ -60,8 +60,7 @@ def matrix_scan(
         expect_shape("erase", erase, queries.shape)
         expect_floats(erase=erase)
     backend = _choose(backend, *inputs)
-    plain = backend == "reference" or (backend == "torch" and erase is not None)
-    if plain or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
+    if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
         return reference.matrix_scan(*inputs, h0, reset, erase)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
@@ -76,7 +75,7 @@ def matrix_scan(
     if h0 is None:
         B, _, H, K = queries.shape
         h0 = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype)
-    return _scan(*inputs, h0, reset)
+    return _scan(*inputs, h0, reset, erase)
 
 
 def _check(
@@ -153,31 +152,48 @@ def _keep(reset: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if reset is None else (~reset).to(dtype).t()[:, :, None, None, None, None]
 
 
+def _slabs_of(
+    part: slice, dtype: torch.dtype, M: int, transitions: Tensor, writes: Tensor, values: Tensor,
+    erase: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    A, k = (_slab(x, part, dtype, M) for x in (transitions, writes))
+    return A, k, _row(values, part, dtype), None if erase is None else _slab(erase, part, dtype, M)
+
+
+def _step(S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One step from S (B, H, N, M, V): A S, what is written of v after the erasure, and S after it."""
+    mixed = A @ S
+    if e is not None:
+        v = v - (e.unsqueeze(-1) * mixed).sum((2, 3), keepdim=True)
+    return mixed, v, torch.addcmul(mixed, k.unsqueeze(-1), v)
+
+
 def _states(
-    S: Tensor, A: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, part: slice
+    S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None, keep: Tensor | None, part: slice
 ) -> tuple[Tensor, Tensor]:
     """S (B, H, N, M, V) before every step of a slab, (t, B, H, N, M, V), and after the last."""
     before = S.new_empty(A.shape[0], *S.shape)
     for i in range(A.shape[0]):
         before[i] = S if keep is None else S * keep[part.start + i]
-        S = torch.addcmul(A[i] @ before[i], k[i].unsqueeze(-1), v[i])
+        S = _step(before[i], A[i], k[i], v[i], None if e is None else e[i])[-1]
     return before, S
 
 
 @torch.library.custom_op("lrnn_lm::matrix_scan_torch", mutates_args=())
 def _scan(
-    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor, reset: Tensor | None,
+    erase: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
     keep = _keep(reset, dtype)
     y = values.new_empty(values.shape)
     S = h0.unflatten(2, (-1, M)).clone()
     for part in _slabs(T, h0):
-        A, k, q = (_slab(x, part, dtype, M) for x in (transitions, writes, queries))
-        v = _row(values, part, dtype)
+        A, k, v, e = _slabs_of(part, dtype, M, transitions, writes, values, erase)
+        q = _slab(queries, part, dtype, M)
         for i in range(len(A)):
             S = S if keep is None else S * keep[part.start + i]
-            S = torch.addcmul(A[i] @ S, k[i].unsqueeze(-1), v[i])
+            S = _step(S, A[i], k[i], v[i], None if e is None else e[i])[-1]
             y[:, part.start + i] = (q[i].unsqueeze(-1) * S).sum((2, 3)).to(y.dtype)
     return y, S.flatten(2, 3).contiguous()
 
@@ -185,45 +201,50 @@ def _scan(
 @torch.library.custom_op("lrnn_lm::matrix_scan_torch_backward", mutates_args=())
 def _scan_backward(
     grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
-    h0: Tensor, reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    h0: Tensor, reset: Tensor | None, erase: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
     T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
     keep = _keep(reset, dtype)
-    d_a, d_k, d_v, d_q = (x.new_empty(x.shape) for x in (transitions, writes, values, queries))
+    d_a, d_k, d_v, d_q = made = [x.new_empty(x.shape) for x in (transitions, writes, values, queries)]
+    d_e = None if erase is None else erase.new_empty(erase.shape)
     # Forward once more, keeping the state at the start of each slab; then the slabs from the last to the
     # first.
     slabs, S, starts = _slabs(T, h0), h0.unflatten(2, (-1, M)), []
     for part in slabs:
         starts.append(S)
-        A, k = (_slab(x, part, dtype, M) for x in (transitions, writes))
-        S = _states(S, A, k, _row(values, part, dtype), keep, part)[1]
+        S = _states(S, *_slabs_of(part, dtype, M, transitions, writes, values, erase), keep, part)[1]
     s = grad_last.unflatten(2, (-1, M)).clone()  # dL/dS
     for part, start in zip(reversed(slabs), reversed(starts), strict=True):
-        A, k, q = (_slab(x, part, dtype, M) for x in (transitions, writes, queries))
-        v, g = _row(values, part, dtype), _row(grad, part, dtype)
-        before, _ = _states(start, A, k, v, keep, part)
+        A, k, v, e = _slabs_of(part, dtype, M, transitions, writes, values, erase)
+        q, g = _slab(queries, part, dtype, M), _row(grad, part, dtype)
+        before, _ = _states(start, A, k, v, e, keep, part)
         for i in range(len(A) - 1, -1, -1):
             t = part.start + i
-            after = torch.addcmul(A[i] @ before[i], k[i].unsqueeze(-1), v[i])
+            mixed, written, after = _step(before[i], A[i], k[i], v[i], None if e is None else e[i])
             s = torch.addcmul(s, q[i].unsqueeze(-1), g[i])
             d_q[:, t] = (after * g[i]).sum(-1).flatten(2).to(d_q.dtype)
-            d_k[:, t] = (s * v[i]).sum(-1).flatten(2).to(d_k.dtype)
-            d_v[:, t] = (s * k[i].unsqueeze(-1)).sum((2, 3)).to(d_v.dtype)
+            d_k[:, t] = (s * written).sum(-1).flatten(2).to(d_k.dtype)
+            d_written = (s * k[i].unsqueeze(-1)).sum((2, 3), keepdim=True)
+            d_v[:, t] = d_written[:, :, 0, 0].to(d_v.dtype)
+            if e is not None:
+                d_e[:, t] = -(mixed * d_written).sum(-1).flatten(2).to(d_e.dtype)
+                s = torch.addcmul(s, e[i].unsqueeze(-1), d_written, value=-1)
             d_a[:, t] = (s @ before[i].mT).flatten(2, 3).to(d_a.dtype)
             s = A[i].mT @ s
             if keep is not None:
                 s = s * keep[t]
-    return d_a, d_k, d_v, d_q, s.flatten(2, 3).contiguous()
+    return [*made, s.flatten(2, 3).contiguous(), *([] if d_e is None else [d_e])]
 
 
 @_scan.register_fake
-def _(transitions, writes, values, queries, h0, reset):
+def _(transitions, writes, values, queries, h0, reset, erase):
     return values.new_empty(values.shape), h0.new_empty(h0.shape)
 
 
 @_scan_backward.register_fake
-def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
-    return tuple(x.new_empty(x.shape) for x in (transitions, writes, values, queries, h0))
+def _(grad, grad_last, transitions, writes, values, queries, h0, reset, erase):
+    given = (transitions, writes, values, queries, h0, erase)
+    return [x.new_empty(x.shape) for x in given if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
@@ -231,7 +252,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _run_backward(ctx, grad, grad_last):
-    return (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)
+    *gradients, d_h0, d_erase = (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)[:6]
+    return *gradients, d_h0, None, d_erase
 
 
 _scan.register_autograd(_run_backward, setup_context=_setup_context)
