@@ -19,7 +19,9 @@ from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import reset_flags
 
-Summaries = tuple[Tensor, ...]  # scores, reads, keys, whole: see `matrix_kernels.py`
+Summaries = tuple[
+    Tensor, ...
+]  # scores, reads, keys, whole, and of erased keys scores, reads: `matrix_kernels.py`
 
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
@@ -70,12 +72,16 @@ def _strides(prefix: str, axes: str, x: Tensor) -> dict[str, int]:
     return {f"{prefix}_{axis}": stride for axis, stride in zip(axes, x.stride()[1:], strict=True)}
 
 
-def _within(transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor | None) -> dict[str, Any]:
+def _within(
+    transitions: Tensor, writes: Tensor, queries: Tensor, flags: Tensor | None, erased: Tensor | None = None
+) -> dict[str, Any]:
     """Arguments of both kernels within chunks."""
+    e = queries if erased is None else erased
     return {
-        "transitions": transitions, "writes": writes, "queries": queries, "flags": flags,
-        "a_b": transitions.stride(0), "k_b": writes.stride(0), "q_b": queries.stride(0),
+        "transitions": transitions, "writes": writes, "queries": queries, "erased": erased, "flags": flags,
+        "a_b": transitions.stride(0), "k_b": writes.stride(0), "q_b": queries.stride(0), "e_b": e.stride(0),
         **_strides("A", "THKM", transitions), **_strides("K", "THK", writes), **_strides("Q", "THK", queries),
+        **_strides("E", "THK", e), "ERASES": erased is not None,
     }  # fmt: skip
 
 
@@ -85,11 +91,16 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> S
     scores = new(B, C, H, CHUNK, CHUNK, dtype=dtype)
     reads, keys = (new(B, C, H, CHUNK, K, dtype=dtype) for _ in range(2))
     whole = new(B, C, H, K, chunks.M, dtype=torch.float32)
+    of_erased = ()
+    if inputs["ERASES"]:
+        of_erased = tuple(new(B, C, H, CHUNK, n, dtype=torch.float32) for n in (CHUNK, K))
+    erased_scores, erased_reads = of_erased or (None, None)
     chunk_forward_kernel[(chunks.work,)](
-        scores=scores, reads=reads, keys=keys, whole=whole, T=chunks.T, n_chunks=C, total=chunks.total,
+        scores=scores, reads=reads, keys=keys, whole=whole, erased_scores=erased_scores,
+        erased_reads=erased_reads, T=chunks.T, n_chunks=C, total=chunks.total,
         PHASES=min(CHUNK // chunks.options["G"], MOST_PHASES), **inputs, **chunks.options,
     )  # fmt: skip
-    return scores, reads, keys, whole
+    return scores, reads, keys, whole, *of_erased
 
 
 def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str
 def _outputs(
     chunks: _Chunks, summaries: Summaries, values: Tensor, erase: Tensor | None, h0: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and the last state, from chunk to chunk."""
+    """y and the last state, from chunk to chunk; summaries are the first four."""
     y = values.new_empty(values.shape)
     last = values.new_empty(chunks.B, chunks.H, chunks.K, chunks.V, dtype=torch.float32)
     state_forward_kernel[(chunks.B * chunks.H,)](
@@ -141,12 +152,14 @@ def _outputs_backward(
 
 def _summaries_backward(
     chunks: _Chunks, inputs: dict[str, Any], d_summaries: Summaries
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/d of transitions, as M planes (B, T, M, H, K) in memory, of writes, and of queries."""
+) -> tuple[Tensor, ...]:
+    """dL/d of transitions, as M planes (B, T, M, H, K) in memory, of writes, queries, and erased keys."""
     B, T, H, K, M = chunks.B, chunks.T, chunks.H, chunks.K, chunks.M
-    d_scores, d_reads, d_keys, d_whole = d_summaries
+    d_scores, d_reads, d_keys, d_whole, *of_erased = d_summaries
+    d_erased_scores, d_erased_reads = of_erased or (None, None)
     d_a = inputs["transitions"].new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
-    d_k, d_q = (inputs[name].new_empty(B, T, H, K) for name in ("writes", "queries"))
+    names = ("writes", "queries", "erased") if of_erased else ("writes", "queries")
+    d_k, d_q, *d_e = (inputs[name].new_empty(B, T, H, K) for name in names)
     programs = min(chunks.work, PROGRAMS_PER_SM * multiprocessors(d_a.device))
     options = chunks.options
     # Programs take items one after another, so scratch is as large as the device, not as the batch.
@@ -154,11 +167,12 @@ def _summaries_backward(
     lanes = options["ITEMS"] * options["G"] * options["NL"]
     chunk_backward_kernel[(programs,)](
         d_scores=d_scores, d_reads=d_reads, d_keys=d_keys, d_whole=d_whole,
-        d_transitions=d_a, d_writes=d_k, d_queries=d_q,
+        d_erased_scores=d_erased_scores, d_erased_reads=d_erased_reads,
+        d_transitions=d_a, d_writes=d_k, d_queries=d_q, d_erased=d_e[0] if d_e else None,
         scratch=d_scores.new_empty(programs, CHUNK, columns * lanes), T=T, n_chunks=chunks.count,
         total=chunks.total, work=chunks.work, **inputs, **options,
     )  # fmt: skip
-    return d_a, d_k, d_q
+    return d_a, d_k, d_q, *d_e
 
 
 def _forward(

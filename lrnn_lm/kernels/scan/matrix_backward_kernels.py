@@ -1,4 +1,4 @@
-"""The backward pass of `matrix_kernels.py`: gradients of a chunk's transitions, writes and queries.
+"""The backward pass of `matrix_kernels.py`: gradients of a chunk's transitions, writes, queries, erased keys.
 
 The columns x before each step are computed again and kept in scratch memory, then the steps are walked from
 the last to the first with s = dL/dx. Legend and layout of lanes are those of `matrix_kernels.py`.
@@ -85,9 +85,9 @@ def _mixed_weights(
 @triton.jit
 def _by_column(
     s, x, mixed, dq, a_at, da_at, valid, lane, g, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr,
-    G: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, COLUMNS: tl.constexpr, SETS: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Stores dA = s x^T and returns A^T s, flat as x, and dq + A mixed, flat [row]."""
+    """Stores dA = s x^T; returns A^T s, flat as x, and dq + A mixed of each set of queries, flat [row]."""
     # A is read column by column: whole, it would take all registers of a lane at M = 16.
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
@@ -98,10 +98,12 @@ def _by_column(
             tiles = tiles + (a_at[j * (RM // WIDE) + e],)
         a = load_tiles(tiles, valid, RM, WIDE, LANES, MASKED)  # column j of every block, [row]
         more = ()
+        for q in tl.static_range(SETS):
+            for e in tl.static_range(RM):
+                more = more + (tl.fma(a[e], mixed[q * RM + e // M * M + j], dq[q * RM + e]),)
         for r in tl.static_range(R):
             rows = ()
             for i in tl.static_range(M):
-                more = more + (tl.fma(a[r * M + i], mixed[r * M + j], dq[r * M + i]),)
                 total = s[r * M + i] * x[r * M + j]
                 for c in tl.static_range(1, COLUMNS):
                     total = tl.fma(s[c * RM + r * M + i], x[c * RM + r * M + j], total)
@@ -154,6 +156,52 @@ def _column_of_step(values, step, g, COUNT: tl.constexpr, M: tl.constexpr, G: tl
 
 
 @triton.jit
+def _add_products(s, q, weights, M: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
+    """s + q weights, flat as x: what comes back from the outputs of a step."""
+    RM: tl.constexpr = R * M
+    total = ()
+    for c in tl.static_range(COLUMNS):
+        for r in tl.static_range(R):
+            for i in tl.static_range(M):
+                total = total + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
+    return total
+
+
+@triton.jit
+def _by_query(
+    x, k, weights, step, lane, g, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
+    L: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_mixed_weights`, and what of dq is from the column that begins at this step; R M lane blocks each."""
+    # q_t also meets k_t itself, in the column that begins here: dq = k_t dL/dscore_tt + A x weights.
+    diagonal = sum_over(_column_of_step(weights, step, g, R, M, G, L)[0], lane, NL, G)
+    own = ()
+    for e in tl.static_range(R * M):
+        own = own + (k[e] * diagonal,)
+    return _mixed_weights(x, weights, lane, M, R, NL, G, COLUMNS), own
+
+
+@triton.jit
+def _part(x, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    some = ()
+    for e in tl.static_range(COUNT):
+        some = some + (x[FIRST + e],)
+    return some
+
+
+@triton.jit
+def _last_rows(
+    x, item, n, g, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, CP: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the last step's reads in x (B, C, H, L, K): R tiles [LANES, CP]."""
+    tiles = ()
+    for r in tl.static_range(R):
+        tiles = tiles + (span(x + (item * L + L - 1) * K + ((n + r * NL) * M + g * CP), CP, 1),)
+    return tiles
+
+
+@triton.jit
 def _keep_columns(
     a_at, k_at, flags_at, x_at, g, real, steps, A_T: tl.constexpr, K_T: tl.constexpr, M: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
@@ -180,10 +228,11 @@ def _keep_columns(
 
 @triton.jit
 def _walk_back(
-    s, a_at, k_at, q_at, flags_at, x_at, reads_at, scores_at, da_at, dk_at, dq_at, lane, g, real, steps,
-    A_T: tl.constexpr, K_T: tl.constexpr, Q_T: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+    s, a_at, k_at, q_at, e_at, flags_at, x_at, reads_at, scores_at, erased_reads_at, erased_scores_at, da_at,
+    dk_at, dq_at, de_at, lane, g, real, steps,
+    A_T: tl.constexpr, K_T: tl.constexpr, Q_T: tl.constexpr, E_T: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
+    LANES: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr, ERASES: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of all steps of a chunk, last to first, from s = dL/dx after it.
 
@@ -199,23 +248,25 @@ def _walk_back(
         q = load_tiles(q_at, valid, RM, WIDE, LANES, MASKED)  # [row]
         x = load_tiles(x_at, real, COLUMNS * RM, WIDE, LANES, True)  # [column R M + row]
         weights = _weights(reads_at, scores_at, real, R, M // G, L // G, LANES)
-        now = ()  # s of this step: what comes back from later steps, and from its own outputs
-        for c in tl.static_range(COLUMNS):
-            for r in tl.static_range(R):
-                for i in tl.static_range(M):
-                    now = now + (tl.fma(q[r * M + i], weights[c * R + r], s[c * RM + r * M + i]),)
+        # s of this step: what comes back from later steps, and from its own outputs
+        now = _add_products(s, q, weights, M, R, COLUMNS)
+        mixed, dq = _by_query(x, k, weights, step, lane, g, M, R, NL, G, L, COLUMNS)
+        if ERASES:
+            e = load_tiles(e_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+            weights = _weights(erased_reads_at, erased_scores_at, real, R, M // G, L // G, LANES)
+            now = _add_products(now, e, weights, M, R, COLUMNS)
+            more_mixed, de = _by_query(x, k, weights, step, lane, g, M, R, NL, G, L, COLUMNS)
+            mixed, dq = mixed + more_mixed, dq + de
         dk = _column_of_step(now, step, g, RM, M, G, L)
         store_tiles(dk_at, dk, valid & (step % G == g), RM, WIDE, LANES)  # by the group that has the column
-        # q_t also meets k_t itself, in the column that begins here: dq = k_t dL/dscore_tt + A x weights.
-        diagonal = sum_over(_column_of_step(weights, step, g, R, M, G, L)[0], lane, NL, G)
-        dq = ()
-        for e in tl.static_range(RM):
-            dq = dq + (k[e] * diagonal,)
-        mixed = _mixed_weights(x, weights, lane, M, R, NL, G, COLUMNS)
         s, dq = _by_column(
-            now, x, mixed, dq, a_at, da_at, valid, lane, g, M, R, NL, G, COLUMNS, LANES, MASKED
+            now, x, mixed, dq, a_at, da_at, valid, lane, g, M, R, NL, G, COLUMNS, 1 + ERASES, LANES, MASKED
         )  # fmt: skip
-        store_tiles(dq_at, dq, valid & (g == 0), RM, WIDE, LANES)  # all groups have the same dq
+        store_tiles(dq_at, _part(dq, 0, RM), valid & (g == 0), RM, WIDE, LANES)  # alike in all groups
+        if ERASES:
+            store_tiles(de_at, _part(dq, RM, RM), valid & (g == 0), RM, WIDE, LANES)
+            e_at, de_at = advance(e_at, RM // WIDE, -E_T), advance(de_at, RM // WIDE, -H * K)
+            erased_reads_at, erased_scores_at = advance(erased_reads_at, R, -K), erased_scores_at - L
         if HAS_RESET:  # no gradient crosses the start of a document
             s = zero_at_reset(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
         a_at, k_at = advance(a_at, RM * M // WIDE, -A_T), advance(k_at, RM // WIDE, -K_T)
@@ -233,18 +284,21 @@ def _walk_back(
 
 @triton.jit(do_not_specialize=["T", "n_chunks", "total", "work"])
 def chunk_backward_kernel(
-    transitions, writes, queries, flags, d_scores, d_reads, d_keys, d_whole, d_transitions, d_writes,
-    d_queries, scratch, T, n_chunks, total, work, a_b, k_b, q_b,
+    transitions, writes, queries, erased, flags, d_scores, d_reads, d_keys, d_whole, d_erased_scores,
+    d_erased_reads, d_transitions, d_writes, d_queries, d_erased, scratch, T, n_chunks, total, work, a_b, k_b,
+    q_b, e_b,
     A_T: tl.constexpr, A_H: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr,
     K_T: tl.constexpr, K_H: tl.constexpr, K_K: tl.constexpr,
     Q_T: tl.constexpr, Q_H: tl.constexpr, Q_K: tl.constexpr,
+    E_T: tl.constexpr, E_H: tl.constexpr, E_K: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
     ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
+    ERASES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the inputs of `chunk_forward_kernel` from those of its outputs; columns are recomputed.
 
-    Out: d_transitions (B, T, M, H, K), d_writes and d_queries (B, T, H, K), contiguous. scratch (programs, L,
-    columns R M LANES) holds a program's columns before each step.
+    Out: d_transitions (B, T, M, H, K), d_writes, d_queries and d_erased (B, T, H, K), contiguous. scratch
+    (programs, L, columns R M LANES) holds a program's columns before each step.
     """
     LANES: tl.constexpr = ITEMS * G * NL
     RM: tl.constexpr = R * M
@@ -274,24 +328,32 @@ def chunk_backward_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # scratch is read back, perhaps by another lane than the one that wrote it
         step = b * T + t0 + LAST
-        reads_at, da_at = (), ()
-        for r in tl.static_range(R):
-            at = d_reads + (item * L + LAST) * K + ((n + r * NL) * M + g * CP)
-            reads_at = reads_at + (span(at, CP, 1),)
+        da_at = ()
         for j in tl.static_range(M):
             for r in tl.static_range(R):
                 at = d_transitions + (step * M + j) * (H * K) + (head * K + (n + r * NL) * M + g * CP)
                 da_at = da_at + (span(at, CP, 1),)
-        scores_at = span(d_scores + item * (L * L) + (LAST * L + g * (L // G)), L // G, 1)
+        last_score = item * (L * L) + (LAST * L + g * (L // G))
+        reads_at = _last_rows(d_reads, item, n, g, K, M, R, NL, CP, L)
+        scores_at = span(d_scores + last_score, L // G, 1)
         rows_at = step * (H * K) + (head * K + n * M)
+        dq_at = row_tiles(d_queries + rows_at, M, R, 1, NL * M)
+        if ERASES:
+            e_at = erased + b * e_b + t0 * E_T + (head * E_H + n * (M * E_K))
+            e_at = row_tiles(e_at + LAST * E_T, M, R, E_K, NL * M * E_K)
+            erased_reads_at = _last_rows(d_erased_reads, item, n, g, K, M, R, NL, CP, L)
+            erased_scores_at = span(d_erased_scores + last_score, L // G, 1)
+            de_at = row_tiles(d_erased + rows_at, M, R, 1, NL * M)
+        else:  # not read
+            e_at, erased_reads_at, erased_scores_at, de_at = dq_at, reads_at, scores_at, dq_at
         _walk_back(
             _gradients_at_the_end(d_whole, d_keys, item, n, g, real, K, M, R, NL, G, L, LANES),
             plane_tiles(a_at + LAST * A_T, M, R, A_K, A_M, NL * M * A_K),
             row_tiles(k_at + LAST * K_T, M, R, K_K, NL * M * K_K),
-            row_tiles(q_at + LAST * Q_T, M, R, Q_K, NL * M * Q_K), flags_at, x_last, reads_at, scores_at,
-            da_at, row_tiles(d_writes + rows_at, M, R, 1, NL * M),
-            row_tiles(d_queries + rows_at, M, R, 1, NL * M), lane, g, real, T - t0,
-            A_T, K_T, Q_T, H, K, M, R, NL, G, L, LANES, MASKED, HAS_RESET,
+            row_tiles(q_at + LAST * Q_T, M, R, Q_K, NL * M * Q_K), e_at, flags_at, x_last, reads_at,
+            scores_at, erased_reads_at, erased_scores_at, da_at,
+            row_tiles(d_writes + rows_at, M, R, 1, NL * M), dq_at, de_at, lane, g, real, T - t0,
+            A_T, K_T, Q_T, E_T, H, K, M, R, NL, G, L, LANES, MASKED, HAS_RESET, ERASES,
         )  # fmt: skip
         tl.debug_barrier()  # before the next item overwrites scratch
 

@@ -6,9 +6,10 @@ With the columns of `matrix_kernels.py` within a chunk of L steps,
 
     w_t + sum_{s < t} N_{t,s} w_s = v_t - S_0^T r_t       N_{t,s} = e_t . u_{t,s}       r_t = P_t^T e_t
 
-where N and r are the scores and reads of e in place of q. So (I + N) w = v - r S_0: the inverse X of a
-triangular matrix a chunk, computed for all chunks at once, makes new values X v and what they erase, X r, and
-the kernels from chunk to chunk subtract the second times S_0. The way of arXiv 2406.06484, section 3.
+where N and r are the scores and reads of e, a second set of queries of the same columns. So (I + N) w =
+v - r S_0: the inverse X of a triangular matrix a chunk, computed for all chunks at once, makes new values X v
+and what they erase, X r, and the kernels from chunk to chunk subtract the second times S_0. The way of arXiv
+2406.06484, section 3.
 
 e.u are products of numbers of size 1, so fp32 serves for N; the products with X are in the values' dtype.
 
@@ -26,22 +27,26 @@ from .triton_launch import reset_flags
 
 @torch.library.custom_op("lrnn_lm::matrix_chunks_triton", mutates_args=())
 def _within_chunks(
-    transitions: Tensor, writes: Tensor, queries: Tensor, reset: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scores, reads, keys in `dtype` and whole in fp32, of `chunk_forward_kernel`."""
+    transitions: Tensor, writes: Tensor, queries: Tensor, erase: Tensor, reset: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """scores, reads, keys in `dtype`, whole and the scores and reads of `erase` in fp32, of
+    `chunk_forward_kernel`."""
     with on_device(writes):
         chunks = _chunks(transitions, 1, reset)
-        return _summaries(chunks, _within(transitions, writes, queries, reset_flags(reset)), dtype)
+        return _summaries(chunks, _within(transitions, writes, queries, reset_flags(reset), erase), dtype)
 
 
 @torch.library.custom_op("lrnn_lm::matrix_chunks_triton_backward", mutates_args=())
 def _within_chunks_backward(
-    d_scores: Tensor, d_reads: Tensor, d_keys: Tensor, d_whole: Tensor, transitions: Tensor, writes: Tensor,
-    queries: Tensor, reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_summaries = tuple(x.contiguous() for x in (d_scores, d_reads, d_keys, d_whole))
+    d_scores: Tensor, d_reads: Tensor, d_keys: Tensor, d_whole: Tensor, d_erased_scores: Tensor,
+    d_erased_reads: Tensor, transitions: Tensor, writes: Tensor, queries: Tensor, erase: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_summaries = d_scores, d_reads, d_keys, d_whole, d_erased_scores, d_erased_reads
+    d_summaries = tuple(x.contiguous() for x in d_summaries)
     with on_device(writes):
-        inputs = _within(transitions, writes, queries, reset_flags(reset))
+        inputs = _within(transitions, writes, queries, reset_flags(reset), erase)
         return _summaries_backward(_chunks(transitions, 1, reset), inputs, d_summaries)
 
 
@@ -73,19 +78,23 @@ def _chunks_of(whole: Tensor, values: Tensor):
 
 
 @_within_chunks.register_fake
-def _(transitions, writes, queries, reset, dtype):
+def _(transitions, writes, queries, erase, reset, dtype):
     B, T, H, K, M = transitions.shape
     C = -(-T // CHUNK)
     new = transitions.new_empty
     scores, reads, keys = (new(B, C, H, CHUNK, n, dtype=dtype) for n in (CHUNK, K, K))
-    return scores, reads, keys, new(B, C, H, K, M, dtype=torch.float32)
+    of_erased = (new(B, C, H, CHUNK, n, dtype=torch.float32) for n in (CHUNK, K))
+    return scores, reads, keys, new(B, C, H, K, M, dtype=torch.float32), *of_erased
 
 
 @_within_chunks_backward.register_fake
-def _(d_scores, d_reads, d_keys, d_whole, transitions, writes, queries, reset):
+def _(
+    d_scores, d_reads, d_keys, d_whole, d_erased_scores, d_erased_reads, transitions, writes, queries, erase,
+    reset,
+):  # fmt: skip
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
-    return d_a, writes.new_empty(writes.shape), queries.new_empty(queries.shape)
+    return d_a, *(x.new_empty(x.shape) for x in (writes, queries, erase))
 
 
 @_from_chunk_to_chunk.register_fake
@@ -140,8 +149,7 @@ def matrix_erase_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.matrix_scan` with `erase` on a GPU; h0 in fp32."""
     T, dtype = values.shape[1], values.dtype
-    summaries = _within_chunks(transitions, writes, queries, reset, dtype)
-    scores, reads, _, _ = _within_chunks(transitions, writes, erase, reset, torch.float32)
+    *summaries, scores, reads = _within_chunks(transitions, writes, queries, erase, reset, dtype)
     with torch.autocast(values.device.type, enabled=False):
         N = scores[..., _columns_of_steps(transitions)].tril(-1)  # (B, C, H, L, L) by steps t, s
         one = torch.eye(CHUNK, device=N.device)

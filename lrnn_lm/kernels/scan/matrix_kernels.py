@@ -19,6 +19,8 @@ A lane owns R blocks of M rows, in M / G of the columns of P and L / G of those 
 blocks are neighbours, G groups of them share the columns, and a program takes several small heads. Columns of
 u are zero before their step, so they join the scan as they begin, in PHASES groups.
 
+Where writes erase (`matrix_erase.py`), the erased keys are a second set of queries of the same columns.
+
 Legend: B batch, T time, H heads, K slots a head, M slots a block, L steps a chunk, C chunks; an item is a
 chunk of a head, numbered over (B, C, H). Column l of u belongs to step `step_of_column(l)`. Lane blocks are
 [LANES]; x, the columns of a lane, is flat [column R M + row].
@@ -208,6 +210,29 @@ def _store_scores(
 
 
 @triton.jit
+def _reads_tiles(
+    reads, item, n, g, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, CP: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first step's reads: R tiles [LANES, CP]."""
+    tiles = ()
+    for r in tl.static_range(R):
+        tiles = tiles + (span(reads + item * (L * K) + ((n + r * NL) * M + g * CP), CP, 1),)
+    return tiles
+
+
+@triton.jit
+def _scores_tiles(
+    scores, item, n, g, NL: tl.constexpr, CU: tl.constexpr, TURNS: tl.constexpr, L: tl.constexpr
+):
+    """Pointers to the first step's scores: TURNS tiles [LANES]."""
+    tiles = ()
+    for turn in tl.static_range(TURNS):
+        tiles = tiles + (scores + item * (L * L) + (g * CU + turn * NL + n),)
+    return tiles
+
+
+@triton.jit
 def whole_span(at, M: tl.constexpr, CP: tl.constexpr):
     """Pointers [LANES, M CP] to M rows and CP columns of a block of P, whose rows are M numbers long."""
     e = tl.arange(0, M * CP)[None, :]
@@ -216,19 +241,22 @@ def whole_span(at, M: tl.constexpr, CP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "n_chunks", "total"])
 def chunk_forward_kernel(
-    transitions, writes, queries, flags, scores, reads, keys, whole, T, n_chunks, total, a_b, k_b, q_b,
+    transitions, writes, queries, erased, flags, scores, reads, keys, whole, erased_scores, erased_reads, T,
+    n_chunks, total, a_b, k_b, q_b, e_b,
     A_T: tl.constexpr, A_H: tl.constexpr, A_K: tl.constexpr, A_M: tl.constexpr,
     K_T: tl.constexpr, K_H: tl.constexpr, K_K: tl.constexpr,
     Q_T: tl.constexpr, Q_H: tl.constexpr, Q_K: tl.constexpr,
+    E_T: tl.constexpr, E_H: tl.constexpr, E_K: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, G: tl.constexpr,
     ITEMS: tl.constexpr, L: tl.constexpr, MASKED: tl.constexpr, HAS_RESET: tl.constexpr,
-    PHASES: tl.constexpr,
+    ERASES: tl.constexpr, PHASES: tl.constexpr,
 ):  # fmt: skip
     """Scans the columns of a chunk and stores what they give, see above.
 
-    transitions (B, T, H, K, M), writes and queries (B, T, H, K) of any strides, flags (B, T) int32, nonzero
-    where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads (B, C, H, L, K)
-    by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32.
+    transitions (B, T, H, K, M), writes, queries and erased (B, T, H, K) of any strides, flags (B, T) int32,
+    nonzero where a document starts; out, contiguous: scores (B, C, H, L, L) by step and column, reads
+    (B, C, H, L, K) by step, keys (B, C, H, L, K) by column, whole (B, C, H, K, M) fp32, and with ERASES the
+    scores and reads of `erased`.
     """
     LANES: tl.constexpr = ITEMS * G * NL
     RM: tl.constexpr = R * M
@@ -248,12 +276,13 @@ def chunk_forward_kernel(
     k_at = row_tiles(writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K)), M, R, K_K, NL * M * K_K)
     q_at = row_tiles(queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K)), M, R, Q_K, NL * M * Q_K)
     flags_at = flags + b * T + t0 if HAS_RESET else flags
-    reads_at = ()
-    for r in tl.static_range(R):
-        reads_at = reads_at + (span(reads + item * (L * K) + ((n + r * NL) * M + g * CP), CP, 1),)
-    scores_at = ()
-    for turn in tl.static_range(TURNS):
-        scores_at = scores_at + (scores + item * (L * L) + (g * CU + turn * NL + n),)
+    reads_at = _reads_tiles(reads, item, n, g, K, M, R, NL, CP, L)
+    scores_at = _scores_tiles(scores, item, n, g, NL, CU, TURNS, L)
+    if ERASES:
+        e_at = erased + b * e_b + t0 * E_T + (head * E_H + n * (M * E_K))
+        e_at = row_tiles(e_at, M, R, E_K, NL * M * E_K)
+        erased_reads_at = _reads_tiles(erased_reads, item, n, g, K, M, R, NL, CP, L)
+        erased_scores_at = _scores_tiles(erased_scores, item, n, g, NL, CU, TURNS, L)
     x = identity(g, M, R, G)
     # PHASES copies of the loop: a column costs nothing before the phase in which it begins. In one loop half
     # of the work on u would be on zeros.
@@ -270,6 +299,13 @@ def chunk_forward_kernel(
             x = step_columns(x, a, k, step, g, valid, M, R, G, CP + (phase + 1) * NEW, NEW, MASKED)
             store_tiles(reads_at, _reads(x, q, M, R, CP), real, R * CP, CP, LANES)
             _store_scores(x, q, scores_at, n, lane, real, RM, CP, (phase + 1) * NEW, CU, NL)
+            if ERASES:
+                e = load_tiles(e_at, valid, RM, WIDE, LANES, MASKED)  # [row]
+                store_tiles(erased_reads_at, _reads(x, e, M, R, CP), real, R * CP, CP, LANES)
+                _store_scores(x, e, erased_scores_at, n, lane, real, RM, CP, (phase + 1) * NEW, CU, NL)
+                e_at = advance(e_at, RM // WIDE, E_T)
+                erased_reads_at = advance(erased_reads_at, R, K)
+                erased_scores_at = advance(erased_scores_at, TURNS, L)
             a_at, k_at = advance(a_at, RM * M // WIDE, A_T), advance(k_at, RM // WIDE, K_T)
             q_at, reads_at = advance(q_at, RM // WIDE, Q_T), advance(reads_at, R, K)
             scores_at = advance(scores_at, TURNS, L)
