@@ -50,6 +50,15 @@ class CarriedStates(RecurrentCache):
             if boundary is not None and boundary.document_start is not None and not is_recurrent(layer):
                 layer.document_start = boundary.document_start
 
+    def take(self, layer: int) -> Carried:
+        """What a layer begins with."""
+        return self.states[layer]
+
+    def give(self, layer: int, carried: Carried, hidden_states: Tensor) -> Tensor:
+        """Keep what a layer carries on. Returns its output, for the next layer."""
+        self.states[layer] = carried
+        return hidden_states
+
     def move(self, tokens: int) -> None:
         """Count the tokens of a pass."""
         for layer in self.layers:

@@ -142,9 +142,9 @@ class LRNNModel(LRNNPreTrainedModel):
             order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         if isinstance(past_key_values, CarriedStates):
             for i, layer in enumerate(self.layers):
-                hidden_states, past_key_values.states[i] = layer(
-                    hidden_states, context, token_mask, order, None, past_key_values.states[i]
-                )
+                carried = past_key_values.take(i)
+                hidden_states, carried = layer(hidden_states, context, token_mask, order, None, carried)
+                hidden_states = past_key_values.give(i, carried, hidden_states)
             past_key_values.move(hidden_states.shape[1])
         else:
             for layer in self.layers:

@@ -188,6 +188,9 @@ class Recipe(Section):
         if (segment := self.train.segment) is not None and (segment > row or row % segment):
             what = "is above" if segment > row else "does not divide"
             raise ValueError(f"train.segment {segment} {what} data.sequence_length {row}")
+        if row % ((k := self.train.sequence_parallel) * (segment or 1)):
+            each = "" if segment is None else f" in segments of {segment} tokens"
+            raise ValueError(f"train.sequence_parallel {k} does not divide data.sequence_length {row}{each}")
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "

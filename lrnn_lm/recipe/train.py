@@ -69,6 +69,9 @@ class TrainSection(Section):
         description="tokens of a row in one pass; the gradient is that of the whole row (docs/long.md); "
         "null: all of them",
     )
+    sequence_parallel: int = Field(
+        1, ge=1, description="ranks that share each row, a part each (docs/long.md); 1: a row is one rank's"
+    )
     start_from_other: float = Field(
         0.0,
         ge=0,
@@ -110,7 +113,13 @@ class TrainSection(Section):
     runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
 
     def check_shards(self, ranks: int, parallel: str) -> None:
-        """Raise ValueError if so many ranks cannot hold the model as `shard_size` says."""
+        """Raise ValueError if so many ranks cannot share rows and model as the recipe says."""
+        if ranks % self.sequence_parallel:
+            raise ValueError(
+                f"train.sequence_parallel {self.sequence_parallel} does not divide {ranks} "
+                f"rank{'s' if ranks > 1 else ''}: start a multiple of {self.sequence_parallel} processes, "
+                "or leave it out"
+            )
         if self.shard_size is None or ranks == 1:
             return
         if parallel == "ddp":

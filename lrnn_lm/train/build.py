@@ -120,7 +120,8 @@ def _start(recipe: Recipe, folder: Path, stop: StopSignal) -> tuple[Accelerator,
     """The ranks of a recipe that this machine can train; nothing is prepared or written yet."""
     check_segments(recipe)
     optimizer_class(recipe.optim.name)
-    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size)
+    shares_rows = recipe.train.sequence_parallel > 1
+    plan = launch_plan(recipe.train.parallel, recipe.train.shard_size, shares_rows)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         stop.hold()  # if one rank left now, the others would wait for it
     else:

@@ -69,7 +69,7 @@ def describe(recipe: Recipe) -> RenderableType:
     on_cpu = train.device == "cpu"  # where `auto` means fp32
     full = train.precision == "fp32" or (train.precision == "auto" and on_cpu)
     dtype = torch.float32 if full else torch.bfloat16
-    at_once = train.segment or length
+    at_once = train.segment or length // train.sequence_parallel
     state = state_bytes(meta_model(config), recipe.optim)
     memory = training_memory(config, train.micro_batch, at_once, dtype, train.activation_checkpointing, state)
     if train.average is not None:
@@ -158,7 +158,7 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     table = _table("\ntraining memory, estimated for one device that holds the whole model")
     kind = str(dtype).removeprefix("torch.")
     kind += " (auto, on a GPU)" if recipe.train.precision == "auto" and dtype != torch.float32 else ""
-    at_once = recipe.train.segment or recipe.data.sequence_length
+    at_once = recipe.train.segment or recipe.data.sequence_length // recipe.train.sequence_parallel
     shape = f"micro-batch {recipe.train.micro_batch} x {at_once:,} tokens in {kind}"
     if recipe.train.activation_checkpointing:
         shape += ", layers recomputed"

@@ -36,7 +36,8 @@ from .profile import StepProfile
 from .progress import ProgressLine
 from .rows import Batch, Rows
 from .saver import Saver
-from .segments import backward_by_segments, split
+from .segments import split
+from .sequence import sequence_parallel
 from .sources import Prepared
 from .stop import AskedToStopError, Stopped, StopSignal
 from .tasks import Scorer, in_words, score_live
@@ -76,7 +77,8 @@ class Trainer:
         self.tokenizer, self.prepared = tokenizer, prepared
         self.position, self.console, self.group, self.plan = position, console, group, plan
         self.average, self.scorer = average, scorer
-        self.rows = Rows(recipe, prepared, accelerator, position)
+        self.sequence = sequence_parallel(recipe, bare_model.config, accelerator)
+        self.rows = Rows(recipe, prepared, accelerator, position, self.sequence)
         during = recipe.eval.during or recipe.eval  # without tasks it asks for nothing
         self.cadences = [  # of saving, validation, tasks
             Cadence(each.every, recipe.tokens_at, accelerator.is_main_process)
@@ -96,8 +98,7 @@ class Trainer:
         self.stopwatch = Stopwatch(accelerator.device)
         self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator)
         self.validator = Validator(
-            prepared, recipe, accelerator, model, bare_model.config,
-            lambda *inputs: self.forward(*inputs), average,
+            prepared, recipe, accelerator, model, self.sequence, lambda *given: self.forward(*given), average,
         )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
@@ -164,9 +165,7 @@ class Trainer:
                 gc.freeze()
             self._validate_if_due(eval_rang)
             self._score_if_due(task_rang)
-            bad = (
-                self.position.bad_in_a_row > 0
-            )  # its weights may be the cause: save after the next good step
+            bad = self.position.bad_in_a_row > 0  # its weights may be the cause: save after a good step
             if self.cadences[0].due(self.position.step, save_rang, wait=bad) or self.finished:
                 self._save()
             self.beat("training")
@@ -176,10 +175,10 @@ class Trainer:
 
     def _empty_pass(self) -> None:
         """Forward and backward over a dummy batch; the gradients are dropped."""
-        if self.recipe.train.segment is None:
-            self._loss(self.rows.empty(), 1.0).backward()
-        else:
+        if self.sequence.by_pieces:
             self._backward_by_segments(self.rows.empty(), 1.0, last=True)
+        else:
+            self._loss(self.rows.empty(), 1.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     # One step ---------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ class Trainer:
         loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # all of it; the z-loss in it
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
-            if self.recipe.train.segment is not None or self.carry is not None:
+            if self.sequence.by_pieces or self.carry is not None:
                 loss += self._backward_by_segments(batch, share, last, self.carry)
                 continue
             with accumulating(self.model, last, self.plan):
@@ -269,11 +268,10 @@ class Trainer:
         start = None
         if carry is not None:
             start, batch = carry.before(self.position.step, batch)
-        loss, end = backward_by_segments(
+        loss, end = self.sequence.backward(
             lambda part, carried: self.forward(part | {"labels": None}, num_items, False, carried),
             lambda part, carried: self._loss(part, num_items, carried),
-            self.bare_model.config,
-            split(batch, self.recipe.train.segment or self.recipe.data.sequence_length),
+            split(batch, self.sequence.piece),
             lambda first: accumulating(self.model, last and first, self.plan),
             start,
             keep_end=carry is not None,

@@ -28,11 +28,14 @@ class Plan:
     kind: Literal["ddp", "fsdp2"] = "ddp"
     reshard: bool = False  # free a block's gathered parameters after each pass, not only after each step
     shard_size: int | None = None  # ranks that hold a copy between them; None: all
+    # Whether FSDP2 gathers parameters and sums gradients block by block. Not where ranks share rows: there a
+    # rank waits for another's block, which must not wait for this rank's shard of it.
+    by_blocks: bool = True
 
 
-def launch_plan(asked: str, shard_size: int | None = None) -> Plan:
+def launch_plan(asked: str, shard_size: int | None = None, shares_rows: bool = False) -> Plan:
     """The recipe's `train.parallel` and `train.shard_size`; for auto, what Accelerate's config file told its
-    launcher.
+    launcher. shares_rows: whether several ranks share a row.
 
     Call it before the Accelerator is made: it removes the variable that has Accelerate apply FSDP itself.
     Raises ValueError for kinds of FSDP that are not supported.
@@ -46,7 +49,7 @@ def launch_plan(asked: str, shard_size: int | None = None) -> Plan:
             raise ValueError("fsdp_offload_params is not supported; set it to false in the Accelerate config")
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     kind = ("fsdp2" if launched else "ddp") if asked == "auto" else asked
-    return Plan(kind, reshard, shard_size)
+    return Plan(kind, reshard and not shares_rows, shard_size, not shares_rows)
 
 
 def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
@@ -64,7 +67,7 @@ def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:
         reduce_dtype=torch.float32 if bf16 else None,
         cast_forward_inputs=False,  # bf16 would round the number of targets that the loss is divided by
     )
-    for block in model.model.layers:
+    for block in model.model.layers if plan.by_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=plan.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model

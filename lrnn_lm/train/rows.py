@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from ..data import TrainLoader
 from ..recipe import Recipe
 from ..runs.checkpoint import Position
+from .sequence import SequenceParallel
 from .sources import Prepared, mixture, parts_of
 
 Batch = dict[str, torch.Tensor]
 
 
 class Rows:
-    """Micro-batches of a rank, step by step, from a position on."""
+    """Micro-batches of a rank, or its part of them, step by step, from a position on."""
 
     def __init__(
         self,
@@ -23,10 +24,11 @@ class Rows:
         prepared: Prepared,
         accelerator: Accelerator,
         position: Position,
+        sequence: SequenceParallel,
     ):
         """Raises ValueError if a step's rows do not split over the ranks."""
-        self._step = position.step  # of the rows that are read next
-        ranks, unit = accelerator.num_processes, recipe.rows_at(0)
+        self._step, self._sequence = position.step, sequence  # the step whose rows are read next
+        ranks, unit = sequence.groups, recipe.rows_at(0)
         if recipe.train.ramp is not None and unit % ranks:
             raise ValueError(
                 f"train.ramp.start is {unit} rows, which do not split over {ranks} ranks: make it a multiple "
@@ -42,8 +44,8 @@ class Rows:
             recipe.seed,
             recipe.rows_at(0),  # what all later steps are multiples of
             recipe.train.micro_batch,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            rank=sequence.group,
+            world_size=ranks,
             num_workers=recipe.data.num_workers,
             position=position.samples,
             pin_memory=accelerator.device.type == "cuda",
@@ -74,7 +76,7 @@ class Rows:
             event = torch.cuda.Event()
             event.record()
         steps = self._recipe.rows_at(self._step) // self._recipe.rows_at(0)
-        self._ahead = [batch for _ in range(steps) for batch in next(self._batches)]
+        self._ahead = [self._sequence.own(batch) for _ in range(steps) for batch in next(self._batches)]
         self._step += 1
         if event is None or event.query():  # the device has done all that it was given before
             self._waited += time.perf_counter() - began
@@ -86,10 +88,9 @@ class Rows:
 
     def empty(self) -> Batch:
         """A micro-batch of token 0 without resets, in the shape of a step's first pass."""
-        length = self._recipe.train.segment or self._recipe.data.sequence_length
-        shape = (min(self._recipe.train.micro_batch, self.loader.share), length)
-        nothing = torch.zeros(shape, dtype=torch.long)
-        return {"input_ids": nothing, "labels": nothing, "reset": nothing.bool()}
+        rows = min(self._recipe.train.micro_batch, self.loader.share)
+        nothing = torch.zeros(rows, self._sequence.piece * self._sequence.size, dtype=torch.long)
+        return self._sequence.own({"input_ids": nothing, "labels": nothing, "reset": nothing.bool()})
 
     def close(self) -> None:
         """End the loader's workers: they ignore signals, so the process would wait for them when it exits."""

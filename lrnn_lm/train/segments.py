@@ -8,7 +8,7 @@ The sum over segments is the gradient of the whole row; nothing is cut off. Memo
 states s_k and the token ids. Time: one more forward pass of all segments but the last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ def check_segments(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     asked = {
         "train.segment": train.segment,
+        "train.sequence_parallel": train.sequence_parallel if train.sequence_parallel > 1 else None,
         "data.rows_in_order": data.rows_in_order,
         "train.start_from_other": train.start_from_other or None,
     }
@@ -47,11 +48,16 @@ def check_segments(recipe: Recipe) -> None:
                 "train.start_from_other: an attention layer would see another row's tokens in its window; "
                 "take recurrent layers alone, or leave it out"
             )
-        if train.segment is not None and not carries_gradients(spec.type):
+        if key in ("train.segment", "train.sequence_parallel") and not carries_gradients(spec.type):
             raise ValueError(
-                f"train.segment: gradients through the state of {spec.type} are not supported; "
-                "take another mixer, or train.segment=null"
+                f"{key}: gradients through the state of {spec.type} are not supported; "
+                f"take another mixer, or leave {key} out"
             )
+    if train.sequence_parallel > 1 and (data.rows_in_order is not None or train.start_from_other):
+        raise ValueError(
+            "train.sequence_parallel: ranks that share a row carry no state to the next one; leave it out, "
+            "or data.rows_in_order and train.start_from_other"
+        )
     if train.ramp is not None and (data.rows_in_order is not None or train.start_from_other):
         key = "data.rows_in_order" if data.rows_in_order is not None else "train.start_from_other"
         raise ValueError(f"{key}: with train.ramp steps have other numbers of rows; leave one of them out")
@@ -134,10 +140,17 @@ def backward_by_segments(
 
 @torch.no_grad()
 def evaluate_by_segments(
-    forward: Callable[..., Any], config: LRNNConfig, parts: list[Batch], return_logits: bool
+    forward: Callable[..., Any],
+    config: LRNNConfig,
+    parts: list[Batch],
+    return_logits: bool,
+    states: Sequence[CarriedStates] | None = None,
 ) -> SimpleNamespace:
-    """`loss`, the sum over a row's parts, and `logits` (B, T, V) or None, of passes without a graph."""
-    states = CarriedStates(config)
-    outputs = [forward(part, states) for part in parts]
+    """`loss`, the sum over a row's parts, and `logits` (B, T, V) or None, of passes without a graph.
+
+    states: what each part begins with; None: what the one before carries.
+    """
+    states = states or [CarriedStates(config)] * len(parts)
+    outputs = [forward(*each) for each in zip(parts, states, strict=True)]
     logits = torch.cat([each.logits for each in outputs], dim=1) if return_logits else None
     return SimpleNamespace(loss=torch.stack([each.loss for each in outputs]).sum(), logits=logits)

@@ -40,10 +40,11 @@ class Throughput:
         self.bytes_per_step = 0.0
         if self._bandwidth is not None:
             dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-            rows = -(-recipe.rows_per_step // ranks)
+            shared = recipe.train.sequence_parallel
+            rows = -(-recipe.rows_per_step * shared // ranks)
             micro_batch = min(recipe.train.micro_batch, rows)
             recomputed = recipe.train.activation_checkpointing
-            memory = training_memory(config, micro_batch, length, dtype, recomputed)
+            memory = training_memory(config, micro_batch, length // shared, dtype, recomputed)
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
             shards = (recipe.train.shard_size or ranks) if sharded else 1

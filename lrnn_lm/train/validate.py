@@ -16,12 +16,12 @@ from torch import distributed as dist
 from ..data import PreparedData, SyntheticData, validation_batches
 from ..data.encode import Encoder
 from ..data.tokenize import read_facts
-from ..model import LRNNConfig
 from ..model.loss import IGNORE
 from ..recipe import Recipe
 from .average import Average
 from .parallel import reshard
-from .segments import evaluate_by_segments, split
+from .segments import split
+from .sequence import SequenceParallel
 from .sources import MixedData, Prepared, parts_of
 
 
@@ -68,12 +68,12 @@ class Validator:
         recipe: Recipe,
         accelerator: Accelerator,
         model: nn.Module,
-        config: LRNNConfig,
+        sequence: SequenceParallel,
         forward: Callable[..., Any],
         average: Average | None = None,
     ):
         self._prepared, self._recipe, self._accelerator = prepared, recipe, accelerator
-        self._model, self._config, self._forward, self._average = model, config, forward, average
+        self._model, self._sequence, self._forward, self._average = model, sequence, forward, average
 
     def measure(self, between: Callable[[], None]) -> tuple[Validation, dict[str, float]]:
         """What it found, and as fields of metrics.jsonl. Every rank calls it.
@@ -99,13 +99,12 @@ class Validator:
         }
 
     def _outputs(self, batch: dict[str, Tensor], return_logits: bool) -> Any:
-        """By segments where training is."""
-        if (segment := self._recipe.train.segment) is None:
+        """By segments, or with other ranks, where training is."""
+        if not self._sequence.by_pieces:
             return self._forward(batch, 1.0, return_logits)
-        return evaluate_by_segments(
+        return self._sequence.evaluate(
             lambda part, carried: self._forward(part, 1.0, return_logits, carried),
-            self._config,
-            split(batch, segment),
+            split(batch, self._sequence.piece),
             return_logits,
         )
 
@@ -122,9 +121,10 @@ class Validator:
                 recipe.data.sequence_length,
                 recipe.train.micro_batch,
                 recipe.eval.tokens // len(parts),
-                accelerator.process_index,
-                accelerator.num_processes,
+                self._sequence.group,
+                self._sequence.groups,
             ):
+                batch = self._sequence.own(batch)
                 targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
                 outputs = self._outputs(batch, synthetic)
                 hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
