@@ -3,6 +3,9 @@
     python -m benchmarks.gpu.long [--output long.json]                      # about 6 minutes on one H100
     python -m benchmarks.gpu.long --device cpu --width 64 --layers 2 --vocab 512 --segment 256 \
         --lengths 512,2048,8192                                             # small
+    torchrun --nproc-per-node 4 -m benchmarks.gpu.long --shared             # or 2: a row among GPUs
+    torchrun --nproc-per-node 2 -m benchmarks.gpu.long --shared --device cpu --width 64 --layers 2 \
+        --vocab 512 --segment 256 --lengths 1024,4096 --no-compile          # small
 
 A step is that of `lrnn bench train`: forward and backward of one row, clipping, AdamW. The first case is a
 row of one segment, trained as a whole; the others are rows of the given lengths by segments, with `--whole`
@@ -11,45 +14,54 @@ allocated at most, without the first two steps; on a CPU it is the process's lar
 
 The exit code is 1 where the longest row needs more than 1.25 times the memory of the shortest by segments, or
 trains at less than 0.6 of the tokens/s of the whole row.
+
+With `--shared` k GPUs share a row (`train.sequence_parallel`) of 262,144 or 1,048,576 tokens; beside it each
+trains on a row of T / k tokens by itself. The exit code is 1 where k reach less than 0.90 of k times one.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from lrnn_lm.files import pick_device
 from lrnn_lm.model.carried import CarriedStates
-from lrnn_lm.train.segments import backward_by_segments, split
+from lrnn_lm.train.segments import split
+from lrnn_lm.train.sequence import SequenceParallel
 
 from .. import measure
 from ..contenders import build_config, pick_contenders, pick_size
 from ..train import TrainingStep, TrainSettings
 
-MEMORY, SPEED = 1.25, 0.6
+MEMORY, SPEED, SHARED = 1.25, 0.6, 0.9
 
 
 class SegmentedStep(TrainingStep):
     """The optimizer step of a row by segments, as the trainer takes it."""
 
-    segment: int
+    sequence: SequenceParallel
 
     def __call__(self) -> Tensor:
-        loss, _ = backward_by_segments(
+        loss, _ = self.sequence.backward(
             lambda part, carried: self.run(part["input_ids"], None, carried),
-            lambda part, carried: self.run(part["input_ids"], part["shift_labels"], carried).loss,
-            self.model.config,
-            split(self.batch, self.segment),
+            lambda part, carried: self.run(part["input_ids"], part.get("shift_labels"), carried).loss,
+            split(self.batch, self.sequence.piece),
             lambda last: nullcontext(),
         )
+        if self.sequence.size > 1:
+            for summed in (loss, *(parameter.grad for parameter in self.model.parameters())):
+                dist.all_reduce(summed)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,13 +82,24 @@ class SegmentedStep(TrainingStep):
 def case(asked: argparse.Namespace, T: int, segment: int | None) -> dict[str, Any]:
     """The row of one length; `segment` None for the row as a whole."""
     device = pick_device(asked.device)
+    step = built(asked, TrainingStep if segment is None else SegmentedStep, device, T)
+    if segment is not None:
+        step.sequence = SequenceParallel(step.model.config, 1, T, segment, 0, 1, device, timedelta())
+    return {"T": T, "segment": segment, **timed(asked, step, T)}
+
+
+def built(asked: argparse.Namespace, kind: type[TrainingStep], device: torch.device, T: int) -> TrainingStep:
     size = pick_size(asked.size, asked.width, asked.layers)
     config = build_config(pick_contenders([asked.contender])[0], size, asked.vocab, T)
-    settings = TrainSettings(checkpointing=asked.checkpointing)
-    step = (TrainingStep if segment is None else SegmentedStep)(config, device, settings, 1, T)
-    step.segment = segment
+    step = kind(config, device, TrainSettings(checkpointing=asked.checkpointing), 1, T)
     if not asked.no_compile:
         step.compile_blocks()
+    return step
+
+
+def timed(asked: argparse.Namespace, step: TrainingStep, T: int) -> dict[str, Any]:
+    """What a step of T tokens takes, after two that compile and fill the caches."""
+    device = next(step.model.parameters()).device
     for _ in range(2):
         float(step())
     if device.type == "cuda":
@@ -94,8 +117,6 @@ def case(asked: argparse.Namespace, T: int, segment: int | None) -> dict[str, An
     return {
         "contender": asked.contender,
         "parameters": sum(p.numel() for p in step.model.parameters()),
-        "T": T,
-        "segment": segment,
         "step_seconds": seconds,
         "tokens_per_second": T / seconds,
         "peak_memory_bytes": peak,
@@ -117,9 +138,43 @@ def alone(T: int, segment: int | None) -> dict[str, Any]:
     return json.loads(line)
 
 
+def shared(asked: argparse.Namespace) -> int:
+    """In each rank of torchrun: rows that all of them share, and rows of one of them."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = pick_device(asked.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    lengths = sorted(map(int, asked.lengths.split(",")))
+    step = built(asked, SegmentedStep, device, lengths[-1])
+    row, rows, shares = step.batch, [], []
+    for T in lengths:
+        for size in (1, ranks):
+            place = (rank, ranks) if size > 1 else (0, 1)
+            length = T // ranks * size
+            step.sequence = SequenceParallel(
+                step.model.config, size, length, asked.segment, *place, device, timedelta(minutes=2)
+            )
+            whole = {key: tokens[:, :length].cpu() for key, tokens in row.items()}
+            step.batch = {key: tokens.to(device) for key, tokens in step.sequence.own(whole).items()}
+            step.targets = float(length)
+            rows.append({"T": length, "gpus": size, "segment": asked.segment, **timed(asked, step, length)})
+            if rank == 0:
+                print(json.dumps(rows[-1]), flush=True)
+        shares.append(rows[-1]["tokens_per_second"] / rows[-2]["tokens_per_second"] / ranks)
+    if rank == 0:
+        for T, share in zip(lengths, shares, strict=True):
+            print(f"T {T}: {ranks} at {share:.3f} of {ranks} times one with {T // ranks} tokens")
+        if asked.output is not None:
+            measure.write_json(asked.output, {"about": measure.describe(device), "rows": rows})
+    dist.destroy_process_group()
+    return 0 if rank or min(shares) >= SHARED else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", default="16384,262144,1048576")
+    parser.add_argument("--lengths", help="default: 16384,262144,1048576; with --shared the last two")
     parser.add_argument("--segment", type=int, default=8192)
     parser.add_argument("--contender", default="bd-m4")
     parser.add_argument("--size", default="212M")
@@ -127,11 +182,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    for name in ("checkpointing", "no-compile", "whole"):
+    for name in ("checkpointing", "no-compile", "whole", "shared"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    asked.lengths = asked.lengths or "16384,262144,1048576"[6 * asked.shared :]
+    if asked.shared:
+        return shared(asked)
     if asked.case is not None:
         print(json.dumps(case(asked, asked.case[0], asked.case[1] or None)))
         return 0

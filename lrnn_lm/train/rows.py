@@ -29,9 +29,11 @@ class Rows:
         """Raises ValueError if a step's rows do not split over the ranks."""
         self._step, self._sequence = position.step, sequence  # the step whose rows are read next
         ranks, unit = sequence.groups, recipe.rows_at(0)
-        if recipe.train.ramp is not None and unit % ranks:
+        if unit % ranks and (recipe.train.ramp is not None or sequence.size > 1):
+            key = "train.tokens_per_step" if recipe.train.ramp is None else "train.ramp.start"
+            among = f"{ranks} ranks" if sequence.size == 1 else f"{ranks} groups of {sequence.size} ranks"
             raise ValueError(
-                f"train.ramp.start is {unit} rows, which do not split over {ranks} ranks: make it a multiple "
+                f"{key} is {unit} rows, which do not split over {among}: make it a multiple "
                 f"of {ranks * recipe.data.sequence_length}"
             )
         self._recipe, self._accelerator = recipe, accelerator

@@ -98,6 +98,15 @@ def test_what_cannot_be_is_said_before_data_is_prepared(
     assert not cache.exists()
 
 
-def test_ranks_that_do_not_share_rows_evenly(recipe: Path) -> None:
-    said = Ranks(recipe, 3, "name=uneven", "train.sequence_parallel=2").expect(2)
-    assert said.count("lrnn: ") == said.count("train.sequence_parallel 2 does not divide 3 ranks") == 1
+@pytest.mark.parametrize(
+    ("ranks", "options", "words"),
+    [
+        (3, (), "train.sequence_parallel 2 does not divide 3 ranks"),
+        (4, ("train.tokens_per_step=192",), "is 3 rows, which do not split over 2 groups of 2 ranks"),
+    ],
+)
+def test_ranks_that_do_not_share_rows_evenly(
+    recipe: Path, ranks: int, options: tuple[str, ...], words: str
+) -> None:
+    said = Ranks(recipe, ranks, "name=uneven", "train.sequence_parallel=2", *options).expect(2)
+    assert said.count("lrnn: ") == said.count(words) == 1
