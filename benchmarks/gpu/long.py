@@ -16,7 +16,8 @@ The exit code is 1 where the longest row needs more than 1.25 times the memory o
 trains at less than 0.6 of the tokens/s of the whole row.
 
 With `--shared` k GPUs share a row (`train.sequence_parallel`) of 262,144 or 1,048,576 tokens; beside it each
-trains on a row of T / k tokens by itself. The exit code is 1 where k reach less than 0.90 of k times one.
+trains on a row of T / k tokens by itself. `--segment 0` recomputes nothing, for 65,536 tokens a GPU. The exit
+code is 1 where k reach less than 0.90 of k times one.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def shared(asked: argparse.Namespace) -> int:
             place = (rank, ranks) if size > 1 else (0, 1)
             length = T // ranks * size
             step.sequence = SequenceParallel(
-                step.model.config, size, length, asked.segment, *place, device, timedelta(minutes=2)
+                step.model.config, size, length, asked.segment or None, *place, device, timedelta(minutes=2)
             )
             whole = {key: tokens[:, :length].cpu() for key, tokens in row.items()}
             step.batch = {key: tokens.to(device) for key, tokens in step.sequence.own(whole).items()}

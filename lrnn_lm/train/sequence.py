@@ -1,12 +1,12 @@
 """One row among several ranks (`train.sequence_parallel: k`), whose states go from rank to rank.
 
     row          piece 0   piece 1   piece 2   piece 3   piece 4   piece 5      of `train.segment` tokens, or
-    k = 2 ranks  rank 0    rank 1    rank 0    rank 1    rank 0    rank 1       T / k where there is none
+    k = 2 ranks  rank 0    rank 1    rank 0    rank 1    rank 0    rank 1       4 a rank where there is none
     pass         0         0         1         1         2         2
 
 A rank waits, layer by layer, for what the piece before carries over, and passes on what its own piece does.
-In the backward pass the gradients of the same tensors go the other way. So each piece is computed once, from
-the state that one rank would have there, and its gradient is that of the whole row. Ranks work on different
+In the backward pass the gradients of the same tensors go the other way. So each piece is computed from the
+state that one rank would have there, and its gradient is that of the whole row. Ranks work on different
 layers at the same time: the last one begins k - 1 layers after the first, once a row and direction, as a
 row's passes follow one another without a gap.
 
@@ -14,6 +14,7 @@ Why not sums over ranks of each chunk's transfer (A_total, h): they need a secon
 layer, and a pass waits for k - 1 layers out of all layers x passes.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from ..model import LRNNConfig
 from ..model.carried import Boundary, Carried, CarriedStates
 from ..recipe import Recipe
 from .segments import Batch, backward_by_segments, evaluate_by_segments
+
+PASSES = 4  # over the part of a row that a rank has, without segments
 
 
 class Ring:
@@ -183,7 +186,9 @@ class SequenceParallel:
         device: torch.device,
         timeout: timedelta,
     ):
-        self.size, self.piece = size, segment or length // size
+        passes = math.gcd(length // size, PASSES) if size > 1 else 1
+        self.size, self.piece = size, segment or length // size // passes
+        self._recomputes = segment is not None
         self.by_pieces = size > 1 or segment is not None  # whether a pass takes less than a row
         self.group, self.groups = rank // size, ranks // size
         self._config, self._device, self._place = config, device, rank % size
@@ -219,6 +224,8 @@ class SequenceParallel:
         if self._ring is None:
             return backward_by_segments(forward, loss_of, self._config, parts, around, start, keep_end)
         passes = list(zip(parts, self._pieces(forward, parts), strict=True))
+        if not self._recomputes:
+            return self._backward_at_once(loss_of, passes, around), None
         with torch.no_grad():
             for part, piece in passes[:-1]:
                 forward(part, self._states(piece))
@@ -229,6 +236,24 @@ class SequenceParallel:
                 loss.backward()
             total = total + loss.detach()
         return total, None
+
+    def _backward_at_once(
+        self,
+        loss_of: Callable[..., Tensor],
+        passes: list[tuple[Batch, _Piece]],
+        around: Callable[[bool], AbstractContextManager[None]],
+    ) -> Tensor:
+        """Without recomputing: the graphs of all passes are kept, autograd takes the last one first."""
+        *before, (part, piece) = passes
+        losses = []
+        with around(False):
+            for each, its in before:
+                losses.append(loss_of(each, self._states(its)))
+        with around(True):
+            losses.append(loss_of(part, self._states(piece)))
+            loss = torch.stack(losses).sum()
+            loss.backward()
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(
