@@ -17,7 +17,7 @@ trains at less than 0.6 of the tokens/s of the whole row.
 
 With `--shared` k GPUs share a row (`train.sequence_parallel`) of 262,144 or 1,048,576 tokens; beside it each
 trains on a row of T / k tokens by itself. `--segment 0` recomputes nothing, for 65,536 tokens a GPU. The exit
-code is 1 where k reach less than 0.90 of k times one.
+code is 1 where k reach less than 0.90 of k times one. With segments it first compares the gradients.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from torch import distributed as dist
 
 from lrnn_lm.files import pick_device
 from lrnn_lm.model.carried import CarriedStates
-from lrnn_lm.train.segments import split
+from lrnn_lm.train.segments import allow_graphs, split
 from lrnn_lm.train.sequence import SequenceParallel
 
 from .. import measure
@@ -54,19 +54,32 @@ class SegmentedStep(TrainingStep):
     sequence: SequenceParallel
 
     def __call__(self) -> Tensor:
+        loss = self.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def backward(self) -> Tensor:
         loss, _ = self.sequence.backward(
             lambda part, carried: self.run(part["input_ids"], None, carried),
-            lambda part, carried: self.run(part["input_ids"], part.get("shift_labels"), carried).loss,
+            lambda part, carried: self.run(part["input_ids"], part["shift_labels"], carried).loss,
             split(self.batch, self.sequence.piece),
             lambda last: nullcontext(),
         )
         if self.sequence.size > 1:
             for summed in (loss, *(parameter.grad for parameter in self.model.parameters())):
                 dist.all_reduce(summed)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    def share(self, row: dict[str, Tensor], T: int, segment: int | None, size: int = 1) -> None:
+        """Take the first T tokens of `row`, with all ranks or alone."""
+        config, device = self.model.config, row["input_ids"].device
+        place = (dist.get_rank(), size) if size > 1 else (0, 1)
+        self.sequence = SequenceParallel(config, size, T, segment, *place, device, timedelta(minutes=2))
+        own = self.sequence.own({key: tokens[:, :T].cpu() for key, tokens in row.items()})
+        self.batch = {key: tokens.to(device) for key, tokens in own.items()}
+        self.targets = float(T)
 
     def run(self, ids: Tensor, labels: Tensor | None, carried: CarriedStates) -> Any:
         with self.autocast():
@@ -85,7 +98,7 @@ def case(asked: argparse.Namespace, T: int, segment: int | None) -> dict[str, An
     device = pick_device(asked.device)
     step = built(asked, TrainingStep if segment is None else SegmentedStep, device, T)
     if segment is not None:
-        step.sequence = SequenceParallel(step.model.config, 1, T, segment, 0, 1, device, timedelta())
+        step.share(step.batch, T, segment)
     return {"T": T, "segment": segment, **timed(asked, step, T)}
 
 
@@ -94,6 +107,7 @@ def built(asked: argparse.Namespace, kind: type[TrainingStep], device: torch.dev
     config = build_config(pick_contenders([asked.contender])[0], size, asked.vocab, T)
     step = kind(config, device, TrainSettings(checkpointing=asked.checkpointing), 1, T)
     if not asked.no_compile:
+        allow_graphs(config)
         step.compile_blocks()
     return step
 
@@ -141,7 +155,7 @@ def alone(T: int, segment: int | None) -> dict[str, Any]:
 
 def shared(asked: argparse.Namespace) -> int:
     """In each rank of torchrun: rows that all of them share, and rows of one of them."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks, segment = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), asked.segment or None
     device = pick_device(asked.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -150,27 +164,36 @@ def shared(asked: argparse.Namespace) -> int:
     lengths = sorted(map(int, asked.lengths.split(",")))
     step = built(asked, SegmentedStep, device, lengths[-1])
     row, rows, shares = step.batch, [], []
+    error = None if segment is None else disagreement(step, row, 2 * ranks * segment, segment, ranks)
     for T in lengths:
         for size in (1, ranks):
-            place = (rank, ranks) if size > 1 else (0, 1)
             length = T // ranks * size
-            step.sequence = SequenceParallel(
-                step.model.config, size, length, asked.segment or None, *place, device, timedelta(minutes=2)
-            )
-            whole = {key: tokens[:, :length].cpu() for key, tokens in row.items()}
-            step.batch = {key: tokens.to(device) for key, tokens in step.sequence.own(whole).items()}
-            step.targets = float(length)
-            rows.append({"T": length, "gpus": size, "segment": asked.segment, **timed(asked, step, length)})
+            step.share(row, length, segment, size)
+            rows.append({"T": length, "gpus": size, "segment": segment, **timed(asked, step, length)})
             if rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
         shares.append(rows[-1]["tokens_per_second"] / rows[-2]["tokens_per_second"] / ranks)
     if rank == 0:
+        if error is not None:
+            print(f"gradient of a shared row: differs by {error:.1e} of its norm from that of one GPU")
         for T, share in zip(lengths, shares, strict=True):
             print(f"T {T}: {ranks} at {share:.3f} of {ranks} times one with {T // ranks} tokens")
         if asked.output is not None:
-            measure.write_json(asked.output, {"about": measure.describe(device), "rows": rows})
+            about = measure.describe(device)
+            measure.write_json(asked.output, {"about": about, "gradient_error": error, "rows": rows})
     dist.destroy_process_group()
     return 0 if rank or min(shares) >= SHARED else 1
+
+
+def disagreement(step: SegmentedStep, row: dict[str, Tensor], T: int, segment: int, ranks: int) -> float:
+    """Of the gradients of T tokens, shared and alone: the norm of the difference over the norm."""
+    found = []
+    for size in (1, ranks):
+        step.share(row, T, segment, size)
+        step.backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in step.model.parameters()]))
+        step.optimizer.zero_grad(set_to_none=True)
+    return float((found[1] - found[0]).norm() / found[0].norm())
 
 
 def main() -> int:

@@ -283,7 +283,7 @@ class SequenceParallel:
     @torch.no_grad()
     def _of_one_token(self, forward: Callable[..., Any]) -> list[Carried]:
         """What a row of one token carries: only the mixers know the shapes and dtypes of their states."""
-        token = torch.zeros(1, 1, dtype=torch.long)
+        token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         states = CarriedStates(self._config)
         with torch.compiler.set_stance("force_eager"):
             forward({"input_ids": token, "reset": token.bool(), "labels": None}, states)
