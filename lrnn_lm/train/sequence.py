@@ -10,8 +10,8 @@ state that one rank would have there, and its gradient is that of the whole row.
 layers at the same time: the last one begins k - 1 layers after the first, once a row and direction, as a
 row's passes follow one another without a gap.
 
-Why not sums over ranks of each chunk's transfer (A_total, h): they need a second pass over the gates in every
-layer, and a pass waits for k - 1 layers out of all layers x passes.
+Why not the transfer of each rank's part, (A_total, h), folded over ranks: to find it takes a second pass over
+the gates in every layer. Here a rank waits for k - 1 layers, of the number of layers x passes (docs/long.md).
 """
 
 import math
@@ -153,7 +153,7 @@ class RelayedStates(CarriedStates):
                 tokens = min(piece.boundary.seen, window - 1)
                 shapes = [(rows, heads, tokens, width) for rows, heads, _, width in shapes]
             pairs = zip(self._likes[layer], shapes, strict=True)
-            arrived = (self._ring.arriving(like[:1].new_empty(shape)) for like, shape in pairs)
+            arrived = (self._ring.arriving(like.new_empty(shape)) for like, shape in pairs)
             piece.arrived[layer] = tuple(state.requires_grad_() for state in arrived)
         return _Arrived.apply(self._ring, *piece.arrived[layer])
 
