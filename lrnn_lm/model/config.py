@@ -27,6 +27,8 @@ class LRNNConfig(PreTrainedConfig):
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
         residual_in_fp32: whether the residual stream stays in fp32 under autocast instead of taking
             autocast's dtype. With weights in bf16 it is in bf16.
+        prefix_cache_bytes: memory in which `generate` keeps states of texts that it read, so that a second
+            question on a text costs its own tokens only; 0: keep none.
         synthetic_task: the task that a model learnt, for evaluation: `{"task", "length", "options"}`.
 
     Raises:
@@ -49,6 +51,7 @@ class LRNNConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     loss_chunk: int = 1024
     residual_in_fp32: bool = True
+    prefix_cache_bytes: int = 0
     synthetic_task: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -63,6 +66,8 @@ class LRNNConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a whole number, not {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
+        if not isinstance(most := self.prefix_cache_bytes, int) or most < 0:
+            raise ValueError(f"prefix_cache_bytes must be a whole number, 0 or more, not {most!r}")
         options = dict(_table("mixer", self.mixer or {}))
         self.mixer = mixer_options(options)
         if self.layer_pattern is not None:

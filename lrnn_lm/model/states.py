@@ -55,7 +55,7 @@ def save_states(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: t.contiguous() for name, t in _tensors(cache).items()}, aside, metadata)
+        save_file({name: t.contiguous() for name, t in tensors_of(cache).items()}, aside, metadata)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def load_states(path: str | Path, model: PreTrainedModel) -> RecurrentCache:
             "or read the text again"
         )
     layers = [(spec["type"], spec.get("window")) for spec in model.config.layer_mixers]
-    return _cache_of(tensors, int(metadata["tokens"]), layers, model.dtype)
+    return cache_of(tensors, int(metadata["tokens"]), layers, model.dtype)
 
 
 def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
@@ -100,9 +100,9 @@ def copy_states(cache: Cache, repeats: int = 1) -> RecurrentCache:
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")
-    tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in _tensors(cache).items()}
+    tensors = {name: t.repeat_interleave(repeats, dim=0) for name, t in tensors_of(cache).items()}
     layers = [(state_mixer(layer), window_of(layer)) for layer in cache.layers]
-    return _cache_of(tensors, int(tokens_seen(cache)), layers)
+    return cache_of(tensors, int(tokens_seen(cache)), layers)
 
 
 def drop_states(cache: Cache) -> None:
@@ -119,7 +119,7 @@ def drop_states(cache: Cache) -> None:
     cache.layers[:] = fresh  # the list itself stays: views of the cache share it
 
 
-def _tensors(cache: Cache) -> dict[str, Tensor]:
+def tensors_of(cache: Cache) -> dict[str, Tensor]:
     """All tensors of a cache, by layer and kind; rows are the first dimension."""
     if not cache.layers or not tokens_seen(cache):
         raise ValueError("the cache has seen no token yet: pass it to the model first")
@@ -136,13 +136,16 @@ def _tensors(cache: Cache) -> dict[str, Tensor]:
     return tensors
 
 
-def _cache_of(
+def cache_of(
     tensors: dict[str, Tensor],
     tokens: int,
     layers: list[tuple[str | None, int | None]],
     dtype: torch.dtype | None = None,
 ) -> RecurrentCache:
-    """The inverse of `_tensors`; layers: mixer and window; keys and values in `dtype`, None for their own."""
+    """The inverse of `tensors_of`.
+
+    layers: the mixer and window of each. dtype: of keys and values; None: their own.
+    """
     cache = RecurrentCache()
     for i, (mixer_type, window) in enumerate(layers):
         if f"{i}.state" in tensors:

@@ -45,6 +45,7 @@ READ_ALL = (
     ASK
     + """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+import torch
 folders = arguments["folders"]
 folder = next(iter(folders.values()))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -53,6 +54,12 @@ result["config"] = type(model.config) is type(config)
 result["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
 for name, folder in folders.items():  # of one class: the code of each folder would be compiled, in a second
     result[name] = ask(type(model).from_pretrained(folder), arguments["rows"])
+fed, embedding = [], torch.nn.functional.embedding
+torch.nn.functional.embedding = lambda ids, *args: fed.append(ids.numel()) or embedding(ids, *args)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, prefix_cache_bytes=2**20)
+for _ in range(2):
+    model.generate(torch.tensor(arguments["rows"][:1]), max_new_tokens=1)
+    result.setdefault("fed", []).append(sum(fed))
 result["tokens"] = AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids
 result["ours"] = [name for name in sys.modules if name.split(".")[0] in ("lrnn_lm", "triton")]
 """
@@ -88,6 +95,10 @@ def test_reads_the_same_without_the_package(name, exported, elsewhere):
     here, there = ask(model, tokens(2, PROMPT).tolist()), elsewhere[name]
     assert here["logits"] == there["logits"]  # bit for bit
     assert here["text"] == there["text"]
+
+
+def test_a_reader_reads_a_text_once(elsewhere):
+    assert elsewhere["fed"] == [PROMPT, PROMPT + 1]
 
 
 def test_reader_needs_neither_package_nor_triton(elsewhere, tokenizer):

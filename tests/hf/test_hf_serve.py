@@ -1,5 +1,6 @@
 """`transformers serve` on an exported folder, asked over HTTP by OpenAI's client: the texts of `generate`."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def folder(model, tokenizer, tmp_path_factory):
-    """An export with a chat template that may sample, as docs/serving.md says."""
+    """An export with a chat template that may sample and keeps states, as docs/serving.md says."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from lrnn_lm.model.export import export
@@ -42,6 +43,8 @@ def folder(model, tokenizer, tmp_path_factory):
     served = export(checkpoint, tmp_path_factory.mktemp("served") / "model")
     AutoTokenizer.from_pretrained(served, chat_template=TEMPLATE).save_pretrained(served)
     GenerationConfig.from_pretrained(served, do_sample=True).save_pretrained(served)
+    config = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps({**config, "prefix_cache_bytes": 2**24}))
     return str(served)
 
 
@@ -94,6 +97,13 @@ def test_many_requests_at_once_have_the_texts_of_generate(client, folder, alone)
         texts = list(pool.map(ask, PROMPTS))
     assert texts == [alone(prompt) for prompt in PROMPTS]
     assert len(set(texts)) > 8
+
+
+def test_questions_on_one_document_have_the_texts_of_generate(client, folder, alone):
+    for number in range(3):
+        prompt = "The gardener walked to the river. " * 40 + f"Question {number}"
+        answer = client.completions.create(model=folder, prompt=prompt, max_tokens=8, temperature=0)
+        assert answer.choices[0].text == alone(prompt, max_new_tokens=8)
 
 
 def test_streams(client, folder, alone):

@@ -20,6 +20,7 @@ from ..cache import check_cache, make_cache
 from ..config import LRNNConfig
 from ..masks import attention_masks
 from .decode import Decoder, can_decode
+from .prefix import prefix_cache
 from .sample import is_usual, sample
 
 
@@ -84,11 +85,15 @@ class LRNNGenerationMixin(GenerationMixin):
         tokenizer: unused. Stop strings are criteria by now, and transformers would hand it to the model.
         """
         chosen = (logits_processor, stopping_criteria, generation_config)
-        if synced_gpus or not is_usual(self, *chosen, model_kwargs):
-            return super()._sample(
-                input_ids, *chosen, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
-            )
-        return sample(self, input_ids, *chosen, streamer, model_kwargs)
+        keep, cache = None, model_kwargs.get("past_key_values")
+        if (kept := prefix_cache(self, input_ids, model_kwargs)) is not None:
+            keep = kept.read(self, input_ids, cache)
+        if not synced_gpus and is_usual(self, *chosen, model_kwargs):
+            return sample(self, input_ids, *chosen, streamer, model_kwargs, keep)
+        text = super()._sample(input_ids, *chosen, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        if keep is not None:
+            keep(text if isinstance(text, Tensor) else text.sequences, cache)
+        return text
 
     def _valid_auto_compile_criteria(
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig

@@ -12,6 +12,7 @@ Legend: B rows, V vocabulary.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import Cache
 
 from ..cache import RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
@@ -64,7 +66,6 @@ def is_usual(
         and {key for key, value in arguments.items() if value is not None} <= _ARGUMENTS
         and isinstance(cache, RecurrentCache)
         and cache.private
-        and tokens_seen(cache) == 0
     )
 
 
@@ -77,8 +78,14 @@ def sample(
     config: GenerationConfig,
     streamer: Any,
     arguments: dict[str, Any],
+    keep: Callable[[Tensor, Cache], None] | None = None,
 ) -> Tensor:
-    """input_ids (B, T) with what follows, (B, at most max_length); the arguments are those of `is_usual`."""
+    """input_ids (B, T) with what follows, (B, at most max_length).
+
+    Args:
+        arguments: those of `is_usual`; the cache may have seen the first tokens already.
+        keep: is given the text and its cache at the end.
+    """
     B, T = input_ids.shape
     cache, mask = arguments["past_key_values"], arguments.get("attention_mask")
     ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
@@ -88,7 +95,9 @@ def sample(
     going = torch.ones(B, dtype=torch.bool, device=input_ids.device)
     behind = _Behind(B, input_ids.device, ends)
     step = Decoder(model)
-    logits = model(input_ids=input_ids, attention_mask=mask, position_ids=arguments.get("position_ids"),
+    read, positions = tokens_seen(cache), arguments.get("position_ids")
+    positions = None if positions is None else positions[:, read:]
+    logits = model(input_ids=input_ids[:, read:], attention_mask=mask, position_ids=positions,
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # fmt: skip
     n, newest = T - 1, input_ids[:, -1:]
     for n in range(T, last):
@@ -106,6 +115,8 @@ def sample(
             break
         newest = newest.unsqueeze(1)
     behind.finish(streamer)
+    if keep is not None:
+        keep(tokens, cache)
     cache.layers.clear()  # nobody's: the step need not leave it copies of the states
     return tokens[:, : n + 1]
 

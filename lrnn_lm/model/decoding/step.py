@@ -270,6 +270,11 @@ def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> t
     and numbers that modules hold)."""
     # A graph reads weights at their addresses. It sees new values there, but not that a weight has moved.
     shapes = tuple((s.shape, s.dtype, s.device) for s in (c.recurrent_states[0] for c in cache.layers))
+    return (shapes, way), what_modules_hold(model)
+
+
+def what_modules_hold(model: PreTrainedModel) -> tuple:
+    """Addresses and shapes of all weights, and the numbers that modules hold."""
     holds: list[Any] = []
     for module in [*all_modules(model.model), model.lm_head]:
         own = vars(module)
@@ -277,7 +282,7 @@ def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> t
         holds += [value for value in own.values() if isinstance(value, _NUMBERS)]
         for t in chain(own["_parameters"].values(), own["_buffers"].values()):
             holds.append(t if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()))
-    return (shapes, way), tuple(holds)
+    return tuple(holds)
 
 
 def _side_by_side(module: nn.Module, into: Joint | None) -> Joint | None:
