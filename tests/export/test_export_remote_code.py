@@ -60,6 +60,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, pre
 for _ in range(2):
     model.generate(torch.tensor(arguments["rows"][:1]), max_new_tokens=1)
     result.setdefault("fed", []).append(sum(fed))
+recurrent = AutoModelForCausalLM.from_pretrained(folders["bd_lru"], trust_remote_code=True)
+batch = recurrent.generate_batch([row[:n] for row in arguments["rows"] for n in (3, 9)], max_new_tokens=3)
+result["batch"] = [out.generated_tokens for out in batch.values()]
 result["tokens"] = AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids
 result["ours"] = [name for name in sys.modules if name.split(".")[0] in ("lrnn_lm", "triton")]
 """
@@ -99,6 +102,15 @@ def test_reads_the_same_without_the_package(name, exported, elsewhere):
 
 def test_a_reader_reads_a_text_once(elsewhere):
     assert elsewhere["fed"] == [PROMPT, PROMPT + 1]
+
+
+def test_a_reader_decodes_requests_together(exported, elsewhere):
+    from transformers import AutoModelForCausalLM
+
+    model, rows = AutoModelForCausalLM.from_pretrained(exported["bd_lru"]), tokens(2, PROMPT)
+    prompts = [row[None, :n] for row in rows for n in (3, 9)]
+    texts = [model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :] for ids in prompts]
+    assert elsewhere["batch"] == [text.tolist() for text in texts]
 
 
 def test_reader_needs_neither_package_nor_triton(elsewhere, tokenizer):

@@ -48,14 +48,18 @@ def folder(model, tokenizer, tmp_path_factory):
     return str(served)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def client(folder, tmp_path_factory):
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason="pip install 'lrnn-lm[serve]'")
     openai = pytest.importorskip("openai", reason="pip install 'lrnn-lm[serve]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--trust-remote-code",
                "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     log = tmp_path_factory.mktemp("log") / "serve.txt"
@@ -169,6 +173,44 @@ def test_stop_strings_of_generate(tokenizer, alone):
     assert alone(PROMPTS[0], num_beams=2, stop_strings=["0"], tokenizer=tokenizer) == beams
 
 
-def test_continuous_batching_is_refused(model):
-    with pytest.raises(ValueError, match=r"^continuous batching needs pages of keys and values"):
-        model.generate_batch([[3, 4], [5]], max_new_tokens=2)
+@pytest.fixture(scope="module")
+def batching(client, folder):
+    """A client of a server in this process that decodes requests together."""
+    from openai import OpenAI
+    from transformers.cli.serve import Serve
+
+    port = free_port()
+    server = Serve(folder, continuous_batching=True, device="cpu", port=port, non_blocking=True)
+    while not server.server.started:
+        time.sleep(0.05)
+    yield OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+    server.kill_server()
+
+
+def test_64_requests_in_one_batch(batching, folder, alone):
+    prompts = [f"The river was {i}" for i in range(64)]
+
+    def ask(i):
+        options = {"model": folder, "prompt": prompts[i], "max_tokens": 4 + i % 9, "temperature": 0}
+        if i % 2:
+            return batching.completions.create(**options).choices[0].text
+        return "".join(chunk.choices[0].text for chunk in batching.completions.create(stream=True, **options))
+
+    with ThreadPoolExecutor(64) as pool:
+        texts = list(pool.map(ask, range(64)))
+    wrong = [i for i, text in enumerate(texts) if text != alone(prompts[i], max_new_tokens=4 + i % 9)]
+    assert wrong == []
+    assert len(set(texts)) > 32
+
+
+def test_chat_in_a_batch(batching, folder, tokenizer, alone):
+    options = {"chat_template": TEMPLATE, "add_generation_prompt": True, "return_dict": False}
+    answer = batching.chat.completions.create(model=folder, messages=CHAT, max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content == alone(tokenizer.apply_chat_template(CHAT, **options))
+
+
+def test_a_client_that_leaves_a_batch(batching, folder, alone):
+    options = {"model": folder, "prompt": PROMPTS[1], "temperature": 0}
+    with batching.completions.create(stream=True, max_tokens=10**6, **options) as stream:
+        next(iter(stream))
+    assert batching.completions.create(max_tokens=16, **options).choices[0].text == alone(PROMPTS[1])

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from ..cache import check_cache, make_cache
 from ..config import LRNNConfig
 from ..masks import attention_masks
+from .batching import StateBatching
 from .decode import Decoder, can_decode
 from .prefix import prefix_cache
 from .sample import is_usual, sample
@@ -113,13 +114,11 @@ class LRNNGenerationMixin(GenerationMixin):
             return Decoder(self)
         return super().get_compiled_call(compile_config)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse transformers' continuous batching; `generate_batch` enters here, too.
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *_: Any, **__: Any
+    ) -> StateBatching:
+        """A manager of requests that are decoded together; `generate_batch` enters here, too.
 
-        It puts tokens of many requests into one row and tells them apart by pages of keys and values. A
-        recurrent layer would mix the requests.
+        transformers' settings for pages of keys and values say nothing here.
         """
-        raise ValueError(
-            "continuous batching needs pages of keys and values, and recurrent states have none: call "
-            "generate, or start transformers serve without --continuous-batching"
-        )
+        return StateBatching(self, generation_config or self.generation_config)

@@ -36,7 +36,7 @@ from ..cache import RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
 from .step import turns
 
-_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+LOOK_AT_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _ARGUMENTS = {
     "past_key_values",
     "use_cache",
@@ -60,7 +60,7 @@ def is_usual(
         can_decode(model)
         and not (config.return_dict_in_generate or config.prefill_chunk_size)
         and not (config.disable_compile or config.compile_config)
-        and all(type(processor) in _PROCESSORS for processor in processors)
+        and all(type(processor) in LOOK_AT_SCORES for processor in processors)
         and all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in criteria)
         and arguments.get("use_cache") is True
         and {key for key, value in arguments.items() if value is not None} <= _ARGUMENTS
@@ -104,7 +104,7 @@ def sample(
         if n > T:
             grown = None if step.settled or mask is None else pad(mask, (0, n - mask.shape[1]), value=1)
             logits = step(newest, past_key_values=cache, attention_mask=grown, use_cache=True).logits
-        newest = _choose(logits[:, -1].float(), tokens[:, :n], processors, config.do_sample)
+        newest = choose(logits[:, -1].float(), tokens[:, :n], processors, config.do_sample)
         if ends:
             newest = torch.where(going, newest, config._pad_token_tensor)
             for end in ends:
@@ -121,8 +121,8 @@ def sample(
     return tokens[:, : n + 1]
 
 
-def _choose(scores: Tensor, tokens: Tensor, processors: LogitsProcessorList, draw: bool) -> Tensor:
-    """(B,) next tokens of scores (B, V)."""
+def choose(scores: Tensor, tokens: Tensor | None, processors: LogitsProcessorList, draw: bool) -> Tensor:
+    """(B,) next tokens of scores (B, V). tokens: (B, T) before them, for processors that look at them."""
     scores = processors(tokens, scores)
     if not draw:
         return scores.argmax(dim=-1)

@@ -1,0 +1,140 @@
+"""Continuous batching: requests join and leave one batch at any token, with the texts of `generate` alone."""
+
+import time
+
+import pytest
+import torch
+from small_models import RECURRENT, small_model, tokens
+from transformers import GenerationConfig
+
+LENGTHS = (5, 1, 12, 5, 40)
+PROMPTS = [tokens(rows=1, length=length, seed=i) for i, length in enumerate(LENGTHS)]
+
+
+def alone(model, ids, **options):
+    out = model.generate(ids.to(model.device), do_sample=False, **options)
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture
+def manager():
+    """A function that starts the manager of a model; it is stopped at the end."""
+    started = []
+
+    def start(model, **options):
+        started.append(model.init_continuous_batching(GenerationConfig(**options)))
+        started[0].start()
+        return started[0]
+
+    yield start
+    started[0].stop()
+    assert not started[0].is_running()
+
+
+def results(manager, ids):
+    """The last outputs of requests, by id."""
+    done = {}
+    while len(done) < len(ids):
+        output = manager.get_result(timeout=20)
+        assert output is not None
+        if output.is_finished():
+            done[output.request_id] = output
+    return done
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_texts_are_those_of_generate(name):
+    model = small_model(name)
+    got = model.generate_batch([ids[0].tolist() for ids in PROMPTS], max_new_tokens=6)
+    assert [out.generated_tokens for out in got.values()] == [
+        alone(model, p, max_new_tokens=6) for p in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_requests_join_and_leave_at_any_token(manager, device):
+    model = small_model("bd_lru").to(device)
+    end = alone(model, PROMPTS[2], max_new_tokens=30)[7]
+    batch = manager(model, eos_token_id=end)
+    asked = {}
+    for i in range(64):
+        prompt, most = PROMPTS[i % 5], 1 + i % 17
+        asked[batch.add_request(prompt[0].tolist(), max_new_tokens=most)] = prompt, most
+        time.sleep(0.002 * (i % 3))
+    for name, output in results(batch, asked).items():
+        prompt, most = asked[name]
+        assert output.generated_tokens == alone(
+            model, prompt, max_new_tokens=most, eos_token_id=end, pad_token_id=end
+        )
+        assert output.error is None
+
+
+def test_streams_and_leaves_when_asked(manager):
+    model = small_model("h_lru")
+    batch = manager(model, max_new_tokens=10**6)
+    endless = batch.add_request([3, 4], streaming=True)
+    first, later = batch.get_result(endless, timeout=20), batch.get_result(endless, timeout=20)
+    assert len(first.generated_tokens) < len(later.generated_tokens)
+    batch.cancel_request(endless)
+    other = batch.add_request([3, 4], max_new_tokens=5)
+    want = alone(model, torch.tensor([[3, 4]]), max_new_tokens=5)
+    assert batch.get_result(other, timeout=20).generated_tokens == want
+
+
+def test_reads_a_document_once(manager):
+    model, document = small_model("bd_lru"), tokens(rows=1, length=1500)
+    model.config.prefix_cache_bytes = 2**24
+    batch = manager(model)
+    for length in (9, 12):
+        ids = torch.cat([document, tokens(rows=1, length=length, seed=length)], dim=1)
+        want = alone(model, ids, max_new_tokens=4, use_cache=True)
+        got = batch.get_result(batch.add_request(ids[0].tolist(), max_new_tokens=4), timeout=20)
+        assert got.generated_tokens == want
+    from lrnn_lm.model.decoding.prefix import _caches
+
+    ends = [max(text.states) for text in _caches[model]._texts]
+    assert max(ends) == ids.shape[1] + 3
+
+
+def test_draws(manager):
+    """Rows are drawn each for itself, from the likeliest tokens only."""
+    model = small_model("bd_lru")
+    batch = manager(model, do_sample=True, top_k=2, temperature=1.5)
+    asked = [batch.add_request([5, 6, 7], max_new_tokens=6) for _ in range(8)]
+    texts = [output.generated_tokens for output in results(batch, asked).values()]
+    assert len({*map(tuple, texts)}) > 1
+    ids = torch.tensor([[5, 6, 7, *texts[0]]])
+    with torch.no_grad():
+        best = model(ids).logits[0, 2:-1].topk(2).indices
+    assert all(token in row for token, row in zip(texts[0], best.tolist(), strict=True))
+
+
+def test_a_batch_that_fails_tells_those_who_wait(manager, monkeypatch):
+    model = small_model("bd_lru")
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
+    batch = manager(model)
+    monkeypatch.setattr(type(batch._batch), "_read", lambda self, group: torch.ones(2) @ torch.ones(3))
+    asked = [batch.add_request([token], max_new_tokens=5) for token in (3, 4)]
+    assert all("size" in output.error for output in results(batch, asked).values())
+    assert batch.background_thread_status.fatal_error is not None
+    with pytest.raises(RuntimeError, match="has stopped"):
+        batch.add_request([3])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("hybrid", {}, r"^continuous batching joins recurrent states, and this model has attention layers"),
+        ("bd_lru", {"repetition_penalty": 2.0}, "not RepetitionPenaltyLogitsProcessor"),
+        ("bd_lru", {"stop_strings": ["x"]}, "not stop_strings"),
+    ],
+)
+def test_refused(name, options, match):
+    with pytest.raises(ValueError, match=match):
+        small_model(name).generate_batch([[3, 4], [5]], GenerationConfig(**options), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("prompt", "match"), [([], "has no token"), ([3, 53], "outside of the model's 53")])
+def test_a_prompt_that_is_none(manager, prompt, match):
+    with pytest.raises(ValueError, match=match):
+        manager(small_model("bd_lru")).add_request(prompt)
