@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .files import words_of
+from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
 from .version import __version__
@@ -37,7 +38,7 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe f
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of the recipe")
 ]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, or its URL")]
 Branch = Annotated[
     Path | None,
     typer.Option(
@@ -278,7 +279,7 @@ def generate(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write, or a URL")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the checkpoint")] = None,
     average: Annotated[
         bool, typer.Option("--average", help="the moving average of the weights (train.average)")
@@ -299,7 +300,7 @@ def export(
 
     export_checkpoint(checkpoint, folder, dtype, license, average, format)
     needs = "onnxruntime" if format == "onnx" else "torch and transformers"
-    print(f"exported to {folder}; it loads with {needs} alone")
+    print(f"exported to {url_of(folder) or folder}; it loads with {needs} alone")
 
 
 @app.command()

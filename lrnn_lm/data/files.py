@@ -15,19 +15,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..remote import RemoteFile, find_remote, url_of
 from ..requirements import check_extra
 from .specs import DataError
 
 _LARGEST_WINDOW = 1 << 31  # bytes: the window of `zstd --long=31`, the largest that its tools write
 
 
-def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path]:
-    """The files that `path` names, in order of path: of a folder, of a glob, or one file.
+def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path] | list[RemoteFile]:
+    """The files that `path` names, in order of path: of a folder, of a glob, or one file; also of a URL.
 
     Of a folder only those that end in `suffixes`, in any case (none: all files). Hidden files are left out
     unless a glob names them. Raises DataError if there is no file, a link is broken, or a folder cannot be
     listed.
     """
+    if (url := url_of(path)) is not None:
+        try:
+            return find_remote(url, suffixes)
+        except ValueError as error:
+            raise DataError(f"{error} (data.source.path)") from None
     target = Path(path).expanduser()
     try:
         if target.is_dir():
@@ -125,7 +131,7 @@ def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Path | RemoteFile) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked if it ends in .gz or .zst; DataError if it is damaged or unreadable."""
     check_extra("train", "zstandard")
     import zstandard

@@ -1,7 +1,7 @@
 """Sources: text documents, streamed in a fixed order.
 
-Files may be plain, .gz or .zst. A folder or glob is read in order of path, without its empty files. Missing,
-binary or broken files raise DataError with the file and the row.
+Files may be plain, .gz or .zst, here or behind a URL. A folder or glob is read in order of path, without its
+empty files. Missing, binary or broken files raise DataError with the file and the row.
 """
 
 import codecs
@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..remote import RemoteFile
 from . import python_docs
 from .files import find_files, open_bytes
 from .hf_source import read_rows
 from .specs import DataError, SourceSpec
 
+File = Path | RemoteFile
 # A single text file is cut into about 50 parts of at least 200 and at most 2 x 5,000 characters.
 _PARTS, _PART_CHARS = 50, (200, 5000)
 FILE_TYPES = {  # and how the files that they read in a folder end
@@ -68,7 +70,7 @@ def fingerprint(spec: SourceSpec) -> list[object]:
     return [*what, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]
 
 
-def empty_files(spec: SourceSpec) -> list[Path]:
+def empty_files(spec: SourceSpec) -> list[File]:
     """The empty files that reading this source leaves out."""
     if spec.type == "python-docs" or not spec.path or (spec.type == "hf" and not _is_local(spec)):
         return []
@@ -104,14 +106,14 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
     return readers[spec.type]
 
 
-def _found(spec: SourceSpec) -> list[Path]:
+def _found(spec: SourceSpec) -> list[File]:
     path = spec.path or ""
     if spec.type == "megatron" and not Path(path).expanduser().is_dir():  # with or without a suffix
         path = path.removesuffix(".bin").removesuffix(".idx") + ".idx"
     return find_files(path, FILE_TYPES.get(spec.type, ()))
 
 
-def files(spec: SourceSpec) -> list[Path]:
+def files(spec: SourceSpec) -> list[File]:
     """The files of a source that are not empty. Raises DataError if there are none."""
     found = _found(spec)
     files = [f for f in found if f.stat().st_size]
@@ -121,7 +123,7 @@ def files(spec: SourceSpec) -> list[Path]:
     return files
 
 
-def _read_texts(files: list[Path]) -> Iterator[str]:
+def _read_texts(files: list[File]) -> Iterator[str]:
     """A document a file; a single file is cut into parts, so that some can be held out."""
     if len(files) > 1:
         yield from map(_read_text, files)
@@ -145,7 +147,7 @@ def _part_end(text: str, start: int, size: int) -> int:
     return start + 2 * size
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: File) -> str:
     with open_bytes(path) as file:
         data = file.read()
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -162,7 +164,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+def _read_jsonl(path: File, field: str) -> Iterator[str]:
     with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -209,13 +211,13 @@ def _kind(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
+def _read_parquet(path: File, field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path.open("rb") if isinstance(path, RemoteFile) else path) as file:
             if field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path}: no column {field!r}; set data.source.text_field to one of: {names}")

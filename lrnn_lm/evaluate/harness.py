@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..remote import check_here
 from ..runs.layout import RunFolder
 from ..runs.load import (
     CheckpointInfo,
@@ -198,6 +199,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 
 def check_output(output: Path | None) -> None:
     """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
+    check_here(str(output or ""), "copy the scores when they are written")
     if output is not None and Path(output).is_file() and Path(output).suffix != ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ..remote import check_here, url_of
 from .quantities import TokenCount
 from .section import Section
 
@@ -24,8 +25,9 @@ class SourceSection(Section):
     )
     path: str | None = Field(
         None,
-        description="text, jsonl, parquet, megatron, tokens: a file, folder or glob; hf: a dataset. Each "
-        "text file is a document, but a single one is cut into many",
+        description="text, jsonl, parquet, megatron, tokens: a file, folder or glob (of the first three also "
+        "a URL, as in s3://bucket/folder); hf: a dataset. Each text file is a document, but a single one is "
+        "cut into many",
     )
     name: str | None = Field(None, description="hf: configuration of the dataset")
     split: str = Field("train", description="hf: split of the dataset")
@@ -64,6 +66,11 @@ class SourceSection(Section):
             raise ValueError("a synthetic task has no max_epochs; give the number of its rows as examples")
         if not synthetic and self.type != "python-docs" and not self.path:
             raise ValueError(f"source type {self.type!r} needs a path")
+        if url_of(self.path) and self.type not in ("text", "jsonl", "parquet"):
+            raise ValueError(
+                f"source type {self.type!r} reads no URL: give text, jsonl or parquet files, or copy "
+                f"{self.path} to a disk here"
+            )
         for key in FILE_KEYS - SOURCE_KEYS[self.type]:
             own = self._dataset_key if key == "name" else key
             if getattr(self, own) != type(self).model_fields[own].default:
@@ -125,7 +132,9 @@ class MixtureSource(SourceSection):
     def place(self) -> tuple[str | None, ...]:
         """What two sources must not have in common."""
         is_files = self.path is not None and self.type != "hf"
-        path = os.path.realpath(Path(self.path).expanduser()) if is_files else self.path
+        path = self.path
+        if is_files and url_of(path) is None:
+            path = os.path.realpath(Path(path).expanduser())
         return (path or self.type, self.config, self.split if self.type == "hf" else None)
 
 
@@ -197,6 +206,11 @@ class DataSection(Section):
         if isinstance(source, dict) and source.get("type") == "synthetic" and source.get("length"):
             return {"sequence_length": source["length"], **data}
         return data
+
+    @field_validator("tokenizer", "cache_dir")
+    @classmethod
+    def _is_here(cls, path: str) -> str:
+        return check_here(path, "tokenizers and prepared text are mapped into memory from a disk")
 
     @field_validator("sources")
     @classmethod

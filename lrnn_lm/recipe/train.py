@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ..remote import check_here
 from .quantities import Span, TokenCount
 from .section import Section
 
@@ -111,6 +112,11 @@ class TrainSection(Section):
         100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
     )
     runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+
+    @field_validator("runs_dir")
+    @classmethod
+    def _is_here(cls, path: str) -> str:
+        return check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
 
     def check_shards(self, ranks: int, parallel: str) -> None:
         """Raise ValueError if so many ranks cannot share rows and model as the recipe says."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..remote import local_copy, url_of
+
 LATEST, BEST = "latest", "best"
 _STEP = "step-"
 
@@ -93,7 +95,9 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a person names. `checkpoints/latest` works even where that link is missing."""
+    """The checkpoint that a person names, of a URL a copy here. `checkpoints/latest` needs no such link."""
+    if (url := url_of(path)) is not None:
+        return local_copy(url)
     if path.name == LATEST and not path.is_dir():
         return latest_checkpoint(path.parent) or path
     return path

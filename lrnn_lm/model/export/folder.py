@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
 
+from ...remote import check_free, upload, url_of
 from ..modeling import LRNNForCausalLM
 from .remote_code import AUTO_MAP, remote_code
 
@@ -47,7 +49,7 @@ def export(
 
     Args:
         checkpoint: a checkpoint folder.
-        target: a folder that does not exist yet, or an empty one.
+        target: a folder that does not exist yet, or an empty one; or a URL where nothing is.
         dtype: bf16 or fp32; None for the checkpoint's.
         write_card: adds README.md to the finished folder (see `evaluate.reporting.card`).
     Returns:
@@ -77,7 +79,15 @@ def export(
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A folder to be made beside the target, which takes the target's place once it is whole."""
+    """A folder to be made beside the target, which takes the target's place once it is whole.
+
+    If the target is a URL, a temporary folder is copied there.
+    """
+    if (url := url_of(target)) is not None:
+        with TemporaryDirectory() as scratch:
+            yield Path(scratch) / "model"
+            upload(Path(scratch) / "model", url)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -159,6 +169,8 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_target(target: Path) -> None:
+    if (url := url_of(target)) is not None:
+        return check_free(url)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: is a file; give a folder to export to")
     if target.is_dir() and any(target.iterdir()):

@@ -1,0 +1,150 @@
+"""Files behind URLs (s3://, gs://, memory://, ..), through fsspec: text is read, models copied both ways.
+
+What is mapped into memory, locked or renamed stays on disks: prepared data, and the folder of a run.
+"""
+
+import atexit
+import posixpath
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)")  # at least two letters: c:/ is a drive
+
+
+def url_of(path: str | Path | None) -> str | None:
+    """The URL that a path stands for; None for a local one. `Path` makes s3:/ of s3://."""
+    match = _URL.fullmatch(str(path or ""))
+    return f"{match[1]}://{match[2]}" if match else None
+
+
+def check_here(path: str, why: str) -> str:
+    """The path; ValueError if it is a URL, where a local folder is needed."""
+    if url := url_of(path):
+        raise ValueError(f"{url}: give a folder of this machine, not a URL: {why}")
+    return path
+
+
+@dataclass(frozen=True, order=True)
+class RemoteFile:
+    """A file behind a URL, with what readers of text use of `pathlib.Path`."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.url)
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.url)[1]
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """The open file; errors are OSErrors, of a driver that is missing an ImportError."""
+        fs, path = _filesystem(self.url)
+        return fs.open(path, mode)
+
+    def resolve(self) -> "RemoteFile":
+        """Itself: there are no links."""
+        return self
+
+    def stat(self) -> SimpleNamespace:
+        """st_size, and for st_mtime_ns what changes with the content (an entity tag, a time)."""
+        fs, path = _filesystem(self.url)
+        return SimpleNamespace(st_size=fs.size(path), st_mtime_ns=fs.ukey(path))
+
+
+def find_remote(url: str, suffixes: Sequence[str] = ()) -> list[RemoteFile]:
+    """The files that a URL names, in order: of a folder, those that end in `suffixes`; of a glob; or one.
+
+    Hidden files are left out. Raises ValueError if there is none, or the store cannot be read.
+    """
+    with told(url):
+        fs, path = _filesystem(url)
+        if re.search(r"[*?[]", path):
+            found = [name for name in fs.glob(path) if fs.isfile(name)]
+        elif fs.isdir(path):
+            ends = tuple(suffixes) or ""
+            found = [name for name in fs.find(path) if name.lower().endswith(ends)]
+            found = [name for name in found if not re.search(r"(^|/)\.", name.removeprefix(path))]
+        else:
+            found = [path] if fs.isfile(path) else []
+        if not found:
+            raise ValueError(f"{url}: no such file or folder")
+        return sorted(RemoteFile(fs.unstrip_protocol(name)) for name in found)
+
+
+@cache
+def local_copy(url: str) -> Path:
+    """A temporary copy of a model's folder behind a URL, without a trainer's state, until the process ends.
+
+    Raises ValueError if nothing is there, or the store cannot be read.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="lrnn-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    folder = scratch / (posixpath.basename(url.rstrip("/")) or "model")
+    with told(url):
+        fs, path = _filesystem(url)
+        names = fs.find(path) if fs.isdir(path) else []
+        if not names:
+            raise ValueError(f"{url}: no such folder")
+        for name in names:
+            relative = posixpath.relpath(name, path)
+            if not relative.startswith("trainer/"):
+                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+                fs.get_file(name, str(folder / relative))
+    return folder
+
+
+def check_free(url: str) -> None:
+    """Raise ValueError if something is behind a URL already, or the store cannot be read."""
+    with told(url):
+        fs, path = _filesystem(url)
+        if fs.isfile(path) or fs.find(path):
+            raise ValueError(f"{url}: is not empty; give a new folder to export to")
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy a folder to a URL. config.json comes last: without it the copy is no model yet."""
+    files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == "config.json", f))
+    with told(url):
+        fs, path = _filesystem(url)
+        for file in files:
+            target = posixpath.join(path, file.relative_to(folder).as_posix())
+            fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            fs.put_file(str(file), target)
+
+
+@contextmanager
+def told(url: str) -> Iterator[None]:
+    """Inside, errors of a store are ValueErrors that name the URL."""
+    try:
+        yield
+    except ImportError as error:  # the driver of a protocol is a package of its own
+        raise ValueError(f"{url}: {error}") from None
+    except OSError as error:
+        why = "no access" if isinstance(error, PermissionError) else "cannot be read or written"
+        raise ValueError(
+            f"{url}: {why} ({' '.join(str(error).split())[:200] or 'no reason given'})"
+        ) from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ImportError("URLs need fsspec: pip install fsspec, or copy the files here") from None
+    try:
+        return url_to_fs(url)
+    except ValueError as error:  # an unknown protocol
+        raise ValueError(f"{url}: {error}") from None
