@@ -185,7 +185,7 @@ def evaluate_checkpoint(
     prompt_twice: PromptTwice = False,
     certify: Certify = None,
     harden: Harden = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score checkpoints on lm-eval tasks, or probe them.
@@ -253,7 +253,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="nucleus sampling: probability to keep")] = None,
     seed: Annotated[int | None, typer.Option(help="random seed: the same seed gives the same text")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="always take the likeliest token")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt, printed as it is generated."""

@@ -87,9 +87,9 @@ def hub_is_reachable() -> bool:
 
 
 def pick_device(device: str = "auto") -> "torch.device":
-    """A torch device by name: auto (CUDA if there is any), cpu, cuda or cuda:N.
+    """A torch device by name: auto (CUDA if there is any), cpu, cuda, cuda:N, or mps.
 
-    Raises ValueError for another name, or a device that this machine lacks.
+    AMD's GPUs are named cuda, too. Raises ValueError for another name, or a device that this machine lacks.
     """
     import torch
 
@@ -97,10 +97,14 @@ def pick_device(device: str = "auto") -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-        if target.type not in ("cpu", "cuda"):
+        if target.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
     except RuntimeError:
-        raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
+        raise ValueError(f"device {device!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if target.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            f"device {device!r}: this machine or this build of torch has no MPS; use cpu or auto"
+        )
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: there is no such CUDA device on this machine; use cpu or auto")
     return target

@@ -71,7 +71,7 @@ def load_checkpoint(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in evaluation mode and in its stored precision, and its tokenizer.
 
-    device: auto (CUDA if there is any), cpu, cuda or cuda:N.
+    device: auto (CUDA if there is any), cpu, cuda, cuda:N or mps.
     autoencoder: accept the auto-encoder of the synthetic task compression, too.
     trust_remote_code: let the folder run its own code. This project's models never need it: they load with
     this package, not with the code beside the weights.

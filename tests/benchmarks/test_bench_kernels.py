@@ -53,6 +53,14 @@ def test_an_absent_gpu_is_said():
         kernels.run(device="cuda")
 
 
+def test_an_absent_mps_is_said(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'mps': this machine or this build of torch has no MPS"):
+        pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("mps").type == "mps"
+
+
 def test_an_unknown_device_is_told():
     with pytest.raises(ValueError, match="device 'foo': use auto"):
         pick_device("foo")

@@ -147,7 +147,7 @@ class _Behind:
     def ended(self, newest: Tensor, streamer: Any) -> bool:
         """Note this step's tokens (B,), stream those before, and say whether all rows had ended with them."""
         there, event = self._free.popleft()
-        there.copy_(newest, non_blocking=True)
+        there.copy_(newest, non_blocking=event is not None)  # without an event nobody would wait for it
         if event is not None:
             event.record(torch.cuda.current_stream(self._device))
         self._waiting.append((there, event))
