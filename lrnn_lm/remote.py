@@ -7,6 +7,7 @@ import atexit
 import posixpath
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,11 +133,18 @@ def told(url: str) -> Iterator[None]:
         yield
     except ImportError as error:  # the driver of a protocol is a package of its own
         raise ValueError(f"{url}: {error}") from None
-    except OSError as error:
-        why = "no access" if isinstance(error, PermissionError) else "cannot be read or written"
+    except (OSError, *_errors_of_drivers()) as error:
+        plain = isinstance(error, OSError) and not isinstance(error, PermissionError)
+        why = "cannot be read or written" if plain else "no access"
         raise ValueError(
             f"{url}: {why} ({' '.join(str(error).split())[:200] or 'no reason given'})"
         ) from None
+
+
+def _errors_of_drivers() -> list[type[Exception]]:
+    """What drivers raise for missing keys, which is no OSError."""
+    names = {"botocore.exceptions": "BotoCoreError", "google.auth.exceptions": "GoogleAuthError"}
+    return [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
