@@ -5,7 +5,10 @@ import time
 import pytest
 import torch
 from small_models import RECURRENT, small_model, tokens
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+
+from lrnn_lm.model.decoding.batch import Batch, Request
+from lrnn_lm.model.decoding.prefix import _caches
 
 LENGTHS = (5, 1, 12, 5, 40)
 PROMPTS = [tokens(rows=1, length=length, seed=i) for i, length in enumerate(LENGTHS)]
@@ -90,10 +93,32 @@ def test_reads_a_document_once(manager):
         want = alone(model, ids, max_new_tokens=4, use_cache=True)
         got = batch.get_result(batch.add_request(ids[0].tolist(), max_new_tokens=4), timeout=20)
         assert got.generated_tokens == want
-    from lrnn_lm.model.decoding.prefix import _caches
-
     ends = [max(text.states) for text in _caches[model]._texts]
     assert max(ends) == ids.shape[1] + 3
+
+
+@pytest.mark.parametrize("kept", [0, 2**24])
+def test_a_long_prompt_stops_nobody(kept):
+    model = small_model("bd_lru")
+    model.config.prefix_cache_bytes = kept
+    batch = Batch(model, LogitsProcessorList(), draw=False)
+    long, short = (
+        Request(name, [3] * length, most=50, ends=set(), streaming=True)
+        for name, length in (("long", 5000), ("short", 4))
+    )
+    with torch.no_grad():
+        batch.go_on([short])
+        batch.go_on([long])
+        read = 0
+        while not long.written:
+            before = len(short.written)
+            assert batch.go_on([]) == [short, *([long] if long.written else [])]
+            assert len(short.written) == before + 1
+            read += 1
+    assert read >= 2
+    long.cancelled = True
+    with torch.no_grad():
+        assert batch.go_on([]) == [short]
 
 
 def test_draws(manager):

@@ -13,7 +13,7 @@ Legend: T time.
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ..cache import tokens_seen
 from ..states import cache_of, tensors_of
 from .built import all_modules, as_written
-from .long_input import prefill
+from .long_input import DEFAULT_SEGMENT, prefill
 from .step import what_modules_hold
 
 _NEAREST = 64  # tokens between the end of a prompt and the state kept nearest before it
@@ -76,6 +76,15 @@ class PrefixCache:
         Returns:
             what keeps the states at the end of the answer: takes all ids (1, ..) and the cache.
         """
+        reading = self.reading(model, ids, cache)
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                return end.value
+
+    def reading(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Generator[None, None, Keep]:
+        """The same, yielding after each segment."""
         weights = _weights(model)
         known = ids[0, :-1].to("cpu", torch.int32)
         read, parted, found = self._find(known, weights)
@@ -84,7 +93,9 @@ class PrefixCache:
             cache.layers[:] = cache_of(found, read, layers).layers
         states = {}
         for end in _places(read, parted, len(known)):
-            prefill(model, ids[:, read:end], past_key_values=cache)
+            for part in ids[:, read:end].split(DEFAULT_SEGMENT, dim=1):
+                prefill(model, part, past_key_values=cache)
+                yield
             states[end], read = _states(cache), end
         self._keep(known, states, cache, weights)
 
