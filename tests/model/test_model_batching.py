@@ -54,6 +54,13 @@ def test_texts_are_those_of_generate(name):
     ]
 
 
+@pytest.mark.parametrize("name", ["bd_lru-all", "bd_matrix-erase", "lstm"])
+def test_rows_beside_those_of_requests_change_nothing(name, monkeypatch):
+    """A GPU's sizes of a batch, powers of 2, here."""
+    monkeypatch.setattr("lrnn_lm.model.decoding.batch._GRAPHS", ("cpu",))
+    test_texts_are_those_of_generate(name)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_requests_join_and_leave_at_any_token(manager, device):
     model = small_model("bd_lru").to(device)

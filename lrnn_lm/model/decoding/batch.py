@@ -25,6 +25,7 @@ from .prefix import Keep, prefix_cache
 from .sample import choose
 
 _TOGETHER = 8 * DEFAULT_SEGMENT  # tokens and padding of prompts that are read at once
+_GRAPHS = ("cuda",)  # devices where decoding captures a CUDA graph for each size of batch
 _LONG = 512  # shorter prompts are read in batches rather than through the prefix cache, which takes one
 
 
@@ -133,7 +134,7 @@ class Batch:
             for kept, state in zip(states, of_layers, strict=True):
                 kept.append(state[go])
         self._rows, self._cache, self._decode = rows, None, None  # a step gives its memory back first
-        size = len(rows) if self.model.device.type != "cuda" else 1 << max(0, len(rows) - 1).bit_length()
+        size = _padded(len(rows)) if self.model.device.type in _GRAPHS else len(rows)
         self._newest = _stacked(newest, size)
         self._states = [_stacked(kept, size) for kept in states]
         self._cache = cache_of({f"{i}.state": s for i, s in enumerate(self._states)}, 1, self._layers)
@@ -185,6 +186,11 @@ def _alike(requests: list[Request]) -> list[list[Request]]:
         else:
             groups.append([request])
     return groups
+
+
+def _padded(rows: int) -> int:
+    """The next power of 2: few sizes, as each is captured as a graph."""
+    return 1 << max(0, rows - 1).bit_length()
 
 
 def _stacked(parts: list[Tensor], size: int) -> Tensor:
