@@ -14,7 +14,7 @@ Legend: T time.
 import threading
 import weakref
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,11 +45,15 @@ class _Text:
     ids: Tensor  # (T,) int32, on the CPU
     states: dict[int, dict[str, Tensor]]  # by the number of tokens read
     keys: dict[str, Tensor]  # (1, heads, T, head size)
+    size: int = field(init=False)  # bytes
 
-    def size(self) -> int:
-        """Bytes."""
+    def __post_init__(self) -> None:
         tables = [{"ids": self.ids}, self.keys, *self.states.values()]
-        return sum(t.nbytes for table in tables for t in table.values())
+        self.size = sum(t.nbytes for table in tables for t in table.values())
+
+    def drop_earliest(self) -> None:
+        """Drop the state after the fewest tokens."""
+        self.size -= sum(t.nbytes for t in self.states.pop(min(self.states)).values())
 
 
 class PrefixCache:
@@ -68,7 +72,7 @@ class PrefixCache:
     def size(self) -> int:
         """Bytes kept."""
         with self._lock:
-            return sum(text.size() for text in self._texts)
+            return sum(text.size for text in self._texts)
 
     def read(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Keep:
         """Bring an empty cache to the last but one of ids (1, T), through the model only where needed.
@@ -140,10 +144,10 @@ class PrefixCache:
                     text = _Text(longer.ids, {**other.states, **states}, longer.keys)
                     self._texts.remove(other)
                     break
-            while text.size() > self.most_bytes and len(text.states) > 1:
-                del text.states[min(text.states)]
+            while text.size > self.most_bytes and len(text.states) > 1:
+                text.drop_earliest()
             self._texts.append(text)
-            while sum(text.size() for text in self._texts) > self.most_bytes:
+            while sum(text.size for text in self._texts) > self.most_bytes:
                 del self._texts[0]
 
 
