@@ -1,9 +1,9 @@
 """States of what was read before: a second question on the same text costs its own tokens only.
 
 `generate` uses a PrefixCache where the config says how many bytes it may take (`prefix_cache_bytes`), for one
-row without padding. It keeps a text's states at its end, where it parts from
-another text, and at 64, 128, 256, .. tokens before the end of a prompt: a state cannot be cut back, and the
-next prompt may part from this one anywhere, most likely near its end, where a question began.
+row without padding. It keeps a text's states at its end, where it parts from another text, and at 64, 128,
+256, .. tokens before the end of a prompt: a state cannot be cut back, and the next prompt may part from this
+one anywhere, most likely near its end, where a question began.
 
 Texts are compared token by token, so a state is never that of another text. All states are dropped when a
 weight has changed, which a checksum of all weights tells: it costs about the time of one token.
