@@ -51,6 +51,7 @@ MIXER_ROWS = {
     "rg_lru": {"type": "rg_lru", "width": 9},
     "complex_lru": {"type": "complex_lru", "num_blocks": 5},
     "slice": {"type": "slice", "num_blocks": 5, "block_size": 3, "scaled": True},
+    "bd_gru": {"type": "bd_gru", "num_blocks": 5, "block_size": 3},
 }
 # What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix multiplies three projections of
 # its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later.

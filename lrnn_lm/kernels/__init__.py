@@ -10,6 +10,7 @@ from .dispatch import (
     runs_fused,
 )
 from .gates import GATES, check_gate, normalise
+from .scan.gru import gru_scan
 from .scan.matrix_scan import matrix_scan
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "block_diagonal_scan",
     "block_diagonal_scan_packed",
     "check_gate",
+    "gru_scan",
     "higher_order_scan",
     "higher_order_scan_packed",
     "matrix_scan",

@@ -93,3 +93,39 @@ def matrix_scan(
         S = mixed + k.unsqueeze(-1) * v.unsqueeze(-2)
         outputs.append((q.unsqueeze(-1) * S).sum(-2))
     return torch.stack(outputs, dim=1).to(values.dtype), S
+
+
+def gru_gates(
+    inputs: Tensor, h: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r, z, n, q (.., N, M) of a step of `gru_scan`; inputs (.., 3, N, M), h (.., N, M)."""
+    # Not a matrix product, which autocast would round. (.., 3, N, M)
+    recurrent = (weight * h[..., None, :, None, :]).sum(-1)
+    r, z = (inputs[..., :2, :, :] + recurrent[..., :2, :, :] + bias[:2]).sigmoid().unbind(-3)
+    q = recurrent[..., 2, :, :] + bias[3]
+    return r, z, (inputs[..., 2, :, :] + bias[2] + r * q).tanh(), q
+
+
+def gru_scan(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block-diagonal GRU: `h_t = (1 - z_t) n_t + z_t h_{t-1}` (Cho et al., arXiv 1406.1078, as torch has it).
+
+    `r_t = sigmoid(x_r + b_r + U_r h_{t-1})`, z_t alike, `n_t = tanh(x_n + b_n + r_t q_t)`,
+    `q_t = U_n h_{t-1} + b_q`.
+    """
+    dtype = compute_dtype(inputs, weight)
+    inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
+    h = torch.zeros_like(inputs[:, 0, 0]) if h0 is None else h0.to(dtype)  # (B, N, M)
+    states = []
+    for t, x in enumerate(inputs.unbind(1)):
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None, None], 0)
+        _, z, n, _ = gru_gates(x, h, weight, bias)
+        h = n + z * (h - n)
+        states.append(h)
+    return torch.stack(states, dim=1), h

@@ -5,6 +5,7 @@ from typing import Any
 
 from .attention import Attention
 from .base import Mixer, SequenceContext
+from .bd_gru import BlockDiagonalGRU
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
 from .complex_lru import ComplexLRU
@@ -31,6 +32,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "rg_lru": RealGatedLRU,
     "complex_lru": ComplexLRU,
     "slice": SLiCE,
+    "bd_gru": BlockDiagonalGRU,
 }
 
 

@@ -138,6 +138,20 @@ def launch_erase(M: int, dtype: torch.dtype, V: int = 64) -> None:
     (y.sum() + last.sum()).backward()
 
 
+def launch_gru(M: int, dtype: torch.dtype, T: int = 40, resets: bool = False) -> None:
+    """Every kernel of the block-diagonal GRU."""
+    from lrnn_lm.kernels.scan.gru_triton import TritonGRU
+
+    B, N = 2, 8
+    h0, reset = torch.zeros(B, N, M), torch.zeros(B, T, dtype=torch.bool) if resets else None
+    inputs = torch.zeros(B, T, 3, N, M, dtype=dtype)
+    given = (inputs, torch.zeros(3, N, M, M), torch.zeros(4, N, M), h0, reset)
+    h, last = TritonGRU.walk(*given)
+    TritonGRU.linearise(*given, h)
+    TritonGRU.steps_backward(*given, h, h)
+    TritonGRU.walk_backward(*given, h, h, last)
+
+
 def launch_wide_transfer(M: int) -> None:
     from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
 
@@ -157,6 +171,7 @@ def some_scans() -> None:
     """Every kernel of a scan in chunks of time, at the smallest size."""
     launch_all(1, 40, "softmax", states=True, chunk=16)
     launch_wide_transfer(16)
+    launch_gru(2, torch.bfloat16, T=1, resets=True)
 
 
 def some_steps() -> None:
@@ -188,6 +203,9 @@ def everything() -> None:
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     launch_erase(1, torch.bfloat16)
     launch_erase(4, torch.float32)
+    first = len(SPILLED)
+    launch_gru(8, torch.bfloat16, resets=True)
+    assert max(SPILLED[first:]) == 0, list(zip(COMPILED, SPILLED, strict=True))[first:]
     first = len(SPILLED)
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)

@@ -30,6 +30,7 @@ _KINDS = {
     "rg_lru": "an RG-LRU",
     "complex_lru": "a complex diagonal linear recurrent unit (LRU)",
     "slice": "a block-diagonal SLiCE",
+    "bd_gru": "a block-diagonal GRU",
 }
 
 

@@ -79,10 +79,10 @@ def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *argumen
         )
 
 
-def _chunks(gates: Tensor, values: Tensor, gate: str) -> tuple[int, int]:
-    """(steps a chunk, chunks) of time."""
+def _chunks(gates: Tensor, values: Tensor, gate: str, cut: bool = False) -> tuple[int, int]:
+    """(steps a chunk, chunks) of time; `cut`: also where the gate alone does not allow it."""
     B, T, N = values.shape[:3]
-    cost = _kind(values).transfer_cost(gates.shape[-1] - 1, gate)
+    cost = _kind(values).transfer_cost(gates.shape[-1] - 1, "identity" if cut else gate)
     return time_chunks(B * N, values.shape[3:].numel(), cost, T, values.device)
 
 
@@ -93,11 +93,12 @@ def _forward(
     reset: Tensor | None,
     gate: str,
     columns: int | None = None,
+    cut: bool = False,
 ) -> tuple[Tensor, Tensor]:
     B, _, N = values.shape[:3]
     h = rows_like(values, columns)  # its steps lie `columns` apart, as the planes do
     last = values.new_empty(B, N, gates.shape[-1] - 1, dtype=torch.float32)
-    chunk, n_chunks = _chunks(gates, values, gate)
+    chunk, n_chunks = _chunks(gates, values, gate, cut)
     if n_chunks > 1:  # few rows: first what each chunk does to the state, then all chunks side by side
         maps = _kind(values).transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = _chunk_starts(maps, h0)
@@ -143,7 +144,7 @@ def _ages(reset: Tensor) -> Tensor:
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
     reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
-    summed: bool = False,
+    summed: bool = False, cut: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dL/dh0 (B, N, M), and where `summed` dz summed over sequences and steps, (M+1, columns), both fp32."""
     B, T, N = values.shape[:3]
@@ -151,7 +152,7 @@ def _backward(
     kind = _kind(values)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop, columns, sums = grad_last.contiguous(), columns or N * block, None
-    chunk, n_chunks = _chunks(gates, values, gate)
+    chunk, n_chunks = _chunks(gates, values, gate, cut)
     if n_chunks > 1:  # the same backwards: the transposed maps, the last chunk first
         maps = kind.transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = _chunk_starts(maps, stop).flip(1).contiguous()

@@ -1,0 +1,147 @@
+"""The block-diagonal GRU on a GPU: walk and Newton against the reference in fp64, then their times.
+
+    python -m benchmarks.gpu.walk [out.json]        # about a minute on one H100, most of it compiling
+
+Checked are both outputs and all gradients, twice with the same bits. Times are medians of 10, of the forward
+and of the backward pass: the walk against the scan of BD-LRU with as many rows and equal M (T 2,048, B 32,
+bf16), and Newton's iterations against the walk (T 32,768, B 1). Goals: at most 3 times the scan's time;
+Newton equal to the walk to 1e-5, and faster. Every size is compiled and checked in a process of its own, all
+at once; one that fails says so, and the exit code is 1. Times are taken after that. To find a wrong address:
+
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu.walk case 4 float32
+"""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnn_lm.kernels import block_diagonal_scan, gru_scan
+
+from .. import measure
+from .matrix_scan import milliseconds
+
+SIZES, TIMED = (1, 4, 5, 8, 16), (1, 4, 8, 16)
+ROWS = {"walk": 1024, "newton": 512}  # N M of what is timed
+SHAPES = {"walk": (32, 2048), "newton": (1, 32_768)}  # B, T
+NAMES = ("h", "last", "inputs", "weight", "bias", "h0")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def given(B: int, T: int, N: int, M: int, dtype: torch.dtype, resets: float = 0.0) -> list[Tensor | None]:
+    """Inputs of gru_scan, with the matrices and update gates that the mixer starts with."""
+    generator = torch.Generator().manual_seed(T + M)
+    weight = torch.linalg.qr(torch.randn(3 * N, M, M, generator=generator))[0].view(3, N, M, M)
+    bias = torch.zeros(4, N, M)
+    bias[1] = 1.0
+    h0 = torch.randn(B, N, M, generator=generator)
+    inputs = torch.randn(B, T, 3, N, M, generator=generator).to(dtype)
+    reset = torch.rand(B, T, generator=generator) < resets if resets else None
+    return [None if x is None else x.cuda() for x in (inputs, weight, bias, h0, reset)]
+
+
+def run(inputs: list[Tensor | None], solver: str, backend: str) -> list[Tensor]:
+    """Outputs and gradients of a random weighing of them."""
+    *tensors, reset = inputs
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    outputs = gru_scan(*tensors, reset, solver, backend)[:2]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, tensors)]
+
+
+def check(M: int, dtype: torch.dtype) -> bool:
+    """Whether both solvers are right at one size: resets, whole groups and rests, chunks of time."""
+    right = True
+    for solver, B, T in (("walk", 2, 77), ("newton", 1, 1111)):
+        inputs = given(B, T, 40, M, dtype, resets=0.02)
+        got = run(inputs, solver, "triton")
+        exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+        errors = {}
+        for name, x, want in zip(NAMES, got, run(exact, "walk", "torch"), strict=True):
+            error = float((x.double() - want).norm() / want.norm())
+            errors[name] = error if x.isfinite().all() else float("inf")
+        same = all(torch.equal(a, b) for a, b in zip(got, run(inputs, solver, "triton"), strict=True))
+        good = max(errors.values()) <= TOLERANCE[dtype] and same
+        text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        print(f"M {M} {dtype} {solver}: {'ok' if good else 'WRONG'}; {text}; same bits twice: {same}")
+        right = right and good
+    if dtype == torch.bfloat16 and M in TIMED:  # so that what is timed finds its kernels in Triton's cache
+        for solver, (B, T) in SHAPES.items():
+            run(given(B, T, ROWS[solver] // M, M, dtype), solver, "triton")
+    return right
+
+
+def run_alone(case: tuple[int, str]) -> bool:
+    """Whether a case succeeds in a process of its own; what that said is printed."""
+    command = [sys.executable, "-m", "benchmarks.gpu.walk", "case", str(case[0]), case[1]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout.strip() or f"M {case[0]} {case[1]}: FAILED\n{done.stderr[-3000:]}", flush=True)
+    return done.returncode == 0
+
+
+def passes(scan: Any, tensors: list[Tensor]) -> tuple[float, float]:
+    """Milliseconds of the forward and of the backward pass of `scan()`, which depends on the tensors."""
+    with torch.no_grad():
+        forward = milliseconds(scan)
+    y = scan()
+    grad = torch.randn_like(y)
+    return forward, milliseconds(lambda: torch.autograd.grad(y, tensors, grad, retain_graph=True))
+
+
+def gru_times(inputs: list[Tensor | None], solver: str) -> tuple[float, float]:
+    tensors = [x.requires_grad_() for x in inputs[:4]]
+    return passes(lambda: gru_scan(*tensors, None, solver, "triton")[0], tensors)
+
+
+def clock_walk(M: int) -> dict[str, Any]:
+    (B, T), N = SHAPES["walk"], ROWS["walk"] // M
+    walk = gru_times(given(B, T, N, M, torch.bfloat16), "walk")
+    planes = torch.randn(B, T, M + 1, N, M, device="cuda", dtype=torch.bfloat16)
+    gates = planes.permute(0, 1, 3, 4, 2).requires_grad_()  # the mixer's order in memory
+    values = torch.randn(B, T, N, M, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    scan = passes(lambda: block_diagonal_scan(gates, values, backend="triton")[0], [gates, values])
+    row = {"what": "walk", "B": B, "T": T, "N": N, "M": M}
+    row |= {"walk_ms": walk, "scan_ms": scan, "ratio": sum(walk) / sum(scan)}
+    print(row, flush=True)
+    return row
+
+
+def clock_newton(M: int) -> dict[str, Any]:
+    (B, T), N = SHAPES["newton"], ROWS["newton"] // M
+    inputs = given(B, T, N, M, torch.bfloat16)
+    with torch.no_grad():
+        h, _, told = gru_scan(*inputs, "newton", "triton")
+        difference = float((h - gru_scan(*inputs, "walk", "triton")[0]).abs().max())
+    iterations, residual = told.tolist()
+    walk, newton = gru_times(inputs, "walk"), gru_times(inputs, "newton")
+    row = {"what": "newton", "B": B, "T": T, "N": N, "M": M, "iterations": iterations, "residual": residual}
+    row |= {"difference": difference, "walk_ms": walk, "newton_ms": newton, "ratio": sum(newton) / sum(walk)}
+    print(row, flush=True)
+    return row
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["case"]:
+        return 0 if check(int(sys.argv[2]), getattr(torch, sys.argv[3])) else 1
+    cases = [(M, dtype) for M in reversed(SIZES) for dtype in ("bfloat16", "float32")]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        right = list(pool.map(run_alone, cases))
+    if not all(right):
+        return 1
+    rows = [clock_walk(M) for M in TIMED] + [clock_newton(M) for M in TIMED]
+    if len(sys.argv) > 1:
+        measure.write_json(Path(sys.argv[1]), {"about": measure.describe(torch.device("cuda")), "rows": rows})
+    met = all(row["ratio"] <= 3 for row in rows if row["what"] == "walk")
+    met &= all(row["ratio"] < 1 and row["difference"] <= 1e-5 for row in rows if row["what"] == "newton")
+    print("goals met" if met else "goals missed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

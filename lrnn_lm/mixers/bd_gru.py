@@ -1,0 +1,83 @@
+"""Block-diagonal GRU: a non-linear recurrence whose gates read the state, within blocks of M units.
+
+    h_t = (1 - z_t) n_t + z_t h_{t-1}
+    r_t, z_t = sigmoid(W x_t + U h_{t-1})      n_t = tanh(W_n x_t + r_t (U_n h_{t-1}))
+
+U is block-diagonal, so the walk over time runs all blocks side by side; `solver: newton` solves for all steps
+at once (`kernels/scan/gru.py`). |h_t| <= max(1, |h_0|), as a step averages h_{t-1} and a tanh.
+
+Legend: B batch, T time, D model width, N blocks, M block size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import gru_scan
+from ..kernels.scan.gru import MOST_BLOCK, check_solver
+from .base import BlockSize, Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, is_exported
+
+
+class BlockDiagonalGRU(Mixer):
+    """GRU with block-diagonal recurrent matrices.
+
+    hidden_size: D; num_blocks: N, None for D // M; block_size: M, at most 16; solver: walk or newton. Of
+    newton, `solve` tells (iterations, residual) of the last forward pass.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int | None = None,
+        block_size: BlockSize = 4,
+        solver: str = "walk",
+    ):
+        super().__init__()
+        check_sizes(num_blocks=num_blocks, block_size=block_size)
+        check_solver(solver)
+        if block_size > MOST_BLOCK:
+            raise ValueError(f"block_size of bd_gru must be at most {MOST_BLOCK}, not {block_size}")
+        self.num_blocks, self.block_size = num_blocks or max(1, hidden_size // block_size), block_size
+        self.solver = solver
+        self.solve: Tensor | None = None
+        rows = self.num_blocks * block_size
+        self.in_proj = nn.Linear(hidden_size, 3 * rows, bias=False)  # of r, z, n
+        self.recurrent_weight = nn.Parameter(torch.empty(3 * rows, block_size))
+        self.bias = nn.Parameter(torch.empty(4 * rows))  # a vector, so that weight decay leaves it alone
+        self.out_proj = ResidualOutput(rows, hidden_size, bias=False)
+        self.draw_parameters()
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32."""
+        N, M = self.num_blocks, self.block_size
+        h, state, solve = gru_scan(
+            self.in_proj(x).unflatten(-1, (3, N, M)),
+            self.recurrent_weight.view(3, N, M, M),
+            self.bias.view(4, N, M),
+            state,
+            None if context is None else context.reset,
+            "walk" if is_exported() else self.solver,  # a graph cannot depend on how many iterations it takes
+        )
+        if self.solver == "newton":
+            self.solve = solve
+        return self.out_proj(h.flatten(2).to(x.dtype)), state
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """Orthogonal blocks, and update gates that start by keeping 0.73 of the state."""
+        N, M = self.num_blocks, self.block_size
+        blocks = torch.linalg.qr(torch.randn(3 * N, M, M))[0]
+        bias = torch.zeros(4, N * M)
+        bias[1] = 1.0
+        return {"recurrent_weight": blocks.flatten(0, 1), "bias": bias.flatten()}
+
+    def planes(self) -> dict[str, int]:
+        return {"in_proj.weight": 3}
+
+    def cost(self, context_length: int) -> MixerCost:
+        """Three rows of M multiply-adds a unit, and about 25 operations of gates, one step after another."""
+        rows = self.num_blocks * self.block_size
+        return MixerCost(sequential=rows * (6 * self.block_size + 25))
+
+    def state_elements(self, context_length: int) -> int:
+        return self.num_blocks * self.block_size

@@ -1,0 +1,155 @@
+"""The block-diagonal GRU: the walk and Newton's iterations on each backend against the reference in fp64."""
+
+import pytest
+import torch
+from scans import relative_error
+from triton_cases import DEVICE, TOLERANCES, cut_time, inside, poison  # noqa: F401
+
+from lrnn_lm.kernels import gru_scan, reference
+
+NAMES = ("h", "h_last", "inputs", "weight", "bias", "h0")
+
+
+def make_inputs(B=2, T=19, N=3, M=4, dtype=torch.float32, reset_probability=0.1, scale=0.6) -> list:
+    generator = torch.Generator().manual_seed(1000 * B + 10 * T + M)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = scale * draw(3, N, M, M) / M**0.5
+    reset = torch.rand(B, T, generator=generator) < reset_probability if reset_probability else None
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    return [
+        draw(B, T, 3, N, M).to(dtype),
+        *(x.to(state) for x in (weight, draw(4, N, M), draw(B, N, M))),
+        reset,
+    ]
+
+
+def run(inputs: list, function=gru_scan, **options) -> list[torch.Tensor]:
+    """Both outputs, and gradients of a random weighing of them."""
+    *tensors, reset = inputs
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    h, last = function(*tensors, reset, **options)[:2]
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (h, last)]
+    ((h * weights[0]).sum() + (last * weights[1]).sum()).backward()
+    return [h.detach(), last.detach(), *(x.grad for x in tensors)]
+
+
+def compare(inputs: list, tolerance: float, **options) -> None:
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    wanted = run(exact, reference.gru_scan)
+    device = DEVICE if options["backend"] == "triton" else "cpu"
+    got = run([x if x is None else x.to(device) for x in inputs], **options)
+    for name, x, want in zip(NAMES, got, wanted, strict=True):
+        assert x.shape == want.shape
+        assert relative_error(x.cpu(), want) <= tolerance, name
+
+
+def test_one_block_is_torchs_gru():
+    """All units in one block: torch's GRU, whose rows are r, z, n too."""
+    torch.manual_seed(0)
+    theirs, x, h0 = (
+        torch.nn.GRU(5, 4, batch_first=True).double(),
+        torch.randn(2, 9, 5).double(),
+        torch.randn(1, 2, 4),
+    )
+    inputs = (x @ theirs.weight_ih_l0.T).view(2, 9, 3, 1, 4)
+    b, recurrent = theirs.bias_ih_l0.view(3, 4), theirs.bias_hh_l0.view(3, 4)
+    bias = torch.stack([b[0] + recurrent[0], b[1] + recurrent[1], b[2], recurrent[2]]).view(4, 1, 4)
+    weight = theirs.weight_hh_l0.view(3, 1, 4, 4)
+    h, _ = reference.gru_scan(inputs, weight, bias, h0[0].unsqueeze(1).double())
+    torch.testing.assert_close(h.flatten(2), theirs(x, h0.double())[0])
+
+
+@pytest.mark.parametrize("solver", ["walk", "newton"])
+@pytest.mark.parametrize("resets", [0.0, 0.15])
+def test_torch_in_fp64(solver, resets):
+    compare(
+        make_inputs(T=23, M=5, dtype=torch.float64, reset_probability=resets),
+        1e-9,
+        backend="torch",
+        solver=solver,
+    )
+
+
+TRITON = [
+    (1, 1),
+    (1, 20),
+    (2, 9),
+    (3, 12),
+    (4, 19),
+    (5, 11),
+    (8, 9),
+    (16, 7),
+]  # (M, T): whole groups and rests
+
+
+@pytest.mark.parametrize(("M", "T"), TRITON)
+def test_triton_walk(M, T):
+    compare(make_inputs(T=T, M=M, N=1 if M == 16 else 3), 3e-6, backend="triton")
+
+
+@pytest.mark.parametrize(("M", "T"), [(3, 11), (4, 18), (16, 5)])
+def test_triton_newton(M, T):
+    compare(make_inputs(B=1, T=T, M=M, N=1 if M == 16 else 2), 1e-5, backend="triton", solver="newton")
+
+
+def test_bf16_inputs_and_no_resets():
+    """Only the inputs and their gradient are rounded; gates and states are fp32."""
+    compare(
+        make_inputs(dtype=torch.bfloat16, reset_probability=0.0), TOLERANCES[torch.bfloat16], backend="triton"
+    )
+
+
+def test_newton_in_chunks_of_time(monkeypatch):
+    """Where rows are few the scans of the corrections are cut; steps by themselves always are."""
+    cut_time(monkeypatch, 16)
+    compare(make_inputs(B=1, T=35, N=1, M=2), 1e-5, backend="triton", solver="newton")
+
+
+def test_newton_tells_its_iterations():
+    inputs = make_inputs(B=1, T=600, dtype=torch.float64)
+    h, _, told = gru_scan(*inputs, solver="newton")
+    torch.testing.assert_close(h, gru_scan(*inputs)[0], rtol=0, atol=1e-9)
+    iterations, residual = told.tolist()
+    assert 2 <= iterations <= 12
+    assert 0 < residual <= 1e-5
+    assert gru_scan(*inputs)[2].tolist() == [0, 0]
+
+
+def test_newton_that_does_not_converge():
+    with pytest.raises(ValueError, match=r"did not converge: a residual of .* use the walk \(solver: walk\)"):
+        gru_scan(*make_inputs(B=1, T=400, M=8, scale=12.0, reset_probability=0), solver="newton")
+
+
+def test_scanning_in_two_parts():
+    x, weight, bias, h0, reset = make_inputs(dtype=torch.float64)
+    h, last, _ = gru_scan(x, weight, bias, h0, reset)
+    first, state, _ = gru_scan(x[:, :7], weight, bias, h0, reset[:, :7])
+    second, after, _ = gru_scan(x[:, 7:], weight, bias, state, reset[:, 7:])
+    torch.testing.assert_close(torch.cat([first, second], dim=1), h)
+    torch.testing.assert_close(after, last)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"solver": "jacobi"}, "unknown solver 'jacobi'; known: walk, newton"),
+    ({"backend": "cuda"}, "unknown backend 'cuda'"),
+    ({"weight": torch.zeros(3, 3, 4, 5)}, "weight has shape"),
+    ({"bias": torch.zeros(3, 3, 4)}, "bias has shape"),
+    ({"inputs": torch.zeros(2, 5, 3, 12)}, "inputs has shape"),
+])  # fmt: skip
+def test_mistakes(change, message):
+    inputs, weight, bias, _, _ = make_inputs()
+    given = {"inputs": inputs, "weight": weight, "bias": bias}
+    with pytest.raises(ValueError, match=message):
+        gru_scan(**{**given, **change})
+
+
+@pytest.mark.parametrize(("dtype", "M", "message"), [
+    (torch.float64, 2, "too coarse for fp64"), (torch.float32, 17, "block size 17 is above 16"),
+])  # fmt: skip
+def test_triton_says_why_not(dtype, M, message):
+    with pytest.raises(ValueError, match=message):
+        gru_scan(*make_inputs(dtype=dtype, M=M), backend="triton")
