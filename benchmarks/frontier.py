@@ -257,7 +257,7 @@ def speed(settings: FrontierSettings, job: Job, device: torch.device) -> Row:
         "parameters": found.total_parameters,
         "tokens_per_second": B * T / train_seconds,
         "decode_ms": 1e3 * max(0.0, token_seconds),
-        "state_bytes": sum(4 * layer.mixer.state_elements(T) for layer in model.model.layers),
+        "state_bytes": sum(4 * layer.mixer.state_elements(T) for layer in model.model.applied_layers),
         "B": B,
         "T": T,
     }

@@ -84,9 +84,14 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
     if context_length < 1:
         raise ValueError(f"context_length must be at least 1, not {context_length}")
     model = meta_model(config)
-    mixers = [layer.mixer for layer in model.model.layers]
+    mixers = [layer.mixer for layer in model.model.applied_layers]
     costs = [mixer.cost(context_length) for mixer in mixers]
-    linear = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    linear = 2 * model.lm_head.weight.numel() + sum(
+        2 * m.weight.numel()
+        for layer in model.model.applied_layers
+        for m in layer.modules()
+        if isinstance(m, nn.Linear)
+    )
     state = Counter()
     for mixer in mixers:
         state[mixer.layer_type] += mixer.state_elements(context_length)
@@ -170,7 +175,7 @@ def training_memory(
     }
     hidden = micro_batch * sequence_length * config.hidden_size * dtype.itemsize
     if checkpointing:
-        activations = config.num_hidden_layers * hidden + max(layers.values())
+        activations = len(kinds) * hidden + max(layers.values())
     else:
         activations = sum(layers[kind] for kind in kinds)
     chunk = min(config.loss_chunk, micro_batch * sequence_length)

@@ -104,7 +104,7 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
         keys = "linear_attention" in config.layer_types and "linear_attention" not in kinds
         hint = " (recurrent layers take no keys and values, as prefix tuning makes them)" if keys else ""
         raise ValueError(
-            f"past_key_values does not fit this model's {config.num_hidden_layers} layers{hint}; {_REMEDY}"
+            f"past_key_values does not fit this model's {len(config.layer_types)} layers{hint}; {_REMEDY}"
         )
     for layer, spec in zip(cache.layers, config.layer_mixers, strict=True):
         if (found := window_of(layer)) is not None and found != spec["window"]:

@@ -43,7 +43,7 @@ class CarriedStates(RecurrentCache):
 
     def __init__(self, config: LRNNConfig, boundary: Boundary | None = None):
         super().__init__(config=config)
-        self.states = [()] * config.num_hidden_layers if boundary is None else list(boundary.layers)
+        self.states = [()] * len(config.layer_mixers) if boundary is None else list(boundary.layers)
         if boundary is not None:
             self.move(boundary.seen)
         for layer in self.layers:

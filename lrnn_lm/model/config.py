@@ -4,6 +4,7 @@ The mixers are imported only where their options are read, so importing this mod
 kernels.
 """
 
+import copy
 import importlib
 from typing import Any
 
@@ -22,6 +23,8 @@ class LRNNConfig(PreTrainedConfig):
         mixer: `{"type": "bd_lru", "num_blocks": .., "block_size": .., "gate": ..}`; see `lrnn_lm.mixers`.
         layer_pattern: mixers repeated over depth, for hybrids; None for `mixer` in every layer. An entry is a
             table as above, or a type's name, which takes `mixer`'s options where they fit.
+        repeat: times that all layers are applied, one pass after the other, with the same weights. Each
+            application has its own state.
         learn_initial_state: whether documents begin with a learnt state in the recurrent layers, not zeros.
         max_position_embeddings: the training length. It limits no mixer; evaluation cuts text by it.
         loss_chunk: tokens whose logits exist at once while the training loss is computed.
@@ -47,6 +50,7 @@ class LRNNConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     mixer: dict[str, Any] | None = None
     layer_pattern: list[Any] | None = None
+    repeat: int = 1
     learn_initial_state: bool = False
     max_position_embeddings: int = 2048
     loss_chunk: int = 1024
@@ -61,7 +65,8 @@ class LRNNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         from ..mixers import mixer_options
 
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk"):
+        sizes = "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk", "repeat"
+        for name in sizes:
             if not isinstance(size := getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number, not {size!r}")
             if size < 1:
@@ -106,9 +111,9 @@ class LRNNConfig(PreTrainedConfig):
 
     @property
     def layer_mixers(self) -> list[dict[str, Any]]:
-        """The mixer of each layer."""
+        """The mixer of each layer; with `repeat` of each application, one pass after the other."""
         pattern = self.layer_pattern or [self.mixer]
-        return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
+        return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)] * self.repeat
 
     @property
     def layer_types(self) -> list[str]:
@@ -119,6 +124,17 @@ class LRNNConfig(PreTrainedConfig):
             "sliding_attention" if spec.get("window") else mixer_class(spec["type"]).layer_type
             for spec in self.layer_mixers
         ]
+
+    @property
+    def per_layer_config(self) -> list["LRNNConfig"]:
+        """This configuration for each of `layer_types`; transformers' caches read both, side by side."""
+        return [self] * len(self.layer_mixers)
+
+    def validate(self) -> None:
+        """transformers' checks, one of which asks for as many layer types as layers: without `repeat`."""
+        once = copy.copy(self)
+        once.repeat = 1
+        super(LRNNConfig, once).validate()
 
     @property
     def sliding_window(self) -> int | None:

@@ -79,10 +79,12 @@ class LRNNBlock(GradientCheckpointingLayer):
         order: Tensor | None = None,
         past_key_values: Cache | None = None,
         carried: Carried | None = None,
+        cache_idx: int | None = None,
     ) -> Tensor | tuple[Tensor, Carried]:
         """hidden_states (B, T, D); token_mask (B, T, 1), false on padding; order (B, T) where each token lies
-        once the padding is in front of its row, None if it is. Returns (B, T, D); of a segment, which takes
-        what the layer carries instead of a cache, also what it carries on."""
+        once the padding is in front of its row, None if it is; cache_idx: the cache layer of this
+        application, None for the layer's own. Returns (B, T, D); of a segment, which takes what the layer
+        carries instead of a cache, also what it carries on."""
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too
@@ -90,7 +92,8 @@ class LRNNBlock(GradientCheckpointingLayer):
             y, carried = mix_carried(self.mixer, x, carried, context, self.initial_state)
             hidden_states = hidden_states + y.to(hidden_states.dtype)
             return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
-        state = layer_state(past_key_values, self.layer_idx)
+        cache_idx = self.layer_idx if cache_idx is None else cache_idx
+        state = layer_state(past_key_values, cache_idx)
         check_state(state, x.shape[0], self.mixer.state_elements(1))
         if token_mask is not None and self.mixer.layer_type == "linear_attention":
             y, state = _mix_around_padding(
@@ -100,7 +103,7 @@ class LRNNBlock(GradientCheckpointingLayer):
             y, state = self.mixer(x, state, context)
         else:
             y, state = mix(self.mixer, x, state, context, self.initial_state)
-        keep_layer_state(past_key_values, self.layer_idx, state, x.shape[1], self.mixer_type)
+        keep_layer_state(past_key_values, cache_idx, state, x.shape[1], self.mixer_type)
         hidden_states = hidden_states + y.to(hidden_states.dtype)  # not all mixers know autocast
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -166,6 +169,7 @@ def checkpoint_without_cache(
     order: Tensor | None = None,
     past_key_values: Cache | None = None,
     carried: Carried | None = None,
+    cache_idx: int | None = None,
 ) -> Tensor | tuple[Tensor, Carried]:
     """A block's `forward` through `checkpoint`, unless a cache is in use or no gradient is needed.
 
@@ -173,7 +177,7 @@ def checkpoint_without_cache(
     """
     if past_key_values is None and torch.is_grad_enabled():
         return checkpoint(forward, hidden_states, context, token_mask, order, None, carried)
-    return forward(hidden_states, context, token_mask, order, past_key_values, carried)
+    return forward(hidden_states, context, token_mask, order, past_key_values, carried, cache_idx)
 
 
 def _mix_around_padding(

@@ -76,7 +76,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal(0, initializer_range) for matrices, narrower where they write to the residual stream."""
         std = self.config.initializer_range
-        initialise(module, std, std / math.sqrt(2 * self.config.num_hidden_layers), init)
+        initialise(module, std, std / math.sqrt(2 * len(self.config.layer_mixers)), init)
         if isinstance(module, LRNNBlock) and module.initial_state is not None:
             init.zeros_(module.initial_state)
 
@@ -91,6 +91,11 @@ class LRNNModel(LRNNPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def applied_layers(self) -> list[LRNNBlock]:
+        """The layers in the order in which they are applied: all of them, `repeat` times."""
+        return [*self.layers] * self.config.repeat
 
     @capture_outputs
     def forward(
@@ -136,20 +141,20 @@ class LRNNModel(LRNNPreTrainedModel):
         masks = (attention_mask, position_ids, reset)
         batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
-        token_mask = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1)
-        order = None
+        token_mask, order = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1), None
         if token_mask is not None and "linear_attention" in self.config.layer_types:
             order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         if isinstance(past_key_values, CarriedStates):
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(self.applied_layers):
                 carried = past_key_values.take(i)
                 hidden_states, carried = layer(hidden_states, context, token_mask, order, None, carried)
                 hidden_states = past_key_values.give(i, carried, hidden_states)
             past_key_values.move(hidden_states.shape[1])
         else:
-            for layer in self.layers:
+            for i, layer in enumerate(self.applied_layers):
                 # By position, as transformers drops a cache passed by name where it checkpoints a layer.
-                hidden_states = layer(hidden_states, context, token_mask, order, past_key_values)
+                cached = () if past_key_values is None else (past_key_values, None, i)
+                hidden_states = layer(hidden_states, context, token_mask, order, *cached)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )

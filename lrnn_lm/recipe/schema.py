@@ -29,6 +29,7 @@ class ModelSection(Section):
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
+    repeat: int = Field(1, ge=1, description="times that all layers are applied, with the same weights")
     learn_initial_state: bool = Field(
         False, description="documents begin with a learnt state in the recurrent layers, in place of zeros"
     )

@@ -109,7 +109,7 @@ def backward_by_segments(
         start: what the row begins with, as a constant; None for nothing.
         keep_end: whether to return also what the row ends with; None otherwise.
     """
-    boundaries = [boundary := start or Boundary(0, [()] * config.num_hidden_layers)]
+    boundaries = [boundary := start or Boundary(0, [()] * len(config.layer_mixers))]
     end = None
     with torch.no_grad():
         for part in parts[:-1]:

@@ -91,9 +91,9 @@ def _check(model: "PreTrainedModel", task: SyntheticTask) -> None:
             f"a {model.config.model_type} has no certificate: --certify reads the gates of bd_lru"
         )
     config = model.config
-    if config.num_hidden_layers != 1:
+    if (layers := len(config.layer_mixers)) != 1:
         raise ValueError(
-            f"{config.num_hidden_layers} layers have no certificate: from the second on, a symbol's gates "
+            f"{layers} layers have no certificate: from the second on, a symbol's gates "
             "depend on the symbols before it"
         )
     if (kind := config.layer_mixers[0]["type"]) != "bd_lru":

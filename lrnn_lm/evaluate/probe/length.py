@@ -178,7 +178,7 @@ def _state_norms(model: "PreTrainedModel", cache: Any) -> dict[str, float]:
     from ...model.cache import layer_state
 
     found = {}
-    for layer in range(model.config.num_hidden_layers):
+    for layer in range(len(model.config.layer_types)):
         state = layer_state(cache, layer)
         if isinstance(state, Tensor):
             found[str(layer)] = float(state.float().square().mean().sqrt())

@@ -116,7 +116,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
         f"Its layers mix the sequence by {' and '.join(kinds)}, each followed by a SwiGLU.\n\n"
     )
     rows = [
-        ("layers", f"{config.num_hidden_layers}"),
+        ("layers", f"{config.num_hidden_layers}" + f", applied {config.repeat} times" * (config.repeat > 1)),
         ("width", f"{config.hidden_size}, SwiGLU {config.intermediate_size}"),
         ("mixer", "; ".join(map(_mixer_options, mixers))),
         ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),

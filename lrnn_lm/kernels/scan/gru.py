@@ -82,11 +82,13 @@ def check_solver(solver: str) -> None:
 def _choose(backend: str, inputs: Tensor, weight: Tensor) -> str:
     if backend == "auto" and torch.onnx.is_in_onnx_export():
         return "reference"  # the others are operators of our own
+    if backend == "auto" and not inputs.is_cuda:
+        return "torch"
     reason = triton_obstacle(inputs, weight)
     if reason is None and inputs.shape[-1] > MOST_BLOCK:
         reason = f"block size {inputs.shape[-1]} is above {MOST_BLOCK}"
     if backend == "auto":
-        return "triton" if inputs.is_cuda and reason is None else "torch"
+        return "triton" if reason is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     if backend == "triton" and reason:

@@ -175,7 +175,7 @@ def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any])
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or ids.device != model.device:
         return False
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if not isinstance(cache, Cache) or len(cache.layers) != model.config.num_hidden_layers:
+    if not isinstance(cache, Cache) or len(cache.layers) != len(model.config.layer_types):
         return False
     for layer in cache.layers:
         if not is_recurrent(layer) or not layer.has_previous_state[0]:

@@ -152,8 +152,10 @@ class DecodeStep:
             step = self._step_of_many if self.tiled else self._step_of_few
             return step(model, x).unsqueeze(1)
         x = model.model.embed_tokens(self.memory.ids)  # (B, 1, D)
-        for i, (block, state) in enumerate(zip(model.model.layers, self.memory.states, strict=True)):
-            x, after = block.step(x, state, *(self.memory.joint[i] if self.memory.joint else ()))
+        blocks = model.model.applied_layers
+        joints = (self.memory.joint or [()] * len(model.model.layers)) * model.config.repeat
+        for block, state, joint in zip(blocks, self.memory.states, joints, strict=True):
+            x, after = block.step(x, state, *joint)
             state.copy_(after)
         return model.lm_head(model.model.norm(x))
 
@@ -161,7 +163,8 @@ class DecodeStep:
         from ...kernels.decode.fused_step import linear_step
 
         memory = self.memory
-        for block, state, joint in zip(model.model.layers, memory.states, memory.joint, strict=True):
+        blocks, joints = model.model.applied_layers, memory.joint * model.config.repeat
+        for block, state, joint in zip(blocks, memory.states, joints, strict=True):
             x = block.fused_step(x, state, *joint)
         norm = model.model.norm
         return linear_step(x, model.lm_head.weight, norm.weight, norm.eps)
@@ -172,10 +175,11 @@ class DecodeStep:
         memory = self.memory
         if memory.workspace is None:
             memory.workspace = Workspace(x.device)
-        blocks, last = model.model.layers, model.model.norm
+        blocks, last = model.model.applied_layers, model.model.norm
+        joints = memory.joint * model.config.repeat
         norms = [*(block.mixer_norm.weight for block in blocks), last.weight]
         stream = begin(x, norms[0])
-        for block, state, joint, norm in zip(blocks, memory.states, memory.joint, norms[1:], strict=True):
+        for block, state, joint, norm in zip(blocks, memory.states, joints, norms[1:], strict=True):
             stream = block.fused_step_of_many(stream, state, *joint, norm, memory.workspace)
         return normed_step(stream, last.eps, model.lm_head.weight)
 

@@ -39,7 +39,7 @@ class _Steps(nn.Module):
     def forward(self, input_ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         body, after = self.model.model, []
         x = body.embed_tokens(input_ids)
-        for layer, state in zip(body.layers, states, strict=True):
+        for layer, state in zip(body.applied_layers, states, strict=True):
             x, (state,) = layer(x, SequenceContext(), carried=(state,))
             after.append(state)
         return self.model.lm_head(body.norm(x)), *after
@@ -90,7 +90,7 @@ def _empty_states(model: LRNNForCausalLM) -> list[Tensor]:
     """(2, ..) each: zeros, as before the first token. Two sequences: an exporter takes 1 for a constant."""
     context, x = SequenceContext(keep_state=True), torch.zeros(2, 1, model.config.hidden_size)
     with torch.no_grad():
-        return [torch.zeros_like(layer.mixer(x, None, context)[1]) for layer in model.model.layers]
+        return [torch.zeros_like(layer.mixer(x, None, context)[1]) for layer in model.model.applied_layers]
 
 
 def _graph(model: LRNNForCausalLM, states: list[Tensor], tokens: int):
