@@ -23,14 +23,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "rg_lru": {"type": "rg_lru"},
     "complex_lru": {"type": "complex_lru"},
     "slice-m5": {"type": "slice", "block_size": 5, "scaled": True},
+    "fixed_point": {"type": "fixed_point"},
+    "pd_ssm": {"type": "pd_ssm"},
     **{f"bd_gru-m{m}": {"type": "bd_gru", "block_size": m} for m in (1, 5)},
 }
 GATED = ("bd_lru", "h_lru")
 HALF = ("deltanet", "gated_deltaproduct")  # whose kernels train in half precision only
 FITTED = {  # else the SwiGLU
     "bd_lru": "num_blocks", "h_lru": "num_blocks", "complex_lru": "num_blocks", "slice": "num_blocks",
-    "bd_gru": "num_blocks",
-    "lstm": "width", "min_gru": "width", "rg_lru": "width",
+    "bd_gru": "num_blocks", "pd_ssm": "num_blocks",
+    "lstm": "width", "min_gru": "width", "rg_lru": "width", "fixed_point": "width",
 }  # fmt: skip
 
 

@@ -9,11 +9,13 @@ from .bd_gru import BlockDiagonalGRU
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
 from .complex_lru import ComplexLRU
+from .fixed_point import FixedPoint
 from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
 from .mamba2 import Mamba2
 from .min_gru import MinGRU
+from .pd_ssm import PermutationDiagonal
 from .rg_lru import RealGatedLRU
 from .slice import SLiCE
 
@@ -33,6 +35,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "complex_lru": ComplexLRU,
     "slice": SLiCE,
     "bd_gru": BlockDiagonalGRU,
+    "fixed_point": FixedPoint,
+    "pd_ssm": PermutationDiagonal,
 }
 
 

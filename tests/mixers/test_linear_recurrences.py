@@ -74,7 +74,40 @@ def cde(m, x, reset):
     return m.out_proj(h.flatten(2))
 
 
+def fixed_point(m, x, reset):
+    """All iterations of a token before the next token, as in decoding."""
+    v, a = m.value_proj(x) * functional.silu(m.input_gate_proj(x)), m.decay_proj(x).sigmoid()
+    old, outputs = [x.new_zeros(2, 5)] * 4, []  # h^0 .. h^3 at the token before
+    for t in range(T):
+        old, new = [h.masked_fill(reset[:, t, None], 0) for h in old], [x.new_zeros(2, 5)]
+        for step in range(3):
+            mix = m.mix_proj(x[:, t]) + m.feedback_proj(old[step])
+            u = functional.normalize(functional.silu(mix[:, :5]), dim=-1)
+            Q = torch.eye(5).double() - 2 * mix[:, 5:, None].sigmoid() * u[:, :, None] * u[:, None]
+            mixed = (Q @ (v[:, t] - new[step])[..., None])[..., 0] + new[step]
+            new.append(a[:, t] * old[step + 1] + (1 - a[:, t]) * mixed)
+        old = new
+        outputs.append(new[3])
+    return m.out_proj(torch.stack(outputs, dim=1) * functional.silu(m.output_gate_proj(x)))
+
+
+def pd_ssm(m, x, reset):
+    shares = m.select_proj(x).view(2, T, 3, 4).softmax(-1)
+    logits = (shares[..., None] * m.matrices.view(3, 4, 4)).sum(3).view(2, T, 3, 2, 2)
+    soft = logits.softmax(3)
+    P = torch.nn.functional.one_hot(soft.argmax(3), 2).mT - soft.detach() + soft
+    phase = 2 * torch.pi * (m.phase_proj(x).sigmoid() - 0.5)
+    d = (m.magnitude_proj(x).sigmoid() * torch.exp(1j * phase)).view(2, T, 3, 2)
+    b = m.value_proj(x).view(2, T, 3, 2, 2)
+    b = torch.complex(b[..., 0, :], b[..., 1, :])
+    A, b = P.to(d.dtype) * d[..., None, :], b[..., None]
+    h = states(b.new_zeros(2, 3, 2, 1), [lambda h, t=t: A[:, t] @ h + b[:, t] for t in range(T)], reset)
+    return m.out_proj(torch.cat([h.real, h.imag], dim=-2).flatten(2))
+
+
 CASES = {
+    "fixed_point": ({"type": "fixed_point", "width": 5, "iterations": 3}, fixed_point),
+    "pd_ssm": ({"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 4}, pd_ssm),
     "min_gru": ({"type": "min_gru", "width": 5}, min_gru),
     "min_lstm": ({"type": "bd_lru", "num_blocks": 5, "block_size": 1, "gate": "sigmoid"}, min_lstm),
     "rg_lru": ({"type": "rg_lru", "width": 5}, rg_lru),
@@ -128,6 +161,19 @@ def test_a_bf16_model_keeps_its_decays():
     assert (torch.linalg.eigvals(A).abs() < 0.9999).all()
 
 
+def test_pd_ssm_permutes():
+    """Each column of A_t has one entry of size |d| < 1, at most; so columns of products do."""
+    torch.manual_seed(0)
+    mixer = build_mixer({"type": "pd_ssm", "num_blocks": 2, "states": 3}, D)
+    torch.nn.init.normal_(mixer.select_proj.weight)
+    A = mixer.transitions(torch.randn(1, 9, D))  # (1, 9, 2, 6, 6) of complex entries
+    size = torch.complex(A[..., :3, :3], A[..., 3:, :3]).abs()
+    assert ((size > 0).sum(dim=-2) == 1).all()
+    assert (size.sum(dim=-2) < 1).all()
+    assert size.argmax(dim=-2).flatten(0, 2).unique(dim=0).shape[0] > 3  # inputs choose
+    torch.testing.assert_close(A[..., :3, :3], A[..., 3:, 3:])
+
+
 def test_scaled_slice_is_bounded_and_plain_is_not():
     torch.manual_seed(0)
     x = 5 * torch.randn(1, 400, D)
@@ -152,6 +198,7 @@ def test_a_decay_of_1_has_gradients(type_, name):
 @pytest.mark.parametrize(("spec", "message"), [
     ({"type": "complex_lru", "shortest": 8.0, "longest": 2.0}, "no range above 0"),
     ({"type": "rg_lru", "width": 0}, "width must be at least 1"),
+    ({"type": "fixed_point", "iterations": 0}, "iterations must be at least 1"),
     ({"type": "slice", "block_size": 0}, "block_size must be at least 1"),
 ])  # fmt: skip
 def test_mistakes(spec, message):

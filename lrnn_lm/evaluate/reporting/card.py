@@ -31,6 +31,8 @@ _KINDS = {
     "complex_lru": "a complex diagonal linear recurrent unit (LRU)",
     "slice": "a block-diagonal SLiCE",
     "bd_gru": "a block-diagonal GRU",
+    "fixed_point": "a Fixed-Point RNN",
+    "pd_ssm": "a block-diagonal PD-SSM",
 }
 
 
