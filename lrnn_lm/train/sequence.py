@@ -276,7 +276,7 @@ class SequenceParallel:
         for i, part in enumerate(parts):
             nth = i * self.size + self._place  # piece of the row
             start = part["document_start"][:, 0].to(self._device) if nth and self._windowed else None
-            boundary = Boundary(nth * self.piece, [()] * self._config.num_hidden_layers, start)
+            boundary = Boundary(nth * self.piece, [()] * len(self._config.layer_mixers), start)
             pieces.append(_Piece(boundary, len(part["input_ids"]), nth + 1 == len(parts) * self.size))
         return pieces
 
