@@ -171,7 +171,7 @@ def _newton(given: tuple, kernels: Any) -> tuple[Tensor, Tensor, Tensor]:
         h += kernels.scan(gates, error, nothing, reset)
         if residual <= TOLERANCE:
             told = torch.tensor([iteration, residual], dtype=torch.float64, device="cpu")
-            return h, h[:, -1].clone(), told
+            return h, h[:, -1].clone(memory_format=torch.contiguous_format), told
     raise ValueError(
         f"Newton's iterations did not converge: a residual of {residual:.1e} after {iteration} of at most "
         f"{MOST_ITERATIONS} over rows of {T} steps; use the walk (solver: walk)"
