@@ -109,6 +109,15 @@ def test_newton_in_chunks_of_time(monkeypatch):
     compare(make_inputs(B=1, T=35, N=1, M=2), 1e-5, backend="triton", solver="newton")
 
 
+@pytest.mark.parametrize(("M", "N"), [(3, 9), (1, 35)])
+def test_rows_of_several_programs(monkeypatch, M, N):
+    """A warp each, as on a GPU; the interpreter is given wider ones elsewhere."""
+    from lrnn_lm.kernels.scan import gru_triton
+
+    monkeypatch.setattr(gru_triton, "INTERPRETED", False)
+    compare(make_inputs(T=5, N=N, M=M), 3e-6, backend="triton")
+
+
 def test_newton_tells_its_iterations():
     inputs = make_inputs(B=1, T=600, dtype=torch.float64)
     h, _, told = gru_scan(*inputs, solver="newton")
