@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from ..mixers.base import is_traced
+from ..mixers.base import is_exported, is_traced
 from .config import LRNNConfig
 
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
@@ -23,13 +23,10 @@ _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
 NOTES = ("document_start", "position_shift")
 
 
-class RecurrentCache(DynamicCache):
-    """A DynamicCache that can tell its length though none of its layers keeps keys and values.
+class _Rows:
+    """What a cache does with its rows, of which states, keys, values and `NOTES` must move together."""
 
-    private: whether `generate` made it for itself, so that nobody looks at it after.
-    """
-
-    private = False
+    layers: list[Any]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far."""
@@ -39,21 +36,21 @@ class RecurrentCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make of each row `repeats` rows, next to each other."""
-        self._move_notes(lambda note: note.repeat_interleave(repeats))
         for layer in self.layers:
             if is_recurrent(layer):
                 layer.recurrent_states = _each(layer, lambda s: s.repeat_interleave(repeats, dim=0))
             else:
                 layer.batch_repeat_interleave(repeats)
+        self._move_notes(lambda note: note.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        self._move_notes(lambda note: note[indices.to(note.device)])
         for layer in self.layers:
             if is_recurrent(layer):
                 layer.recurrent_states = _each(layer, lambda s: s[indices.to(s.device)])
             else:
                 layer.batch_select_indices(indices)
+        self._move_notes(lambda note: note[indices.to(note.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same for beam search."""
@@ -81,6 +78,36 @@ class RecurrentCache(DynamicCache):
             "a recurrent state or a window cannot be cut back to an earlier token; "
             "keep a copy with lrnn_lm.model.copy_states"
         )
+
+
+class RecurrentCache(_Rows, DynamicCache):
+    """A DynamicCache that can tell its length though none of its layers keeps keys and values.
+
+    private: whether `generate` made it for itself, so that nobody looks at it after.
+    """
+
+    private = False
+
+
+class _StaticRows(_Rows, StaticCache):
+    """A StaticCache whose notes move with its rows."""
+
+
+_ADOPTED = {DynamicCache: RecurrentCache, StaticCache: _StaticRows}
+
+
+def adopt(cache: Cache, noted: bool = True) -> None:
+    """Make a caller's cache move notes with rows, which transformers' classes know nothing of.
+
+    noted: whether the pass may write notes. Only then is a graph broken for it.
+    """
+    if type(cache) in _ADOPTED and not is_exported() and (noted or not is_traced()):
+        _adopt(cache)
+
+
+@torch.compiler.disable
+def _adopt(cache: Cache) -> None:
+    cache.__class__ = _ADOPTED[type(cache)]
 
 
 def make_cache(config: LRNNConfig, cache: Cache | None = None) -> RecurrentCache:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..mixers.base import is_traced
 
 PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# Read by transformers' own decorators; `cache_position`, of older releases, is counted by the cache itself.
+# Read by transformers' own decorators; `cache_position`, of older releases, is what the cache counts itself.
 # Beam search with stop strings passes its `tokenizer` on.
 _TRANSFORMERS = ("output_hidden_states", "output_attentions", "return_dict", "cache_position", "tokenizer")
 _NAMED = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "reset",
@@ -37,6 +37,17 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
         near = difflib.get_close_matches(name, (*_NAMED, *PACKING), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         raise ValueError(f"the model does not read the argument {name!r}; {hint}")
+
+
+def check_cache_position(cache_position: Tensor | None, T: int, past: int | Tensor) -> None:
+    """Raise ValueError unless cache_position (T,) counts on from the `past` tokens in the cache."""
+    if cache_position is None or is_traced():
+        return
+    if cache_position.flatten().tolist() != list(range(int(past), int(past) + T)):
+        raise ValueError(
+            f"cache_position must be {int(past)} .. {int(past) + T - 1}, the places of the new tokens after "
+            "those in the cache; leave it out, and give positions as position_ids"
+        )
 
 
 def before(values: Tensor, token_mask: Tensor | None, start: Tensor) -> Tensor:

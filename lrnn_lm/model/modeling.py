@@ -29,12 +29,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
-from .cache import check_cache, is_recurrent, make_cache, tokens_seen
+from .cache import adopt, check_cache, is_recurrent, make_cache, tokens_seen
 from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
-from .documents import PACKING, check_arguments
+from .documents import PACKING, check_arguments, check_cache_position
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
@@ -311,6 +311,10 @@ def _layout(
     """Padding and documents of `tokens` (B, T, ..), from the arguments of the forward pass."""
     if cache is not None:
         check_cache(config, cache)
+        given = (position_ids, reset, *(kwargs.get(key) for key in PACKING))
+        adopt(cache, noted=any(each is not None for each in given))
+    past = tokens_seen(cache)
+    check_cache_position(kwargs.get("cache_position"), tokens.shape[1], past)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
         alone = position_ids is None or reset is not None
         kinds = {*config.layer_types} - {"linear_attention"}
@@ -322,7 +326,7 @@ def _layout(
         return Layout(attention_mask)
     packing = {key: kwargs[key] for key in PACKING if kwargs.get(key) is not None}
     any_mask = {*config.layer_types} == {"full_attention"}
-    return layout(tokens, tokens_seen(cache), attention_mask, position_ids, reset, packing, any_mask)
+    return layout(tokens, past, attention_mask, position_ids, reset, packing, any_mask)
 
 
 remember(LRNNModel, LRNNForCausalLM)

@@ -48,13 +48,43 @@ def test_rows_of_a_cache(name, change, rows):
     change(make_cache(model.config))  # of nothing nothing is made
     got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
     close(got, model(ids[rows]).logits[:, 6:], SUMS)
-    cache = make_cache(model.config)
     reset = torch.zeros_like(ids, dtype=torch.bool)
     reset[[0, 1], [4, 2]] = True  # each row's last document goes on
-    model(ids[:, :6], reset=reset[:, :6], past_key_values=cache, use_cache=True)
-    change(cache)
-    got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
-    close(got, model(ids[rows], reset=reset[rows]).logits[:, 6:], SUMS)
+    given = [make_cache(model.config), DynamicCache(config=model.config)]
+    if rows == [1, 0]:  # a static cache cannot do the others
+        given.append(StaticCache(config=model.config, max_cache_len=12))
+    for cache in given:
+        model(ids[:, :6], reset=reset[:, :6], past_key_values=cache, use_cache=True)
+        change(cache)
+        got = model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
+        close(got, model(ids[rows], reset=reset[rows]).logits[:, 6:], SUMS)
+
+
+@torch.no_grad()
+def test_rows_of_a_callers_cache_that_a_graph_wrote_to():
+    """A compiled model, which cannot change the class of its caller's cache, breaks its graph to do so."""
+    model, ids = small_model("attention", num_hidden_layers=1), tokens(length=9)
+    cache = DynamicCache(config=model.config)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
+    torch.compile(model, backend="eager")(ids[:, :6], position_ids=positions, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    got = model(ids[[1, 0], 6:], past_key_values=cache, use_cache=True).logits
+    for row, start in ((1, 4), (0, 2)):
+        close(got[row], model(ids[1 - row, start:][None]).logits[0, 6 - start :], SUMS)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
+@torch.no_grad()
+def test_cache_position_counts_as_the_cache_does(name):
+    model, ids = small_model(name), tokens(length=9)
+    cache = DynamicCache(config=model.config)
+    for start, stop in ((0, 5), (5, 9)):
+        some = {"past_key_values": cache, "use_cache": True}
+        for wrong in (torch.arange(start + 1, stop + 1), torch.arange(start, stop - 1)):
+            with pytest.raises(ValueError, match=f"cache_position must be {start} .. {stop - 1}, the places"):
+                model(ids[:, start:stop], cache_position=wrong, **some)
+        got = model(ids[:, start:stop], cache_position=torch.arange(start, stop), **some).logits
+    close(got, model(ids).logits[:, 5:], SUMS)
 
 
 @pytest.mark.parametrize("name", ["attention", "hybrid", "attention-window"])

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import check_cache, make_cache
+from ..cache import adopt, check_cache, make_cache
 from ..config import LRNNConfig
 from ..masks import attention_masks
 from .batching import StateBatching
@@ -66,7 +66,10 @@ class LRNNGenerationMixin(GenerationMixin):
             check_cache(self.config, model_kwargs["past_key_values"])
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and all(kind == "linear_attention" for kind in self.config.layer_types):
+        if cache is None:
+            return
+        adopt(cache)
+        if all(kind == "linear_attention" for kind in self.config.layer_types):
             model_kwargs["past_key_values"] = make_cache(self.config, cache)
             model_kwargs["past_key_values"].private = not given
 
