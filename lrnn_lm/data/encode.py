@@ -77,8 +77,10 @@ def _bytes_of(encoding: "Encoding", text: str, count: int) -> int:
         first -= 1
     if first == count:
         return len(text[: offsets[count - 1][1]].encode())
-    # A token that holds part of a character is `<0xE6>`, or byte-level: a letter for each of its bytes.
-    sizes = [1 if _BYTE.fullmatch(token) else len(token) for token in encoding.tokens[first:count]]
+    # A token that holds part of a character is `<0xE6>`, or byte-level: a letter for each of its bytes. Or it
+    # is the blank that Llama 2's tokenizer puts before a text, which shares the text's first character.
+    tokens = [token for token in encoding.tokens[first:count] if token != "\u2581"]
+    sizes = [1 if _BYTE.fullmatch(token) else len(token) for token in tokens]
     return len(text[: offsets[first][0]].encode()) + sum(sizes)
 
 

@@ -23,7 +23,9 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
         if kernel_size < 2:
-            raise ValueError(f"conv_kernel must be at least 2 tokens (or none), not {kernel_size}")
+            raise ValueError(
+                f"a short convolution must reach at least 2 tokens, or be none; not {kernel_size}"
+            )
         self.kernel_size = kernel_size
         self.elements = (kernel_size - 1) * channels  # of the inputs that a state keeps
         self.weight = nn.Parameter(torch.zeros(kernel_size, channels))

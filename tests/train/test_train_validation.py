@@ -123,6 +123,28 @@ def test_bytes_of_any_number_of_tokens(make, tmp_path: Path, monkeypatch: pytest
     assert counted == [sum(sizes[:count]) for count in range(1, len(tokens) + 1)]
 
 
+def test_a_blank_that_a_tokenizer_puts_before_a_text_spells_nothing(tmp_path: Path) -> None:
+    """Llama 2's kind: the blank's offsets are those of the first character."""
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(["<s>", "\u2581", "a", "<0xC3>", "<0xA9>"])}
+    core = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>").save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path, read_facts(tmp_path))
+    for text, sizes in {
+        "a \u00e9": [0, 0, 1, 1, 1, 1, 0],
+        "\u00e9": [0, 0, 1, 1, 0],
+        " a": [0, 0, 1, 1, 0],
+    }.items():
+        counted = [encoder.bytes_of(text, count) for count in range(1, len(encoder(text)) + 1)]
+        assert counted == [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
+
+
 def test_an_unknown_character_counts_for_what_it_is(tmp_path: Path) -> None:
     """A tokenizer without bytes has one token for all of it."""
     train([SCRIPTS["latin"]] * 9, TokenizerRecipe(vocab_size=24, byte_fallback=False), tmp_path)
