@@ -54,7 +54,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
     data = settle(_on_top(_read(Path(path), ()), override), Recipe)
     data.setdefault("name", Path(path).stem)
-    return recipe_from_dict(data, where=str(path))
+    recipe = recipe_from_dict(data, where=str(path))
+    for text in overrides or []:
+        _check_reach(recipe, text)
+    return recipe
+
+
+def _check_reach(recipe: Recipe, override: str) -> None:
+    """Raise RecipeError for an override of a mixer's option that every layer of the pattern sets itself."""
+    key = override.partition("=")[0].strip()
+    option = key.removeprefix("model.mixer.")
+    pattern = recipe.model.layer_pattern
+    if pattern is None or option in (key, "type"):
+        return
+    having = [entry for entry in pattern if option in MIXER_OPTIONS[entry.type]]
+    if having and all(option in entry.model_fields_set for entry in having):
+        raise RecipeError(
+            f"override {override!r} changes nothing: the layers of model.layer_pattern that have {option} "
+            "set it themselves; override model.layer_pattern"
+        )
 
 
 def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
