@@ -194,6 +194,19 @@ def test_sentences_of_the_pages(tables):
     assert f"has {scaling['speed']['one']['mfu']:.3f} ([scaling.md]" in text
 
 
+def test_losses_far_beyond_the_training_length():
+    """The table of docs/long.md, from its rows."""
+    page = (DOCS / "long.md").read_text(encoding="utf-8")
+    for line in (RESULTS / "long-passing.jsonl").read_text().splitlines():
+        run, cells = json.loads(line), []
+        for low, high in ((0, 64), (64, 128), (1024, 2048), (2048, 4096)):
+            bins = [b for b in run["by_position"] if low <= b["from"] and b["to"] <= high]
+            assert sum(b["targets"] for b in bins) == run["rows"] * (high - low)
+            cells.append(sum(b["loss"] * b["targets"] for b in bins) / (run["rows"] * (high - low)))
+        told = " | ".join(f"{cell:.3f}" for cell in cells)
+        assert f"| {run['name']} | {told} | {run['effective_memory']} |" in page
+
+
 def test_what_the_study_says_of_its_search():
     runs = [json.loads(line) for line in (RESULTS / "synthetic-search-h100.jsonl").read_text().splitlines()]
     short, long = (sum(run["by_length"][n] < 0.99 for run in runs) for n in ("32", "512"))

@@ -181,6 +181,9 @@ def test_too_little_text(run, tmp_path):
     text.write_text('{"text": "1 2 3"}\n')
     with pytest.raises(ValueError, match="do not fill one row of 16"):
         probe_length(run, "2x", data=text, device="cpu")
+    text.write_text(json.dumps({"text": "1 2 3 " * 20}) + "\n")
+    facts = probe_length(run, "2x", rows=50, data=text, device="cpu", output=tmp_path)
+    assert facts["settings"]["rows"] == facts["by_position"][0]["targets"] < 50  # as many as there are
 
 
 def test_a_state_that_diverges_is_told_and_drawn(tmp_path, capsys):

@@ -50,9 +50,7 @@ def test_a_stored_recipe_takes_overrides_as_the_first(base: Path, pattern: str, 
 def test_an_override_that_reaches_no_layer_is_refused(base: Path) -> None:
     """Every layer that has the option sets it itself."""
     path = top(base, "model: {layer_pattern: [bd_lru, {type: bd_matrix, head_conv: 3, block_size: 2}]}\n")
-    with pytest.raises(
-        RecipeError, match=r"head_conv=5' changes nothing: .* have head_conv set"
-    ):
+    with pytest.raises(RecipeError, match=r"head_conv=5' changes nothing: .* have head_conv set"):
         load_recipe(path, ["model.mixer.head_conv=5"])
     recipe = load_recipe(path, ["model.mixer.block_size=16", "model.mixer.keys=true"])
     assert [(entry.block_size, entry.keys) for entry in recipe.model.layer_pattern] == [(16, None), (2, True)]

@@ -76,7 +76,7 @@ def probe_length(
         bins, states = _by_position(model, inputs, labels, trained)
         matrices = transitions(model, seen)
         memory = _memory(model, inputs[:4, : min(N, MEMORY_LENGTHS * trained)], seed, symbols)
-    asked = {"length": N, "rows": rows, "seed": seed}
+    asked = {"length": N, "rows": len(inputs), "seed": seed}  # rows: fewer where the text ends
     facts = {
         "checkpoint": {"path": str(info.path), "step": info.step},
         "settings": asked | {"trained": trained, "device": str(model.device)},
@@ -249,7 +249,9 @@ def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | 
 
 def _show(facts: dict[str, Any]) -> None:
     console = table_console()
-    title = f"{Path(facts['checkpoint']['path']).name}, trained at {facts['settings']['trained']:,} tokens"
+    settings = facts["settings"]
+    title = f"{Path(facts['checkpoint']['path']).name}, trained at {settings['trained']:,} tokens"
+    title += f"; {settings['rows']} rows of {settings['length']:,}"
     rows = [(places, decimal(loss), decimal(accuracy)) for places, loss, accuracy in by_multiple(facts)]
     print_table(["positions", "loss", "accuracy"], rows, left=0, title=title)
     probed = facts["memory"][-1]["distance"]
