@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
-from lrnn_lm.mixers import SequenceContext, build_mixer
+from lrnn_lm.mixers import SequenceContext, bd_matrix, build_mixer
 from lrnn_lm.mixers.bd_matrix import HALF_LIFE
 
 SPEC = {"type": "bd_matrix", "num_heads": 2, "head_dim": 8, "value_dim": 4, "block_size": 4}
@@ -67,6 +67,11 @@ def test_a_probe_forces_its_transitions_to_their_diagonal():
     A = mixer.transitions(x)
     mixer.diagonal_only = True
     torch.testing.assert_close(mixer.transitions(x), A * torch.eye(4))
+    mixer.diagonal_only, gates = False, mixer.gate_proj(x)
+    writes = mixer._coefficients(gates)[1]
+    mixer.diagonal_only = True
+    assert torch.equal(mixer._coefficients(gates)[1], writes)
+    assert mixer.planes() == {"gate_proj.weight": 5}  # of block_size 4: its gates, and the write's
 
 
 @pytest.mark.parametrize(
@@ -177,13 +182,22 @@ def test_a_step_after_a_state_is_a_step_of_the_pass(documents):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_gates_stay_in_fp32_under_autocast():
+@pytest.mark.parametrize("spec", [SPEC, ERASES], ids=["adds", "erases"])
+def test_gates_and_keys_stay_in_fp32_under_autocast(spec, monkeypatch):
     """A half-life of 512 is a rate of 0.9986, which bf16 does not have."""
-    mixer, x = made(SPEC), torch.randn(2, 5, 16)
+    mixer, x = made(spec), torch.randn(2, 5, 16)
+    scan, given = bd_matrix.matrix_scan, []
+    monkeypatch.setattr(bd_matrix, "matrix_scan", lambda *args: given.extend(args) or scan(*args))
     with torch.autocast("cpu", torch.bfloat16):
         A, k = mixer._coefficients(mixer.gate_proj(x))
+        projected = mixer.key_proj(x) if spec is ERASES else None
         y, state = mixer(x, None, SequenceContext())
     assert A.dtype == k.dtype == state.dtype == torch.float32
+    assert all(given[i].dtype == torch.float32 for i in (0, 1, -1) if given[i] is not None)
+    if spec is ERASES:  # normalised in fp32: bf16 misses this by 1e-3
+        keys = projected.float().unflatten(-1, (2, 8))
+        close = functional.rms_norm(keys, (8,), eps=1e-6) * 8**-0.5
+        torch.testing.assert_close(given[-1], close, rtol=0, atol=1e-5)
     assert y.dtype == torch.bfloat16
 
 
