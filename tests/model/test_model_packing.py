@@ -157,8 +157,22 @@ def test_packed_text_is_continued_in_passes(name):
         rest = {"position_ids": positions[:, 4:], "past_key_values": cache, "use_cache": True}
         with pytest.raises(ValueError, match="begin again at 0 while the cache holds the tokens before"):
             model(ids[:, 4:], **rest)
+        rest["position_ids"] = torch.tensor([[7, 0, 1, 2, 3]])  # the first is of padding
+        with pytest.raises(ValueError, match="begin again at 0"):
+            model(ids[:, 4:], attention_mask=torch.tensor([[1] * 4 + [0] + [1] * 4]), **rest)
+        rest["position_ids"] = positions[:, 4:]
         reset = torch.tensor([[True, False, False, False, False]])
         close(model(ids[:, 4:], reset=reset, **rest).logits, want[:, 4:], SUMS)
+
+
+@torch.no_grad()
+def test_a_start_on_padding_is_the_next_tokens():
+    """In a pass of two tokens too."""
+    model, ids = small_model("bd_lru"), tokens(rows=1, length=6)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    mask, reset = torch.tensor([[1, 1, 1, 1, 0, 1]]), torch.tensor([[True, False]])
+    got = model(ids[:, 4:], attention_mask=mask, reset=reset, past_key_values=cache, use_cache=True).logits
+    close(got[:, 1:], model(ids[:, 5:]).logits, SUMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
