@@ -90,6 +90,11 @@ def test_rows_start_from_other_rows(build: Build, probability: float) -> None:
     want = nats_of_long_rows(trainer.bare_model, batches)
     trainer.run()
     assert [loss for _, loss in losses(trainer.folder)] == pytest.approx(want, rel=1e-6)
+    begins = {key: value[:4] for key, value in batches[2].items()} | {"reset": torch.ones(4, 64).bool()}
+    _, given = trainer.carry.before(2, begins)
+    assert torch.equal(given["reset"][:, 0], ~chosen[2, :4])
+    assert given["reset"][:, 1:].all()
+    assert begins["reset"].all()
 
 
 def stopped_after(build: Build, step: int, *options: str) -> Trainer:
