@@ -182,6 +182,17 @@ def test_a_step_after_a_state_is_a_step_of_the_pass(documents):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_outputs_below_the_norms_epsilon_stay_small(monkeypatch):
+    mixer, x = made(SPEC | {"output_gate": False}), torch.randn(2, 5, 16)
+    mixer.value_proj.weight.mul_(1e-3)
+    scan, got = bd_matrix.matrix_scan, []
+    monkeypatch.setattr(bd_matrix, "matrix_scan", lambda *args: got.append(scan(*args)) or got[0])
+    y, _ = mixer(x, None, SequenceContext())
+    size = (got[0][0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(y, mixer.out_proj((got[0][0] / size * mixer.norm_weight).flatten(2)))
+
+
 @pytest.mark.parametrize("spec", [SPEC, ERASES], ids=["adds", "erases"])
 def test_gates_and_keys_stay_in_fp32_under_autocast(spec, monkeypatch):
     """A half-life of 512 is a rate of 0.9986, which bf16 does not have."""

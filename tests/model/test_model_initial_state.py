@@ -80,6 +80,13 @@ def test_packed_documents_are_as_each_alone(
         assert (grad - start.grad).norm() < tolerance * start.grad.norm()
 
 
+@torch.no_grad()
+def test_two_documents_of_a_token_each() -> None:
+    model, ids = learnt("bd_lru"), tokens(1, 2)
+    got = model(ids, reset=torch.tensor([[True, True]])).logits
+    close(got, torch.cat([model(ids[:, i : i + 1]).logits for i in range(2)], dim=1), EXACT)
+
+
 @pytest.mark.parametrize("name", [*LEARNT, "hybrid"])
 @torch.no_grad()
 def test_padding_and_pieces_change_nothing(name: str) -> None:
