@@ -207,6 +207,16 @@ def test_losses_far_beyond_the_training_length():
         assert f"| {run['name']} | {told} | {run['effective_memory']} |" in page
 
 
+def test_memory_by_segments():
+    page = (DOCS / "long.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "long-cpu.json").read_text())["rows"]
+    for T in {row["T"] for row in rows}:
+        own = sorted((row for row in rows if row["T"] == T), key=lambda row: row["segment"] is None)
+        told = [row["peak_memory_bytes"] / 1e6 for row in own] + [row["tokens_per_second"] for row in own]
+        line = next(line for line in page.splitlines() if line.startswith(f"| {T:,} |"))
+        assert [cell.strip() for cell in line.split("|")[2:-1] if cell.strip()] == [f"{x:,.0f}" for x in told]
+
+
 def test_what_the_study_says_of_its_search():
     runs = [json.loads(line) for line in (RESULTS / "synthetic-search-h100.jsonl").read_text().splitlines()]
     short, long = (sum(run["by_length"][n] < 0.99 for run in runs) for n in ("32", "512"))
