@@ -14,6 +14,11 @@ def scaling():
     return importlib.import_module("benchmarks.pages.scaling")
 
 
+@pytest.fixture(scope="module")
+def model():
+    return importlib.import_module("benchmarks.pages.scaling_model")
+
+
 def test_the_page_is_what_the_script_makes(scaling):
     page = (DOCS / "scaling.md").read_text(encoding="utf-8")
     assert scaling.filled(page) == page
@@ -47,25 +52,25 @@ def test_efficiency_of_what_was_measured(scaling):
     assert found["fsdp2, like for like"]["steady"] == pytest.approx(0.8)
 
 
-def test_the_sizes_are_what_they_are_called(scaling):
-    for size, parameters in zip(scaling.SIZES, (2e8, 1.3e9, 7e9), strict=True):
-        assert scaling.costs(size).parameters == pytest.approx(parameters, rel=0.06)
+def test_the_sizes_are_what_they_are_called(model):
+    for size, parameters in zip(model.SIZES, (2e8, 1.3e9, 7e9), strict=True):
+        assert model.costs(size).parameters == pytest.approx(parameters, rel=0.06)
 
 
-def test_ddp_by_hand(scaling):
+def test_ddp_by_hand(model):
     """200M on 8 GPUs: 13 buckets of gradients, all but one of them behind the backward pass."""
-    step = scaling.ddp(scaling.SIZES[0], 8)
+    step = model.ddp(model.SIZES[0], 8)
     compute = 524_288 / 8 * 1_040_099_040 / 406e12
     one_bucket = 2 * 7 / 8 * (4 * 211_875_360 / 13) / 314e9 + 2 * 7e-6
     assert step.compute == pytest.approx(compute)
     assert step.exposed == pytest.approx(one_bucket)
 
 
-def test_hsdp_by_hand(scaling):
+def test_hsdp_by_hand(model):
     """7B on 64 GPUs: gathers within a node, gradients' shards summed between 8 nodes."""
-    size, cost = scaling.SIZES[2], scaling.costs(scaling.SIZES[2])
-    step, whole = scaling.hsdp(size, 64), scaling.fsdp2(size, 64)
-    assert scaling.hsdp(size, 8) == scaling.fsdp2(size, 8)
+    size, cost = model.SIZES[2], model.costs(model.SIZES[2])
+    step, whole = model.hsdp(size, 64), model.fsdp2(size, 64)
+    assert model.hsdp(size, 8) == model.fsdp2(size, 8)
     bus, ring = 314e9, 7e-6
     gather = 7 / 8 * 2 * (cost.parameters - cost.embeddings) / 21 / bus + ring
     front = 7 / 8 * 2 * cost.embeddings / bus + ring + gather
@@ -78,20 +83,20 @@ def test_hsdp_by_hand(scaling):
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 1024])
-def test_slower_networks_and_faster_gpus_scale_worse(scaling, monkeypatch, gpus):
-    size = scaling.SIZES[1]
-    before = scaling.ddp(size, gpus).efficiency, scaling.fsdp2(size, gpus).efficiency
+def test_slower_networks_and_faster_gpus_scale_worse(model, monkeypatch, gpus):
+    size = model.SIZES[1]
+    before = model.ddp(size, gpus).efficiency, model.fsdp2(size, gpus).efficiency
     assert all(0 < efficiency < 1 for efficiency in before)
     for name, factor in (("bus_node", 0.1), ("bus_network", 0.1), ("compute_large", 2)):
-        monkeypatch.setitem(scaling.PIECES[name], "value", scaling.piece(name) * factor)
-    after = scaling.ddp(size, gpus).efficiency, scaling.fsdp2(size, gpus).efficiency
+        monkeypatch.setitem(model.PIECES[name], "value", model.piece(name) * factor)
+    after = model.ddp(size, gpus).efficiency, model.fsdp2(size, gpus).efficiency
     assert all(worse < better for worse, better in zip(after, before, strict=True))
 
 
-def test_what_bounds_a_save(scaling):
+def test_what_bounds_a_save(model):
     """A shard each: the stall falls with every GPU, the write only until the file system is busy."""
-    saves = [scaling.checkpoint(scaling.SIZES[2], gpus, sharded=True) for gpus in (8, 64, 1024)]
+    saves = [model.checkpoint(model.SIZES[2], gpus, sharded=True) for gpus in (8, 64, 1024)]
     assert saves[0].stall == pytest.approx(8 * saves[1].stall)
     assert saves[1].stall == pytest.approx(16 * saves[2].stall)
-    assert saves[2].background >= saves[2].bytes / scaling.piece("write_all")
-    assert scaling.checkpoint(scaling.SIZES[2], 64, sharded=False).stall == pytest.approx(64 * saves[1].stall)
+    assert saves[2].background >= saves[2].bytes / model.piece("write_all")
+    assert model.checkpoint(model.SIZES[2], 64, sharded=False).stall == pytest.approx(64 * saves[1].stall)
