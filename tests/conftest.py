@@ -8,6 +8,7 @@ in Triton's interpreter.
 import gc
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
 
@@ -60,24 +61,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
-@pytest.fixture(scope="session")
-def full_manager():
-    """lm-eval's index of everything takes seconds to read: once a process."""
-    from lm_eval.tasks import TaskManager
-
-    from lrnn_lm.evaluate.tasks.names import own_tasks_path
-
-    return TaskManager(include_path=str(own_tasks_path()))
+# Of lm-eval's tasks, those of the suite `standard`, which has what offline tasks are compared with.
+LM_EVAL_FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue",
+                   "wikitext", "winogrande")  # fmt: skip
 
 
 @pytest.fixture
-def read_once(full_manager, monkeypatch):
-    """Whoever asks for the whole index gets the one that was read."""
+def few_tasks(monkeypatch):
+    """Who asks for lm-eval's index of thousands of files, which takes seconds to read, gets these tasks."""
     from lm_eval import tasks as upstream
 
-    real = type(full_manager)
+    real, there = upstream.TaskManager, Path(upstream.__file__).parent
 
-    def manager(include_defaults=True, **settings):
-        return full_manager if include_defaults else real(include_defaults=False, **settings)
+    def manager(include_path=(), include_defaults=True, **settings):
+        paths = [include_path] if isinstance(include_path, str) else [*include_path]
+        if include_defaults:
+            paths += [str(there / folder) for folder in LM_EVAL_FOLDERS]
+        return real(include_path=paths, include_defaults=False, **settings)
 
     monkeypatch.setattr(upstream, "TaskManager", manager)

@@ -57,7 +57,7 @@ def test_lrnn_command(words, demo, monkeypatch, capsys, request):
     if words[1] == "train":
         words = [*words, *TINY]
     if "standard" in words:
-        request.getfixturevalue("read_once")
+        request.getfixturevalue("few_tasks")
     code = lrnn(*words[1:])
     if "standard" in words:  # its tasks come from the hub, which a test must not need
         assert code == 2

@@ -232,7 +232,7 @@ def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):
     assert len(str(error.value).splitlines()) <= 2
 
 
-@pytest.mark.usefixtures("read_once")
+@pytest.mark.usefixtures("few_tasks")
 def test_names_are_checked_against_all_of_lm_eval():
     from lrnn_lm.evaluate.tasks.names import find_tasks
 
@@ -285,7 +285,7 @@ def test_weights_of_other_sizes_than_the_configs(checkpoint, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.usefixtures("read_once")
+@pytest.mark.usefixtures("few_tasks")
 def test_a_hub_task_without_a_network_ends_at_once(checkpoint, loaded, tmp_path, monkeypatch):
     import datasets
     from huggingface_hub import constants

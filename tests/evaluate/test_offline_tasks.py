@@ -102,7 +102,7 @@ def upstream(gpt2, folder, monkeypatch):
     }
 
 
-@pytest.mark.usefixtures("read_once")
+@pytest.mark.usefixtures("few_tasks")
 def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     ours = evaluate(gpt2, [], suite="offline", data=folder, output=tmp_path, batch_size=4, device="cpu")
     got = {(task, metric): value for task, metric, value, _ in flatten(ours)}
@@ -148,7 +148,7 @@ def test_paradigms_take_turns(folder):
     (["--tasks", "long_passkey", "--max-length", "128"], "128 tokens are longer than this gpt2 takes: 64"),
     (["--tasks", "long_passkey", "--limit", "2"], "long_passkey are longer than the 64 tokens of a window"),
 ])  # fmt: skip
-@pytest.mark.usefixtures("read_once")
+@pytest.mark.usefixtures("few_tasks")
 def test_mistakes_leave_with_2(gpt2, tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as left:
         main(["eval", str(gpt2), *(argument.format(empty=tmp_path) for argument in arguments)])

@@ -143,12 +143,19 @@ def test_equal_parameters():
         contenders.contender(job(), "bd_lru-m3")
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Models are judged by a few rows."""
+    monkeypatch.setattr(replicas, "HELDOUT_ROWS", dict.fromkeys(replicas.HELDOUT_ROWS, 16))
+
+
 def options(folder, *more):
     given = ["--output", str(folder), "--hidden", "16", "--rows", "4", "--short", "6:2", "--steps", "3",
              "--device", "cpu", *more]  # fmt: skip
     return given
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_study_goes_on_where_it_stopped(tmp_path, capsys):
     given = options(
         tmp_path,
@@ -285,11 +292,14 @@ def test_the_published_difficulties(tmp_path):
     assert len(rows.inputs.view(800, 256).unique(dim=0)) == 800
 
 
-def test_every_task_of_the_study(tmp_path, monkeypatch):
-    """A step of each, judged by a few rows."""
-    monkeypatch.setattr(replicas, "HELDOUT_ROWS", dict.fromkeys(replicas.HELDOUT_ROWS, 16))
+@pytest.mark.usefixtures("few_rows")
+def test_every_task_of_the_study(tmp_path):
+    """A step of each."""
     assert set(synthetic.TASKS["mad"]) == set(MAD_TASKS)
-    given = synthetic.arguments(options(tmp_path, "--study", "mad", "--models", "bd_lru-m2", "--lrs", "1e-3"))
+    given = synthetic.arguments(
+        options(tmp_path, "--study", "mad", "--models", "bd_lru-m2", "--lrs", "1e-3", "--search-seeds", "9",
+                "--weight-decays", "0.1")
+    )  # fmt: skip
     for one in synthetic.study_jobs("mad", given, {}):
         result = train_wave([contenders.replace(one, stages=((one.stages[0][0], 1),))], CPU, float("inf"))[0]
         assert 0 <= result["accuracy"] <= 1

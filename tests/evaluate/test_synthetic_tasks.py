@@ -160,7 +160,7 @@ def test_lengths_are_chosen_at_will(parity, tmp_path, capsys):
         assert "length" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("read_once")
+@pytest.mark.usefixtures("few_tasks")
 def test_a_checkpoint_of_a_smaller_task(parity, capsys):
     with pytest.raises(SystemExit) as left:
         main(["eval", str(parity), "--tasks", "state_s5", "--device", "cpu"])

@@ -110,11 +110,11 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
         )  # fmt: skip
 
 
-def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64) -> None:
-    """Every kernel of the scan of a matrix-valued state, at a head's usual size."""
+def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64, K: int = 64) -> None:
+    """Every kernel of the scan of a matrix-valued state."""
     from lrnn_lm.kernels.scan import matrix
 
-    B, H, K = 2, 2, 64
+    B, H = 2, 2
     gates = torch.zeros(B, T, M + 1, H, K)
     transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
     values, queries = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H, K, dtype=dtype)
@@ -177,7 +177,7 @@ def some_scans() -> None:
 def some_steps() -> None:
     """Every kernel of a step of decoding, scans of one step, the loss, and the matrix-valued scan."""
     launch_all(2, 1, "silu", states=True)
-    launch_matrix(1, torch.bfloat16, 33, states=False)
+    launch_matrix(1, torch.bfloat16, 33, states=False, V=16, K=16)
     launch_loss(50_280)
     launch_step(768, 2048, 4, torch.bfloat16)
     launch_tiles(8, 768, 2048, 4)
@@ -191,6 +191,7 @@ def everything() -> None:
     assert len(COMPILED) == 4, "another T compiled again"
     launch_all(3, 40, "tanh", states=True, chunk=16)
     some_steps()
+    launch_matrix(1, torch.bfloat16, 33, states=False)
     first = len(SPILLED)
     launch_matrix(4, torch.bfloat16, 64, states=False)
     launch_matrix(1, torch.float32, 33, states=True)

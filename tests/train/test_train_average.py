@@ -161,17 +161,3 @@ def test_turned_on_and_off_by_a_run_that_resumes(build: Build) -> None:
     off = build("train.tokens=3072", "optim.schedule=constant")
     off.run()
     assert not (off.folder / "checkpoints/step-00000006/trainer/average.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("{decay: 1.0}", "train.average.decay"),
-        ("{every: 0}", "train.average.every"),
-        ("{start: 12 steps}", "train.average.start takes 12 steps and train.tokens pays for 12"),
-        ("{deccay: 0.9}", "did you mean 'decay'"),
-    ],
-)
-def test_bad_input(value: str, words: str, recipe: Path, tmp_path: Path, capsys) -> None:
-    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", f"train.average={value}")
-    assert words in capsys.readouterr().err

@@ -5,15 +5,14 @@ A full disk is in test_train_checkpoint.py, as is a damaged checkpoint, which is
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import environment, fingerprint, write_recipe
+from forks import run_code
+from tiny_run import fingerprint, write_recipe
 from trainers import main_exits
 
 Prepare = Callable[[Path], object]
@@ -127,7 +126,7 @@ def test_bad_input(
     request: pytest.FixtureRequest,
 ) -> None:
     if case.name == "unknown task":
-        request.getfixturevalue("read_once")
+        request.getfixturevalue("few_tasks")
     if case.name == "no CUDA" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -164,6 +163,44 @@ def test_bad_input(
         assert not run.exists()
 
 
+# Wrong values of the sections that are off by default, and what is told before the first step.
+RAMP = "train.ramp={start: 128, tokens: 1152}"
+SECTIONS = [
+    ("train.average={decay: 1.0}", "train.average.decay"),
+    ("train.average={every: 0}", "train.average.every"),
+    ("train.average={start: 12 steps}", "train.average.start takes 12 steps and train.tokens pays for 12"),
+    ("train.average={deccay: 0.9}", "did you mean 'decay'"),
+    ("eval.during={tasks: []}", "eval.during.tasks"),
+    ("eval.during={every: 4 steps}", "eval.during.tasks"),
+    ("eval.during={tasks: [heldout_cloze], limit: 0}", "eval.during.limit"),
+    ("eval.during={tasks: [heldout_cloze], every: never}", "eval.during.every"),
+    ("eval.during={tasks: [heldout_cloze], evry: 4}", "did you mean 'every'"),
+    ("eval.during={tasks: [offline_wikitext]}", "wikitext2_test.txt: no such file"),
+    ("train.guard={deviations: 0}", "train.guard.deviations: "),
+    ("train.guard={window: 1}", "train.guard.window: "),
+    ("train.profile={at: 0}", "train.profile.at"),
+    ("train.profile={at: 4, steps: 0}", "train.profile.steps"),
+    ("train.profile={steps: 2}", "train.profile.at"),
+    ("train.profile={at: 11, steps: 3}", "train.profile ends after step 13 and train.tokens pays for 12"),
+    ("train.ramp={start: 192, tokens: 1000}", "train.ramp.start 192 must divide"),
+    ("train.ramp={start: 512, tokens: 1000}", "train.ramp.start 512 must divide"),
+    ("train.ramp={start: 32, tokens: 1000}", "multiple of data.sequence_length 64"),
+    ("train.ramp={start: 128, tokens: 1M}", "no full step is left"),
+    (RAMP, "optim.warmup=1024", "optim.warmup: with train.ramp, write a number of steps"),
+    (RAMP, "data.curriculum=[{length: 4, steps: 2}]", "train.ramp and data.curriculum"),
+]
+
+
+@pytest.mark.parametrize("case", SECTIONS, ids=lambda case: " ".join(case[:-1]))
+def test_bad_sections(case: tuple[str, ...], recipe: Path, tmp_path: Path, capsys) -> None:
+    *overrides, words = case
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", *overrides)
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "tiny/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "recipe", ["none.yaml", "folder", "list.yaml", "broken.yaml", "circle.yaml", "binary.yaml"]
 )
@@ -190,10 +227,14 @@ def test_a_tracker_that_is_not_installed(
     assert not list(tmp_path.iterdir())
 
 
-# `lrnn train RECIPE` with each override, in one process: it imports torch and transformers once.
+# `lrnn train RECIPE` with each override, where the hub's name resolves.
 EACH = """
 import sys
+from datasets import config
+from huggingface_hub import constants
 from lrnn_lm.cli import main
+constants.ENDPOINT = config.HF_ENDPOINT = "http://127.0.0.1:9"
+constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = False
 for override in sys.argv[2:]:
     try:
         main(["train", sys.argv[1], override])
@@ -205,11 +246,7 @@ for override in sys.argv[2:]:
 def test_a_hub_that_refuses_is_given_up_on(tmp_path: Path) -> None:
     """Not offline, the name resolves, nobody answers: said soon, not after a minute of retries."""
     overrides = ["data.tokenizer=no-such-owner/no-such-one", "data.source={type: hf, path: no-such-owner/x}"]
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, str(write_recipe(tmp_path)), *overrides],
-        env=environment() | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_code(EACH, write_recipe(tmp_path), *overrides, timeout=30)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("lrnn: ") == done.stderr.count("local copy") == 2
     assert "Traceback" not in done.stderr

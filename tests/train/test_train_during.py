@@ -161,22 +161,3 @@ def test_a_mistake_that_only_scoring_shows(sentences: Path, tmp_path: Path, caps
     assert "task mad_compression asks an auto-encoder" in said
     assert "Traceback" not in said
     assert (tmp_path / "tiny/checkpoints/step-00000004").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("{tasks: []}", "eval.during.tasks"),
-        ("{every: 4 steps}", "eval.during.tasks"),
-        ("{tasks: [heldout_cloze], limit: 0}", "eval.during.limit"),
-        ("{tasks: [heldout_cloze], every: never}", "eval.during.every"),
-        ("{tasks: [heldout_cloze], evry: 4}", "did you mean 'every'"),
-        ("{tasks: [offline_wikitext]}", "wikitext2_test.txt: no such file"),
-    ],
-)
-def test_bad_input(value: str, words: str, sentences: Path, tmp_path: Path, capsys) -> None:
-    main_exits(2, "train", sentences, f"train.runs_dir={tmp_path}", f"eval.during={value}")
-    said = capsys.readouterr().err
-    assert words in said, said
-    assert "Traceback" not in said
-    assert not (tmp_path / "tiny/metrics.jsonl").exists()

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from forks import run_code
-from rank_runs import Prank, Ranks, free_port
+from rank_runs import Forked, Prank, Ranks, free_port
 from safetensors.torch import load_file
 from tiny_run import ROOT, environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
@@ -76,7 +77,10 @@ def test_a_signal_while_data_is_prepared(tmp_path: Path, rank: int) -> None:
 
 
 def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, straight: Path) -> None:
-    """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers."""
+    """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers.
+
+    Accelerate starts the ranks, and its file says how they share: the first loss is that of forked ranks.
+    """
     run = recipe.parent / "runs/launched"
     command = [
         sys.executable, "-m", "lrnn_lm.train.launch", "--config_file", FSDP2_FILE, "--num_processes", "2",
@@ -94,28 +98,30 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, st
     assert process.returncode == 85, errors
     assert errors.count("stopped by SIGTERM after step") == 1
     assert "Traceback" not in errors
-    assert (run / "checkpoints/latest").exists()
+    assert (run / "checkpoints/latest/trainer/rng-00001.json").exists()
+    assert losses(run)[0] == losses(straight)[0]
 
 
 @pytest.mark.parametrize("rank", [None, 0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_before_the_ranks_have_met(tmp_path: Path, rank: int | None) -> None:
     """As torch and transformers are imported, alone or on one of two: none waits for one that has left."""
     recipe = write_recipe(tmp_path)
-    if rank is None:
-        processes = [start(recipe)]
-    else:
-        met = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        processes = [start(recipe, RANK=r, LOCAL_RANK=r, **met) for r in "01"]
-    victim = processes[rank or 0]
+    met = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [met | {"RANK": r, "LOCAL_RANK": r} for r in "01"] if rank is not None else [{}]
+    victim = start(recipe, **ranks.pop(rank or 0))
+    others = [Forked(recipe, first=partial(stand_at, places)) for places in ranks]
     while not hears(victim.pid, signal.SIGUSR1):
         assert victim.poll() is None
         time.sleep(0.002)
     time.sleep(0.3)
     victim.send_signal(signal.SIGUSR1)
-    for process in processes:
-        code, errors = finish(process)
+    for code, errors in (finish(victim), *(other.finish() for other in others)):
         assert code == 85, errors
         assert "Traceback" not in errors
+
+
+def stand_at(places: dict[str, str]) -> None:
+    os.environ.update(places)
 
 
 def hears(process: int, number: signal.Signals) -> bool:

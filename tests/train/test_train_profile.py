@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
 from tiny_run import STEPS, fingerprint, losses
-from trainers import Build, main_exits
+from trainers import Build
 
 LAST = f"checkpoints/step-{STEPS:08d}"
 
@@ -28,17 +27,3 @@ def test_a_resumed_run_profiles_nothing_that_is_past(build: Build) -> None:
     trainer = build("train.tokens=2048", "optim.schedule=constant", "train.profile={at: 2, steps: 1}")
     trainer.run()
     assert not (trainer.folder / "profile").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("{at: 0}", "train.profile.at"),
-        ("{at: 4, steps: 0}", "train.profile.steps"),
-        ("{steps: 2}", "train.profile.at"),
-        ("{at: 11, steps: 3}", "train.profile ends after step 13 and train.tokens pays for 12"),
-    ],
-)
-def test_bad_input(value: str, words: str, recipe: Path, tmp_path: Path, capsys) -> None:
-    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", f"train.profile={value}")
-    assert words in capsys.readouterr().err

@@ -66,22 +66,6 @@ def test_stopped_and_resumed_on_any_ranks_reads_one_sequence(
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        (["train.ramp={start: 192, tokens: 1000}"], "train.ramp.start 192 must divide"),
-        (["train.ramp={start: 512, tokens: 1000}"], "train.ramp.start 512 must divide"),
-        (["train.ramp={start: 32, tokens: 1000}"], "multiple of data.sequence_length 64"),
-        (["train.ramp={start: 128, tokens: 1M}"], "no full step is left"),
-        ([ON, "optim.warmup=1024"], "optim.warmup: with train.ramp, write a number of steps"),
-        ([ON, "data.curriculum=[{length: 4, steps: 2}]"], "train.ramp and data.curriculum"),
-    ],
-)
-def test_bad_input(override: list[str], words: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main_exits(2, "info", recipe, *override)
-    assert words in capsys.readouterr().err
-
-
 def test_it_is_the_runs(
     build: Build, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,8 +13,8 @@ from types import FrameType
 
 import pytest
 import torch
-from forks import run_code
-from tiny_run import ROOT, environment, losses, metrics, validations
+from rank_runs import Ranks
+from tiny_run import losses, metrics, validations
 from torch import Tensor
 from torch.nn import functional
 from trainers import Build, main_exits, send_at
@@ -70,27 +70,18 @@ def test_accumulation_changes_nothing(build: Build) -> None:
 
 
 def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
-    """One rank stops after step 2; two processes under `accelerate launch` with gloo go on to the end.
+    """One rank stops after step 2; two go on to the end: the losses, validations and weights of one rank.
 
-    The losses, validations and weights are those of one rank. Saving by minutes takes the main rank's clock.
-    (--multi_gpu is what makes accelerate start processes itself; with --cpu it leaves that to mpirun and runs
-    one. The recipe says train.device=cpu.)
+    Saving by minutes takes the main rank's clock. Processes that a launcher starts: test_train_faults.py.
     """
     stopped = build("name=two")
     send_at(stopped, 2, signal.SIGTERM)
     with pytest.raises(Stopped):
         stopped.run()
-    command = [
-        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
-        "-m", "lrnn_lm.train", str(recipe), "name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2",
-        "checkpoint.every=0.0005 min", f"data.cache_dir={tmp_path / 'cache'}",
-    ]  # fmt: skip
-    launcher = "from accelerate.commands.launch import main; main()"  # forked; the ranks are not
-    done = run_code(launcher, *command, env=environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on from step 2 of 12") == 1
-    assert "(2 ranks)" in done.stderr
+    options = ("name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2")
+    said = Ranks(recipe, 2, *options, "checkpoint.every=0.0005 min").expect()
+    assert said.count("going on from step 2 of 12") == 1
+    assert "(2 ranks)" in said
     one = build("name=one")
     one.run()
     assert_close_losses(losses(tmp_path / "two"), losses(one.folder), 1e-5)
