@@ -27,6 +27,7 @@ from lrnn_lm.mixers import SequenceContext, build_mixer
 
 from . import measure
 from .kernel_peers import Peer, associative_peer, fla_obstacle, fla_peers
+from .results import tabulate
 from .shapes import CPU_SHAPES, PAPER_SHAPES, Shape
 
 WIDTH = 768  # D of the paper's language models
@@ -354,5 +355,4 @@ def _print(rows: list[Row]) -> None:
         "tokens/s",
         "note",
     ]
-    used = [i for i in range(len(titles)) if any(row[i] for row in cells)]
-    measure.print_table("kernels", [titles[i] for i in used], [[row[i] for i in used] for row in cells])
+    tabulate("kernels", titles, cells, None)

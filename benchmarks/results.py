@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lrnn_lm.evaluate.show import markdown_table
+
 from .measure import print_table
 
 Row = dict[str, Any]
@@ -151,9 +153,8 @@ def tabulate(title: str, columns: list[str], cells: list[list[str]], output: Pat
     print_table(title, columns, cells)
     if output is None:
         return
-    lines = [columns, ["---"] * len(columns), *cells]
     path = output.with_suffix(".md")
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+    path.write_text(markdown_table(columns, cells), encoding="utf-8")
     print(f"written: {path}")
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import textwrap
 
+from lrnn_lm.evaluate.show import markdown_table
 from lrnn_lm.recipe import load_recipe
 
 from ..gpu import scaling as two_gpus
@@ -33,9 +34,8 @@ from .scaling_model import (
 )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(head: list[str], rows: list[list[str]], left: int | None = 2) -> str:
+    return markdown_table(head, rows, left).removesuffix("\n")
 
 
 def pieces_table() -> str:
@@ -43,7 +43,7 @@ def pieces_table() -> str:
         [f"`{name}`", entry["kind"], f"{entry['value']:.4g} {entry['unit']}", entry["source"]]
         for name, entry in PIECES.items()
     ]
-    return _table(["piece", "kind", "value", "from"], rows).replace("---: | ---: |", "--- | --- |")
+    return _table(["piece", "kind", "value", "from"], rows, left=None)
 
 
 def efficiency_table() -> str:

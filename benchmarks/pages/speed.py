@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lrnn_lm.evaluate.show import markdown_table
+
 from ..decode import DecodeSettings
 from ..results import Row, read_results
 from ..train import TrainSettings
@@ -33,7 +35,7 @@ def read_whole(name: str) -> dict[str, Any]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+    return markdown_table(head, rows).removesuffix("\n")
 
 
 def source(name: str) -> str:

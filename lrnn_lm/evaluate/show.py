@@ -39,6 +39,13 @@ def print_table(
     table_console().print(table)
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
+    """A table as Markdown; the columns after the first `left`, if given, are aligned to the right."""
+    rule = ["---" if left is None or i < left else "---:" for i in range(len(header))]
+    lines = [header, rule, *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
 def print_written(paths: Iterable[Path]) -> None:
     """Say where results are, each path on one line so that it can be copied."""
     for path in paths:

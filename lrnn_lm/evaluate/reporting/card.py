@@ -14,6 +14,7 @@ import yaml
 
 from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table
+from ..show import markdown_table
 from .report import to_markdown
 from .runs import read_run
 
@@ -126,7 +127,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
         ("operations a token, forward", f"{costs.flops_per_token:,}"),
         ("recurrent state of a sequence", f"{costs.recurrent_state_bytes:,} bytes, the same at any length"),
     ]
-    return text + _table(rows)
+    return text + markdown_table(["", ""], rows)
 
 
 def _mixer_options(mixer: dict[str, Any]) -> str:
@@ -154,7 +155,7 @@ def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) 
     if parent:
         recipe_hash = parent["recipe_sha256"][:16]
         rows.append(("branch of", f"step {parent['step']:,} of {parent['run']} (recipe `{recipe_hash}`)"))
-    return "## Training\n\n" + _table(rows)
+    return "## Training\n\n" + markdown_table(["", ""], rows)
 
 
 def _data(manifest: Path) -> str:
@@ -174,7 +175,7 @@ def _data(manifest: Path) -> str:
     tokenizer = facts["tokenizer"]
     rows.append(("tokenizer", f"{Path(tokenizer['name']).name}, {tokenizer['vocab_size']:,} tokens"))
     rows.append(("content hash", f"`{facts['content_hash'][:16]}`"))
-    return "## Data\n\n" + _table(rows)
+    return "## Data\n\n" + markdown_table(["", ""], rows)
 
 
 def _results(run: Path, picture: str | None) -> str:
@@ -215,7 +216,3 @@ lm_eval --model hf --tasks lambada_openai \\
     --model_args pretrained={folder},trust_remote_code=True,add_bos_token=True
 ```
 """
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "| | |\n| --- | --- |\n" + "".join(f"| {left} | {right} |\n" for left, right in rows)

@@ -112,13 +112,8 @@ def _draw_loss(axes: "Axes", runs: list[Run]) -> None:
 
 
 def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
-    alone = len(runs) == 1
     for i, run in enumerate(runs):
-        lines = [line for line in run.validation if isinstance(line.get("bits_per_byte"), int | float)]
-        points = [(line["tokens"], line["bits_per_byte"]) for line in lines]
-        if points:
-            label = f"{'validation' if alone else run.name}: {points[-1][1]:.3f}"
-            axes.plot(*zip(*points, strict=True), "o-", color=colour(i), markeredgecolor="white", label=label)
+        _draw_points(axes, run.validation, "bits_per_byte", i, "validation" if len(runs) == 1 else run.name)
     gzip = [
         score for run in runs for (_, metric), score in run.scores.items() if metric == "gzip_bits_per_byte"
     ]
@@ -131,13 +126,18 @@ def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
 
 def _draw_task(axes: "Axes", runs: list[Run], key: str) -> None:
     for i, run in enumerate(runs):
-        points = [(line["tokens"], line[key]) for line in run.tasks if isinstance(line.get(key), int | float)]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour(i), markeredgecolor="white",
-                      label=f"{run.name}: {points[-1][1]:.3f}")  # fmt: skip
+        _draw_points(axes, run.tasks, key, i, run.name)
     task, metric = key.rsplit("/", 1)
     axes.margins(y=0.12)
     _finish(axes, f"{task} while training", metric.replace("_", " "))
+
+
+def _draw_points(axes: "Axes", lines: list[dict[str, Any]], key: str, i: int, label: str) -> None:
+    """Curve i: the values of a key of the lines of metrics.jsonl; its label ends with the last."""
+    points = [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    if points:
+        axes.plot(*zip(*points, strict=True), "o-", color=colour(i), markeredgecolor="white",
+                  label=f"{label}: {points[-1][1]:.3f}")  # fmt: skip
 
 
 def _after_warm_up(tokens: Any, losses: Any, total: int) -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...runs.layout import RunFolder
-from ..show import decimal, print_table, print_written, value_with_error
+from ..show import decimal, markdown_table, print_table, print_written, value_with_error
 from .runs import Run, Score, read_run
 from .synthetic import synthetic_table
 
@@ -43,7 +43,7 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
 
 def to_markdown(runs: list[Run]) -> str:
     """The tables of a report as Markdown."""
-    return "\n".join(_markdown_table(*table) for table in _tables(runs))
+    return "\n".join(markdown_table(*table) for table in _tables(runs))
 
 
 def _tables(runs: list[Run]) -> list[Table]:
@@ -122,8 +122,3 @@ def _count(number: float | None) -> str:
             scaled = number / scale
             return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f}{unit}"
     return f"{number:.0f}"
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
