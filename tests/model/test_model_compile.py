@@ -11,7 +11,7 @@ from lrnn_lm.mixers import SequenceContext
 from lrnn_lm.model import modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
-WHOLE = ["bd_lru", "bd_lru-tanh", "bd_matrix", "bd_matrix-conv", "bd_matrix-erase", "h_lru", "attention"]
+WHOLE = ["bd_lru", "bd_matrix", "bd_matrix-conv", "bd_matrix-erase", "h_lru", "attention"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
