@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -283,3 +285,14 @@ def test_muon_stopped_and_resumed_is_straight_through(build: Build, options: tup
     runs = straight.folder.parent
     assert losses(runs / "parts") == losses(runs / "straight")
     assert fingerprint(runs / "parts" / LAST) == fingerprint(runs / "straight" / LAST)
+
+
+def test_random_numbers_go_on_where_they_were(build: Build) -> None:
+    """Nothing in training draws any, so equal runs do not show it."""
+    short = ("train.tokens=512", "optim.schedule=constant")
+    first = build(*short)
+    torch.rand(3), np.random.rand(), random.random()
+    first.run()
+    want = [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
+    build(*short)
+    assert [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()] == want
