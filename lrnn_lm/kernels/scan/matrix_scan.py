@@ -8,6 +8,8 @@ Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a bl
 V columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,8 @@ def matrix_scan(
         expect_floats(erase=erase)
     backend = _choose(backend, *inputs)
     if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
-        return reference.matrix_scan(*inputs, h0, reset, erase)
+        with _own_dtypes(values):
+            return reference.matrix_scan(*inputs, h0, reset, erase)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
     if backend == "triton":  # which is imported only where it runs
@@ -75,7 +78,13 @@ def matrix_scan(
     if h0 is None:
         B, _, H, K = queries.shape
         h0 = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype)
-    return _scan(*inputs, h0, reset, erase)
+    with _own_dtypes(values):
+        return _scan(*inputs, h0, reset, erase)
+
+
+def _own_dtypes(x: Tensor) -> AbstractContextManager[None]:
+    """Where autocast does not round the factors of products: a state is a product of products."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _check(
@@ -252,7 +261,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _run_backward(ctx, grad, grad_last):
-    *gradients, d_h0, d_erase = (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)[:6]
+    with _own_dtypes(grad):
+        *gradients, d_h0, d_erase = (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)[:6]
     return *gradients, d_h0, None, d_erase
 
 
