@@ -90,10 +90,13 @@ def test_with_transformers_loop(name, fed):
 def test_other_weights_begin_anew(fed):
     model = with_cache()
     asked(model, DOCUMENT)
-    for change in ("data", "plain", "inference"):
+    for change in ("data", "rows", "plain", "inference"):
         with torch.inference_mode(change == "inference"), torch.no_grad():
             weight = model.model.layers[1].mlp.up_proj.weight
-            (weight.data if change == "data" else weight)[0, 0] += 1
+            if change == "rows":
+                weight.data.copy_(weight.data.flip(0))
+            else:
+                (weight.data if change == "data" else weight)[0, 0] += 1
         text, cost = fed(asked, model, DOCUMENT)
         assert cost >= DOCUMENT.shape[1]
         model.config.prefix_cache_bytes = 0

@@ -203,11 +203,12 @@ def _weights(model: PreTrainedModel) -> Any:
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
-    t = t.flatten()
-    by_eight = (
-        t.nbytes | t.storage_offset() * t.element_size()
-    ) % 8 == 0  # 28 times as fast in fp32 on a CPU
-    return t.view(_INTEGERS[8 if by_eight else t.element_size()]).sum(dtype=torch.int64)
+    """Of rows times an odd number each, so that rows that change places tell; numbers within a row do not."""
+    rows = (t.flatten(1) if t.ndim > 1 else t.reshape(-1, 1)).contiguous()
+    size = t.element_size()
+    by_eight = (rows.shape[1] | rows.storage_offset()) * size % 8 == 0  # 28 times as fast in fp32 on a CPU
+    sums = rows.view(_INTEGERS[8 if by_eight else size]).sum(1, dtype=torch.int64)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=t.device)).sum()
 
 
 def _places(read: int, parted: int, end: int) -> list[int]:
