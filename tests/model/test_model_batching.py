@@ -159,6 +159,8 @@ def test_a_batch_that_fails_tells_those_who_wait(manager, monkeypatch):
         ("hybrid", {}, r"^continuous batching joins recurrent states, and this model has attention layers"),
         ("bd_lru", {"repetition_penalty": 2.0}, "not RepetitionPenaltyLogitsProcessor"),
         ("bd_lru", {"stop_strings": ["x"]}, "not stop_strings"),
+        ("bd_lru", {"num_beams": 2, "bad_words_ids": [[3]]}, "not num_beams, bad_words_ids:"),
+        ("bd_lru", {"min_new_tokens": 2, "eos_token_id": 3}, "not min_new_tokens:"),
     ],
 )
 def test_refused(name, options, match):
@@ -170,3 +172,14 @@ def test_refused(name, options, match):
 def test_a_prompt_that_is_none(manager, prompt, match):
     with pytest.raises(ValueError, match=match):
         manager(small_model("bd_lru")).add_request(prompt)
+
+
+def test_a_request_that_cannot_be(manager):
+    batch = manager(small_model("bd_lru"), max_new_tokens=10**6)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
+        batch.add_request([3], max_new_tokens=0)
+    batch.add_request([3], "mine")
+    with pytest.raises(ValueError, match="'mine' is not answered yet"):
+        batch.add_request([3], "mine")
+    batch.cancel_request("mine")
+    assert batch.add_request([3], "mine", max_new_tokens=1) == "mine"

@@ -24,6 +24,8 @@ from .decode import MOST_FUSED
 from .sample import LOOK_AT_SCORES
 
 MOST = MOST_FUSED  # requests at once; the others wait
+_NOT_DONE = ("num_beams", "num_return_sequences", "min_length", "min_new_tokens", "max_time", "stop_strings",
+             "bad_words_ids", "penalty_alpha", "prompt_lookup_num_tokens", "dola_layers")  # fmt: skip
 
 
 class StateBatching:
@@ -88,6 +90,8 @@ class StateBatching:
             raise ValueError(
                 f"the prompt has tokens outside of the model's {size}: is it another's tokenizer?"
             )
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         ends = self._config.eos_token_id if eos_token_id is None else eos_token_id
         request = Request(
             request_id or f"req_{next(self._numbers)}",
@@ -99,6 +103,8 @@ class StateBatching:
         with self._changed:
             if self._stopping or self.background_thread_status.fatal_error is not None:
                 raise RuntimeError("the batch has stopped and takes no request")
+            if request.id in self._live and not self._live[request.id].done:
+                raise ValueError(f"a request {request.id!r} is not answered yet: give this one another id")
             self._waiting.append(request)
             self._live[request.id] = request
             self._changed.notify_all()
@@ -110,10 +116,10 @@ class StateBatching:
 
     def cancel_request(self, request_id: str) -> None:
         """Let a request leave without another output."""
-        self._outputs.forget(request_id)
         with self._changed:
             if request_id in self._live:
                 self._live[request_id].cancelled = True
+        self._outputs.forget(request_id)
 
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Have a request's outputs passed to a function, on the event loop that this is called from."""
@@ -129,7 +135,8 @@ class StateBatching:
             torch.cuda.set_device(self._model.device)
         try:
             while (asked := self._next()) is not None:
-                self._outputs.put(request.output() for request in self._batch.go_on(asked))
+                told = self._batch.go_on(asked)
+                self._outputs.put(request.output() for request in told if not request.cancelled)
         finally:
             if (error := sys.exception()) is not None:  # tell those who wait; it is raised further
                 with self._changed:
@@ -205,11 +212,9 @@ def _call(calls: list[tuple[Any, GenerationOutput]]) -> None:
 
 
 def _processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
-    processors = model._get_logits_processor(config)
-    other = [type(p).__name__ for p in processors if type(p) not in LOOK_AT_SCORES]
-    other += [
-        name for name in ("stop_strings", "num_return_sequences") if vars(config)[name] not in (None, 1)
-    ]
+    other = [name for name in _NOT_DONE if vars(config)[name] not in (None, 0, 1)]
+    processors = LogitsProcessorList() if other else model._get_logits_processor(config)
+    other += [type(p).__name__ for p in processors if type(p) not in LOOK_AT_SCORES]
     if other:
         raise ValueError(
             f"continuous batching knows temperature, top_k, top_p and min_p, not {', '.join(other)}: leave "
