@@ -18,12 +18,14 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)")  # at least two letters: c:/ is a drive
+_HIDDEN = re.compile(r"(^|/)\.")
 
 
 def url_of(path: str | Path | None) -> str | None:
     """The URL that a path stands for; None for a local one. `Path` makes s3:/ of s3://."""
     match = _URL.fullmatch(str(path or ""))
-    return f"{match[1]}://{match[2]}" if match else None
+    root = "/" if match and match[1] in ("file", "local") else ""
+    return f"{match[1]}://{root}{match[2]}" if match else None
 
 
 def check_here(path: str, why: str) -> str:
@@ -68,16 +70,18 @@ class RemoteFile:
 def find_remote(url: str, suffixes: Sequence[str] = ()) -> list[RemoteFile]:
     """The files that a URL names, in order: of a folder, those that end in `suffixes`; of a glob; or one.
 
-    Hidden files are left out. Raises ValueError if there is none, or the store cannot be read.
+    Hidden files are left out unless a glob names them. Raises ValueError if there is none, or the store
+    cannot be read.
     """
     with told(url):
         fs, path = _filesystem(url)
-        if re.search(r"[*?[]", path):
-            found = [name for name in fs.glob(path) if fs.isfile(name)]
-        elif fs.isdir(path):
+        if fs.isdir(path):
             ends = tuple(suffixes) or ""
             found = [name for name in fs.find(path) if name.lower().endswith(ends)]
-            found = [name for name in found if not re.search(r"(^|/)\.", name.removeprefix(path))]
+            found = [name for name in found if not _HIDDEN.search(name.removeprefix(path))]
+        elif re.search(r"[*?[]", path) and not fs.isfile(path):
+            found = [name for name in fs.glob(path) if _HIDDEN.search(path) or not _HIDDEN.search(name)]
+            found = [name for name in found if fs.isfile(name)]
         else:
             found = [path] if fs.isfile(path) else []
         if not found:

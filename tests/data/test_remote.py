@@ -39,11 +39,19 @@ def test_documents_are_those_of_the_disk(tmp_path: Path) -> None:
     (local / "b" / "two.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (local / "b" / ".hidden.jsonl").write_text("no JSON")
     (local / "empty.jsonl").touch()
+    write_jsonl(local / "[a].jsonl", TEXTS[:3])
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), local / "part.parquet")
     put(local, "memory://bucket/corpus")
-    for type, path in (("jsonl", ""), ("jsonl", "/**/*.gz"), ("jsonl", "/a.jsonl"), ("parquet", "")):
+    for type, path in (
+        ("jsonl", ""),
+        ("jsonl", "/**/*.gz"),
+        ("jsonl", "/b/*"),
+        ("jsonl", "/[a].jsonl"),
+        ("parquet", ""),
+    ):
         want = list(documents(source(type, f"{local}{path}")))
-        assert list(documents(source(type, f"memory://bucket/corpus{path}"))) == want
+        for where in ("memory://bucket/corpus", f"file://{local}"):
+            assert list(documents(source(type, f"{where}{path}"))) == want
 
 
 def test_a_file_that_changes_is_another_text(tmp_path: Path) -> None:
