@@ -128,6 +128,9 @@ def test_bytes_are_bounded_and_the_least_used_goes():
     cache.most_bytes = one - 1  # a text too large by itself keeps its last state
     read(tokens(rows=1, length=200, seed=4))
     assert [max(text.states) for text in cache._texts] == [199]
+    read(tokens(rows=1, length=900, seed=4))  # begins otherwise, and its keys take too much: left out
+    read(torch.cat([tokens(rows=1, length=200, seed=4), DOCUMENT], dim=1))  # goes on, and is left out too
+    assert [max(text.states) for text in cache._texts] == [199]
 
 
 def test_only_where_states_are_those_of_tokens(fed):

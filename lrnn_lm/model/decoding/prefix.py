@@ -134,7 +134,7 @@ class PrefixCache:
     def _keep(self, ids: Tensor, states: dict[int, dict[str, Tensor]], cache: Cache, weights: Any) -> None:
         if not states:
             return
-        text = _Text(ids, states, _keys(cache))
+        text, beside = _Text(ids, states, _keys(cache)), None
         with self._lock:
             if weights != self._weights:
                 return
@@ -142,11 +142,12 @@ class PrefixCache:
                 if _shared(other.ids, ids) == min(len(other.ids), len(ids)):  # one is the other's beginning
                     longer = text if len(ids) >= len(other.ids) else other
                     text = _Text(longer.ids, {**other.states, **states}, longer.keys)
-                    self._texts.remove(other)
+                    beside = other
                     break
             while text.size > self.most_bytes and len(text.states) > 1:
                 text.drop_earliest()
-            self._texts.append(text)
+            if text.size <= self.most_bytes:  # else it would drive out all others for nothing
+                self._texts = [other for other in self._texts if other is not beside] + [text]
             while sum(text.size for text in self._texts) > self.most_bytes:
                 del self._texts[0]
 
