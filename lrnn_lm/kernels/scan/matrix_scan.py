@@ -84,7 +84,8 @@ def matrix_scan(
 
 def _own_dtypes(x: Tensor) -> AbstractContextManager[None]:
     """Where autocast does not round the factors of products: a state is a product of products."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # else exported graphs have a node
+    return torch.autocast(x.device.type, enabled=False) if rounds else nullcontext()
 
 
 def _check(
