@@ -212,7 +212,7 @@ def _call(calls: list[tuple[Any, GenerationOutput]]) -> None:
 
 
 def _processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
-    other = [name for name in _NOT_DONE if vars(config)[name] not in (None, 0, 1)]
+    other = [name for name in _NOT_DONE if vars(config).get(name) not in (None, 0, 1)]
     processors = LogitsProcessorList() if other else model._get_logits_processor(config)
     other += [type(p).__name__ for p in processors if type(p) not in LOOK_AT_SCORES]
     if other:
