@@ -51,7 +51,7 @@ def test_passes_after_one_another(name, cuts):
             for a, b in zip([0, *cuts], [*cuts, T], strict=True)
         ]
         close(torch.cat(parts, dim=1), want, SUMS)
-        assert cache.layers[-1].keys.shape[2] == (W - 1 if type(cache) is DynamicCache else W)
+        assert cache.layers[-1].keys.shape[2] == (W - 1 if isinstance(cache, DynamicCache) else W)
         cache = copy_states(cache)
         more = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
         close(more, model(torch.cat([ids, ids[:, :5]], dim=1)).logits[:, T:], SUMS)
