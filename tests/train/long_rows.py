@@ -44,3 +44,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def over_a_piece(model: nn.Module, part: dict[str, Tensor], carried, labels=None, logits=False):
+    """The model's output for a piece of rows, from what was carried to it; `labels`: of the next tokens."""
+    return model(
+        input_ids=part["input_ids"], reset=part["reset"], shift_labels=labels, num_items_in_batch=ITEMS,
+        return_logits=logits, use_cache=False, past_key_values=carried,
+    )  # fmt: skip

@@ -4,10 +4,11 @@ import json
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
-from long_rows import ITEMS, MIXERS, at_once, gradients, rows
+from long_rows import MIXERS, at_once, gradients, over_a_piece, rows
 from small_models import MIXER_ROWS, small_model
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -48,18 +49,7 @@ def model_of(name: str, fp64: bool) -> LRNNForCausalLM:
 
 def shared(model: nn.Module, sequence: SequenceParallel, batch: dict[str, Tensor]) -> Tensor:
     """The row's loss, and its gradients in the parameters, summed over ranks; validation's loss too."""
-
-    def forward(part, carried, labels=None, logits=False):
-        return model(
-            input_ids=part["input_ids"],
-            reset=part["reset"],
-            shift_labels=labels,
-            num_items_in_batch=ITEMS,
-            return_logits=logits,
-            use_cache=False,
-            past_key_values=carried,
-        )
-
+    forward = partial(over_a_piece, model)
     parts = split(sequence.own(batch), sequence.piece)
     found = sequence.evaluate(lambda part, carried: forward(part, carried, part["labels"]), parts, False).loss
     loss, _ = sequence.backward(

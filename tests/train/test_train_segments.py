@@ -4,16 +4,17 @@ On several ranks, and resumed: test_train_carry.py.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from long_rows import ITEMS, MIXERS, at_once, gradients, rows
+from long_rows import MIXERS, at_once, gradients, over_a_piece, rows
 from small_models import small_model, tokens
 from tiny_run import losses, validations
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from trainers import Build, main_exits
+from trainers import Build, refused_before_data
 
 from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.model import layers
@@ -22,20 +23,10 @@ from lrnn_lm.train.segments import backward_by_segments, evaluate_by_segments, s
 
 
 def by_segments(model: nn.Module, batch: dict[str, Tensor], segment: int) -> Tensor:
-    def forward(part, carried, labels=None):
-        return model(
-            input_ids=part["input_ids"],
-            reset=part["reset"],
-            shift_labels=labels,
-            num_items_in_batch=ITEMS,
-            return_logits=False,
-            use_cache=False,
-            past_key_values=carried,
-        ).loss
-
+    forward = partial(over_a_piece, model)
     loss, _ = backward_by_segments(
         forward,
-        lambda part, carried: forward(part, carried, part["labels"]),
+        lambda part, carried: forward(part, carried, part["labels"]).loss,
         model.config,
         split(batch, segment),
         lambda last: nullcontext(),
@@ -195,9 +186,4 @@ def test_a_run_by_segments_is_that_of_whole_rows(build: Build) -> None:
 def test_what_cannot_be_is_said_before_data_is_prepared(
     recipe: Path, overrides: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture
 ) -> None:
-    cache = recipe.parent / "nothing"
-    main_exits(2, "train", recipe, *overrides, f"data.cache_dir={cache}")
-    said = capsys.readouterr().err
-    assert all(word in said for word in words)
-    assert "Traceback" not in said
-    assert not cache.exists()
+    refused_before_data(recipe, overrides, words, capsys)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,15 @@ def main_exits(code: int, *arguments: object) -> None:
     with pytest.raises(SystemExit) as exited:
         main([str(argument) for argument in arguments])
     assert (exited.value.code or 0) == code
+
+
+def refused_before_data(
+    recipe: Path, overrides: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    """`lrnn train` must refuse these overrides, with all of these words, before it prepares data."""
+    cache = recipe.parent / "nothing"
+    main_exits(2, "train", recipe, *overrides, f"data.cache_dir={cache}")
+    said = capsys.readouterr().err
+    assert [word for word in words if word not in said] == []
+    assert "Traceback" not in said
+    assert not cache.exists()

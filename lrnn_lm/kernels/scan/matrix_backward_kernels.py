@@ -15,6 +15,7 @@ from .matrix_kernels import (
     load_tiles,
     places,
     plane_tiles,
+    reads_tiles,
     row_tiles,
     span,
     step_columns,
@@ -190,18 +191,6 @@ def _part(x, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _last_rows(
-    x, item, n, g, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, CP: tl.constexpr,
-    L: tl.constexpr,
-):  # fmt: skip
-    """Pointers to the last step's reads in x (B, C, H, L, K): R tiles [LANES, CP]."""
-    tiles = ()
-    for r in tl.static_range(R):
-        tiles = tiles + (span(x + (item * L + L - 1) * K + ((n + r * NL) * M + g * CP), CP, 1),)
-    return tiles
-
-
-@triton.jit
 def _keep_columns(
     a_at, k_at, flags_at, x_at, g, real, steps, A_T: tl.constexpr, K_T: tl.constexpr, M: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, MASKED: tl.constexpr,
@@ -334,14 +323,14 @@ def chunk_backward_kernel(
                 at = d_transitions + (step * M + j) * (H * K) + (head * K + (n + r * NL) * M + g * CP)
                 da_at = da_at + (span(at, CP, 1),)
         last_score = item * (L * L) + (LAST * L + g * (L // G))
-        reads_at = _last_rows(d_reads, item, n, g, K, M, R, NL, CP, L)
+        reads_at = reads_tiles(d_reads + LAST * K, item, n, g, K, M, R, NL, CP, L)
         scores_at = span(d_scores + last_score, L // G, 1)
         rows_at = step * (H * K) + (head * K + n * M)
         dq_at = row_tiles(d_queries + rows_at, M, R, 1, NL * M)
         if ERASES:
             e_at = erased + b * e_b + t0 * E_T + (head * E_H + n * (M * E_K))
             e_at = row_tiles(e_at + LAST * E_T, M, R, E_K, NL * M * E_K)
-            erased_reads_at = _last_rows(d_erased_reads, item, n, g, K, M, R, NL, CP, L)
+            erased_reads_at = reads_tiles(d_erased_reads + LAST * K, item, n, g, K, M, R, NL, CP, L)
             erased_scores_at = span(d_erased_scores + last_score, L // G, 1)
             de_at = row_tiles(d_erased + rows_at, M, R, 1, NL * M)
         else:  # not read

@@ -210,11 +210,11 @@ def _store_scores(
 
 
 @triton.jit
-def _reads_tiles(
+def reads_tiles(
     reads, item, n, g, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, NL: tl.constexpr, CP: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the first step's reads: R tiles [LANES, CP]."""
+    """Pointers to the first step's reads in (B, C, H, L, K): R tiles [LANES, CP]."""
     tiles = ()
     for r in tl.static_range(R):
         tiles = tiles + (span(reads + item * (L * K) + ((n + r * NL) * M + g * CP), CP, 1),)
@@ -276,12 +276,12 @@ def chunk_forward_kernel(
     k_at = row_tiles(writes + b * k_b + t0 * K_T + (head * K_H + n * (M * K_K)), M, R, K_K, NL * M * K_K)
     q_at = row_tiles(queries + b * q_b + t0 * Q_T + (head * Q_H + n * (M * Q_K)), M, R, Q_K, NL * M * Q_K)
     flags_at = flags + b * T + t0 if HAS_RESET else flags
-    reads_at = _reads_tiles(reads, item, n, g, K, M, R, NL, CP, L)
+    reads_at = reads_tiles(reads, item, n, g, K, M, R, NL, CP, L)
     scores_at = _scores_tiles(scores, item, n, g, NL, CU, TURNS, L)
     if ERASES:
         e_at = erased + b * e_b + t0 * E_T + (head * E_H + n * (M * E_K))
         e_at = row_tiles(e_at, M, R, E_K, NL * M * E_K)
-        erased_reads_at = _reads_tiles(erased_reads, item, n, g, K, M, R, NL, CP, L)
+        erased_reads_at = reads_tiles(erased_reads, item, n, g, K, M, R, NL, CP, L)
         erased_scores_at = _scores_tiles(erased_scores, item, n, g, NL, CU, TURNS, L)
     x = identity(g, M, R, G)
     # PHASES copies of the loop: a column costs nothing before the phase in which it begins. In one loop half
