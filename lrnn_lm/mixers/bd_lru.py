@@ -72,6 +72,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         short_conv: Reach | None = None,
         output_gate: bool | None = None,
         norm_groups: int | None = None,
+        input_logit: bool = True,
     ):
         super().__init__()
         check_sizes(
@@ -86,7 +87,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         width = self.num_blocks * block_size
-        self.gate_proj = nn.Linear(hidden_size, width * (block_size + 1))
+        self.input_logit = input_logit
+        self.gate_proj = nn.Linear(hidden_size, width * (block_size + input_logit))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
@@ -139,7 +141,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             )
             return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
-            bias = gate_bias(self.gate_proj, N * M)
+            bias = gate_bias(self.gate_proj, N * M, M)
             return block_diagonal_scan_packed(
                 planes, N, M, state, context.reset, self.gate, self.backend, bias
             )
@@ -154,11 +156,13 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         """Projected gate logits (B, T, (M+1) N M) as (B, T, N, M, M+1)."""
         # Memory holds M + 1 planes, each laid out like the values, so that neighbouring lanes of the kernel,
         # a row each, read neighbouring addresses.
-        planes = gates.unflatten(-1, (self.block_size + 1, self.num_blocks, self.block_size))
+        planes = gates.unflatten(-1, (-1, self.num_blocks, self.block_size))
+        if not self.input_logit:
+            planes = functional.pad(planes, (0, 0, 0, 0, 0, 1))
         return planes.permute(0, 1, 3, 4, 2)
 
     def planes(self) -> dict[str, int]:
-        return {"gate_proj.weight": self.block_size + 1}
+        return {"gate_proj.weight": self.block_size + self.input_logit}
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, N, M, M) in fp32."""
@@ -171,6 +175,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(self.num_blocks * self.block_size, self.block_size, self.half_life)
+            if not self.input_logit:
+                bias = bias[:, :-1] - bias[:, -1:]
             values["gate_proj.bias"] = bias.T.flatten()  # planes, as `_planes` reads them
         if self.conv is not None:
             values["conv.weight"] = torch.zeros_like(self.conv.weight, device="cpu")

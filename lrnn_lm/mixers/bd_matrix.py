@@ -86,6 +86,9 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         head_norm: bool = True,
         keys: bool = False,
         erase: bool = False,
+        input_logit: bool = True,
+        shift_together: bool = False,
+        key_silu: bool = True,
     ):
         super().__init__()
         check_sizes(
@@ -112,10 +115,11 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
         self.gate, self.gate_std = gate, gate_std
         self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
-        self.shift_keys = shift_keys
+        self.shift_keys, self.shift_together = shift_keys, shift_together
+        self.input_logit, self.key_silu = input_logit, key_silu
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
-        self.gate_proj = nn.Linear(hidden_size, (M + 1) * H * K)
+        self.gate_proj = nn.Linear(hidden_size, (M + input_logit) * H * K)
         self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.key_proj = nn.Linear(hidden_size, H * K, bias=False) if keys else None
@@ -150,7 +154,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         """Values, queries and keys after their convolutions; the other projections as they are."""
         count = 2 if self.key_proj is None else 3
         mixed, past = self.head_conv(torch.cat(streams[:count], dim=-1), past, reset)
-        mixed = functional.silu(mixed).split([stream.shape[-1] for stream in streams[:count]], dim=-1)
+        mixed = mixed.split([stream.shape[-1] for stream in streams[:count]], dim=-1)
+        mixed = [functional.silu(x) if i == 0 or self.key_silu else x for i, x in enumerate(mixed)]
         return [*mixed, *streams[count:]], past
 
     def _mix(
@@ -189,7 +194,9 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         # fp32 because bf16 has no number between 0.996 and 1, where slow decay rates lie.
         H, K, _ = self.head_shape
         M = self.block_size
-        planes = gates.unflatten(-1, (M + 1, H, K))
+        planes = gates.unflatten(-1, (-1, H, K))
+        if not self.input_logit:
+            planes = functional.pad(planes, (0, 0, 0, 0, 0, 1))
         p = normalise(planes if planes.dtype == torch.float64 else planes.float(), self.gate, dim=2)
         if self.diagonal_only:
             own = torch.arange(K, device=p.device) % M == torch.arange(M, device=p.device).unsqueeze(1)
@@ -197,7 +204,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return p[:, :, :M].permute(0, 1, 3, 4, 2), p[:, :, M]
 
     def planes(self) -> dict[str, int]:
-        return {"gate_proj.weight": self.block_size + 1}
+        return {"gate_proj.weight": self.block_size + self.input_logit}
 
     def transitions(self, x: Tensor) -> Tensor:
         """A_t (B, T, H K / M, M, M) in fp32, head after head."""
@@ -212,6 +219,8 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(K, self.block_size, self.half_life)  # (K, M+1)
+            if not self.input_logit:
+                bias = bias[:, :-1] - bias[:, -1:]
             values["gate_proj.bias"] = bias.T.unsqueeze(1).expand(-1, H, -1).flatten()
         for name, conv in (("conv", self.conv), ("head_conv", self.head_conv)):
             if conv is not None:
@@ -225,6 +234,11 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             taps[0] = -1.0  # the convolution adds to its input
             for head in range(H):
                 lag = head % self.shift_keys
+                if self.shift_together:  # a head compares the last lag + 1 tokens, each in its share of slots
+                    for i, share in enumerate(torch.arange(K).tensor_split(lag + 1)):
+                        taps[i, 0, head, share] += 1.0
+                        taps[i + 1, 1, head, share] += 1.0
+                    continue
                 taps[lag, 0, head] += 1.0
                 taps[lag + 1, 1, head] += 1.0
         return values
