@@ -17,6 +17,7 @@ MIXER_ROWS = {
         "short_conv": 3,
         "output_gate": True,
         "norm_groups": 2,
+        "input_logit": False,
     },
     "bd_matrix": {"type": "bd_matrix", "num_heads": 2, "head_dim": 6, "value_dim": 8, "block_size": 3},
     "bd_matrix-conv": {
@@ -38,6 +39,7 @@ MIXER_ROWS = {
         "head_conv": 3,
         "keys": True,
         "erase": True,
+        "input_logit": False,
     },
     "h_lru": {"type": "h_lru", "num_blocks": 7, "order": 4},
     "h_lru-1": {"type": "h_lru", "num_blocks": 7, "order": 1},

@@ -48,7 +48,7 @@ def triton_obstacle(*inputs: Tensor) -> str | None:
 def _scan_obstacle(gates: Tensor, values: Tensor) -> str | None:
     if reason := triton_obstacle(gates, values):
         return reason
-    if (M := gates.shape[-1] - 1) > TRITON_MOST:
+    if (M := values.shape[3] if values.ndim == 4 else gates.shape[-1] - 1) > TRITON_MOST:
         return f"block size or order {M} is above {TRITON_MOST}"
     return None
 
@@ -84,7 +84,9 @@ def block_diagonal_scan(
     """Scan of BD-LRU: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])` per block.
 
     Args:
-        gates: (B, T, N, M, M+1) logits z, the input gate last; any strides.
+        gates: (B, T, N, M, M+1) logits z, the input gate last; any strides. Of a softmax also (B, T, N, M,
+            M), without the input gate's logit, which is then 0: only differences of logits matter to a
+            softmax, so that any row of M + 1 logits has such a form.
         values: (B, T, N, M) v; any strides.
         h0: (B, N, M) state before the first step; zeros if None.
         reset: (B, T) bool, true where a document starts: the incoming state counts as zero there.
@@ -109,10 +111,14 @@ def block_diagonal_scan(
         True
     """
     B, T, N, M = _shape("values", values, 4)
-    expect_shape("gates", gates, (B, T, N, M, M + 1))
     check_gate(gate)
     check_state(h0, reset, (B, N, M), (B, T))
-    return _choose(backend, gates, values).block_diagonal(gates, values, h0, reset, gate)
+    fixed = gate == "softmax" and gates.shape[-1] == M
+    expect_shape("gates", gates, (B, T, N, M, M if fixed else M + 1))
+    chosen = _choose(backend, gates, values)
+    if fixed and chosen is not BACKENDS["triton"]:  # whose kernels read no logits of the input gate
+        gates = torch.nn.functional.pad(gates, (0, 1))
+    return chosen.block_diagonal(gates, values, h0, reset, gate)
 
 
 def higher_order_scan(
@@ -171,16 +177,17 @@ def block_diagonal_scan_packed(
 
     Args:
         planes: (B, T, M+2, columns), columns >= N M, see `plane_width`. Plane k holds gate k of every row (n,
-            i), at n M + i, plane M+1 the values. Columns beyond the rows must be finite and change nothing.
+            i), at n M + i, the last plane the values. Columns beyond the rows must be finite and change
+            nothing. (B, T, M+1, columns) without the input gate's plane, whose logits are then 0.
         num_blocks, block_size: N, M.
         h0, reset, gate, backend: as in `block_diagonal_scan`.
-        bias: (M+1, N M), already added to the gates' planes, outside of autograd. It is given only for its
+        bias: (gates, N M), already added to the gates' planes, outside of autograd. It is given only for its
             gradient, which the scan computes on the way.
     Returns:
         h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes
         is one tensor, zero beyond the rows.
     """
-    gates, values = _split(planes, num_blocks * block_size, block_size)
+    gates, values = _split(planes, num_blocks * block_size, block_size, gate == "softmax")
     _check_bias(bias, planes, num_blocks * block_size)
     gates = gates.unflatten(-2, (num_blocks, block_size))
     values = values.unflatten(-1, (num_blocks, block_size))
@@ -210,7 +217,7 @@ def higher_order_scan_packed(
     As `block_diagonal_scan_packed`, with planes a_1 .. a_M, a_0, then the values, columns >= N and bias
     (M+1, N); returns h (B, T, N) and h_last (B, N, M).
     """
-    gates, values = _split(planes, num_blocks, order)
+    gates, values = _split(planes, num_blocks, order, may_be_fixed=False)
     _check_bias(bias, planes, num_blocks)
     if _choose(backend, gates, values) is not BACKENDS["triton"]:
         gates = _with_gradient_to(bias, gates, (num_blocks,))
@@ -237,12 +244,12 @@ def runs_fused(x: Tensor, M: int) -> bool:
     return x.is_cuda and _scan_obstacle(gates, x) is None
 
 
-def _split(planes: Tensor, rows: int, M: int) -> tuple[Tensor, Tensor]:
-    """Gates (B, T, rows, M+1) and values (B, T, rows)."""
+def _split(planes: Tensor, rows: int, M: int, may_be_fixed: bool) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, rows, M+1) and values (B, T, rows); M gates where the input gate's logit is fixed."""
     _shape("planes", planes, 4)
-    if planes.shape[2] != M + 2 or planes.shape[3] < rows:
+    if planes.shape[2] not in ((M + 1, M + 2) if may_be_fixed else (M + 2,)) or planes.shape[3] < rows:
         raise ValueError(f"planes has shape {tuple(planes.shape)}; expected (B, T, {M + 2}, at least {rows})")
-    return planes[:, :, : M + 1, :rows].transpose(2, 3), planes[:, :, M + 1, :rows]
+    return planes[:, :, :-1, :rows].transpose(2, 3), planes[:, :, -1, :rows]
 
 
 def _check_bias(bias: Tensor | None, planes: Tensor, rows: int) -> None:
@@ -251,7 +258,7 @@ def _check_bias(bias: Tensor | None, planes: Tensor, rows: int) -> None:
 
 
 def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The same gates (B, T, *rows, M+1), through which a gradient reaches bias (M+1, rows)."""
+    """The same gates (B, T, *rows, K), through which a gradient reaches bias (K, rows)."""
     if bias is None:
         return gates
     # bias - bias is zero, so the numbers stay; its gradient is that of the gates, summed over (B, T).

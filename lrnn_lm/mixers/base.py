@@ -158,7 +158,7 @@ class JointProjections:
 
 
 def _plane_weights(
-    gates: nn.Linear, values: nn.Linear, rows: int, columns: int, missing: int = 0
+    gates: nn.Linear, values: nn.Linear, rows: int, columns: int
 ) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) of one projection to planes of `columns`, those of the gates' and then the values'. No
     gradient goes to the bias from there: the scan has it, see `gate_bias`.
@@ -171,33 +171,28 @@ def _plane_weights(
         return None
     dtype = compute_dtype(bias)
     planes = [w.to(dtype).view(-1, rows, w.shape[-1]) for w in weights]
-    if missing:  # the input gate's logits, all 0
-        planes.insert(1, planes[1].new_zeros(planes[1].shape))
-    biases = functional.pad(bias.detach().to(dtype).view(-1, rows), (0, columns - rows, 0, 1 + missing))
+    biases = functional.pad(bias.detach().to(dtype).view(-1, rows), (0, columns - rows, 0, 1))
     if columns > rows:
         planes = [functional.pad(plane, (0, 0, 0, columns - rows)) for plane in planes]
     return torch.cat(planes).flatten(0, 1), biases.flatten()
 
 
 def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, columns: int) -> Tensor | None:
-    """A mixer's gates and values by one product, planes (B, T, M+2, columns), for the fused scan.
+    """A mixer's gates and values by one product, planes (B, T, M+2, columns), for the fused scan; M+1 planes
+    of a mixer whose input gate has no logits.
 
     None for other scans, for a step of decoding, and where a projection is not plain.
     """
     fused = mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
     if not fused or x.shape[1] == 1:
         return None
-    missing = (M + 1) - mixer.gate_proj.out_features // rows
-    weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns, missing)
-    return None if weights is None else functional.linear(x, *weights).unflatten(-1, (M + 2, columns))
+    weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns)
+    return None if weights is None else functional.linear(x, *weights).unflatten(-1, (-1, columns))
 
 
-def gate_bias(gates: nn.Linear, rows: int, M: int) -> Tensor | None:
+def gate_bias(gates: nn.Linear, rows: int) -> Tensor | None:
     """The gates' bias (M+1, rows), as the packed scans take it."""
-    if gates.bias is None:
-        return None
-    bias = gates.bias.view(-1, rows)
-    return bias if len(bias) == M + 1 else functional.pad(bias, (0, 0, 0, 1))
+    return None if gates.bias is None else gates.bias.view(-1, rows)
 
 
 class Rotary(NamedTuple):

@@ -44,8 +44,12 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         output_gate: whether to multiply states by silu(W_g x) before the output projection; None for no.
         norm_groups: number of groups of neighbouring rows whose states are divided by their root mean square
             before the output projection; None for no norm.
+        input_logit: whether the input gate has logits of its own. False: they are 0, and with softmax the
+            gates are the same functions of x by a weight of M planes for M + 1, as only differences of
+            logits matter to a softmax.
     Raises:
-        ValueError: a size below 1, rows that do not split, an unknown gate, or a start that it cannot have.
+        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have, or
+            `input_logit: false` with a gate other than softmax.
 
     The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
 
@@ -78,7 +82,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         check_sizes(
             num_blocks=num_blocks, block_size=block_size, short_conv=short_conv, norm_groups=norm_groups
         )
-        check_gates(gate, gate_std, half_life)
+        check_gates(gate, gate_std, half_life, input_logit)
         self.hidden_size = hidden_size
         self.gate_std, self.half_life = gate_std, half_life
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
@@ -98,7 +102,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             if width % norm_groups:
                 raise ValueError(f"the state's {width} rows do not split into norm_groups={norm_groups}")
             self.norm_weight = nn.Parameter(torch.ones(width))
-        if short_conv or output_gate or norm_groups:
+        if short_conv or output_gate or norm_groups or not input_logit:
             self.fused_window = None  # the fused decoding step computes the plain layer only
         self.draw_parameters()
 
@@ -132,7 +136,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         N, M = self.num_blocks, self.block_size
         if self.diagonal_only:
             gates, values = self.project(x, context.joint)
-            p = normalise(self._planes(gates).float(), self.gate)
+            p = normalise(self.logits(gates).float(), self.gate)
             own = torch.eye(M, M + 1, device=p.device)  # (M, M+1): the diagonal, and the input gates
             own[:, M] = 1.0
             p = p * own
@@ -141,7 +145,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             )
             return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
-            bias = gate_bias(self.gate_proj, N * M, M)
+            bias = gate_bias(self.gate_proj, N * M)
             return block_diagonal_scan_packed(
                 planes, N, M, state, context.reset, self.gate, self.backend, bias
             )
@@ -153,13 +157,16 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         return [self.gate_proj, self.value_proj]
 
     def _planes(self, gates: Tensor) -> Tensor:
-        """Projected gate logits (B, T, (M+1) N M) as (B, T, N, M, M+1)."""
-        # Memory holds M + 1 planes, each laid out like the values, so that neighbouring lanes of the kernel,
+        """Projected gate logits (B, T, K N M) as (B, T, N, M, K), K = M + 1, or M without `input_logit`."""
+        # Memory holds K planes, each laid out like the values, so that neighbouring lanes of the kernel,
         # a row each, read neighbouring addresses.
         planes = gates.unflatten(-1, (-1, self.num_blocks, self.block_size))
-        if not self.input_logit:
-            planes = functional.pad(planes, (0, 0, 0, 0, 0, 1))
         return planes.permute(0, 1, 3, 4, 2)
+
+    def logits(self, gates: Tensor) -> Tensor:
+        """Projected gate logits as (B, T, N, M, M+1), the input gate's included."""
+        planes = self._planes(gates)
+        return planes if self.input_logit else functional.pad(planes, (0, 1))
 
     def planes(self) -> dict[str, int]:
         return {"gate_proj.weight": self.block_size + self.input_logit}
@@ -168,15 +175,14 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         """A_t (B, T, N, M, M) in fp32."""
         if self.conv is not None:
             x, _ = self.conv(x, None, None)
-        return normalise(self._planes(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
+        return normalise(self.logits(self.gate_proj(x)).float(), self.gate)[..., : self.block_size]
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
         """The matrix and bias of the gates by `gate_std` and `half_life`; convolution and norm."""
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(self.num_blocks * self.block_size, self.block_size, self.half_life)
-            if not self.input_logit:
-                bias = bias[:, :-1] - bias[:, -1:]
+            bias = bias if self.input_logit else bias[:, :-1] - bias[:, -1:]
             values["gate_proj.bias"] = bias.T.flatten()  # planes, as `_planes` reads them
         if self.conv is not None:
             values["conv.weight"] = torch.zeros_like(self.conv.weight, device="cpu")

@@ -60,13 +60,14 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         short_conv: reach W in tokens of a short convolution of the input; None for none.
         head_conv: reach W in tokens of short convolutions of values, queries and keys in place of one of the
             input, and SiLU after them, as in gated DeltaNet. A key can then be that of the token before.
-        shift_keys: n: keys of the first of n heads start as the queries of the token before, so that a layer
-            reads at first what followed earlier tokens like this one; keys and queries of the next as those
-            of another token before, and so on in turns. Needs `keys` and a `head_conv` above n.
+        shift_keys: n: keys start as the queries of the token before, so that a layer reads at first what
+            followed earlier tokens like this one. Of n heads in turns the first compares one token, the
+            second two, each in half of its slots, and so on to n. Needs `keys` and a `head_conv` above n.
         output_gate: whether to multiply outputs by silu(W_g x); None for yes.
         head_norm: whether to divide each head's output by its root mean square.
         keys: whether to multiply the write weights by keys W_u x of root mean square 1 in each head.
         erase: whether a write erases what the state holds at its key; needs `keys`.
+        input_logit: whether the input gate has logits of its own, see `BlockDiagonalLRU`.
     """
 
     def __init__(
@@ -87,15 +88,13 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         keys: bool = False,
         erase: bool = False,
         input_logit: bool = True,
-        shift_together: bool = False,
-        key_silu: bool = True,
     ):
         super().__init__()
         check_sizes(
             num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
             short_conv=short_conv, head_conv=head_conv, shift_keys=shift_keys,
         )  # fmt: skip
-        check_gates(gate, gate_std, half_life)
+        check_gates(gate, gate_std, half_life, input_logit)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
         if short_conv and head_conv:
@@ -115,8 +114,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
         self.gate, self.gate_std = gate, gate_std
         self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
-        self.shift_keys, self.shift_together = shift_keys, shift_together
-        self.input_logit, self.key_silu = input_logit, key_silu
+        self.shift_keys, self.input_logit = shift_keys, input_logit
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         self.gate_proj = nn.Linear(hidden_size, (M + input_logit) * H * K)
@@ -154,8 +152,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         """Values, queries and keys after their convolutions; the other projections as they are."""
         count = 2 if self.key_proj is None else 3
         mixed, past = self.head_conv(torch.cat(streams[:count], dim=-1), past, reset)
-        mixed = mixed.split([stream.shape[-1] for stream in streams[:count]], dim=-1)
-        mixed = [functional.silu(x) if i == 0 or self.key_silu else x for i, x in enumerate(mixed)]
+        mixed = functional.silu(mixed).split([stream.shape[-1] for stream in streams[:count]], dim=-1)
         return [*mixed, *streams[count:]], past
 
     def _mix(
@@ -190,7 +187,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         return [self.gate_proj, self.value_proj, self.query_proj, *(p for p in optional if p is not None)]
 
     def _coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, (M+1) H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32."""
+        """Logits (B, T, gates H K) as A (B, T, H, K, M) and k (B, T, H, K), views of M + 1 planes in fp32."""
         # fp32 because bf16 has no number between 0.996 and 1, where slow decay rates lie.
         H, K, _ = self.head_shape
         M = self.block_size
@@ -219,8 +216,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         values = gate_matrix(self.gate_proj, self.gate_std)
         if self.half_life is not None:
             bias = gate_bias_of_half_lives(K, self.block_size, self.half_life)  # (K, M+1)
-            if not self.input_logit:
-                bias = bias[:, :-1] - bias[:, -1:]
+            bias = bias if self.input_logit else bias[:, :-1] - bias[:, -1:]
             values["gate_proj.bias"] = bias.T.unsqueeze(1).expand(-1, H, -1).flatten()
         for name, conv in (("conv", self.conv), ("head_conv", self.head_conv)):
             if conv is not None:
@@ -233,14 +229,10 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             taps = values["head_conv.weight"][:, H * V :].unflatten(1, (2, H, K))  # of queries and keys
             taps[0] = -1.0  # the convolution adds to its input
             for head in range(H):
-                lag = head % self.shift_keys
-                if self.shift_together:  # a head compares the last lag + 1 tokens, each in its share of slots
-                    for i, share in enumerate(torch.arange(K).tensor_split(lag + 1)):
-                        taps[i, 0, head, share] += 1.0
-                        taps[i + 1, 1, head, share] += 1.0
-                    continue
-                taps[lag, 0, head] += 1.0
-                taps[lag + 1, 1, head] += 1.0
+                compared = head % self.shift_keys + 1
+                for lag, share in enumerate(torch.arange(K).tensor_split(compared)):
+                    taps[lag, 0, head, share] += 1.0
+                    taps[lag + 1, 1, head, share] += 1.0
         return values
 
     def cost(self, context_length: int) -> MixerCost:

@@ -23,10 +23,15 @@ def gate_matrix(gate_proj: nn.Linear, gate_std: float | None) -> dict[str, Tenso
 
 
 def check_gates(
-    gate: str, gate_std: float | None, half_life: tuple[float, float] | list[float] | None = None
+    gate: str,
+    gate_std: float | None,
+    half_life: tuple[float, float] | list[float] | None = None,
+    input_logit: bool = True,
 ) -> None:
     """Raise ValueError for an unknown gate function, or a start of the gates that it cannot have."""
     check_gate(gate)
+    if not input_logit and gate != "softmax":
+        raise ValueError(f"input_logit: false needs gate softmax, not {gate!r}: of others it is no constant")
     if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
         raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
     if half_life is None:

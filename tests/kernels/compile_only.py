@@ -93,7 +93,10 @@ def launch_tiles(B: int, D: int, inner: int, M: int, N: int = 64) -> None:
     normed_step(stream, 1e-6, empty(50_280, D))
 
 
-def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None) -> None:
+def launch_all(
+    M: int, T: int, gate: str, states: bool, chunk: int | None = None, fixed: bool = False
+) -> None:
+    """`fixed`: a BD-LRU whose input gate has no logits."""
     from lrnn_lm.kernels.scan import triton_scans
 
     B, N = 2, 5
@@ -101,7 +104,8 @@ def launch_all(M: int, T: int, gate: str, states: bool, chunk: int | None = None
     reset = torch.zeros(B, T, dtype=torch.bool) if states else None
     triton_scans.time_chunks = lambda *_: (chunk or T, -(-T // (chunk or T)))
     for block in ((N, M), (N,)):
-        gates = torch.zeros(B, T, M + 1, *block, dtype=torch.bfloat16).movedim(2, -1)
+        K = M if fixed and len(block) == 2 else M + 1
+        gates = torch.zeros(B, T, K, *block, dtype=torch.bfloat16).movedim(2, -1)
         values = torch.zeros(B, T, *block, dtype=torch.bfloat16)
         h, last = triton_scans._forward(gates, values, h0, reset, gate)
         triton_scans._backward(
@@ -190,6 +194,7 @@ def everything() -> None:
     launch_all(2, 96, "softmax", states=False)
     assert len(COMPILED) == 4, "another T compiled again"
     launch_all(3, 40, "tanh", states=True, chunk=16)
+    launch_all(2, 40, "softmax", states=True, chunk=16, fixed=True)
     some_steps()
     launch_matrix(1, torch.bfloat16, 33, states=False)
     first = len(SPILLED)

@@ -43,6 +43,18 @@ def test_small_shapes(scan, T, N, M):
     compare(scan, T=T, N=N, M=M, B=1 if M > 5 else 2)
 
 
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
+def test_an_input_gate_without_logits(M, chunks):
+    """Gates (.., M): those of a softmax whose input gate has the logit 0, and their gradients."""
+    gates, *others = make_inputs(block_diagonal_scan, T=11, N=2, M=M)
+    gates[..., M] = 0.0
+    compare(block_diagonal_scan, inputs=[gates[..., :M], *others])
+    torch.testing.assert_close(
+        block_diagonal_scan(gates[..., :M], *others, backend="reference"),
+        block_diagonal_scan(gates, *others, backend="reference"),
+    )
+
+
 @interpreted
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(("T", "M"), [(11, 1), (12, 3), (10, 4)])
@@ -115,29 +127,38 @@ def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("M", [1, 3, 4, 12])
-def test_packed_planes(scan, M, backend):
-    """The same bits as from gates and values; padding changes nothing, and its gradient is zero."""
+@pytest.mark.parametrize(
+    ("M", "fixed"), [(1, False), (3, False), (4, False), (12, False), (2, True), (12, True)]
+)
+def test_packed_planes(scan, M, fixed, backend):
+    """The same bits as from gates and values; padding changes nothing, and its gradient is zero.
+
+    `fixed`: without the input gate's plane.
+    """
+    if fixed and scan is higher_order_scan:
+        pytest.skip("its input gate always has logits")
     gates, values, h0, reset = to_device(make_inputs(scan, B=2, T=5, N=3, M=M))
+    K = M if fixed else M + 1
+    gates = gates[..., :K].contiguous()
     wanted = run(scan, [gates, values, h0, reset], "softmax", backend)
     rows = values[0, 0].numel()
-    planes = torch.full((2, 5, M + 2, rows + 5), 1e4, device=DEVICE)
-    planes[:, :, : M + 1, :rows] = gates.flatten(2, -2).transpose(2, 3)
-    planes[:, :, M + 1, :rows] = values.flatten(2)
+    planes = torch.full((2, 5, K + 1, rows + 5), 1e4, device=DEVICE)
+    planes[:, :, :K, :rows] = gates.flatten(2, -2).transpose(2, 3)
+    planes[:, :, K, :rows] = values.flatten(2)
     packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
 
-    bias = torch.zeros(M + 1, rows, device=DEVICE)  # in the planes already, whatever it is
+    bias = torch.zeros(K, rows, device=DEVICE)  # in the planes already, whatever it is
 
     def from_planes(planes, bias, h0, reset, gate, backend):
         return packed(planes, 3, M, h0, reset, gate, backend=backend, bias=bias)
 
     h, last, d_planes, d_bias, d_h0 = run(from_planes, [planes, bias, h0, reset], "softmax", backend)
-    d_gates = d_planes[:, :, : M + 1, :rows].transpose(2, 3).view(gates.shape)
-    d_values = d_planes[:, :, M + 1, :rows].view(values.shape)
+    d_gates = d_planes[:, :, :K, :rows].transpose(2, 3).view(gates.shape)
+    d_values = d_planes[:, :, K, :rows].view(values.shape)
     for x, want in zip((h, last, d_gates, d_values, d_h0), wanted, strict=True):
         torch.testing.assert_close(x, want, rtol=1e-6, atol=1e-6)
     assert not d_planes[..., rows:].any()
-    wanted_sum = d_planes[:, :, : M + 1, :rows].sum(dim=(0, 1))
+    wanted_sum = d_planes[:, :, :K, :rows].sum(dim=(0, 1))
     torch.testing.assert_close(d_bias, wanted_sum, rtol=1e-5, atol=1e-6)
 
 
@@ -201,6 +222,11 @@ def test_widths_of_planes():
 def test_planes_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"at least 6"):
         block_diagonal_scan_packed(torch.zeros(1, 2, 4, 5), 3, 2)
+    for gate, planes in (("softmax", 2), ("tanh", 3)):  # only a softmax may leave out the input gate's
+        with pytest.raises(ValueError, match=r"expected \(B, T, 4"):
+            block_diagonal_scan_packed(torch.zeros(1, 2, planes, 6), 3, 2, gate=gate)
+    with pytest.raises(ValueError, match=r"expected \(1, 2, 3, 2, 3\)"):
+        block_diagonal_scan(torch.zeros(1, 2, 3, 2, 2), torch.zeros(1, 2, 3, 2), gate="tanh")
 
 
 @pytest.mark.parametrize("scan", SCANS)

@@ -246,7 +246,7 @@ def test_a_declaration_that_no_recipe_could_check(
 VALUES = {
     "gate": "tanh", "half_life": [2, 8], "output_gate": True, "head_norm": False, "qk_norm": True,
     "allow_neg_eigval": True, "keys": True, "erase": True, "scaled": True,
-    "use_rope": False, "solver": "newton",
+    "use_rope": False, "solver": "newton", "input_logit": False,
 }  # fmt: skip
 
 

@@ -54,8 +54,8 @@ def harden(
     prefix = "model.layers.0.mixer."
     M = mixer.block_size
     scale = _scale(maps)  # (N, M)
-    for name in ("gate_proj.weight", "gate_proj.bias"):  # planes of rows (M+1, N, M, ..)
-        planes = weights[prefix + name].unflatten(0, (M + 1, -1, M))
+    for name in ("gate_proj.weight", "gate_proj.bias"):  # planes of rows (M+1 or M, N, M, ..)
+        planes = weights[prefix + name].unflatten(0, (-1, mixer.num_blocks, M))
         factor = scale.view(1, *scale.shape, *[1] * (planes.ndim - 3))
         weights[prefix + name] = (planes * factor)[:, kept].flatten(0, 2)
     weights[prefix + "value_proj.weight"] = _rows(weights[prefix + "value_proj.weight"], kept, M)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..triton_device import settle_cache_keys
+from .triton_gates import FIXED
 from .triton_rows import (
     WARP,
     as_int64,
@@ -292,7 +293,8 @@ def backward_kernel(
     # Added up here, in registers: summing dz afterwards would read half of what this kernel moves once more.
     sums = ()
     if HAS_SUMS:
-        for _ in tl.static_range((M // SHARE + 1) * P):
+        GATES: tl.constexpr = M // SHARE if GATE == FIXED else M // SHARE + 1
+        for _ in tl.static_range(GATES * P):
             sums = sums + (tl.zeros([WIDTH], tl.float32),)
 
     groups = (end - begin) // STEPS
@@ -323,7 +325,7 @@ def backward_kernel(
         sum_at = sums_out + ((b * n_chunks + c) * ((M + 1) * COLUMNS) + spot)[None, :]
         store_sums(
             sums, sum_at + q[None, :] * (M // SHARE * COLUMNS), sum_at + M * COLUMNS, padded, padded & own,
-            COLUMNS, M // SHARE, WIDTH, P,
+            COLUMNS, M // SHARE, WIDTH, P, GATE,
         )  # fmt: skip
     if begin == 0:
         tl.store(d_start + b * NM + spot[None, :], stack(u, tl.float32, 1, WIDTH, P), mask=valid & own)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
-from .triton_gates import EPS, gate_value
+from .triton_gates import EPS, FIXED, gate_value
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
     as_int64,
@@ -127,7 +127,8 @@ def block_transfer_kernel(
 @triton.jit
 def _normalised(z, a, inside, GATE: tl.constexpr):
     """Gates z [MP, MP], a row each, and input gates a [MP], normalised; `inside` [MP, MP]: real entries."""
-    if GATE == "softmax":  # the largest logit is subtracted before exp, which overflows fp32 at 89
+    if GATE == "softmax" or GATE == FIXED:
+        # The largest logit is subtracted before exp, which overflows fp32 at 89.
         z = tl.where(inside, z, float("-inf"))
         top = tl.maximum(tl.max(z, axis=1), a)
         f, f_in = tl.exp2((z - top[:, None]) * LOG2E), tl.exp2((a - top) * LOG2E)
@@ -163,7 +164,10 @@ def wide_block_transfer_kernel(
     for step in tl.range(begin, end, num_stages=STAGES):
         t = as_int64(step)
         z = tl.load(z_at + t * G_T, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
+        if GATE == FIXED:
+            a = tl.zeros([MP], tl.float32)
+        else:
+            a = tl.load(a_at + t * G_T, mask=row, other=0.0).to(tl.float32)
         x = tl.load(x_at + t * X_T, mask=row, other=0.0).to(tl.float32)
         f, f_in = _normalised(z, a, inside, GATE)  # [MP, MP], [MP]
         if HAS_RESET:  # a select, not a product with zero: the state of the document before may be NaN
@@ -291,7 +295,7 @@ def _transfer(
 ) -> Tensor:  # fmt: skip
     """Launch a kernel with `rows` rows a lane; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
     B, T, N = x.shape[:3]
-    M = gates.shape[-1] - 1
+    M = x.shape[3] if x.ndim == 4 else gates.shape[-1] - 1
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
     # The interpreter runs one program after another, so give it few and wide ones.
     width = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES

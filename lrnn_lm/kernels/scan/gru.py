@@ -118,8 +118,8 @@ def _solve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given, kernels = (inputs, weight, bias, h0, reset), _kernels(triton)
     grad, grad_last, h = grad.contiguous(), grad_last.contiguous(), h.contiguous()
-    # Above 8 Newton's own way back, through the reversed scan, was 10% off on an H200 at M = 16 (the interpreter
-    # has it right), and the walk's right to 1e-7. The cost: at B 1 the way back is no faster than the walk's.
+    # At M = 16 Newton's own way back, through the reversed scan, was 10% off on an H200. The interpreter has
+    # it right; the walk's is right on both, to 1e-7. The cost: at B 1 the way back is as slow as the walk's.
     # It may go once `python -m benchmarks.gpu.walk` finds Newton right at 16 without it.
     if triton and (not newton or h.shape[-1] > LARGEST_REVERSED):  # the walk back, one kernel
         return kernels.walk_backward(*given, h, grad, grad_last)

@@ -337,7 +337,7 @@ def backward_kernel(
         sum_at = sums_out + ((b * n_chunks + c) * ((M + 1) * COLUMNS) + n)[None, :]
         store_sums(
             sums, sum_at + lag[None, :] * COLUMNS, sum_at + M * COLUMNS, padded, padded & own, COLUMNS, TAPS,
-            WIDTH, P,
+            WIDTH, P, GATE,
         )  # fmt: skip
     if begin == 0:
         _store_windows(d_start + b * (N * M) + n * M + lag, r, TAPS, WIDTH, P, valid)

@@ -11,6 +11,8 @@ from ..gates import EPS as _EPS
 from ..triton_device import LOG2E, settle_cache_keys
 
 EPS = tl.constexpr(_EPS)
+INPUT_AT_ZERO = "softmax, input logit 0"  # GATE of gates without a plane for the input gate
+FIXED = tl.constexpr(INPUT_AT_ZERO)
 
 
 @triton.jit
@@ -56,9 +58,9 @@ def gate_value(z, GATE: tl.constexpr):
 def logit_gradient(z, f, x, h, scaled, GATE: tl.constexpr):
     """dL/dz_k = s / S * f'(z_k) * (x_k - sign(f_k) h), with `scaled` = s / S; README.md derives it.
 
-    softmax: f' = f and sign = 1. none: s x_k.
+    softmax, also with a fixed input logit: f' = f and sign = 1. none: s x_k.
     """
-    if GATE == "softmax":
+    if GATE == "softmax" or GATE == FIXED:
         return scaled * f * (x - h)
     elif GATE == "none":
         return scaled * x

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..triton_device import LOG2E, settle_cache_keys
-from .triton_gates import EPS, gate_value, logit_gradient, reciprocal
+from .triton_gates import EPS, FIXED, gate_value, logit_gradient, reciprocal
 
 WARP = tl.constexpr(32)
 
@@ -145,12 +145,13 @@ def coefficients(
     # The row's weighted sum is divided once, by the caller: cheaper than dividing K coefficients. The loops
     # over rows are the inner ones, so that E independent operations hide each other's latency.
     f, scales = (), ()
+    SOFTMAX: tl.constexpr = GATE == "softmax" or GATE == FIXED
     if GATE == "none":
         f = z
         for e in tl.static_range(E):
             scales = scales + (tl.full(z[e].shape, 1.0, tl.float32),)
     else:
-        if GATE == "softmax":
+        if SOFTMAX:
             # Subtract the row's largest logit before exp: exp overflows fp32 at z = 89.
             top = ()
             for e in tl.static_range(E):
@@ -181,7 +182,7 @@ def coefficients(
         for e in tl.static_range(E):
             # The input gate is added after the sum over lanes: each of them holds it.
             whole = sum_of_row(total[e], lane, SHARE) + tl.abs(f[(K - 1) * E + e])
-            scales = scales + (reciprocal(whole if GATE == "softmax" else whole + EPS),)
+            scales = scales + (reciprocal(whole if SOFTMAX else whole + EPS),)
     return f, scales
 
 
@@ -203,7 +204,11 @@ def gate_rows(
     z = ()
     for k in tl.static_range(TAPS):
         z = z + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
-    z = z + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
+    if GATE == FIXED:
+        for _ in tl.static_range(STEPS * P):
+            z = z + (tl.zeros_like(z[0]),)
+    else:
+        z = z + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
     f, scale = coefficients(z, TAPS + 1, STEPS * P, GATE, lane, SHARE)
     return z, f, scale
 
@@ -281,23 +286,25 @@ def store_gradients(
         if HAS_SUMS:
             totals = totals + _sum_over_steps(sums, dz, k, STEPS, P)
         tl.store(dz_at + k * D_K, stack(dz, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=stores)
-    da = ()
-    for e in tl.static_range(E):
-        da = da + (logit_gradient(z[TAPS * E + e], f[TAPS * E + e], v[e], state[e], scaled[e], GATE),)
-    tl.store(da_at, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
-    if HAS_SUMS:
-        totals = totals + _sum_over_steps(sums, da, TAPS, STEPS, P)
+    if GATE != FIXED:
+        da = ()
+        for e in tl.static_range(E):
+            da = da + (logit_gradient(z[TAPS * E + e], f[TAPS * E + e], v[e], state[e], scaled[e], GATE),)
+        tl.store(da_at, stack(da, da_at.dtype.element_ty, STEPS, WIDTH, P), mask=own)
+        if HAS_SUMS:
+            totals = totals + _sum_over_steps(sums, da, TAPS, STEPS, P)
     return totals
 
 
 @triton.jit
 def store_sums(
     sums, z_at, a_at, stores, own, PLANE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Stores the sums of `store_gradients`: a lane's taps at z_at [1, rows], planes PLANE apart, and the
     input gate at a_at, once a row (`own`)."""
-    for k in tl.static_range(TAPS + 1):
+    GATES: tl.constexpr = TAPS if GATE == FIXED else TAPS + 1
+    for k in tl.static_range(GATES):
         of = ()
         for p in tl.static_range(P):
             of = of + (sums[k * P + p],)

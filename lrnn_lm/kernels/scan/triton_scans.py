@@ -29,6 +29,7 @@ from .chunk_transfer import (
 )
 from .higher_order_kernels import backward_kernel as channel_backward_kernel
 from .higher_order_kernels import forward_kernel as channel_forward_kernel
+from .triton_gates import INPUT_AT_ZERO
 from .triton_launch import Launch, reset_flags, time_chunks
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped tensors
@@ -56,6 +57,16 @@ def _kind(values: Tensor) -> _Kind:
     return _BLOCKS if values.ndim == 4 else _CHANNELS
 
 
+def _size(gates: Tensor, values: Tensor) -> int:
+    """M, the block size or order."""
+    return values.shape[3] if values.ndim == 4 else gates.shape[-1] - 1
+
+
+def _kernel_gate(gates: Tensor, values: Tensor, gate: str) -> str:
+    """The gate function as kernels name it: gates (.., M) of BD-LRU have no plane for the input gate."""
+    return INPUT_AT_ZERO if gates.shape[-1] == _size(gates, values) else gate
+
+
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Strides of time, blocks and, of BD-LRU, rows, by their names in the kernels: G_T, G_N, G_I of `G`."""
     found = {}
@@ -68,7 +79,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *arguments, **options) -> None:
     """Launch a kernel of either scan with what all of them take."""
-    N, M = values.shape[2], gates.shape[-1] - 1
+    N, M = values.shape[2], _size(gates, values)
     if values.ndim == 4:
         sizes = {"M": M, "MP": triton.next_power_of_2(M)}
     else:
@@ -82,7 +93,7 @@ def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *argumen
 def _chunks(gates: Tensor, values: Tensor, gate: str, cut: bool = False) -> tuple[int, int]:
     """(steps a chunk, chunks) of time; `cut`: also where the gate alone does not allow it."""
     B, T, N = values.shape[:3]
-    cost = _kind(values).transfer_cost(gates.shape[-1] - 1, "identity" if cut else gate)
+    cost = _kind(values).transfer_cost(_size(gates, values), "identity" if cut else gate)
     return time_chunks(B * N, values.shape[3:].numel(), cost, T, values.device)
 
 
@@ -96,8 +107,9 @@ def _forward(
     cut: bool = False,
 ) -> tuple[Tensor, Tensor]:
     B, _, N = values.shape[:3]
+    gate = _kernel_gate(gates, values, gate)
     h = rows_like(values, columns)  # its steps lie `columns` apart, as the planes do
-    last = values.new_empty(B, N, gates.shape[-1] - 1, dtype=torch.float32)
+    last = values.new_empty(B, N, _size(gates, values), dtype=torch.float32)
     chunk, n_chunks = _chunks(gates, values, gate, cut)
     if n_chunks > 1:  # few rows: first what each chunk does to the state, then all chunks side by side
         maps = _kind(values).transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
@@ -110,7 +122,10 @@ def _forward(
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks, columns=None) -> None:
     B, T, N = values.shape[:3]
-    block, M = values.shape[3:].numel(), gates.shape[-1] - 1  # rows of a block: M, or 1 where it is a channel
+    block, M = (
+        values.shape[3:].numel(),
+        _size(gates, values),
+    )  # rows of a block: M, or 1 where it is a channel
     launch = Launch(columns or N * block, block, M, T, B * n_chunks, (gates, values))
     _launch(
         _kind(values).forward_kernel, launch, gates, values, start, reset_flags(reset), h, last, T, chunk,
@@ -148,8 +163,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dL/dh0 (B, N, M), and where `summed` dz summed over sequences and steps, (M+1, columns), both fp32."""
     B, T, N = values.shape[:3]
-    block, M = values.shape[3:].numel(), gates.shape[-1] - 1
-    kind = _kind(values)
+    block, M = values.shape[3:].numel(), _size(gates, values)
+    kind, gate = _kind(values), _kernel_gate(gates, values, gate)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop, columns, sums = grad_last.contiguous(), columns or N * block, None
     chunk, n_chunks = _chunks(gates, values, gate, cut)
@@ -170,7 +185,7 @@ def _backward(
         H_T=h.stride(1), E_T=d_values.stride(1), COLUMNS=columns, GATE=gate, HAS_START=h0 is not None,
         HAS_RESET=reset is not None, HAS_SUMS=summed,
     )  # fmt: skip
-    return d_start, None if sums is None else sums.sum(dim=0)
+    return d_start, None if sums is None else sums[:, : gates.shape[-1]].sum(dim=0)
 
 
 def _fills_columns(values: Tensor) -> bool:
@@ -179,9 +194,9 @@ def _fills_columns(values: Tensor) -> bool:
 
 
 def _split_blocks(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
-    """Gates (B, T, N, M, M+1) and values (B, T, N, M) of planes (B, T, M+2, columns)."""
-    rows = planes[..., : N * M].unflatten(-1, (N, M))  # (B, T, M+2, N, M), a view
-    return rows[:, :, : M + 1].permute(0, 1, 3, 4, 2), rows[:, :, M + 1]
+    """Gates (B, T, N, M, K) and values (B, T, N, M) of planes (B, T, K+1, columns)."""
+    rows = planes[..., : N * M].unflatten(-1, (N, M))  # (B, T, K+1, N, M), a view
+    return rows[:, :, :-1].permute(0, 1, 3, 4, 2), rows[:, :, -1]
 
 
 def _split_channels(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
@@ -256,11 +271,11 @@ def _register(name: str) -> Scan:
 
     @scan.register_fake
     def _(gates, values, h0, reset, gate):
-        return values.new_empty(values.shape), _state_like(values, gates.shape[-1] - 1)
+        return values.new_empty(values.shape), _state_like(values, _size(gates, values))
 
     @scan_backward.register_fake
     def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
-        state = _state_like(values, gates.shape[-1] - 1)
+        state = _state_like(values, _size(gates, values))
         return torch.empty_like(gates), values.new_empty(values.shape), state
 
     def setup_context(ctx, inputs, output):
@@ -327,7 +342,8 @@ def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor
     def _(grad_h, grad_last, planes, N, M, h0, h, reset, gate, summed):
         values = split(planes, N, M)[1]
         rows = values.shape[2:].numel()
-        d_bias = values.new_empty(M + 1, rows, dtype=torch.float32) if summed else _no_bias(planes)
+        gates = planes.shape[2] - 1
+        d_bias = values.new_empty(gates, rows, dtype=torch.float32) if summed else _no_bias(planes)
         return planes.new_empty(planes.shape), _state_like(values, M), d_bias
 
     def setup_context(ctx, inputs, output):
