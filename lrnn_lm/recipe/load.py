@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .data import FILE_KEYS, SOURCE_KEYS
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
-from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
+from .reading import TwiceError, field_type, load_override, load_yaml, section_in, takes_text
 from .schema import Recipe
 
 # Keys by which a source that a run stored is known.
@@ -22,10 +22,10 @@ _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "
 
 
 # Removed keys: the values that a stored recipe may still have, so that its run can resume; what to do else.
-_REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "train.fp8": ((False,), "it was no faster than bf16; delete the key and use train.precision=bf16"),
+_REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
+    "train.fp8": (("false",), "it was no faster than bf16; delete the key and use train.precision=bf16"),
     "train.max_rewinds": (
-        (0, 3),
+        ("0", "3"),
         "after train.max_bad_steps the run ends and says what to do; delete the key",
     ),
 }
@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             _apply(data, text)
         return data
 
-    data = settle(_on_top(_read(Path(path), ()), override), Recipe)
+    data = _on_top(_read(Path(path), ()), override)
     data.setdefault("name", Path(path).stem)
     recipe = recipe_from_dict(data, where=str(path))
     for text in overrides or []:
@@ -89,7 +89,7 @@ def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
     for dotted, (harmless, _) in _REMOVED.items():
         name, key = dotted.split(".")
         section = data.get(name)
-        if isinstance(section, dict) and any(section.get(key) is value for value in harmless):
+        if isinstance(section, dict) and str(section.get(key)).lower() in harmless:
             data = {**data, name: {other: value for other, value in section.items() if other != key}}
     return data
 
@@ -140,7 +140,7 @@ def shipped(name: str) -> Path:
 
 
 def read_yaml(file: Path, called: Path | None = None) -> Any:
-    """Contents of a YAML file, for `settle`. RecipeError names the file as `called`."""
+    """Contents of a YAML file, values as text. RecipeError names the file as `called`."""
     called = called or file
     try:
         data = load_yaml(file.read_text(encoding="utf-8"))
@@ -157,9 +157,9 @@ def read_yaml(file: Path, called: Path | None = None) -> Any:
     return data
 
 
-def typed_value(key: str, value: Any) -> Any:
-    """A value from `read_yaml`, with the type that the recipe's dotted key takes."""
-    return settle(value, field_type(Recipe, *str(key).split(".")))
+def is_text(key: str) -> bool:
+    """Whether a dotted key of the recipe takes text."""
+    return takes_text(field_type(Recipe, *key.split(".")))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     data = read_yaml(found, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
-    parent = settle(data.pop("extends", None), str | None)
+    parent = data.pop("extends", None)
     _upgrade(data.get("model"))
     for name, source in _sources(data).items():
         if (
@@ -328,9 +328,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "model_type":
         return f"{where}: takes keys and values, not {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower() + message[1:]}" + (
-        f" (got {detail['input']!r})" if isinstance(detail["input"], str | int | float | None) else ""
-    )
+    got = repr(detail["input"]) if isinstance(detail["input"], str | int | float | None) else ""
+    return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if 0 < len(got) < 200 else "")
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
