@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import finite
 from ..remote import check_here
 from ..runs.layout import RunFolder
 from ..runs.load import (
@@ -22,7 +23,7 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import check_at_least, decimal, finite, print_table, print_written, table_console
+from .show import check_at_least, decimal, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
