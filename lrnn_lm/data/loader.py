@@ -35,8 +35,7 @@ class TrainLoader:
     in_order: C > 1: row i of a step follows row i of the step before in the text, C rows long; then come C
         others. The last rows of a source, fewer than C, are not read.
 
-    Raises DataError if R does not split over the ranks, the text is too short, or a curriculum leaves
-    nothing to learn.
+    Raises DataError if the text is too short, or a curriculum leaves nothing to learn.
     """
 
     def __init__(
@@ -67,19 +66,10 @@ class TrainLoader:
                 raise DataError(
                     f"the text is too short: {rows.num_rows} rows, fewer than data.rows_in_order {in_order}"
                 )
-        if rows_per_step < world_size:
-            raise DataError(
-                f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; "
-                f"raise train.tokens_per_step to at least {world_size * sequence_length}, or use fewer ranks"
-            )
-        if rows_per_step % world_size:
-            raise DataError(
-                f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
-                f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
-            )
         for rows in self.rows:
             _check_curriculum(rows, curriculum)
         assert 0 <= rank < world_size
+        assert rows_per_step % world_size == 0
         assert micro_batch > 0
         assert position >= 0
         self.mixture = mixture or Mixture([MixtureStage(None, (1.0,))])

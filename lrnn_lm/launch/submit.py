@@ -45,7 +45,7 @@ def submit(
     recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
     for made in recipes:
         check_optimizer(made.optim.name)
-        _check_ranks(made)
+        made.check_ranks(made.launch.ranks, made.train.parallel)  # before hours in the queue
     runs = [(Path(made.train.runs_dir).expanduser() / made.name).absolute() for made in recipes]
     if not dry_run and shutil.which("sbatch") is None:
         raise ValueError(
@@ -98,18 +98,6 @@ def _unfinished(
         else:
             todo.append(index)
     return todo
-
-
-def _check_ranks(recipe: Recipe) -> None:
-    """Raise the trainer's errors for the number of ranks before hours in the queue."""
-    rows, ranks = recipe.rows_at(0), recipe.launch.ranks
-    recipe.train.check_shards(ranks, recipe.train.parallel)
-    key = "tokens_per_step" if recipe.train.ramp is None else "ramp.start"
-    if rows % ranks:
-        raise ValueError(
-            f"a step of {rows} rows does not split over {ranks} ranks (launch.nodes x launch.gpus_per_node); "
-            f"make train.{key} a multiple of {ranks * recipe.data.sequence_length}"
-        )
 
 
 def _queued(run: Path) -> str | None:
