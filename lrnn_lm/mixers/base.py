@@ -124,7 +124,7 @@ def by_documents(
     """
     T = x.shape[1]
     # An exported graph cannot depend on where documents start: it takes a token at a time, and grows with T.
-    starts = range(1, T) if is_exported() or T == 1 else _inner_starts(reset)
+    starts = range(1, T) if is_exported() or T == 1 else inner_starts(reset)
     y = []
     for begin, end in pairwise([0, *starts, T]):
         begins = reset[:, begin].view(-1, *[1] * (state.ndim - 1))
@@ -134,7 +134,7 @@ def by_documents(
 
 
 @torch.compiler.disable
-def _inner_starts(reset: Tensor) -> list[int]:
+def inner_starts(reset: Tensor) -> list[int]:
     """At which tokens after the first any row (B, T) starts a document."""
     return (reset[:, 1:].any(dim=0).nonzero().squeeze(1) + 1).tolist()
 
