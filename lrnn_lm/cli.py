@@ -21,7 +21,7 @@ from .runs.layout import RunFolder
 from .version import __version__
 
 EXIT_USER_ERROR = 2
-_USERS_ERRNO = (
+_USERS_ERRNO = (  # system errors that a user can mend
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -354,16 +354,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="lrnn")
     except (ValueError, OSError, UnmetRequirementError) as mistake:
-        if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
+        is_fault = isinstance(mistake, OSError) and mistake.errno not in _USERS_ERRNO
+        if os.environ.get("LRNN_TRACEBACK") or is_fault:
             raise
         if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-
-
-def _is_users(mistake: Exception) -> bool:
-    """Whether a user can fix it: every ValueError of ours, and the system errors listed in _USERS_ERRNO."""
-    return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 
 def _tells() -> bool:
