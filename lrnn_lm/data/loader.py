@@ -4,6 +4,7 @@ Samples are counted over all ranks and epochs. A step takes the next R = rows_pe
 takes the r-th of W equal parts of them, in micro-batches.
 """
 
+import itertools
 import signal
 from collections.abc import Generator, Iterator, Sequence
 
@@ -86,15 +87,10 @@ class TrainLoader:
         """Rows of all sources, over all ranks."""
         return int(self._offsets[-1])
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches of this rank in each step."""
-        return -(-self.share // self.micro_batch)
-
     def __iter__(self) -> Generator[list[Row], None, None]:
         loader = DataLoader(
             self.rows[0] if len(self.rows) == 1 else ConcatDataset(self.rows),
-            batch_sampler=_Batches(self),
+            batch_sampler=self._own_rows(),
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
@@ -108,13 +104,20 @@ class TrainLoader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         while True:
-            step = [next(batches) for _ in range(self.micro_batches_per_step)]
+            step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
             learnt = self._learnt_length(self.position // self.rows_per_step)
             if learnt < self.sequence_length:
                 for batch in step:
                     batch["labels"][:, learnt:] = IGNORED
             self.position += self.rows_per_step
             yield step
+
+    def _own_rows(self) -> Iterator[list[int]]:
+        """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
+        for step in itertools.count(self.position, self.rows_per_step):
+            rows = self.row_numbers(step + self.rank * self.share, self.share).tolist()
+            for start in range(0, self.share, self.micro_batch):
+                yield rows[start : start + self.micro_batch]
 
     def row_numbers(self, first: int, count: int) -> Indices:
         """Rows (count,) of samples first .. first+count-1, counted through all sources one after another."""
@@ -143,23 +146,6 @@ class TrainLoader:
             if step < end:
                 return length
         return self.sequence_length
-
-
-class _Batches:
-    """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[list[int]]:
-        own = self._loader
-        step = own.position
-        while True:
-            first = step + own.rank * own.share
-            rows = own.row_numbers(first, own.share).tolist()
-            for start in range(0, own.share, own.micro_batch):
-                yield rows[start : start + own.micro_batch]
-            step += own.rows_per_step
 
 
 def _leave_signals_to_trainer(worker: int) -> None:

@@ -280,9 +280,8 @@ def _write(
     The file is named after checkpoint and tasks, so that a repeat replaces it. In a folder other than the
     run's own the name begins with the run's: results of other runs may be there.
     """
-    if output is None and info.run is None:
+    if (folder := info.results(output)) is None:
         return None
-    folder = Path(output) if output is not None else RunFolder(info.run).scores
     if folder.suffix == ".json":
         path = folder
     else:
