@@ -21,7 +21,7 @@ from .runs.layout import RunFolder
 from .version import __version__
 
 EXIT_USER_ERROR = 2
-_USERS_ERRNO = (
+_USERS_ERRNO = (  # system errors that a user can mend
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -142,29 +142,19 @@ def submit(
     time: Annotated[str | None, typer.Option(help="time limit of the job, as in 24:00:00")] = None,
     from_checkpoint: Branch = None,
     array: Annotated[Path | None, typer.Option(help="sweep file (YAML), one run per combination")] = None,
-    array_limit: Annotated[int | None, typer.Option(help="runs of the array at a time, at most")] = None,
-    partition: Annotated[str | None, typer.Option(help="SLURM partition")] = None,
-    account: Annotated[str | None, typer.Option(help="SLURM account to charge")] = None,
-    qos: Annotated[str | None, typer.Option(help="SLURM quality of service")] = None,
-    module: Annotated[list[str] | None, typer.Option(help="environment module to load; repeatable")] = None,
-    container: Annotated[str | None, typer.Option(help="container image to run in")] = None,
-    sbatch: Annotated[list[str] | None, typer.Option(help="any other sbatch option; repeatable")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script, submit nothing")] = False,
 ) -> None:
     """Train a recipe as a SLURM job that requeues itself until done.
 
     The job saves before its time limit or a preemption, requeues, and resumes from its newest checkpoint. The
-    recipe's launch section sets the same options; slurm/README.md explains them.
+    recipe's launch section sets these options and more, as in launch.partition=gpu; slurm/README.md
+    explains them.
     """
     from .launch import submit as submit_job
 
-    flags = {
-        "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "array_limit": array_limit,
-        "partition": partition, "account": account, "qos": qos, "modules": module, "container": container,
-        "sbatch": sbatch,
-    }  # fmt: skip
-    given = {key: value for key, value in flags.items() if value is not None}
-    submit_job(recipe, overrides, given, array, dry_run, from_checkpoint=from_checkpoint)
+    flags = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
+    given = [f"launch.{key}={value}" for key, value in flags.items() if value is not None]
+    submit_job(recipe, [*(overrides or []), *given], array, dry_run, from_checkpoint=from_checkpoint)
 
 
 @app.command(name="eval")
@@ -364,16 +354,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="lrnn")
     except (ValueError, OSError, UnmetRequirementError) as mistake:
-        if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
+        is_fault = isinstance(mistake, OSError) and mistake.errno not in _USERS_ERRNO
+        if os.environ.get("LRNN_TRACEBACK") or is_fault:
             raise
         if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-
-
-def _is_users(mistake: Exception) -> bool:
-    """Whether a user can fix it: every ValueError of ours, and the system errors listed in _USERS_ERRNO."""
-    return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 
 def _tells() -> bool:

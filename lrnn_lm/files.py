@@ -1,5 +1,6 @@
 """What several parts need of the machine: files replaced in one go, random states, the hub, device names."""
 
+import math
 import os
 import random
 import socket
@@ -8,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,15 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
             fsync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def finite(facts: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON lacks: a loss or a state may have diverged."""
+    if isinstance(facts, dict):
+        return {key: finite(value) for key, value in facts.items()}
+    if isinstance(facts, list):
+        return [finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
 
 
 def words_of(error: Exception) -> str:

@@ -9,60 +9,36 @@ half-made modules.
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# Importing ours registers it (see the end of that module); it waits for transformers' own.
-_AFTER_IMPORT = {"transformers.models.auto.configuration_auto": "lrnn_lm.model.config"}
+_THEIRS, _OURS = "transformers.models.auto.configuration_auto", "lrnn_lm.model.config"
 
 
-class _NotifyingLoader(Loader):
-    """Loads as the real loader does, then imports the module that waited."""
+class _AutoFinder:
+    """Finds transformers' table alone, as Python would, with a loader that imports ours right after."""
 
-    def __init__(self, loader: Loader, waiting: str):
-        self._loader = loader
-        self._waiting = waiting
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        importlib.import_module(self._waiting)
-
-
-class _AutoFinder(MetaPathFinder):
-    """Finds nothing itself; wraps the loaders of the modules that are waited for."""
-
-    def __init__(self) -> None:
-        self._busy = False
-
+    @staticmethod
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _AFTER_IMPORT or self._busy:
-            return None
-        self._busy = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._busy = False
+        spec = PathFinder.find_spec(name, path, target) if name == _THEIRS else None
         if spec is not None and spec.loader is not None:
-            spec.loader = _NotifyingLoader(spec.loader, _AFTER_IMPORT[name])
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(_OURS)  # it registers at its end
+
+            spec.loader.exec_module = execute_both
         return spec
 
 
 def register() -> None:
-    """Register with the auto module if it is there, else wait for it. Safe to call twice."""
-    waiting = False
-    for name, ours in _AFTER_IMPORT.items():
-        if name in sys.modules:
-            importlib.import_module(ours)
-        else:
-            waiting = True
-    if waiting and not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AutoFinder())
+    """Register with transformers' table if it is loaded, else when it is. Safe to call twice."""
+    if _THEIRS in sys.modules:
+        importlib.import_module(_OURS)
+    elif _AutoFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _AutoFinder)

@@ -4,6 +4,7 @@ Samples are counted over all ranks and epochs. A step takes the next R = rows_pe
 takes the r-th of W equal parts of them, in micro-batches.
 """
 
+import itertools
 import signal
 from collections.abc import Generator, Iterator, Sequence
 
@@ -35,8 +36,7 @@ class TrainLoader:
     in_order: C > 1: row i of a step follows row i of the step before in the text, C rows long; then come C
         others. The last rows of a source, fewer than C, are not read.
 
-    Raises DataError if R does not split over the ranks, the text is too short, or a curriculum leaves
-    nothing to learn.
+    Raises DataError if the text is too short, or a curriculum leaves nothing to learn.
     """
 
     def __init__(
@@ -67,19 +67,10 @@ class TrainLoader:
                 raise DataError(
                     f"the text is too short: {rows.num_rows} rows, fewer than data.rows_in_order {in_order}"
                 )
-        if rows_per_step < world_size:
-            raise DataError(
-                f"a step of {rows_per_step} rows leaves some of {world_size} ranks without one; "
-                f"raise train.tokens_per_step to at least {world_size * sequence_length}, or use fewer ranks"
-            )
-        if rows_per_step % world_size:
-            raise DataError(
-                f"a step of {rows_per_step} rows does not split over {world_size} ranks; "
-                f"make train.tokens_per_step a multiple of {world_size * sequence_length}"
-            )
         for rows in self.rows:
             _check_curriculum(rows, curriculum)
         assert 0 <= rank < world_size
+        assert rows_per_step % world_size == 0
         assert micro_batch > 0
         assert position >= 0
         self.mixture = mixture or Mixture([MixtureStage(None, (1.0,))])
@@ -96,15 +87,10 @@ class TrainLoader:
         """Rows of all sources, over all ranks."""
         return int(self._offsets[-1])
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches of this rank in each step."""
-        return -(-self.share // self.micro_batch)
-
     def __iter__(self) -> Generator[list[Row], None, None]:
         loader = DataLoader(
             self.rows[0] if len(self.rows) == 1 else ConcatDataset(self.rows),
-            batch_sampler=_Batches(self),
+            batch_sampler=self._own_rows(),
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
@@ -118,13 +104,20 @@ class TrainLoader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         while True:
-            step = [next(batches) for _ in range(self.micro_batches_per_step)]
+            step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
             learnt = self._learnt_length(self.position // self.rows_per_step)
             if learnt < self.sequence_length:
                 for batch in step:
                     batch["labels"][:, learnt:] = IGNORED
             self.position += self.rows_per_step
             yield step
+
+    def _own_rows(self) -> Iterator[list[int]]:
+        """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
+        for step in itertools.count(self.position, self.rows_per_step):
+            rows = self.row_numbers(step + self.rank * self.share, self.share).tolist()
+            for start in range(0, self.share, self.micro_batch):
+                yield rows[start : start + self.micro_batch]
 
     def row_numbers(self, first: int, count: int) -> Indices:
         """Rows (count,) of samples first .. first+count-1, counted through all sources one after another."""
@@ -153,23 +146,6 @@ class TrainLoader:
             if step < end:
                 return length
         return self.sequence_length
-
-
-class _Batches:
-    """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[list[int]]:
-        own = self._loader
-        step = own.position
-        while True:
-            first = step + own.rank * own.share
-            rows = own.row_numbers(first, own.share).tolist()
-            for start in range(0, own.share, own.micro_batch):
-                yield rows[start : start + own.micro_batch]
-            step += own.rows_per_step
 
 
 def _leave_signals_to_trainer(worker: int) -> None:

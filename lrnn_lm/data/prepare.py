@@ -141,8 +141,9 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     ]
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
+    least = [] if specs[0].min_document is None else [specs[0].min_document]
     folders = [
-        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, *_shard_key(spec)])}"
+        cache / "data" / f"{spec.source.type}-{_hash([key, tokenizer_key, spec.shard_tokens, *least])}"
         for spec, key in zip(specs, text_keys, strict=True)
     ]
     if all(folder.is_dir() for folder in folders):
@@ -186,11 +187,6 @@ def _text_key(spec: DataSpec, specs: Sequence[DataSpec]) -> list[Any]:
     ]
     excluded = [sources.fingerprint(other) for other in others if other]
     return [*key, excluded] if excluded else key
-
-
-def _shard_key(spec: DataSpec) -> list[int]:
-    """What decides, of documents and tokenizer that are given, the bytes of the shards."""
-    return [spec.shard_tokens, *([] if spec.min_document is None else [spec.min_document])]
 
 
 def _threshold(spec: DataSpec) -> int:

@@ -50,7 +50,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.files: dict[str, dict[str, Any]] = {}
-        self.num_tokens = self.num_documents = self.num_bytes = 0
+        self.num_documents = self.num_bytes = 0
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._open: tuple[HashedFile, HashedFile] | None = None
@@ -67,7 +67,6 @@ class ShardWriter:
         self._open[1].write(np.array(shard["num_tokens"], STARTS_DTYPE).tobytes())
         shard["num_tokens"] += len(tokens)
         shard["num_documents"] += 1
-        self.num_tokens += len(tokens)
         self.num_documents += 1
         self.num_bytes += num_bytes
         if shard["num_tokens"] >= self._shard_tokens:
@@ -82,7 +81,7 @@ class ShardWriter:
     def summary(self) -> dict[str, Any]:
         """The split's entry in the manifest."""
         return {
-            "num_tokens": self.num_tokens,
+            "num_tokens": sum(shard["num_tokens"] for shard in self._shards),
             "num_documents": self.num_documents,
             "num_bytes": self.num_bytes,
             "shards": self._shards,

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked
 
 from ..files import hub_is_reachable
 from ..requirements import check_extra
@@ -34,17 +36,17 @@ _CONTROL_CHARACTERS = "<>/unkspadx0123456789ABCDEF"
 _WORD = " +[^ ]*|[^ ]+"  # no piece has a space after a non-space, so a text may be cut there
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TokenizerRecipe:
     """The keys of a SentencePiece recipe (tokenizers/*.yaml)."""
 
-    model_type: str = "bpe"
-    vocab_size: int = 4096
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: Annotated[int, Field(lt=2**31)] = 4096
     byte_fallback: bool = True
-    character_coverage: float = 0.9995
-    max_piece_length: int = 16
+    character_coverage: Annotated[float, Field(ge=0.98, le=1)] = 0.9995  # as SentencePiece takes it
+    max_piece_length: Annotated[int, Field(ge=1, le=512)] = 16
     split_digits: bool = False
-    sample_bytes: int = 16_000_000
+    sample_bytes: Annotated[int, Field(ge=1)] = 16_000_000
 
 
 def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
@@ -56,35 +58,26 @@ def read_recipe(path: Path, vocab_size: int | None = None) -> TokenizerRecipe:
         raise DataError(
             f"{path}: cannot read this tokenizer recipe: {' '.join(str(error).split())}"
         ) from None
-    if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise DataError(f"{path}: {twice[0]} is given twice; make one of them")
     if not isinstance(data, dict):
         raise DataError(f"{path}: a tokenizer recipe is a mapping of keys such as model_type and vocab_size")
-    known = {f.name: f.type for f in fields(TokenizerRecipe)}
-    for key, value in data.items():
-        if key not in known:
-            raise DataError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
-        allowed = (int, float) if known[key] is float else known[key]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and known[key] is not bool):
-            raise DataError(f"{path}: {key} takes {known[key].__name__}, not {value!r}")
+    names = [key.value for key, _ in node.value]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: {twice[0]} is given twice; make one of them")
     if vocab_size is not None:
         data["vocab_size"] = vocab_size
-    recipe = TokenizerRecipe(**data)
-    if recipe.model_type not in ("bpe", "unigram"):
-        raise DataError(f"{path}: model_type is bpe or unigram, not {recipe.model_type!r}")
+    try:
+        recipe = TokenizerRecipe(**{str(key): value for key, value in data.items()})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        is_key = wrong["type"] == "unexpected_keyword_argument"
+        known = ", ".join(field.name for field in fields(TokenizerRecipe))
+        what = f"no such key; known: {known}" if is_key else wrong["msg"]
+        raise DataError(f"{path}: {wrong['loc'][0]}: {what} (got {wrong['input']!r})") from None
     least = 5 + 256 * recipe.byte_fallback
     if recipe.vocab_size < least:
         raise DataError(
             f"{path}: vocab_size {recipe.vocab_size} has no room for special tokens and bytes ({least})"
         )
-    if recipe.vocab_size >= 2**31:
-        raise DataError(f"{path}: vocab_size is below 2^31, not {recipe.vocab_size}")
-    if not 0.98 <= recipe.character_coverage <= 1.0:  # what SentencePiece takes
-        raise DataError(f"{path}: character_coverage lies in [0.98, 1], not {recipe.character_coverage}")
-    if not 1 <= recipe.max_piece_length <= 512 or recipe.sample_bytes < 1:
-        raise DataError(f"{path}: max_piece_length lies in [1, 512] and sample_bytes is positive")
     return recipe
 
 

@@ -32,10 +32,6 @@ class _Window:
         """Where a token starts in the whole text; increases with the token."""
         return self.base + self._encoding.token_to_chars(self.first + token)[0]
 
-    def from_(self, place: int) -> str:
-        """The text from this place in the whole text on."""
-        return self.text[place - self.base :]
-
     def between(self, low: int, high: int) -> set[int]:
         """The token starts from low to high."""
         tokens = range(bisect.bisect_left(self, low), bisect.bisect_right(self, high))
@@ -45,10 +41,6 @@ class _Window:
         """The tokens that start before a place of the whole text; None: all."""
         stop = len(self) if before is None else bisect.bisect_left(self, before)
         return self.base, self._encoding, self.first, self.first + stop
-
-    def begin_at(self, place: int) -> None:
-        """Leave out the tokens that start before a place."""
-        self.first += bisect.bisect_left(self, place)
 
 
 def encode_stream(texts: Iterable[str], encode: Callable[[str], "Encoding"]) -> Iterator[list[int]]:
@@ -72,13 +64,13 @@ def encode_windows(texts: Iterable[str], encode: Callable[[str], "Encoding"]) ->
             window = _Window(text, 0, encode)
             continue
         for begin in _beginnings(window):
-            after = _Window(window.from_(begin) + text, begin, encode)
+            after = _Window(window.text[begin - window.base :] + text, begin, encode)
             low, high = begin + OVERLAP // _MARGIN, window.end - OVERLAP // _MARGIN
             if shared := window.between(low, high) & after.between(low, high):
                 break
         if shared:
             yield window.part(before=max(shared))
-            after.begin_at(max(shared))
+            after.first = bisect.bisect_left(after, max(shared))
         else:
             yield window.part()
             after = _Window(text, window.end, encode)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import finite
 from ..remote import check_here
 from ..runs.layout import RunFolder
 from ..runs.load import (
@@ -22,7 +23,7 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import check_at_least, decimal, finite, print_table, print_written, table_console
+from .show import check_at_least, decimal, print_table, print_written, table_console
 from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
@@ -279,9 +280,8 @@ def _write(
     The file is named after checkpoint and tasks, so that a repeat replaces it. In a folder other than the
     run's own the name begins with the run's: results of other runs may be there.
     """
-    if output is None and info.run is None:
+    if (folder := info.results(output)) is None:
         return None
-    folder = Path(output) if output is not None else RunFolder(info.run).scores
     if folder.suffix == ".json":
         path = folder
     else:

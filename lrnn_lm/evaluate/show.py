@@ -2,11 +2,12 @@
 
 import io
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..files import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,12 +76,3 @@ def decimal(number: float | None) -> str:
 def value_with_error(value: float | None, error: float | None) -> str:
     """`0.2134 ± 0.0041`; without the standard error if it is None."""
     return decimal(value) + (f" ± {decimal(error)}" if error is not None else "")
-
-
-def finite(facts: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON lacks: a state may have diverged."""
-    if isinstance(facts, dict):
-        return {key: finite(value) for key, value in facts.items()}
-    if isinstance(facts, list):
-        return [finite(value) for value in facts]
-    return None if isinstance(facts, float) and not math.isfinite(facts) else facts

@@ -13,9 +13,8 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from ..recipe import Recipe, dump_recipe, load_recipe
 from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
@@ -26,7 +25,6 @@ from .sweep import read_sweep
 def submit(
     recipe: Path,
     overrides: list[str] | None = None,
-    launch: dict[str, Any] | None = None,
     sweep: Path | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
@@ -37,7 +35,6 @@ def submit(
     Args:
         recipe: a recipe file; its relative paths start at the current folder, in the job too.
         overrides: `section.key=value`.
-        launch: values of the launch section in place of the recipe's; a list is added to the recipe's.
         sweep: a file of `read_sweep`: an array with a job a run, without runs that are finished or queued.
         dry_run: print the script and write nothing.
         from_checkpoint: each run is a branch of this checkpoint.
@@ -46,10 +43,9 @@ def submit(
         refuses the job, or the run is queued already.
     """
     recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
-    recipes = [_with_launch(made, launch or {}) for made in recipes]
     for made in recipes:
         check_optimizer(made.optim.name)
-        _check_ranks(made)
+        made.check_ranks(made.launch.ranks, made.train.parallel)  # before hours in the queue
     runs = [(Path(made.train.runs_dir).expanduser() / made.name).absolute() for made in recipes]
     if not dry_run and shutil.which("sbatch") is None:
         raise ValueError(
@@ -85,14 +81,6 @@ def submit(
     return job
 
 
-def _with_launch(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with other launch keys; RecipeError if they are wrong."""
-    data = recipe.model_dump(mode="json")
-    for key, value in changes.items():
-        data["launch"][key] = [*data["launch"][key], *value] if isinstance(value, list) else value
-    return recipe_from_dict(data, where="command line")
-
-
 def _unfinished(
     recipes: list[Recipe], runs: list[Path], sweep: bool, dry_run: bool, say: Callable[[str], None]
 ) -> list[int]:
@@ -110,18 +98,6 @@ def _unfinished(
         else:
             todo.append(index)
     return todo
-
-
-def _check_ranks(recipe: Recipe) -> None:
-    """Raise the trainer's errors for the number of ranks before hours in the queue."""
-    rows, ranks = recipe.rows_at(0), recipe.launch.ranks
-    recipe.train.check_shards(ranks, recipe.train.parallel)
-    key = "tokens_per_step" if recipe.train.ramp is None else "ramp.start"
-    if rows % ranks:
-        raise ValueError(
-            f"a step of {rows} rows does not split over {ranks} ranks (launch.nodes x launch.gpus_per_node); "
-            f"make train.{key} a multiple of {ranks * recipe.data.sequence_length}"
-        )
 
 
 def _queued(run: Path) -> str | None:

@@ -9,12 +9,13 @@ All combinations of some values:                   Or the runs one by one, with 
 import itertools
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..recipe import Recipe, RecipeError, load_recipe, read_yaml, typed_value
+from ..recipe import Recipe, RecipeError, is_text, load_recipe, read_yaml
 
 MOST_RUNS = 10_000
 _LONGEST_NAME = 200  # bytes of a folder's name: the limit is 255, and names derived from it are longer
@@ -56,7 +57,7 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
     """Dotted keys and values of each run."""
     if not sweep.is_file():
         raise RecipeError(f"{sweep}: no such sweep file")
-    data = _typed(read_yaml(sweep))
+    data = read_yaml(sweep)
     if isinstance(data, list):
         wrong = next((entry for entry in data if not isinstance(entry, dict)), None)
         if wrong is not None or not data:
@@ -76,29 +77,7 @@ def _combinations(sweep: Path) -> list[dict[str, Any]]:
         runs = [dict(zip(data, values, strict=True)) for values in itertools.product(*data.values())]
     else:
         raise RecipeError(f"{sweep}: a sweep maps keys to lists of values, or lists runs; not {data!r}")
-    wrong = next((key for run in runs for key in run if not isinstance(key, str)), None)
-    if wrong is not None:
-        raise RecipeError(f"{sweep}: keys are dotted names such as optim.lr, not {wrong!r}")
     return runs
-
-
-def _typed(data: Any) -> Any:
-    """Each value in the type of its key: `1.10` is a number for a rate, and text for a name."""
-    if isinstance(data, dict):  # a grid: lists of values
-        return {
-            key: [typed_value(key, value) for value in values]
-            if isinstance(values, list)
-            else typed_value(key, values)
-            for key, values in data.items()
-        }
-    if not isinstance(data, list):
-        return typed_value("", data)
-    return [
-        {key: typed_value(key, value) for key, value in run.items()}
-        if isinstance(run, dict)
-        else typed_value("", run)
-        for run in data
-    ]
 
 
 def _labels(keys: list[str]) -> dict[str, str]:
@@ -118,10 +97,7 @@ def _name(sweep: Path, base: str, run: dict[str, Any], labels: dict[str, str]) -
     """`demo-lr_0.003-block_size_4`; RecipeError if it would be too long."""
     parts = []
     for key, value in run.items():
-        text = _as_yaml(value)
-        if not isinstance(value, int | float):
-            text = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
-        text = text.replace("+", "")  # 1.0e+20
+        text = _word(key, value)
         if len(text) > _LONGEST_VALUE:
             raise RecipeError(
                 f"{sweep}: {key} makes too long a name; list the runs with a name: of their own"
@@ -133,6 +109,15 @@ def _name(sweep: Path, base: str, run: dict[str, Any], labels: dict[str, str]) -
             f"{sweep}: {name[:60]}.. is too long a name; list the runs with a name: of their own"
         )
     return name
+
+
+def _word(key: str, value: Any) -> str:
+    """A value as part of a name: a number in one form, 0.001 for 1e-3; else letters, digits and points."""
+    if isinstance(value, str) and not is_text(key):
+        for number in (int, float):
+            with suppress(ValueError):
+                return _as_yaml(number(value)).replace("+", "")  # 1.0e+20
+    return re.sub(r"[^A-Za-z0-9.]+", "-", _as_yaml(value)).strip("-.")
 
 
 def _as_yaml(value: Any) -> str:

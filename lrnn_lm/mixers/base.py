@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -105,21 +106,37 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def by_tokens(
-    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, reset: Tensor
+def by_documents(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    state: Tensor,
+    reset: Tensor,
+    initial: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and the state after: a mixer's `run` token by token, its state zero where a document
-    starts.
+    """y (B, T, D) and the state after: a mixer's `run` with a state that begins anew where a document starts.
 
-    x, state, reset: (B, T, D), (B, ..) and (B, T) bool; run: (x (B, 1, D), state) -> (y (B, 1, D), state).
+    Rows are cut where any of them starts a document, so there are as many passes as cuts.
+
+    Args:
+        run: (x (B, t, D), state) -> (y (B, t, D), the state after), for a mixer that knows no documents.
+        x, state, reset: (B, T, D), (B, ..) and (B, T) bool.
+        initial: the state that a document begins with, (B, ..) or a number.
     """
-    # For exported graphs, whose shapes cannot depend on where documents start. The graph grows with T.
+    T = x.shape[1]
+    # An exported graph cannot depend on where documents start: it takes a token at a time, and grows with T.
+    starts = range(1, T) if is_exported() or T == 1 else inner_starts(reset)
     y = []
-    for x_t, reset_t in zip(x.split(1, dim=1), reset.unbind(dim=1), strict=True):
-        state = state.masked_fill(reset_t.view(-1, *[1] * (state.ndim - 1)), 0)
-        y_t, state = run(x_t, state)
-        y.append(y_t)
+    for begin, end in pairwise([0, *starts, T]):
+        begins = reset[:, begin].view(-1, *[1] * (state.ndim - 1))
+        part, state = run(x[:, begin:end], torch.where(begins, initial, state))
+        y.append(part)
     return torch.cat(y, dim=1), state
+
+
+@torch.compiler.disable
+def inner_starts(reset: Tensor) -> list[int]:
+    """At which tokens after the first any row (B, T) starts a document."""
+    return (reset[:, 1:].any(dim=0).nonzero().squeeze(1) + 1).tolist()
 
 
 Joint = tuple[Tensor, Tensor | None]  # weight and bias of several projections side by side

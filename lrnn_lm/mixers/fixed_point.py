@@ -52,7 +52,9 @@ class FixedPoint(Mixer):
             shifted = torch.cat([first.to(v.dtype).unsqueeze(1), h[:, :-1]], dim=1)
             if reset is not None:
                 shifted = shifted.masked_fill(reset.unsqueeze(-1), 0)
-            mixed = self._mixed(v - h, precise(mix + self.feedback_proj(shifted.to(mix.dtype)))) + h
+            logits = precise(mix + self.feedback_proj(shifted.to(mix.dtype)))  # (B, T, W + 1)
+            u, s = functional.normalize(functional.silu(logits[..., :-1]), dim=-1), logits[..., -1:].sigmoid()
+            mixed = v - 2 * s * u * (u * (v - h)).sum(dim=-1, keepdim=True)  # Q (v - h) + h
             h, last = block_diagonal_scan(
                 gates, mixed.unsqueeze(-1), before.unsqueeze(-1), reset, "none"
             )  # (B, T, W, 1), (B, W, 1)
@@ -60,11 +62,6 @@ class FixedPoint(Mixer):
             after.append(last.squeeze(-1))
         y = self.out_proj(h.to(x.dtype) * functional.silu(self.output_gate_proj(x)))
         return y, torch.stack(after, dim=1)
-
-    def _mixed(self, x: Tensor, mix: Tensor) -> Tensor:
-        """Q x (B, T, W), of the projections mix (B, T, W + 1)."""
-        u = functional.normalize(functional.silu(mix[..., :-1]), dim=-1)
-        return x - 2 * mix[..., -1:].sigmoid() * u * (u * x).sum(dim=-1, keepdim=True)
 
     def cost(self, context_length: int) -> MixerCost:
         """Of an iteration: the feedback's product (one is counted with its Linear), a scan, the mixing."""

@@ -15,7 +15,7 @@ from .base import (
     MixerCost,
     ResidualOutput,
     SequenceContext,
-    by_tokens,
+    by_documents,
     check_sizes,
     document_bounds,
     is_exported,
@@ -78,7 +78,7 @@ class Mamba2(Mixer):
         if context.reset is not None and is_exported():
             if state is None:
                 state = x.new_zeros(x.shape[0], self.state_elements(1), dtype=torch.float32)
-            return by_tokens(lambda *now: self._run(*now, None, True), x, state, context.reset)
+            return by_documents(lambda *now: self._run(*now, None, True), x, state, context.reset)
         if context.reset is None or not bool(context.reset.any()):
             return self._run(x, state, None, context.keep_state)
         return self._run_documents(x, state, context.reset)

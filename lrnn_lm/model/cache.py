@@ -66,9 +66,10 @@ class _Rows:
         """As transformers' for attention to all tokens; else a ValueError: a state cannot be cut back, nor
         packed rows to a document before their last."""
         if {*map(_kind, self.layers)} <= {"full_attention"}:
-            starts = [notes_of(layer).get("document_start") for layer in self.layers]
             left = tokens_to_remove + (int(tokens_seen(self)) if tokens_to_remove <= 0 else 0)
-            if any(start is not None and bool((start > left).any()) for start in starts):
+            starts = [layer.document_start for layer in self.layers if "document_start" in notes_of(layer)]
+            padded = any(hasattr(layer, "padded") and layer.padded for layer in self.layers)
+            if starts and (padded or any(bool((start > left).any()) for start in starts)):
                 raise ValueError(
                     "packed rows cannot be cut back to before the last document; "
                     "keep a copy with lrnn_lm.model.copy_states"
@@ -194,8 +195,8 @@ def notes_of(layer: Any) -> dict[str, Tensor]:
 def note_of(layer: Any, name: str, past: int | Tensor) -> Tensor | None:
     """One of the `NOTES` of a layer that has seen `past` tokens; None where there is nothing to tell.
 
-    document_start: (B,) where the last document begins among the layer's keys; with a window: at which of its
-    row's tokens, padding aside. The notes of a cache that was emptied since are forgotten.
+    document_start: (B,) at which of its row's tokens, padding aside, the last document begins. The notes of a
+    cache that was emptied since are forgotten.
     """
     if not hasattr(layer, name):
         return None

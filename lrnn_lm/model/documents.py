@@ -185,9 +185,8 @@ def _from_offsets(name: str, offsets: Tensor, longest: Any, tokens: Tensor) -> T
         places = offsets.tolist()
         lengths = [b - a for a, b in pairwise(places)]
         if places[0] != 0 or places[-1] != B * T or min(lengths) < 0:
-            raise ValueError(
-                f"{name} must grow from 0 to the {B * T} tokens of the batch, not {_short(places)}"
-            )
+            told = f"{places[0]} .. {places[-1]}" if len(places) > 8 else places
+            raise ValueError(f"{name} must grow from 0 to the {B * T} tokens of the batch, not {told}")
         if set(range(0, B * T, T)) - set(places):
             raise ValueError(f"{name} lets a document go on from one row of the batch to the next")
         if longest is not None and int(longest) < max(lengths):
@@ -197,7 +196,3 @@ def _from_offsets(name: str, offsets: Tensor, longest: Any, tokens: Tensor) -> T
     starts = torch.zeros(B * T + 1, dtype=torch.long, device=tokens.device)
     starts[offsets.to(tokens.device, torch.long)] = 1
     return starts[:-1].cumsum(0).view(B, T)
-
-
-def _short(places: list[int]) -> str:
-    return str(places) if len(places) <= 8 else f"{places[:4]} .. {places[-2:]}".replace("] .. [", ", .., ")

@@ -5,6 +5,7 @@ Legend: B batch, T time, D model width.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..mixers import build_mixer
-from ..mixers.base import Joint, JointProjections, Mixer, ResidualOutput, SequenceContext, drawn_by_model
+from ..mixers.base import (
+    Joint,
+    JointProjections,
+    Mixer,
+    ResidualOutput,
+    SequenceContext,
+    drawn_by_model,
+    inner_starts,
+)
 from .cache import check_state, keep_layer_state, layer_state
 from .carried import Carried, mix_carried
 from .config import LRNNConfig
@@ -192,59 +201,35 @@ def _mix_around_padding(
     """A recurrent mixer on rows with padding, which leaves outputs and states as they would be without.
 
     A row's padding is moved to its front. What a new sequence's state makes of it there is forgotten, as its
-    first token starts a document. Shapes as in `LRNNBlock.forward`, state (B, ..), initial as in `mix`.
+    first token starts a document. No input makes a mixer keep a state that it has: rows are cut where the
+    padding of any ends, and a state changes from there on. Shapes as in `LRNNBlock.forward`, state (B, ..),
+    initial as in `mix`.
     """
     if order is not None:
         where = order.unsqueeze(-1)
         x, token_mask = x.gather(1, where.expand_as(x)), token_mask.gather(1, where)
         if context.reset is not None:
             context = replace(context, reset=context.reset.gather(1, order))
+    begun = token_mask.squeeze(-1)
     if state is None:
         y, after = mix(mixer, x, None, context, initial)
-        old = None if after is None else torch.zeros_like(after)
-        if old is not None and initial is not None:
-            old = initial_states(after, initial)
-    elif x.shape[1] == 1:
-        y, after = mix(mixer, x, state, context, initial)
-        old = state
+        if after is not None:
+            old = torch.zeros_like(after) if initial is None else initial_states(after, initial)
+            after = _where_rows(begun.any(dim=1), after, old)
     else:
-        y, after = _mix_after_padding(mixer, x, state, context, token_mask, initial)
-        old = None
-    if old is not None:  # a row of padding alone
-        some = token_mask.any(dim=1).view(-1, *[1] * (after.ndim - 1))
-        after = torch.where(some, after, old.to(after.dtype))
+        y, after = [], state
+        T = x.shape[1]
+        for begin, end in pairwise([0, *(() if T == 1 else inner_starts(begun & (begun.cumsum(1) == 1))), T]):
+            reset = None if context.reset is None else context.reset[:, begin:end]
+            part, moved = mix(mixer, x[:, begin:end], after, SequenceContext(reset=reset), initial)
+            after = _where_rows(begun[:, begin], moved, after)
+            y.append(part)
+        y = torch.cat(y, dim=1)
     if order is not None:
         y = torch.empty_like(y).scatter(1, where.expand_as(y), y)
     return y, after
 
 
-@torch.compiler.disable
-def _mix_after_padding(
-    mixer: Mixer,
-    x: Tensor,
-    state: Tensor,
-    context: SequenceContext,
-    token_mask: Tensor,
-    initial: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A recurrent mixer on rows that go on from a state after some padding, which must leave the state alone.
-
-    No input makes a mixer keep its state, so rows of equal padding are cut and mixed together. x (B, T, D),
-    state (B, ..), token_mask (B, T, 1) -> y (B, T, D), zero on the padding, and the state after.
-    """
-    B, T, D = x.shape
-    padding = (token_mask.squeeze(-1).cumsum(dim=1) == 0).sum(dim=1)  # (B,)
-    lengths = padding.unique().tolist()
-    if lengths == [0]:
-        return mix(mixer, x, state, context, initial)
-    y, after = x.new_zeros(B, T, D), state.clone()
-    for length in lengths:
-        if length == T:
-            continue
-        rows = (padding == length).nonzero().squeeze(1)
-        reset = None if context.reset is None else context.reset[rows, length:]
-        part, last = mix(mixer, x[rows, length:], state[rows], SequenceContext(reset=reset), initial)
-        y = y.to(part.dtype)
-        y[rows, length:] = part
-        after[rows] = last
-    return y, after
+def _where_rows(rows: Tensor, value: Tensor, other: Tensor) -> Tensor:
+    """`value` (B, ..) in these rows (B,) bool, `other` in the rest; in the dtype of `value`."""
+    return torch.where(rows.view(-1, *[1] * (value.ndim - 1)), value, other.to(value.dtype))

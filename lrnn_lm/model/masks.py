@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-from transformers.masking_utils import create_causal_mask
 
 from ..mixers.base import is_exported, is_traced
 from ..mixers.spans import blocks_of_spans, mask_of_spans
@@ -197,32 +196,6 @@ def _check_unread(reset: Tensor | None, packing: dict[str, Any], any_mask: bool)
         raise ValueError("a 4-d attention_mask tells who sees whom; give no documents beside it")
 
 
-def _same_document(reset: Tensor | None, layer: Any, past: int | Tensor, x: Tensor) -> Any:
-    """A mask function, query and key lie in the same document; None if there is only one.
-
-    The cache layer keeps where its last document began: keys before that are of no document that goes on.
-    """
-    start = None if layer is None else note_of(layer, "document_start", past)  # (B,)
-    if reset is None:
-        return None if start is None else lambda batch, head, query, key: key >= start[batch]
-    B, T, _ = x.shape
-    seen = past + T
-    places = seen if layer is None else layer.get_mask_sizes(T)[0]  # S, and what a static cache has beyond
-    document = torch.zeros(B, places, dtype=torch.long, device=x.device)
-    document[:, past:seen] = reset.long().cumsum(dim=1)
-    if start is not None:
-        document -= (torch.arange(places, device=x.device) < start.unsqueeze(1)).long()
-    if layer is not None:
-        earlier = (document[:, :seen] != document[:, seen - 1 : seen]).sum(dim=1)
-        began = torch.where(reset.any(dim=1), earlier, 0)
-        layer.document_start = began if start is None else torch.maximum(began, start)
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return document[batch, query] == document[batch, key]
-
-    return visible
-
-
 def attention_masks(
     config: LRNNConfig,
     x: Tensor,
@@ -245,35 +218,21 @@ def attention_masks(
     masks, order = {}, None
     eager = config._attn_implementation == "eager"
     for kind in sorted({*config.layer_types} - {"linear_attention"}):
-        layer_idx = config.layer_types.index(kind)
-        layer = None if cache is None else cache.layers[layer_idx]
+        layer = None if cache is None else cache.layers[config.layer_types.index(kind)]
         window = config.sliding_window if kind == "sliding_attention" else None
-        given = attention_mask is not None and attention_mask.ndim == 4
-        past = 0 if layer is None else layer.get_seq_length()
-        if blocks and not given and (layer is None or _is_new(layer)):
-            shown = _spans(x, attention_mask, starts, None, window)
-            masks[kind] = None if shown.causal else blocks_of_spans(shown.keys, shown.starts, x.shape[0])
-            if layer is None:
-                continue
-        if given or (layer is not None and window is None):
-            visible = _same_document(starts, layer, past, x)
-            if kind not in masks:
-                masks[kind] = create_causal_mask(
-                    config=config,
-                    inputs_embeds=x,
-                    attention_mask=attention_mask,
-                    past_key_values=cache,
-                    and_mask_function=visible,
-                    layer_idx=layer_idx,
-                )
+        if attention_mask is not None and attention_mask.ndim == 4:
+            masks[kind] = attention_mask
             continue
-        if layer is not None and not is_traced():
+        if layer is not None and window is not None and not is_traced():
             for each, its in zip(cache.layers, config.layer_types, strict=True):
                 if its == kind:
                     each.sliding_window = window  # a static layer may be shorter, and does not know
         spans = _spans(x, attention_mask, starts, layer, window)
-        order = spans.order
-        if kind not in masks:
+        order = spans.order if window is not None else order
+        if blocks and (layer is None or _is_new(layer)):
+            shown = _spans(x, attention_mask, starts, None, window)
+            masks[kind] = None if shown.causal else blocks_of_spans(shown.keys, shown.starts, x.shape[0])
+        else:
             masks[kind] = _mask(spans, x.dtype if eager else None)
     return masks, order
 
@@ -300,24 +259,28 @@ class _Spans(NamedTuple):
 def _spans(
     x: Tensor, attention_mask: Tensor | None, starts: Tensor | None, layer: Any, window: int | None
 ) -> _Spans:
-    """What each token of x sees: without a cache layer, or after one with a window.
+    """What each token of x sees, tokens counted within their row, padding aside.
 
-    Such a layer keeps the last tokens of each row, padding before them, and which of its row's tokens began
-    the last document.
+    A cache layer keeps which of its row's tokens began the last document. One with a window keeps the last
+    tokens of each row, padding before them.
     """
     T, past = x.shape[1], 0 if layer is None else layer.get_seq_length()
     counted = order = None
     if attention_mask is None:
-        keys = queries = torch.arange(past, past + T, device=x.device).unsqueeze(0)
+        keys = queries = (torch.arange(T, device=x.device) + past).unsqueeze(0)
     else:
         counted = attention_mask.long().cumsum(dim=1)
         token = attention_mask[:, -T:].bool()
         queries = counted[:, -T:] - token.long()  # of padding: what the next token's will be
         keys = queries.masked_fill(~token, -1)
     if layer is not None:
-        length, offset = layer.get_mask_sizes(T)
-        keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
-        if counted is not None:
+        length, offset = layer.get_mask_sizes(T)  # of a static layer, all of its places
+        if counted is None or window is not None:
+            keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
+        else:
+            keys = (counted - 1).masked_fill(~attention_mask.bool(), -1)
+            keys = torch.nn.functional.pad(keys, (0, length - keys.shape[1]), value=-1)
+        if counted is not None and window is not None:
             keys = keys - (past + T - counted[:, -1:])
             order = _padding_first(token, queries[:, :1], length, layer)
     document = None if layer is None else note_of(layer, "document_start", past)
@@ -328,11 +291,9 @@ def _spans(
         if layer is not None:
             layer.document_start = document[:, -1]
     causal = attention_mask is None and document is None and not isinstance(layer, StaticLayer)
-    if window is None:
-        first = torch.zeros_like(queries)
-    else:
-        first = (queries - window + 1).clamp_min(0)
-        causal = causal and not is_exported() and (window >= T if not past else T == 1)
+    if layer is not None or window is not None:
+        causal = causal and not is_exported() and ((window or T) >= T if not past else T == 1)
+    first = torch.zeros_like(queries) if window is None else (queries - window + 1).clamp_min(0)
     first = first if document is None else torch.maximum(first, document)
     return _Spans(keys, queries, first, causal, order)
 

@@ -5,12 +5,12 @@ from .load import (
     RecipeError,
     dump_recipe,
     flatten,
+    is_text,
     load_recipe,
     read_yaml,
     recipe_from_dict,
     resolve_path,
     shipped,
-    typed_value,
 )
 from .mixer import MixerSection
 from .quantities import Every, Span, format_count, parse_count, parse_time_limit
@@ -18,6 +18,6 @@ from .schema import ModelSection, Recipe
 
 __all__ = [
     "Every", "LaunchSection", "MixerSection", "ModelSection", "Recipe", "RecipeError", "Span", "dump_recipe",
-    "flatten", "format_count", "load_recipe", "parse_count", "parse_time_limit", "read_yaml",
-    "recipe_from_dict", "resolve_path", "shipped", "typed_value",
+    "flatten", "format_count", "is_text", "load_recipe", "parse_count", "parse_time_limit", "read_yaml",
+    "recipe_from_dict", "resolve_path", "shipped",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .data import FILE_KEYS, SOURCE_KEYS
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
-from .reading import TwiceError, field_type, load_override, load_yaml, section_in, settle
+from .reading import TwiceError, field_type, load_override, load_yaml, section_in, takes_text
 from .schema import Recipe
 
 # Keys by which a source that a run stored is known.
@@ -22,10 +22,10 @@ _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "
 
 
 # Removed keys: the values that a stored recipe may still have, so that its run can resume; what to do else.
-_REMOVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "train.fp8": ((False,), "it was no faster than bf16; delete the key and use train.precision=bf16"),
+_REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
+    "train.fp8": (("false",), "it was no faster than bf16; delete the key and use train.precision=bf16"),
     "train.max_rewinds": (
-        (0, 3),
+        ("0", "3"),
         "after train.max_bad_steps the run ends and says what to do; delete the key",
     ),
 }
@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             _apply(data, text)
         return data
 
-    data = settle(_on_top(_read(Path(path), ()), override), Recipe)
+    data = _on_top(_read(Path(path), ()), override)
     data.setdefault("name", Path(path).stem)
     recipe = recipe_from_dict(data, where=str(path))
     for text in overrides or []:
@@ -88,8 +88,8 @@ def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
     """`data` without removed keys whose value changes nothing, so that runs of older versions can resume."""
     for dotted, (harmless, _) in _REMOVED.items():
         name, key = dotted.split(".")
-        section = data.get(name)
-        if isinstance(section, dict) and any(section.get(key) is value for value in harmless):
+        section = _section(data, name)
+        if str(section.get(key)).lower() in harmless:
             data = {**data, name: {other: value for other, value in section.items() if other != key}}
     return data
 
@@ -140,7 +140,7 @@ def shipped(name: str) -> Path:
 
 
 def read_yaml(file: Path, called: Path | None = None) -> Any:
-    """Contents of a YAML file, for `settle`. RecipeError names the file as `called`."""
+    """Contents of a YAML file, values as text. RecipeError names the file as `called`."""
     called = called or file
     try:
         data = load_yaml(file.read_text(encoding="utf-8"))
@@ -157,9 +157,9 @@ def read_yaml(file: Path, called: Path | None = None) -> Any:
     return data
 
 
-def typed_value(key: str, value: Any) -> Any:
-    """A value from `read_yaml`, with the type that the recipe's dotted key takes."""
-    return settle(value, field_type(Recipe, *str(key).split(".")))
+def is_text(key: str) -> bool:
+    """Whether a dotted key of the recipe takes text."""
+    return takes_text(field_type(Recipe, *key.split(".")))
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -172,13 +172,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     data = read_yaml(found, path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
-    parent = settle(data.pop("extends", None), str | None)
+    parent = data.pop("extends", None)
     _upgrade(data.get("model"))
     for name, source in _sources(data).items():
-        if (
-            source.keys() >= _STORED_SOURCE
-        ):  # stored by a run, perhaps of a version that kept keys without a use
-            data = _with_source(data, name, _read_by_type(source, source.get("type")))
+        if source.keys() >= _STORED_SOURCE:  # a version that stored it may have kept keys without a use
+            data["data"][name] = _read_by_type(source, source.get("type"))
     if parent is None:
         return data
     if not isinstance(parent, str):
@@ -188,43 +186,35 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     return _on_top(below, lambda below: _merge(below, data))
 
 
+def _section(data: Any, *keys: str) -> dict[str, Any]:
+    """The mapping at these keys of unchecked data; an empty one if there is none."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
 def _on_top(below: dict[str, Any], put: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Apply `put` to `below`; drop what `below` gave to mixer and source types that are gone afterwards."""
-    below = _without_other_sources(below, put({}))
+    """Apply `put` to `below`, without what that gives to mixer and source types that are gone afterwards."""
+    top, below = put({}), copy.deepcopy(below)
+    others = {"source": ("sources", "stages"), "sources": ("source", "validation_source")}
+    given = _section(top, "data")  # one source, or a mixture
+    for key in {key for name, keys in others.items() if given.get(name) for key in keys} - given.keys():
+        _section(below, "data").pop(key, None)
     changed = put(below)
     for name, source in _sources(below).items():
         now = _sources(changed).get(name, {}).get("type")
         if now != source.get("type"):
-            below = _with_source(below, name, _read_by_type(source, now))
-            changed = put(below)
+            below["data"][name] = _read_by_type(source, now)
     gone = _options_read(below) - _options_read(changed)
-    model = below.get("model")
-    mixer = model.get("mixer") if isinstance(model, dict) else None
-    if not isinstance(mixer, dict) or not gone & mixer.keys():
-        return changed
-    kept = {key: value for key, value in mixer.items() if key not in gone}
-    return put({**below, "model": {**model, "mixer": kept}})
-
-
-def _without_other_sources(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`below` without its one source if `top` gives a mixture, or without its mixture if one source."""
-    given, data = top.get("data"), below.get("data")
-    if not isinstance(given, dict) or not isinstance(data, dict):
-        return below
-    gone = {"source": ("sources", "stages"), "sources": ("source", "validation_source")}
-    dropped = {key for name, keys in gone.items() if given.get(name) for key in keys} - given.keys()
-    return {**below, "data": {key: value for key, value in data.items() if key not in dropped}}
+    if mixer := _section(below, "model", "mixer"):  # a new one: an anchor may be an entry of the pattern too
+        below["model"]["mixer"] = {key: value for key, value in mixer.items() if key not in gone}
+    return put(below)
 
 
 def _sources(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sources in unchecked data, by the name of their section."""
-    section = data.get("data")
-    section = section if isinstance(section, dict) else {}
+    section = _section(data, "data")
     return {name: s for name, s in section.items() if name.endswith("source") and isinstance(s, dict)}
-
-
-def _with_source(data: dict[str, Any], name: str, source: dict[str, Any]) -> dict[str, Any]:
-    return {**data, "data": {**data["data"], name: source}}
 
 
 def _read_by_type(source: dict[str, Any], kind: Any) -> dict[str, Any]:
@@ -235,10 +225,8 @@ def _read_by_type(source: dict[str, Any], kind: Any) -> dict[str, Any]:
 
 def _options_read(data: dict[str, Any]) -> set[str]:
     """The options that the mixer types of unchecked data have."""
-    model = data.get("model")
-    model = model if isinstance(model, dict) else {}
-    mixer, pattern = model.get("mixer"), model.get("layer_pattern")
-    default = mixer.get("type", DEFAULT_TYPE) if isinstance(mixer, dict) else DEFAULT_TYPE
+    default = _section(data, "model", "mixer").get("type", DEFAULT_TYPE)
+    pattern = _section(data, "model").get("layer_pattern")
     entries = pattern if isinstance(pattern, list) else []
     types = [default, *(e.get("type", default) if isinstance(e, dict) else e for e in entries)]
     return {option for kind in types if isinstance(kind, str) for option in MIXER_OPTIONS.get(kind, ())}
@@ -250,8 +238,8 @@ def _upgrade(model: Any) -> None:
     Keeps the options that the types have. Values that an entry shares with `mixer` are removed from the
     entry, so that overrides of `mixer` reach it.
     """
-    mixer = model.get("mixer") if isinstance(model, dict) else None
-    if not isinstance(mixer, dict) or not mixer.keys() >= _STORED_OPTIONS:
+    mixer = _section(model, "mixer")
+    if not mixer.keys() >= _STORED_OPTIONS:
         return
     pattern = model.get("layer_pattern")
     read = _options_read({"model": model})
@@ -328,9 +316,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "model_type":
         return f"{where}: takes keys and values, not {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower() + message[1:]}" + (
-        f" (got {detail['input']!r})" if isinstance(detail["input"], str | int | float | None) else ""
-    )
+    got = repr(detail["input"]) if isinstance(detail["input"], str | int | float | None) else ""
+    return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if 0 < len(got) < 200 else "")
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:

@@ -258,6 +258,31 @@ class Recipe(Section):
             if span is not None and span.unit == "tokens":
                 raise ValueError(f"{key}: with train.ramp, write a number of steps or a share, not tokens")
 
+    def check_ranks(self, ranks: int, parallel: str) -> None:
+        """Raise ValueError if so many ranks cannot share a step's rows and the model, by ddp or fsdp2."""
+        k, rows, size = self.train.sequence_parallel, self.rows_at(0), self.train.shard_size
+        if ranks % k:
+            raise ValueError(
+                f"train.sequence_parallel {k} does not divide {ranks} rank{'s' if ranks > 1 else ''}: start "
+                f"a multiple of {k} processes, or leave it out"
+            )
+        if size is not None and ranks > 1 and parallel == "ddp":
+            raise ValueError(
+                "train.shard_size is for FSDP2, DDP shards nothing: set train.parallel=fsdp2, or leave it out"
+            )
+        if size is not None and ranks > 1 and ranks % size:
+            raise ValueError(
+                f"train.shard_size {size} does not divide {ranks} ranks: set it to the number of GPUs of a "
+                "node, or leave it out"
+            )
+        if rows % (groups := ranks // k):
+            key = "tokens_per_step" if self.train.ramp is None else "ramp.start"
+            among = f"{ranks} ranks" if k == 1 else f"{groups} groups of {k} ranks"
+            raise ValueError(
+                f"a step of {rows} rows does not split over {among}; make train.{key} a multiple of "
+                f"{groups * self.data.sequence_length}"
+            )
+
     @property
     def rows_per_step(self) -> int:
         """Rows per full optimizer step, over all ranks."""

@@ -117,23 +117,3 @@ class TrainSection(Section):
     @classmethod
     def _is_here(cls, path: str) -> str:
         return check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
-
-    def check_shards(self, ranks: int, parallel: str) -> None:
-        """Raise ValueError if so many ranks cannot share rows and model as the recipe says."""
-        if ranks % self.sequence_parallel:
-            raise ValueError(
-                f"train.sequence_parallel {self.sequence_parallel} does not divide {ranks} "
-                f"rank{'s' if ranks > 1 else ''}: start a multiple of {self.sequence_parallel} processes, "
-                "or leave it out"
-            )
-        if self.shard_size is None or ranks == 1:
-            return
-        if parallel == "ddp":
-            raise ValueError(
-                "train.shard_size is for FSDP2, DDP shards nothing: set train.parallel=fsdp2, or leave it out"
-            )
-        if ranks % self.shard_size:
-            raise ValueError(
-                f"train.shard_size {self.shard_size} does not divide {ranks} ranks: set it to the number of "
-                "GPUs of a node, or leave it out"
-            )

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..files import fsync, replace_file
+from ..files import fsync
 from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name
 
 FORMAT = 2
@@ -37,6 +37,7 @@ _HASHING_THREADS = 8
 _EXPECTED = ("config.json", "trainer/state.json", "trainer/rng-00000.json", "trainer/rng-00000.safetensors")
 _WHOLE, _SHARDS = ("model.safetensors", "trainer/optimizer.safetensors"), "trainer/shards"
 _LINKS = (LATEST, BEST)
+_REPLACED = ".replaced.tmp"  # suffix of a checkpoint while another of its step takes its place
 COPY = ".plain-"  # prefix of temporary copies: a sharded checkpoint with its weights joined, for an export
 
 
@@ -83,51 +84,15 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
     folders = [folder for folder in aside.rglob("*") if folder.is_dir()]
     for written in (path, *folders, aside):
         fsync(written)
-    if final.exists():  # damaged, or of steps that the run has rolled back
-        _remove(final)
+    replaced = checkpoints / f".{final.name}{_REPLACED}"
+    if final.exists():  # damaged, of steps that the run has rolled back, or not yet the run's last
+        final.rename(replaced)
     aside.rename(final)
     fsync(checkpoints)
+    shutil.rmtree(replaced, ignore_errors=True)
     _point(checkpoints, LATEST, final.name)
     _prune(checkpoints, before, final, keep_last, keep_best)
     return final
-
-
-def put_file(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-    """Add or replace a file of a finished checkpoint; `write` writes it to the path that it is given.
-
-    The checkpoint stays valid if the process is killed: a new file appears before the manifest names it, and
-    while a file is replaced the manifest holds both checksums. Raises OSError if the disk is full.
-    """
-    manifest = CheckpointFolder(folder).manifest
-    files = json.loads(manifest.read_text())["files"]
-    aside = folder / f".{name}.tmp"
-    try:
-        write(aside)
-        fsync(aside)
-        facts = _facts(aside)
-        if name in files:
-            _write_files(manifest, {**files, name: [*_alternatives(files[name]), facts]})
-        os.replace(aside, folder / name)
-        fsync(folder)
-        _write_files(manifest, {**files, name: facts})
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def named_files(folder: Path) -> set[str]:
-    """The files that the manifest names. Ignore any others: a killed process may have left them."""
-    return set(json.loads(CheckpointFolder(folder).manifest.read_text())["files"])
-
-
-def _write_files(path: Path, files: dict[str, Any]) -> None:
-    """Replace the file list of a finished checkpoint's manifest."""
-    manifest = {**json.loads(path.read_text()), "files": dict(sorted(files.items()))}
-    replace_file(path, json.dumps(manifest, indent=1) + "\n", durable=True)
-
-
-def _alternatives(facts: Any) -> list[Any]:
-    """Sizes and checksums that a file may have: two if a process died while it replaced the file."""
-    return facts if isinstance(facts, list) else [facts]
 
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
@@ -285,14 +250,18 @@ def _damage(folder: Path, name: str, facts: Any) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
-    sizes = [each.get("bytes") for each in _alternatives(facts) if isinstance(each, dict)]
-    if path.stat().st_size not in sizes or _facts(path) not in _alternatives(facts):
+    size = facts.get("bytes") if isinstance(facts, dict) else None
+    if path.stat().st_size != size or _facts(path) != facts:
         return f"{name} is not as its checksum says"
     return None
 
 
 def clear_leftovers(checkpoints: Path) -> None:
-    """Remove half-written files and folders of a save that was killed."""
+    """Remove half-written files and folders of a save that was killed, and put back what it had replaced."""
+    for replaced in checkpoints.glob(f".*{_REPLACED}"):
+        final = replaced.with_name(replaced.name[1:].removesuffix(_REPLACED))
+        if not final.exists():
+            replaced.rename(final)
     places = (".*.tmp", "step-*/.*.tmp", "step-*/trainer/.*.tmp")
     for leftover in [path for place in places for path in checkpoints.glob(place)]:
         if leftover.is_dir() and not leftover.is_symlink():
@@ -353,8 +322,5 @@ def _restore_links(checkpoints: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

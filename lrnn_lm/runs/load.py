@@ -33,6 +33,12 @@ class CheckpointInfo:
     def name(self) -> str:
         return self.path.name
 
+    def results(self, output: Path | None) -> Path | None:
+        """The folder of its results: `output`, else eval/ of its run; None outside of a run."""
+        if output is not None:
+            return Path(output).expanduser()
+        return None if self.run is None else RunFolder(self.run).scores
+
 
 def describe(checkpoint: str | Path) -> CheckpointInfo:
     """Look at a checkpoint folder without loading it. A path that ends in `latest` needs no such link.

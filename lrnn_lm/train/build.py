@@ -79,7 +79,7 @@ def build_trainer(
     stop = stop or StopSignal()
     accelerator, plan = _start(recipe, folder, stop)
     together = Together(accelerator, stop)
-    together.all(lambda: recipe.train.check_shards(accelerator.num_processes, plan.kind))
+    together.all(lambda: recipe.check_ranks(accelerator.num_processes, plan.kind))
     main, device = accelerator.is_main_process, accelerator.device
     parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
     source = recipe.model.init_from if begins else None

@@ -152,7 +152,7 @@ class Trainer:
         self._validate_if_due()
         self._score_if_due()
         if self.finished:
-            self.saver.complete(self.position.step)
+            self.saver.complete(self.position)
             return
         self.saver.warm_up()
         self.rows.start()

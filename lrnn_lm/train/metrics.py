@@ -6,7 +6,6 @@ metrics-1.jsonl, metrics-2.jsonl and so on.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..files import replace_file
+from ..files import finite, replace_file
 from ..recipe import Recipe, flatten
 from ..recipe.quantities import Every
 from ..runs.checkpoint import Position
@@ -45,7 +44,7 @@ class Metrics:
         """
         if self._file is not None:
             try:
-                self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+                self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
                 self._file.flush()
             except OSError as error:
                 self.problem = (
@@ -80,10 +79,6 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
         flat = flatten(recipe).items()
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat}
         accelerator.init_trackers(recipe.tracking.project, config=settings)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _put_away(path: Path) -> Path | None:

@@ -26,16 +26,7 @@ class Rows:
         position: Position,
         sequence: SequenceParallel,
     ):
-        """Raises ValueError if a step's rows do not split over the ranks."""
         self._step, self._sequence = position.step, sequence  # the step whose rows are read next
-        ranks, unit = sequence.groups, recipe.rows_at(0)
-        if unit % ranks and (recipe.train.ramp is not None or sequence.size > 1):
-            key = "train.tokens_per_step" if recipe.train.ramp is None else "train.ramp.start"
-            among = f"{ranks} ranks" if sequence.size == 1 else f"{ranks} groups of {sequence.size} ranks"
-            raise ValueError(
-                f"{key} is {unit} rows, which do not split over {among}: make it a multiple "
-                f"of {ranks * recipe.data.sequence_length}"
-            )
         self._recipe, self._accelerator = recipe, accelerator
         self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
@@ -47,7 +38,7 @@ class Rows:
             recipe.rows_at(0),  # what all later steps are multiples of
             recipe.train.micro_batch,
             rank=sequence.group,
-            world_size=ranks,
+            world_size=sequence.groups,
             num_workers=recipe.data.num_workers,
             position=position.samples,
             pin_memory=accelerator.device.type == "cuda",

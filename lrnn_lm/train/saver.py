@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..model.export import files_with_code, write_remote_code
+from ..model.export import write_remote_code
 from ..model.modeling import LRNNForCausalLM
 from ..recipe.schema import CheckpointSection
 from ..runs import checkpoint
@@ -35,12 +35,10 @@ from .tensors import (
     WEIGHTS,
     Group,
     fill_state,
-    is_sharded_folder,
     training_tensors,
     write_config,
     write_random_state,
     write_shards,
-    write_weights,
     write_whole,
 )
 
@@ -133,20 +131,17 @@ class Saver:
         self._good = checkpoint.step_name(self._step)
         self.stalled += time.perf_counter() - began
 
-    def complete(self, step: int) -> None:
-        """Turn the checkpoint of a stop into the last one of the run, as `begin` with `last` would write it.
+    def complete(self, position: Position) -> None:
+        """Save the run's last checkpoint again, as its last, unless it was saved as such.
 
-        Raises CheckpointError on every rank if it could not be written.
+        It was not if the run's budget was larger then. Raises CheckpointError as `begin` and `finish`.
         """
-        self._step = step
-        self._on_main(lambda: self._complete(self.checkpoints / checkpoint.step_name(step)))
-
-    def _complete(self, folder: Path) -> None:
-        if is_sharded_folder(folder) and WEIGHTS not in checkpoint.named_files(folder):
-            checkpoint.put_file(folder, WEIGHTS, lambda aside: write_weights(folder, aside))
-        if self._has_code and "auto_map" not in json.loads(CheckpointFolder(folder).config.read_text()):
-            for name, text in files_with_code(folder).items():
-                checkpoint.put_file(folder, name, lambda aside, text=text: aside.write_text(text, "utf-8"))
+        folder = CheckpointFolder(self.checkpoints / checkpoint.step_name(position.step))
+        has_code = not self._has_code or "auto_map" in json.loads(folder.config.read_text())
+        if not has_code or not (folder.path / WEIGHTS).exists():
+            self._step = -1
+            self.begin(position, last=True)
+            self.finish()
 
     def close(self) -> None:
         """End the thread without waiting, after an error; the next start removes what is half-written."""

@@ -61,35 +61,24 @@ class Ring:
             elif self._before == i:
                 dist.recv(probe, i, group=self._to_before)
 
-    def pass_on(self, state: Tensor) -> None:
-        self._send(state, self._after, self._to_after)
+    def send(self, tensor: Tensor, back: bool = False) -> None:
+        """Pass a state on to the rank after; or, `back`, its gradient to the rank before."""
+        peer, group = (self._before, self._to_before) if back else (self._after, self._to_after)
+        tensor = tensor.detach().contiguous()
+        self._sent.append((dist.isend(tensor, peer, group=group), tensor))
 
-    def arriving(self, like: Tensor) -> Tensor:
-        """What the rank before passes on, of the shape and dtype of `like`."""
-        return _received(like, self._before, self._to_before)
-
-    def pass_back(self, gradient: Tensor) -> None:
-        self._send(gradient, self._before, self._to_before)
-
-    def coming_back(self, like: Tensor) -> Tensor:
-        """The gradient of what was passed on."""
-        return _received(like, self._after, self._to_after)
+    def receive(self, like: Tensor, back: bool = False) -> Tensor:
+        """What the rank before passed on; or the gradient that comes back of what was passed on."""
+        peer, group = (self._after, self._to_after) if back else (self._before, self._to_before)
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        dist.recv(tensor, peer, group=group)
+        return tensor
 
     def settle(self) -> None:
         """Let go of what was sent for the rows before, which has arrived by now."""
         for work, _ in self._sent:
             work.wait()
         self._sent = []
-
-    def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
-        tensor = tensor.detach().contiguous()
-        self._sent.append((dist.isend(tensor, peer, group=group), tensor))
-
-
-def _received(like: Tensor, peer: int, group: dist.ProcessGroup) -> Tensor:
-    tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    dist.recv(tensor, peer, group=group)
-    return tensor
 
 
 class _Arrived(torch.autograd.Function):
@@ -103,7 +92,7 @@ class _Arrived(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         for gradient in gradients:
-            ctx.ring.pass_back(gradient)
+            ctx.ring.send(gradient, back=True)
         return (None, *(None for _ in gradients))
 
 
@@ -118,7 +107,7 @@ class _PassedOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return None, gradient, *(ctx.ring.coming_back(state) for state in ctx.saved_tensors)
+        return None, gradient, *(ctx.ring.receive(state, back=True) for state in ctx.saved_tensors)
 
 
 @dataclass
@@ -153,7 +142,7 @@ class RelayedStates(CarriedStates):
                 tokens = min(piece.boundary.seen, window - 1)
                 shapes = [(rows, heads, tokens, width) for rows, heads, _, width in shapes]
             pairs = zip(self._likes[layer], shapes, strict=True)
-            arrived = (self._ring.arriving(like.new_empty(shape)) for like, shape in pairs)
+            arrived = (self._ring.receive(like.new_empty(shape)) for like, shape in pairs)
             piece.arrived[layer] = tuple(state.requires_grad_() for state in arrived)
         return _Arrived.apply(self._ring, *piece.arrived[layer])
 
@@ -164,7 +153,7 @@ class RelayedStates(CarriedStates):
         if layer not in piece.passed_on:
             piece.passed_on.add(layer)
             for state in carried:
-                self._ring.pass_on(state)
+                self._ring.send(state)
         return _PassedOn.apply(self._ring, hidden_states, *carried)
 
 

@@ -101,13 +101,18 @@ def load(
     An average that it does not have begins at its weights. Raises CheckpointError if its tensors are not
     those of this model and this optimizer.
     """
-    sizes = _shard_sizes(folder) if is_sharded_folder(folder) else _whole_sizes(folder)
+    sharded = is_sharded_folder(folder)
+    sizes = (
+        _shard_sizes(folder)
+        if sharded
+        else {key: torch.Size(file.get_slice(name).get_shape()) for key, file, name in _whole_entries(folder)}
+    )
     check_fit(folder, model, part(sizes, "model"))
     optimizer.state.clear()
     _make_state(folder, model, optimizer, part(sizes, "optimizer"))
     has_average = bool(part(sizes, "average"))
     targets = training_tensors(model, optimizer, average if has_average else None)
-    if is_sharded_folder(folder):
+    if sharded:
         _load_shards(folder, targets, group)
     else:
         with torch.no_grad():
@@ -173,11 +178,6 @@ def _whole_entries(folder: Path) -> Iterator[tuple[str, Any, str]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118, not a dict
                 yield f"{kind}/{name}", file, name
-
-
-def _whole_sizes(folder: Path) -> dict[str, torch.Size]:
-    entries = _whole_entries(folder)
-    return {key: torch.Size(file.get_slice(name).get_shape()) for key, file, name in entries}
 
 
 def _shard_sizes(folder: Path) -> dict[str, torch.Size]:

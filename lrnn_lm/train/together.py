@@ -95,14 +95,10 @@ class Together:
             ended.set()
             listener.join()
             self._store.set(done, verdict)
-            if verdict != "ok":
-                self._wait_until_heard(f"{done}/heard")
-
-    def _wait_until_heard(self, heard: str) -> None:
-        """Wait until the others have read the verdict: this process may host the store that they poll."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while self._store.add(heard, 0) < self._ranks - 1 and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            # Let the others read it before this process ends, which may host the store that they poll.
+            deadline = time.monotonic() + _PATIENCE_SECONDS if verdict != "ok" else 0.0
+            while time.monotonic() < deadline and self._store.add(f"{done}/heard", 0) < self._ranks - 1:
+                time.sleep(_POLL_SECONDS)
 
     def _listen(self, stop: str, ended: threading.Event) -> None:
         """Send this process the signal that another rank received."""

@@ -125,9 +125,9 @@ class Validator:
                 self._sequence.groups,
             ):
                 batch = self._sequence.own(batch)
-                targets = (batch["labels"] != IGNORE).sum().to(accelerator.device)
-                outputs = self._outputs(batch, synthetic)
-                hits = _hits(outputs.logits, batch["labels"]) if synthetic else targets * 0
+                labels = batch["labels"].to(accelerator.device)
+                targets, outputs = (labels != IGNORE).sum(), self._outputs(batch, synthetic)
+                hits = (outputs.logits.argmax(dim=-1) == labels).sum() if synthetic else targets * 0
                 own += torch.stack([outputs.loss.double(), targets.double(), hits.double()])
                 between()
         reshard(self._model)
@@ -149,11 +149,6 @@ def _bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
     """None if the bytes of some source are not known."""
     known = [size for size in sizes if size is not None]
     return nats / math.log(2) / sum(known) if len(known) == len(sizes) else None
-
-
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """() number of targets with the largest logit. logits (B, T, V); labels (B, T), on any device."""
-    return (logits.argmax(dim=-1) == labels.to(logits.device)).sum()
 
 
 def bytes_read(prepared: PreparedData, sequence_length: int, max_tokens: int) -> int | None:

@@ -3,7 +3,6 @@
 import faulthandler
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ class Heartbeat:
 
     def beat(self, step: int, tokens: int, doing: str = "training", now: bool = False) -> None:
         """Call it at every step boundary; `now` writes the file even if 5 seconds have not passed."""
-        if _has_descriptor():
+        with suppress(OSError, ValueError, AttributeError, RuntimeError):  # stderr has no descriptor
             faulthandler.dump_traceback_later(self._stall, exit=False)
         moment = time.monotonic()
         if not self._main or (not now and moment - self._last < _BEAT_SECONDS):
@@ -43,15 +42,6 @@ class Heartbeat:
 
     def stop(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _has_descriptor() -> bool:
-    """Whether stderr has a file descriptor, which faulthandler writes to; a captured one has none."""
-    try:
-        sys.stderr.fileno()
-    except (OSError, ValueError, AttributeError):
-        return False
-    return True
 
 
 class Stopwatch:

@@ -149,11 +149,7 @@ def test_rows_of_a_stream_of_any_length(num_tokens: int) -> None:
         assert len(labels) - count < 4, "no row without a target"
 
 
-def test_step_that_does_not_split(prepared: PreparedData) -> None:
-    with pytest.raises(DataError, match=r"8 rows does not split over 3 ranks; .* a multiple of 96"):
-        TrainLoader(prepared.train, T, 0, 8, 1, 0, 3)
-    with pytest.raises(DataError, match=r"8 rows leaves some of 16 ranks without one"):
-        TrainLoader(prepared.train, T, 0, 8, 1, 0, 16)
+def test_a_text_that_is_too_short(prepared: PreparedData) -> None:
     with pytest.raises(DataError, match="too short"):
         TrainLoader(prepared.train, 10**6, 0, 8, 1)
 

@@ -16,6 +16,7 @@ from lrnn_lm.data import (
 )
 from lrnn_lm.data.synthetic.draws import Draws
 from lrnn_lm.data.synthetic.state_tracking import composition_table
+from studies.synthetic import SWEEPS
 
 GOLDEN = [[750, 221, 564], [340, 315, 29], [10, 851, 243]]
 GOLDEN_S3 = [[0, 3, 0, 2, 2, 4, 4, 5]]
@@ -210,9 +211,10 @@ def test_copying_memorisation_and_compression():
 
 def test_published_baselines_and_sweeps_can_be_made():
     assert len(MAD_TASKS) == 6
+    assert {*SWEEPS} == {*MAD_TASKS}
     assert len(STATE_TASKS) == 12
     for name in MAD_TASKS:
-        for key, values in SYNTHETIC_TASKS[name].sweep.items():
+        for key, values in SWEEPS[name].items():
             for value in values:
                 if key == "length":
                     task(name, value)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from lrnn_lm.model.export import scopes
+from lrnn_lm.model.export import sources as reading
 from lrnn_lm.model.export.bundle import Bundle, render_imports
 from lrnn_lm.model.export.remote_code import remote_code
 
@@ -66,8 +66,8 @@ def package(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text.lstrip())
         (tmp_path / "package" / "__init__.py").touch()
-        monkeypatch.setattr(scopes, "_PACKAGE", tmp_path / "package")
-        sources = scopes.Sources(("entry",))
+        monkeypatch.setattr(reading, "_PACKAGE", tmp_path / "package")
+        sources = reading.Sources(("entry",))
         flat = []
         sources.in_order(("entry",), flat)
         rest = [module for module in sources if module not in flat]

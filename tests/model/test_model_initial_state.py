@@ -61,7 +61,7 @@ def test_packed_documents_are_as_each_alone(
     name: str, exported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits, states and gradients; also the way that exported graphs go."""
-    monkeypatch.setattr(initial_state, "is_exported", lambda: exported)
+    monkeypatch.setattr("lrnn_lm.mixers.base.is_exported", lambda: exported)
     model, tolerance = learnt(name), ROTARY if name == "hybrid" else EXACT
     ids, reset, documents = packed()
     out = model(ids, reset=reset, use_cache=True)

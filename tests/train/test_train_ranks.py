@@ -175,11 +175,11 @@ def assert_holds(recipe: Path, parallel: str, ranks: int, tensors: dict, path: P
     [("fsdp2", 4, "train.shard_size 3 does not divide 4 ranks"), ("ddp", 3, "set train.parallel=fsdp2")],
 )
 def test_copies_that_ranks_cannot_hold(recipe: Path, parallel: str, ranks: int, words: str) -> None:
-    train = load_recipe(recipe, ["train.shard_size=3"]).train
-    train.check_shards(1, "ddp")
-    train.check_shards(6, "fsdp2")
+    made = load_recipe(recipe, ["train.shard_size=3", "train.tokens_per_step=768"])
+    made.check_ranks(1, "ddp")
+    made.check_ranks(6, "fsdp2")
     with pytest.raises(ValueError, match=words):
-        train.check_shards(ranks, parallel)
+        made.check_ranks(ranks, parallel)
     said = Ranks(recipe, ranks, "train.shard_size=3", "name=refused", parallel=parallel).expect(2)
     assert said.count("lrnn: ") == said.count(words) == 1
     assert not (recipe.parent / "runs/refused").exists()

@@ -97,7 +97,7 @@ def test_what_cannot_be_is_said_before_data_is_prepared(
     ("ranks", "options", "words"),
     [
         (3, (), "train.sequence_parallel 2 does not divide 3 ranks"),
-        (4, ("train.tokens_per_step=192",), "is 3 rows, which do not split over 2 groups of 2 ranks"),
+        (4, ("train.tokens_per_step=192",), "3 rows does not split over 2 groups of 2 ranks"),
     ],
 )
 def test_ranks_that_do_not_share_rows_evenly(

@@ -37,7 +37,6 @@ class TaskKind:
     check: Callable[[int, dict[str, Option]], None] = lambda length, options: None
     examples: int | None = None  # training rows; None: new rows without end
     head: str = "causal"  # of the model
-    sweep: dict[str, list[Option]] = field(default_factory=dict)  # values that it varies, one key at a time
     automaton: Callable[[dict[str, Option]], Automaton] | None = None  # of a state task, from the options
 
 
@@ -136,9 +135,6 @@ def _check_mqar(length: int, options: dict[str, Option]) -> None:
 
 
 _MAD = partial(TaskKind, symbols=_vocabulary, examples=12_800)
-_SIZES: list[Option] = [32, 64, 128]
-_FEWER: list[Option] = [6400, 3200, 1600, 800]
-_LONGER: list[Option] = [256, 512, 1024]
 
 SYNTHETIC_TASKS: dict[str, TaskKind] = {
     **{name: _state_task(partial(state_tracking.group, name)) for name in state_tracking.GROUPS},
@@ -158,28 +154,24 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         length=128,
         options={"vocab_size": 16},
         check=_check_recall,
-        sweep={"vocab_size": _SIZES, "length": _LONGER, "examples": _FEWER},
     ),
     "noisy_in_context_recall": _MAD(
         mad.recall,
         length=128,
         options={"vocab_size": 32, "noise_vocab_size": 16, "noise": 0.2},
         check=_check_recall,
-        sweep={"vocab_size": [48, 80, 144], "length": _LONGER, "examples": _FEWER, "noise": [0.4, 0.6, 0.8]},
     ),
     "fuzzy_in_context_recall": _MAD(
         mad.fuzzy_recall,
         length=128,
         options={"vocab_size": 16, "key_size": 3, "value_size": 3},
         check=_check_fuzzy,
-        sweep={"vocab_size": _SIZES, "length": _LONGER, "examples": _FEWER},
     ),
     "selective_copying": _MAD(
         mad.selective_copying,
         length=256,
         options={"vocab_size": 16, "copies": 16},
         check=_check_copying,
-        sweep={"vocab_size": _SIZES, "length": [512, 1024], "examples": _FEWER, "copies": [32, 64, 96]},
     ),
     "memorisation": TaskKind(
         mad.memorisation,
@@ -188,7 +180,6 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         options={"vocab_size": 256, "map_seed": 0},
         check=_check_memorisation,
         examples=256,
-        sweep={"vocab_size": [512, 1024, 2048, 4096, 8192]},
     ),
     "compression": _MAD(
         mad.compression,
@@ -196,7 +187,6 @@ SYNTHETIC_TASKS: dict[str, TaskKind] = {
         options={"vocab_size": 16},
         check=_at_least(3, "vocab_size"),
         head="autoencoder",
-        sweep={"vocab_size": _SIZES, "length": [64, 128, 256], "examples": _FEWER},
     ),
     "mqar": TaskKind(
         mad.mqar,
@@ -222,7 +212,10 @@ class SyntheticTask:
     options: dict[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kind = task_kind(self.name)
+        if self.name not in SYNTHETIC_TASKS:
+            near, known = _nearest(self.name, SYNTHETIC_TASKS), ", ".join(SYNTHETIC_TASKS)
+            raise DataError(f"unknown synthetic task {self.name!r}{near} (known: {known})")
+        kind = self.kind
         for key, value in self.options.items():
             if key not in kind.options:
                 known = ", ".join(kind.options) or "none"
@@ -251,14 +244,6 @@ class SyntheticTask:
         """Inputs and labels, each (b, T) int64, of rows by number: a function of these arguments only."""
         draws = Draws(seed, f"{self.name}/{split}", indices)
         return self.kind.make(draws, self.length, split == "train", **self.options)
-
-
-def task_kind(name: str) -> TaskKind:
-    """A task by its name; DataError with the nearest names if it is unknown."""
-    if name not in SYNTHETIC_TASKS:
-        known = ", ".join(SYNTHETIC_TASKS)
-        raise DataError(f"unknown synthetic task {name!r}{_nearest(name, SYNTHETIC_TASKS)} (known: {known})")
-    return SYNTHETIC_TASKS[name]
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ...data import SYNTHETIC_TASKS, SyntheticTask
-from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, describe, load_checkpoint
 from ..show import print_table, print_written, table_console, write_json
 from ..tasks.synthetic import run_source
@@ -188,7 +187,7 @@ def rounded_blocks(
 
 
 def _write_and_show(facts: dict[str, Any], info: CheckpointInfo, output: Path | None) -> None:
-    folder = output if output is not None else info.run and RunFolder(info.run).scores
+    folder = info.results(output)
     task, states = facts["task"]["name"], facts["task"]["states"]
     rows = []
     for b in facts["blocks"]:
@@ -198,8 +197,8 @@ def _write_and_show(facts: dict[str, Any], info: CheckpointInfo, output: Path | 
     header = ["block", f"rounded, follows {task}", f"states of {states}", "off by", "leak", "exact rows"]
     print_table(header, rows, left=0, title=info.name)
     table_console().print(verdict(facts), highlight=False)
-    if folder:
-        path = Path(folder).expanduser() / f"{info.name}-certify-{task}.json"
+    if folder is not None:
+        path = folder / f"{info.name}-certify-{task}.json"
         write_json(facts, path)
         print_written([path])
 

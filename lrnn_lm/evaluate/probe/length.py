@@ -87,9 +87,9 @@ def probe_length(
         "transitions": matrices,
     }
     written = []
-    if (places := _folders(info, output)) is not None:
-        name = f"{info.name}-length-{N}"
-        written = [places[0] / f"{name}.json", places[1] / f"{name}.png"]
+    if (folder := info.results(output)) is not None:
+        plots = folder if output is not None else RunFolder(info.run).plots
+        written = [folder / f"{info.name}-length-{N}.json", plots / f"{info.name}-length-{N}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
     _show(facts)
@@ -223,13 +223,6 @@ def _last_distribution(model: "PreTrainedModel", inputs: Tensor, cache: Any) -> 
     """Distribution (b, V) in fp32 of the token after inputs (b, T), which follow what the cache holds."""
     logits = prefill(model, inputs, past_key_values=cache).logits
     return logits[:, -1].float().softmax(dim=-1)
-
-
-def _folders(info: CheckpointInfo, output: Path | None) -> tuple[Path, Path] | None:
-    """Where the JSON and the picture go; None for a checkpoint outside a run."""
-    if output is not None:
-        return Path(output).expanduser(), Path(output).expanduser()
-    return None if info.run is None else (RunFolder(info.run).scores, RunFolder(info.run).plots)
 
 
 def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:

@@ -29,7 +29,7 @@ def _by_position(axes: "Axes", facts: dict[str, Any], key: str, title: str, labe
     bins = [bin for bin in facts["by_position"] if bin["targets"]]
     axes.plot([bin["to"] for bin in bins], [bin[key] for bin in bins], "o-", color=COLOURS[0], markersize=3.5)
     _trained(axes, facts)
-    _finish(axes, title, "position (tokens)", label)
+    tidy(axes, title, "position (tokens)", label, octaves=True)
 
 
 def _memory(axes: "Axes", facts: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def _memory(axes: "Axes", facts: dict[str, Any]) -> None:
     axes.set_ylim(floor / 2, 1.5)
     _trained(axes, facts)
     title = f"Memory: a change reaches {facts['effective_memory']:,} tokens"
-    _finish(axes, title, "tokens between the change and the output", "total variation")
+    tidy(axes, title, "tokens between the change and the output", "total variation", octaves=True)
 
 
 def _states(axes: "Axes", facts: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _states(axes: "Axes", facts: dict[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     _trained(axes, facts)
     label = "root mean square" if layers else "no recurrent state"
-    _finish(axes, "State by position", "position (tokens)", label)
+    tidy(axes, "State by position", "position (tokens)", label, octaves=True)
 
 
 def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ def _eigenvalues(axes: "Axes", facts: dict[str, Any]) -> None:
     axes.set_aspect("equal")
     if 0 < len(layers) <= len(COLOURS):
         axes.legend(frameon=False, fontsize=8, loc="lower left")
-    _finish(axes, "Eigenvalues of A_t, in the unit circle", "real", "imaginary", log=False)
+    tidy(axes, "Eigenvalues of A_t, in the unit circle", "real", "imaginary")
 
 
 def _row_sums(axes: "Axes", facts: dict[str, Any]) -> None:
@@ -93,17 +93,8 @@ def _row_sums(axes: "Axes", facts: dict[str, Any]) -> None:
     axes.set_xticks([layer["layer"] for layer in layers])
     if layers:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
-    _finish(axes, "Row sums of |A_t| and spectral radius", "layer", "", log=False)
+    tidy(axes, "Row sums of |A_t| and spectral radius", "layer")
 
 
 def _trained(axes: "Axes", facts: dict[str, Any]) -> None:
     axes.axvline(facts["settings"]["trained"], color=GREY, linestyle="--", linewidth=1.2)
-
-
-def _finish(axes: "Axes", title: str, xlabel: str, ylabel: str, log: bool = True) -> None:
-    if log:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    tidy(axes, title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)

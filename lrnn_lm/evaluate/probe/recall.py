@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...runs.layout import RunFolder
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
 from ..show import check_at_least, decimal, print_table, print_written, write_json
@@ -71,11 +70,8 @@ def probe_recall(
         inputs, targets = text_rows(model, tokenizer, text, rows, context_length(model, info.run))
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         found.append({"name": name, **size, **split(model, inputs, targets)})
-    folder = Path(output).expanduser() if output is not None else None
-    if folder is None and first.run is not None:
-        folder = RunFolder(first.run).scores
     written = []
-    if folder is not None:
+    if (folder := first.results(output)) is not None:
         written = [folder / "recall.json", folder / "recall.png"]
         write_json(found, written[0])
         draw_recall(found, written[1])

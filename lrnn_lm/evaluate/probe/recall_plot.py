@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..reporting.plot import colour, picture
+from ..reporting.plot import colour, picture, tidy
 
 
 def draw_recall(found: list[dict[str, Any]], path: Path) -> None:
@@ -18,18 +18,13 @@ def draw_recall(found: list[dict[str, Any]], path: Path) -> None:
                 parts = [part for part in facts[key] if part["tokens"]]
                 starts = [max(1, part["from"]) for part in parts]
                 axis.plot(starts, [part["loss"] for part in parts], "o-", color=colour(i))
+        unit = "nats a token"
         axes[0][0].set_xticks(range(len(grams)), grams)
-        titles = (
-            (axes[0][0], "Longest n-gram seen before in the row", "n (0: the token is new)"),
+        tidy(axes[0][0], "Longest n-gram seen before in the row", "n (0: the token is new)", unit)
+        for axis, title, label in (
             (axes[0][1], "Bigrams seen before, by distance", "tokens back, from"),
             (axes[1][0], "By position", "position in the row, from"),
             (axes[1][1], "By frequency of the target", "occurrences in the held-out rows, from"),
-        )
-        for axis, title, label in titles:
-            axis.set_title(title, loc="left")
-            axis.set_xlabel(label)
-            axis.set_ylabel("nats a token")
-            axis.grid(alpha=0.25)
-            if axis is not axes[0][0]:
-                axis.set_xscale("log", base=2)
+        ):
+            tidy(axis, title, label, unit, octaves=True)
         axes[0][0].legend(frameon=False, fontsize=8)

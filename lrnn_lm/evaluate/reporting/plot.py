@@ -39,8 +39,16 @@ def picture(path: Path, width: float, height: float, dpi: int = 140) -> Iterator
         figure.savefig(path, dpi=dpi)
 
 
-def tidy(axes: "Axes", title: str) -> None:
-    """The title on the left, a light grid behind the curves, and no frame on top and right."""
+def tidy(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "", octaves: bool = False) -> None:
+    """The title on the left, a light grid behind the curves, and no frame on top and right.
+
+    octaves: x by powers of 2.
+    """
+    if octaves:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
     axes.set_title(title, fontsize=10, loc="left")
     axes.grid(color="#e3e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -148,9 +156,7 @@ def _after_warm_up(tokens: Any, losses: Any, total: int) -> list[float]:
 def _finish(axes: "Axes", title: str, ylabel: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    tidy(axes, title)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel(ylabel)
+    tidy(axes, title, "training tokens", ylabel)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if axes.get_legend_handles_labels()[0]:

@@ -94,8 +94,7 @@ def _draw_curve(axes: "Axes", task: str, curve: dict[int, list[Score | None]]) -
     axes.set_xticks(list(curve), [f"{length:,}" for length in curve])
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.05)
-    axes.set_xlabel("length")
-    tidy(axes, f"{task}: accuracy")
+    tidy(axes, f"{task}: accuracy", "length")
 
 
 def _draw_dots(axes: "Axes", metric: str, panel: Panel) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrnn_lm.recipe import read_yaml, resolve_path, shipped
-from lrnn_lm.recipe.reading import settle
 
 from ...files import hub_is_reachable
 from ...requirements import check_extra
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 class Suite(BaseModel):
     """A named list of tasks and how to run them: one YAML file in eval/suites."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     tasks: list[str] = Field(min_length=1)
     num_fewshot: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=1)
@@ -36,7 +35,7 @@ def read_suite(file: str | Path) -> Suite:
         known = ", ".join(sorted(p.stem for p in shipped("eval/suites").glob("*.yaml")))
         raise ValueError(f"{file}: no such suite file; the project ships {known}")
     try:
-        return Suite.model_validate(settle(read_yaml(path, Path(file)), Suite))
+        return Suite.model_validate(read_yaml(path, Path(file)))
     except ValidationError as error:
         wrong = [(".".join(map(str, detail["loc"])) or "suite", detail["msg"]) for detail in error.errors()]
         raise ValueError(f"{file}: " + "; ".join(f"{key}: {message}" for key, message in wrong)) from None

@@ -134,7 +134,9 @@ class Batch:
             for kept, state in zip(states, of_layers, strict=True):
                 kept.append(state[go])
         self._rows, self._cache, self._decode = rows, None, None  # a step gives its memory back first
-        size = _padded(len(rows)) if self.model.device.type in _GRAPHS else len(rows)
+        # The next power of 2: few sizes, as each is captured as a graph.
+        graphs = self.model.device.type in _GRAPHS
+        size = 1 << max(0, len(rows) - 1).bit_length() if graphs else len(rows)
         self._newest = _stacked(newest, size)
         self._states = [_stacked(kept, size) for kept in states]
         self._cache = cache_of({f"{i}.state": s for i, s in enumerate(self._states)}, 1, self._layers)
@@ -186,11 +188,6 @@ def _alike(requests: list[Request]) -> list[list[Request]]:
         else:
             groups.append([request])
     return groups
-
-
-def _padded(rows: int) -> int:
-    """The next power of 2: few sizes, as each is captured as a graph."""
-    return 1 << max(0, rows - 1).bit_length()
 
 
 def _stacked(parts: list[Tensor], size: int) -> Tensor:

@@ -31,7 +31,11 @@ def as_written(model: nn.Module) -> bool:
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
     modules = all_modules(model)
-    return all(_is_as_written(cls) for cls in {type(m) for m in modules}) and all(map(_is_untouched, modules))
+    for cls in {type(module) for module in modules}:
+        now = (cls.forward, cls.__call__)
+        if cls.__module__.split(".")[0] not in _OURS or _written.setdefault(cls, now) != now:
+            return False
+    return all(map(_is_untouched, modules))
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
@@ -51,25 +55,19 @@ def all_parameters(model: nn.Module) -> list[Tensor]:
     return [p for module in all_modules(model) for p in module._parameters.values() if p is not None]
 
 
-def _is_as_written(cls: type[nn.Module]) -> bool:
-    now = (cls.forward, cls.__call__)
-    return cls.__module__.split(".")[0] in _OURS and _written.setdefault(cls, now) == now
-
-
 def _is_untouched(module: nn.Module) -> bool:
     own = vars(module)
     if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in own:
         return False
     if module._compiled_call_impl is not None:  # `module.compile()`
         return False
-    methods = _methods(type(module))
-    return methods.isdisjoint(own) or all(_is_put_back(module, name) for name in methods & own.keys())
-
-
-def _is_put_back(module: nn.Module, name: str) -> bool:
-    """Whether a method on the instance is its class's own, as an undone patch leaves it."""
-    value = vars(module)[name]
-    return ismethod(value) and value.__self__ is module and value.__func__ is vars(type(module)).get(name)
+    for name in _methods(type(module)) & own.keys():
+        value = own[name]  # the class's own method, where a patch was undone
+        if not ismethod(value) or value.__self__ is not module:
+            return False
+        if value.__func__ is not vars(type(module)).get(name):
+            return False
+    return True
 
 
 @cache

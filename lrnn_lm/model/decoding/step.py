@@ -66,10 +66,6 @@ class Memory:
         self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
         self.stream: torch.cuda.Stream | None = None  # where the step ran last
 
-    def take_over(self) -> None:
-        """Make the current stream wait for the step's last run, which may have been on another stream."""
-        self.stream = after(self.stream, self.ids.device, [self.ids, *self.states])
-
 
 class Pool:
     """The captured steps of one model, each lent to one call at a time, and its joint weights."""
@@ -189,8 +185,9 @@ class DecodeStep:
         states = self.memory.states
         if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
             return
-        self.memory.take_over()
-        _part(self.memory, self._owners)
+        memory = self.memory  # its last run may have been on another stream: wait for it
+        memory.stream = after(memory.stream, memory.ids.device, [memory.ids, *states])
+        _part(memory, self._owners)
         for layer, state in zip(cache.layers, states, strict=True):
             state.copy_(layer.recurrent_states[0])
             layer.recurrent_states[0] = state

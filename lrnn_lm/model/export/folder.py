@@ -28,15 +28,12 @@ def write_remote_code(folder: str | Path) -> None:
 
     Writes the generated files and names them in config.json (`auto_map`); safe to repeat.
     """
-    for name, text in files_with_code(folder).items():
-        (Path(folder) / name).write_text(text, encoding="utf-8")
-
-
-def files_with_code(folder: str | Path) -> dict[str, str]:
-    """The files that `write_remote_code` writes, by name: the code, then the config.json that names it."""
-    settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    settings["auto_map"] = AUTO_MAP
-    return {**remote_code(), "config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n"}
+    folder = Path(folder)
+    for name, text in remote_code().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...version import __version__
 from .bundle import Bundle, render_imports
-from .scopes import Module, Sources, path_of
+from .sources import Module, Sources, path_of
 
 OLDEST_TRANSFORMERS = (5, 17)  # as in pyproject.toml
 CONFIGURATION, MODELING, KERNELS = "configuration_lrnn", "modeling_lrnn", "kernels_lrnn"
@@ -78,7 +78,7 @@ def _write(bundle: Bundle, file: str) -> str:
         f'"""{_OPENS[file]}"""\n\n'
     )
     parts = [_version_check()] if file == MODELING else []
-    parts.append(render_imports(external, flat, code) + "\n")
+    parts.append(render_imports(external, flat, code))
     return header + "\n".join(parts) + code
 
 
