@@ -369,6 +369,15 @@ def main(arguments: list[str] | None = None) -> None:
         if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
             print(f"lrnn: {message}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if os.environ.get("LRNN_TRACEBACK") or "home directory" not in str(error):  # of Path.expanduser
+            raise
+        if _tells():
+            print(
+                "lrnn: a path begins with ~NAME, and there is no such user here: write it out",
+                file=sys.stderr,
+            )
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _is_users(mistake: Exception) -> bool:
