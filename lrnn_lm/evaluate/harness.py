@@ -135,8 +135,9 @@ def _scored(
     if results is None:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
-    own = "" if info.run is None else str(RunFolder(info.run).heldout)
-    other = data if own and (data := settings["data"]) != own and Path(data or "").is_file() else None
+    own = "" if info.run is None else str(RunFolder(info.run).heldout.resolve())
+    data = Path(settings["data"] or "").resolve()
+    other = settings["data"] if own and data.is_file() and str(data) != own else None
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
@@ -203,7 +204,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 def check_output(output: Path | None) -> None:
     """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and Path(output).is_file() and Path(output).suffix != ".json":
+    if output is not None and Path(output).expanduser().is_file() and Path(output).suffix != ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 
 
@@ -298,7 +299,7 @@ def _write(
     """
     if output is None and info.run is None:
         return None
-    folder = Path(output) if output is not None else RunFolder(info.run).scores
+    folder = Path(output).expanduser() if output is not None else RunFolder(info.run).scores
     if folder.suffix == ".json":
         path = folder
     else:

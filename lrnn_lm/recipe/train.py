@@ -1,5 +1,6 @@
 """The recipe's train section: the token budget, the size of a step, and how it runs on the devices."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -116,7 +117,8 @@ class TrainSection(Section):
     @field_validator("runs_dir")
     @classmethod
     def _is_here(cls, path: str) -> str:
-        return check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
+        here = check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
+        return str(Path(here).expanduser())
 
     def check_shards(self, ranks: int, parallel: str) -> None:
         """Raise ValueError if so many ranks cannot share rows and model as the recipe says."""
