@@ -26,6 +26,7 @@ def evaluate_each(
     any is scored.
     """
     names = checkpoint_names(checkpoints)
+    output = None if output is None else Path(output).expanduser()
     check_output(output)
     if len(names) > 1 and output is not None and Path(output).suffix == ".json":
         raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")

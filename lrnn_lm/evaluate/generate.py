@@ -82,7 +82,7 @@ def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[
 
     Raises ValueError for a pipe that would be read more than once: it is empty the second time.
     """
-    path = Path(prompt_file or "")
+    path = Path(prompt_file or "").expanduser()
     if times > 1 and path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path}: a pipe can be read only once; write its text to a file for --prompt-twice")
     for time in range(times if prompt or prompt_file is not None else 0):

@@ -136,9 +136,13 @@ def _scored(
     if results is None:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
+    own = "" if info.run is None else str(RunFolder(info.run).heldout.resolve())
+    data = Path(settings["data"] or "").resolve()
+    other = settings["data"] if own and data.is_file() and str(data) != own else None
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
+        "other_data": other, "given_length": settings["max_length"],
     }  # fmt: skip
     results["software"] = _versions()
     return results
@@ -201,7 +205,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 def check_output(output: Path | None) -> None:
     """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and Path(output).is_file() and Path(output).suffix != ".json":
+    if output is not None and Path(output).expanduser().is_file() and Path(output).suffix != ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 
 
@@ -220,6 +224,20 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
             label = metric if kind == "none" else f"{metric} ({kind})"
             rows.append((task, label, float(value), error if isinstance(error, int | float) else None))
     return rows
+
+
+def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
+    """How scores were taken where that is not the usual way; they have files and rows of their own.
+
+    settings: as results hold them; those of an older version lack some. text: whether the text counts.
+    """
+    few, window = settings.get("num_fewshot"), settings.get("given_length")
+    words = [f"{few}-shot"] if few else []
+    words += [f"window {window}"] if window else []
+    words += ["prompt twice"] if settings.get("prompt_twice") else []
+    if text and (other := settings.get("other_data")):
+        words.append(f"{Path(other).stem} {hashlib.sha256(other.encode()).hexdigest()[:8]}")
+    return words
 
 
 def documents_of(info: CheckpointInfo, data: Path | None) -> str | None:
@@ -277,8 +295,8 @@ def _write(
 ) -> Path | None:
     """Write JSON in one step; the path, None outside a run without `output`.
 
-    The file is named after checkpoint and tasks, so that a repeat replaces it. In a folder other than the
-    run's own the name begins with the run's: results of other runs may be there.
+    The file is named after checkpoint, tasks and settings, so that only a repeat replaces it. In a folder
+    other than the run's own the name begins with the run's: results of other runs may be there.
     """
     if (folder := info.results(output)) is None:
         return None
@@ -291,7 +309,7 @@ def _write(
         if len(what) > 80:  # a file name takes 255 bytes
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
         what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
-        what += "-prompt-twice" if settings["prompt_twice"] else ""
+        what += "".join(f"-{words.replace(' ', '-')}" for words in variant(settings))
         what += f"-limit{settings['limit']}" if settings["limit"] else ""
         where = f"{info.run.name}-" if output is not None and info.run is not None else ""
         path = folder / f"{where}{info.name}-{what}.json"

@@ -66,7 +66,7 @@ def read_text(file: str | Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0  # bytes read
     try:
-        with Path(file).open("rb") as stream:
+        with Path(file).expanduser().open("rb") as stream:
             while data := stream.read(WINDOW):
                 done += len(data)
                 yield decoder.decode(data)

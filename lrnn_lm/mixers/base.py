@@ -33,11 +33,17 @@ class ResidualOutput(nn.Linear):
 def plain_weight(linear: nn.Module) -> Tensor | None:
     """The weight of a Linear that does W x and no more, for code that does it another way.
 
-    None for one that an adapter, a quantiser or an offloader has taken over: that one has to be called.
+    None for one that an adapter, a quantiser, an offloader, a hook (as of torch's pruning, which makes the
+    weight when the module is called) or a patch has taken over: that one has to be called.
     """
     adapted = type(linear) not in (nn.Linear, ResidualOutput)
     offloaded = "_hf_hook" in vars(linear)  # Accelerate's, which brings the weight when the module is called
-    return None if adapted or offloaded or is_traceable_wrapper_subclass(linear.weight) else linear.weight
+    hooked = linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks
+    patch = vars(linear).get("forward")  # the class's own if it was put back
+    patched = patch is not None and getattr(patch, "__func__", None) is not type(linear).forward
+    if adapted or offloaded or hooked or patched or is_traceable_wrapper_subclass(linear.weight):
+        return None
+    return linear.weight
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ class SourceSection(Section):
     dtype: Literal["uint16", "int32", "uint32", "int64"] | None = Field(
         None, description="tokens: type of the ids in .bin files; default: found out"
     )
-    limit: int | None = Field(None, ge=1, description="read at most this many documents")
+    limit: int | None = Field(None, ge=1, lt=2**63, description="read at most this many documents")
     max_epochs: float | None = Field(
         None, gt=0, description="how often the run may read the text at most; default: as often as it needs"
     )

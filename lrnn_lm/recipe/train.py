@@ -1,5 +1,6 @@
 """The recipe's train section: the token budget, the size of a step, and how it runs on the devices."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -104,9 +105,9 @@ class TrainSection(Section):
     )
     max_bad_steps: int = Field(10, ge=1, description="skipped steps in a row after which the run ends")
     timeout_minutes: float = Field(
-        10, gt=0, description="time a rank waits for the others before the run ends with an error"
+        10, gt=0, le=1e6, description="time a rank waits for the others before the run ends with an error"
     )
-    stall_minutes: float = Field(5, gt=0, description="a longer step prints its stack traces")
+    stall_minutes: float = Field(5, gt=0, le=1e6, description="a longer step prints its stack traces")
     log_every: int = Field(1, ge=1, description="steps between lines in metrics.jsonl")
     inspect_every: int | None = Field(
         100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
@@ -116,4 +117,5 @@ class TrainSection(Section):
     @field_validator("runs_dir")
     @classmethod
     def _is_here(cls, path: str) -> str:
-        return check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
+        here = check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
+        return str(Path(here).expanduser())

@@ -48,10 +48,9 @@ class Carry:
         state = _picked(self._state, lanes)
         if not begins:
             return state, batch
-        kept = torch.tensor([self._goes_on(step, lane) for lane in range(lanes.start, lanes.stop)])
-        reset = batch["reset"].clone()
-        reset[:, 0] &= ~kept
-        return _masked(state, kept.to(self._device)), batch | {"reset": reset}
+        reset = batch["reset"].clone()  # where a row goes on from nothing, it begins as a document does
+        reset[:, 0] = torch.tensor([not self._goes_on(step, lane) for lane in range(lanes.start, lanes.stop)])
+        return state, batch | {"reset": reset}
 
     def after(self, end: Boundary) -> None:
         """The end states of that micro-batch."""
@@ -106,15 +105,6 @@ def _picked(boundary: Boundary, rows: slice) -> Boundary:
     starts = boundary.document_start
     layers = [tuple(tensor[rows] for tensor in layer) for layer in boundary.layers]
     return Boundary(boundary.seen, layers, None if starts is None else starts[rows])
-
-
-def _masked(boundary: Boundary, kept: Tensor) -> Boundary:
-    """Zeros, which recurrent layers begin with, in the rows that are not kept (B,)."""
-    layers = [
-        tuple(torch.where(kept.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0) for tensor in layer)
-        for layer in boundary.layers
-    ]
-    return Boundary(boundary.seen, layers, boundary.document_start)
 
 
 def _joined(parts: list[Boundary]) -> Boundary:

@@ -34,7 +34,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
     size, or a parameter count other than the recipe says.
     """
     console = console or Console()
-    folder = checkpoint_folder(Path(target))
+    folder = checkpoint_folder(Path(target).expanduser())
     if not (folder / "config.json").is_file():
         if folder.is_dir():
             raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")

@@ -22,7 +22,7 @@ from ..runs.load import describe, json_table
 from .tensors import check_fit, is_sharded_folder, read_shards
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings",
-          "rms_norm_eps", "learn_initial_state")  # fmt: skip
+          "rms_norm_eps", "repeat", "learn_initial_state")  # fmt: skip
 _START = {"gate_std", "half_life"}  # options that only say how weights are drawn
 _TOLD = 4  # differences in a message, at most
 

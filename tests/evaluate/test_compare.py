@@ -1,12 +1,16 @@
 """Several checkpoints on the same tasks."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lrnn_lm.cli import main
-from lrnn_lm.evaluate.compare import beside, folders
+from lrnn_lm.evaluate.compare import beside, evaluate_each, folders
+from lrnn_lm.evaluate.generate import generate
 from lrnn_lm.evaluate.reporting.score_plot import arrange, draw_scores
+from lrnn_lm.recipe.train import TrainSection
+from lrnn_lm.train.info import print_info
 
 
 def evaluate(*arguments: object) -> int:
@@ -63,6 +67,25 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     assert "given once" in capsys.readouterr().err
     assert evaluate(checkpoint, tmp_path / "none") == 2
     assert "no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_found_in_every_path(checkpoint, tmp_path, monkeypatch, capsys):
+    """`--output=~/x` reaches us as it is written: shells expand it only at the start of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("c").symlink_to(checkpoint)
+    Path("p.txt").write_text("a")
+    options = {"limit": 1, "device": "cpu", "data": "~/c/../../heldout.jsonl"}
+    evaluate_each(["~/c"], ["heldout_bits_per_byte"], Path("~/scores"), **options)
+    generate("~/c", prompt_file="~/p.txt", max_new_tokens=1, device="cpu")
+    assert not Path("~").exists()
+    (file,) = Path("scores").iterdir()
+    assert (
+        file.name == "tiny-step-00000020-heldout_bits_per_byte-limit1.json"
+    )  # the run's text, by another name
+    assert TrainSection(runs_dir="~/runs").runs_dir == str(tmp_path / "runs")
+    with pytest.raises(ValueError, match="model_type is 'llama'"):
+        print_info("~/c")
 
 
 def test_each_of_several_has_a_folder(tmp_path):

@@ -173,7 +173,8 @@ def test_rolling_starts_once_even_if_the_tokenizer_adds_bos(checkpoint, loaded, 
 
 
 def test_json_lies_in_the_run_and_holds_what_is_needed(results, checkpoint, documents):
-    path = checkpoint.parent.parent / "eval" / "step-00000020-heldout_bits_per_byte+heldout_cloze.json"
+    name = "step-00000020-heldout_bits_per_byte+heldout_cloze-window-1024.json"
+    path = checkpoint.parent.parent / "eval" / name
     stored = json.loads(path.read_text())
     assert stored == results
     assert stored["checkpoint"] == {"path": str(checkpoint), "step": 20, "tokens": None}

@@ -41,6 +41,9 @@ def test_the_run_of_a_checkpoint_holds_the_documents(checkpoint, tmp_path, write
         (b'{"txt": "a"}\n', "line 1"),
         (b'{"text": 3}\n', "line 1"),
         (b"[1]\n", "line 1"),
+        (b"[" * 9000, "line 1"),
+        (b'{"text": ' + b"9" * 9000 + b"}", "line 1"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2"),
         (b"\xff\xfe\x00", "UTF-8"),
     ],
 )
@@ -53,7 +56,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
 
 def test_blank_lines_are_no_documents(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_text('\n{"text": "a"}\n \t\n{"text": ""}\n{"text": "b"}')
+    path.write_text('\ufeff\n{"text": "a"}\n \t\n{"text": ""}\n{"text": "b"}')
     assert heldout.read_documents(path) == ["a", "b"]
 
 

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
+from lrnn_lm.evaluate.harness import evaluate
 from lrnn_lm.evaluate.reporting.plot import smooth
 from lrnn_lm.evaluate.reporting.report import report, to_markdown
 from lrnn_lm.evaluate.reporting.runs import read_run
@@ -117,6 +119,24 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     other = _write_run(tmp_path / "unscored")
     text = to_markdown([read_run(folder), read_run(other)])
     assert "| heldout_cloze | acc | 0.3000 ± 0.0100 |  |" in text
+
+
+def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_documents):
+    """They replace neither the file nor the row of the usual ones; other text is told for held-out tasks."""
+    run = tmp_path / "tiny"
+    shutil.copytree(checkpoint.parents[1], run, symlinks=True)
+    shutil.copytree(_write_run(tmp_path / "curve"), run, dirs_exist_ok=True)
+    other = write_documents(tmp_path / "other.jsonl", ["Another text than that of the run."])
+    ways = ({}, {"num_fewshot": 1}, {"max_length": 20}, {"prompt_twice": True}, {"data": other})
+    for way in ways:
+        evaluate(run / "checkpoints/latest", ["heldout_bits_per_byte"], limit=2, device="cpu", **way)
+    assert len(list((run / "eval").glob("*.json"))) == len(ways)
+    tasks = {task for task, _ in read_run(run).scores}
+    assert {"heldout_bits_per_byte", "heldout_bits_per_byte, 1-shot", "heldout_bits_per_byte, window 20",
+            "heldout_bits_per_byte, prompt twice"} < tasks  # fmt: skip
+    assert sum("other" in task for task in tasks) == len(tasks) - 4 == 1
+    evaluate(run / "checkpoints/latest", ["heldout_bits_per_byte"], limit=2, device="cpu")
+    assert len(list((run / "eval").glob("*.json"))) == len(ways)
 
 
 def test_scores_of_other_lengths_are_others(tmp_path):

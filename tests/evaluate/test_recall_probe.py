@@ -7,7 +7,9 @@ import pytest
 import torch
 from small_models import RECURRENT, small_model, tokens
 
-from lrnn_lm.evaluate.probe.recall import only_diagonals, seen_before, split, token_losses
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.evaluate.probe.recall import only_diagonals, seen_before, split, text_rows, token_losses
+from lrnn_lm.evaluate.tasks.heldout import read_documents
 
 
 def naive(row: list[int], t: int) -> tuple[int, int]:
@@ -41,6 +43,29 @@ def test_parts_make_up_the_whole(name: str) -> None:
         assert whole == pytest.approx(facts["loss"], rel=1e-5)
     bigrams = sum(part["tokens"] for part in facts["distance"])
     assert bigrams == facts["copyable"]["tokens"] == 3 * 29 - facts["other"]["tokens"]
+
+
+def test_rows_have_the_tokens_and_targets_of_a_validation(
+    loaded: tuple, tokenizer, write_documents, tmp_path: Path
+) -> None:
+    """A start token, which nothing in training predicts, is no target and in none of the parts."""
+    path = write_documents(tmp_path / "heldout.jsonl")
+    config = LRNNConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    model = LRNNForCausalLM(config).eval()
+    inputs, targets = text_rows(model, tokenizer, path, 50, 24)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = [tokenizer(text)["input_ids"] for text in read_documents(path)]
+    stream = torch.tensor([token for ids in texts for token in (start, *ids, end)])[: inputs.numel() + 1]
+    assert torch.equal(inputs.flatten(), stream[:-1])
+    assert torch.equal(targets.flatten(), stream[1:].masked_fill(stream[1:] == start, -100))
+    assert (targets == -100).sum() > 5
+    facts = split(model, inputs, targets)
+    with torch.no_grad():
+        want = float(model(inputs, shift_labels=targets).loss)
+    assert facts["loss"] == pytest.approx(want, rel=1e-5)
+    assert sum(part["tokens"] for part in facts["frequency"]) == (targets != -100).sum()
+    others = text_rows(loaded[0], tokenizer, path, 50, 24)  # of models that were not trained on such rows
+    assert torch.equal(others[0].flatten()[:24], torch.tensor(texts[0][:24]))
 
 
 def test_a_diagonal_is_all_that_is_left() -> None:

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from small_models import small_model, tokens
 from torch import nn
 
@@ -96,6 +97,32 @@ def test_a_replaced_forward_is_called_for_every_token(way, place, monkeypatch):
     assert torch.equal(model.generate(ids, **OPTIONS), want)
     if way is not by_compiling or place not in ("projection", "embedding", "head"):  # torch skips its own
         assert len(calls) >= 6
+
+
+def by_pruning(module, calls, monkeypatch):
+    nn.utils.prune.identity(module, "weight")  # the hook makes the weight of this and a mask
+
+
+@pytest.mark.parametrize(
+    "way", [on_the_instance, bound_to_the_instance, of_a_subclass, by_a_hook, by_a_hook_before, by_pruning]
+)
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
+def test_every_projection_that_was_changed_is_called_for_a_loss(name, way, monkeypatch):
+    """In training too, where the head's loss is in chunks and H-LRU has a product of its own."""
+    model, same, ids = small_model(name).train(), small_model(name).train(), tokens()
+    projections = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    calls = []
+    for module in projections:
+        way(module, calls, monkeypatch)
+    with torch.no_grad():  # a weight that was kept from before is another one now
+        for module in projections:
+            (module.weight_orig if way is by_pruning else module.weight).mul_(1.5)
+        for module in (m for m in same.modules() if isinstance(m, nn.Linear)):
+            module.weight.mul_(1.5)
+    loss, want = (m(ids, labels=ids).loss for m in (model, same))
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    assert way is by_pruning or len(calls) == len(projections)
+    loss.backward()
 
 
 def test_another_result_shows_in_the_text():

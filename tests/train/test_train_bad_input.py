@@ -186,6 +186,13 @@ SECTIONS = [
     ("train.ramp={start: 512, tokens: 1000}", "train.ramp.start 512 must divide"),
     ("train.ramp={start: 32, tokens: 1000}", "multiple of data.sequence_length 64"),
     ("train.ramp={start: 128, tokens: 1M}", "no full step is left"),
+    ("train.timeout_minutes=1e300", "train.timeout_minutes: "),  # what no clock counts
+    ("train.stall_minutes=1e300", "train.stall_minutes: "),
+    ("data.source.limit=99999999999999999999", "data.source.limit: "),
+    *(
+        (f"{key}=~no-such-user/x", "~NAME")
+        for key in ("data.source.path", "data.tokenizer", "data.cache_dir", "model.init_from")
+    ),
     (RAMP, "optim.warmup=1024", "optim.warmup: with train.ramp, write a number of steps"),
     (RAMP, "data.curriculum=[{length: 4, steps: 2}]", "train.ramp and data.curriculum"),
 ]

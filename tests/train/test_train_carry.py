@@ -73,15 +73,18 @@ def whole_step(micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("frozen")
-@pytest.mark.parametrize("probability", [0.4, 1.0])
-def test_rows_start_from_other_rows(build: Build, probability: float) -> None:
+@pytest.mark.parametrize(("probability", "options"), [(0.4, ()), (0.4, (LEARNT,)), (1.0, ())])
+def test_rows_start_from_other_rows(build: Build, probability: float, options: tuple[str, ...]) -> None:
     """A row that is drawn begins with the state of the row before, and its first token starts no document."""
-    trainer = build(f"train.start_from_other={probability}", "train.tokens=1536", "eval.every=100 steps")
+    draw = f"train.start_from_other={probability}"
+    trainer = build(draw, "train.tokens=1536", "eval.every=100 steps", *options)
+    for layer in trainer.bare_model.model.layers if options else ():  # zeros, until they have been learnt
+        torch.nn.init.normal_(layer.initial_state)
     batches = [whole_step(next(steps)) for steps in [iter(trainer.rows.loader)] for _ in range(3)]
     trainer.rows.loader.position = 0
     trainer.bare_model.double()
     chosen = torch.tensor([[trainer.carry._goes_on(step, lane) for lane in range(8)] for step in range(3)])
-    again = build("name=again", f"train.start_from_other={probability}").carry
+    again = build("name=again", draw).carry
     assert all(again._goes_on(s, i) == chosen[s, i] for s in range(3) for i in range(8))
     drawn = np.mean([trainer.carry._goes_on(step, 5) for step in range(400)])
     assert drawn == pytest.approx(probability, abs=0.08)

@@ -108,6 +108,7 @@ def flipped(folder: Path) -> None:
         (None, ("model.mixer.block_size=4",), "layer 0's mixer.block_size is 2 there, 4 here"),
         (None, ("model.mixer.gate=silu",), "layer 0's mixer.gate is 'softmax' there, 'silu' here"),
         (None, ("model.mixer={type: h_lru}",), "layer 0's mixer is bd_lru there, h_lru here"),
+        (None, ("model.rms_norm_eps=0.1", "model.repeat=2"), "rms_norm_eps is 1e-06 there, 0.1 here; repeat"),
         (None, ("model.tie_word_embeddings=true",), "tie_word_embeddings is False there, True here"),
         (llama, (), "another family (model_type 'llama')"),
         (without_a_weight, (), "model.norm.weight does not fit"),

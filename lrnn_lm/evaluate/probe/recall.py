@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
 from ..show import check_at_least, decimal, print_table, print_written, write_json
@@ -83,15 +84,18 @@ def probe_recall(
 def text_rows(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path, rows: int, T: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (b, T), b <= rows: held-out documents in a row, each after a start token.
+    """Inputs and targets (b, T), b <= rows: held-out documents in a row, each between a start token and EOS.
 
-    Raises ValueError if the text does not fill one row.
+    As in training a start token is no target: -100. Raises ValueError if the text does not fill one row.
     """
-    start = document_start(model, tokenizer)
+    start, end = document_start(model, tokenizer), tokenizer.eos_token_id
     ids: list[int] = []
+    begins: list[int] = []
     for document in read_documents(path):
+        begins.append(len(ids))
         ids += [] if start is None else [start]
         ids += tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids += [] if start is None or end is None else [end]
         if len(ids) > rows * T:
             break
     whole = min(rows, (len(ids) - 1) // T)
@@ -100,16 +104,21 @@ def text_rows(
             f"the held-out text {path} has {len(ids)} tokens, which do not fill one row of {T} + 1"
         )
     stream = torch.tensor(ids[: whole * T + 1])
-    return stream[:-1].view(whole, T), stream[1:].view(whole, T)
+    targets = stream[1:].clone()
+    if start is not None:
+        targets[[begin - 1 for begin in begins if 0 < begin <= whole * T]] = IGNORED
+    return stream[:-1].view(whole, T), targets.view(whole, T)
 
 
 def split(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> dict[str, Any]:
     """The loss of a model on rows, split as this module's docstring says."""
+    counted = targets != IGNORED
     with mixer_inputs(model) as seen:
-        losses = token_losses(model, inputs, targets)
-    order, distance = seen_before(torch.cat([inputs, targets[:, -1:]], dim=1))
-    counts = targets.flatten().bincount(minlength=int(model.config.vocab_size))[targets]
-    positions = torch.arange(losses.shape[1]).expand_as(losses)
+        losses = token_losses(model, inputs, targets)[counted]
+    before = seen_before(torch.cat([inputs, targets[:, -1:]], dim=1))
+    order, distance = (values[counted] for values in before)
+    counts = targets[counted].bincount(minlength=int(model.config.vocab_size))[targets[counted]]
+    positions = torch.arange(targets.shape[1]).expand_as(targets)[counted]
     copyable = order >= 2
 
     def by_bin(values: Tensor, bins: list[tuple[int, int]], among: Tensor | bool = True) -> list[dict]:
@@ -127,20 +136,20 @@ def split(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> dict[str
         "copyable": _mean(losses, copyable),
         "other": _mean(losses, ~copyable),
         "distance": by_bin(distance, list(pairwise((*DISTANCES, 2**31))), copyable),
-        "position": by_bin(positions, _octaves(losses.shape[1])),
+        "position": by_bin(positions, _octaves(targets.shape[1])),
         "frequency": by_bin(counts, _octaves(int(counts.max()) + 1)[1:]),
         "gates": gate_facts(model, seen),
     }
     with only_diagonals(model) as cut:
         facts["loss_with_diagonal_transitions"] = (
-            float(token_losses(model, inputs, targets).mean()) if cut else None
+            float(token_losses(model, inputs, targets)[counted].mean()) if cut else None
         )
     return facts
 
 
 @torch.no_grad()
 def token_losses(model: "PreTrainedModel", inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy (b, T) in nats, fp32, on the CPU."""
+    """Cross-entropy (b, T) in nats, fp32, on the CPU; 0 where there is no target."""
     size = max(1, PIECE_LOGITS // (inputs.shape[1] * model.config.vocab_size))
     parts = []
     for ids, labels in zip(inputs.split(size), targets.split(size), strict=True):

@@ -123,7 +123,10 @@ def _draw_bits(axes: "Axes", runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         _draw_points(axes, run.validation, "bits_per_byte", i, "validation" if len(runs) == 1 else run.name)
     gzip = [
-        score for run in runs for (_, metric), score in run.scores.items() if metric == "gzip_bits_per_byte"
+        score
+        for run in runs
+        for (task, metric), score in run.scores.items()
+        if metric == "gzip_bits_per_byte" and task == "heldout_bits_per_byte"  # of no other text
     ]
     bars = {round(score.value, 3) for score in gzip if score.limit is None}
     for value in sorted(bars):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runs.layout import RunFolder, checkpoint_folder
-from ..harness import WHOLE_ROWS, flatten
+from ..harness import WHOLE_ROWS, flatten, variant
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,15 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             continue  # another program's JSON
         step = results.get("checkpoint", {}).get("step")
-        limit = results.get("settings", {}).get("limit")
+        settings = results.get("settings", {})
+        limit = settings.get("limit")
         rank = (step or 0, limit is None, file.stat().st_mtime)
-        lengths = results.get("settings", {}).get("lengths")
+        lengths = settings.get("lengths")
         for task, metric, value, error in rows:
+            of_run = task.startswith("heldout_")
             if lengths and task.startswith(WHOLE_ROWS):  # not the task's own rows
                 task = f"{task} at {', '.join(map(str, lengths))}"
+            task = ", ".join([task, *variant(settings, text=of_run)])
             if (task, metric) not in found or rank >= found[task, metric][0]:
                 found[task, metric] = (rank, Score(value, error, step, limit))
     return {key: score for key, (_, score) in sorted(found.items())}

@@ -72,16 +72,19 @@ def read_documents(path: str | Path, max_bytes: int = MAX_BYTES) -> list[str]:
         with Path(path).open(encoding="utf-8") as lines:
             for line in lines:
                 number += 1
+                line = line.removeprefix("\ufeff")
                 text = json.loads(line)["text"] if line.strip() else ""
                 if text.strip():
                     documents.append(text)
                     size += len(text.encode())
                 if size >= max_bytes:
                     break
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'{path}: line {number} is not a JSON object with a string "text"') from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a UTF-8 text file") from None
+    except UnicodeEncodeError:
+        raise ValueError(f'{path}: "text" of line {number} holds half a surrogate pair') from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # ValueError: long numbers too
+        raise ValueError(f'{path}: line {number} is not a JSON object with a string "text"') from None
     if not documents:
         raise ValueError(f"{path}: holds no documents")
     return documents
