@@ -1,4 +1,4 @@
-"""mLSTM, the matrix memory of xLSTM (arXiv 2405.04517), as in xLSTM 7B (arXiv 2503.13427), on our scans.
+"""mLSTM, the matrix memory of xLSTM (arXiv 2405.04517; xLSTM 7B: arXiv 2503.13427), on our matrix scan.
 
     q_t = W_q x_t / sqrt(K)    k_t = W_k x_t    v_t = W_v x_t    cap(z) = 15 tanh(z / 15)
     i_t = exp(cap(W_i x_t + b_i))    f_t = sigmoid(cap(W_f x_t + b_f))      one of each a head
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import block_diagonal_scan, matrix_scan
+from ..kernels import matrix_scan
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import precise
 
@@ -61,18 +61,16 @@ class MatrixLSTM(Mixer):
         q = self.query_proj(x).unflatten(-1, (H, K)) * K**-0.5
         v = self.value_proj(x).unflatten(-1, (H, V))
         i, f = (_capped(gate(x)) for gate in (self.input_gate_proj, self.forget_gate_proj))  # (B, T, H)
-        decay = f.sigmoid().unsqueeze(-1).expand(q.shape)
+        decay = f.sigmoid()[..., None, None].expand(*q.shape, 1)
         written = i.exp().unsqueeze(-1) * precise(self.key_proj(x)).unflatten(-1, (H, K))
-        C, n = (None, None) if state is None else (state[..., :V], state[..., V].flatten(1).unsqueeze(-1))
-        h, C = matrix_scan(decay.unsqueeze(-1), written, v, q, C, reset)
-        # n by the scan of BD-LRU with M = 1: as a column of C it would leave V no power of two.
-        gates = torch.stack([decay, torch.ones_like(decay)], dim=-1).flatten(2, 3).unsqueeze(3)
-        sums, n = block_diagonal_scan(gates, written.flatten(2).unsqueeze(-1), n, reset, "none")
-        overlap = (precise(q) * sums.view(q.shape)).sum(-1, keepdim=True)
+        C, n = (None, None) if state is None else state.split([V, 1], dim=-1)
+        h, C = matrix_scan(decay, written, v, q, C, reset)
+        # n is C of a value of 1: a column of its own, as the kernels take a power of two of them.
+        overlap, n = matrix_scan(decay, written, torch.ones_like(written[..., :1]), q, n, reset)
         h = precise(h) / overlap.abs().clamp(min=1)
         h = functional.layer_norm(h, (V,), eps=NORM_EPS) * self.norm_weight
         y = self.out_proj(h.flatten(2).to(x.dtype) * self.output_gate_proj(x).sigmoid())
-        return y, torch.cat([C, n.view(-1, H, K, 1)], dim=-1)
+        return y, torch.cat([C, n], dim=-1)
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
         """As in the authors' model: gates that do not depend on the input, nearly closed to it."""
