@@ -48,7 +48,7 @@ class MatrixLSTM(Mixer):
         self.input_gate_proj = nn.Linear(hidden_size, H)
         self.forget_gate_proj = nn.Linear(hidden_size, H)
         self.output_gate_proj = nn.Linear(hidden_size, H * V, bias=False)
-        self.norm_weight = nn.Parameter(torch.ones(H, V))
+        self.norm_weight = nn.Parameter(torch.ones(H * V))  # a vector: no weight decay
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
         self.draw_parameters()
 
@@ -68,8 +68,8 @@ class MatrixLSTM(Mixer):
         # n is C of a value of 1: a column of its own, as the kernels take a power of two of them.
         overlap, n = matrix_scan(decay, written, torch.ones_like(written[..., :1]), q, n, reset)
         h = precise(h) / overlap.abs().clamp(min=1)
-        h = functional.layer_norm(h, (V,), eps=NORM_EPS) * self.norm_weight
-        y = self.out_proj(h.flatten(2).to(x.dtype) * self.output_gate_proj(x).sigmoid())
+        h = functional.layer_norm(h, (V,), eps=NORM_EPS).flatten(2) * self.norm_weight
+        y = self.out_proj(h.to(x.dtype) * self.output_gate_proj(x).sigmoid())
         return y, torch.cat([C, n], dim=-1)
 
     def initial_values(self, std: float) -> dict[str, Tensor]:

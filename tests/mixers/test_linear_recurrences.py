@@ -123,8 +123,8 @@ def mlstm(m, x, reset):
         read = q[:, t] * K**-0.5
         size = torch.maximum((n * read).sum(-1).abs(), (-top).exp())
         h = (C * read[..., None]).sum(2) / size[..., None]
-        outputs.append(functional.layer_norm(h, (V,), eps=1e-6) * m.norm_weight)
-    return m.out_proj(torch.stack(outputs, dim=1).flatten(2) * out)
+        outputs.append(functional.layer_norm(h, (V,), eps=1e-6))
+    return m.out_proj(torch.stack(outputs, dim=1).flatten(2) * m.norm_weight * out)
 
 
 CASES = {
@@ -180,7 +180,7 @@ def test_mlstm_is_that_of_transformers():
     for own, other in names.items():
         ours.get_submodule(f"{own}_proj").load_state_dict(theirs.get_submodule(other).state_dict())
     torch.nn.init.normal_(ours.norm_weight)
-    theirs.multihead_norm.weight.copy_(ours.norm_weight.flatten())
+    theirs.multihead_norm.weight.copy_(ours.norm_weight)
     x = 2 * torch.randn(2, 47, 32)
     want, (C, n, top) = theirs(x)
     y, state = ours(x)
