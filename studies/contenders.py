@@ -18,6 +18,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "deltanet": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": False},
     "deltanet-negative": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": True},
     "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 32},
+    "kda": {"type": "kda", "allow_neg_eigval": True},
+    "gated_deltanet2": {"type": "gated_deltanet2", "allow_neg_eigval": True},
+    "gla": {"type": "gla", "num_heads": 4},
+    "hgrn2": {"type": "hgrn2"},
+    "rwkv7": {"type": "rwkv7"},
+    "mlstm": {"type": "mlstm"},
     "min_lstm": {"type": "bd_lru", "block_size": 1, "gate": "sigmoid"},
     "min_gru": {"type": "min_gru"},
     "rg_lru": {"type": "rg_lru"},
@@ -28,10 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"bd_gru-m{m}": {"type": "bd_gru", "block_size": m} for m in (1, 5)},
 }
 GATED = ("bd_lru", "h_lru")
-HALF = ("deltanet", "gated_deltaproduct")  # whose kernels train in half precision only
+# Whose kernels train in half precision only, or are made for it.
+HALF = ("deltanet", "gated_deltaproduct", "kda", "gated_deltanet2", "rwkv7")
 FITTED = {  # else the SwiGLU
     "bd_lru": "num_blocks", "h_lru": "num_blocks", "complex_lru": "num_blocks", "slice": "num_blocks",
     "bd_gru": "num_blocks", "pd_ssm": "num_blocks",
+    "kda": "num_heads", "gated_deltanet2": "num_heads", "mlstm": "num_heads",
     "lstm": "width", "min_gru": "width", "rg_lru": "width", "fixed_point": "width",
 }  # fmt: skip
 

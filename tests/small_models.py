@@ -49,6 +49,7 @@ MIXER_ROWS = {
     "attention-window": {"type": "attention", "num_heads": 2, "window": 4},
     "lstm": {"type": "lstm", "width": 9},
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
+    "mlstm": {"type": "mlstm", "num_heads": 2, "head_dim": 4},
     "min_gru": {"type": "min_gru", "width": 9},
     "rg_lru": {"type": "rg_lru", "width": 9},
     "complex_lru": {"type": "complex_lru", "num_blocks": 5},
@@ -57,10 +58,10 @@ MIXER_ROWS = {
     "pd_ssm": {"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 3},
     "bd_gru": {"type": "bd_gru", "num_blocks": 5, "block_size": 3},
 }
-# What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix multiplies three projections of
-# its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later. In bf16
+# What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix or mlstm multiplies projections
+# of its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later. In bf16
 # pd_ssm now and then selects another entry.
-SPREAD = {"pd_ssm": 0.1, "bd_matrix": 0.1, "bd_matrix-conv": 0.1, "bd_matrix-erase": 0.1}
+SPREAD = {"pd_ssm": 0.1, "mlstm": 0.1, "bd_matrix": 0.1, "bd_matrix-conv": 0.1, "bd_matrix-erase": 0.1}
 HYBRIDS = {
     "hybrid": ["bd_lru", "attention", "h_lru"],
     "hybrid-attention-first": ["attention-grouped", "lstm", "attention-window"],

@@ -10,11 +10,21 @@ from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
 from .complex_lru import ComplexLRU
 from .fixed_point import FixedPoint
-from .fla import DeltaNet, GatedDeltaNet, GatedDeltaProduct, GatedLinearAttention
+from .fla import (
+    HGRN2,
+    RWKV7,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    GatedDeltaProduct,
+    GatedLinearAttention,
+    KimiDeltaAttention,
+)
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
 from .mamba2 import Mamba2
 from .min_gru import MinGRU
+from .mlstm import MatrixLSTM
 from .pd_ssm import PermutationDiagonal
 from .rg_lru import RealGatedLRU
 from .slice import SLiCE
@@ -30,6 +40,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "gated_deltaproduct": GatedDeltaProduct,
     "gla": GatedLinearAttention,
+    "kda": KimiDeltaAttention,
+    "gated_deltanet2": GatedDeltaNet2,
+    "hgrn2": HGRN2,
+    "rwkv7": RWKV7,
+    "mlstm": MatrixLSTM,
     "min_gru": MinGRU,
     "rg_lru": RealGatedLRU,
     "complex_lru": ComplexLRU,

@@ -1,4 +1,4 @@
-"""The baselines through flash-linear-attention: DeltaNet, Gated DeltaNet, Gated DeltaProduct, GLA.
+"""The baselines through flash-linear-attention: delta rules (DeltaNet to KDA), RWKV-7, GLA, HGRN2.
 
 What they share, and where they run, is in `fla_layer.py`.
 
@@ -7,6 +7,9 @@ Legend: D model width, H heads, K key width of a head, V its value width, W kern
 
 import math
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .base import MixerCost, check_sizes
 from .fla_layer import FlaMixer
@@ -28,6 +31,7 @@ class DeltaNet(FlaMixer):
     layer = "DeltaNet"
     operations = 6  # recall (2), write (2), read (2)
     chunk_takes_fp32 = False
+    output_gate = None
 
     def __init__(
         self,
@@ -120,6 +124,30 @@ class GatedDeltaProduct(GatedDeltaNet):
         return MixerCost(super().cost(context_length).products, scan=(3 + 4 * self.updates) * H * K * V)
 
 
+class KimiDeltaAttention(GatedDeltaNet):
+    """Kimi Delta Attention (Kimi Team, arXiv 2510.26692): Gated DeltaNet with a decay for each key channel.
+
+    Arguments as in GatedDeltaNet.
+    """
+
+    layer = "KimiDeltaAttention"
+    gates = ("f_proj", "b_proj")
+    slowest_rate = 1.0
+    gated_rule = False
+
+
+class GatedDeltaNet2(KimiDeltaAttention):
+    """Gated DeltaNet-2 (NVIDIA, github.com/NVlabs/GatedDeltaNet-2): KDA that erases and writes by channels,
+    S_t = (I - k_t (b_t k_t)^T) diag(a_t) S_{t-1} + k_t (w_t v_t)^T.
+
+    Arguments as in GatedDeltaNet.
+    """
+
+    layer = "GatedDeltaNet2"
+    gates = ("f_proj", "b_proj", "w_proj")
+    value_first = False
+
+
 class GatedLinearAttention(FlaMixer):
     """GLA (Yang et al., arXiv 2312.06635): S_t = diag(a_t) S_{t-1} + k_t v_t^T, output gated.
 
@@ -131,6 +159,8 @@ class GatedLinearAttention(FlaMixer):
 
     layer = "GatedLinearAttention"
     operations = 5  # decay, write (2), read (2)
+    convolved = False
+    gates = ("gk_proj",)
     value_first = True
 
     def __init__(self, hidden_size: int, num_heads: int = 8, expand_k: float = 1.0, expand_v: float = 1.0):
@@ -140,6 +170,78 @@ class GatedLinearAttention(FlaMixer):
             hidden_size, keys, values, num_heads,
             expand_k=keys / hidden_size, expand_v=values / hidden_size,
         )  # fmt: skip
+
+
+class HGRN2(FlaMixer):
+    """HGRN2 (Qin et al., arXiv 2404.07904): S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t a sigmoid.
+
+    Without the lower bounds of f_t, which fla's model learns for all layers together.
+
+    Args:
+        hidden_size: D.
+        head_dim: K and V; H is D / K.
+    """
+
+    layer = "HGRN2Attention"
+    operations = 5
+    streams = ("q", "f", "i")
+    convolved = False
+    output_gate = None
+    value_first = True
+
+    def __init__(self, hidden_size: int, head_dim: int = 64):
+        heads = _heads(hidden_size, head_dim)
+        super().__init__(hidden_size, hidden_size, hidden_size, heads, expand_ratio=head_dim)
+
+
+class RWKV7(FlaMixer):
+    """RWKV-7 (Peng et al., arXiv 2503.14456): S_t = (diag(w_t) - u_t (a_t u_t)^T) S_{t-1} + k_t v_t^T.
+
+    The time mixing of its first layer: later ones add a share of the first layer's values to their own,
+    which no layer by itself can.
+
+    Args:
+        hidden_size: D.
+        head_dim: K and V; H is D / K.
+    """
+
+    layer = "RWKV7Attention"
+    operations = 7  # decay, recall (2), write (2), read (2)
+    streams = ("r", "k", "v")
+    convolved = False
+    shifted = True
+    gates = ("w_lora", "a_lora")
+    output_gate = "g_lora"
+
+    def __init__(self, hidden_size: int, head_dim: int = 64):
+        heads = _heads(hidden_size, head_dim)
+        # The number of layers only sets initial values, which are drawn below.
+        super().__init__(hidden_size, hidden_size, hidden_size, heads, head_dim=head_dim, num_hidden_layers=2)
+
+    def initial_values(self, std: float) -> dict[str, Tensor]:
+        """As fla's first layer starts, but for its matrices and a scale of the norm."""
+        H, K, _ = self.head_shape
+        n = torch.arange(H * K)
+        share, centred = n / (H * K), n / max(H * K - 1, 1) - 0.5
+        within = 2 * (n % K) / max(K - 1, 1) - 1  # a head, from -1 to 1
+        within = within * within.abs()
+        mixes = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+        values = {f"x_{name}": (1 - share**power).view(1, 1, -1) for name, power in mixes.items()}
+        values |= {
+            "k_k": 0.71 - 0.1 * centred,
+            "k_a": torch.full((H * K,), 1.02),
+            "r_k": torch.full((H, K), -0.04),
+            "w_lora.lora.2.bias": 6 * centred - 2.5 + 2.5 * within,
+            "a_lora.lora.2.bias": -0.19 + 0.3 * within + 0.4 * centred,
+        }
+        return super().initial_values(std) | {f"inner.{name}": value for name, value in values.items()}
+
+
+def _heads(hidden_size: int, head_dim: int) -> int:
+    check_sizes(head_dim=head_dim)
+    if hidden_size % head_dim:
+        raise ValueError(f"hidden_size {hidden_size} does not split into heads of width {head_dim}")
+    return hidden_size // head_dim
 
 
 def _width(base: int, expand: float) -> int:

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype, document_bounds
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
-STREAMS = ("q", "k", "v")
 CHUNK = 64  # steps that the chunked kernels take at once
 
 
@@ -30,6 +29,12 @@ class FlaMixer(Mixer):
     differentiable_state = False  # not of all kernels, nor of the convolutions
     layer: ClassVar[str]  # its class in fla.layers
     operations: ClassVar[int]  # of the recurrence, for each element of the state and each token
+    streams: ClassVar[tuple[str, ...]] = ("q", "k", "v")  # what its projections `.._proj` are called
+    convolved: ClassVar[bool] = True  # whether each stream passes a short convolution, `.._conv1d`
+    shifted: ClassVar[bool] = False  # whether the state holds the token before instead
+    gates: ClassVar[tuple[str, ...]] = ()  # modules whose outputs the recurrence takes besides the streams
+    output_gate: ClassVar[str | None] = "g_proj"
+    slowest_rate: ClassVar[float] = 0.0  # decay rates of heads start uniform in this .. 16
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
     chunk_takes_fp32: ClassVar[bool] = True
     gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
@@ -46,18 +51,18 @@ class FlaMixer(Mixer):
         cls = _layer_class(self.layer)
         self.inner = cls(hidden_size=hidden_size, num_heads=num_heads, layer_idx=0, **settings)
         self.inner.o_proj = ResidualOutput(values, hidden_size, bias=False)
-        streams = STREAMS if self.inner.use_short_conv else ()
+        streams = self.streams if self.convolved else ()
         convolutions = [getattr(self.inner, f"{stream}_conv1d").weight.shape for stream in streams]
+        before = [(hidden_size,)] if self.shifted else [(C, W) for C, _, W in convolutions]
         H, K, V = self.head_shape
-        recurrence = (H, V, K) if self.value_first else (H, K, V)
-        self.shapes = [*((C, W) for C, _, W in convolutions), recurrence]
+        self.shapes = [*before, (H, V, K) if self.value_first else (H, K, V)]
         self.draw_parameters()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), state (B, sum of C W over q, k, v + H K V) in fp32 -> y (B, T, D), such a state or
-        None.
+        """x (B, T, D), state (B, sum of C W over the streams + H K V) in fp32 -> y (B, T, D), such a state
+        or None. RWKV-7 has D in place of the convolutions.
 
         Raises:
             ValueError: a device or a precision that fla's kernels do not support.
@@ -79,12 +84,15 @@ class FlaMixer(Mixer):
             return self.inner(x, cu_seqlens=cu_seqlens)[0], None
         cache = _LayerCache()
         if state is not None:
-            *convs, recurrent = self._unpack(state)
+            *before, recurrent = self._unpack(state)
             # Copies, because with one new token fla writes the states of the convolutions in place.
-            like = {"dtype": compute_dtype(x), "copy": True, "memory_format": torch.contiguous_format}
-            cache.update(0, conv_state=[conv.to(**like) for conv in convs], recurrent_state=recurrent)
+            dtype = x.dtype if self.shifted else compute_dtype(x)
+            like = {"dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
+            copies = [part.to(**like) for part in before]
+            cache.update(0, conv_state=copies[0] if self.shifted else copies, recurrent_state=recurrent)
         y = self.inner(x, past_key_values=cache, use_cache=True, cu_seqlens=cu_seqlens)[0]
-        after = [*(cache[0]["conv_state"] or ()), cache[0]["recurrent_state"]]
+        inputs = cache[0]["conv_state"]
+        after = [*([inputs] if self.shifted else inputs or ()), cache[0]["recurrent_state"]]
         return y, torch.cat([part.flatten(1).float() for part in after], dim=1)
 
     def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,27 +145,28 @@ class FlaMixer(Mixer):
         B, T, _ = x.shape
         inner, (H, _, V) = self.inner, self.head_shape
         kept = [x.new_empty(B, T * self.updates, H, CHUNK)]  # products of the keys within a chunk
-        for stream in STREAMS:
+        for stream in self.streams:
             projected = getattr(inner, f"{stream}_proj")(x)
-            kept += [projected, torch.empty_like(projected)] if inner.use_short_conv else [projected]
-        if self.layer == "GatedLinearAttention":
-            decay = inner.gk_proj(x)
-            kept += [decay, torch.empty_like(decay), decay.new_empty(decay.shape, dtype=torch.float32)]
+            changed = self.convolved or self.shifted  # a convolution's output, or the projection's input
+            kept += [projected, torch.empty_like(projected)] if changed else [projected]
+        for gate in self.gates:
+            values = getattr(inner, gate)(x)
+            kept += [values, torch.empty_like(values), values.new_empty(values.shape, dtype=torch.float32)]
         y = _Kept.apply(H * V, *kept)
-        gate = [inner.g_proj(x)] if self.layer != "DeltaNet" else []
+        gate = [getattr(inner, self.output_gate)(x)] if self.output_gate else []
         return inner.o_proj(_Kept.apply(H * V, y, *gate)), None
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As fla's layers start: step sizes log-uniform in 0.001 .. 0.1, decay rates uniform in 0 .. 16."""
+        """As fla's layers start: step sizes log-uniform in 0.001 .. 0.1, decay rates uniform up to 16."""
         values = {}
         for name, parameter in self.named_parameters():
             shape, kind = parameter.shape, name.split(".")[-1]
             if "conv1d" in name:
                 values[name] = (2 * torch.rand(shape) - 1) * shape[-1] ** -0.5
             elif "norm" in name:
-                values[name] = torch.ones(shape)
+                values[name] = torch.zeros(shape) if kind == "bias" else torch.ones(shape)
             elif kind == "A_log":
-                values[name] = (16 * (1 - torch.rand(shape))).log()
+                values[name] = (16 - (16 - self.slowest_rate) * torch.rand(shape)).log()
             elif kind == "dt_bias":
                 low, high = math.log(0.001), math.log(0.1)
                 step = (low + (high - low) * torch.rand(shape)).exp()

@@ -60,15 +60,18 @@ def read_options() -> dict[str, dict[str, Option]]:
 
 
 def _options_of(module: str, class_name: str) -> dict[str, Option]:
-    """The arguments after `hidden_size` of a class's `__init__`.
+    """The arguments after `hidden_size` of a class's `__init__`, or of that of its base in the same file.
 
     Raises TypeError for a declaration that a recipe cannot check.
     """
     called = f"mixers/{module}.py: {class_name}"
     classes = [node for node in _parsed(module).body if isinstance(node, ast.ClassDef)]
-    body = next(node.body for node in classes if node.name == class_name)
-    init = next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    found = next(node for node in classes if node.name == class_name)
+    init = next((n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is None:
+        base = ast.unparse(found.bases[0])
+        if any(node.name == base for node in classes):
+            return _options_of(module, base)
         raise TypeError(f"{called} needs an __init__ of its own, where a recipe reads its options")
     _, _, *arguments = init.args.args
     if len(init.args.defaults) != len(arguments):

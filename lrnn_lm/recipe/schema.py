@@ -102,7 +102,9 @@ def _splits(m: MixerSection, width: int) -> list[tuple[str, float, int, str]]:
         case "deltanet" | "gla":
             both, heads = {"expand_k": m.expand_k, "expand_v": m.expand_v}, m.num_heads
             return [(f"{k} {x:g} x {width}", x * width, heads, f"{heads} heads") for k, x in both.items()]
-        case "gated_deltanet" | "gated_deltaproduct":
+        case "hgrn2" | "rwkv7":
+            return [(f"hidden_size {width}", width, m.head_dim, f"heads of width {m.head_dim}")]
+        case "gated_deltanet" | "gated_deltaproduct" | "kda" | "gated_deltanet2":
             return [(f"expand_v {m.expand_v:g} x {m.head_dim}", m.expand_v * m.head_dim, 1, "whole columns")]
     return []
 

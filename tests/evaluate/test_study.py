@@ -92,12 +92,17 @@ def test_a_rehearsal_leaves_no_trace(after):
         assert torch.equal(one, two)
 
 
+FLA = ("deltanet", "kda", "gated_deltanet2", "gla", "hgrn2", "rwkv7")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", ["bd_lru-m5", "h_lru-m4", "lstm", "attention", "mamba2"])
+@pytest.mark.parametrize("model", ["bd_lru-m5", "h_lru-m4", "lstm", "attention", "mamba2", "mlstm", *FLA])
 def test_a_graph_does_what_the_step_does(model):
     """Losses of a captured run against those of the same steps as written, over two lengths."""
+    if model in FLA:
+        pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
     device = torch.device("cuda")
-    one = contenders.contender(job(stages=((6, 20), (12, 20))), model, num_blocks=6)
+    one = contenders.contender(job(stages=((6, 20), (12, 20)), hidden=64), model, num_blocks=6)
     captured = train_wave([one, contenders.replace(one, name="y", seed=1)], device, float("inf"))
     replica = Replica(one, device)
     for length, first in ((6, 0), (12, 20)):

@@ -105,7 +105,30 @@ def pd_ssm(m, x, reset):
     return m.out_proj(torch.cat([h.real, h.imag], dim=-2).flatten(2))
 
 
+def mlstm(m, x, reset):
+    """With the paper's stabiliser: C and n count in units of e^m, m the largest logarithm so far."""
+    H, K, V = m.head_shape
+    q, k = (p(x).view(2, T, H, K) for p in (m.query_proj, m.key_proj))
+    v, out = m.value_proj(x).view(2, T, H, V), m.output_gate_proj(x).sigmoid()
+    i, f = (15 * torch.tanh(p(x) / 15) for p in (m.input_gate_proj, m.forget_gate_proj))
+    C, n, top, outputs = x.new_zeros(2, H, K, V), x.new_zeros(2, H, K), x.new_zeros(2, H), []
+    for t in range(T):
+        fresh = reset[:, t, None]
+        C, n = C.masked_fill(fresh[..., None, None], 0), n.masked_fill(fresh[..., None], 0)
+        before = functional.logsigmoid(f[:, t]) + top.masked_fill(fresh, 0)
+        top = torch.maximum(before, i[:, t]).detach()
+        keep, write = (before - top).exp()[..., None], (i[:, t] - top).exp()[..., None] * k[:, t]
+        C = keep[..., None] * C + write[..., None] * v[:, t, :, None]
+        n = keep * n + write
+        read = q[:, t] * K**-0.5
+        size = torch.maximum((n * read).sum(-1).abs(), (-top).exp())
+        h = (C * read[..., None]).sum(2) / size[..., None]
+        outputs.append(functional.layer_norm(h, (V,), eps=1e-6))
+    return m.out_proj(torch.stack(outputs, dim=1).flatten(2) * m.norm_weight * out)
+
+
 CASES = {
+    "mlstm": ({"type": "mlstm", "num_heads": 2, "head_dim": 3}, mlstm),
     "fixed_point": ({"type": "fixed_point", "width": 5, "iterations": 3}, fixed_point),
     "pd_ssm": ({"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 4}, pd_ssm),
     "min_gru": ({"type": "min_gru", "width": 5}, min_gru),
@@ -138,6 +161,33 @@ def test_the_papers_equations(name, resets):
     got = torch.autograd.grad((y * weight).sum(), wanted)
     for left, right in zip(got, torch.autograd.grad((want * weight).sum(), wanted), strict=True):
         torch.testing.assert_close(left, right, **close)
+
+
+@torch.no_grad()
+def test_mlstm_is_that_of_transformers():
+    """With its weights and states, over more than one of its chunks and some tokens more."""
+    from transformers import xLSTMConfig
+    from transformers.models.xlstm import modeling_xlstm
+
+    if modeling_xlstm.external_xlstm:
+        pytest.skip("with the package xlstm, transformers has no layer of its own")
+    torch.manual_seed(0)
+    config = xLSTMConfig(hidden_size=32, num_heads=2, chunk_size=16)
+    theirs = modeling_xlstm.xLSTMLayer(config)
+    ours = build_mixer({"type": "mlstm", "num_heads": 2, "head_dim": 8, "value_dim": 16}, 32)
+    names = {"query": "q", "key": "k", "value": "v", "out": "out_proj"}
+    names |= {f"{gate}_gate": f"{gate[0]}gate_preact" for gate in ("output", "input", "forget")}
+    for own, other in names.items():
+        ours.get_submodule(f"{own}_proj").load_state_dict(theirs.get_submodule(other).state_dict())
+    torch.nn.init.normal_(ours.norm_weight)
+    theirs.multihead_norm.weight.copy_(ours.norm_weight)
+    x = 2 * torch.randn(2, 47, 32)
+    want, (C, n, top) = theirs(x)
+    y, state = ours(x)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)  # they add 1e-6 to |n q|, in units of e^m
+    scale = top.exp()
+    torch.testing.assert_close(state[..., :-1], C * scale[..., None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state[..., -1], n * scale, rtol=1e-4, atol=1e-4)
 
 
 def test_published_initial_values():
@@ -198,6 +248,7 @@ def test_a_decay_of_1_has_gradients(type_, name):
 @pytest.mark.parametrize(("spec", "message"), [
     ({"type": "complex_lru", "shortest": 8.0, "longest": 2.0}, "no range above 0"),
     ({"type": "rg_lru", "width": 0}, "width must be at least 1"),
+    ({"type": "mlstm", "value_dim": 0}, "value_dim must be at least 1"),
     ({"type": "fixed_point", "iterations": 0}, "iterations must be at least 1"),
     ({"type": "slice", "block_size": 0}, "block_size must be at least 1"),
 ])  # fmt: skip

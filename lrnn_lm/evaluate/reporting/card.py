@@ -27,6 +27,7 @@ _KINDS = {
     "attention": "causal softmax attention",
     "lstm": "an LSTM",
     "mamba2": "Mamba-2",
+    "mlstm": "an mLSTM (xLSTM)",
     "min_gru": "a minGRU",
     "rg_lru": "an RG-LRU",
     "complex_lru": "a complex diagonal linear recurrent unit (LRU)",
