@@ -12,14 +12,16 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
 
 import pytest
-import torch
-from interpreter import quicken
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # this process hands out the tests, and begins once it has imported what it needs
+    import torch
+    from interpreter import quicken
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     quicken()
 
 
@@ -38,8 +40,11 @@ def pytest_unconfigure(config: pytest.Config, unfreeze=gc.unfreeze) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 # Of lm-eval's tasks, those of the suite `standard`, which has what offline tasks are compared with.

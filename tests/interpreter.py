@@ -107,9 +107,9 @@ def _leave_equal_types(tl, language) -> None:
     plain = {id(dtype) for dtype in (tl.float32, tl.int32, tl.int64)}  # results have the same type
 
     def binary_op_type_checking_impl(self, lhs, rhs, *rest, **options):
-        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
-            if lhs.shape is rhs.shape and lhs.dtype is rhs.dtype and id(lhs.dtype) in plain:
-                return lhs, rhs
+        tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+        if tensors and lhs.shape is rhs.shape and lhs.dtype is rhs.dtype and id(lhs.dtype) in plain:
+            return lhs, rhs
         return check(self, lhs, rhs, *rest, **options)
 
     def broadcast_impl_value(self, lhs, rhs):

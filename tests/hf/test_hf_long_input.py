@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forks import run_code
-from small_models import NAMES, close, small_model, tokens
+from small_models import NAMES, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 
 from benchmarks.prefill import make_checkpoint
@@ -16,8 +16,7 @@ SUMS = TOLERANCE["other order of sums"]
 SETTINGS = {"max_new_tokens": 6, "greedy": True, "device": "cpu"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("segment", [1, 4, 21, 100])
+@pytest.mark.parametrize(("name", "segment"), in_turn([1, 4, 21, 100]))
 def test_segments_are_the_whole(name, segment):
     model, ids = small_model(name), tokens()
     mask = torch.ones_like(ids)
