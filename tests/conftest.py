@@ -7,39 +7,22 @@ in Triton's interpreter.
 
 import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_configure() -> None:
-    """Triton's interpreter replaces the language anew in each call of a kernel's functions, which takes half
-    of the time: let it do so once a launch for each module."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()  # ids of the modules' globals
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # this process hands out the tests, and begins once it has imported what it needs
+    import torch
+    from interpreter import quicken
 
-    def patch_once(function: Callable) -> object:
-        if id(function.__globals__) in patched:
-            return None
-        patched.add(id(function.__globals__))
-        return patch(function)
-
-    def start(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, start
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    quicken()
 
 
 @pytest.hookimpl(trylast=True)
@@ -57,8 +40,11 @@ def pytest_unconfigure(config: pytest.Config, unfreeze=gc.unfreeze) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 # Of lm-eval's tasks, those of the suite `standard`, which has what offline tasks are compared with.

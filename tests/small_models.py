@@ -1,5 +1,10 @@
 """One small model a mixer, and two hybrids: a new mixer is a row in MIXER_ROWS."""
 
+import copy
+from collections.abc import Sequence
+from functools import cache
+from itertools import cycle, product
+
 import torch
 from torch import Tensor
 
@@ -68,6 +73,14 @@ HYBRIDS = {
 }
 NAMES = [*MIXER_ROWS, *HYBRIDS]
 RECURRENT = [name for name in MIXER_ROWS if not name.startswith("attention")]
+# One of each way to take a mask: our scans, a layer of transformers', attention, an LSTM beside windows.
+OF_EACH_KIND = ["bd_lru", "mamba2", "attention", "hybrid-attention-first"]
+
+
+def in_turn(cases: Sequence, names: Sequence[str] = NAMES) -> list[tuple]:
+    """(name, case): models of each kind with every case, each other model with the next of the cases."""
+    others = [name for name in names if name not in OF_EACH_KIND]
+    return [*product(OF_EACH_KIND, cases), *zip(others, cycle(cases), strict=False)]
 
 
 def small_config(name: str, **changes) -> LRNNConfig:
@@ -88,6 +101,11 @@ def small_model(name: str, **changes) -> LRNNForCausalLM:
     Biases too: with zeros, as a model starts, padding would leave most states at zero by itself.
     """
     torch.manual_seed(0)
+    return _build(name, **changes) if changes else copy.deepcopy(_build_once(name))
+
+
+@torch.inference_mode(False)
+def _build(name: str, **changes) -> LRNNForCausalLM:
     model = LRNNForCausalLM(small_config(name, **changes)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -96,6 +114,9 @@ def small_model(name: str, **changes) -> LRNNForCausalLM:
                 spread = SPREAD.get(name, 0.3) if ".mixer." in key else 0.3
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=spread)
     return model
+
+
+_build_once = cache(_build)  # a copy takes half the time
 
 
 def shallow_model(name: str) -> LRNNForCausalLM:

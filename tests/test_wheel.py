@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import LIBRARIES
 from test_readme import TINY
 
 import lrnn_lm
@@ -30,19 +30,12 @@ def wheel(tmp_path_factory):
     subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, ROOT], check=True)
     [built] = folder.glob("lrnn_lm-*.whl")
     subprocess.run([*pip, "install", *offline, "--target", folder / "site", built], check=True)
-    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if Path(path) != ROOT]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "site"), *others])}
-
-    def run(code, *arguments):
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+    first = f"""
+import sys
+assert not [name for name in sys.modules if name.startswith("lrnn_lm")]
+sys.path[:] = [{str(folder / "site")!r}, *(path for path in sys.path if path not in ("", {str(ROOT)!r}))]
+"""
+    return lambda code, *words: LIBRARIES.run(first + code, *words, cwd=folder)
 
 
 def test_without_the_clone(wheel):
@@ -57,6 +50,8 @@ from lrnn_lm.recipe.load import load_recipe, shipped
 
 assert "site" in lrnn_lm.__file__, lrnn_lm.__file__
 heavy, tiny = map(json.loads, sys.argv[1:])
+for name in [name for name in sys.modules if name.partition(".")[0] in heavy]:
+    del sys.modules[name]  # of the server
 config = lrnn_lm.LRNNConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
 lrnn_lm.LRNNForCausalLM(config).generate(torch.tensor([[3, 4]]), max_new_tokens=2)
 assert callable(lrnn_lm.generate)

@@ -4,7 +4,7 @@ from threading import Thread
 
 import pytest
 import torch
-from small_models import HYBRIDS, NAMES, RECURRENT, close, small_model, tokens
+from small_models import HYBRIDS, NAMES, RECURRENT, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import (
     AutoModelForCausalLM,
@@ -18,8 +18,7 @@ from transformers import (
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("name", "beams"), in_turn([1, 2]))
 def test_from_embeddings(name, beams):
     model, ids = small_model(name), tokens(length=6)
     embeddings = model.get_input_embeddings()(ids)
@@ -67,8 +66,7 @@ def test_compiled_decoding():
     assert torch.equal(got, model.generate(ids, **GREEDY))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize(("name", "chunk"), in_turn([1, 4, 100]))
 def test_prefill_in_chunks(name, chunk):
     model, ids = small_model(name), tokens(length=10)
     mask = torch.ones_like(ids)

@@ -70,8 +70,8 @@ def with_transformers(tmp_path):
     return install
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.16.9"])
-def test_too_old_transformers(version, with_transformers):
+def test_too_old_transformers(with_transformers):
+    version = "5.16.9"
     folder = with_transformers(version)
     done = python("-m", "lrnn_lm.cli", "info", "recipes/demo.yaml", first=folder)
     needed = ".".join(map(str, MINIMUM_TRANSFORMERS))
@@ -93,8 +93,17 @@ def test_too_old_transformers(version, with_transformers):
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "6.0.0", "5.100.1"])
 def test_new_enough_transformers(version, with_transformers):
-    code = "from lrnn_lm.requirements import check_transformers; check_transformers()"
-    assert python("-c", code, first=with_transformers(version)).returncode == 0
+    assert checked(with_transformers(version)).returncode == 0
+
+
+def test_much_too_old_transformers(with_transformers):
+    assert "4.57.1 is installed" in checked(with_transformers("4.57.1")).stderr
+
+
+def checked(folder: str) -> subprocess.CompletedProcess:
+    return python(
+        "-c", "from lrnn_lm.requirements import check_transformers; check_transformers()", first=folder
+    )
 
 
 def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):

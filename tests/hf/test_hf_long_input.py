@@ -3,7 +3,7 @@
 import pytest
 import torch
 from forks import run_code
-from small_models import NAMES, close, small_model, tokens
+from small_models import NAMES, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 
 from benchmarks.prefill import make_checkpoint
@@ -16,8 +16,7 @@ SUMS = TOLERANCE["other order of sums"]
 SETTINGS = {"max_new_tokens": 6, "greedy": True, "device": "cpu"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("segment", [1, 4, 21, 100])
+@pytest.mark.parametrize(("name", "segment"), in_turn([1, 4, 21, 100]))
 def test_segments_are_the_whole(name, segment):
     model, ids = small_model(name), tokens()
     mask = torch.ones_like(ids)
@@ -105,13 +104,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def test_memory_does_not_grow_with_the_prompt(tmp_path):
-    """By less than 20 MB for 36864 tokens more; in one piece it is 80 MB."""
+    """By less than 8 MB for 12288 tokens more; in one piece it is 26 MB."""
     make_checkpoint(tmp_path)
     peaks = []
-    for length in (4096, 40960):
+    for length in (4096, 16384):
         (tmp_path / "prompt.txt").write_text("".join(f"w{i * 7919 % 254} " for i in range(length)))
         words = ("generate", tmp_path, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "4")
         done = run_code(GENERATE, *words, "--greedy", "--device", "cpu")
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout.split()[-1]))  # MB
-    assert peaks[1] < peaks[0] + 20, peaks
+    assert peaks[1] < peaks[0] + 8, peaks

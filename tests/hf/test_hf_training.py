@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import NAMES, VOCAB, close, small_model, tokens
+from small_models import NAMES, VOCAB, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import Trainer, TrainingArguments
 
@@ -126,8 +126,7 @@ def test_int8_weights(name):
     assert got.shape[-1] == VOCAB
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), in_turn(["PromptTuningConfig", "PromptEncoderConfig"]))
 def test_prompts_of_peft(name, kind):
     """Vectors in front of the text are trained alone, and are there in every way of decoding."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from small_models import NAMES, VOCAB, close, small_model
+from small_models import VOCAB, close, in_turn, small_model
 from tolerances import TOLERANCE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -84,8 +84,7 @@ def compare(sft: "trl.SFTTrainer") -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "way"), in_turn(list(WAYS)))
 def test_examples_as_alone(name, way, tmp_path):
     compare(trainer(name, tmp_path, {"text": sentences()}, **WAYS[way]))
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import HYBRIDS, MIXER_ROWS, close, shallow_model, small_model, tokens
+from small_models import HYBRIDS, MIXER_ROWS, OF_EACH_KIND, close, shallow_model, small_model, tokens
 from tolerances import TOLERANCE
 from torch import Tensor
 from torch.export import Dim, export
@@ -30,8 +30,10 @@ def compare(graph, model, inputs: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [*((name, True) for name in [*MIXER_ROWS, "hybrid"]), *((name, False) for name in OF_EACH_KIND)],
+)
 def test_export(name, masked):
     """A graph made of one mask is right for another: with other padding, in the middle too, or without."""
     model = shallow_model(name)

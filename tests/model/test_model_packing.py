@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_models import HYBRIDS, NAMES, close, small_config, small_model, tokens
+from small_models import HYBRIDS, NAMES, close, in_turn, small_config, small_model, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -56,8 +56,7 @@ def alone(model):
     return torch.cat(logits, dim=1), sum(sums) / sum(length - 1 for length in LENGTHS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "form"), in_turn(FORMS))
 def test_flattened_examples(name, form):
     model, batch = small_model(name), flattened(form)
     want, loss = alone(model)
@@ -74,8 +73,7 @@ def test_flattened_examples(name, form):
         close(p.grad, expected[key], TOLERANCE["gradient"] * max(1.0, expected[key].abs().max().item()))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize(("name", "form"), in_turn(["position_ids", "seq_idx", "cu_seq_lens_q"]))
 def test_rows_that_are_packed_differently(name, form):
     model, ids = small_model(name), tokens(rows=2, length=9)
     starts = ([0, 4, 5], [0, 8])

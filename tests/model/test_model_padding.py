@@ -1,8 +1,14 @@
-"""Any mask of 0 and 1: outputs, states and losses are those of each row's tokens alone."""
+"""Any mask of 0 and 1: outputs, states and losses are those of each row's tokens alone.
+
+Outputs and states for every model and mask; for what hangs on them, masks in turn: a layer is given a bool
+tensor, whatever it is of.
+"""
+
+from itertools import product
 
 import pytest
 import torch
-from small_models import NAMES, RECURRENT, close, shallow_model, small_model, states, tokens
+from small_models import NAMES, RECURRENT, close, in_turn, shallow_model, small_model, states, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -51,9 +57,10 @@ def test_one_pass(name, kind):
     close(without[mask.bool()], out.logits[mask.bool()], SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cuts", [[1, 2, 9], list(range(1, T))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "kind", "cuts"),
+    [(*x, [1, 2, 9]) for x in product(NAMES, KINDS)] + [(*x, range(1, T)) for x in in_turn(KINDS)],
+)
 @torch.no_grad()
 def test_several_passes(name, kind, cuts):
     model, ids, mask = small_model(name), tokens(rows=3, length=T), mask_of(kind)
@@ -80,8 +87,7 @@ def test_the_state_itself(name, kind):
             close(got[row], one[0], SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "kind"), in_turn(KINDS))
 @torch.no_grad()
 def test_what_lies_on_padding_is_never_read(name, kind):
     """Not even NaN shows, as in memory that nobody wrote."""
@@ -92,8 +98,7 @@ def test_what_lies_on_padding_is_never_read(name, kind):
     close(model(inputs_embeds=broken, attention_mask=mask).logits[mask.bool()], want, SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "kind"), in_turn(KINDS))
 @torch.no_grad()
 def test_documents_among_padding(name, kind):
     """A document begins at its first token, wherever in the padding before it `reset` says so."""
@@ -114,8 +119,7 @@ def test_documents_among_padding(name, kind):
     close(out.loss, nats / count, SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "kind"), in_turn(KINDS))
 def test_gradients_and_loss(name, kind):
     """The loss is that of the rows alone: padding neither is a target nor predicts one."""
     model, ids, mask = small_model(name).train(), tokens(rows=3, length=T), mask_of(kind)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from forks import server
 from rank_runs import Prank, Ranks, free_port, weights
-from shared_rows import CASES, SEGMENTS, compare
+from shared_rows import SEGMENTS, cases, compare
 from tiny_run import losses, validations
 from trainers import refused_before_data
 
@@ -26,7 +26,7 @@ def test_losses_and_gradients_are_those_of_one_rank(count: int, tmp_path: Path) 
         rank.join(120)
         assert rank.exitcode == 0
     errors = json.loads(out.read_text())
-    assert len(errors) == len(CASES) + sum("hybrid" in name for name in CASES)
+    assert len(errors) == len(cases(count))
     assert {k: e for k, e in errors.items() if not e < (1e-12 if "fp64" in k else 1e-6)} == {}
 
 
@@ -45,24 +45,29 @@ def alone(recipe: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("parallel", "ranks", "options"),
-    [("ddp", 2, ()), ("fsdp2", 4, ("train.segment=16",)), ("hsdp", 4, ())],
+    [("fsdp2", 4, ("train.segment=16",)), ("hsdp", 4, ())],
 )
 def test_a_run_of_shared_rows_is_that_of_one_rank(
     recipe: Path, alone: Path, parallel: str, ranks: int, options: tuple[str, ...]
 ) -> None:
-    """Two ranks to a row: one row at a time, or two. FSDP2's 4 ranks have two passes over each row."""
+    """Two ranks to a row, two rows at a time. FSDP2's ranks have two passes over each row."""
     name = f"shared-{parallel}"
     Ranks(
         recipe, ranks, f"name={name}", "train.sequence_parallel=2", *options, *SHORT, parallel=parallel
     ).expect()
-    run = alone.parent / name
+    assert_agree(alone.parent / name, alone)
+
+
+def assert_agree(run: Path, alone: Path) -> None:
     for read in (losses, validations):
         assert read(run) == [(step, pytest.approx(loss, rel=2e-6)) for step, loss in read(alone)] != []
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(recipe: Path) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(recipe: Path, alone: Path) -> None:
+    """Of two ranks, one row at a time; undisturbed, it is that of one."""
     options = ("train.sequence_parallel=2", *SHORT)
     Ranks(recipe, 2, "name=straight-2", *options).expect()
+    assert_agree(recipe.parent / "runs/straight-2", alone)
     stop = Prank(rank=1, step=3, signal=signal.SIGTERM)
     Ranks(recipe, 2, "name=parts-2", *options, prank=stop).expect(85)
     assert "going on from step 3" in Ranks(recipe, 2, "name=parts-2", *options).expect()
