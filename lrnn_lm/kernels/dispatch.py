@@ -117,7 +117,8 @@ def block_diagonal_scan(
     expect_shape("gates", gates, (B, T, N, M, M if fixed else M + 1))
     chosen = _choose(backend, gates, values)
     if fixed and chosen is not BACKENDS["triton"]:  # whose kernels read no logits of the input gate
-        gates = torch.nn.functional.pad(gates, (0, 1))
+        planes = torch.nn.functional.pad(gates.permute(0, 1, 4, 2, 3), (0, 0, 0, 0, 0, 1))
+        gates = planes.permute(0, 1, 3, 4, 2)  # laid out as a mixer's, plane after plane
     return chosen.block_diagonal(gates, values, h0, reset, gate)
 
 
