@@ -161,12 +161,12 @@ def export_checkpoint(
 
     format: transformers, or onnx (`model.export.onnx`; in fp32, without a card). license: named in the card;
     None for the recipe's. average: the moving average of the weights. Raises ValueError as
-    `model.export.export` and `plain_folder`.
+    `runs.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from .evaluate.reporting.card import write_export_card
-    from .model.export import export
+    from .runs.export import export, export_onnx
     from .train.tensors import plain_folder
 
     if format not in FORMATS:
@@ -176,8 +176,6 @@ def export_checkpoint(
     disable_progress_bar()
     with plain_folder(checkpoint, average) as plain:
         if format == "onnx":
-            from .model.export.onnx import export_onnx
-
             export_onnx(plain, folder)
             return
         export(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))

@@ -102,21 +102,27 @@ def load_checkpoint(
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
     _check_files(path, checkpoint)
     disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
+    part = "model"
     try:
         trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
         AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
+        part = "model"
         kind, trust = (LRNNForReconstruction, {}) if encodes else (AutoModelForCausalLM, trust)
         model, told = kind.from_pretrained(
             path, dtype="auto", local_files_only=True, output_loading_info=True, **trust
         )
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError
+    ) as error:  # fmt: skip
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{checkpoint}: only loads with code of its own; read it, then pass --trust-remote-code"
+                f"{checkpoint}: only loads with code of its own; read it, then pass --trust-remote-code "
+                "(an export does not take such code along)"
             ) from error
         reason = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint}: cannot be loaded as a model: {reason[:300]}") from error
+        raise ValueError(f"{checkpoint}: cannot be loaded as a {part}: {reason[:300]}") from error
     except RuntimeError as error:  # transformers has printed the weights that do not fit
         raise ValueError(
             f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"

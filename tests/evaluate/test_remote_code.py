@@ -10,7 +10,8 @@ from short_models import RECURRENT, build
 from tiny_run import write_recipe
 
 from lrnn_lm.cli import main
-from lrnn_lm.model.export import export, write_remote_code
+from lrnn_lm.model.export import write_remote_code
+from lrnn_lm.runs.export import export
 
 CODE = """
 from pathlib import Path

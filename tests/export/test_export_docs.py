@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lrnn_lm.model.export import export
+from lrnn_lm.runs.export import export
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from lrnn_lm import cli
-from lrnn_lm.model.export import export
 from lrnn_lm.model.export.remote_code import remote_code
+from lrnn_lm.runs.export import export
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_missing_files_are_named(checkpoint, tmp_path, missing, message):
 def test_a_torn_tokenizer_is_refused(checkpoint, tmp_path, file, kept):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     (copy / file).write_bytes((copy / file).read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"its tokenizer cannot be loaded.*tokenizer\.json or") as error:
+    with pytest.raises(ValueError, match="cannot be loaded as a tokenizer") as error:
         export(copy, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
@@ -108,7 +108,7 @@ def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
         export(copy, tmp_path / "out")
     assert "\n" not in str(error.value)
     (copy / "config.json").write_text('{"model_type": "lrnn", "architectures": ["LRNNForReconstruction"]}')
-    with pytest.raises(ValueError, match="LRNNForReconstruction, and only language models"):
+    with pytest.raises(ValueError, match="an auto-encoder"):
         export(copy, tmp_path / "out")
     (copy / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type is 'llama', and only 'lrnn'"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lrnn_lm import LRNNForCausalLM, cli
-from lrnn_lm.model.export.onnx import export_onnx
+from lrnn_lm.runs.export import export_onnx
 
 RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
 

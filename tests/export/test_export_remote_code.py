@@ -11,8 +11,9 @@ import pytest
 import torch
 from small_models import NAMES, tokens
 
-from lrnn_lm.model.export import export, write_remote_code
+from lrnn_lm.model.export import write_remote_code
 from lrnn_lm.model.export.remote_code import AUTO_MAP, OLDEST_TRANSFORMERS, remote_code
+from lrnn_lm.runs.export import export
 
 ROOT = Path(__file__).parents[2]
 KERNELS = 1e-5  # largest absolute difference between kernels and the scan in plain torch, fp32

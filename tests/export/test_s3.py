@@ -8,8 +8,8 @@ import pytest
 from lrnn_lm import generate
 from lrnn_lm.data import SourceSpec
 from lrnn_lm.data.sources import documents, fingerprint
-from lrnn_lm.model.export import export
 from lrnn_lm.remote import local_copy
+from lrnn_lm.runs.export import export
 
 
 @pytest.fixture(scope="module")

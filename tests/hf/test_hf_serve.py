@@ -35,7 +35,7 @@ def folder(model, tokenizer, tmp_path_factory):
     """An export with a chat template that may sample and keeps states, as docs/serving.md says."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from lrnn_lm.model.export import export
+    from lrnn_lm.runs.export import export
 
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(checkpoint)

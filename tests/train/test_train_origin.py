@@ -15,9 +15,9 @@ from test_train_resume import LAST
 from tiny_run import fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
-from lrnn_lm.model.export import export
 from lrnn_lm.recipe import Recipe, load_recipe
 from lrnn_lm.runs.branch import differences
+from lrnn_lm.runs.export import export
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.stop import Stopped
 

@@ -1,5 +1,5 @@
-"""A checkpoint for people without this package: weights, tokenizer, and the model's code as three files."""
+"""A model for people without this package: its code as three files, or its graphs for ONNX."""
 
-from .folder import export, write_remote_code
+from .remote_code import write_remote_code
 
-__all__ = ["export", "write_remote_code"]
+__all__ = ["write_remote_code"]

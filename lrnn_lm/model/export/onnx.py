@@ -1,7 +1,7 @@
 """A checkpoint as ONNX graphs, for where PyTorch is not: `lrnn export CHECKPOINT DIR --format onnx`.
 
     token.onnx      one token of each sequence
-    prefill.onnx    PREFILL tokens at once, for prompts; both read their weights from weights.bin
+    prefill.onnx    16 tokens at once, for prompts; both read their weights from weights.bin
     onnx.json       tokens of prefill.onnx, the shape of each layer's state, BOS and EOS
 
 Both take `input_ids` (B, T) and `state_0`, `state_1`, .. of the layers, zeros before the first token, and
@@ -11,22 +11,18 @@ B is free. examples/onnx_generate.py runs them with onnxruntime.
 
 import json
 import logging
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from ...mixers import mixer_class
 from ...mixers.base import Mixer, SequenceContext
 from ...mixers.fla_layer import FlaMixer
 from ...requirements import check_extra
 from ..modeling import LRNNForCausalLM
-from .folder import check_exportable, load_model, written_aside
-
-PREFILL = 16
 
 
 class _Steps(nn.Module):
@@ -45,38 +41,25 @@ class _Steps(nn.Module):
         return self.model.lm_head(body.norm(x)), *after
 
 
-def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = PREFILL) -> Path:
-    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder.
-
-    prefill: tokens of prefill.onnx.
-
-    Raises:
-        ValueError: as `export`; or a layer that has no graph, and why.
-        UnmetRequirementError: onnx or onnxscript is missing.
-    """
+def write_onnx(
+    model: LRNNForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, prefill: int
+) -> None:
+    """Write the graphs of a model in fp32, and onnx.json, to a new folder; see `runs.export.export_onnx`."""
     check_extra("onnx", "onnx", "onnxscript")
-    checkpoint, target = Path(checkpoint).expanduser(), Path(target).expanduser()
-    check_exportable(checkpoint, target)
-    model = load_model(checkpoint, "fp32").eval()
     for i, spec in enumerate(model.config.layer_mixers):
         if reason := _obstacle(mixer_class(spec["type"])):
             raise ValueError(f"layer {i} ({spec['type']}) cannot be exported to ONNX: {reason}")
-    with written_aside(target) as aside:
-        aside.mkdir()
-        for file in checkpoint.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
-            shutil.copyfile(file, aside / file.name)
-        states = _empty_states(model)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-        facts = {
-            "prefill": prefill,
-            "states": [list(state.shape[1:]) for state in states],
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        (aside / "onnx.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        lengths = {"prefill": prefill, "token": 1}
-        _write_graphs({name: _graph(model, states, tokens) for name, tokens in lengths.items()}, aside)
-    return target
+    folder.mkdir(parents=True)
+    states = _empty_states(model)
+    facts = {
+        "prefill": prefill,
+        "states": [list(state.shape[1:]) for state in states],
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    (folder / "onnx.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    lengths = {"prefill": prefill, "token": 1}
+    _write_graphs({name: _graph(model, states, tokens) for name, tokens in lengths.items()}, folder)
 
 
 def _obstacle(mixer: type[Mixer]) -> str | None:

@@ -13,6 +13,7 @@ classes, as `auto_map` in config.json does that.
 """
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -60,6 +61,19 @@ def remote_code() -> dict[str, str]:
         files[file] = done[before:]
     bundle = Bundle(sources, files, _registers)
     return {f"{file}.py": _write(bundle, file) for file in files}
+
+
+def write_remote_code(folder: str | Path) -> None:
+    """Let a folder that `save_pretrained` wrote load with `trust_remote_code=True` where this package is not.
+
+    Writes the generated files and names them in config.json (`auto_map`); safe to repeat.
+    """
+    folder = Path(folder)
+    for name, text in remote_code().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write(bundle: Bundle, file: str) -> str:

@@ -1,0 +1,116 @@
+"""`lrnn export`: a folder to publish, without the trainer's state, for people without this package.
+
+Weights in a chosen precision, the model's code beside them, tokenizer and model card; or ONNX graphs.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from ..remote import check_free, upload, url_of
+from .layout import CheckpointFolder
+from .load import describe, json_table, load_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_LEFT_OUT = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "config.json", "README.md")
+
+
+def export(
+    checkpoint: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    write_card: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint as a new folder that needs torch and transformers only.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        target: a folder that does not exist yet, or an empty one; or a URL where nothing is.
+        dtype: bf16 or fp32; None for the checkpoint's.
+        write_card: adds README.md to the finished folder (see `evaluate.reporting.card`).
+    Returns:
+        The target.
+    Raises:
+        ValueError: not a checkpoint of ours, a missing or damaged file, a target that is not empty, or an
+            unknown dtype.
+    """
+    import torch
+
+    from ..model.export import write_remote_code
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
+    with _new_folder(target) as aside:
+        path, model, _ = _load(checkpoint)
+        if dtype is not None:
+            model.to(getattr(torch, DTYPES[dtype]))
+        model.save_pretrained(aside)
+        for file in path.iterdir():
+            if file.is_file() and not any(map(file.match, _LEFT_OUT)):
+                shutil.copyfile(file, aside / file.name)
+        write_remote_code(aside)
+        if write_card is not None:
+            write_card(aside)
+    return Path(target).expanduser()
+
+
+def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = 16) -> Path:
+    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.onnx`.
+
+    prefill: tokens of prefill.onnx.
+
+    Raises:
+        ValueError: as `export`; or a layer that has no graph, and why.
+        UnmetRequirementError: onnx or onnxscript is missing.
+    """
+    from ..model.export.onnx import write_onnx
+
+    with _new_folder(target) as aside:
+        path, model, tokenizer = _load(checkpoint)
+        write_onnx(model.float(), tokenizer, aside, prefill)
+        for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
+            shutil.copyfile(file, aside / file.name)
+    return Path(target).expanduser()
+
+
+def _load(checkpoint: str | Path) -> "tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]":
+    """A checkpoint of ours: its folder, model and tokenizer. A ValueError for others'."""
+    path = describe(checkpoint).path
+    kind = json_table(CheckpointFolder(path).config).get("model_type")
+    if kind != "lrnn":
+        raise ValueError(f"{path}: its model_type is {kind!r}, and only 'lrnn' models can be exported")
+    if not (path / "tokenizer_config.json").is_file():  # which names BOS and EOS
+        raise ValueError(f"{path}: tokenizer_config.json is missing; save the tokenizer there first")
+    return path, *load_checkpoint(path, "cpu")
+
+
+@contextmanager
+def _new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to be made beside the target, which takes the target's place once it is whole.
+
+    If the target is a URL, a temporary folder is copied there. Raises ValueError if the target is in use.
+    """
+    target = Path(target).expanduser()
+    if (url := url_of(target)) is not None:
+        check_free(url)
+        with TemporaryDirectory() as scratch:
+            yield Path(scratch) / "model"
+            upload(Path(scratch) / "model", url)
+        return
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: is a file; give a folder to export to")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; give a new folder to export to")
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
