@@ -1,7 +1,7 @@
 """The picture of several checkpoints' scores, with their standard errors.
 
 Accuracies by length (`acc_512` of the state and long tasks) are curves. Other scores of one unit share a
-panel: a line a task, a dot a checkpoint.
+panel: a line a task, a dot a checkpoint. The panels stand below each other.
 """
 
 import re
@@ -13,7 +13,6 @@ from .plot import colour, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SHARE = "accuracy"
 MANY = 12  # more parts of a score than this (BLiMP's paradigms) are left to the JSON
@@ -26,31 +25,15 @@ def draw_scores(names: list[str], results: list[dict[str, Any]], path: Path) -> 
     from matplotlib.lines import Line2D
 
     curves, panels = arrange(results)
-    with picture(path, 6.4, 4.8) as figure:
-        tall, small = _places(figure, panels, len(curves))
+    heights = [2.7] * len(curves) + [0.8 + 0.34 * len(panel) for panel in panels.values()]
+    with picture(path, 6.4, 0.6 + sum(heights)) as figure:
+        axes = iter(figure.subplots(len(heights), squeeze=False, height_ratios=heights).flat)
         for task, curve in curves.items():
-            _draw_curve(small.pop(0), task, curve)
+            _draw_curve(next(axes), task, curve)
         for metric, panel in panels.items():
-            _draw_dots(tall if metric == SHARE and tall is not None else small.pop(0), metric, panel)
+            _draw_dots(next(axes), metric, panel)
         handles = [Line2D([], [], color=colour(i), marker="o", linestyle="") for i in range(len(names))]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 4), frameon=False)
-
-
-def _places(figure: "Figure", panels: dict[str, Panel], curves: int) -> tuple["Axes | None", list["Axes"]]:
-    """Axes for the panels: a tall one on the left for accuracies, if there are any, and small ones.
-
-    Sets the figure's size.
-    """
-    accuracies = len(panels.get(SHARE, {}))
-    others = curves + len(panels) - bool(accuracies)
-    columns = min(2, others)
-    rows = max(1, -(-others // 2))
-    height = max(1.4 + 0.34 * accuracies, 0.4 + 2.7 * rows)
-    wide = 1 if accuracies else 0
-    figure.set_size_inches(max(5.2, 5.6 * wide + 4.6 * columns), height)
-    grid = figure.add_gridspec(rows, wide + columns, width_ratios=[1.2] * wide + [1] * columns)
-    small = [figure.add_subplot(grid[i // 2, wide + i % 2]) for i in range(others)]
-    return figure.add_subplot(grid[:, 0]) if accuracies else None, small
 
 
 def arrange(
@@ -65,9 +48,8 @@ def arrange(
     panels: dict[str, Panel] = {}
     for task, metric in keys:
         scores = [column.get((task, metric)) for column in columns]
-        length = re.fullmatch(r"acc_(\d+)", metric)
         part = re.fullmatch(r"acc_(?!norm).*", metric)
-        if length:
+        if length := re.fullmatch(r"acc_(\d+)", metric):
             curves.setdefault(task, {})[int(length[1])] = scores
         elif part and parts.count(task) > MANY:
             continue
@@ -108,8 +90,6 @@ def _draw_dots(axes: "Axes", metric: str, panel: Panel) -> None:
                           capsize=2)  # fmt: skip
     axes.set_yticks(range(len(panel)), list(panel))
     axes.set_ylim(len(panel) - 0.4, -0.6)  # the first line on top
-    if len(panel) == 1:
-        axes.set_ylim(0.8, -0.8)
     values = [score[0] for scores in panel.values() for score in scores if score is not None]
     if min(values) > 0 and max(values) > 30 * min(values) and metric != SHARE:
         axes.set_xscale("log")
