@@ -122,14 +122,13 @@ def _flatten(data: dict[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def resolve_path(path: str, base: Path | None = None) -> Path:
-    """Find a recipe's path on disk: as given, else below `base`, else among the files that the project ships.
+def resolve_path(path: str) -> Path:
+    """Find a recipe's path on disk: as given, else among the files that the project ships.
 
     If nothing is found, returns the path as given, so that the caller's message shows what the user wrote.
     """
     here = Path(path).expanduser()
-    candidates = [here] if here.is_absolute() else [here, *([base / here] if base else []), shipped(path)]
-    return next((c for c in candidates if c.exists()), here)
+    return shipped(path) if shipped(path).exists() and not here.exists() else here
 
 
 def shipped(name: str) -> Path:
