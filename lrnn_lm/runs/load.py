@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError
 
 from ..files import pick_device
 from ..recipe import parse_count, recipe_from_dict
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LENGTH = 2048
+# By what reads a file, and where it is torn.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError)
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "sequence_length")
 
 
@@ -86,7 +89,6 @@ def load_checkpoint(
     """
     path = describe(checkpoint).path
     target = pick_device(device)
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -103,23 +105,20 @@ def load_checkpoint(
     _check_files(path, checkpoint)
     disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
     part = "model"
+    trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
     try:
-        trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
         AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         part = "model"
         kind, trust = (LRNNForReconstruction, {}) if encodes else (AutoModelForCausalLM, trust)
-        model, told = kind.from_pretrained(
-            path, dtype="auto", local_files_only=True, output_loading_info=True, **trust
-        )
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError
-    ) as error:  # fmt: skip
+        settings = {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
+        model, told = kind.from_pretrained(path, **settings, **trust)
+    except _DAMAGED as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{checkpoint}: only loads with code of its own; read it, then pass --trust-remote-code "
-                "(an export does not take such code along)"
+                f"{checkpoint}: only loads with code of its own, which an export does not take along; "
+                "read it, then pass --trust-remote-code"
             ) from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{checkpoint}: cannot be loaded as a {part}: {reason[:300]}") from error
