@@ -99,12 +99,6 @@ class TokenShards:
         self.num_documents: int = entry["num_documents"]
         self.num_bytes: int | None = entry["num_bytes"]  # None: not known, of token files
         self._shards: list[dict[str, Any]] = entry["shards"]
-        self._files = {
-            s[key]: manifest["files"][s[key]]
-            for s in self._shards
-            for key in ("tokens", "starts", "offsets")
-            if key in s
-        }
         ends = np.cumsum([shard["num_tokens"] for shard in self._shards], dtype=np.int64)
         self._offsets = np.concatenate([np.zeros(1, np.int64), ends])  # (shards + 1,)
         self._maps: dict[str, Tokens] = {}
@@ -128,11 +122,6 @@ class TokenShards:
             low, high = np.searchsorted(starts, np.array([a, b], STARTS_DTYPE))
             found.append(starts[low:high].astype(np.int64) + (offset - start))
         return np.concatenate(found)
-
-    def verify(self) -> None:
-        """Compare every file's sha256 with the manifest. Raises DataError naming the first damaged one."""
-        for name, facts in self._files.items():
-            check_file(self.folder, name, facts, checksum=True)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
         """(shard, from, to, its offset in the stream) of each shard that holds some of start..stop-1."""

@@ -42,7 +42,6 @@ def test_tokens_are_the_documents(prepared: PreparedData) -> None:
         for text, ids in zip(texts, np.split(tokens, starts[1:]), strict=True):
             assert (ids[0], ids[-1]) == (1, 2)
             assert tokenizer.decode(ids[1:-1].tolist()) == text
-        shards.verify()
     assert len(prepared.manifest["splits"]["train"]["shards"]) > 2
     assert prepared.vocab_size == 400
     assert prepared.tokenizer_hash == tokenizer_hash(prepared.tokenizer_dir)
@@ -217,9 +216,8 @@ def test_damage_is_named(spec: DataSpec) -> None:
     data[10] ^= 1
     shard.write_bytes(data)
     open_prepared(prepared.folder)  # sizes are right
-    for check in (lambda: open_prepared(prepared.folder, verify=True), prepared.train.verify):
-        with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged .*sha256.*lrnn prepare"):
-            check()
+    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged .*sha256.*lrnn prepare"):
+        open_prepared(prepared.folder, verify=True)
     shard.write_bytes(data[:-2])
     with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged \(\d+ bytes instead of \d+\)"):
         prepare(spec, progress=False)
@@ -277,7 +275,7 @@ def test_interrupt_leaves_nothing(
             prepare(replace(spec, num_proc=2), progress=False)
     assert leftovers(spec) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    prepare(spec, progress=False).train.verify()
+    open_prepared(prepare(spec, progress=False).folder, verify=True)
 
 
 def _prepare_slowly(spec: DataSpec, half_way: Event) -> None:
@@ -307,12 +305,12 @@ def test_killed_half_way(spec: DataSpec, number: signal.Signals) -> None:
     assert process.exitcode not in (None, 0)
     if number != signal.SIGKILL:
         assert leftovers(spec) == []
-    prepare(spec, progress=False).train.verify()
+    open_prepared(prepare(spec, progress=False).folder, verify=True)
     assert leftovers(spec) == []
 
 
 def _prepare_in_child(spec: DataSpec) -> None:
-    prepare(spec, progress=False).train.verify()
+    open_prepared(prepare(spec, progress=False).folder, verify=True)
     os._exit(7)
 
 
