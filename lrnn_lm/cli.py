@@ -142,19 +142,29 @@ def submit(
     time: Annotated[str | None, typer.Option(help="time limit of the job, as in 24:00:00")] = None,
     from_checkpoint: Branch = None,
     array: Annotated[Path | None, typer.Option(help="sweep file (YAML), one run per combination")] = None,
+    array_limit: Annotated[int | None, typer.Option(help="runs of the array at a time, at most")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account to charge")] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM quality of service")] = None,
+    module: Annotated[list[str] | None, typer.Option(help="environment module to load; repeatable")] = None,
+    container: Annotated[str | None, typer.Option(help="container image to run in")] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="any other sbatch option; repeatable")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script, submit nothing")] = False,
 ) -> None:
     """Train a recipe as a SLURM job that requeues itself until done.
 
     The job saves before its time limit or a preemption, requeues, and resumes from its newest checkpoint. The
-    recipe's launch section sets these options and more, as in launch.partition=gpu; slurm/README.md
-    explains them.
+    recipe's launch section sets the same options; slurm/README.md explains them.
     """
     from .launch import submit as submit_job
 
-    flags = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time}
-    given = [f"launch.{key}={value}" for key, value in flags.items() if value is not None]
-    submit_job(recipe, [*(overrides or []), *given], array, dry_run, from_checkpoint=from_checkpoint)
+    flags = {
+        "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "array_limit": array_limit,
+        "partition": partition, "account": account, "qos": qos, "modules": module, "container": container,
+        "sbatch": sbatch,
+    }  # fmt: skip
+    given = {key: value for key, value in flags.items() if value is not None}
+    submit_job(recipe, overrides, given, array, dry_run, from_checkpoint=from_checkpoint)
 
 
 @app.command(name="eval")

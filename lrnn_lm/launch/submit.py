@@ -13,8 +13,9 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ..recipe import Recipe, dump_recipe, load_recipe
+from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
@@ -25,6 +26,7 @@ from .sweep import read_sweep
 def submit(
     recipe: Path,
     overrides: list[str] | None = None,
+    launch: dict[str, Any] | None = None,
     sweep: Path | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
@@ -35,6 +37,7 @@ def submit(
     Args:
         recipe: a recipe file; its relative paths start at the current folder, in the job too.
         overrides: `section.key=value`.
+        launch: values of the launch section in place of the recipe's; a list is added to the recipe's.
         sweep: a file of `read_sweep`: an array with a job a run, without runs that are finished or queued.
         dry_run: print the script and write nothing.
         from_checkpoint: each run is a branch of this checkpoint.
@@ -43,6 +46,7 @@ def submit(
         refuses the job, or the run is queued already.
     """
     recipes = read_sweep(sweep, recipe, overrides or []) if sweep else [load_recipe(recipe, overrides)]
+    recipes = [_with_launch(made, launch or {}) for made in recipes]
     for made in recipes:
         check_optimizer(made.optim.name)
         made.check_ranks(made.launch.ranks, made.train.parallel)  # before hours in the queue
@@ -79,6 +83,14 @@ def submit(
     where = output.parent if sweep else RunFolder(runs[0]).logs
     say(f"{name} is job {job}" + (f", an array of {len(todo)} runs" if sweep else "") + f"; logs in {where}")
     return job
+
+
+def _with_launch(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other launch keys; RecipeError if they are wrong."""
+    data = recipe.model_dump(mode="json")
+    for key, value in changes.items():
+        data["launch"][key] = [*data["launch"][key], *value] if isinstance(value, list) else value
+    return recipe_from_dict(data, where="command line")
 
 
 def _unfinished(

@@ -38,7 +38,7 @@ def finish_run(folder: Path, name: str, step: int = 10, scored: int | None = Non
 
 
 def test_dry_run_prints_the_script_and_writes_nothing(folder, no_slurm, capsys):
-    script = dry_run(capsys, "--nodes=2", "--time=2-12", "launch.sbatch=[--mem=0, --partition=big]")
+    script = dry_run(capsys, "--nodes=2", "--time=2-12", "--sbatch=--mem=0", "--sbatch=--partition=big")
     run = folder / "runs/base"
     assert options(script) == [
         "--job-name=base", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:4", "--time=2-12",
@@ -55,13 +55,13 @@ def test_dry_run_prints_the_script_and_writes_nothing(folder, no_slurm, capsys):
 def test_every_key_reaches_the_script(folder, capsys):
     launch = {
         "gpus_per_node": 2, "cpus_per_rank": 12, "grace": 60, "attempts": 7, "partition": "gpu",
-        "account": 4711, "qos": "long", "modules": ["a", "b c", "d"], "setup": ["export NCCL_DEBUG=INFO"],
+        "account": 4711, "qos": "long", "modules": ["a", "b c"], "setup": ["export NCCL_DEBUG=INFO"],
         "python": "/opt/py 3/python",
     }  # fmt: skip
     (folder / "base.yaml").write_text(
         yaml.safe_dump(yaml.safe_load((folder / "base.yaml").read_text()) | {"launch": launch})
     )
-    script = dry_run(capsys)
+    script = dry_run(capsys, "--module=d")
     for option in (
         "--cpus-per-task=12",
         "--signal=B:USR1@60",
@@ -101,7 +101,7 @@ def test_cpu_jobs_ask_for_no_gpus(folder, capsys):
 def test_containers(folder, capsys, more, expected):
     script = dry_run(
         capsys,
-        "launch.container=image.sif",
+        "--container=image.sif",
         "launch.container_options=[--quiet]",
         "train.runs_dir=/elsewhere",
         *more,
@@ -159,7 +159,7 @@ def test_an_array(folder, program, capsys):
     finish_run(folder, "base-lr_0.001-seed_3")
     (folder / "runs/base-lr_0.003-seed_1/launch").mkdir(parents=True)
     (folder / "runs/base-lr_0.003-seed_1/launch/job").write_text("7_3\n")
-    assert lrnn_submit("base.yaml", "--array=sweep.yaml", "launch.array_limit=2") == 0
+    assert lrnn_submit("base.yaml", "--array=sweep.yaml", "--array-limit=2") == 0
     told = capsys.readouterr().out
     assert "base-lr_0.001-seed_3 is trained already" in told
     assert "base-lr_0.003-seed_1 is in the queue already, as job 7_3" in told
@@ -196,14 +196,14 @@ MISTAKES = [
     (("base.yaml", "--time=soon"), "launch.time: expected a time such as 90 (minutes), 24:00:00"),
     (("base.yaml", "--time=1:00:75"), "launch.time"),
     (("base.yaml", "--time=5"), "time 5 is over before the job is told to save"),
-    (("base.yaml", "launch.partition=two words"), "launch.partition"),
-    (("base.yaml", "launch.account=''"), "launch.account"),
-    (("base.yaml", "launch.sbatch=[mem=0]"), "expected an option of sbatch such as --mem=0, not 'mem=0'"),
-    (("base.yaml", "launch.sbatch=[--array=1-4]"), "--array is set by `lrnn submit` itself"),
-    (("base.yaml", "launch.sbatch=[-N4]"), "'-N4': --nodes is set by `lrnn submit` itself"),
-    (("base.yaml", 'launch.sbatch=["--mem=0\\n#SBATCH --wrap=x"]'), "an option of sbatch such as"),
-    (("base.yaml", "launch.modules=['']"), "one line each"),
-    (("base.yaml", "launch.array_limit=0"), "launch.array_limit"),
+    (("base.yaml", "--partition=two words"), "launch.partition"),
+    (("base.yaml", "--account="), "launch.account"),
+    (("base.yaml", "--sbatch=mem=0"), "expected an option of sbatch such as --mem=0, not 'mem=0'"),
+    (("base.yaml", "--sbatch=--array=1-4"), "--array is set by `lrnn submit` itself"),
+    (("base.yaml", "--sbatch=-N4"), "'-N4': --nodes is set by `lrnn submit` itself"),
+    (("base.yaml", "--sbatch=--mem=0\n#SBATCH --wrap=x"), "an option of sbatch such as"),
+    (("base.yaml", "--module="), "one line each"),
+    (("base.yaml", "--array-limit=0"), "launch.array_limit"),
     (("base.yaml", "--nodes=3"), "a step of 16 rows does not split over 12 ranks"),
     (("base.yaml", "optim.name=muonn"), "optim.name: 'muonn' is not known; did you mean 'muon'"),
     (("base.yaml", "train.shard_size=3"), "train.shard_size 3 does not divide"),

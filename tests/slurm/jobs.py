@@ -150,7 +150,7 @@ def test_signalled_requeued_resumed(
 
 def test_preempted_and_killed_on_two_nodes(cluster: Cluster, submit: Submit, folder: Path) -> None:
     """A rank on each of two nodes: a job of more priority takes them, they come back, one rank is killed."""
-    two = (*LONG, "--nodes=2", "--gpus-per-node=1", "launch.partition=low")
+    two = (*LONG, "--nodes=2", "--gpus-per-node=1", "--partition=low")
     straight = submit("straight-two", *two)
     cluster.wait_for(straight, "COMPLETED")
     job = submit("harmed", *two)
@@ -198,7 +198,7 @@ def test_an_array_leaves_out_what_is_finished(
     short = "train.tokens=1024"
     assert finish(start(recipe, short, f"train.runs_dir={folder}/runs", "seed=2", "name=tiny-seed_2"))[0] == 0
     before = fingerprint(folder / "runs/tiny-seed_2/checkpoints/latest")
-    made = lrnn_submit(short, "--array=sweep.yaml", "launch.array_limit=1")
+    made = lrnn_submit(short, "--array=sweep.yaml", "--array-limit=1")
     assert made.returncode == 0, made.stderr
     assert "tiny-seed_2 is trained already" in made.stdout
     assert "an array of 2 runs" in made.stdout
