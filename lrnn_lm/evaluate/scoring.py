@@ -1,6 +1,7 @@
 """lm-eval's evaluator on a model in memory, without its log, its random seeds and its overflows."""
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -53,6 +54,7 @@ def score_tasks(
             random_state_kept(model.device),  # lm-eval seeds all generators
             _overflow_is_infinite(),
             _bars(team.shows),
+            _described_once(),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             lm: Any
@@ -123,6 +125,27 @@ def _bars(shows: bool) -> Iterator[None]:
         yield
     finally:
         task.tqdm = bar
+
+
+@functools.cache
+def described(describe: Callable[[], str]) -> str:
+    return describe()
+
+
+@contextlib.contextmanager
+def _described_once() -> Iterator[None]:
+    """Let lm-eval describe the machine once a process: it starts pip and compilers, which takes a second.
+
+    A run that scores tasks while it trains would wait for that each time.
+    """
+    from torch.utils import collect_env
+
+    describe = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = lambda: described(describe)
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = describe
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def in_dtypes(*shapes):
-    """Each shape in fp32 and bf16, the first in fp16 too: a cast more, no branch."""
-    half = [(shapes[0], torch.float16)]
-    return [(*shape, d) for shape, d in [*product(shapes, (torch.float32, torch.bfloat16)), *half]]
+    """Each shape in fp32, two in bf16, the first in fp16 too: casts more, no branch."""
+    half = [*product(shapes[:2], [torch.bfloat16]), (shapes[0], torch.float16)]
+    return [(*shape, d) for shape, d in [*product(shapes, [torch.float32]), *half]]
 
 
 EPS = 1e-6

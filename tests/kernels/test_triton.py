@@ -233,10 +233,11 @@ def test_planes_of_another_shape_are_refused():
 @pytest.mark.parametrize("gate", GATES)
 def test_gate_functions(scan, gate):
     compare(scan, gate=gate, T=5, N=3, M=3)
-    for z in (80.0, 0.0, -80.0):  # saturated, all equal, closed
-        gates, values, h0, reset = make_inputs(scan, B=1, T=2, N=1, M=2)
-        for x in run(scan, to_device([z * gates.sign(), values, h0, reset]), gate, "triton")[:3]:
-            assert x.isfinite().all()
+    gates, values, h0, reset = make_inputs(scan, B=3, T=2, N=1, M=2)
+    for row, z in zip(gates, (80.0, 0.0, -80.0), strict=True):  # saturated, all equal, closed
+        row.copy_(z * row.sign())
+    for x in run(scan, to_device([gates, values, h0, reset]), gate, "triton")[:3]:
+        assert x.isfinite().all()
 
 
 def test_small_logits_keep_their_digits():

@@ -3,10 +3,10 @@
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -76,28 +76,38 @@ def test_a_signal_while_data_is_prepared(tmp_path: Path, rank: int) -> None:
     assert not list(tmp_path.rglob(".building-*"))
 
 
+# Our launcher as the leader of a group, whose number is written down.
+LEADING = """
+import os, sys
+from lrnn_lm.train import launch
+os.setsid()
+open(sys.argv[1], "w").write(str(os.getpid()))
+launch.main(sys.argv[2:])
+"""
+
+
 def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path, straight: Path) -> None:
     """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers.
 
     Accelerate starts the ranks, and its file says how they share: the first loss is that of forked ranks.
     """
     run = recipe.parent / "runs/launched"
-    command = [
-        sys.executable, "-m", "lrnn_lm.train.launch", "--config_file", FSDP2_FILE, "--num_processes", "2",
-        "--main_process_port", "0", "-m", "lrnn_lm.train", recipe, "name=launched", "train.tokens=1M",
-        "data.num_workers=1",
+    words = [
+        "--config_file", FSDP2_FILE, "--num_processes", "2", "--main_process_port", "0",
+        "-m", "lrnn_lm.train", recipe, "name=launched", "train.tokens=1M", "data.num_workers=1",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (run / "metrics.jsonl").exists() or not losses(run):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 85, errors
-    assert errors.count("stopped by SIGTERM after step") == 1
-    assert "Traceback" not in errors
+    leader = recipe.parent / "leader"
+    options = {"env": environment(), "cwd": ROOT, "timeout": 250}
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(run_code, LEADING, leader, *words, **options)
+        while not (run / "metrics.jsonl").exists() or not losses(run):
+            assert not launched.done(), launched.result()
+            time.sleep(0.1)
+        os.killpg(int(leader.read_text()), signal.SIGTERM)
+        done = launched.result()
+    assert done.returncode == 85, done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step") == 1
+    assert "Traceback" not in done.stderr
     assert (run / "checkpoints/latest/trainer/rng-00001.json").exists()
     assert losses(run)[0] == losses(straight)[0]
 
