@@ -57,14 +57,14 @@ def _patch_language_once_a_launch(interpreter) -> None:
 def _call_at_once(interpreter) -> None:
     """A builtin takes the interpreter's semantics; here without two wrappers around it."""
 
-    def patch_attr(where, name, member, builder, scope) -> None:
+    def patch_attr(where, name, member, builder, scope=None) -> None:
         plain, semantics = inspect.unwrap(member), interpreter.interpreter_semantic
 
         def call(*args, **options):
             options["_semantic"] = semantics
             return plain(*args, **options)
 
-        scope.set_attr(where, name, call)
+        (scope.set_attr if scope else setattr)(where, name, call)
 
     interpreter._patch_attr = patch_attr
 
