@@ -98,7 +98,7 @@ def _await_training(started: Ranks, run: Path, before: int, rng: random.Random) 
     def alive() -> bool:
         return all(process.exitcode is None for process in started.processes)
 
-    while alive() and _identity(run) == before:
+    while alive() and _identity(run) in (0, before):  # 0: a run without a checkpoint puts it away
         time.sleep(0.002)
     begun, more = _lines(run), rng.randint(0, 8)
     while alive() and _lines(run) < begun + more:
