@@ -90,6 +90,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.rename(target)
+    except SafetensorError as error:
+        raise ValueError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
