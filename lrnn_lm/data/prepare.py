@@ -288,7 +288,7 @@ def _write_texts(
     dtype = token_dtype(facts.vocab_size)
     writers = {split: ShardWriter(aside, split, dtype, spec.shard_tokens) for split in splits}
     short = Short(spec)
-    heldout_file, hashes = HashedFile(aside / HELDOUT), set()
+    heldout_file, hashes, unknown = HashedFile(aside / HELDOUT), set(), 0
     with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
         for text, split, ids in encoded:
             size = len(text.encode())
@@ -298,6 +298,7 @@ def _write_texts(
             if split == "validation":
                 heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
                 hashes.add(token_files.id_hash(ids[1:-1]))
+                unknown += facts.unknown is not None and facts.unknown in ids[1:-1]
             bar.advance(len(ids), size)
     files = {HELDOUT: heldout_file.close()}
     for split, writer in writers.items():
@@ -308,6 +309,8 @@ def _write_texts(
     found = {split: writer.summary() for split, writer in writers.items()}
     if "train" in found:
         found["train"] |= short.facts()
+    if unknown:  # one token hides any text, so bytes say nothing of what was predicted
+        found["validation"] |= {"num_bytes": None, "unknown": unknown}
     return found, files, hashes
 
 

@@ -262,6 +262,7 @@ class TokenizerFacts:
     first: int  # the token that starts a document
     last: int  # the token that ends it
     hash: str
+    unknown: int | None = None  # the token of text that the tokenizer has none for
 
 
 def read_facts(folder: Path) -> TokenizerFacts:
@@ -282,7 +283,9 @@ def read_facts(folder: Path) -> TokenizerFacts:
         raise DataError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     bos = token_id("bos_token")
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return TokenizerFacts(size, eos if bos is None else bos, eos, tokenizer_hash(folder))
+    return TokenizerFacts(
+        size, eos if bos is None else bos, eos, tokenizer_hash(folder), token_id("unk_token")
+    )
 
 
 def tokenizer_hash(folder: str | Path) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..files import fsync
-from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name
+from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name, step_of
 
 FORMAT = 2
 _READABLE = (1, 2)
@@ -174,7 +174,7 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest undamaged checkpoint; None if none was ever written. `warn` gets a line a damaged one.
 
     Removes what a killed save left, so only one process may call it. Raises CheckpointError if all are
-    damaged or gone, or the newest has a format that this version does not read.
+    damaged or gone, or the newest has another step's name, or a format that this version does not read.
     """
     clear_leftovers(checkpoints)
     if any(checkpoints.glob(f"{COPY}*")):
@@ -184,6 +184,11 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
         damage = verify(folder)
+        if damage is None and (step := read_position(folder).step) != step_of(folder):
+            raise CheckpointError(
+                f"{folder} is the checkpoint of step {step}, renamed: later ones would be taken for older; "
+                f"name it {step_name(step)}, or move it away"
+            )
         if damage is None:
             _point(checkpoints, LATEST, folder.name)
             return folder

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from ..remote import check_free, upload, url_of
 from .layout import CheckpointFolder
 from .load import describe, json_table, load_checkpoint
@@ -112,5 +114,7 @@ def _new_folder(target: str | Path) -> Iterator[Path]:
     try:
         yield aside
         aside.rename(target)
+    except SafetensorError as error:  # a full disk, told by Rust
+        raise ValueError(f"{target}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -242,8 +242,13 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
             "only an older lrnn-lm (commit 9065c68) goes on with; use that, or give this run another name=.."
         )
     stored, done = RunFolder(folder).recipe, checkpoint.list_checkpoints(RunFolder(folder).checkpoints)
-    if not stored.exists() or not done:
+    if not done:
         return
+    if not stored.exists():
+        raise ValueError(
+            f"{stored} is gone, so nothing tells whether these checkpoints are of this recipe: put it back, "
+            "or a copy of the recipe that the run was trained with"
+        )
     differing = differences(_load_stored(stored), recipe, step_of(done[-1]) or 0)
     if differing:
         raise ValueError(

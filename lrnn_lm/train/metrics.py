@@ -99,7 +99,7 @@ def _cut_after(path: Path, resumed: Position) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             facts = json.loads(line)
             last = resumed.validated if "validation_loss" in facts else resumed.step

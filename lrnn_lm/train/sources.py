@@ -230,6 +230,11 @@ def notes(prepared: Prepared) -> list[str]:
                 f"{label}{short['num_documents']:,} training documents of fewer than {short['below']:,} "
                 f"tokens, {short['num_tokens']:,} tokens in all, are left out (data.min_document)"
             )
+        if unknown := facts.get("unknown"):
+            lines.append(
+                f"{label}bits per byte is left out: {unknown:,} held-out documents have text that the "
+                "tokenizer writes as its unknown token, which hides it"
+            )
         if changed := facts.get("changed"):
             lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")
         if left_out := facts.get("left_out"):

@@ -19,6 +19,7 @@ from forks import server
 from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare, tokenizer_hash
 from lrnn_lm.data.sources import documents
 from lrnn_lm.data.tokenize import load_backend
+from lrnn_lm.train.sources import notes
 
 
 def stream(shards) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +130,20 @@ def test_small_corpus_gives_each_side_a_document(spec: DataSpec, fraction: float
     prepared = prepare(replace(spec, validation_fraction=fraction), progress=False)
     assert min(prepared.train.num_documents, prepared.validation.num_documents) == 1
     assert prepared.train.num_documents + prepared.validation.num_documents == 60
+
+
+@pytest.mark.parametrize("rare", [["the gates \u6570", "the \u5b66 \u6570"], []])
+def test_text_behind_unknown_tokens_has_no_bytes_to_be_divided_by(
+    spec: DataSpec, tmp_path: Path, rare: list[str]
+) -> None:
+    """One likely token would stand for any number of bytes: bits per byte would be too low."""
+    recipe = write_recipe(tmp_path / "plain.yaml", vocab_size=120, byte_fallback="false")
+    texts = ["the state of values", *rare]
+    held = SourceSpec("jsonl", str(write_jsonl(tmp_path / "held.jsonl", texts)))
+    found = prepare(replace(spec, tokenizer=str(recipe), vocab_size=None, validation_source=held))
+    assert found.validation.num_bytes == (None if rare else len(texts[0]))
+    assert found.train.num_bytes > 0
+    assert ["bits per byte is left out: 2" in line for line in notes(found)] == [True] * bool(rare)
 
 
 def test_a_lone_text_file_is_cut(spec: DataSpec, tmp_path: Path) -> None:

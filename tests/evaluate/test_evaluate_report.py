@@ -124,7 +124,7 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
 def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_documents):
     """They replace neither the file nor the row of the usual ones; other text is told for held-out tasks."""
     run = tmp_path / "tiny"
-    shutil.copytree(checkpoint.parents[1], run, symlinks=True)
+    shutil.copytree(checkpoint.parents[1], run, symlinks=True, ignore=shutil.ignore_patterns("eval"))
     shutil.copytree(_write_run(tmp_path / "curve"), run, dirs_exist_ok=True)
     other = write_documents(tmp_path / "other.jsonl", ["Another text than that of the run."])
     ways = ({}, {"num_fewshot": 1}, {"max_length": 20}, {"prompt_twice": True}, {"data": other})

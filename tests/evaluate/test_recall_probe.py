@@ -94,6 +94,7 @@ def test_slow_gates_have_the_half_lives_that_were_asked_for() -> None:
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mixer.gate_proj.weight.zero_()
+            layer.mixer.gate_proj.bias.copy_(layer.mixer.initial_values(0.02)["gate_proj.bias"])
     ids = tokens(rows=2, length=20)
     for layer in split(model, ids[:, :-1], ids[:, 1:])["gates"]:
         lives = layer["half_life"]

@@ -1,7 +1,9 @@
 """`lrnn export`: what the folder holds, in which precision, and what a user can get wrong."""
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -47,6 +49,19 @@ def test_an_export_can_be_exported(checkpoint, tmp_path):
     assert {file.name for file in second.iterdir()} == {file.name for file in first.iterdir()} - {
         "lrnn_stale.py"
     }
+
+
+def test_a_full_disk(checkpoint, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="out: cannot be written"):
+            export(checkpoint, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_targets_that_are_refused(checkpoint, tmp_path):

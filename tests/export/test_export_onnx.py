@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from small_models import small_model
 
 from lrnn_lm import LRNNForCausalLM, cli
 from lrnn_lm.runs.export import export_onnx
@@ -22,10 +23,20 @@ def exported(make_checkpoint, tmp_path_factory):
     return checkpoint, export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
 
 
+@pytest.fixture(scope="module")
+def exported_with_learnt_states(make_checkpoint, tmp_path_factory):
+    checkpoint = make_checkpoint("bd_lru")
+    model = small_model("bd_lru", num_hidden_layers=1, learn_initial_state=True)
+    torch.nn.init.normal_(model.model.layers[0].initial_state)
+    model.save_pretrained(checkpoint)
+    return checkpoint, export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
+
+
 @torch.no_grad()
-def test_prompt_and_tokens_have_the_models_logits(exported):
+@pytest.mark.parametrize("which", ["exported", "exported_with_learnt_states"])
+def test_prompt_and_tokens_have_the_models_logits(which, request):
     """Of several sequences: two passes of prefill.onnx, then token by token, from states of zeros."""
-    checkpoint, folder = exported
+    checkpoint, folder = request.getfixturevalue(which)
     states = [
         np.zeros((3, *shape), np.float32)
         for shape in json.loads((folder / "onnx.json").read_text())["states"]

@@ -146,6 +146,15 @@ def test_the_newest_whole_one(tmp_path: Path) -> None:
     assert [line.split("; ")[-1] for line in said] == ["trying the one before"] * 2 + ["there is none before"]
 
 
+def test_one_that_was_renamed_is_not_newer_than_those_that_come(tmp_path: Path) -> None:
+    """Taken as step 9 it would be the newest for ever: each start would go on from it, and lose the rest."""
+    save(tmp_path, 1)
+    save(tmp_path, 2).rename(tmp_path / "step-00000009")
+    with pytest.raises(CheckpointError, match="step-00000009 is the checkpoint of step 2, renamed"):
+        checkpoint.newest_valid(tmp_path, print)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000009"]
+
+
 @pytest.mark.parametrize("gone", ["latest", "best"])
 def test_links_without_checkpoints_mean_that_they_are_gone(tmp_path: Path, gone: str) -> None:
     (tmp_path / gone).symlink_to("step-00000003")

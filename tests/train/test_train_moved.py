@@ -48,6 +48,19 @@ def step_names(run: Path) -> list[str]:
     return [folder.name for folder in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
+def test_a_run_without_its_recipe_does_not_go_on(build: Build, stopped: Path) -> None:
+    """Nothing else tells its seed and which rows it has read."""
+    stored = stopped / "recipe.yaml"
+    kept = stored.read_text()
+    stored.unlink()
+    with pytest.raises(ValueError, match="is gone, so nothing tells"):
+        build("seed=5")
+    stored.write_text(kept)
+    torn = stopped / "metrics.jsonl"
+    torn.write_bytes(torn.read_bytes() + b"\xff\xfe\0")
+    build("eval.every=2 steps").run()
+
+
 # Copies -----------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ def harden(
     Raises ValueError for another gate than softmax, if no block follows the task, or for a folder in use.
     """
     from ...model import LRNNConfig, LRNNForCausalLM
+    from ...model.export.folder import written_aside
 
     mixer = model.model.layers[0].mixer
     if mixer.gate != "softmax":
@@ -61,8 +62,9 @@ def harden(
     weights[prefix + "value_proj.weight"] = _rows(weights[prefix + "value_proj.weight"], kept, M)
     weights[prefix + "out_proj.weight"] = _rows(weights[prefix + "out_proj.weight"].T, kept, M).T
     hardened.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    hardened.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with written_aside(folder) as aside:
+        hardened.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     return kept
 
 

@@ -26,7 +26,7 @@ from ..modeling import LRNNForCausalLM
 
 
 class _Steps(nn.Module):
-    """The model with its states as inputs and outputs."""
+    """The model with its states as inputs and outputs; a learnt initial state counts as zeros."""
 
     def __init__(self, model: LRNNForCausalLM):
         super().__init__()
@@ -36,8 +36,11 @@ class _Steps(nn.Module):
         body, after = self.model.model, []
         x = body.embed_tokens(input_ids)
         for layer, state in zip(body.applied_layers, states, strict=True):
-            x, (state,) = layer(x, SequenceContext(), carried=(state,))
-            after.append(state)
+            learnt = layer.initial_state
+            begins = None if learnt is None else learnt.view(1, *state.shape[1:])
+            given = state if begins is None else state + begins
+            x, (state,) = layer(x, SequenceContext(), carried=(given,))
+            after.append(state if begins is None else state - begins)
         return self.model.lm_head(body.norm(x)), *after
 
 
