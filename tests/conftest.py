@@ -7,6 +7,8 @@ in Triton's interpreter.
 
 import gc
 import os
+import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
@@ -14,16 +16,29 @@ os.environ["OMP_NUM_THREADS"] = "1"  # which is torch's number of threads, too
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return  # this process hands out the tests, and begins once it has imported what it needs
+@cache
+def prepare_triton() -> None:
+    """Raises RuntimeError where it is too late for the interpreter."""
     import torch
     from interpreter import quicken
 
     if not torch.cuda.is_available():
+        if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
+            raise RuntimeError("triton was imported before TRITON_INTERPRET was set, by which it is made")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
         quicken()
+
+
+# Here, as pytest next imports the conftest.py of the folders that it was given, and some import Triton. Not
+# in the process that hands out the tests, which begins once it has imported what it needs.
+if "PYTEST_XDIST_WORKER" in os.environ or not any(a.startswith(("-n", "--numproc")) for a in sys.argv[1:]):
+    prepare_triton()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        prepare_triton()
 
 
 @pytest.hookimpl(trylast=True)

@@ -20,12 +20,13 @@ class _Loader(yaml.SafeLoader):
     """Reads every value as text but null; merge keys (`<<`) are expanded."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Refuse a key given twice. Checked on the nodes: merge keys are expanded later."""
+        """Refuse a key given twice, and read null as a key's text. On the nodes: merge keys come later."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 continue
+            key.tag = key.tag.replace("null", "str")
             line = key.start_mark.line + 1
             if key.value in lines:
                 first = lines[key.value]

@@ -23,7 +23,7 @@ from .tensors import check_fit, is_sharded_folder, read_shards
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings",
           "rms_norm_eps", "repeat", "learn_initial_state")  # fmt: skip
-_START = {"gate_std", "half_life"}  # options that only say how weights are drawn
+_START = {"gate_std", "half_life", "shift_keys"}  # options that only say how weights are drawn
 _TOLD = 4  # differences in a message, at most
 
 

@@ -31,23 +31,24 @@ START = 6
 VALUES = torch.tensor([-1.0, 0.0, 1.0])
 
 
-def model_of_s3(lead=200.0, blocks=1, gate="softmax", pull=0.0):
+def model_of_s3(lead=200.0, blocks=1, gate="softmax", pull=0.0, input_logit=True):
     """One layer that permutes three values: gate logits of `lead` for the entry to copy, 0 for the others.
 
     The embedding is one-hot, and the head compares the state with the values in each of the six orders. What
-    leaks through the input gate pulls the first entry to `pull`.
+    leaks through the input gate pulls the first entry to `pull`. Without `input_logit`, the same function.
     """
-    torch.manual_seed(0)
+    shape = {"block_size": 3, "num_blocks": blocks, "gate": gate, "input_logit": input_logit}
     model = LRNNForCausalLM(LRNNConfig(
         vocab_size=7, hidden_size=10, num_hidden_layers=1, intermediate_size=4,
-        mixer={"type": "bd_lru", "block_size": 3, "num_blocks": blocks, "gate": gate},
+        mixer={"type": "bd_lru", **shape},
         synthetic_task={"task": "s3", "length": 8, "options": {"start": 1}},
     )).eval()  # fmt: skip
+    torch.manual_seed(0)
     layer = model.model.layers[0]
     unit = 10**-0.5  # the norm makes of a one-hot vector sqrt(10) times it
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(7, 10))
-        gates = layer.mixer.gate_proj.weight.zero_().view(4, blocks, 3, 10)
+        gates = torch.zeros(4, blocks, 3, 10)
         for symbol, element in enumerate(ELEMENTS):
             for i in range(3):
                 gates[i, 0, element[i], symbol] = lead * unit
@@ -66,6 +67,8 @@ def model_of_s3(lead=200.0, blocks=1, gate="softmax", pull=0.0):
             gates[:, 1:] = 0.1 * torch.randn(4, blocks - 1, 3, 10)
             values[1:] = torch.randn(blocks - 1, 3, 10)
             out[7:, 1:] = 0.1 * torch.randn(3, blocks - 1, 3)
+        gates = gates if input_logit else gates[:3] - gates[3:]
+        layer.mixer.gate_proj.weight.copy_(gates.flatten(0, 2))
     return model
 
 
@@ -164,6 +167,19 @@ def test_hardening_keeps_the_blocks_that_follow(tmp_path, capsys):
     assert certify(tmp_path / "hard", "s3", device="cpu")["length"] is None
     with pytest.raises(ValueError, match="not an empty folder"):
         certify(folder, "s3", device="cpu", hardened=tmp_path / "hard")
+
+
+def test_without_the_input_logit_the_certificate_is_the_same(tmp_path):
+    """Only differences of logits matter to a softmax; hardening keeps the input gate's logit at 0."""
+    full, fewer = model_of_s3(6.0, blocks=3), model_of_s3(6.0, blocks=3, input_logit=False)
+    ids = torch.randint(7, (2, 40))
+    torch.testing.assert_close(fewer(ids).logits, full(ids).logits, rtol=0, atol=1e-5)
+    want = certify(saved(full, tmp_path / "full"), "s3", device="cpu")
+    facts = certify(saved(fewer, tmp_path / "soft"), "s3", device="cpu", hardened=tmp_path / "hard")
+    assert [block["follows"] for block in facts["blocks"]] == [True, False, False]
+    assert 0.5 < facts["length"] / want["length"] < 2
+    assert facts["margin"] == pytest.approx(want["margin"], rel=0.1)
+    assert certify(tmp_path / "hard", "s3", device="cpu")["length"] is None
 
 
 @pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "none"])

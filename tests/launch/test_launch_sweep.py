@@ -57,6 +57,7 @@ MISTAKES = [
     ("optim.lr: [fast]", "sweep.yaml, run 1: base.yaml: optim.lr: input should be a valid number"),
     ("[1, 2]", "not '1'"),
     ("[]", "not none"),
+    ("null: [1]", "null: unknown key"),
     ("just words", "a sweep maps keys to lists of values, or lists runs"),
     ("1: [2]", "sweep.yaml, run 1: base.yaml: 1: unknown key"),
     ("a: [", "sweep.yaml: not valid YAML"),

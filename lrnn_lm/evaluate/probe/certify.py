@@ -98,7 +98,7 @@ def _check(model: "PreTrainedModel", task: SyntheticTask) -> None:
     if (kind := config.layer_mixers[0]["type"]) != "bd_lru":
         raise ValueError(f"a {kind} layer has no certificate: --certify reads the gates of bd_lru")
     mixer = model.model.layers[0].mixer
-    if mixer.fused_window is None:
+    if mixer.conv is not None or mixer.output_gate_proj is not None or mixer.norm_groups is not None:
         raise ValueError(
             "short_conv, output_gate and norm_groups have no certificate: it takes a plain bd_lru"
         )
