@@ -49,7 +49,7 @@ def export(
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
-    with _new_folder(target) as aside:
+    with new_folder(target) as aside:
         path, model, _ = _load(checkpoint)
         if dtype is not None:
             model.to(getattr(torch, DTYPES[dtype]))
@@ -74,7 +74,7 @@ def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = 16) -
     """
     from ..model.export.onnx import write_onnx
 
-    with _new_folder(target) as aside:
+    with new_folder(target) as aside:
         path, model, tokenizer = _load(checkpoint)
         write_onnx(model.float(), tokenizer, aside, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
@@ -94,7 +94,7 @@ def _load(checkpoint: str | Path) -> "tuple[Path, PreTrainedModel, PreTrainedTok
 
 
 @contextmanager
-def _new_folder(target: str | Path) -> Iterator[Path]:
+def new_folder(target: str | Path) -> Iterator[Path]:
     """A folder to be made beside the target, which takes the target's place once it is whole.
 
     If the target is a URL, a temporary folder is copied there. Raises ValueError if the target is in use.

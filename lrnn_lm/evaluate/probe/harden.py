@@ -35,7 +35,7 @@ def harden(
     Raises ValueError for another gate than softmax, if no block follows the task, or for a folder in use.
     """
     from ...model import LRNNConfig, LRNNForCausalLM
-    from ...model.export.folder import written_aside
+    from ...runs.export import new_folder
 
     mixer = model.model.layers[0].mixer
     if mixer.gate != "softmax":
@@ -62,7 +62,7 @@ def harden(
     weights[prefix + "value_proj.weight"] = _rows(weights[prefix + "value_proj.weight"], kept, M)
     weights[prefix + "out_proj.weight"] = _rows(weights[prefix + "out_proj.weight"].T, kept, M).T
     hardened.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    with written_aside(folder) as aside:
+    with new_folder(folder) as aside:
         hardened.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     return kept
