@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MixerCost, check_sizes
+from .base import MixerCost, check_sizes, plain_weight
 from .fla_layer import FlaMixer
 
 LARGEST_KEY = 256  # the delta rule's kernels hold one head's keys in one program
@@ -192,6 +192,14 @@ class HGRN2(FlaMixer):
     def __init__(self, hidden_size: int, head_dim: int = 64):
         heads = _heads(hidden_size, head_dim)
         super().__init__(hidden_size, hidden_size, hidden_size, heads, expand_ratio=head_dim)
+
+    def _choose_kernel(self, x: Tensor) -> None:
+        super()._choose_kernel(x)
+        if plain_weight(self.inner.o_proj) is None:  # fla reads its weight, in one kernel with the norm
+            raise ValueError(
+                "HGRN2's kernel does not call the output projection, which has an adapter, a hook or the "
+                "like: leave mixer.inner.o_proj without"
+            )
 
 
 class RWKV7(FlaMixer):

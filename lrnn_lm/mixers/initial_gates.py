@@ -31,7 +31,7 @@ def check_gates(
     """Raise ValueError for an unknown gate function, or a start of the gates that it cannot have."""
     check_gate(gate)
     if not input_logit and gate != "softmax":
-        raise ValueError(f"input_logit: false needs gate softmax, not {gate!r}: of others it is no constant")
+        raise ValueError(f"input_logit: false needs gate softmax, not {gate!r}: leave one of the two out")
     if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
         raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
     if half_life is None:

@@ -211,6 +211,16 @@ def test_training_in_fp32_is_refused_where_the_kernels_cannot(kind, monkeypatch)
         make(kind).train()(noise(1, 3, D), None, KEEP)
 
 
+@installed
+def test_an_output_projection_that_is_never_called_is_refused(monkeypatch):
+    """An adapter there would learn nothing and change nothing, without a word."""
+    monkeypatch.setattr(FlaMixer, "check_device", lambda self, device: None)
+    mixer = make("hgrn2")
+    mixer.inner.o_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="does not call the output projection"):
+        mixer(noise(1, 3, D), None, KEEP)
+
+
 # fla's kernels in Triton's interpreter.
 
 
