@@ -18,13 +18,13 @@ import pytest
 
 @cache
 def prepare_triton() -> None:
-    """Raises RuntimeError where it is too late for the interpreter."""
+    """Raises UsageError where it is too late for the interpreter."""
     import torch
     from interpreter import quicken
 
     if not torch.cuda.is_available():
         if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
-            raise RuntimeError("triton was imported before TRITON_INTERPRET was set, by which it is made")
+            raise pytest.UsageError("Triton was imported before TRITON_INTERPRET was set: leave -n 0 out")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
         quicken()
