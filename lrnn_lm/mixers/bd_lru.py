@@ -44,9 +44,9 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         output_gate: whether to multiply states by silu(W_g x) before the output projection; None for no.
         norm_groups: number of groups of neighbouring rows whose states are divided by their root mean square
             before the output projection; None for no norm.
-        input_logit: whether the input gate has logits of its own. False: they are 0, and with softmax the
-            gates are the same functions of x by a weight of M planes for M + 1, as only differences of
-            logits matter to a softmax.
+        input_logit: whether the input gate has logits of its own; None for yes. Without, they are 0, and a
+            softmax gives the same functions of x by M planes of weights for M + 1, as only differences of
+            logits matter to it.
     Raises:
         ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have, or
             `input_logit: false` with a gate other than softmax.
@@ -76,13 +76,14 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         short_conv: Reach | None = None,
         output_gate: bool | None = None,
         norm_groups: int | None = None,
-        input_logit: bool = True,
+        input_logit: bool | None = None,
     ):
         super().__init__()
         check_sizes(
             num_blocks=num_blocks, block_size=block_size, short_conv=short_conv, norm_groups=norm_groups
         )
-        check_gates(gate, gate_std, half_life, input_logit)
+        self.input_logit = input_logit is not False
+        check_gates(gate, gate_std, half_life, self.input_logit)
         self.hidden_size = hidden_size
         self.gate_std, self.half_life = gate_std, half_life
         self.num_blocks = num_blocks or max(1, hidden_size // block_size)
@@ -91,8 +92,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
         width = self.num_blocks * block_size
-        self.input_logit = input_logit
-        self.gate_proj = nn.Linear(hidden_size, width * (block_size + input_logit))
+        self.gate_proj = nn.Linear(hidden_size, width * (block_size + self.input_logit))
         self.value_proj = nn.Linear(hidden_size, width, bias=False)
         self.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.conv = ShortConvolution(hidden_size, short_conv) if short_conv else None
@@ -102,7 +102,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             if width % norm_groups:
                 raise ValueError(f"the state's {width} rows do not split into norm_groups={norm_groups}")
             self.norm_weight = nn.Parameter(torch.ones(width))
-        if short_conv or output_gate or norm_groups or not input_logit:
+        if short_conv or output_gate or norm_groups or not self.input_logit:
             self.fused_window = None  # the fused decoding step computes the plain layer only
         self.draw_parameters()
 

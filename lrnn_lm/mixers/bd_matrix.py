@@ -87,14 +87,15 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         head_norm: bool = True,
         keys: bool = False,
         erase: bool = False,
-        input_logit: bool = True,
+        input_logit: bool | None = None,
     ):
         super().__init__()
         check_sizes(
             num_heads=num_heads, head_dim=head_dim, value_dim=value_dim, block_size=block_size,
             short_conv=short_conv, head_conv=head_conv, shift_keys=shift_keys,
         )  # fmt: skip
-        check_gates(gate, gate_std, half_life, input_logit)
+        self.input_logit = input_logit is not False
+        check_gates(gate, gate_std, half_life, self.input_logit)
         if head_dim % block_size:
             raise ValueError(f"head_dim {head_dim} does not split into blocks of block_size {block_size}")
         if short_conv and head_conv:
@@ -114,10 +115,10 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
         self.hidden_size, self.block_size, self.head_shape = hidden_size, M, (H, K, V)
         self.gate, self.gate_std = gate, gate_std
         self.half_life = half_life or (HALF_LIFE if gate in ("softmax", "sigmoid") else None)
-        self.shift_keys, self.input_logit = shift_keys, input_logit
+        self.shift_keys = shift_keys
         self.backend = "auto"  # of the scan
         self.diagonal_only = False  # for a probe: read A_t without its off-diagonal entries
-        self.gate_proj = nn.Linear(hidden_size, (M + input_logit) * H * K)
+        self.gate_proj = nn.Linear(hidden_size, (M + self.input_logit) * H * K)
         self.value_proj = nn.Linear(hidden_size, H * V, bias=False)
         self.query_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.key_proj = nn.Linear(hidden_size, H * K, bias=False) if keys else None

@@ -141,7 +141,7 @@ def test_prompts_of_peft(name, kind):
         for parameter in model.prompt_encoder.parameters():
             parameter.mul_(5)
     output = model(input_ids=ids, attention_mask=mask, labels=ids)
-    assert (output.logits[1, 3] - plain[1, 0]).abs().max() > 0.1
+    assert (output.logits[1, 3] - plain[1, 0]).abs().max() > 0.05
     output.loss.backward()
     assert all("prompt_encoder" in key for key, p in model.named_parameters() if p.grad is not None)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}

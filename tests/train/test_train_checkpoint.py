@@ -102,7 +102,8 @@ def test_a_run_does_not_begin_anew_over_damaged_checkpoints(build: Build, stoppe
 
 
 def test_a_checkpoint_of_another_model_is_no_crash(build: Build, stopped: Path) -> None:
-    (stopped / "recipe.yaml").unlink()
+    recipe = stopped / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("hidden_size: 32", "hidden_size: 40"))
     with pytest.raises(CheckpointError, match="holds another model than the recipe's"):
         build("model.hidden_size=40")
 
