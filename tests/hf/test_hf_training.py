@@ -141,7 +141,8 @@ def test_prompts_of_peft(name, kind):
         for parameter in model.prompt_encoder.parameters():
             parameter.mul_(5)
     output = model(input_ids=ids, attention_mask=mask, labels=ids)
-    assert (output.logits[1, 3] - plain[1, 0]).abs().max() > 0.05
+    least = 0.05 if name == "mlstm" else 0.1  # it divides what it reads by how much it has written
+    assert (output.logits[1, 3] - plain[1, 0]).abs().max() > least
     output.loss.backward()
     assert all("prompt_encoder" in key for key, p in model.named_parameters() if p.grad is not None)
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}

@@ -126,17 +126,16 @@ def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(
-    ("M", "fixed"), [(1, False), (3, False), (4, False), (12, False), (2, True), (12, True)]
-)
+    ("scan", "M", "fixed"),
+    [*((scan, M, False) for scan in SCANS for M in (1, 3, 4, 12)),
+     (block_diagonal_scan, 2, True), (block_diagonal_scan, 12, True)],
+)  # fmt: skip
 def test_packed_planes(scan, M, fixed, backend):
     """The same bits as from gates and values; padding changes nothing, and its gradient is zero.
 
     `fixed`: without the input gate's plane.
     """
-    if fixed and scan is higher_order_scan:
-        pytest.skip("its input gate always has logits")
     gates, values, h0, reset = to_device(make_inputs(scan, B=2, T=5, N=3, M=M))
     K = M if fixed else M + 1
     gates = gates[..., :K].contiguous()

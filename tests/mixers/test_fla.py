@@ -1,17 +1,16 @@
 """The baselines through flash-linear-attention: fla's kernels against plain loops, state, documents, recipes.
 
 Without fla only the messages can be tested. With it but without a GPU, Triton's interpreter runs fla's
-kernels on tiny shapes. The tests marked gpu run them natively.
+kernels on tiny shapes. `test_fla_native.py` runs them on a GPU.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fla_cases import HALF_CHUNKS, KEEP, SPECS, TYPES, D, installed, make, model_of, near, noise, off
 from fla_reference import interpreted_kernels, reference
-from torch import Tensor
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.mixers import MIXERS, SequenceContext, build_mixer
@@ -22,72 +21,7 @@ from lrnn_lm.recipe.schema import ModelSection
 from lrnn_lm.train.build import model_config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "paper"
-D = 32
-SPECS = {
-    "deltanet": {"type": "deltanet", "num_heads": 2, "expand_v": 2.0},
-    "deltanet-negative": {"type": "deltanet", "num_heads": 2, "allow_neg_eigval": True},
-    "gated_deltanet": {"type": "gated_deltanet", "num_heads": 2, "head_dim": 16, "expand_v": 2.0},
-    "gated_deltanet-negative": {
-        "type": "gated_deltanet", "num_heads": 1, "head_dim": 16, "allow_neg_eigval": True,
-    },
-    "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 16},
-    "gated_deltaproduct-3": {
-        "type": "gated_deltaproduct", "num_heads": 1, "head_dim": 16, "expand_v": 2.0, "num_householder": 3,
-        "allow_neg_eigval": False,
-    },
-    "gla": {"type": "gla", "num_heads": 2, "expand_v": 2.0},
-    "kda": {"type": "kda", "num_heads": 2, "head_dim": 16, "expand_v": 2.0},
-    "kda-negative": {"type": "kda", "num_heads": 1, "head_dim": 16, "allow_neg_eigval": True},
-    "gated_deltanet2": {"type": "gated_deltanet2", "num_heads": 2, "head_dim": 16, "expand_v": 2.0},
-    "gated_deltanet2-negative": {
-        "type": "gated_deltanet2", "num_heads": 1, "head_dim": 16, "allow_neg_eigval": True,
-    },
-    "hgrn2": {"type": "hgrn2", "head_dim": 16},
-    "rwkv7": {"type": "rwkv7", "head_dim": 16},
-}  # fmt: skip
-TYPES = tuple(dict.fromkeys(spec["type"] for spec in SPECS.values()))
-HALF_CHUNKS = ("deltanet", "gated_deltaproduct")  # whose chunked kernels take half precision only
-KEEP = SequenceContext()
-
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"
-)
 interpreted = pytest.fixture(interpreted_kernels)
-
-
-def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> FlaMixer:
-    """A mixer with weights large enough that every part of it matters."""
-    torch.manual_seed(0)
-    mixer = build_mixer(SPECS[name], D)
-    with torch.no_grad():
-        for key, value in mixer.initial_values(0.02).items():
-            mixer.get_parameter(key).copy_(value)
-        for linear in (m for m in mixer.modules() if isinstance(m, torch.nn.Linear)):
-            torch.nn.init.normal_(linear.weight, std=0.3)
-    return mixer.to(device, dtype).eval()
-
-
-def off(got: Tensor, want: Tensor) -> float:
-    """The norm of the difference over that of what is right."""
-    return float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-3))
-
-
-def near(got: Tensor, want: Tensor, name: str) -> None:
-    """In fp32. RWKV-7's chunks invert a matrix in fp16, whatever their inputs are."""
-    assert off(got, want) < (1e-3 if name == "rwkv7" else 1e-5)
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def model_of(name: str, layers: int = 2) -> LRNNForCausalLM:
-    torch.manual_seed(0)
-    config = LRNNConfig(
-        vocab_size=41, hidden_size=D, num_hidden_layers=layers, intermediate_size=48, mixer=SPECS[name],
-        initializer_range=0.2,
-    )  # fmt: skip
-    return LRNNForCausalLM(config).eval()
 
 
 # What can be said anywhere.
@@ -356,90 +290,6 @@ def test_padding_and_documents_in_a_row_do_not_show(interpreted, kind):
     state = out.past_key_values.layers[0].recurrent_states[0]
     expected = after.past_key_values.layers[0].recurrent_states[0]
     torch.testing.assert_close(state, expected, atol=1e-4, rtol=1e-4)
-
-
-# fla's kernels as they are meant to run.
-
-
-@installed
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", SPECS)
-@torch.no_grad()
-def test_native_output_and_state(name):
-    """A whole row; the row in two parts and then token by token; two documents in a row."""
-    mixer, x = make(name, torch.bfloat16, "cuda"), noise(2, 150, D, dtype=torch.bfloat16).cuda()
-    full, last = mixer(x, None, KEEP)
-    assert off(full, reference(make(name).cuda(), x.float())) < 0.03
-    outputs, state = [], None
-    for part in x.split([100, 40, *[1] * 10], dim=1):
-        y, state = mixer(part, state, KEEP)
-        outputs.append(y)
-    assert off(torch.cat(outputs, dim=1), full) < 0.03
-    assert off(outputs[-1], full[:, -1:]) < 0.05
-    assert off(state, last) < 0.03
-    reset = torch.zeros(2, 150, dtype=torch.bool, device="cuda")
-    reset[:, 90] = True
-    packed, after = mixer(x, None, SequenceContext(reset=reset))
-    alone, ended = mixer(x[:, 90:], None, KEEP)
-    assert off(packed[:, :90], full[:, :90]) < 0.03
-    assert off(packed[:, 90:], alone) < 0.03
-    assert off(after, ended) < 0.03
-
-
-@installed
-@pytest.mark.gpu
-@pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", SPECS)
-def test_native_gradients(name, mixed):
-    """Of two documents in a row, as in training: fp32 weights under bf16 autocast; or fp32 altogether."""
-    if not mixed and SPECS[name]["type"] in HALF_CHUNKS:
-        pytest.skip("its chunked kernels take half precision only")
-    mixer, plain = make(name, device="cuda").train(), make(name, device="cuda")
-    skip_untrainable(mixer)
-    x = noise(2, 150, D).cuda()
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    reset = torch.zeros(2, 150, dtype=torch.bool, device="cuda")
-    reset[:, 90] = True
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        y, _ = mixer(ours, None, SequenceContext(reset=reset))
-    want = torch.cat([reference(plain, part) for part in theirs.split([90, 60], dim=1)], dim=1)
-    assert off(y, want) < (0.03 if mixed else 0.005)
-    weights = noise(2, 150, D).flip(1).cuda()
-    (y.float() * weights).sum().backward()
-    (want * weights).sum().backward()
-    pairs = zip(mixer.named_parameters(), plain.parameters(), strict=True)
-    apart = {"x": off(ours.grad, theirs.grad)} | {key: off(p.grad, q.grad) for (key, p), q in pairs}
-    limit = 0.1 if mixed else 0.02  # products of fp32 kernels are TF32's
-    # RWKV-7 normalises what its mixes x_r and others scale: most of their gradients cancels.
-    wrong = {key: value for key, value in apart.items() if value > limit * (5 if ".x_" in key else 1)}
-    assert not wrong, wrong
-
-
-def skip_untrainable(mixer: FlaMixer) -> None:
-    """Skip where this GPU's compiler gets the layer's gradients wrong."""
-    try:
-        mixer.check_device(torch.device("cuda"))
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
-
-
-@installed
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", TYPES)
-def test_native_training_lowers_the_loss(kind):
-    model = model_of(kind).cuda().train()
-    skip_untrainable(next(m for m in model.modules() if isinstance(m, FlaMixer)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    ids = (torch.arange(128) + 7 * torch.arange(4).unsqueeze(1)).cuda() % 41
-    losses = []
-    for _ in range(30):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_the_table_names_every_type():
