@@ -164,6 +164,12 @@ def frontier(
     lrs: Annotated[str, typer.Option(help="rates tried on each task, separated by commas")] = "0.003,0.01",
     steps: Annotated[int, typer.Option(help="training steps on a task")] = 3600,
     longest: Annotated[int, typer.Option(help="longest rows of the state tasks, in tokens")] = 2048,
+    processes: Annotated[
+        int, typer.Option(help="processes on each GPU, a contender in each; 0: all in this one")
+    ] = 0,
+    seconds_each: Annotated[
+        float | None, typer.Option(help="most seconds of such a process; the rows then say so")
+    ] = None,
     small: Annotated[bool, typer.Option("--small", help="tiny models and budgets: minutes on a CPU")] = False,
     budget_seconds: Budget = None,
 ) -> None:
@@ -178,6 +184,7 @@ def frontier(
     given = {"contenders": contenders, "tasks": tasks, "corpus": None if corpus is None else str(corpus)}
     settings = FrontierSettings(
         **{key: value for key, value in given.items() if value}, corpus_tokens=tokens, lrs=lrs, steps=steps,
-        longest=longest, budget_seconds=budget_seconds, **(SMALL if small else {}),
+        longest=longest, budget_seconds=budget_seconds, processes=processes, seconds_each=seconds_each,
+        **(SMALL if small else {}),
     )  # fmt: skip
     run(settings, device, output)

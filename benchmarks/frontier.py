@@ -11,11 +11,11 @@ Legend: B rows, T tokens a row.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,11 +26,13 @@ from lrnn_lm.model.accounting import account
 from studies.contenders import MODELS, Fitting, contender
 from studies.replicas import Job, train_wave
 
+from .frontier_results import HELD, draw, show_table, summarise
 from .measure import describe
-from .results import Budget, Row, check_output, read_results, show, tabulate
+from .results import Budget, Row, check_output, read_results, release
 
-ASKED = ("contenders", "tasks", "lrs", "budget_seconds")  # may differ when the command goes on
-HELD = 0.99  # accuracy of the second half of rows that counts as holding a length
+KINDS = ("speed", "task", "loss")
+# What may differ when the command goes on.
+ASKED = ("contenders", "tasks", "lrs", "budget_seconds", "processes", "seconds_each")
 REFERENCE = "bd_lru-m5"  # whose parameters the others are brought to
 SIDE_BY_SIDE = 8  # small models that train at once on a GPU
 # Lengths, and shares of the steps, that state tasks begin with.
@@ -42,7 +44,8 @@ DEFAULT_TASKS = "s5,a5,parity,mqar,selective_copying"
 class FrontierSettings:
     """hidden, layers, steps, rows, length: of the synthetic tasks; `longest` is tested. width, depth, tokens:
     of the speed, in rows of T = `context`; decoded: timed tokens. corpus: a recipe, whose mixer is replaced;
-    None for no loss."""
+    None for no loss. processes: on each GPU, a contender in each; 0 for none but this one. seconds_each: of
+    such a process."""
 
     contenders: str = ",".join(MODELS)
     tasks: str = DEFAULT_TASKS
@@ -63,6 +66,8 @@ class FrontierSettings:
     corpus: str | None = None
     corpus_tokens: int = 20_000_000
     budget_seconds: float | None = None
+    processes: int = 0
+    seconds_each: float | None = None
 
 
 SMALL = {
@@ -74,93 +79,113 @@ SMALL = {
 def run(settings: FrontierSettings, device: str = "auto", output: Path | None = None) -> list[Row]:
     """Measure what is missing, print a table and draw; returns all rows.
 
-    Raises ValueError for an unknown contender or task, or a file of other settings.
+    Raises ValueError for an unknown contender or task, a file of other settings, or processes without a file.
     """
     target = torch.device(pick_device(device))
-    names, tasks = ([part.strip() for part in text.split(",") if part.strip()]
-                    for text in (settings.contenders, settings.tasks))  # fmt: skip
+    names, tasks = split(settings.contenders), split(settings.tasks)
     for known, given in ((MODELS, names), (SYNTHETIC_TASKS, tasks)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
-    rates = [float(part) for part in settings.lrs.split(",")]
-    rows = _begun(settings, target, output)
-    budget = Budget(settings.budget_seconds)
-    fit = Fitter(settings)
-    done = {_key(row) for row in rows}
-    for wave in _waves(settings, names, tasks, rates, fit, target, output, done):
-        if budget.refusal():
-            print("the budget is spent; the same command goes on")
-            break
-        made = budget.run(lambda wave=wave: {"rows": wave.measure()})
-        for row, rest in zip(wave.rows, made.get("rows", [made] * len(wave.rows)), strict=True):
-            rows.append({**row, **rest})
-            _append(output, rows[-1])
+    _begin(settings, target, output)
+    if settings.processes:
+        from .frontier_processes import run_apart
+
+        if output is None:
+            raise ValueError("--processes need --output: the file that all append their rows to")
+        run_apart(settings, target.type, output)
+        rows = read_results(output)[1]
+    else:
+        rows = measure_rows(settings, names, KINDS, target, output)
+    # a row that was tried again counts once
+    rows = [*{_key(row): row for row in rows if row["contender"] in names}.values()]
     summary = summarise(rows, names, tasks)
-    _show(summary, tasks, output)
+    show_table(summary, tasks, output)
     if output is not None:
         draw(summary, tasks, output.with_suffix(".png"), str(target))
     return rows
 
 
-def _begun(settings: FrontierSettings, device: torch.device, output: Path | None) -> list[Row]:
-    """The rows of a file that was begun with the same settings; of a new one, none."""
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _begin(settings: FrontierSettings, device: torch.device, output: Path | None) -> None:
+    """Begin a file of rows; ValueError for one that was begun with other settings."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in ASKED}
     check_output(output)
     if output is None:
-        return []
+        return
     if not output.is_file():
-        _append(output, {"about": {"bench": "frontier", "settings": fixed, **describe(device)}})
-        return []
-    about, rows = read_results(output)
-    if about.get("settings") != json.loads(json.dumps(fixed)):
+        append(output, {"about": {"bench": "frontier", "settings": fixed, **describe(device)}})
+    elif read_results(output)[0].get("settings") != json.loads(json.dumps(fixed)):
         raise ValueError(
             f"{output}: begun with other settings; name another file, or repeat the first command"
         )
-    return rows
 
 
-def _append(output: Path | None, row: Row) -> None:
+def append(output: Path | None, row: Row) -> None:
+    """Add a line in one write, as several processes may add to a file."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
-class Wave(NamedTuple):
-    """Rows that are measured at once: what each is of, and what gives the rest of all."""
-
-    rows: list[Row]
-    measure: Callable[[], list[Row]]
-
-
 def _key(row: Row) -> tuple[Any, ...]:
     return row["contender"], row["kind"], row.get("task"), row.get("lr")
 
 
-def _waves(
+def missing(settings: FrontierSettings, name: str, kinds: Sequence[str], rows: list[Row]) -> list[Row]:
+    """What is to be measured of a contender, of these kinds, and not among `rows`; cheap kinds first."""
+    wanted = [{"contender": name, "kind": "speed"}]
+    for task, lr in product(split(settings.tasks), map(float, split(settings.lrs))):
+        wanted.append({"contender": name, "kind": "task", "task": task, "lr": lr})
+    if settings.corpus:
+        wanted.append({"contender": name, "kind": "loss"})
+    done = {_key(row) for row in rows}
+    return [row for row in wanted if row["kind"] in kinds and _key(row) not in done]
+
+
+def measure_rows(
     settings: FrontierSettings,
     names: list[str],
-    tasks: list[str],
-    rates: list[float],
-    fit: "Fitter",
+    kinds: Sequence[str],
     device: torch.device,
     output: Path | None,
-    done: set[tuple[Any, ...]],
-) -> Iterator[Wave]:
-    """What is not done; cheap kinds first. On a GPU small models train side by side."""
-    for row in ({"contender": name, "kind": "speed"} for name in names):
-        if _key(row) not in done:
-            yield Wave([row], lambda row=row: [speed(settings, fit.large(row["contender"]), device)])
-    at_once = SIDE_BY_SIDE if device.type == "cuda" else 1
-    for task, lr in product(tasks, rates):
-        rows = [{"contender": name, "kind": "task", "task": task, "lr": lr} for name in names]
-        rows = [row for row in rows if _key(row) not in done]
-        for first in range(0, len(rows), at_once):
-            part = rows[first : first + at_once]
-            yield Wave(part, lambda part=part: holds([fit.small(row) for row in part], device))
-    for row in ({"contender": name, "kind": "loss"} for name in names if settings.corpus):
-        if _key(row) not in done:
-            yield Wave([row], lambda row=row: [loss(settings, row["contender"], device, output)])
+) -> list[Row]:
+    """Measure in this process what is missing in `output`, and append it; returns all rows."""
+    rows = read_results(output)[1] if output is not None else []
+    budget, fit = Budget(settings.budget_seconds), Fitter(settings)
+    for name in names:
+        for wave in _waves(missing(settings, name, kinds, rows), device):
+            if budget.refusal():
+                print("the budget is spent; the same command goes on")
+                return rows
+            made = budget.run(lambda wave=wave: {"rows": _measure(settings, fit, wave, device, output)})
+            for row, rest in zip(wave, made.get("rows", [made] * len(wave)), strict=True):
+                rows.append({**row, **rest})
+                append(output, rows[-1])
+    return rows
+
+
+def _waves(rows: list[Row], device: torch.device) -> list[list[Row]]:
+    """Rows that are measured at once: on a GPU, small models that train on rows of equal length."""
+    waves: dict[Any, list[Row]] = {}
+    for i, row in enumerate(rows):
+        together = row["kind"] == "task" and device.type == "cuda"
+        waves.setdefault(row["task"] in STATE_TASKS if together else i + 2, []).append(row)
+    return [wave[i : i + SIDE_BY_SIDE] for wave in waves.values() for i in range(0, len(wave), SIDE_BY_SIDE)]
+
+
+def _measure(
+    settings: FrontierSettings, fit: "Fitter", wave: list[Row], device: torch.device, output: Path | None
+) -> list[Row]:
+    kind, name = wave[0]["kind"], wave[0]["contender"]
+    if kind == "task":
+        return holds([fit.small(row) for row in wave], device)
+    if kind == "speed":
+        return [speed(settings, fit.large(name), device)]
+    return [loss(settings, name, device, output)]
 
 
 class Fitter:
@@ -226,9 +251,21 @@ def _held(result: Row) -> Row:
 
 
 def speed(settings: FrontierSettings, job: Job, device: torch.device) -> Row:
-    """Training tokens a second, milliseconds of a decoded token after a short prompt, bytes of state."""
+    """Training tokens a second, milliseconds of a decoded token after a short prompt, bytes of state; of half
+    as many rows where memory runs out."""
+    B = max(1, settings.tokens // settings.context)
+    while True:
+        try:
+            return _speed(settings, job, device, B)
+        except torch.OutOfMemoryError:
+            if B == 1:
+                raise
+        B //= 2
+        release()  # here the traceback, which holds the model, is gone
+
+
+def _speed(settings: FrontierSettings, job: Job, device: torch.device, B: int) -> Row:
     T = settings.context
-    B = max(1, settings.tokens // T)
     config = job.config()
     config.use_cache, config.loss_chunk = True, 1024
     torch.manual_seed(0)
@@ -289,84 +326,10 @@ def loss(settings: FrontierSettings, name: str, device: torch.device, output: Pa
     recipe = load_recipe(settings.corpus, [
         f"name={name}", f"model.mixer={json.dumps(job.mixer)}", f"model.intermediate_size={job.intermediate}",
         "model.parameters=null", f"train.tokens={settings.corpus_tokens}", f"train.runs_dir={folder}",
-        f"train.device={device.type}",
+        f"train.device={device.type}", "train.compile=false",  # compiling takes longer than these runs
     ])  # fmt: skip
     trainer = build_trainer(recipe, Console(quiet=True))
     trainer.run()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "validation_loss" in line)
     return {key: last[key] for key in ("tokens", "validation_loss", "bits_per_byte") if key in last}
-
-
-def summarise(rows: list[Row], names: list[str], tasks: list[str]) -> list[Row]:
-    """A row a contender: its speed, the length that it holds of each task at the rate that is best at the
-    training length, and its loss."""
-    found = []
-    for name in names:
-        own = [row for row in rows if row["contender"] == name and "reason" not in row]
-        line: Row = {"contender": name}
-        for row in own:
-            line |= row if row["kind"] in ("speed", "loss") else {}
-        for task in tasks:
-            runs = [row for row in own if row.get("task") == task]
-            if runs:
-                line[task] = max(runs, key=lambda row: (row["selection"], -row["loss"]))["held"]
-        found.append(line)
-    return found
-
-
-def front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other is at least as good as in both numbers, and better in one."""
-
-    def beaten(p: tuple[float, float]) -> bool:
-        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
-
-    return [i for i, p in enumerate(points) if not beaten(p)]
-
-
-def _show(summary: list[Row], tasks: list[str], output: Path | None) -> None:
-    columns = ["contender", "parameters", "train tokens/s", "decode ms", "state KB", *tasks, "loss"]
-    cells = [
-        [line["contender"], show(line.get("parameters")), show(line.get("tokens_per_second")),
-         show(line.get("decode_ms"), ".2f"), show(line.get("state_bytes"), ",.1f", 1e-3),
-         *(show(line.get(task)) for task in tasks), show(line.get("validation_loss"), ".4f")]
-        for line in summary
-    ]  # fmt: skip
-    tabulate(f"longest rows held at {HELD:g}", columns, cells, output)
-
-
-def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
-    """A panel for each task and for the loss: against the speed of training, with the Pareto front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [(task, f"{task}: longest rows held", 1) for task in tasks]
-    panels += [("validation_loss", "loss on the corpus, nats", -1)]
-    drawn = [panel for panel in panels
-             if any(panel[0] in line and "tokens_per_second" in line for line in summary)]  # fmt: skip
-    if not drawn:
-        return
-    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4.5), squeeze=False)
-    for ax, (key, label, sign) in zip(axes[0], drawn, strict=True):
-        lines = [line for line in summary if key in line and "tokens_per_second" in line]
-        points = [(line["tokens_per_second"], sign * line[key]) for line in lines]
-        best = sorted(front(points), key=lambda i: points[i])
-        ax.plot([points[i][0] for i in best], [sign * points[i][1] for i in best], color="0.6", zorder=0)
-        for i, line in enumerate(lines):
-            ax.scatter(points[i][0], line[key], color="C0" if i in best else "0.5", s=18)
-            ax.annotate(line["contender"], (points[i][0], line[key]), fontsize=7, xytext=(3, 3),
-                        textcoords="offset points")  # fmt: skip
-        ax.set_xscale("log")
-        if sign > 0:
-            ax.set_yscale("symlog", base=2, linthresh=16)
-            ax.yaxis.set_major_formatter("{x:,g}")
-        ax.set_xlabel("training, tokens/s")
-        ax.set_ylabel(label)
-        ax.grid(alpha=0.3)
-    figure.suptitle(f"on {device}; the line is the Pareto front", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    print(f"written: {path}")

@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_run import write_recipe
 
-from benchmarks.frontier import Fitter, FrontierSettings, front, run, summarise
+from benchmarks.frontier import Fitter, FrontierSettings, run
+from benchmarks.frontier_results import front, summarise
 from benchmarks.results import read_results
 from lrnn_lm.cli import main
 from studies.contenders import count
@@ -43,6 +44,28 @@ def test_rows_table_and_picture(tmp_path, capsys):
     assert [row["contender"] for row in again] == [row["contender"] for row in rows]
     with pytest.raises(ValueError, match="begun with other settings"):
         run(FrontierSettings(**{**TINY, "steps": 7}), "cpu", output)
+
+
+def test_a_process_for_each_contender(tmp_path, capsys):
+    """What is done stays; one that takes too long gets rows that say so; time that is spent gives no rows."""
+    output = tmp_path / "frontier.jsonl"
+    given = {**TINY, "tasks": "parity", "processes": 2}
+    rows = run(FrontierSettings(**given), "cpu", output)
+    assert sorted((row["contender"], row["kind"]) for row in rows) == [
+        (name, kind) for name in ("bd_lru-m2", "min_gru") for kind in ("speed", "task")
+    ]
+    assert not any("reason" in row for row in rows), rows
+    assert run(FrontierSettings(**given, seconds_each=0.01), "cpu", output) == rows
+    lines = output.read_text().splitlines()
+    output.write_text("\n".join(line for line in lines if "min_gru" not in line) + "\n")
+    assert len(run(FrontierSettings(**given, budget_seconds=0.01), "cpu", output)) == 2
+    late = run(FrontierSettings(**given, seconds_each=0.01), "cpu", output)[2:]
+    assert [(row["kind"], row["reason"]) for row in late] == [
+        ("task", "not done within 0.01 s"),
+        ("speed", "not done within 0.01 s"),
+    ]
+    with pytest.raises(ValueError, match="--processes need --output"):
+        run(FrontierSettings(**given), "cpu")
 
 
 def test_contenders_have_equal_parameters():

@@ -103,10 +103,11 @@ def test_bf16_inputs_and_no_resets():
     )
 
 
-def test_newton_in_chunks_of_time(monkeypatch):
+@pytest.mark.parametrize("M", [2, 9])
+def test_newton_in_chunks_of_time(monkeypatch, M):
     """Where rows are few the scans of the corrections are cut; steps by themselves always are."""
     cut_time(monkeypatch, 16)
-    compare(make_inputs(B=1, T=35, N=1, M=2), 1e-5, backend="triton", solver="newton")
+    compare(make_inputs(B=1, T=35, N=1, M=M), 1e-5, backend="triton", solver="newton")
 
 
 @pytest.mark.parametrize(("M", "N"), [(3, 9), (1, 35)])

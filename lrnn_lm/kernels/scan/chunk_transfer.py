@@ -127,7 +127,9 @@ def block_transfer_kernel(
 @triton.jit
 def _normalised(z, a, inside, GATE: tl.constexpr):
     """Gates z [MP, MP], a row each, and input gates a [MP], normalised; `inside` [MP, MP]: real entries."""
-    if GATE == "softmax" or GATE == FIXED:
+    if GATE == "none":
+        f, f_in, total = z, a, tl.full(a.shape, 1.0, tl.float32)
+    elif GATE == "softmax" or GATE == FIXED:
         # The largest logit is subtracted before exp, which overflows fp32 at 89.
         z = tl.where(inside, z, float("-inf"))
         top = tl.maximum(tl.max(z, axis=1), a)

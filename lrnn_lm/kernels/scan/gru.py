@@ -24,7 +24,6 @@ from ..torch_scan import _bd_scan, _bd_scan_backward
 MOST_BLOCK = 16  # M: rows of three matrices live in a lane's registers
 TOLERANCE = 1e-5  # of |f(h_{t-1}) - h_t| before Newton's last iteration, which squares the error once more
 MOST_ITERATIONS = 50
-LARGEST_REVERSED = 8  # M up to which Newton's gradient comes from the reversed scan on a GPU
 BACKENDS = ("reference", "torch", "triton")
 SOLVERS = ("walk", "newton")
 
@@ -118,10 +117,7 @@ def _solve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given, kernels = (inputs, weight, bias, h0, reset), _kernels(triton)
     grad, grad_last, h = grad.contiguous(), grad_last.contiguous(), h.contiguous()
-    # At M = 16 Newton's own way back, through the reversed scan, was 10% off on an H200. The interpreter has
-    # it right; the walk's is right on both, to 1e-7. The cost: at B 1 the way back is as slow as the walk's.
-    # It may go once `python -m benchmarks.gpu.walk` finds Newton right at 16 without it.
-    if triton and (not newton or h.shape[-1] > LARGEST_REVERSED):  # the walk back, one kernel
+    if triton and not newton:  # the walk back, one kernel
         return kernels.walk_backward(*given, h, grad, grad_last)
     gates, _ = kernels.linearise(*given, h)
     s, d_h0 = kernels.reverse_scan(grad, grad_last, gates, h0, h, reset)

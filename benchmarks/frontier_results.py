@@ -1,0 +1,81 @@
+"""What rows of `lrnn bench frontier` come to: a line a contender, the table, the picture with its fronts."""
+
+from pathlib import Path
+
+from .results import Row, show, tabulate
+
+HELD = 0.99  # accuracy of the second half of rows that counts as holding a length
+
+
+def summarise(rows: list[Row], names: list[str], tasks: list[str]) -> list[Row]:
+    """A row a contender: its speed, the length that it holds of each task at the rate that is best at the
+    training length, and its loss."""
+    found = []
+    for name in names:
+        own = [row for row in rows if row["contender"] == name and "reason" not in row]
+        line: Row = {"contender": name}
+        for row in own:
+            line |= row if row["kind"] in ("speed", "loss") else {}
+        for task in tasks:
+            runs = [row for row in own if row.get("task") == task]
+            if runs:
+                line[task] = max(runs, key=lambda row: (row["selection"], -row["loss"]))["held"]
+        found.append(line)
+    return found
+
+
+def front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at least as good as in both numbers, and better in one."""
+
+    def beaten(p: tuple[float, float]) -> bool:
+        return any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)
+
+    return [i for i, p in enumerate(points) if not beaten(p)]
+
+
+def show_table(summary: list[Row], tasks: list[str], output: Path | None) -> None:
+    columns = ["contender", "parameters", "train tokens/s", "decode ms", "state KB", *tasks, "loss"]
+    cells = [
+        [line["contender"], show(line.get("parameters")), show(line.get("tokens_per_second")),
+         show(line.get("decode_ms"), ".2f"), show(line.get("state_bytes"), ",.1f", 1e-3),
+         *(show(line.get(task)) for task in tasks), show(line.get("validation_loss"), ".4f")]
+        for line in summary
+    ]  # fmt: skip
+    tabulate(f"longest rows held at {HELD:g}", columns, cells, output)
+
+
+def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
+    """A panel for each task and for the loss: against the speed of training, with the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(task, f"{task}: longest rows held", 1) for task in tasks]
+    panels += [("validation_loss", "loss on the corpus, nats", -1)]
+    drawn = [panel for panel in panels
+             if any(panel[0] in line and "tokens_per_second" in line for line in summary)]  # fmt: skip
+    if not drawn:
+        return
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4.5), squeeze=False)
+    for ax, (key, label, sign) in zip(axes[0], drawn, strict=True):
+        lines = [line for line in summary if key in line and "tokens_per_second" in line]
+        points = [(line["tokens_per_second"], sign * line[key]) for line in lines]
+        best = sorted(front(points), key=lambda i: points[i])
+        ax.plot([points[i][0] for i in best], [sign * points[i][1] for i in best], color="0.6", zorder=0)
+        for i, line in enumerate(lines):
+            ax.scatter(points[i][0], line[key], color="C0" if i in best else "0.5", s=18)
+            ax.annotate(line["contender"], (points[i][0], line[key]), fontsize=7, xytext=(3, 3),
+                        textcoords="offset points")  # fmt: skip
+        ax.set_xscale("log")
+        if sign > 0:
+            ax.set_yscale("symlog", base=2, linthresh=16)
+            ax.yaxis.set_major_formatter("{x:,g}")
+        ax.set_xlabel("training, tokens/s")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"on {device}; the line is the Pareto front", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"written: {path}")
