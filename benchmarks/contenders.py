@@ -6,7 +6,7 @@ parameters as the reference (BD-LRU with blocks of 4). Other sizes scale the rec
 Legend: D model width, V vocabulary.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrnn_lm.model import LRNNConfig
@@ -28,7 +28,6 @@ class Contender:
     recipe: a recipe's path; relative ones are looked for among the project's.
     backend: of the scans, see `kernels.dispatch`; `associative` is the formulation of the paper's code.
     exact: whether the recipe's own depth and widths stay, equal or not; at another size they scale with it.
-    mixer: options of the mixer in place of the recipe's.
     foreign: whether the mixer's kernels are another package's, which run as they are written: of a block the
         rest is compiled.
     """
@@ -38,7 +37,6 @@ class Contender:
     backend: str = "auto"
     exact: bool = False
     foreign: bool = False
-    mixer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,7 @@ CONTENDERS: dict[str, Contender] = {
         _paper("transformer", "transformer"),  # deeper than the reference
         _paper("transformer-same-shape", "transformer", exact=True),  # as deep and wide, fewer parameters
         _paper("paper-m4", "bd-lru-m4", backend="associative", exact=True),
-        _paper("mamba2", "mamba2-expand3-state1", foreign=True),
-        # 2,312 channels of convolution at D 768 for the paper's 2,306, 4,640 columns of its projection for
-        # 4,646: what mamba_ssm's and causal_conv1d's kernels are made for
-        _paper(
-            "mamba2-aligned", "mamba2-expand3-state1", foreign=True, mixer={"state_size": 4, "head_dim": 96}
-        ),
+        _paper("mamba2", "mamba2-expand3-state1"),
         _paper("gated-deltanet", "gated-deltanet", foreign=True),
         _paper("bd-m1", "bd-lru-m1", exact=True),
         _paper("bd-m2", "bd-lru-m2", exact=True),
@@ -179,7 +172,7 @@ def _scaled(contender: Contender, size: Size, vocab_size: int | None, length: in
     model = recipe.model
     if contender.name in CONTENDERS:
         scale = size.hidden_size / PAPER_WIDTH
-        mixer = model.mixer.model_dump() | contender.mixer
+        mixer = model.mixer.model_dump()
         rows = mixer["block_size"] if mixer["type"] == "bd_lru" else 1
         mixer |= {k: _at(mixer[k], scale, rows) for k in ("num_blocks", "width") if mixer.get(k) is not None}
         if mixer["type"] in ("attention", "gated_deltanet"):  # heads stay as wide as they are

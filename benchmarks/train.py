@@ -44,7 +44,7 @@ from .profile import kernel_times
 from .results import Budget, JsonLines, Row, failures, median_and_spread, numbers, show, tabulate
 
 DEFAULT = (
-    "bd-m4,transformer,transformer-same-shape,mamba2,mamba2-aligned,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,"
+    "bd-m4,transformer,transformer-same-shape,mamba2,gated-deltanet,paper-m4,bd-m1,bd-m2,bd-m8,"
     "bd-m16,h-m16,lstm"
 )
 OPTIMIZER_BYTES = 28 + 4  # a parameter: AdamW reads w, g, m, v and writes w, m, v; the backward pass wrote g

@@ -53,7 +53,7 @@ MIXER_ROWS = {
     "attention-grouped": {"type": "attention", "num_heads": 4, "num_kv_heads": 2, "use_rope": False},
     "attention-window": {"type": "attention", "num_heads": 2, "window": 4},
     "lstm": {"type": "lstm", "width": 9},
-    "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3, "chunk_size": 8},
+    "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 8, "state_size": 3},
     "mlstm": {"type": "mlstm", "num_heads": 2, "head_dim": 4},
     "min_gru": {"type": "min_gru", "width": 9},
     "rg_lru": {"type": "rg_lru", "width": 9},
@@ -73,8 +73,8 @@ HYBRIDS = {
 }
 NAMES = [*MIXER_ROWS, *HYBRIDS]
 RECURRENT = [name for name in MIXER_ROWS if not name.startswith("attention")]
-# One of each way to take a mask: our scans, a layer of transformers', attention, an LSTM beside windows.
-OF_EACH_KIND = ["bd_lru", "mamba2", "attention", "hybrid-attention-first"]
+# One of each way to take a mask: our scans, attention, an LSTM beside windows.
+OF_EACH_KIND = ["bd_lru", "attention", "hybrid-attention-first"]
 
 
 def in_turn(cases: Sequence, names: Sequence[str] = NAMES) -> list[tuple]:

@@ -325,8 +325,9 @@ class Mixer(nn.Module):
         """Initial values, by name, of the parameters that this mixer holds outside nn.Linear modules."""
         return {}
 
-    def planes(self) -> dict[str, int]:
-        """Weights, by name, that stack several matrices, and how many; Muon orthogonalises each by itself."""
+    def planes(self) -> dict[str, int | list[int]]:
+        """Weights, by name, that stack several matrices, and how many, or the rows of each; Muon
+        orthogonalises each by itself."""
         return {}
 
     def transitions(self, x: Tensor) -> Tensor | None:

@@ -1,41 +1,57 @@
-"""Mamba-2, the state-space baseline: transformers' own mixer behind our interface.
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060) on our matrix scan.
 
-It runs in plain torch anywhere, and on the kernels of mamba_ssm and causal_conv1d where transformers finds
-them. transformers continues a cache by any number of tokens. Documents are run as separate sequences.
+    z_t, u_t, dt_t = W_i x_t      [v_t, B_t, C_t] = silu(conv(u)_t)      d_t = softplus(dt_t + b)
+    S_t = exp(-e^a d_t) S_{t-1} + B_t (d_t v_t)^T      y_t = S_t^T C_t + D v_t      in each head
+    out_t = W_o (norm(y_t * silu(z_t)))
 
-Legend: B batch, T time, D model width, C channels of the convolution, k its kernel, H heads, P head width,
-S state size.
+Heads of a group share B and C. The layer is transformers' (`transformers.models.mamba2`), and its parameters
+have the same names under `inner`. transformers clamps d_t to limits that leave it as it is by default.
+
+Legend: B batch, T time, D model width, C channels of the convolution, W its reach, H heads, G groups of
+heads, K the state's size, V a head's width.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from .base import (
-    Mixer,
-    MixerCost,
-    ResidualOutput,
-    SequenceContext,
-    by_documents,
-    check_sizes,
-    document_bounds,
-    is_exported,
-)
+from ..kernels import matrix_scan
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
+from .linear_recurrence import precise
+from .short_conv import ShortConvolution
+
+NORM_EPS = 1e-5
+STEPS = (1e-3, 0.1)  # the least and the largest d_t at the start
+
+
+class MambaConvolution(ShortConvolution):
+    """A short convolution whose weight (C, 1, W), newest tap last, is all there is; a bias, then SiLU."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, kernel_size)
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def taps(self, dtype: torch.dtype) -> list[Tensor]:
+        return list(self.weight.to(dtype)[:, 0].flip(1).unbind(1))
+
+    def forward(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, past = super().forward(x, past, reset)
+        return functional.silu(y + self.bias.to(y.dtype)), past
 
 
 class Mamba2(Mixer):
-    """Mamba-2 (Dao and Gu, arXiv 2405.21060).
+    """Mamba-2.
 
     Args:
         hidden_size: D.
         expand: inner width over D; expand D is split into heads.
-        head_dim: P.
-        state_size: S.
-        n_groups: groups of heads that share the state's input and output maps.
-        conv_kernel: k, the reach of the short convolution.
-        chunk_size: steps that the scan takes at once; changes no result.
+        head_dim: V.
+        state_size: K.
+        n_groups: G.
+        conv_kernel: W, at least 2.
+        chunk_size: of no effect, as our scan has its own; older recipes set it.
     """
-
-    differentiable_state = False  # right with torch's scan; not tested with the kernels of mamba_ssm
 
     def __init__(
         self,
@@ -53,114 +69,64 @@ class Mamba2(Mixer):
         width = expand * hidden_size
         if width % head_dim:
             raise ValueError(f"expand * hidden_size = {width} does not split into heads of width {head_dim}")
-        if (width // head_dim) % n_groups:
-            raise ValueError(f"{width // head_dim} heads do not split into n_groups = {n_groups}")
-        # Imported here, so that only models with this mixer wait for it.
-        from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
-        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-
-        self.config = Mamba2Config(
-            hidden_size=hidden_size, num_hidden_layers=1, num_heads=width // head_dim, head_dim=head_dim,
-            expand=expand, state_size=state_size, n_groups=n_groups, conv_kernel=conv_kernel,
-            chunk_size=chunk_size,
-        )  # fmt: skip
-        self.inner = Mamba2Mixer(self.config, layer_idx=0)
-        self.inner.out_proj = ResidualOutput(width, hidden_size, bias=False)
-        self.conv_shape = (self.inner.conv_dim, conv_kernel)
-        self.ssm_shape = (self.inner.num_heads, head_dim, state_size)
+        H = width // head_dim
+        if H % n_groups:
+            raise ValueError(f"{H} heads do not split into n_groups = {n_groups}")
+        self.head_shape, self.groups = (H, state_size, head_dim), n_groups
+        # Widths of z, v, B, C and dt in the projection; v, B and C are convolved.
+        self.widths = [width, width, n_groups * state_size, n_groups * state_size, H]
+        self.inner = inner = nn.Module()
+        inner.in_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        inner.conv1d = MambaConvolution(sum(self.widths[1:4]), conv_kernel)
+        inner.dt_bias, inner.A_log, inner.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        inner.norm = nn.RMSNorm(width)  # over a group's heads: only its weight is used
+        inner.out_proj = ResidualOutput(width, hidden_size, bias=False)
         self.draw_parameters()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), state (B, C k + H P S) -> y (B, T, D), such a state in fp32, or None if not wanted."""
-        context = context or SequenceContext()
-        if context.reset is not None and is_exported():
-            if state is None:
-                state = x.new_zeros(x.shape[0], self.state_elements(1), dtype=torch.float32)
-            return by_documents(lambda *now: self._run(*now, None, True), x, state, context.reset)
-        if context.reset is None or not bool(context.reset.any()):
-            return self._run(x, state, None, context.keep_state)
-        return self._run_documents(x, state, context.reset)
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> y (B, T, D); state (B, H K V + (W-1) C) in fp32, the convolution's inputs last."""
+        reset = None if context is None else context.reset
+        inner, (H, K, V), G = self.inner, self.head_shape, self.groups
+        state, past = inner.conv1d.split(state, self.head_shape)
+        z, mixed, dt = inner.in_proj(x).split([H * V, sum(self.widths[1:4]), H], dim=-1)
+        mixed, past = inner.conv1d(mixed, past, reset)
+        v, *shared = mixed.split(self.widths[1:4], dim=-1)
+        v = v.unflatten(-1, (H, V))
+        # With one group a view, whose heads all read the same numbers.
+        shared = [s.unflatten(-1, (G, 1, K)).expand(-1, -1, -1, H // G, -1).flatten(2, 3) for s in shared]
+        d = functional.softplus(precise(dt) + precise(inner.dt_bias))  # (B, T, H)
+        decay = torch.exp(-precise(inner.A_log).exp() * d)[..., None, None].expand(*d.shape, K, 1)
+        written = (d.unsqueeze(-1) * v).to(v.dtype)
+        y, state = matrix_scan(decay, shared[0], written, shared[1], state, reset)
+        y = y + precise(inner.D).unsqueeze(-1) * v
+        y = precise(y.flatten(2)) * functional.silu(precise(z))
+        y = functional.rms_norm(y.unflatten(-1, (G, -1)), (H * V // G,), eps=NORM_EPS).flatten(2)
+        y = inner.out_proj((y * inner.norm.weight).to(v.dtype))
+        return y, inner.conv1d.join(state, past)
 
-    def _run(
-        self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One pass through transformers' mixer, whose cache is filled from our state and read back."""
-        from transformers.cache_utils import DynamicCache
-
-        if state is None and not keep_state:
-            return self.inner(x, attention_mask=mask), None
-        cache = DynamicCache(config=self.config)
-        if state is not None:
-            conv, ssm = state.split([self._conv_elements, state.shape[1] - self._conv_elements], dim=1)
-            cache.update_conv_state(conv.view(-1, *self.conv_shape).to(x.dtype), 0)
-            cache.update_recurrent_state(ssm.view(-1, *self.ssm_shape), 0)
-        y = self.inner(x, cache_params=cache, attention_mask=mask)
-        layer = cache.layers[0]
-        after = [layer.conv_states[0].flatten(1).float(), layer.recurrent_states[0].flatten(1).float()]
-        return y, torch.cat(after, dim=1)
-
-    def _run_documents(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-        """Documents as separate sequences, put back in place."""
-        # Documents that begin here are padded on the left, where zeros leave a new state at zero. A row's
-        # first segment, if it goes on from the given state, is padded on the right: its state after is used
-        # only if it fills the row.
-        B, T, D = x.shape
-        goes_on = torch.zeros_like(reset)
-        goes_on[:, 0] = ~reset[:, 0] if state is not None else False
-        starts, ends = document_bounds(reset)  # (documents,)
-        continued = goes_on.flatten()[starts]
-        y = torch.empty_like(x).view(B * T, D)
-        last = x.new_zeros(B, self.state_elements(T), dtype=torch.float32)
-        for chosen in (continued, ~continued):
-            if not bool(chosen.any()):
-                continue
-            begin, end = starts[chosen], ends[chosen]
-            rows, fills = begin // T, end % T == 0
-            index, inside = _segments(begin, end, left=chosen is not continued)
-            given = state[rows] if chosen is continued and state is not None else None
-            segment = x.reshape(B * T, D)[index] * inside.unsqueeze(-1)
-            out, after = self._run(segment, given, inside, keep_state=True)
-            y[index[inside]] = out[inside].to(y.dtype)
-            last[rows[fills]] = after[fills]
-        return y.view(B, T, D), last
+    def planes(self) -> dict[str, list[int]]:
+        return {"inner.in_proj.weight": self.widths}
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
-        """As in the authors' code: step sizes log-uniform in the config's range, A = 1 .. H."""
-        H, config = self.inner.num_heads, self.config
-        low, high = torch.tensor([config.time_step_min, config.time_step_max]).log()
-        step = (low + (high - low) * torch.rand(H)).exp().clamp(min=config.time_step_floor)
-        conv = self.inner.conv1d.weight
-        bound = conv.shape[-1] ** -0.5
+        """As in the authors' code: d_t log-uniform in STEPS where W_i x_t is 0, e^a = 1 .. H."""
+        H, conv = self.head_shape[0], self.inner.conv1d
+        low, high = torch.tensor(STEPS).log()
+        step = (low + (high - low) * torch.rand(H)).exp()
         return {
             "inner.A_log": torch.arange(1, H + 1).float().log(),
             "inner.D": torch.ones(H),
             "inner.dt_bias": step + torch.log(-torch.expm1(-step)),  # softplus of it is the step
-            "inner.conv1d.weight": (2 * torch.rand(conv.shape) - 1) * bound,
-            "inner.conv1d.bias": torch.zeros(conv.shape[0]),
-            "inner.norm.weight": torch.ones(self.inner.intermediate_size),
+            "inner.conv1d.weight": (2 * torch.rand(conv.weight.shape) - 1) * conv.kernel_size**-0.5,
+            "inner.conv1d.bias": torch.zeros(conv.bias.shape),
         }
 
     def cost(self, context_length: int) -> MixerCost:
         """The convolution; and for each element of the state 3 operations to update it and 2 to read it."""
-        H, P, S = self.ssm_shape
-        channels, kernel = self.conv_shape
-        return MixerCost(products=2 * kernel * channels, scan=5 * H * P * S + 2 * H * P)
+        H, K, V = self.head_shape
+        return MixerCost(products=2 * self.inner.conv1d.weight.numel(), scan=5 * H * K * V + 2 * H * V)
 
     def state_elements(self, context_length: int) -> int:
-        H, P, S = self.ssm_shape
-        return self._conv_elements + H * P * S
-
-    @property
-    def _conv_elements(self) -> int:
-        return self.conv_shape[0] * self.conv_shape[1]
-
-
-def _segments(begin: Tensor, end: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices (documents, longest) of the segments' tokens, padded on one side; which are inside."""
-    longest = int((end - begin).max())
-    steps = torch.arange(longest, device=begin.device)
-    index = (end.unsqueeze(1) - longest if left else begin.unsqueeze(1)) + steps
-    inside = (index >= begin.unsqueeze(1)) & (index < end.unsqueeze(1))
-    return index.where(inside, begin.unsqueeze(1)), inside
+        H, K, V = self.head_shape
+        return H * K * V + self.inner.conv1d.elements

@@ -30,6 +30,11 @@ class ShortConvolution(nn.Module):
         self.elements = (kernel_size - 1) * channels  # of the inputs that a state keeps
         self.weight = nn.Parameter(torch.zeros(kernel_size, channels))
 
+    def taps(self, dtype: torch.dtype) -> list[Tensor]:
+        """What inputs of each lag are multiplied by, W of (D,), the newest first."""
+        weight = self.weight.to(dtype)
+        return [1 + weight[0], *weight[1:]]
+
     def forward(self, x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D), past (B, W-1, D) the inputs before (None: none), reset (B, T) bool or None.
 
@@ -40,17 +45,17 @@ class ShortConvolution(nn.Module):
         lags = self.kernel_size - 1
         before = x.new_zeros(B, lags, D) if past is None else past.to(x.dtype)
         inputs = torch.cat([before, x], dim=1)  # (B, W-1+T, D)
-        weight = self.weight.to(x.dtype)
-        y = x * (1 + weight[0])
+        taps = self.taps(x.dtype)
+        y = x * taps[0]
         if reset is None:
             for lag in range(1, lags + 1):
-                y = y + weight[lag] * inputs[:, lags - lag : lags - lag + T]
+                y = y + taps[lag] * inputs[:, lags - lag : lags - lag + T]
             return y, inputs[:, T:]
         starts = torch.cat([reset.new_zeros(B, lags), reset], dim=1)  # none is known of before
         same = torch.ones_like(reset)  # (B, T): no document starts in (t - lag, t]
         for lag in range(1, lags + 1):
             same = same & ~starts[:, lags - lag + 1 : lags - lag + 1 + T]
-            y = y + weight[lag] * inputs[:, lags - lag : lags - lag + T] * same.unsqueeze(-1)
+            y = y + taps[lag] * inputs[:, lags - lag : lags - lag + T] * same.unsqueeze(-1)
         later = starts[:, T + 1 :].flip(1).cumsum(dim=1).flip(1)  # (B, W-2): starts after each kept input
         keep = torch.cat([later == 0, reset.new_ones(B, 1)], dim=1)
         return y, inputs[:, T:] * keep.unsqueeze(-1)

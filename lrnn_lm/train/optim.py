@@ -9,11 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from ..recipe.optim import GroupSection, OptimSection, check_optimizer
 from .muon import MOMENTUM, orthogonalised
@@ -88,7 +90,7 @@ class Muon(Optimizer):
     computes all of them, as under DDP, and takes its shards.
 
     Args:
-        matrices: (parameter (rows, columns), planes) each; planes divides the rows.
+        matrices: (parameter (rows, columns), the rows of each of its planes).
         others: AdamW's parameter groups.
         lr, weight_decay: of the matrices; decoupled, as AdamW's.
         adamw: further settings of AdamW.
@@ -96,7 +98,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        matrices: list[tuple[nn.Parameter, int]],
+        matrices: list[tuple[nn.Parameter, list[int]]],
         others: list[dict[str, Any]],
         lr: float,
         weight_decay: float,
@@ -132,23 +134,31 @@ class Muon(Optimizer):
 
     def _move(self, group: dict[str, Any]) -> None:
         """Update the matrices of a parameter group."""
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, int, int]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum" not in state:
                 state.update(self.new_state(parameter))
-            momentum, planes = state["momentum"], self._planes[parameter]
+            momentum, first = state["momentum"], 0
             momentum.mul_(MOMENTUM).add_(parameter.grad)
             ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
-            by_shape[(parameter.shape[0] // planes, parameter.shape[1])].append((parameter, ahead))
+            for rows, planes in groupby(self._planes[parameter]):  # neighbours of one shape
+                after = first + rows * len([*planes])
+                by_shape[(rows, parameter.shape[1])].append((parameter, ahead, first, after))
+                first = after
         if parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for shape, pairs in by_shape.items():
-            stacks = [whole(ahead).reshape(-1, *shape) for _, ahead in pairs]  # (planes, rows, columns) each
+        for shape, parts in by_shape.items():
+            # (planes, rows, columns) each
+            stacks = [whole(ahead)[first:after].reshape(-1, *shape) for _, ahead, first, after in parts]
             updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])
-            targets = [parameter for parameter, _ in pairs]
-            shares = [like_parameter(u.flatten(0, 1), p) for u, p in zip(updates, targets, strict=True)]
+            shares = []
+            for update, (parameter, _, first, after) in zip(updates, parts, strict=True):
+                # Zeros for the planes of other shapes: a shard may hold any of the rows.
+                update = functional.pad(update.flatten(0, 1), (0, 0, first, parameter.shape[0] - after))
+                shares.append(like_parameter(update, parameter))
+            targets = [parameter for parameter, *_ in parts]
             torch._foreach_add_(targets, shares, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
@@ -323,14 +333,15 @@ def state_bytes(model: nn.Module, optim: OptimSection) -> int:
     return sum(value.nbytes for parameter in trained for value in optimizer.new_state(parameter).values())
 
 
-def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """The weights of the blocks' linear layers, each with its number of planes (maps stacked in it)."""
-    planes: dict[nn.Parameter, int] = {}
+def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, list[int]]]:
+    """The weights of the blocks' linear layers, each with the rows of its planes (maps stacked in it)."""
+    planes: dict[nn.Parameter, int | list[int]] = {}
     for block in model.model.layers:
         named = block.mixer.planes().items()
-        planes |= {block.mixer.get_parameter(name): number for name, number in named}
+        planes |= {block.mixer.get_parameter(name): stacked for name, stacked in named}
     weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    return [(w, planes.get(w, 1)) for w in weights if w.requires_grad]
+    matrices = [(w, planes.get(w, 1)) for w in weights if w.requires_grad]
+    return [(w, [w.shape[0] // n] * n if isinstance(n, int) else n) for w, n in matrices]
 
 
 def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: OptimSection) -> float:

@@ -7,7 +7,6 @@ from tolerances import TOLERANCE
 from transformers import Trainer, TrainingArguments
 
 SUMS = TOLERANCE["other order of sums"]
-LINEAR = [name for name in NAMES if name != "mamba2"]  # it reads its projections' weights, as in transformers
 
 
 def examples() -> list[dict[str, torch.Tensor]]:
@@ -69,7 +68,7 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
     close(got, want, SUMS)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", NAMES)
 def test_lora_on_every_projection(name, tmp_path):
     """Every adapter is in the forward pass, cached or not, and learns; merged, it is the same model."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
@@ -111,7 +110,7 @@ def test_lora_on_the_head_is_in_the_loss():
     close(loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()), SUMS)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", NAMES)
 def test_int8_weights(name):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model, ids = small_model(name), tokens()

@@ -155,9 +155,9 @@ def test_a_new_one_is_zero_is_kept_and_does_not_decay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("attention", ("attention", "recurrent")), ("mamba2", ("mamba2", "another mixer"))]
+    ("name", "words"), [("attention", ("attention", "recurrent")), ("gla", ("gla", "another mixer"))]
 )
 def test_layers_without_a_state_to_learn_are_refused(name: str, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="learn_initial_state") as refused:
-        small_config(name, learn_initial_state=True)
+        small_config("bd_lru", mixer={"type": name}, learn_initial_state=True)
     assert all(word in str(refused.value) for word in words)

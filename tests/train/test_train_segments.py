@@ -178,7 +178,6 @@ def test_a_run_by_segments_is_that_of_whole_rows(build: Build) -> None:
         (("train.segment=0",), ("train.segment",)),
         (("train.segment=16", "model.mixer={type: attention}"), ("attention", "window", "tokens before")),
         (("train.segment=16", "model.layer_pattern=[bd_lru, attention]"), ("attention", "window")),
-        (("train.segment=16", "model.mixer={type: mamba2, expand: 2}"), ("mamba2", "gradients")),
         (("train.segment=16", "model.layer_pattern=[bd_lru, gla]"), ("gla", "gradients")),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -87,7 +87,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe: Path, alone: Path) -> None:
         (("train.sequence_parallel=2",), ("2 does not divide 1 rank:", "multiple of 2 processes")),
         (("train.sequence_parallel=2", "model.mixer={type: attention}"), ("sequence_parallel", "window")),
         (("train.sequence_parallel=2", "model.layer_pattern=[bd_lru, gla]"), ("gla", "gradients")),
-        (("train.sequence_parallel=2", "model.mixer={type: mamba2, expand: 2}"), ("mamba2", "gradients")),
         (("train.sequence_parallel=2", "data.rows_in_order=2"), ("sequence_parallel", "rows_in_order")),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .. import reference
 from ..dispatch import check_state, expect_floats, expect_shape, triton_obstacle
@@ -67,19 +68,42 @@ def matrix_scan(
             return reference.matrix_scan(*inputs, h0, reset, erase)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
-    if backend == "triton":  # which is imported only where it runs
-        if erase is not None:
-            from .matrix_erase import matrix_erase_triton
-
-            return matrix_erase_triton(*inputs, erase, h0, reset)
-        from .matrix import matrix_scan_triton
-
-        return matrix_scan_triton(*inputs, h0, reset)
+    if backend == "triton":
+        return _triton_scan(*inputs, h0, reset, erase)
     if h0 is None:
         B, _, H, K = queries.shape
         h0 = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype)
     with _own_dtypes(values):
         return _scan(*inputs, h0, reset, erase)
+
+
+def _triton_scan(
+    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
+    reset: Tensor | None, erase: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    K, M, V = *transitions.shape[-2:], values.shape[-1]
+    slots, columns = _padded(K, M, V)
+    if (slots, columns) != (K, V):  # with slots and columns that stay zero
+        more = (0, slots - K)
+        transitions = functional.pad(transitions, (0, 0, *more))
+        writes, queries = functional.pad(writes, more), functional.pad(queries, more)
+        values = functional.pad(values, (0, columns - V))
+        h0 = None if h0 is None else functional.pad(h0, (0, columns - V, *more))
+        erase = None if erase is None else functional.pad(erase, more)
+    if erase is not None:
+        from .matrix_erase import matrix_erase_triton  # triton is imported only where it runs
+
+        y, last = matrix_erase_triton(transitions, writes, values, queries, erase, h0, reset)
+    else:
+        from .matrix import matrix_scan_triton
+
+        y, last = matrix_scan_triton(transitions, writes, values, queries, h0, reset)
+    return y[..., :V], last[:, :, :K, :V]
+
+
+def _padded(K: int, M: int, V: int) -> tuple[int, int]:
+    """Slots and columns of the kernels, which take powers of two of blocks and columns."""
+    return M << (K // M - 1).bit_length(), 1 << (V - 1).bit_length()
 
 
 def _own_dtypes(x: Tensor) -> AbstractContextManager[None]:
@@ -122,15 +146,12 @@ def _choose(backend: str, *inputs: Tensor) -> str:
 
 
 def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> str | None:
-    K, M = transitions.shape[-2:]
-    V = values.shape[-1]
+    M = transitions.shape[-1]
+    K, V = _padded(transitions.shape[-2], M, values.shape[-1])
     if reason := triton_obstacle(transitions, writes, values, queries):
         return reason
     if M not in TRITON_BLOCKS:
         return f"block size {M} is not one of {', '.join(map(str, TRITON_BLOCKS))}"
-    for count, what in ((K // M, "blocks"), (V, "columns")):
-        if count & (count - 1):
-            return f"{count} {what} a head are not a power of two"
     slots = TRITON_DIAGONAL_SLOTS if M == 1 else TRITON_SLOTS
     columns = TRITON_STATE // max(K, TRITON_SLOTS)
     if slots < K or columns < V:
