@@ -219,6 +219,24 @@ def test_triton_reads_any_strides():
     torch.testing.assert_close(got, torch.autograd.grad(y.sum(), values)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_triton_reads_what_heads_and_slots_share():
+    """One decay a head, writes and queries of all heads: views whose strides are 0, as of Mamba-2."""
+    pytest.importorskip("triton")
+    A, k, v, q, h0, reset = to_device(make_inputs(T=18, K=4, M=1, B=1))
+    numbers = [x.detach().requires_grad_() for x in (A[:, :, :, :1], k[:, :, :1], v, q[:, :, :1], h0)]
+    shared = [x.expand(like.shape) for x, like in zip(numbers, (A, k, v, q, h0), strict=True)]
+    for triton, plain in zip(
+        matrix_scan(*shared, reset, "triton"), matrix_scan(*shared, reset, "torch"), strict=True
+    ):
+        torch.testing.assert_close(triton, plain, rtol=1e-5, atol=1e-5)
+        weight = torch.randn_like(plain)
+        for got, want in zip(
+            torch.autograd.grad((triton * weight).sum(), numbers, retain_graph=True),
+            torch.autograd.grad((plain * weight).sum(), numbers, retain_graph=True), strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_documents_are_sequences_of_their_own(backend):
     if backend == "triton":

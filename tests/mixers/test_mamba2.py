@@ -1,5 +1,6 @@
 """Mamba-2 against transformers' layer, whose plain torch runs on anything: its weights under its names."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -108,6 +109,27 @@ def test_bf16_keeps_its_decays(autocast):
     S, _ = ours.inner.conv1d.split(after, ours.head_shape)
     kept = torch.exp(-100 * torch.nn.functional.softplus(torch.tensor(-7.0)))  # 0.913
     torch.testing.assert_close(S, kept.expand(S.shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_published_sizes_on_a_gpu(dtype, bound):
+    """Heads of 128 x 64, the largest that kernels take: outputs, the state and gradients beside fp64."""
+    torch.manual_seed(0)
+    exact = build_mixer({"type": "mamba2"}, 768).to(dtype).double()  # 24 heads
+    x = torch.randn(2, 77, 768).to(dtype)
+    reset = torch.rand(2, 77) < 0.05
+    found = []
+    for layer, device, kind in ((copy.deepcopy(exact), "cuda", dtype), (exact, "cpu", torch.float64)):
+        layer.to(device, kind)
+        given = x.detach().to(device, kind).requires_grad_()
+        y, state = layer(given, None, SequenceContext(reset=reset.to(device)))
+        (y.square().sum() + state.square().sum()).backward()
+        named = {name: p.grad for name, p in layer.named_parameters()}
+        found.append({"y": y, "state": state, "x": given.grad, **named})
+    for name, want in found[1].items():
+        error = (found[0][name].double().cpu() - want).norm() / want.norm()
+        assert error <= bound, f"{name}: {error:.1e}"
 
 
 def test_an_old_checkpoint_loads():

@@ -300,7 +300,8 @@ MODELS = {
     "h_lru": ("model.mixer={type: h_lru, num_blocks: 9, order: 3}",),
     "attention": ("model.mixer={type: attention, num_heads: 2}",),
     "lstm": ("model.mixer={type: lstm, width: 20}",),
-    "mamba2": ("model.mixer={type: mamba2, head_dim: 8, state_size: 4}",),
+    # Muon beside it: shards of one weight whose planes differ in height
+    "mamba2": ("model.mixer={type: mamba2, head_dim: 8, state_size: 4}", "optim.name=muon"),
     "tied-hybrid": (
         "model.layer_pattern=[{type: h_lru, num_blocks: 9, order: 3}, {type: attention, num_heads: 2}]",
         "model.tie_word_embeddings=true",
