@@ -12,7 +12,8 @@ from statistics import stdev
 from typing import Any
 
 HEADLINE = (  # of README's table, in its order; the plot shows them at their size
-    "hybrid-m2-qk-spare", "gdn-hybrid-qk", "transformer-qk", "mixed-final-all", "gdn", "bd-m2",
+    "hybrid-m2-qk-spare", "mamba2-hybrid-qk", "gdn-hybrid-qk", "transformer-qk",
+    "mixed-final-all", "gdn", "mamba2", "bd-m2",
 )  # fmt: skip
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
 Row = dict[str, Any]
