@@ -99,8 +99,7 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
         rows = read_results(output)[1]
     else:
         rows = measure_rows(settings, names, KINDS, target, output)
-    # a row that was tried again counts once
-    rows = [*{_key(row): row for row in rows if row["contender"] in names}.values()]
+    rows = [row for row in rows if row["contender"] in names]
     summary = summarise(rows, names, tasks)
     show_table(summary, tasks, output)
     if output is not None:

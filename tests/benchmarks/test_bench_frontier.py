@@ -1,12 +1,15 @@
 """`lrnn bench frontier` on a CPU: rows of each kind, going on where it was stopped, the front, mistakes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from tiny_run import write_recipe
 
 from benchmarks.frontier import Fitter, FrontierSettings, run
 from benchmarks.frontier_results import front, summarise
+from benchmarks.pages.frontier import contents, write
+from benchmarks.pages.speed import RESULTS
 from benchmarks.results import read_results
 from lrnn_lm.cli import main
 from studies.contenders import count
@@ -87,6 +90,37 @@ def test_the_best_rate_in_training_is_the_one_that_counts():
     rows = [row(1, 0.5, 1.0, 64), row(2, 1.0, 0.2, 0), row(3, 1.0, 0.1, 32)]
     rows += [{"contender": "a", "kind": "speed", "reason": "no room"}]
     assert summarise(rows, ["a"], ["s5"]) == [{"contender": "a", "s5": 32}]
+
+
+def test_the_page_of_rows(tmp_path):
+    """Numbers and reasons stand between marks; what is written by hand stays."""
+    output, page = tmp_path / "frontier.jsonl", tmp_path / "frontier.md"
+    about = {"device": "cpu", "torch": "2", "settings": asdict(FrontierSettings(corpus="a.yaml"))}
+    speed = {"kind": "speed", "parameters": 9, "decode_ms": 1, "state_bytes": 4}
+    task = {"kind": "task", "task": "s5", "lr": 0.01, "selection": 1.0, "loss": 0.1}
+    lines = [
+        {"about": about},
+        {"contender": "bd_lru-m5", **speed, "B": 16, "tokens_per_second": 2000},
+        {"contender": "bd_lru-m5", **task, "held": 64},
+        {"contender": "lstm", **speed, "B": 8, "tokens_per_second": 1000},
+        {"contender": "lstm", **task, "held": 32},
+        {"contender": "kda", **{k: task[k] for k in ("kind", "task", "lr")}, "reason": "no fla"},
+    ]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(output, page)
+    text = page.read_text()
+    assert "| bd_lru-m5 | 9 | 2,000 | 1.00 | 0.0 | 64 | s5 |" in text
+    assert "| lstm | 9 | 1,000 | 1.00 | 0.0 | 32 |  |" in text
+    assert "- `kda`, s5: no fla" in text
+    assert "than 16, as memory ran out: `lstm` 8" in text
+    assert "--corpus a.yaml --corpus-tokens 20000000" in text
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    page.write_text(text.replace("# The frontier", "# By hand").replace("2,000", "2,001"))
+    write(output, page)
+    assert page.read_text() == text.replace("# The frontier", "# By hand")
+    for rows in (output, *RESULTS.glob("frontier.jsonl")):  # the page in docs, once there are rows
+        text = (page if rows == output else rows.with_suffix(".md")).read_text(encoding="utf-8")
+        assert all(f"<!-- {name} -->\n\n{part}\n\n" in text for name, part in contents(rows).items())
 
 
 def test_the_front():
