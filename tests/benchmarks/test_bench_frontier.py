@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from tiny_run import write_recipe
 
-from benchmarks.frontier import Fitter, FrontierSettings, run
+from benchmarks.frontier import KINDS, Fitter, FrontierSettings, _waves, missing, run
 from benchmarks.frontier_results import front, summarise
 from benchmarks.pages.frontier import contents, write
 from benchmarks.pages.speed import RESULTS
@@ -80,6 +81,16 @@ def test_contenders_have_equal_parameters():
     counts = [count(job) for job in made]
     assert max(counts) / min(counts) < 1.01
     assert sum(steps for _, steps in made[0].stages) == 3600
+
+
+def test_small_models_train_side_by_side_on_a_gpu():
+    """Those of rows of equal length; a CPU takes one after the other."""
+    rows = missing(FrontierSettings(tasks="s5,mqar,parity", corpus="x"), "lstm", KINDS, [])
+    waves = {device: _waves(rows, torch.device(device)) for device in ("cuda", "cpu")}
+    assert [[row.get("task", row["kind"]) for row in wave] for wave in waves["cuda"]] == [
+        ["speed"], ["s5", "s5", "parity", "parity"], ["mqar", "mqar"], ["loss"],
+    ]  # fmt: skip
+    assert [len(wave) for wave in waves["cpu"]] == 8 * [1]
 
 
 def test_the_best_rate_in_training_is_the_one_that_counts():
