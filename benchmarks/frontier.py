@@ -23,6 +23,7 @@ from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.data import STATE_TASKS, SYNTHETIC_TASKS
 from lrnn_lm.files import pick_device
 from lrnn_lm.model.accounting import account
+from lrnn_lm.recipe import load_recipe
 from studies.contenders import MODELS, Fitting, contender
 from studies.replicas import Job, train_wave
 
@@ -86,6 +87,8 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
     for known, given in ((MODELS, names), (SYNTHETIC_TASKS, tasks)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
+    if settings.corpus:
+        load_recipe(settings.corpus)  # whether it can be read, before an hour is spent
     _begin(settings, target, output)
     if settings.processes:
         from .frontier_processes import run_apart
@@ -96,8 +99,7 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
         rows = read_results(output)[1]
     else:
         rows = measure_rows(settings, names, KINDS, target, output)
-    # a row that was tried again counts once
-    rows = [*{_key(row): row for row in rows if row["contender"] in names}.values()]
+    rows = [row for row in rows if row["contender"] in names]
     summary = summarise(rows, names, tasks)
     show_table(summary, tasks, output)
     if output is not None:
@@ -316,7 +318,6 @@ def loss(settings: FrontierSettings, name: str, device: torch.device, output: Pa
     """Train the corpus's recipe with another mixer, brought to the parameters of the reference."""
     from rich.console import Console
 
-    from lrnn_lm.recipe import load_recipe
     from lrnn_lm.train.build import build_trainer
 
     model = load_recipe(settings.corpus).model
@@ -326,7 +327,7 @@ def loss(settings: FrontierSettings, name: str, device: torch.device, output: Pa
     recipe = load_recipe(settings.corpus, [
         f"name={name}", f"model.mixer={json.dumps(job.mixer)}", f"model.intermediate_size={job.intermediate}",
         "model.parameters=null", f"train.tokens={settings.corpus_tokens}", f"train.runs_dir={folder}",
-        f"train.device={device.type}", "train.compile=false",  # compiling takes longer than these runs
+        f"train.device={device.type}",
     ])  # fmt: skip
     trainer = build_trainer(recipe, Console(quiet=True))
     trainer.run()

@@ -18,6 +18,7 @@ from . import frontier
 from .results import attempt, read_results
 
 SPEED_SHARE = 0.3  # of --budget-seconds
+START = "forkserver"
 PRELOADED = ["benchmarks.frontier", "lrnn_lm.model.modeling", "lrnn_lm.train.build"]
 
 
@@ -41,8 +42,11 @@ def _run_kinds(
     settings: frontier.FrontierSettings, kinds: tuple[str, ...], device: str, output: Path, ends: float
 ) -> None:
     """Rows of these kinds, until `ends` (time.monotonic)."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # imported once: ten seconds for each process otherwise
+    # The server imports once what takes ten seconds in a process of its own. It must not start CUDA, which no
+    # fork survives: torch then counts devices without it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    context = get_context(START)
+    context.set_forkserver_preload(PRELOADED)
     waiting = [
         name for name in frontier.split(settings.contenders) if _missing(settings, name, kinds, output)
     ]

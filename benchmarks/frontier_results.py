@@ -33,7 +33,8 @@ def front(points: list[tuple[float, float]]) -> list[int]:
     return [i for i, p in enumerate(points) if not beaten(p)]
 
 
-def show_table(summary: list[Row], tasks: list[str], output: Path | None) -> None:
+def table(summary: list[Row], tasks: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells."""
     columns = ["contender", "parameters", "train tokens/s", "decode ms", "state KB", *tasks, "loss"]
     cells = [
         [line["contender"], show(line.get("parameters")), show(line.get("tokens_per_second")),
@@ -41,7 +42,22 @@ def show_table(summary: list[Row], tasks: list[str], output: Path | None) -> Non
          *(show(line.get(task)) for task in tasks), show(line.get("validation_loss"), ".4f")]
         for line in summary
     ]  # fmt: skip
-    tabulate(f"longest rows held at {HELD:g}", columns, cells, output)
+    return columns, cells
+
+
+def show_table(summary: list[Row], tasks: list[str], output: Path | None) -> None:
+    tabulate(f"longest rows held at {HELD:g}", *table(summary, tasks), output)
+
+
+def panels(summary: list[Row], tasks: list[str]) -> list[tuple[str, list[Row], list[int]]]:
+    """What is set against speed, the lines that have both, and which of these are on the front."""
+    found = []
+    for key, sign in (*((task, 1) for task in tasks), ("validation_loss", -1)):
+        lines = [line for line in summary if key in line and "tokens_per_second" in line]
+        if lines:
+            best = front([(line["tokens_per_second"], sign * line[key]) for line in lines])
+            found.append((key, lines, sorted(best, key=lambda i: lines[i]["tokens_per_second"])))
+    return found
 
 
 def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
@@ -51,30 +67,24 @@ def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(task, f"{task}: longest rows held", 1) for task in tasks]
-    panels += [("validation_loss", "loss on the corpus, nats", -1)]
-    drawn = [panel for panel in panels
-             if any(panel[0] in line and "tokens_per_second" in line for line in summary)]  # fmt: skip
+    drawn = panels(summary, tasks)
     if not drawn:
         return
     figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4.5), squeeze=False)
-    for ax, (key, label, sign) in zip(axes[0], drawn, strict=True):
-        lines = [line for line in summary if key in line and "tokens_per_second" in line]
-        points = [(line["tokens_per_second"], sign * line[key]) for line in lines]
-        best = sorted(front(points), key=lambda i: points[i])
-        ax.plot([points[i][0] for i in best], [sign * points[i][1] for i in best], color="0.6", zorder=0)
+    for ax, (key, lines, best) in zip(axes[0], drawn, strict=True):
+        points = [(line["tokens_per_second"], line[key]) for line in lines]
+        ax.plot(*zip(*(points[i] for i in best), strict=True), color="0.6", zorder=0)
         for i, line in enumerate(lines):
-            ax.scatter(points[i][0], line[key], color="C0" if i in best else "0.5", s=18)
-            ax.annotate(line["contender"], (points[i][0], line[key]), fontsize=7, xytext=(3, 3),
-                        textcoords="offset points")  # fmt: skip
+            ax.scatter(*points[i], color="C0" if i in best else "0.5", s=18)
+            ax.annotate(line["contender"], points[i], fontsize=7, xytext=(3, 3), textcoords="offset points")
         ax.set_xscale("log")
-        if sign > 0:
+        if key in tasks:
             ax.set_yscale("symlog", base=2, linthresh=16)
             ax.yaxis.set_major_formatter("{x:,g}")
         ax.set_xlabel("training, tokens/s")
-        ax.set_ylabel(label)
+        ax.set_ylabel(f"{key}: longest rows held" if key in tasks else "loss on the corpus, nats")
         ax.grid(alpha=0.3)
-    figure.suptitle(f"on {device}; the line is the Pareto front", fontsize=10)
+    figure.suptitle(f"{device}; the line is the Pareto front", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,32 +1,27 @@
 """The matrix scan on a GPU: Triton against the reference in fp64, then its time.
 
-    python -m benchmarks.gpu.matrix_scan [out.json]        # about a minute on one H100, most of it compiling
+    python -m benchmarks.gpu.matrix_scan [out.json] [--items erase:4,plain:1,..] [--seconds 100]
 
 Times are medians of 10, of the forward and of the backward pass, with fp32 gates and bf16 values as the mixer
-has them. Every case runs in a process of its own, so that a fault names its case and spares the others: one
-that fails runs once more with CUDA_LAUNCH_BLOCKING=1, which names the kernel. To find the address:
+has them. The exit code is 1 where a case failed. To find the address of a fault:
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.matrix_scan case 4 float32 77
     compute-sanitizer --tool racecheck python -m benchmarks.gpu.matrix_scan case 4 float32 77
 """
 
-import os
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from lrnn_lm.kernels.scan.matrix_scan import matrix_scan
 
-from .. import measure
+from .cases import Item, run_items
 
-SIZES = (1, 2, 4, 8, 16)
-TIMED = (1, 4, 16)
-ERASING = (1, 4)  # also with writes that erase
+ERASING = (4, 1)  # M with writes that erase
+TIMED, OTHERS = (4, 1, 16), (8, 2)
+LONG = 1024  # T of what is timed; 77 has a rest, and document starts at odd places
 NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0", "erase")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
@@ -80,25 +75,10 @@ def check(M: int, dtype: torch.dtype, T: int, erases: bool) -> bool:
     right = max(errors.values()) <= TOLERANCE[dtype] and same
     verdict = "ok" if right else "WRONG"
     case = f"M {M} {dtype} T {T}{' erasing' * erases}"
-    print(f"{case}: {verdict}; {text}; same bits twice: {same}; first call {seconds:.0f} s")
+    print(f"{case}: {verdict}; {text}; same bits twice: {same}; first call {seconds:.0f} s", flush=True)
+    if T == LONG:  # so that what is timed finds its kernels in Triton's cache
+        clock(M, erases)
     return right
-
-
-def run_alone(case: tuple[int, torch.dtype, int, bool]) -> bool:
-    """Whether a case succeeds in a process of its own; what that said is printed."""
-    M, dtype, T, erases = case
-    case = ["case", str(M), str(dtype).removeprefix("torch."), str(T), *["erasing"] * erases]
-    command = [sys.executable, "-m", "benchmarks.gpu.matrix_scan", *case]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout.strip() or f"M {M} {dtype} T {T}: FAILED with exit code {done.returncode}"
-    if done.returncode and "WRONG" not in said:
-        again = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"}
-        )
-        verdict = "fails again" if again.returncode else "succeeds"
-        said += f"; with CUDA_LAUNCH_BLOCKING=1 it {verdict}\n{(again.stderr or done.stderr)[-3000:]}"
-    print(said, flush=True)
-    return done.returncode == 0
 
 
 def milliseconds(call) -> float:
@@ -114,7 +94,7 @@ def milliseconds(call) -> float:
 
 
 def clock(M: int, erases: bool) -> dict[str, float]:
-    B, T, H, K, V = 64, 1024, 8, 64, 64
+    B, T, H, K, V = 64, LONG, 8, 64, 64
     given = inputs(4, T, H, K, V, M, torch.bfloat16)
     given = [x.repeat(16, *[1] * (x.ndim - 1)) for x in (erasing(given) if erases else given)]
     *tensors, _ = (x.requires_grad_() if x.is_floating_point() else x for x in given)
@@ -130,29 +110,27 @@ def clock(M: int, erases: bool) -> dict[str, float]:
         forward = milliseconds(scan)
     y = scan()
     backward = milliseconds(lambda: torch.autograd.grad(y, tensors, grad, retain_graph=True))
-    row = {
+    return {
         "B": B, "T": T, "H": H, "K": K, "V": V, "M": M, "erase": erases, "forward_ms": forward,
         "backward_ms": backward,
     }  # fmt: skip
-    print(row, flush=True)
-    return row
+
+
+def item(M: int, erases: bool, timed: bool) -> Item:
+    short = [(str(M), dtype, "77", *["erasing"] * erases) for dtype in ("bfloat16", "float32")]
+    if not timed:
+        return Item(short, None)
+    return Item([(str(M), "bfloat16", str(LONG), *["erasing"] * erases), *short], lambda: clock(M, erases))
 
 
 def main() -> int:
     if sys.argv[1:2] == ["case"]:
         M, dtype, T, *erases = sys.argv[2:]
         return 0 if check(int(M), getattr(torch, dtype), int(T), bool(erases)) else 1
-    cases = [(M, dtype, 77, False) for M in reversed(SIZES) for dtype in (torch.float32, torch.bfloat16)]
-    cases += [(M, dtype, 77, True) for M in ERASING for dtype in (torch.float32, torch.bfloat16)]
-    cases += [(M, torch.bfloat16, 1024, False) for M in TIMED]
-    with ThreadPoolExecutor(len(cases)) as pool:
-        right = list(pool.map(run_alone, cases))
-    if not all(right):
-        return 1
-    rows = [clock(M, False) for M in TIMED] + [clock(M, True) for M in ERASING]
-    if len(sys.argv) > 1:
-        measure.write_json(Path(sys.argv[1]), {"about": measure.describe(torch.device("cuda")), "rows": rows})
-    return 0
+    items = {f"erase:{M}": item(M, True, True) for M in ERASING}
+    items |= {f"plain:{M}": item(M, False, M in TIMED) for M in (*TIMED, *OTHERS)}
+    _, right = run_items("benchmarks.gpu.matrix_scan", items, sys.argv[1:])
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """The block-diagonal GRU on a GPU: walk and Newton against the reference in fp64, then their times.
 
-    python -m benchmarks.gpu.walk [out.json]        # about a minute on one H100, most of it compiling
+    python -m benchmarks.gpu.walk [out.json] [--items walk:4,newton:8,..] [--seconds 100]
 
 Checked are both outputs and all gradients, twice with the same bits. Times are medians of 10, of the forward
 and of the backward pass: the walk against the scan of BD-LRU with as many rows and equal M (T 2,048, B 32,
 bf16), and Newton's iterations against the walk (T 32,768, B 1). Goals: at most 3 times the scan's time;
-Newton equal to the walk to 1e-5, and faster. Every size is compiled and checked in a process of its own, all
-at once; one that fails says so, and the exit code is 1. Times are taken after that. To find a wrong address:
+Newton equal to the walk to 1e-5, and faster. The exit code is 1 where a case failed. To find a wrong address:
 
-    compute-sanitizer --tool memcheck python -m benchmarks.gpu.walk case walk 4 float32
+    compute-sanitizer --tool memcheck python -m benchmarks.gpu.walk case walk walk 4 float32
 """
 
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
@@ -22,10 +19,14 @@ from torch import Tensor
 
 from lrnn_lm.kernels import block_diagonal_scan, gru_scan
 
-from .. import measure
+from .cases import Item, run_items
 from .matrix_scan import milliseconds
 
-SIZES, TIMED = (1, 4, 5, 8, 16), (1, 4, 8, 16)
+# In order of importance: solver and M.
+ITEMS = (
+    ("walk", 4), ("newton", 4), ("newton", 8), ("walk", 8), ("newton", 16), ("walk", 16), ("walk", 1),
+    ("newton", 1), ("walk", 5), ("newton", 5),
+)  # fmt: skip
 ROWS = {"walk": 1024, "newton": 512}  # N M
 SHAPES = {"walk": (32, 2048), "newton": (1, 32_768)}  # B, T of what is timed
 CHECKED = {"walk": 77, "newton": 2111}  # T: groups of steps and rests, and as many chunks of time
@@ -56,33 +57,31 @@ def run(inputs: list[Tensor | None], solver: str, backend: str) -> list[Tensor]:
     return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, tensors)]
 
 
-def check(solver: str, M: int, dtype: torch.dtype) -> bool:
-    """Whether a solver is right at one size; in fp32 with document starts, in bf16 as it is timed."""
-    B, N = SHAPES[solver][0], ROWS[solver] // M
-    inputs = given(B, CHECKED[solver], N, M, dtype, resets=0.02 if dtype == torch.float32 else 0.0)
+def check(solver: str, shape: str, M: int, dtype: torch.dtype) -> bool:
+    """Whether a solver is right at the B and M of what is timed; in fp32 with document starts."""
+    began = time.monotonic()
+    B, N = SHAPES[shape][0], ROWS[shape] // M
+    inputs = given(B, CHECKED[shape], N, M, dtype, resets=0.02 if dtype == torch.float32 else 0.0)
     got = run(inputs, solver, "triton")
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - began
+    # on the CPU: thousands of small kernels would disturb what is timed meanwhile
+    exact = [x.cpu().double() if x is not None and x.is_floating_point() else x for x in inputs]
+    exact[4] = None if inputs[4] is None else inputs[4].cpu()
     errors = {}
     for name, x, want in zip(NAMES, got, run(exact, "walk", "torch"), strict=True):
-        error = float((x.double() - want).norm() / want.norm())
+        error = float((x.cpu().double() - want).norm() / want.norm())
         errors[name] = error if x.isfinite().all() else float("inf")
     same = all(torch.equal(a, b) for a, b in zip(got, run(inputs, solver, "triton"), strict=True))
     right = max(errors.values()) <= TOLERANCE[dtype] and same
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    print(f"{solver} M {M} {dtype}: {'ok' if right else 'WRONG'}; {text}; same bits twice: {same}")
-    if dtype == torch.bfloat16 and M in TIMED:  # so that what is timed finds its kernels in Triton's cache
-        run(given(*SHAPES[solver], N, M, dtype), solver, "triton")
+    verdict = f"{'ok' if right else 'WRONG'}; {text}; same bits twice: {same}; first call {seconds:.0f} s"
+    print(f"{solver} B {B} M {M} {dtype}: {verdict}", flush=True)
+    if dtype == torch.bfloat16:  # so that what is timed finds its kernels in Triton's cache
+        run(given(*SHAPES[shape], N, M, dtype), solver, "triton")
+        if shape == "walk":
+            scan_times(M)
     return right
-
-
-def run_alone(case: tuple[str, int, str]) -> bool:
-    """Whether a case succeeds in a process of its own; what that said is printed."""
-    words = [*map(str, case)]
-    command = [sys.executable, "-m", "benchmarks.gpu.walk", "case", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    failed = f"{' '.join(words)}: FAILED with exit code {done.returncode}\n{done.stderr[-3000:]}"
-    print(failed if done.returncode and "WRONG" not in done.stdout else done.stdout.strip(), flush=True)
-    return done.returncode == 0
 
 
 def passes(scan: Any, tensors: list[Tensor]) -> tuple[float, float]:
@@ -99,16 +98,20 @@ def gru_times(inputs: list[Tensor | None], solver: str) -> tuple[float, float]:
     return passes(lambda: gru_scan(*tensors, None, solver, "triton")[0], tensors)
 
 
-def clock_walk(M: int) -> dict[str, Any]:
+def scan_times(M: int) -> tuple[float, float]:
+    """Of BD-LRU's scan with the walk's rows."""
     (B, T), N = SHAPES["walk"], ROWS["walk"] // M
-    walk = gru_times(given(B, T, N, M, torch.bfloat16), "walk")
     planes = torch.randn(B, T, M + 1, N, M, device="cuda", dtype=torch.bfloat16)
     gates = planes.permute(0, 1, 3, 4, 2).requires_grad_()  # the mixer's order in memory
     values = torch.randn(B, T, N, M, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    scan = passes(lambda: block_diagonal_scan(gates, values, backend="triton")[0], [gates, values])
+    return passes(lambda: block_diagonal_scan(gates, values, backend="triton")[0], [gates, values])
+
+
+def clock_walk(M: int) -> dict[str, Any]:
+    (B, T), N = SHAPES["walk"], ROWS["walk"] // M
+    walk, scan = gru_times(given(B, T, N, M, torch.bfloat16), "walk"), scan_times(M)
     row = {"what": "walk", "B": B, "T": T, "N": N, "M": M}
     row |= {"walk_ms": walk, "scan_ms": scan, "ratio": sum(walk) / sum(scan)}
-    print(row, flush=True)
     return row
 
 
@@ -122,27 +125,27 @@ def clock_newton(M: int) -> dict[str, Any]:
     walk, newton = gru_times(inputs, "walk"), gru_times(inputs, "newton")
     row = {"what": "newton", "B": B, "T": T, "N": N, "M": M, "iterations": iterations, "residual": residual}
     row |= {"difference": difference, "walk_ms": walk, "newton_ms": newton, "ratio": sum(newton) / sum(walk)}
-    print(row, flush=True)
     return row
+
+
+def item(solver: str, M: int) -> Item:
+    """Newton is timed against the walk at its shape, which has to be right too."""
+    cases = [(solver, solver, str(M), dtype) for dtype in ("bfloat16", "float32")]
+    if solver == "walk":
+        return Item(cases, lambda: clock_walk(M))
+    return Item([*cases, ("walk", "newton", str(M), "bfloat16")], lambda: clock_newton(M))
 
 
 def main() -> int:
     if sys.argv[1:2] == ["case"]:
-        solver, M, dtype = sys.argv[2:]
-        return 0 if check(solver, int(M), getattr(torch, dtype)) else 1
-    kinds = ("float32", "bfloat16")
-    cases = [(solver, M, dtype) for M in reversed(SIZES) for solver in SHAPES for dtype in kinds]
-    with ThreadPoolExecutor(len(cases)) as pool:
-        right = list(pool.map(run_alone, cases))
-    if not all(right):
-        return 1
-    rows = [clock_walk(M) for M in TIMED] + [clock_newton(M) for M in TIMED]
-    if len(sys.argv) > 1:
-        measure.write_json(Path(sys.argv[1]), {"about": measure.describe(torch.device("cuda")), "rows": rows})
+        solver, shape, M, dtype = sys.argv[2:]
+        return 0 if check(solver, shape, int(M), getattr(torch, dtype)) else 1
+    items = {f"{solver}:{M}": item(solver, M) for solver, M in ITEMS}
+    rows, right = run_items("benchmarks.gpu.walk", items, sys.argv[1:])
     met = all(row["ratio"] <= 3 for row in rows if row["what"] == "walk")
     met &= all(row["ratio"] < 1 and row["difference"] <= 1e-5 for row in rows if row["what"] == "newton")
     print("goals met" if met else "goals missed")
-    return 0
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

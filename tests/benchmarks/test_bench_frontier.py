@@ -1,12 +1,16 @@
 """`lrnn bench frontier` on a CPU: rows of each kind, going on where it was stopped, the front, mistakes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+import torch
 from tiny_run import write_recipe
 
-from benchmarks.frontier import Fitter, FrontierSettings, run
+from benchmarks.frontier import KINDS, Fitter, FrontierSettings, _waves, missing, run
 from benchmarks.frontier_results import front, summarise
+from benchmarks.pages.frontier import contents, write
+from benchmarks.pages.speed import RESULTS
 from benchmarks.results import read_results
 from lrnn_lm.cli import main
 from studies.contenders import count
@@ -79,6 +83,16 @@ def test_contenders_have_equal_parameters():
     assert sum(steps for _, steps in made[0].stages) == 3600
 
 
+def test_small_models_train_side_by_side_on_a_gpu():
+    """Those of rows of equal length; a CPU takes one after the other."""
+    rows = missing(FrontierSettings(tasks="s5,mqar,parity", corpus="x"), "lstm", KINDS, [])
+    waves = {device: _waves(rows, torch.device(device)) for device in ("cuda", "cpu")}
+    assert [[row.get("task", row["kind"]) for row in wave] for wave in waves["cuda"]] == [
+        ["speed"], ["s5", "s5", "parity", "parity"], ["mqar", "mqar"], ["loss"],
+    ]  # fmt: skip
+    assert [len(wave) for wave in waves["cpu"]] == 8 * [1]
+
+
 def test_the_best_rate_in_training_is_the_one_that_counts():
     def row(lr, selection, loss, held):
         kind = {"contender": "a", "kind": "task", "task": "s5"}
@@ -87,6 +101,37 @@ def test_the_best_rate_in_training_is_the_one_that_counts():
     rows = [row(1, 0.5, 1.0, 64), row(2, 1.0, 0.2, 0), row(3, 1.0, 0.1, 32)]
     rows += [{"contender": "a", "kind": "speed", "reason": "no room"}]
     assert summarise(rows, ["a"], ["s5"]) == [{"contender": "a", "s5": 32}]
+
+
+def test_the_page_of_rows(tmp_path):
+    """Numbers and reasons stand between marks; what is written by hand stays."""
+    output, page = tmp_path / "frontier.jsonl", tmp_path / "frontier.md"
+    about = {"device": "cpu", "torch": "2", "settings": asdict(FrontierSettings(corpus="a.yaml"))}
+    speed = {"kind": "speed", "parameters": 9, "decode_ms": 1, "state_bytes": 4}
+    task = {"kind": "task", "task": "s5", "lr": 0.01, "selection": 1.0, "loss": 0.1}
+    lines = [
+        {"about": about},
+        {"contender": "bd_lru-m5", **speed, "B": 16, "tokens_per_second": 2000},
+        {"contender": "bd_lru-m5", **task, "held": 64},
+        {"contender": "lstm", **speed, "B": 8, "tokens_per_second": 1000},
+        {"contender": "lstm", **task, "held": 32},
+        {"contender": "kda", **{k: task[k] for k in ("kind", "task", "lr")}, "reason": "no fla"},
+    ]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(output, page)
+    text = page.read_text()
+    assert "| bd_lru-m5 | 9 | 2,000 | 1.00 | 0.0 | 64 | s5 |" in text
+    assert "| lstm | 9 | 1,000 | 1.00 | 0.0 | 32 |  |" in text
+    assert "- `kda`, s5: no fla" in text
+    assert "than 16, as memory ran out: `lstm` 8" in text
+    assert "--corpus a.yaml --corpus-tokens 20000000" in text
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    page.write_text(text.replace("# The frontier", "# By hand").replace("2,000", "2,001"))
+    write(output, page)
+    assert page.read_text() == text.replace("# The frontier", "# By hand")
+    for rows in (output, *RESULTS.glob("frontier.jsonl")):  # the page in docs, once there are rows
+        text = (page if rows == output else rows.with_suffix(".md")).read_text(encoding="utf-8")
+        assert all(f"<!-- {name} -->\n\n{part}\n\n" in text for name, part in contents(rows).items())
 
 
 def test_the_front():
