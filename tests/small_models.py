@@ -62,11 +62,12 @@ MIXER_ROWS = {
     "fixed_point": {"type": "fixed_point", "width": 9, "iterations": 3},
     "pd_ssm": {"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 3},
     "bd_gru": {"type": "bd_gru", "num_blocks": 5, "block_size": 3},
+    "m2rnn": {"type": "m2rnn", "num_heads": 2, "head_dim": 5, "value_dim": 3},
 }
-# What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix or mlstm multiplies projections
-# of its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers later. In bf16
-# pd_ssm now and then selects another entry.
-SPREAD = {"pd_ssm": 0.1, "mlstm": 0.1, "bd_matrix": 0.1, "bd_matrix-conv": 0.1, "bd_matrix-erase": 0.1}
+# What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix, mlstm or m2rnn multiplies
+# projections of its input and divides by the size of the product: with 0.3, an ulp becomes 1e-4 two layers
+# later. In bf16 pd_ssm now and then selects another entry.
+SPREAD = dict.fromkeys(("pd_ssm", "mlstm", "m2rnn", "bd_matrix", "bd_matrix-conv", "bd_matrix-erase"), 0.1)
 HYBRIDS = {
     "hybrid": ["bd_lru", "attention", "h_lru"],
     "hybrid-attention-first": ["attention-grouped", "lstm", "attention-window"],

@@ -1,36 +1,41 @@
-"""The block-diagonal GRU on a GPU: walk and Newton against the reference in fp64, then their times.
+"""The non-linear recurrences on a GPU: each kernel against the reference in fp64, then their times.
 
     python -m benchmarks.gpu.walk [out.json] [--items walk:4,newton:8,..] [--seconds 100]
 
 Checked are both outputs and all gradients, twice with the same bits. Times are medians of 10, of the forward
 and of the backward pass: the walk against the scan of BD-LRU with as many rows and equal M (T 2,048, B 32,
-bf16), and Newton's iterations against the walk (T 32,768, B 1). Goals: at most 3 times the scan's time;
-Newton equal to the walk to 1e-5, and faster. The exit code is 1 where a case failed. To find a wrong address:
+bf16), Newton's iterations against the walk (T 32,768, B 1), and the matrix-to-matrix RNN against the linear
+scan of as large a state (HGRN2's; T 2,048, B 32). Goals: at most 3 times the scan's time for the GRU; Newton
+equal to the walk to 1e-5, and faster. The exit code is 1 where a case failed. To find a wrong address:
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.walk case walk walk 4 float32
 """
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrnn_lm.kernels import block_diagonal_scan, gru_scan
+from lrnn_lm.kernels import block_diagonal_scan, gru_scan, m2rnn_scan, matrix_scan
 
 from .cases import Item, run_items
 from .matrix_scan import milliseconds
 
-# In order of importance: solver and M.
+# In order of importance: the GRU's solver and M, or m2rnn and K.
 ITEMS = (
-    ("walk", 4), ("newton", 4), ("newton", 8), ("walk", 8), ("newton", 16), ("walk", 16), ("walk", 1),
-    ("newton", 1), ("walk", 5), ("newton", 5),
+    ("walk", 4), ("newton", 4), ("newton", 8), ("m2rnn", 64), ("walk", 8), ("newton", 16), ("walk", 16),
+    ("m2rnn", 24), ("m2rnn", 128), ("walk", 1), ("newton", 1), ("walk", 5), ("newton", 5),
 )  # fmt: skip
 ROWS = {"walk": 1024, "newton": 512}  # N M
-SHAPES = {"walk": (32, 2048), "newton": (1, 32_768)}  # B, T of what is timed
-CHECKED = {"walk": 77, "newton": 2111}  # T: groups of steps and rests, and as many chunks of time
+SHAPES = {"walk": (32, 2048), "newton": (1, 32_768), "m2rnn": (32, 2048)}  # B, T of what is timed
+CHECKED = {"walk": 77, "newton": 2111, "m2rnn": 150}  # T: groups of steps and rests, and as many chunks
 NAMES = ("h", "last", "inputs", "weight", "bias", "h0")
+M2RNN_NAMES = ("y", "last", "queries", "keys", "values", "weight", "keep", "h0")
+HEADS = {24: (3, 10), 64: (48, 16), 128: (6, 64)}  # H and V of the matrix-to-matrix RNN, by K
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
@@ -46,41 +51,66 @@ def given(B: int, T: int, N: int, M: int, dtype: torch.dtype, resets: float = 0.
     return [None if x is None else x.cuda() for x in (inputs, weight, bias, h0, reset)]
 
 
-def run(inputs: list[Tensor | None], solver: str, backend: str) -> list[Tensor]:
+def given_m2rnn(B: int, T: int, K: int, dtype: torch.dtype, resets: float = 0.0) -> list[Tensor | None]:
+    """Inputs of m2rnn_scan, with matrices near the identity and f from 0.2 to 0.999, as the mixer starts."""
+    (H, V), generator = HEADS[K], torch.Generator().manual_seed(T + K)
+    q, k, v = (torch.randn(B, T, H, size, generator=generator).to(dtype) for size in (K, K, V))
+    weight = torch.eye(V) + 0.3 * torch.randn(H, V, V, generator=generator) / V**0.5
+    keep = torch.exp(-torch.logspace(-3, 0.2, H) * torch.rand(B, T, H, generator=generator))
+    h0 = torch.randn(B, H, K, V, generator=generator)
+    reset = torch.rand(B, T, generator=generator) < resets if resets else None
+    return [None if x is None else x.cuda() for x in (q, k, v, weight, keep, h0, reset)]
+
+
+def scan_of(kind: str, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    if kind == "m2rnn":
+        return partial(m2rnn_scan, backend=backend)
+    return partial(gru_scan, solver=kind, backend=backend)
+
+
+def run(inputs: list[Tensor | None], scan: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
     """Outputs and gradients of a random weighing of them."""
     *tensors, reset = inputs
     tensors = [x.detach().requires_grad_() for x in tensors]
-    outputs = gru_scan(*tensors, reset, solver, backend)[:2]
+    outputs = scan(*tensors, reset)[:2]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
     loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
     return [*(x.detach() for x in outputs), *torch.autograd.grad(loss, tensors)]
 
 
-def check(solver: str, shape: str, M: int, dtype: torch.dtype) -> bool:
-    """Whether a solver is right at the B and M of what is timed; in fp32 with document starts."""
+def inputs_of(shape: str, size: int, T: int, dtype: torch.dtype, resets: float = 0.0) -> list[Tensor | None]:
+    """Of M or K `size`, with the rows of what is timed."""
+    if shape == "m2rnn":
+        return given_m2rnn(SHAPES[shape][0], T, size, dtype, resets)
+    return given(SHAPES[shape][0], T, ROWS[shape] // size, size, dtype, resets)
+
+
+def check(kind: str, shape: str, size: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel is right at the B and M, or K, of what is timed; in fp32 with document starts."""
     began = time.monotonic()
-    B, N = SHAPES[shape][0], ROWS[shape] // M
-    inputs = given(B, CHECKED[shape], N, M, dtype, resets=0.02 if dtype == torch.float32 else 0.0)
-    got = run(inputs, solver, "triton")
+    inputs = inputs_of(shape, size, CHECKED[shape], dtype, 0.02 if dtype == torch.float32 else 0.0)
+    scan = scan_of(kind, "triton")
+    got = run(inputs, scan)
     torch.cuda.synchronize()
     seconds = time.monotonic() - began
     # on the CPU: thousands of small kernels would disturb what is timed meanwhile
-    exact = [x.cpu().double() if x is not None and x.is_floating_point() else x for x in inputs]
-    exact[4] = None if inputs[4] is None else inputs[4].cpu()
+    exact = [None if x is None else x.cpu() for x in inputs]
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in exact]
+    wanted = run(exact, scan_of("m2rnn" if kind == "m2rnn" else "walk", "torch"))
     errors = {}
-    for name, x, want in zip(NAMES, got, run(exact, "walk", "torch"), strict=True):
+    for name, x, want in zip(M2RNN_NAMES if kind == "m2rnn" else NAMES, got, wanted, strict=True):
         error = float((x.cpu().double() - want).norm() / want.norm())
         errors[name] = error if x.isfinite().all() else float("inf")
-    same = all(torch.equal(a, b) for a, b in zip(got, run(inputs, solver, "triton"), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(got, run(inputs, scan), strict=True))
     right = max(errors.values()) <= TOLERANCE[dtype] and same
     text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     verdict = f"{'ok' if right else 'WRONG'}; {text}; same bits twice: {same}; first call {seconds:.0f} s"
-    print(f"{solver} B {B} M {M} {dtype}: {verdict}", flush=True)
+    print(f"{kind} {shape} {size} {dtype}: {verdict}", flush=True)
     if dtype == torch.bfloat16:  # so that what is timed finds its kernels in Triton's cache
-        run(given(*SHAPES[shape], N, M, dtype), solver, "triton")
+        run(inputs_of(shape, size, SHAPES[shape][1], dtype), scan)
         if shape == "walk":
-            scan_times(M)
+            scan_times(size)
     return right
 
 
@@ -128,19 +158,33 @@ def clock_newton(M: int) -> dict[str, Any]:
     return row
 
 
-def item(solver: str, M: int) -> Item:
+def clock_m2rnn(K: int) -> dict[str, Any]:
+    (B, T), (H, V) = SHAPES["m2rnn"], HEADS[K]
+    *tensors, _ = given_m2rnn(B, T, K, torch.bfloat16)
+    tensors = [x.requires_grad_() for x in tensors]
+    q, k, v, _, keep, h0 = tensors
+    walk = passes(lambda: m2rnn_scan(*tensors, backend="triton")[0], tensors)
+    decay = keep[..., None, None].detach().expand(B, T, H, K, 1).contiguous().requires_grad_()
+    scan = passes(lambda: matrix_scan(decay, k, v, q, h0, backend="triton")[0], [decay, k, v, q, h0])
+    row = {"what": "m2rnn", "B": B, "T": T, "H": H, "K": K, "V": V}
+    row |= {"walk_ms": walk, "scan_ms": scan, "ratio": sum(walk) / sum(scan)}
+    return row
+
+
+def item(kind: str, size: int) -> Item:
     """Newton is timed against the walk at its shape, which has to be right too."""
-    cases = [(solver, solver, str(M), dtype) for dtype in ("bfloat16", "float32")]
-    if solver == "walk":
-        return Item(cases, lambda: clock_walk(M))
-    return Item([*cases, ("walk", "newton", str(M), "bfloat16")], lambda: clock_newton(M))
+    cases = [(kind, kind, str(size), dtype) for dtype in ("bfloat16", "float32")]
+    if kind == "newton":
+        cases.append(("walk", "newton", str(size), "bfloat16"))
+    clock = {"walk": clock_walk, "newton": clock_newton, "m2rnn": clock_m2rnn}[kind]
+    return Item(cases, lambda: clock(size))
 
 
 def main() -> int:
     if sys.argv[1:2] == ["case"]:
-        solver, shape, M, dtype = sys.argv[2:]
-        return 0 if check(solver, shape, int(M), getattr(torch, dtype)) else 1
-    items = {f"{solver}:{M}": item(solver, M) for solver, M in ITEMS}
+        kind, shape, size, dtype = sys.argv[2:]
+        return 0 if check(kind, shape, int(size), getattr(torch, dtype)) else 1
+    items = {f"{kind}:{size}": item(kind, size) for kind, size in ITEMS}
     rows, right = run_items("benchmarks.gpu.walk", items, sys.argv[1:])
     met = all(row["ratio"] <= 3 for row in rows if row["what"] == "walk")
     met &= all(row["ratio"] < 1 and row["difference"] <= 1e-5 for row in rows if row["what"] == "newton")

@@ -11,6 +11,7 @@ from .dispatch import (
 )
 from .gates import GATES, check_gate, normalise
 from .scan.gru import gru_scan
+from .scan.m2rnn import m2rnn_scan
 from .scan.matrix_scan import matrix_scan
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "gru_scan",
     "higher_order_scan",
     "higher_order_scan_packed",
+    "m2rnn_scan",
     "matrix_scan",
     "normalise",
     "plane_width",

@@ -282,6 +282,23 @@ def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     return BACKENDS[backend]
 
 
+def choose_operator(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> str:
+    """reference, torch or triton, of a scan that is an operator of torch's with both inside.
+
+    x: one of its inputs; obstacle: why Triton cannot run on them; None: it can.
+    """
+    known = ("reference", "torch", "triton")
+    if backend == "auto" and torch.onnx.is_in_onnx_export():
+        return "reference"  # ONNX has no counterpart of such an operator
+    if backend == "auto":
+        return "triton" if x.is_cuda and obstacle() is None else "torch"
+    if backend not in known:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(known)}")
+    if backend == "triton" and (reason := obstacle()):
+        raise ValueError(f"backend 'triton' cannot run here: {reason}")
+    return backend
+
+
 def _shape(name: str, x: Tensor, dims: int) -> tuple[int, ...]:
     if x.ndim != dims:
         raise ValueError(f"{name} has {x.ndim} axes {tuple(x.shape)}; expected {dims}")

@@ -129,3 +129,29 @@ def gru_scan(
         h = n + z * (h - n)
         states.append(h)
     return torch.stack(states, dim=1), h
+
+
+def m2rnn_scan(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    keep: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Matrix-to-matrix RNN (Mishra et al., arXiv 2603.14360): `S_t = f_t S_{t-1} + (1 - f_t) Z_t`,
+    `Z_t = tanh(S_{t-1} W + k_t v_t^T)`, `y_t = S_t^T q_t`; f is `keep`."""
+    dtype = compute_dtype(queries, keys, values, weight, keep)
+    inputs, weight = [x.to(dtype) for x in (queries, keys, values, keep)], weight.to(dtype)
+    (B, T, H, K), V = queries.shape, values.shape[-1]
+    S = values.new_zeros(B, H, K, V, dtype=dtype) if h0 is None else h0.to(dtype)
+    outputs = []
+    for t in range(T):  # S (B, H, K, V)
+        if reset is not None:
+            S = S.masked_fill(reset[:, t, None, None, None], 0)
+        q, k, v, f = (x[:, t] for x in inputs)
+        Z = (S @ weight + k.unsqueeze(-1) * v.unsqueeze(-2)).tanh()
+        S = Z + f[..., None, None] * (S - Z)
+        outputs.append((q.unsqueeze(-1) * S).sum(-2))
+    return torch.stack(outputs, dim=1).to(values.dtype), S

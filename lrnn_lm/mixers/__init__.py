@@ -22,6 +22,7 @@ from .fla import (
 )
 from .h_lru import HigherOrderLRU
 from .lstm import LSTM
+from .m2rnn import MatrixRNN
 from .mamba2 import Mamba2
 from .min_gru import MinGRU
 from .mlstm import MatrixLSTM
@@ -50,6 +51,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "complex_lru": ComplexLRU,
     "slice": SLiCE,
     "bd_gru": BlockDiagonalGRU,
+    "m2rnn": MatrixRNN,
     "fixed_point": FixedPoint,
     "pd_ssm": PermutationDiagonal,
 }

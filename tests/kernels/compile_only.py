@@ -156,6 +156,19 @@ def launch_gru(M: int, dtype: torch.dtype, T: int = 40, resets: bool = False) ->
     TritonGRU.walk_backward(*given, h, h, last)
 
 
+def launch_m2rnn(K: int, V: int, dtype: torch.dtype, B: int = 2, resets: bool = False) -> None:
+    """Both kernels of the matrix-to-matrix RNN."""
+    from lrnn_lm.kernels.scan.m2rnn_triton import TritonM2RNN
+
+    T, H, L = 70, 8, 64
+    q, v = (torch.zeros(B, T, H, size, dtype=dtype) for size in (K, V))
+    reset = torch.zeros(B, T, dtype=torch.bool) if resets else None
+    given = q, q, v, torch.zeros(H, V, V), torch.zeros(B, T, H), torch.zeros(B, H, K, V), reset
+    states = torch.zeros(B, H, 1, K, V)
+    y, last = TritonM2RNN.walk(*given, states, L)
+    TritonM2RNN.walk_backward(*given, states, L, y, last)
+
+
 def launch_wide_transfer(M: int) -> None:
     from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
 
@@ -176,6 +189,7 @@ def some_scans() -> None:
     launch_all(1, 40, "softmax", states=True, chunk=16)
     launch_wide_transfer(16)
     launch_gru(2, torch.bfloat16, T=1, resets=True)
+    launch_m2rnn(16, 16, torch.bfloat16)
 
 
 def some_steps() -> None:
@@ -211,6 +225,8 @@ def everything() -> None:
     launch_erase(4, torch.float32)
     first = len(SPILLED)
     launch_gru(8, torch.bfloat16, resets=True)
+    launch_m2rnn(64, 16, torch.bfloat16, resets=True)  # four warps a state, then one and two
+    launch_m2rnn(64, 16, torch.float32, B=96)
     assert max(SPILLED[first:]) == 0, list(zip(COMPILED, SPILLED, strict=True))[first:]
     first = len(SPILLED)
     launch_step(2048, 5504, 16, torch.bfloat16)

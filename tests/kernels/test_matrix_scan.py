@@ -11,8 +11,7 @@ import torch
 from scans import TOLERANCE, relative_error
 from triton_cases import DEVICE, TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
-from lrnn_lm.kernels import matrix_scan
-from lrnn_lm.kernels.scan.matrix_scan import BACKENDS
+from lrnn_lm.kernels import BACKENDS, matrix_scan
 
 NAMES = ("y", "last", "transitions", "writes", "values", "queries", "h0", "erase")
 PLAIN = [name for name in BACKENDS if name != "triton"]

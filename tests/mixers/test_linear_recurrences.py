@@ -1,4 +1,4 @@
-"""Mixers of others on our scan: each against its paper's equations, step by step, with all gradients."""
+"""Mixers of others: each against its paper's equations, step by step, with all gradients."""
 
 import pytest
 import torch
@@ -39,16 +39,20 @@ def min_lstm(m, x, reset):
     return m.out_proj(h)
 
 
-def rg_lru(m, x, reset):
-    u = m.value_proj(x)
-    weight = m.conv.weight.clone()
+def convolved(conv, u, reset):
+    """Each token with the three before it in its document, and itself once more."""
+    weight = conv.weight.clone()
     weight[0] += 1
     parts = [torch.zeros_like(u[:, 0])] * T
     for t in range(T):
         for lag in range(min(3, t) + 1):
             crossed = reset[:, t - lag + 1 : t + 1].any(dim=1, keepdim=True)
             parts[t] = parts[t] + (weight[lag] * u[:, t - lag]).masked_fill(crossed, 0)
-    u = torch.stack(parts, dim=1)
+    return torch.stack(parts, dim=1)
+
+
+def rg_lru(m, x, reset):
+    u = convolved(m.conv, m.value_proj(x), reset)
     r, i = m.gate_proj(u).sigmoid().chunk(2, dim=-1)
     a = torch.exp(-8 * functional.softplus(m.decay) * r)
     b = (1 - a.square()).sqrt() * i * u
@@ -127,7 +131,24 @@ def mlstm(m, x, reset):
     return m.out_proj(torch.stack(outputs, dim=1).flatten(2) * m.norm_weight * out)
 
 
+def m2rnn(m, x, reset):
+    H, K, V = m.head_shape
+    u = torch.cat([p(x) for p in (m.query_proj, m.key_proj, m.value_proj)], dim=-1)
+    q, k, v = functional.silu(convolved(m.conv, u, reset)).split([H * K, H * K, H * V], dim=-1)
+    q, k, v = q.view(2, T, H, K, 1), k.view(2, T, H, K, 1), v.view(2, T, H, 1, V)
+    f = torch.exp(-m.log_rate.exp() * functional.softplus(m.forget_gate_proj(x)))[..., None, None]
+    W = m.recurrent_weight.view(H, V, V)
+
+    def step(t):
+        return lambda S: f[:, t] * S + (1 - f[:, t]) * torch.tanh(S @ W + k[:, t] * v[:, t])
+
+    S = states(x.new_zeros(2, H, K, V), [step(t) for t in range(T)], reset)
+    y = ((S.mT @ q).mT + m.skip.view(H, 1, V) * v).flatten(2) * functional.silu(m.output_gate_proj(x))
+    return m.out_proj(functional.rms_norm(y, (H * V,), eps=1e-6) * m.norm_weight)
+
+
 CASES = {
+    "m2rnn": ({"type": "m2rnn", "num_heads": 2, "head_dim": 3, "value_dim": 4}, m2rnn),
     "mlstm": ({"type": "mlstm", "num_heads": 2, "head_dim": 3}, mlstm),
     "fixed_point": ({"type": "fixed_point", "width": 5, "iterations": 3}, fixed_point),
     "pd_ssm": ({"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 4}, pd_ssm),
@@ -192,6 +213,11 @@ def test_mlstm_is_that_of_transformers():
 
 def test_published_initial_values():
     torch.manual_seed(0)
+    mixer = build_mixer({"type": "m2rnn", "num_heads": 4000, "head_dim": 1, "value_dim": 2}, D)
+    step = functional.softplus(mixer.forget_gate_proj.bias)
+    assert 0.001 <= step.min() < 0.00101
+    assert 0.099 < step.max() <= 0.1
+    assert (mixer.recurrent_weight.view(4000, 2, 2) == torch.eye(2)).all()
     mixer = build_mixer({"type": "rg_lru", "width": 4000}, D)
     decay = torch.exp(-8 * functional.softplus(mixer.decay))
     assert 0.9 <= decay.min() < 0.901
@@ -251,6 +277,7 @@ def test_a_decay_of_1_has_gradients(type_, name):
     ({"type": "mlstm", "value_dim": 0}, "value_dim must be at least 1"),
     ({"type": "fixed_point", "iterations": 0}, "iterations must be at least 1"),
     ({"type": "slice", "block_size": 0}, "block_size must be at least 1"),
+    ({"type": "m2rnn", "head_conv": 1}, "must reach at least 2 tokens"),
 ])  # fmt: skip
 def test_mistakes(spec, message):
     with pytest.raises(ValueError, match=message):

@@ -11,20 +11,20 @@ is one reverse scan with J (implicit differentiation), then the gradient of each
 Legend: B batch, T time, N blocks, M block size; J transitions of the linearised steps, s = dL/dh.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import check_state, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype, gru_gates
 from ..torch_scan import _bd_scan, _bd_scan_backward
 
 MOST_BLOCK = 16  # M: rows of three matrices live in a lane's registers
 TOLERANCE = 1e-5  # of |f(h_{t-1}) - h_t| before Newton's last iteration, which squares the error once more
 MOST_ITERATIONS = 50
-BACKENDS = ("reference", "torch", "triton")
 SOLVERS = ("walk", "newton")
 
 
@@ -63,7 +63,7 @@ def gru_scan(
     check_state(h0, reset, (B, N, M), (B, T))
     expect_floats(inputs=inputs, weight=weight, bias=bias)
     check_solver(solver)
-    backend = _choose(backend, inputs, weight)
+    backend = choose_operator(backend, inputs, partial(_triton_obstacle, inputs, weight))
     dtype = compute_dtype(inputs, weight)
     if backend == "reference":
         h, last = reference.gru_scan(inputs, weight, bias, h0, reset)
@@ -79,21 +79,11 @@ def check_solver(solver: str) -> None:
         raise ValueError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
 
 
-def _choose(backend: str, inputs: Tensor, weight: Tensor) -> str:
-    if backend == "auto" and torch.onnx.is_in_onnx_export():
-        return "reference"  # the others are operators of our own
-    if backend == "auto" and not inputs.is_cuda:
-        return "torch"
+def _triton_obstacle(inputs: Tensor, weight: Tensor) -> str | None:
     reason = triton_obstacle(inputs, weight)
     if reason is None and inputs.shape[-1] > MOST_BLOCK:
         reason = f"block size {inputs.shape[-1]} is above {MOST_BLOCK}"
-    if backend == "auto":
-        return "triton" if reason is None else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and reason:
-        raise ValueError(f"backend 'triton' cannot run here: {reason}")
-    return backend
+    return reason
 
 
 # The custom op, which is what autograd and torch.compile see ------------------------------------------------

@@ -9,13 +9,14 @@ V columns of the state; A transitions, k writes, v values, q queries, S state, s
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .. import reference
-from ..dispatch import check_state, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
@@ -24,7 +25,6 @@ TRITON_BLOCKS = (1, 2, 4, 8, 16)
 # the dense transition of a head, which does not fit beside 128 slots in 227 KB, a Hopper SM's shared memory.
 TRITON_STATE = 8192
 TRITON_SLOTS, TRITON_DIAGONAL_SLOTS = 64, 128
-BACKENDS = ("reference", "torch", "triton")
 
 
 def matrix_scan(
@@ -62,9 +62,9 @@ def matrix_scan(
     if erase is not None:
         expect_shape("erase", erase, queries.shape)
         expect_floats(erase=erase)
-    backend = _choose(backend, *inputs)
+    backend = choose_operator(backend, values, partial(_triton_obstacle, *inputs))
     if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
-        with _own_dtypes(values):
+        with own_dtypes(values):
             return reference.matrix_scan(*inputs, h0, reset, erase)
     dtype = compute_dtype(*inputs)
     h0 = None if h0 is None else h0.to(dtype)
@@ -73,7 +73,7 @@ def matrix_scan(
     if h0 is None:
         B, _, H, K = queries.shape
         h0 = values.new_zeros(B, H, K, values.shape[-1], dtype=dtype)
-    with _own_dtypes(values):
+    with own_dtypes(values):
         return _scan(*inputs, h0, reset, erase)
 
 
@@ -106,7 +106,7 @@ def _padded(K: int, M: int, V: int) -> tuple[int, int]:
     return M << (K // M - 1).bit_length(), 1 << (V - 1).bit_length()
 
 
-def _own_dtypes(x: Tensor) -> AbstractContextManager[None]:
+def own_dtypes(x: Tensor) -> AbstractContextManager[None]:
     """Where autocast does not round the factors of products: a state is a product of products."""
     rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # else exported graphs have a node
     return torch.autocast(x.device.type, enabled=False) if rounds else nullcontext()
@@ -130,19 +130,6 @@ def _check(
     expect_shape("queries", queries, (B, T, H, K))
     check_state(h0, reset, (B, H, K, V), (B, T))
     expect_floats(transitions=transitions, writes=writes, values=values, queries=queries)
-
-
-def _choose(backend: str, *inputs: Tensor) -> str:
-    if backend == "auto" and torch.onnx.is_in_onnx_export():
-        return "reference"
-    if backend == "auto":
-        on_gpu = inputs[0].is_cuda
-        return "triton" if on_gpu and _triton_obstacle(*inputs) is None else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := _triton_obstacle(*inputs)):
-        raise ValueError(f"backend 'triton' cannot run here: {reason}")
-    return backend
 
 
 def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> str | None:
@@ -283,7 +270,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _run_backward(ctx, grad, grad_last):
-    with _own_dtypes(grad):
+    with own_dtypes(grad):
         *gradients, d_h0, d_erase = (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)[:6]
     return *gradients, d_h0, None, d_erase
 
