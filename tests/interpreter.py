@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 
-VERSION = "3.9."  # as constraints.txt pins it
+VERSION = "3.7."  # as constraints.txt pins it
 
 
 def quicken() -> None:
