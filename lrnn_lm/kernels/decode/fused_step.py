@@ -173,10 +173,7 @@ def _mix_kernel(
             else:
                 raw = _product(inputs, _pieces(at + p * ROWS * D, valid, lane, D, INPUTS))
             z = z + ((raw * factor + offsets[p]).to(out.dtype.element_ty).to(tl.float32),)
-        block, before = (
-            state + (b * N + n) * M,
-            (),
-        )  # each lane reads its whole block
+        block, before = state + (b * N + n) * M, ()  # each lane reads its whole block
         for j in tl.static_range(M):
             before = before + (tl.load(block + j, mask=valid, other=0.0),)
         h = new_state(z, before, M, GATE, lane)
