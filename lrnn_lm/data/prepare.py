@@ -25,9 +25,8 @@ from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
 from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, token_dtype
-from .short import Short
 from .specs import DataError, DataSpec, SourceSpec
-from .split import HASHES, HeldOut, one_sided, text_hash, training_sample
+from .split import HASHES, HeldOut, Short, one_sided, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"

@@ -22,9 +22,8 @@ from . import sources
 from .encode import encode_documents
 from .progress import Progress
 from .shards import HELDOUT, STARTS_DTYPE, HashedFile
-from .short import Short
 from .specs import DataError, DataSpec, SourceSpec
-from .split import HeldOut, one_sided, text_hash
+from .split import HeldOut, Short, one_sided, text_hash
 from .tokenize import TokenizerFacts, load_backend
 
 Ints = npt.NDArray[np.integer[Any]]

@@ -321,8 +321,7 @@ def expect_floats(**tensors: Tensor) -> None:
 def check_state(
     h0: Tensor | None, reset: Tensor | None, state: tuple[int, ...], time: tuple[int, int]
 ) -> None:
-    """Raise ValueError unless h0 has shape `state`, reset is a bool mask of shape `time` (B, T), and T >
-    0."""
+    """Raise ValueError unless h0 has shape `state`, reset is a bool mask of shape `time`, (B, T), T > 0."""
     if time[1] < 1:
         raise ValueError("a scan needs at least one step")
     if h0 is not None:

@@ -130,8 +130,7 @@ class FlaMixer(Mixer):
             )
 
     def _choose_kernel(self, x: Tensor) -> None:
-        """The chunked kernel, or that of single steps in fp32 where the chunked one takes half precision
-        only."""
+        """The chunked kernel; in fp32, where that takes half precision only, the kernel of single steps."""
         needs_steps = not self.chunk_takes_fp32 and compute_dtype(x) == torch.float32
         if needs_steps and (torch.is_grad_enabled() or self.training):
             raise ValueError(

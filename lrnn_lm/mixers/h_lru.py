@@ -156,8 +156,7 @@ def _windows(padded: Tensor, alive: Tensor | None, order: int) -> Tensor:
 
 
 class _WindowProduct(torch.autograd.Function):
-    """The product of windows with a weight (D, M N). Windows are made again in the backward pass, not
-    kept."""
+    """The product of windows with a weight (D, M N); the backward pass makes the windows again."""
 
     @staticmethod
     def forward(ctx, padded: Tensor, weight: Tensor, alive: Tensor | None, order: int) -> Tensor:

@@ -102,9 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: these are constants to autograd, so it would go wrong
+        # With create_graph=True: these are constants to autograd, so it would go wrong.
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "the chunked loss has no second derivatives: compute the loss from the logits "
                 "(model(..).logits without labels, torch.nn.functional.cross_entropy)"

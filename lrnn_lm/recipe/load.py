@@ -321,12 +321,8 @@ def _explain(detail: Any) -> str:
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     """Field names of the section at `loc`; looks through optional and list types."""
-    model: type[BaseModel] = Recipe
-    for part in loc:
-        if isinstance(part, str) and part in model.model_fields:
-            found = section_in(model.model_fields[part].annotation)
-            model = found if found is not None else model
-    return list(model.model_fields)
+    names = (part for part in loc if isinstance(part, str))  # not places in a list
+    return list(section_in(field_type(Recipe, *names)).model_fields)
 
 
 def _elsewhere(key: str, section: type[BaseModel], prefix: str = "") -> list[str]:

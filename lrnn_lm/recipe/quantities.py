@@ -28,9 +28,8 @@ def parse_count(value: object) -> int:
         match = _COUNT.fullmatch(value.strip().replace("_", "").replace(",", ""))
         if not match:
             raise ValueError(f"expected a count such as 2M or 524288, not {value!r}")
-        number = (
-            Decimal(match[1]) * SUFFIX[match[2].lower()]
-        )  # Decimal is exact; the float 64.1 * 1000 is not
+        # Decimal is exact; the float 64.1 * 1000 is not.
+        number = Decimal(match[1]) * SUFFIX[match[2].lower()]
     else:
         number = Decimal(value)
     if not number.is_finite() or number != int(number) or number < 0:

@@ -156,9 +156,8 @@ class Recipe(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # `name=12` is a name
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200
-    )  # a folder name, with room for suffixes
+    # A folder's name, with room for suffixes.
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     seed: int = Field(0, ge=0, lt=2**63)
     license: str = Field(
         "unknown", min_length=1, description="of the trained model, in its card, as in apache-2.0"

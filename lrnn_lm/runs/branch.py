@@ -28,9 +28,8 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
     length = old.data.rows_in_order or 1
     read = old.tokens_at(-(-step // length) * length)  # stretches that were begun are read to their ends
     free += tuple(key for key in now if key.endswith(".max_epochs"))
-    if old.data.stages_until(read) == new.data.stages_until(
-        read
-    ):  # what was read is the same: more may follow
+    # What was read is the same: more may follow.
+    if old.data.stages_until(read) == new.data.stages_until(read):
         free += ("data.stages", *(key for key in now if key.endswith(".weight")))
     return [
         f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"

@@ -12,23 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import Recipe
-from ..recipe.train import AverageSection
 from .parallel import reshard
 
 
-def make_average(model: nn.Module, recipe: Recipe) -> "Average | None":
-    """The average that the recipe asks for, at the weights as they are; None if it asks for none."""
-    section, train = recipe.train.average, recipe.train
-    if section is None:
-        return None
-    return Average(model, section, section.start.steps(recipe.total_steps, train.tokens_per_step))
-
-
 class Average:
-    """The averages of all parameters, sharded like them. `start`: steps before averaging begins."""
+    """The averages of all parameters, sharded like them; of a recipe that asks for them."""
 
-    def __init__(self, model: nn.Module, section: AverageSection, start: int):
-        self._model, self._section, self._start = model, section, start
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        self._model, self._section = model, recipe.train.average
+        self._start = self._section.start.steps(recipe.total_steps, recipe.train.tokens_per_step)
         self.values: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def _pair(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -26,7 +26,7 @@ from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
 from ..runs.layout import CheckpointFolder, RunFolder, latest_checkpoint, step_of
-from .average import make_average
+from .average import Average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
@@ -91,7 +91,7 @@ def build_trainer(
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))
     model = share(bare_model, accelerator, plan)
     optimizer = together.all(lambda: make_optimizer(bare_model, recipe.optim, device))
-    average = make_average(bare_model, recipe)
+    average = Average(bare_model, recipe) if recipe.train.average is not None else None
     lock = together.all(lambda: _lock(folder) if main else None)
     newest = together.from_main(
         together.all(lambda: _find_checkpoint(folder, parent, console) if main else None)

@@ -1,6 +1,5 @@
 """`lrnn info`: parameters, operations, state and memory of a recipe's or a checkpoint's model."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
+from ..runs.load import json_table
 from .build import model_config
 from .optim import state_bytes
 from .segments import check_segments
@@ -49,10 +49,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
 
 def _read_config(folder: Path) -> LRNNConfig:
     path = folder / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except ValueError:
-        raise ValueError(f"{path}: not valid JSON") from None
+    kind = json_table(path).get("model_type")
     if kind != LRNNConfig.model_type:
         raise ValueError(f"{path}: model_type is {kind!r}, not {LRNNConfig.model_type!r}")
     return LRNNConfig.from_pretrained(folder)

@@ -18,13 +18,11 @@ from ..recipe.train import TrainSection
 
 # Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
 # The first key that is part of the device's name counts, so `H100 PCIe` stands before `H100`.
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12,
-    "A100": 312e12, "L40S": 362e12, "B200": 2250e12,
-}  # fmt: skip
-_PEAK_BANDWIDTH = {
-    "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "GH200 480GB": 4.0e12, "H200": 4.8e12,
-    "A100-SXM4-40GB": 1.555e12, "A100-PCIE-40GB": 1.555e12, "A100": 2.04e12, "L40S": 0.864e12, "B200": 8e12,
+_DATASHEETS = {
+    "H100 PCIe": (756e12, 2.0e12), "H100 NVL": (835e12, 3.9e12), "H100": (989e12, 3.35e12),
+    "GH200 480GB": (989e12, 4.0e12), "H200 NVL": (835e12, 4.8e12), "H200": (989e12, 4.8e12),
+    "A100-SXM4-40GB": (312e12, 1.555e12), "A100-PCIE-40GB": (312e12, 1.555e12), "A100": (312e12, 2.04e12),
+    "L40S": (362e12, 0.864e12), "B200": (2250e12, 8e12),
 }  # fmt: skip
 _EXTRAS = ("tensorboard", "trackio", "wandb")  # trackers that pyproject.toml has a version of
 _BUCKET_MB = 64  # gradients that DDP sends in one all-reduce, overlapped with the backward pass
@@ -116,16 +114,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device; None if unknown."""
-    return _by_datasheet(device, _PEAK_FLOPS)
+    return _datasheet(device)[0]
 
 
 def peak_bandwidth(device: torch.device) -> float | None:
     """Memory bandwidth of the device in bytes/s; None if unknown."""
-    return _by_datasheet(device, _PEAK_BANDWIDTH)
+    return _datasheet(device)[1]
 
 
-def _by_datasheet(device: torch.device, rates: dict[str, float]) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for key, rate in rates.items() if key in name), None)
+def _datasheet(device: torch.device) -> tuple[float | None, float | None]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rates for key, rates in _DATASHEETS.items() if key in name), (None, None))

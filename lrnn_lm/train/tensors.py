@@ -211,11 +211,6 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
     return part(tensors, kind)
 
 
-def write_weights(folder: Path, path: Path, kind: str = "model") -> None:
-    """Write the weights of a sharded checkpoint, or their average, as one file that transformers can load."""
-    save_file(read_shards(folder, kind), path, metadata={"format": "pt"})
-
-
 @contextmanager
 def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
     """A checkpoint with model.safetensors: the folder itself, or a temporary copy of a sharded one.
@@ -237,7 +232,8 @@ def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
         plain = Path(scratch) / folder.name
         shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer", WEIGHTS))
         if sharded:
-            write_weights(folder, plain / WEIGHTS, "average" if average else "model")
+            weights = read_shards(folder, "average" if average else "model")
+            save_file(weights, plain / WEIGHTS, metadata={"format": "pt"})  # which transformers asks for
         else:
             shutil.copyfile(CheckpointFolder(folder).average, plain / WEIGHTS)
         yield plain

@@ -26,6 +26,7 @@ from torch import Tensor
 from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
+from ..reporting.plot import colour, picture, tidy
 from ..show import check_at_least, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from .transitions import mixer_inputs
@@ -58,8 +59,6 @@ def probe_recall(
 
     Raises ValueError if there is no held-out text, or too little for a row.
     """
-    from .recall_plot import draw_recall
-
     check_at_least(1, rows=rows)
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
@@ -75,7 +74,7 @@ def probe_recall(
     if (folder := first.results(output)) is not None:
         written = [folder / "recall.json", folder / "recall.png"]
         write_json(found, written[0])
-        draw_recall(found, written[1])
+        _draw(found, written[1])
     _show(found)
     print_written(written)
     return found
@@ -253,3 +252,27 @@ def _show(found: list[dict[str, Any]]) -> None:
     header = ["tokens that", "share", *(facts["name"] for facts in found)]
     cells = [[label, share, *map(decimal, values)] for label, share, values in rows]
     print_table(header, cells, title="loss in nats a token, by what the context holds")
+
+
+def _draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Write the picture of what `probe_recall` found."""
+    with picture(path, 13, 7) as figure:
+        axes = figure.subplots(2, 2)
+        grams = list(found[0]["seen_ngram"])
+        for i, facts in enumerate(found):
+            values = [facts["seen_ngram"][gram]["loss"] for gram in grams]
+            axes[0][0].plot(range(len(grams)), values, "o-", color=colour(i), label=facts["name"])
+            for axis, key in ((axes[0][1], "distance"), (axes[1][0], "position"), (axes[1][1], "frequency")):
+                parts = [part for part in facts[key] if part["tokens"]]
+                starts = [max(1, part["from"]) for part in parts]
+                axis.plot(starts, [part["loss"] for part in parts], "o-", color=colour(i))
+        unit = "nats a token"
+        axes[0][0].set_xticks(range(len(grams)), grams)
+        tidy(axes[0][0], "Longest n-gram seen before in the row", "n (0: the token is new)", unit)
+        for axis, title, label in (
+            (axes[0][1], "Bigrams seen before, by distance", "tokens back, from"),
+            (axes[1][0], "By position", "position in the row, from"),
+            (axes[1][1], "By frequency of the target", "occurrences in the held-out rows, from"),
+        ):
+            tidy(axis, title, label, unit, octaves=True)
+        axes[0][0].legend(frameon=False, fontsize=8)

@@ -80,8 +80,7 @@ def _linear_kernel(
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, R: tl.constexpr, INPUTS: tl.constexpr, HELD: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (B, OUT) of x (B, D), weight (OUT, D), or (2 OUT, D) if GATED: silu of the first half times the
-    second."""
+    """out (B, OUT) of x (B, D), weight (OUT, D); if GATED (2 OUT, D): silu of one half times the other."""
     # `lane` numbers outputs, [R].
     lane = tl.arange(0, R)
     row = tl.program_id(0) * R + lane
@@ -110,8 +109,7 @@ def _linear_kernel(
 
 @triton.jit
 def new_state(z, before, M: tl.constexpr, GATE: tl.constexpr, lane):
-    """h of a lane's row, [R], from z (its M + 1 logits and its value) and the M numbers of its state
-    before."""
+    """h of a lane's row, [R], from z (its M + 1 logits and its value) and `before`, M numbers of state."""
     f, scale = coefficients(z[: M + 1], M + 1, 1, GATE, lane, 1)
     h = f[M] * z[M + 1]
     for j in tl.static_range(M):
@@ -121,8 +119,7 @@ def new_state(z, before, M: tl.constexpr, GATE: tl.constexpr, lane):
 
 @triton.jit
 def write_state(h, before, block, to, i, valid, N: tl.constexpr, M: tl.constexpr, WINDOW: tl.constexpr):
-    """Stores h at place i of the state at `block` and in the output; a WINDOW's older values move on by
-    one."""
+    """Stores h at place i of the state at `block` and in the output; a WINDOW's older values move on."""
     tl.debug_barrier()  # every lane must have read the state before any lane writes it
     tl.store(block + i, h, mask=valid)
     tl.store(to, h.to(to.dtype.element_ty), mask=valid)
@@ -173,10 +170,7 @@ def _mix_kernel(
             else:
                 raw = _product(inputs, _pieces(at + p * ROWS * D, valid, lane, D, INPUTS))
             z = z + ((raw * factor + offsets[p]).to(out.dtype.element_ty).to(tl.float32),)
-        block, before = (
-            state + (b * N + n) * M,
-            (),
-        )  # each lane reads its whole block
+        block, before = state + (b * N + n) * M, ()  # each lane reads its whole block
         for j in tl.static_range(M):
             before = before + (tl.load(block + j, mask=valid, other=0.0),)
         h = new_state(z, before, M, GATE, lane)

@@ -156,8 +156,7 @@ def _normed_kernel(
     PADDED: tl.constexpr, GATED: tl.constexpr, R: tl.constexpr, BP: tl.constexpr, BLOCK: tl.constexpr,
     LENGTH: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (B, OUT) of x (B, D), weight (OUT, D), or (2 OUT, D) if GATED: silu of the first half times the
-    second."""
+    """out (B, OUT) of x (B, D), weight (OUT, D); if GATED (2 OUT, D): silu of one half times the other."""
     PLANES: tl.constexpr = 2 if GATED else 1
     first = tl.program_id(0) * R
     lane = tl.arange(0, BP * R)

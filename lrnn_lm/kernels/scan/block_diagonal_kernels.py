@@ -232,9 +232,7 @@ def _backward_group(
     x = ()  # h_{t-1} of the block's rows, flat as f
     for k in tl.static_range(TAPS):
         for s in tl.static_range(STEPS):
-            of = ()
-            for p in tl.static_range(P):
-                of = of + (before[s * P + p],)
+            of = before[s * P : (s + 1) * P]
             if HAS_RESET:
                 of = zero_at_reset(of, flags[s], P)
             for p in tl.static_range(P):
@@ -294,17 +292,13 @@ def backward_kernel(
     sums = ()
     if HAS_SUMS:
         GATES: tl.constexpr = M // SHARE if GATE == FIXED else M // SHARE + 1
-        for _ in tl.static_range(GATES * P):
-            sums = sums + (tl.zeros([WIDTH], tl.float32),)
+        sums = (tl.zeros([WIDTH], tl.float32),) * (GATES * P)
 
     groups = (end - begin) // STEPS
     z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
-    o_many, h_many, dz_many = (
-        tile_of(o_at, O_T, STEPS),
-        tile_of(h_at - H_T, H_T, STEPS),
-        tile_of(dz_at, D_T, STEPS),
-    )
-    da_many, dv_many = tile_of(da_at, D_T, STEPS), tile_of(dv_at, E_T, STEPS)
+    o_many, h_many = tile_of(o_at, O_T, STEPS), tile_of(h_at - H_T, H_T, STEPS)
+    dz_many, da_many = tile_of(dz_at, D_T, STEPS), tile_of(da_at, D_T, STEPS)
+    dv_many = tile_of(dv_at, E_T, STEPS)
     for group in tl.range(0, groups, num_stages=STAGES):
         u, sums = _backward_group(
             u, sums, z_many, a_many, v_many, o_many, h_many, flags_at, dz_many, da_many, dv_many, h_start,

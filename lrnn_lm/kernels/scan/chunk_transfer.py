@@ -211,18 +211,14 @@ def _channel_group(
             for i in tl.static_range(1, M):
                 total += f[i * STEPS + s] * windows[k * M + i]
             total *= scale[s]
-            new = new + (total,)
-            for i in tl.static_range(M - 1):  # the window shifts by renaming registers
-                new = new + (windows[k * M + i],)
+            new = new + (total,) + windows[k * M : (k + 1) * M - 1]  # shifts by renaming registers
             if REVERSE:
                 new_q = new_q + (q[k] + total * x[s],)
         if not REVERSE:  # q is one more window, with the input
             total = f[M * STEPS + s] * x[s]
             for i in tl.static_range(M):
                 total += f[i * STEPS + s] * q[i]
-            new_q = (total * scale[s],)
-            for i in tl.static_range(M - 1):
-                new_q = new_q + (q[i],)
+            new_q = (total * scale[s],) + q[: M - 1]
         windows, q = new, new_q
     windows = renewed(windows, M, STEPS, COLUMNS)
     if not REVERSE:

@@ -93,8 +93,7 @@ def _forward_group(
                 shifted = shifted + (tl.where(q == 0, h, older),)
             else:
                 shifted = shifted + (h,)
-            for k in tl.static_range(TAPS - 1):
-                shifted = shifted + (kept[k],)
+            shifted = shifted + kept[: TAPS - 1]
         past = shifted
     tl.store(h_at + t * H_T, stack(states, h_at.dtype.element_ty, STEPS, WIDTH, P), mask=writes)
     return renewed(past, TAPS, STEPS, P)
@@ -108,8 +107,7 @@ def _window_at(at, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, val
         columns = columns + unstack(tl.load(at[None, :] + k, mask=valid, other=0.0), 1, WIDTH, P)
     windows = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS):
-            windows = windows + (columns[k * P + p],)
+        windows = windows + columns[p::P]
     return windows
 
 
@@ -117,10 +115,7 @@ def _window_at(at, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, val
 def _store_windows(at, windows, TAPS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, mask):
     """The inverse of `_window_at`, in fp32."""
     for k in tl.static_range(TAPS):
-        column = ()
-        for p in tl.static_range(P):
-            column = column + (windows[p * TAPS + k],)
-        tl.store(at[None, :] + k, stack(column, tl.float32, 1, WIDTH, P), mask=mask)
+        tl.store(at[None, :] + k, stack(windows[k::TAPS], tl.float32, 1, WIDTH, P), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "chunk", "n_chunks", "g_b", "v_b"])
@@ -156,9 +151,7 @@ def forward_kernel(
     if HAS_START:
         past = _window_at(start + (b * n_chunks + c) * (N * M) + n * M + q * TAPS, TAPS, WIDTH, P, valid)
     else:
-        past = ()
-        for _ in tl.static_range(TAPS * P):
-            past = past + (tl.zeros([WIDTH], tl.float32),)
+        past = (tl.zeros([WIDTH], tl.float32),) * (TAPS * P)
 
     full = (end - t) // STEPS * STEPS + t
     z_many, a_many, v_many = tile_of(z_at, G_T, STEPS), tile_of(a_at, G_T, STEPS), tile_of(v_at, V_T, STEPS)
@@ -301,14 +294,12 @@ def backward_kernel(
         columns = columns + unstack(h, 1, WIDTH, P)
     window = ()
     for p in tl.static_range(P):
-        for k in tl.static_range(TAPS):
-            window = window + (columns[k * P + p],)
+        window = window + columns[p::P]
 
     # Added up here, in registers: summing dz afterwards would read half of what this kernel moves once more.
     sums = ()
     if HAS_SUMS:
-        for _ in tl.static_range((TAPS + 1) * P):
-            sums = sums + (tl.zeros([WIDTH], tl.float32),)
+        sums = (tl.zeros([WIDTH], tl.float32),) * ((TAPS + 1) * P)
 
     # With h0, whole groups stop where a step would read before t = 0, so that their code need not select
     # between h and h0 (HAS_START is False there); single steps finish.

@@ -19,9 +19,8 @@ from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import reset_flags
 
-Summaries = tuple[
-    Tensor, ...
-]  # scores, reads, keys, whole, and of erased keys scores, reads: `matrix_kernels.py`
+# Scores, reads, keys, whole; of erased keys scores, reads: see `matrix_kernels.py`.
+Summaries = tuple[Tensor, ...]
 
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile

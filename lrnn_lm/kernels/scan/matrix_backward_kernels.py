@@ -21,11 +21,9 @@ from .matrix_kernels import (
     step_columns,
     store_tile,
     store_tiles,
-    sum_over,
     whole_span,
-    with_zeros,
 )
-from .triton_rows import as_int64, zero_at_reset
+from .triton_rows import as_int64, sum_of_lanes, zero_at_reset
 
 
 @triton.jit
@@ -58,8 +56,7 @@ def _gradients_at_the_end(
         blocks = blocks + load_tile(whole_span(whole_at, M, CP), real, M * CP, LANES, True)
     s = ()
     for c in tl.static_range(CP):  # memory has rows of columns, x has columns of rows
-        for e in tl.static_range(R * M):
-            s = s + (blocks[e * CP + c],)
+        s = s + blocks[c::CP]
     for u in tl.static_range(CU):
         for r in tl.static_range(R):
             at = d_keys + (item * L + g * CU + u) * K + (n + r * NL) * M
@@ -79,7 +76,7 @@ def _mixed_weights(
             total = x[r * M + j] * weights[r]
             for c in tl.static_range(1, COLUMNS):
                 total = tl.fma(x[c * R * M + r * M + j], weights[c * R + r], total)
-            mixed = mixed + (sum_over(total, lane, NL, G),)
+            mixed = mixed + (sum_of_lanes(total, lane, NL, G),)
     return mixed
 
 
@@ -94,9 +91,7 @@ def _by_column(
     WIDE: tl.constexpr = 4 if M > 4 else M
     by_row = ()  # A^T s, flat [(row j R + block) COLUMNS + column]
     for j in tl.static_range(M):
-        tiles = ()
-        for e in tl.static_range(RM // WIDE):
-            tiles = tiles + (a_at[j * (RM // WIDE) + e],)
+        tiles = a_at[j * (RM // WIDE) : (j + 1) * (RM // WIDE)]
         a = load_tiles(tiles, valid, RM, WIDE, LANES, MASKED)  # column j of every block, [row]
         more = ()
         for q in tl.static_range(SETS):
@@ -135,12 +130,10 @@ def _weights(
     by_block = load_tiles(reads_at, real, R * CP, CP, LANES, True)
     weights = ()  # by column, as x is
     for c in tl.static_range(CP):
-        for r in tl.static_range(R):
-            weights = weights + (by_block[r * CP + c],)
+        weights = weights + by_block[c::CP]
     shared = load_tile(scores_at, real, CU, LANES, True)
-    for u in tl.static_range(CU):
-        for _ in tl.static_range(R):  # a score is a sum over all blocks, so each gets its gradient
-            weights = weights + (shared[u],)
+    for u in tl.static_range(CU):  # a score is a sum over all blocks, so each gets its gradient
+        weights = weights + (shared[u],) * R
     return weights
 
 
@@ -175,19 +168,11 @@ def _by_query(
 ):  # fmt: skip
     """`_mixed_weights`, and what of dq is from the column that begins at this step; R M lane blocks each."""
     # q_t also meets k_t itself, in the column that begins here: dq = k_t dL/dscore_tt + A x weights.
-    diagonal = sum_over(_column_of_step(weights, step, g, R, M, G, L)[0], lane, NL, G)
+    diagonal = sum_of_lanes(_column_of_step(weights, step, g, R, M, G, L)[0], lane, NL, G)
     own = ()
     for e in tl.static_range(R * M):
         own = own + (k[e] * diagonal,)
     return _mixed_weights(x, weights, lane, M, R, NL, G, COLUMNS), own
-
-
-@triton.jit
-def _part(x, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    some = ()
-    for e in tl.static_range(COUNT):
-        some = some + (x[FIRST + e],)
-    return some
 
 
 @triton.jit
@@ -202,7 +187,8 @@ def _keep_columns(
     RM: tl.constexpr = R * M
     WIDE: tl.constexpr = 4 if M > 4 else M
     COLUMNS: tl.constexpr = (M + L) // G
-    x = with_zeros(identity(g, M, R, G), L // G * RM)
+    x = identity(g, M, R, G)
+    x = x + (tl.zeros_like(x[0]),) * (L // G * RM)
     for step in range(L):
         valid = real & (step < steps) if MASKED else real
         a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)
@@ -251,24 +237,19 @@ def _walk_back(
         s, dq = _by_column(
             now, x, mixed, dq, a_at, da_at, valid, lane, g, M, R, NL, G, COLUMNS, 1 + ERASES, LANES, MASKED
         )  # fmt: skip
-        store_tiles(dq_at, _part(dq, 0, RM), valid & (g == 0), RM, WIDE, LANES)  # alike in all groups
+        store_tiles(dq_at, dq[:RM], valid & (g == 0), RM, WIDE, LANES)  # alike in all groups
         if ERASES:
-            store_tiles(de_at, _part(dq, RM, RM), valid & (g == 0), RM, WIDE, LANES)
+            store_tiles(de_at, dq[RM:], valid & (g == 0), RM, WIDE, LANES)
             e_at, de_at = advance(e_at, RM // WIDE, -E_T), advance(de_at, RM // WIDE, -H * K)
             erased_reads_at, erased_scores_at = advance(erased_reads_at, R, -K), erased_scores_at - L
         if HAS_RESET:  # no gradient crosses the start of a document
             s = zero_at_reset(s, tl.load(flags_at + step, mask=valid, other=0), COLUMNS * RM)
         a_at, k_at = advance(a_at, RM * M // WIDE, -A_T), advance(k_at, RM // WIDE, -K_T)
-        q_at, x_at = (
-            advance(q_at, RM // WIDE, -Q_T),
-            advance(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES),
-        )
+        q_at = advance(q_at, RM // WIDE, -Q_T)
+        x_at = advance(x_at, COLUMNS * RM // WIDE, -COLUMNS * RM * LANES)
         reads_at, scores_at = advance(reads_at, R, -K), scores_at - L
         da_at = advance(da_at, M * R, -M * H * K)
-        dk_at, dq_at = (
-            advance(dk_at, RM // WIDE, -H * K),
-            advance(dq_at, RM // WIDE, -H * K),
-        )
+        dk_at, dq_at = advance(dk_at, RM // WIDE, -H * K), advance(dq_at, RM // WIDE, -H * K)
 
 
 @triton.jit(do_not_specialize=["T", "n_chunks", "total", "work"])

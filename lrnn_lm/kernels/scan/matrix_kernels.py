@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from ..triton_device import settle_cache_keys
-from .triton_rows import as_int64, join_columns, split_columns, zero_at_reset
+from .triton_rows import as_int64, join_columns, split_columns, sum_of_lanes, zero_at_reset
 
 
 @triton.jit
@@ -109,10 +109,7 @@ def load_tiles(tiles, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.c
 @triton.jit
 def store_tiles(tiles, blocks, mask, COUNT: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr):
     for j in tl.static_range(COUNT // WIDE):
-        some = ()
-        for e in tl.static_range(WIDE):
-            some = some + (blocks[j * WIDE + e],)
-        store_tile(tiles[j], some, mask, WIDE, LANES)
+        store_tile(tiles[j], blocks[j * WIDE : (j + 1) * WIDE], mask, WIDE, LANES)
 
 
 @triton.jit
@@ -127,16 +124,6 @@ def advance(tiles, COUNT: tl.constexpr, by: tl.constexpr):
 
 
 @triton.jit
-def sum_over(x, lane, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """The sum of x over COUNT lanes that lie FIRST apart, in each of them."""
-    # A butterfly: both partners add the same two numbers, so all lanes end with the same bits.
-    for level in tl.static_range(5):
-        if (COUNT >> level) > 1:
-            x += tl.gather(x, lane ^ (FIRST * (COUNT >> (level + 1))), 0)
-    return x
-
-
-@triton.jit
 def identity(g, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """The columns of P before the first step: the identity's."""
     x = ()
@@ -144,13 +131,6 @@ def identity(g, M: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
         for _ in tl.static_range(R):
             for i in tl.static_range(M):
                 x = x + (tl.where(g * (M // G) + c == i, 1.0, 0.0),)
-    return x
-
-
-@triton.jit
-def with_zeros(x, COUNT: tl.constexpr):
-    for _ in tl.static_range(COUNT):
-        x = x + (tl.zeros_like(x[0]),)
     return x
 
 
@@ -205,7 +185,7 @@ def _store_scores(
                 total = q[0] * x[(FIRST + u) * RM]
                 for e in tl.static_range(1, RM):
                     total = tl.fma(q[e], x[(FIRST + u) * RM + e], total)
-                own = tl.where(n == u - turn * NL, sum_over(total, lane, 1, NL), own)
+                own = tl.where(n == u - turn * NL, sum_of_lanes(total, lane, 1, NL), own)
         tl.store(tiles[turn], own.to(tiles[turn].dtype.element_ty), mask=real & (turn * NL + n < CU))
 
 
@@ -287,7 +267,7 @@ def chunk_forward_kernel(
     # PHASES copies of the loop: a column costs nothing before the phase in which it begins. In one loop half
     # of the work on u would be on zeros.
     for phase in tl.static_range(PHASES):
-        x = with_zeros(x, NEW * RM)
+        x = x + (tl.zeros_like(x[0]),) * (NEW * RM)
         for step in range(phase * NEW * G, (phase + 1) * NEW * G):
             valid = real & (step < steps) if MASKED else real
             a = load_tiles(a_at, valid, RM * M, WIDE, LANES, MASKED)  # [column j R M + row]
@@ -313,14 +293,11 @@ def chunk_forward_kernel(
     for r in tl.static_range(R):
         keys_at = keys + (item * L + g * CU) * K + (n + r * NL) * M
         for u in tl.static_range(CU):
-            rows = ()
-            for i in tl.static_range(M):
-                rows = rows + (x[(CP + u) * RM + r * M + i],)
+            rows = x[(CP + u) * RM + r * M : (CP + u) * RM + (r + 1) * M]
             store_tile(span(keys_at + u * K, M, 1), rows, real, M, LANES)
         block = ()  # M rows of CP columns
         for i in tl.static_range(M):
-            for c in tl.static_range(CP):
-                block = block + (x[c * RM + r * M + i],)
+            block = block + x[r * M + i : CP * RM : RM]
         whole_at = whole + (item * K + (n + r * NL) * M) * M + g * CP
         store_tile(whole_span(whole_at, M, CP), block, real, M * CP, LANES)
 

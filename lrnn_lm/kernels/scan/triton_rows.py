@@ -110,10 +110,10 @@ def row_of(place, SHARE: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
+def sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
     """The sum of x over COUNT lanes that lie SPAN apart, in each of them."""
     # A butterfly: both partners add the same two numbers, so all lanes end with the same bits.
-    for level in tl.static_range(4):
+    for level in tl.static_range(5):
         if (COUNT >> level) > 1:
             x += tl.gather(x, lane ^ (SPAN * (COUNT >> (level + 1))), 0)
     return x
@@ -122,7 +122,7 @@ def _sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def sum_of_row(x, lane, SHARE: tl.constexpr):
     """The sum of x over the SHARE lanes of a row; x itself where SHARE is 1."""
-    return _sum_of_lanes(x, lane, WARP // SHARE, SHARE)
+    return sum_of_lanes(x, lane, WARP // SHARE, SHARE)
 
 
 @triton.jit
@@ -153,9 +153,7 @@ def coefficients(
     else:
         if SOFTMAX:
             # Subtract the row's largest logit before exp: exp overflows fp32 at z = 89.
-            top = ()
-            for e in tl.static_range(E):
-                top = top + (z[e],)
+            top = z[:E]
             for k in tl.static_range(1, K - 1):
                 larger = ()
                 for e in tl.static_range(E):
@@ -205,8 +203,7 @@ def gate_rows(
     for k in tl.static_range(TAPS):
         z = z + unstack(tl.load(z_at + (t * G_T + k * G_K), mask=mask, other=0.0), STEPS, WIDTH, P)
     if GATE == FIXED:
-        for _ in tl.static_range(STEPS * P):
-            z = z + (tl.zeros_like(z[0]),)
+        z = z + (tl.zeros_like(z[0]),) * (STEPS * P)
     else:
         z = z + unstack(tl.load(a_at + t * G_T, mask=mask, other=0.0), STEPS, WIDTH, P)
     f, scale = coefficients(z, TAPS + 1, STEPS * P, GATE, lane, SHARE)
@@ -305,10 +302,7 @@ def store_sums(
     input gate at a_at, once a row (`own`)."""
     GATES: tl.constexpr = TAPS if GATE == FIXED else TAPS + 1
     for k in tl.static_range(GATES):
-        of = ()
-        for p in tl.static_range(P):
-            of = of + (sums[k * P + p],)
-        tile = stack(of, tl.float32, 1, WIDTH, P)
+        tile = stack(sums[k * P : (k + 1) * P], tl.float32, 1, WIDTH, P)
         if k < TAPS:
             tl.store(z_at + k * PLANE, tile, mask=stores)
         else:
@@ -337,12 +331,11 @@ def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr
     # Recursive halving sends TP - 1 values in log2(TP) shuffles; TAPS full sums would take TAPS log2(MP).
     # TAPS is padded to a power of two, TP; where TP < MP (P = 1), lanes k, k + TP, .. all receive sum k.
     TP: tl.constexpr = MP if TAPS * 2 > MP else (MP // 2 if TAPS * 4 > MP else MP // 4)
-    for _ in tl.static_range(TAPS, TP):
-        q = q + (tl.zeros_like(q[0]),)
+    q = q + (tl.zeros_like(q[0]),) * (TP - TAPS)
     for stage in tl.static_range(4):
         if (TP >> stage) > P:
             q = _halve(q, lane, TP >> (stage + 1), P)
-    return (_sum_of_lanes(q[0], lane, TP, MP // TP),) if TP < MP else q
+    return (sum_of_lanes(q[0], lane, TP, MP // TP),) if TP < MP else q
 
 
 settle_cache_keys(globals())

@@ -122,10 +122,7 @@ def _forward(
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks, columns=None) -> None:
     B, T, N = values.shape[:3]
-    block, M = (
-        values.shape[3:].numel(),
-        _size(gates, values),
-    )  # rows of a block: M, or 1 where it is a channel
+    block, M = values.shape[3:].numel(), _size(gates, values)  # rows of a block: M; of a channel: 1
     launch = Launch(columns or N * block, block, M, T, B * n_chunks, (gates, values))
     _launch(
         _kind(values).forward_kernel, launch, gates, values, start, reset_flags(reset), h, last, T, chunk,
@@ -173,9 +170,7 @@ def _backward(
         stop = _chunk_starts(maps, stop).flip(1).contiguous()
     if summed:  # a row for each sequence and chunk, not atomics: two runs give the same bits
         sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
-    if (
-        reset is not None
-    ):  # an H-LRU's taps reach back M steps: they need to know how far the document goes back
+    if reset is not None:  # an H-LRU's taps reach back M steps, so they need to know the document's age
         reset = reset_flags(reset) if kind is _BLOCKS else _ages(reset)
     launch = Launch(columns, block, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
     _launch(

@@ -16,8 +16,7 @@ _written: dict[type, tuple[Any, Any]] = {}  # `forward` and `__call__` of each c
 
 
 def remember(*classes: type[nn.Module]) -> None:
-    """Note `forward` and `__call__` of classes as they are now; to be called where the classes are
-    defined."""
+    """Note `forward` and `__call__` of classes as they are now: called where these are defined."""
     for cls in classes:
         _written[cls] = (cls.forward, cls.__call__)
 

@@ -180,8 +180,7 @@ class DecodeStep:
         return normed_step(stream, last.eps, model.lm_head.weight)
 
     def _adopt(self, cache: Cache) -> None:
-        """Let this cache hold the step's states; the one before, if it still exists, gets copies of its
-        own."""
+        """Let this cache hold the step's states; the one before, if it still exists, gets copies."""
         states = self.memory.states
         if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
             return
