@@ -1,6 +1,6 @@
 """`lrnn export`: a folder to publish, without the trainer's state, for people without this package.
 
-Weights in a chosen precision, the model's code beside them, tokenizer and model card; or ONNX graphs.
+Weights in a chosen precision, the model's code beside them, tokenizer and model card; or graphs for other runtimes.
 """
 
 import os
@@ -63,20 +63,22 @@ def export(
     return Path(target).expanduser()
 
 
-def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = 16) -> Path:
-    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.onnx`.
+def export_graphs(
+    checkpoint: str | Path, target: str | Path, format: str = "onnx", prefill: int = 16
+) -> Path:
+    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.graphs`.
 
-    prefill: tokens of prefill.onnx.
+    format: onnx, executorch or torch-export. prefill: tokens that the prefill takes at once.
 
     Raises:
         ValueError: as `export`; or a layer that has no graph, and why.
-        UnmetRequirementError: onnx or onnxscript is missing.
+        UnmetRequirementError: a package of the format is missing.
     """
-    from ..model.export.onnx import write_onnx
+    from ..model.export.graphs import write_graphs
 
     with new_folder(target) as aside:
         path, model, tokenizer = _load(checkpoint)
-        write_onnx(model.float(), tokenizer, aside, prefill)
+        write_graphs(model.float(), tokenizer, aside, format, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
             shutil.copyfile(file, aside / file.name)
     return Path(target).expanduser()
