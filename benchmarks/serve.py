@@ -38,15 +38,21 @@ class Server:
 
     def __init__(self, folder: str, log: Path):
         self.folder, self.log = folder, log
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder,
-                   "--trust-remote-code", "--device", "cpu", "--continuous-batching", "--port", str(PORT)]  # fmt: skip
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu",
+                   "--trust-remote-code", "--continuous-batching", "--port", str(PORT)]  # fmt: skip
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
 
     def ask(self, prompt: str, tokens: int, stream: bool) -> str:
         """The text after a prompt."""
         connection = http.client.HTTPConnection("localhost", PORT)
-        body = {"model": self.folder, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": stream}
+        body = {
+            "model": self.folder,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": stream,
+        }
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse().read().decode()
         parts = [line.removeprefix("data: ") for line in answer.split("\n\n") if line] if stream else [answer]
@@ -119,10 +125,12 @@ def main() -> None:
     for name, runs in rows.items():
         wrong = sum(a != b for run in runs for a, b in zip(run[2], rows["alone"][0][2], strict=True))
         told = [
-            f"{median(rate):7,.0f} ({min(rate):,.0f} to {max(rate):,.0f}), {median(rate) / median(of):.2f} of alone"
+            f"{median(rate):7,.0f} ({min(rate):,.0f} to {max(rate):,.0f}), {median(rate) / median(of):.2f}"
             for rate, of in zip(rates[name], rates["alone"], strict=True)
         ]
-        print(f"{name:9} tokens/s {told[0]}; a CPU second {told[1]}; wrong texts {wrong}", flush=True)
+        print(
+            f"{name:9} tokens/s {told[0]} of alone; a CPU second {told[1]}; wrong texts {wrong}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ def export_checkpoint(
 ) -> None:
     """What `lrnn export` does: a new folder that torch and transformers alone load, with a card; or graphs.
 
-    format: transformers, or one of graphs (`model.export.graphs`; in fp32, without a card). license: named in the card;
-    None for the recipe's. average: the moving average of the weights. Raises ValueError as
+    format: transformers, or one of graphs (`model.export.graphs`; in fp32, without a card). license: named in
+    the card; None for the recipe's. average: the moving average of the weights. Raises ValueError as
     `runs.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar

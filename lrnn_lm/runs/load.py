@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ..files import pick_device
 from ..recipe import parse_count, recipe_from_dict
+from ..requirements import check_extra
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def load_checkpoint(
     encodes = "LRNNForReconstruction" in (config.get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
+    if (config.get("quantization_config") or {}).get("quant_method") == "torchao":
+        check_extra("torchao", "torchao")
     _check_files(path, checkpoint)
     disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
     part = "model"

@@ -1,4 +1,4 @@
-"""`lrnn export --format onnx | executorch | torch-export`: graphs that others run, with the model's numbers."""
+"""`lrnn export --format onnx | executorch | torch-export`: graphs with the model's numbers."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""A checkpoint as graphs, for where this package or PyTorch is not: `lrnn export CHECKPOINT DIR --format FORMAT`.
+"""A checkpoint as graphs, for where this package or PyTorch is not: `lrnn export --format FORMAT`.
 
     onnx            token.onnx, prefill.onnx and the weights of both, weights.bin; onnxruntime runs them
-    executorch      model.pte with methods `token` and `prefill`, for one sequence; ExecuTorch's XNNPACK runs it
+    executorch      model.pte with methods `token` and `prefill`, for one sequence; ExecuTorch runs it
     torch-export    token.pt2 and prefill.pt2; torch.export.load reads them
     FORMAT.json     tokens of a prefill, the shape of each layer's state, BOS and EOS
 
@@ -54,7 +54,7 @@ class _Steps(nn.Module):
 def write_graphs(
     model: LRNNForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str, prefill: int
 ) -> None:
-    """Write the graphs of a model in fp32, and FORMAT.json, to a new folder; see `runs.export.export_graphs`."""
+    """Write the graphs of a model in fp32, and FORMAT.json, to a new folder (`runs.export.export_graphs`)."""
     modules, write = FORMATS[format]
     check_extra(format, *modules)
     for i, spec in enumerate(model.config.layer_mixers):
