@@ -103,8 +103,6 @@ def load_checkpoint(
     encodes = "LRNNForReconstruction" in (config.get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
-    if (config.get("quantization_config") or {}).get("quant_method") == "torchao":
-        check_extra("torchao", "torchao")
     _check_files(path, checkpoint)
     disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
     part = "model"
@@ -150,7 +148,11 @@ def json_table(file: Path) -> dict[str, Any]:
 
 
 def _check_files(path: Path, checkpoint: str | Path) -> None:
-    """Raise ValueError for a folder without weights or without a tokenizer, in any format."""
+    """Raise ValueError for a folder without weights or tokenizer, UnmetRequirementError for one of integers
+    where torchao is missing."""
+    quantised = json_table(CheckpointFolder(path).config).get("quantization_config") or {}
+    if quantised.get("quant_method") == "torchao":
+        check_extra("torchao", "torchao")
     for what, patterns in (
         ("model.safetensors", ("*.safetensors", "*.bin")),
         ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),
