@@ -27,7 +27,7 @@ HOMES = {  # name: module; `train` and `evaluate` are packages that can be calle
     "load_recipe": "recipe",
     "train": "",
 }
-FORMATS = ("transformers", "onnx")  # of `lrnn export`
+FORMATS = ("transformers", "onnx", "executorch", "torch-export")  # of `lrnn export`
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
@@ -159,23 +159,24 @@ def export_checkpoint(
 ) -> None:
     """What `lrnn export` does: a new folder that torch and transformers alone load, with a card; or graphs.
 
-    format: transformers, or onnx (`model.export.onnx`; in fp32, without a card). license: named in the card;
-    None for the recipe's. average: the moving average of the weights. Raises ValueError as
+    format: transformers, or one of graphs (`model.export.graphs`; in fp32, without a card). license: named in
+    the card; None for the recipe's. average: the moving average of the weights. Raises ValueError as
     `runs.export.export` and `plain_folder`.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from .evaluate.reporting.card import write_export_card
-    from .runs.export import export, export_onnx
+    from .runs.export import export, export_graphs
     from .train.tensors import plain_folder
 
     if format not in FORMATS:
-        raise ValueError(f"format {format!r}: use {' or '.join(FORMATS)}")
-    if format == "onnx" and (dtype or license):
-        raise ValueError("--format onnx writes fp32 and no card: leave --dtype and --license out")
+        raise ValueError(f"format {format!r}: use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    graphs = format != "transformers"
+    if graphs and (dtype or license):
+        raise ValueError(f"--format {format} writes fp32 and no card: leave --dtype and --license out")
     disable_progress_bar()
     with plain_folder(checkpoint, average) as plain:
-        if format == "onnx":
-            export_onnx(plain, folder)
+        if graphs:
+            export_graphs(plain, folder, format)
             return
         export(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))

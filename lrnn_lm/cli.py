@@ -280,7 +280,7 @@ def generate(
 def export(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write, or a URL")],
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; default: that of the checkpoint")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32, int8 or int4; default: as it is")] = None,
     average: Annotated[
         bool, typer.Option("--average", help="the moving average of the weights (train.average)")
     ] = False,
@@ -288,18 +288,19 @@ def export(
         str | None,
         typer.Option(help="licence named in the model card, as in apache-2.0; default: the recipe's"),
     ] = None,
-    format: Annotated[str, typer.Option(help="transformers, or onnx: graphs in fp32")] = "transformers",
+    format: Annotated[str, typer.Option(help="or onnx, executorch, torch-export")] = "transformers",
 ) -> None:
     """Write a folder that loads without lrnn-lm.
 
     It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
-    (trust_remote_code=True). With --format onnx it holds one ONNX graph for a token and one for 16, which
-    onnxruntime runs without PyTorch.
+    (trust_remote_code=True). With another --format it holds one graph in fp32 for a token and one for 16,
+    which onnxruntime, ExecuTorch or torch.export.load run.
     """
     from .api import export_checkpoint
 
     export_checkpoint(checkpoint, folder, dtype, license, average, format)
-    needs = "onnxruntime" if format == "onnx" else "torch and transformers"
+    integers = "torchao, " if (dtype or "").startswith("int") else ""
+    needs = {"transformers": f"{integers}torch and transformers", "onnx": "onnxruntime"}.get(format, format)
     print(f"exported to {url_of(folder) or folder}; it loads with {needs} alone")
 
 

@@ -1,9 +1,10 @@
-"""Libraries that may be missing (those of the extras) or too old (transformers, for its cache layers)."""
+"""Libraries that may be missing (those of the extras) or too old or new (transformers, for its caches)."""
 
 import re
 from importlib.util import find_spec
 
-MINIMUM_TRANSFORMERS = (5, 17)
+TRANSFORMERS = ((5, 17), (5, 24))  # from, and before; 5.24 calls past_key_values cache
+TRANSFORMERS_TEXT = ">={}.{},<{}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
 
 
 class UnmetRequirementError(ImportError):
@@ -11,20 +12,18 @@ class UnmetRequirementError(ImportError):
 
 
 def check_transformers() -> None:
-    """Raise UnmetRequirementError if the installed transformers is older than needed; imports nothing."""
+    """Raise UnmetRequirementError if the installed transformers is too old or too new; imports nothing."""
     import importlib.metadata  # not above: `lrnn --help` should not wait for it
 
-    needed = ".".join(map(str, MINIMUM_TRANSFORMERS))
-    remedy = f"pip install 'transformers>={needed}'"
+    needs = f"lrnn-lm needs transformers {TRANSFORMERS_TEXT}"
+    remedy = f"pip install 'transformers{TRANSFORMERS_TEXT}'"
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
-        raise UnmetRequirementError(f"lrnn-lm needs transformers {needed} or newer: {remedy}") from None
+        raise UnmetRequirementError(f"{needs}: {remedy}") from None
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if numbers < MINIMUM_TRANSFORMERS:
-        raise UnmetRequirementError(
-            f"lrnn-lm needs transformers {needed} or newer, {found} is installed: {remedy}"
-        )
+    if not TRANSFORMERS[0] <= numbers < TRANSFORMERS[1]:
+        raise UnmetRequirementError(f"{needs}, {found} is installed: {remedy}")
 
 
 def check_extra(extra: str, *modules: str) -> None:

@@ -269,8 +269,8 @@ def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...])
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
     expect_floats(gates=gates, values=values)
-    if backend == "auto" and torch.onnx.is_in_onnx_export():
-        return BACKENDS["reference"]  # the others are operators of our own, which ONNX has no counterpart of
+    if backend == "auto" and reference.is_written_out():
+        return BACKENDS["reference"]
     if backend == "auto":
         here = values.device.type
         candidates = (b for b in reversed(BACKENDS.values()) if b.devices is None or here in b.devices)
@@ -288,7 +288,7 @@ def choose_operator(backend: str, x: Tensor, obstacle: Callable[[], str | None])
     x: one of its inputs; obstacle: why Triton cannot run on them; None: it can.
     """
     known = ("reference", "torch", "triton")
-    if backend == "auto" and torch.onnx.is_in_onnx_export():
+    if backend == "auto" and reference.is_written_out():
         return "reference"  # ONNX has no counterpart of such an operator
     if backend == "auto":
         return "triton" if x.is_cuda and obstacle() is None else "torch"

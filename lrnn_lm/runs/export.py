@@ -1,12 +1,13 @@
 """`lrnn export`: a folder to publish, without the trainer's state, for people without this package.
 
-Weights in a chosen precision, the model's code beside them, tokenizer and model card; or ONNX graphs.
+Weights in a chosen precision, the model's code beside them, tokenizer and model card; or its graphs.
 """
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from ..remote import check_free, upload, url_of
+from ..requirements import check_extra
 from .layout import CheckpointFolder
 from .load import describe, json_table, load_checkpoint
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+QUANTISED = ("int8", "int4")
+_GROUP = 32  # weights of a row that share a scale, in int4
 _LEFT_OUT = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "config.json", "README.md")
 
 
@@ -35,23 +39,28 @@ def export(
     Args:
         checkpoint: a checkpoint folder.
         target: a folder that does not exist yet, or an empty one; or a URL where nothing is.
-        dtype: bf16 or fp32; None for the checkpoint's.
+        dtype: bf16 or fp32; int8 or int4 for the layers' projections, by torchao; None for the checkpoint's.
         write_card: adds README.md to the finished folder (see `evaluate.reporting.card`).
     Returns:
         The target.
     Raises:
         ValueError: not a checkpoint of ours, a missing or damaged file, a target that is not empty, or an
             unknown dtype.
+        UnmetRequirementError: int8 or int4 without torchao.
     """
     import torch
 
     from ..model.export import write_remote_code
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: use {' or '.join(DTYPES)}")
+    if dtype is not None and dtype not in (*DTYPES, *QUANTISED):
+        raise ValueError(f"dtype {dtype!r}: use {', '.join(DTYPES)}, {' or '.join(QUANTISED)}")
+    if dtype in QUANTISED:
+        check_extra("torchao", "torchao")
     with new_folder(target) as aside:
         path, model, _ = _load(checkpoint)
-        if dtype is not None:
+        if dtype in QUANTISED:
+            model = _quantised(path, model, dtype)
+        elif dtype is not None:
             model.to(getattr(torch, DTYPES[dtype]))
         model.save_pretrained(aside)
         for file in path.iterdir():
@@ -63,23 +72,44 @@ def export(
     return Path(target).expanduser()
 
 
-def export_onnx(checkpoint: str | Path, target: str | Path, prefill: int = 16) -> Path:
-    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.onnx`.
+def export_graphs(
+    checkpoint: str | Path, target: str | Path, format: str = "onnx", prefill: int = 16
+) -> Path:
+    """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.graphs`.
 
-    prefill: tokens of prefill.onnx.
+    format: onnx, executorch or torch-export. prefill: tokens that the prefill takes at once.
 
     Raises:
         ValueError: as `export`; or a layer that has no graph, and why.
-        UnmetRequirementError: onnx or onnxscript is missing.
+        UnmetRequirementError: a package of the format is missing.
     """
-    from ..model.export.onnx import write_onnx
+    from ..model.export.graphs import write_graphs
 
     with new_folder(target) as aside:
         path, model, tokenizer = _load(checkpoint)
-        write_onnx(model.float(), tokenizer, aside, prefill)
+        write_graphs(model.float(), tokenizer, aside, format, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
             shutil.copyfile(file, aside / file.name)
     return Path(target).expanduser()
+
+
+def _quantised(path: Path, model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":
+    """The model with integers for the weights of its layers, and a scale a row (int8) or group (int4)."""
+    import torch
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    settings = Int8WeightOnlyConfig()
+    if dtype == "int4":
+        layers = model.model.layers.modules()
+        group = gcd(_GROUP, *(m.in_features for m in layers if isinstance(m, torch.nn.Linear)))
+        if group < 8:
+            raise ValueError(
+                f"{path}: int4 shares a scale among 8 to 32 weights of a row, and a width of this model is "
+                "no multiple of 8: use int8"
+            )
+        settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+    return type(model).from_pretrained(path, dtype="auto", quantization_config=TorchAoConfig(settings))
 
 
 def _load(checkpoint: str | Path) -> "tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]":

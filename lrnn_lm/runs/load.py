@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ..files import pick_device
 from ..recipe import parse_count, recipe_from_dict
+from ..requirements import check_extra
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
@@ -147,7 +148,11 @@ def json_table(file: Path) -> dict[str, Any]:
 
 
 def _check_files(path: Path, checkpoint: str | Path) -> None:
-    """Raise ValueError for a folder without weights or without a tokenizer, in any format."""
+    """Raise ValueError for a folder without weights or tokenizer, UnmetRequirementError for one of integers
+    where torchao is missing."""
+    quantised = json_table(CheckpointFolder(path).config).get("quantization_config") or {}
+    if quantised.get("quant_method") == "torchao":
+        check_extra("torchao", "torchao")
     for what, patterns in (
         ("model.safetensors", ("*.safetensors", "*.bin")),
         ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),

@@ -4,14 +4,18 @@ import json
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import small_config
 
-from lrnn_lm import cli
+from lrnn_lm import LRNNForCausalLM, cli
 from lrnn_lm.model.export.remote_code import remote_code
+from lrnn_lm.requirements import UnmetRequirementError
 from lrnn_lm.runs.export import export
+from lrnn_lm.runs.load import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,34 @@ def test_precision(checkpoint, tmp_path, name, dtype):
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     assert all(torch.equal(stored[key], given[key].to(dtype)) for key in given)
     assert json.loads((target / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "near"), [("int8", 0.03), ("int4", 0.2)])
+def test_integers(checkpoint, tmp_path, dtype, near, monkeypatch):
+    """Fewer bytes, near the model's logits, the same again after loading; without torchao a plain message."""
+    pytest.importorskip("torchao", reason="pip install 'lrnn-lm[torchao]'")
+    with pytest.raises(ValueError, match="no multiple of 8: use int8"):
+        export(checkpoint, tmp_path / "narrow", dtype="int4")
+    wide = tmp_path / "wide"
+    shutil.copytree(checkpoint, wide)
+    mixer = {"type": "bd_lru", "num_blocks": 16, "block_size": 4}
+    model = LRNNForCausalLM(small_config("bd_lru", hidden_size=64, intermediate_size=96, mixer=mixer))
+    model.save_pretrained(wide)
+    target = export(wide, tmp_path / "out", dtype=dtype)
+    stored, given = ((folder / "model.safetensors").stat().st_size for folder in (target, wide))
+    assert stored < 0.5 * given
+    ids = torch.arange(1, 9).view(1, 8)
+    got = load_checkpoint(target, "cpu")[0](ids).logits
+    want = model.eval()(ids).logits
+    assert 0 < (got - want).norm() < near * want.norm()
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    for act in (
+        lambda: export(wide, tmp_path / "again", dtype=dtype),
+        lambda: load_checkpoint(target, "cpu"),
+    ):
+        with pytest.raises(UnmetRequirementError, match=r"pip install 'lrnn-lm\[torchao\]'"):
+            act()
 
 
 def test_an_export_can_be_exported(checkpoint, tmp_path):
@@ -72,7 +104,7 @@ def test_targets_that_are_refused(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; give a folder"):
         export(checkpoint, tmp_path / "file")
-    with pytest.raises(ValueError, match="dtype 'fp8': use bf16 or fp32"):
+    with pytest.raises(ValueError, match="dtype 'fp8': use bf16, fp32, int8 or int4"):
         export(checkpoint, tmp_path / "new", dtype="fp8")
     assert not (tmp_path / "new").exists()
 

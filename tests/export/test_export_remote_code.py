@@ -12,7 +12,8 @@ import torch
 from small_models import NAMES, tokens
 
 from lrnn_lm.model.export import write_remote_code
-from lrnn_lm.model.export.remote_code import AUTO_MAP, OLDEST_TRANSFORMERS, remote_code
+from lrnn_lm.model.export.remote_code import AUTO_MAP, remote_code
+from lrnn_lm.requirements import TRANSFORMERS_TEXT
 from lrnn_lm.runs.export import export
 
 ROOT = Path(__file__).parents[2]
@@ -236,19 +237,20 @@ def test_loader_demands_torch_and_transformers_alone(exported):
     assert wanted - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
-def test_oldest_transformers_is_the_one_that_the_package_asks_for():
+def test_the_transformers_are_those_that_the_package_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"transformers>={'.'.join(map(str, OLDEST_TRANSFORMERS))}" in project["dependencies"]
+    assert f"transformers{TRANSFORMERS_TEXT}" in project["dependencies"]
 
 
-def test_older_transformers_are_told_so():
+@pytest.mark.parametrize("version", ["5.16.2", "5.24.0"])
+def test_other_transformers_are_told_so(version):
     source = remote_code()["modeling_lrnn.py"]
-    check = source[source.index("if tuple") : source.index("import ctypes")]
+    check = source[source.index("if not (5") : source.index("import ctypes")]
 
     class Old:
-        __version__ = "5.16.2"
+        __version__ = version
 
     with pytest.raises(
-        ImportError, match=r"needs transformers 5\.17 or newer, not 5\.16\.2: run pip install"
+        ImportError, match=rf"needs transformers >=5\.17,<5\.24, not {version}: run pip install"
     ):
         exec(check, {"transformers": Old})

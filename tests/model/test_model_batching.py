@@ -1,12 +1,14 @@
 """Continuous batching: requests join and leave one batch at any token, with the texts of `generate` alone."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import RECURRENT, small_model, tokens
 from transformers import GenerationConfig, LogitsProcessorList
 
+from lrnn_lm.model.decoding import batch as batch_module
 from lrnn_lm.model.decoding.batch import Batch, Request
 from lrnn_lm.model.decoding.prefix import _caches
 
@@ -105,7 +107,8 @@ def test_reads_a_document_once(manager):
 
 
 @pytest.mark.parametrize("kept", [0, 2**24])
-def test_a_long_prompt_stops_nobody(kept):
+def test_a_long_prompt_stops_nobody(kept, monkeypatch):
+    monkeypatch.setattr(batch_module, "_MESSAGE", 0)
     model = small_model("bd_lru")
     model.config.prefix_cache_bytes = kept
     batch = Batch(model, LogitsProcessorList(), draw=False)
@@ -126,6 +129,25 @@ def test_a_long_prompt_stops_nobody(kept):
     long.cancelled = True
     with torch.no_grad():
         assert batch.go_on([]) == [short]
+
+
+@torch.no_grad()
+def test_streams_take_turns(monkeypatch):
+    """Each is told its first token at once, then as many together as came in a millisecond a stream."""
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(batch_module, "time", clock)
+    batch = Batch(small_model("bd_lru"), LogitsProcessorList(), draw=False)
+    streams = [Request(str(i), [3 + i], most=9, ends=set(), streaming=True) for i in range(4)]
+    whole = Request("whole", [3], most=6, ends=set(), streaming=False)
+    now = 100.0
+    told = [batch.go_on([*streams, whole])]
+    for _ in range(7):
+        now += 0.0015
+        told.append(batch.go_on([]))
+    assert len(streams[0].written) == 9
+    assert [turn for turn, requests in enumerate(told) if whole in requests] == [4]  # once it is whole
+    for stream in streams:
+        assert [turn for turn, requests in enumerate(told) if stream in requests] == [0, 3, 6, 7]
 
 
 def test_draws(manager):

@@ -9,7 +9,7 @@ from transformers import CompileConfig, DynamicCache
 from lrnn_lm.model import copy_states
 from lrnn_lm.model.cache import tokens_seen
 from lrnn_lm.model.decoding import step
-from lrnn_lm.model.decoding.decode import Decoder, can_decode, decode_step
+from lrnn_lm.model.decoding.decode import Decoder, can_decode, decode_step, has_tiles
 
 SUMS = TOLERANCE["other order of sums"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -27,6 +27,17 @@ def test_steps_are_the_forward_pass(name):
         for a, b in zip(states(ours), states(theirs), strict=True):
             assert torch.equal(a, b)
         assert tokens_seen(ours) == tokens_seen(theirs) == t + 1
+
+
+def test_amd_gpus_do_without_what_is_nvidias(monkeypatch):
+    """Nothing here has run on one (docs/gpu.md)."""
+    model = small_model("bd_lru").bfloat16()
+    assert has_tiles(model)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not has_tiles(model)
+    device = pytest.importorskip("lrnn_lm.kernels.triton_device", reason="needs Triton")
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    assert not device.starts_early(torch.device("cuda"))
 
 
 @torch.no_grad()

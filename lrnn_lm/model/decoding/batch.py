@@ -7,6 +7,7 @@ Legend: B requests, S rows of the batch (on a GPU the next power of 2, as each s
 own), T time, V vocabulary.
 """
 
+import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from .sample import choose
 
 _TOGETHER = 8 * DEFAULT_SEGMENT  # tokens and padding of prompts that are read at once
 _GRAPHS = ("cuda",)  # devices where decoding captures a CUDA graph for each size of batch
+_MESSAGE = 0.001  # seconds between any two messages of streams: each costs the server's thread 0.15 ms
 _LONG = 512  # shorter prompts are read in batches rather than through the prefix cache, which takes one
 
 
@@ -40,6 +42,7 @@ class Request:
     streaming: bool
     written: list[int] = field(default_factory=list)
     cancelled: bool = False
+    told: float = 0.0  # when its stream was told last
     keep: Keep | None = None  # of the prefix cache
 
     @property
@@ -95,7 +98,15 @@ class Batch:
         for row, request in enumerate(self._rows):
             if request.keep is not None and request.done and not request.cancelled:
                 self._keep(row, request)
-        return [r for r in told if not r.cancelled and (r.done or r.streaming)]
+        return self._to_tell([request for request in told if not request.cancelled])
+
+    def _to_tell(self, written: list[Request]) -> list[Request]:
+        """Of those that have a new token: whose text is whole, and the streams whose turn it is."""
+        now, streams = time.monotonic(), sum(request.streaming for request in written)
+        told = [r for r in written if r.done or (r.streaming and now >= r.told + _MESSAGE * streams)]
+        for request in told:
+            request.told = now
+        return told
 
     def _read_on(self) -> list[_Read]:
         """A segment of the prompts whose turn it is, and of those that wait longest; what was read whole."""

@@ -18,11 +18,11 @@ import re
 from functools import cache
 from pathlib import Path
 
+from ...requirements import TRANSFORMERS, TRANSFORMERS_TEXT
 from ...version import __version__
 from .bundle import Bundle, render_imports
 from .sources import Module, Sources, path_of
 
-OLDEST_TRANSFORMERS = (5, 17)  # as in pyproject.toml
 CONFIGURATION, MODELING, KERNELS = "configuration_lrnn", "modeling_lrnn", "kernels_lrnn"
 # Both classes through one file: transformers loads each file named here as a module of its own.
 AUTO_MAP = {
@@ -108,12 +108,12 @@ def _registers(node: ast.stmt) -> bool:
 
 
 def _version_check() -> str:
-    wanted = ".".join(map(str, OLDEST_TRANSFORMERS))
+    first, before = TRANSFORMERS
     return (
         "import transformers\n\n"
-        f'if tuple(map(int, transformers.__version__.split(".")[:2])) < {OLDEST_TRANSFORMERS}:\n'
+        f'if not {first} <= tuple(map(int, transformers.__version__.split(".")[:2])) < {before}:\n'
         "    raise ImportError(\n"
-        f'        "this model needs transformers {wanted} or newer, not " + transformers.__version__\n'
-        '        + ": run pip install --upgrade transformers"\n'
+        f'        "this model needs transformers {TRANSFORMERS_TEXT}, not " + transformers.__version__\n'
+        f"        + \": run pip install 'transformers{TRANSFORMERS_TEXT}'\"\n"
         "    )\n"
     )

@@ -1,4 +1,4 @@
-"""`lrnn export --format onnx`: graphs that onnxruntime runs without PyTorch, with the model's numbers."""
+"""`lrnn export --format onnx | executorch | torch-export`: graphs with the model's numbers."""
 
 import json
 import subprocess
@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from small_models import small_model
 
 from lrnn_lm import LRNNForCausalLM, cli
-from lrnn_lm.runs.export import export_onnx
+from lrnn_lm.runs.export import export_graphs
 
 RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
 
@@ -20,7 +21,7 @@ RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
 @pytest.fixture(scope="module")
 def exported(make_checkpoint, tmp_path_factory):
     checkpoint = make_checkpoint("bd_lru")
-    return checkpoint, export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
+    return checkpoint, export_graphs(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def exported_with_learnt_states(make_checkpoint, tmp_path_factory):
     model = small_model("bd_lru", num_hidden_layers=1, learn_initial_state=True)
     torch.nn.init.normal_(model.model.layers[0].initial_state)
     model.save_pretrained(checkpoint)
-    return checkpoint, export_onnx(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
+    return checkpoint, export_graphs(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
 
 
 @torch.no_grad()
@@ -50,8 +51,29 @@ def test_prompt_and_tokens_have_the_models_logits(which, request):
         logits.append(torch.from_numpy(part))
     want = LRNNForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), want, rtol=1e-4, atol=1e-4)
-    shared = (folder / "weights.bin").stat().st_size
-    assert (folder / "token.onnx").stat().st_size < shared + 400_000  # the weights are there once
+    inside = onnx.load(folder / "token.onnx", load_external_data=False).graph.initializer
+    assert max(len(weight.raw_data) for weight in inside) < 1024  # the weights are in weights.bin, once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("format", "rows"), [("torch-export", 3), ("executorch", 1)])
+def test_other_graphs_have_the_models_logits(format, rows, make_checkpoint, tmp_path):
+    """Of prefill and a token after it."""
+    checkpoint, folder = make_checkpoint("bd_lru"), tmp_path / "out"
+    if format == "executorch":
+        runtime = pytest.importorskip("executorch.runtime", reason="pip install 'lrnn-lm[executorch]'")
+    export_graphs(checkpoint, folder, format, prefill=3)
+    if format == "executorch":
+        program = runtime.Runtime.get().load_program(folder / "model.pte")
+        run = lambda name, given: program.load_method(name).execute(given)  # noqa: E731
+    else:
+        run = lambda name, given: torch.export.load(folder / f"{name}.pt2").module()(*given)  # noqa: E731
+    shapes = json.loads((folder / f"{format}.json").read_text())["states"]
+    ids = torch.randint(53, (rows, 4), generator=torch.Generator().manual_seed(0))
+    before, *states = run("prefill", [ids[:, :3], *(torch.zeros(rows, *shape) for shape in shapes)])
+    after = run("token", [ids[:, 3:], *states])[0]
+    want = LRNNForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
+    torch.testing.assert_close(torch.cat([before, after], dim=1), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_writes_the_models_text_without_pytorch(exported):
@@ -73,8 +95,8 @@ def test_the_example_writes_the_models_text_without_pytorch(exported):
 def test_what_has_no_graph_is_refused(make_checkpoint, tmp_path, capsys):
     folder = make_checkpoint("hybrid")
     for words, message in (
-        (["--format", "onnx"], "layer 1 (attention) cannot be exported to ONNX: its keys and values grow"),
-        (["--format", "gguf"], "format 'gguf': use transformers or onnx"),
+        (["--format", "onnx"], "layer 1 (attention) cannot be exported as a graph: its keys and values grow"),
+        (["--format", "gguf"], "format 'gguf': use transformers, onnx, executorch or torch-export"),
         (["--format", "onnx", "--dtype", "bf16"], "writes fp32 and no card"),
     ):
         with pytest.raises(SystemExit) as stop:
