@@ -19,6 +19,8 @@ from ..remote import RemoteFile, find_remote, url_of
 from ..requirements import check_extra
 from .specs import DataError
 
+PACKED = (".gz", ".zst")  # what is unpacked here
+NOT_READ = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".zip", ".zstd")  # what is not
 _LARGEST_WINDOW = 1 << 31  # bytes: the window of `zstd --long=31`, the largest that its tools write
 
 
@@ -26,19 +28,20 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path] | list[Rem
     """The files that `path` names, in order of path: of a folder, of a glob, or one file; also of a URL.
 
     Of a folder only those that end in `suffixes`, in any case (none: all files). Hidden files are left out
-    unless a glob names them. Raises DataError if there is no file, a link is broken, or a folder cannot be
-    listed.
+    unless a glob names them. Raises DataError if there is no file, a link is broken, a folder cannot be
+    listed, or a file cannot be unpacked.
     """
     if (url := url_of(path)) is not None:
         try:
-            return find_remote(url, suffixes)
+            return _unpackable(find_remote(url, suffixes))
         except ValueError as error:
             raise DataError(f"{error} (data.source.path)") from None
     target = Path(path).expanduser()
     try:
         if target.is_dir():
             found = [(real, f) for real, f in _walk(target) if f.name.lower().endswith(tuple(suffixes) or "")]
-            nothing = f"no {' or '.join(suffixes) + ' ' if suffixes else ''}file in this folder"
+            plain = [suffix for suffix in suffixes if suffix.count(".") == 1]
+            nothing = f"no {' or '.join(plain) + ' ' if plain else ''}file in this folder"
         elif glob.has_magic(str(target)) and not target.exists():
             found = list(_glob(target))
             nothing = "no file matches this pattern (data.source.path)"
@@ -54,7 +57,19 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path] | list[Rem
     once: dict[str, Path] = {}
     for real, file in found:
         once.setdefault(real, file)
-    return sorted(once.values())
+    return _unpackable(sorted(once.values()))
+
+
+def _unpackable(files: list[Any]) -> list[Any]:
+    """The same files. DataError for one that cannot be unpacked, or lies beside itself unpacked."""
+    names = {str(file) for file in files}
+    for file in files:
+        packer = file.suffix.lower()
+        if packer in NOT_READ:
+            raise DataError(f"{file}: {packer} files are not unpacked here; repack it as .zst or .gz")
+        if packer in PACKED and (plain := str(file)[: -len(packer)]) in names:
+            raise DataError(f"{file}: it would be read twice, as {plain} lies beside it; remove one of them")
+    return files
 
 
 def _walk(root: Path, hidden: bool = False) -> Iterator[tuple[str, Path]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..remote import RemoteFile
 from . import python_docs
-from .files import find_files, open_bytes
+from .files import NOT_READ, PACKED, find_files, open_bytes
 from .hf_source import read_rows
 from .specs import DataError, SourceSpec
 
@@ -23,7 +23,7 @@ _PARTS, _PART_CHARS = 50, (200, 5000)
 FILE_TYPES = {  # and how the files that they read in a folder end
     "text": (),  # every file of a folder
     "jsonl": tuple(
-        f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")
+        f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json") for packed in ("", *PACKED, *NOT_READ)
     ),
     "parquet": (".parquet",),
     "megatron": (".idx",),

@@ -281,10 +281,10 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
     ) -> tuple[Tensor, Tensor | None]:
         """Mean cross-entropy with the z-loss, and the latter; in chunks where the head is a plain matrix."""
         weight = plain_weight(self.lm_head)
-        if weight is not None:
+        if weight is not None and self.lm_head.bias is None:
             return loss_and_z(hidden, weight, targets, num_items, self.config.loss_chunk, z_loss)
         if z_loss:
-            raise ValueError("z_loss needs a head that is a plain matrix: leave it out for an adapted head")
+            raise ValueError("z_loss needs a head that is a plain matrix: leave it out for another head")
         return cross_entropy(self.lm_head(hidden), targets, num_items), None
 
 

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
     model_serializer,
     model_validator,
@@ -85,7 +86,7 @@ class _Quantity(BaseModel):
     """An amount and its unit, as a recipe writes them; a subclass says which units it takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    amount: float
+    amount: float = Field(ge=0, allow_inf_nan=False)
     unit: str
 
     @model_validator(mode="before")
@@ -116,6 +117,7 @@ class _Quantity(BaseModel):
 class Every(_Quantity):
     """An interval: `100K` tokens, `200 steps` or `30 min`."""
 
+    amount: float = Field(gt=0, allow_inf_nan=False)
     unit: Literal["tokens", "steps", "minutes"]
 
     @classmethod

@@ -249,3 +249,21 @@ def test_zstd_frames_to_skip(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.zst"
     path.write_bytes(skipped + pack(parts[0]) + skipped + pack(b"") + pack(parts[1]) + skipped)
     assert read("jsonl", path) == make_texts(2)
+
+
+@pytest.mark.parametrize("way", ["", "*", "a.JSONL{}"])
+@pytest.mark.parametrize("packer", [".bz2", ".XZ", ".zstd"])
+def test_what_cannot_be_unpacked_is_not_left_out(tmp_path: Path, packer: str, way: str) -> None:
+    write_jsonl(tmp_path / "b.jsonl", make_texts(3))
+    (tmp_path / f"a.JSONL{packer}").write_bytes(b"packed")
+    with pytest.raises(DataError, match=rf"a.JSONL{packer}: {packer.lower()} files are not unpacked here"):
+        read("jsonl", tmp_path / way.format(packer))
+
+
+@pytest.mark.parametrize("way", ["", "*"])
+def test_a_file_beside_its_archive_is_not_read_twice(tmp_path: Path, way: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", make_texts(3))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    with pytest.raises(DataError, match=r"a.jsonl.gz: it would be read twice"):
+        read("jsonl", tmp_path / way)
+    assert len(read("jsonl", tmp_path / "a.jsonl.gz")) == 3

@@ -177,3 +177,13 @@ def test_inputs_of_every_token_are_seen_by_who_exports():
     model, ids = small_model("bd_lru"), tokens(length=5)
     parts = exporters.decompose_for_generation(model, {"input_ids": ids})
     assert any("decode" in name for name in parts)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_head_with_a_bias(training):
+    """As of a converted model: the loss in chunks is that of the logits."""
+    model, ids = small_model("bd_lru").train(training), tokens()
+    model.lm_head.bias = nn.Parameter(torch.randn(model.config.vocab_size))
+    out = model(ids, labels=ids, use_cache=False, return_logits=True)
+    want = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=1e-5)

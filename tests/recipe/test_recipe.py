@@ -144,10 +144,30 @@ def test_cadences(written, amount, unit):
     assert Every.model_validate(str(every)) == every
 
 
-@pytest.mark.parametrize("wrong", ["soon", "0 steps", "-5 steps", "x5 min", "0 min", True, None, "1.5 steps"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "soon",
+        "0 steps",
+        "-5 steps",
+        "x5 min",
+        "0 min",
+        True,
+        None,
+        "1.5 steps",
+        {"amount": -1, "unit": "steps"},
+        {"amount": 0, "unit": "steps"},
+    ],
+)
 def test_wrong_cadences(wrong):
     with pytest.raises(ValueError, match=r"cadence|count|valid"):
         Every.model_validate(wrong)
+
+
+@pytest.mark.parametrize("amount", [-5, float("nan"), float("inf")])
+def test_wrong_spans(amount):
+    with pytest.raises(ValueError, match="amount"):
+        Span.model_validate({"amount": amount, "unit": "steps"})
 
 
 @pytest.mark.parametrize(
