@@ -40,6 +40,54 @@ class MambaConvolution(ShortConvolution):
         return functional.silu(y + self.bias.to(y.dtype)), past
 
 
+class GroupedNorm(nn.RMSNorm):
+    """RMS norm (.., width) in fp32, over each of G equal parts."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__(width, eps=NORM_EPS)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        return functional.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class MambaLayer(nn.Module):
+    """All of the mixer's parameters and its forward pass.
+
+    A module is called where its parameters are read: code that offloads weights brings them for the call.
+    """
+
+    def __init__(self, hidden_size: int, head_shape: tuple[int, int, int], groups: int, kernel_size: int):
+        super().__init__()
+        self.head_shape, self.groups = head_shape, groups
+        H, K, V = head_shape
+        # Widths of z, v, B, C and dt in the projection; v, B and C are convolved.
+        self.widths = [H * V, H * V, groups * K, groups * K, H]
+        self.in_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
+        self.conv1d = MambaConvolution(sum(self.widths[1:4]), kernel_size)
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        self.norm = GroupedNorm(H * V, groups)
+        self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        (H, K, V), G = self.head_shape, self.groups
+        state, past = self.conv1d.split(state, self.head_shape)
+        z, mixed, dt = self.in_proj(x).split([H * V, sum(self.widths[1:4]), H], dim=-1)
+        mixed, past = self.conv1d(mixed, past, reset)
+        v, *shared = mixed.split(self.widths[1:4], dim=-1)
+        v = v.unflatten(-1, (H, V))
+        # With one group a view, whose heads all read the same numbers.
+        shared = [s.unflatten(-1, (G, 1, K)).expand(-1, -1, -1, H // G, -1).flatten(2, 3) for s in shared]
+        d = functional.softplus(precise(dt) + precise(self.dt_bias))  # (B, T, H)
+        decay = torch.exp(-precise(self.A_log).exp() * d)[..., None, None].expand(*d.shape, K, 1)
+        written = (d.unsqueeze(-1) * v).to(v.dtype)
+        y, state = matrix_scan(decay, shared[0], written, shared[1], state, reset)
+        y = y + precise(self.D).unsqueeze(-1) * v
+        y = self.norm(precise(y.flatten(2)) * functional.silu(precise(z)))
+        return self.out_proj(y.to(v.dtype)), self.conv1d.join(state, past)
+
+
 class Mamba2(Mixer):
     """Mamba-2.
 
@@ -72,42 +120,18 @@ class Mamba2(Mixer):
         H = width // head_dim
         if H % n_groups:
             raise ValueError(f"{H} heads do not split into n_groups = {n_groups}")
-        self.head_shape, self.groups = (H, state_size, head_dim), n_groups
-        # Widths of z, v, B, C and dt in the projection; v, B and C are convolved.
-        self.widths = [width, width, n_groups * state_size, n_groups * state_size, H]
-        self.inner = inner = nn.Module()
-        inner.in_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
-        inner.conv1d = MambaConvolution(sum(self.widths[1:4]), conv_kernel)
-        inner.dt_bias, inner.A_log, inner.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
-        inner.norm = nn.RMSNorm(width)  # over a group's heads: only its weight is used
-        inner.out_proj = ResidualOutput(width, hidden_size, bias=False)
+        self.inner = MambaLayer(hidden_size, (H, state_size, head_dim), n_groups, conv_kernel)
+        self.head_shape = self.inner.head_shape
         self.draw_parameters()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H K V + (W-1) C) in fp32, the convolution's inputs last."""
-        reset = None if context is None else context.reset
-        inner, (H, K, V), G = self.inner, self.head_shape, self.groups
-        state, past = inner.conv1d.split(state, self.head_shape)
-        z, mixed, dt = inner.in_proj(x).split([H * V, sum(self.widths[1:4]), H], dim=-1)
-        mixed, past = inner.conv1d(mixed, past, reset)
-        v, *shared = mixed.split(self.widths[1:4], dim=-1)
-        v = v.unflatten(-1, (H, V))
-        # With one group a view, whose heads all read the same numbers.
-        shared = [s.unflatten(-1, (G, 1, K)).expand(-1, -1, -1, H // G, -1).flatten(2, 3) for s in shared]
-        d = functional.softplus(precise(dt) + precise(inner.dt_bias))  # (B, T, H)
-        decay = torch.exp(-precise(inner.A_log).exp() * d)[..., None, None].expand(*d.shape, K, 1)
-        written = (d.unsqueeze(-1) * v).to(v.dtype)
-        y, state = matrix_scan(decay, shared[0], written, shared[1], state, reset)
-        y = y + precise(inner.D).unsqueeze(-1) * v
-        y = precise(y.flatten(2)) * functional.silu(precise(z))
-        y = functional.rms_norm(y.unflatten(-1, (G, -1)), (H * V // G,), eps=NORM_EPS).flatten(2)
-        y = inner.out_proj((y * inner.norm.weight).to(v.dtype))
-        return y, inner.conv1d.join(state, past)
+        return self.inner(x, state, None if context is None else context.reset)
 
     def planes(self) -> dict[str, list[int]]:
-        return {"inner.in_proj.weight": self.widths}
+        return {"inner.in_proj.weight": self.inner.widths}
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
         """As in the authors' code: d_t log-uniform in STEPS where W_i x_t is 0, e^a = 1 .. H."""

@@ -75,7 +75,7 @@ def test_one_graph():
         close(compiled(ids[:, :1], past_key_values=cache).logits, model(longer).logits[:, -1:], SUMS)
 
 
-@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "hybrid"])
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "hybrid", "mamba2"])
 def test_shards_precisions_and_offload(name, tmp_path):
     model, ids = small_model(name), tokens()
     model.save_pretrained(tmp_path, max_shard_size="5KB")

@@ -30,7 +30,7 @@ from ...kernels.dispatch import TRITON_MOST, has_triton
 from ...mixers import MIXERS, BlockDiagonalLRU
 from ...mixers.attention import AttentionWeights
 from ...mixers.base import ResidualOutput, plain_weight
-from ...mixers.mamba2 import MambaConvolution
+from ...mixers.mamba2 import GroupedNorm, MambaConvolution, MambaLayer
 from ...mixers.short_conv import ShortConvolution
 from ..cache import is_recurrent
 from ..layers import LRNNBlock, RMSNorm, SwiGLU
@@ -45,8 +45,8 @@ MOST_FUSED = 128  # sequences as tiles; not measured beyond
 _lock = threading.Lock()  # guards `_pools`
 _pools: "weakref.WeakKeyDictionary[nn.Module, Pool]" = weakref.WeakKeyDictionary()
 
-remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, MambaConvolution, AttentionWeights)
-remember(*MIXERS.values())
+remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, AttentionWeights)
+remember(GroupedNorm, MambaConvolution, MambaLayer, *MIXERS.values())
 
 
 class Decoder:
