@@ -14,8 +14,6 @@ pass stores the states of all steps.
 Legend: as in `gru_kernels.py`; a state is planes h, r, L.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -59,8 +57,32 @@ def _store_planes(
 
 
 @triton.jit
+def _state(at, valid, NM: tl.constexpr):
+    """h, r, L of a state (3, N, M)."""
+    found = ()
+    for p in tl.static_range(3):
+        found = found + (tl.load(at + p * NM, mask=valid, other=0.0),)
+    return found
+
+
+@triton.jit
+def _store_state(at, state, valid, NM: tl.constexpr):
+    for p in tl.static_range(3):
+        tl.store(at + p * NM, state[p], mask=valid)
+
+
+@triton.jit
+def _fresh(state, flag):
+    """A state, or its gradient, that is zero where a document starts."""
+    found = ()
+    for p in tl.static_range(3):
+        found = found + (tl.where(flag != 0, 0.0, state[p]),)
+    return found
+
+
+@triton.jit
 def _forward_group(
-    h, r, L, x_at, h_at, flags_at, t, mask, first, u, bias, N: tl.constexpr, M: tl.constexpr,
+    state, x_at, h_at, flags_at, t, mask, first, u, bias, N: tl.constexpr, M: tl.constexpr,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores the states of STEPS steps from t and returns the last."""
@@ -70,16 +92,15 @@ def _forward_group(
     hs, rs, Ls = (), (), ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
-            fresh = flags[s] != 0
-            h, r, L = tl.where(fresh, 0.0, h), tl.where(fresh, 0.0, r), tl.where(fresh, 0.0, L)
-        z, o, a, i, _, kept = _cell(
-            _of_block(h, first, M), L, x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M
-        )  # fmt: skip
+            state = _fresh(state, flags[s])
+        h, r, L = state
+        of_block = _of_block(h, first, M)
+        z, o, a, i, _, kept = _cell(of_block, L, x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M)
         r = r + a * (z - r)
-        h, L = o * r, _soft_sum(i, kept)
-        hs, rs, Ls = hs + (h,), rs + (r,), Ls + (L,)
+        state = (o * r, r, _soft_sum(i, kept))
+        hs, rs, Ls = hs + (state[0],), rs + (r,), Ls + (state[2],)
     _store_planes(h_at, (hs, rs, Ls), t, mask, 3, N * M, STEPS, WIDTH)
-    return h, r, L
+    return state
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -95,29 +116,25 @@ def slstm_forward_kernel(
     u, biases = _matrices(weight, n, i, valid, 4, N, M, False), _biases(bias, spot, valid, NM)
     x_at, h_at, flags_at = inputs + b * T * (4 * NM) + spot, h_out + b * T * (3 * NM) + spot, flags + b * T
     mask, at = valid[None, :], b * (3 * NM) + spot
-    h = tl.load(start + at, mask=valid, other=0.0)
-    r = tl.load(start + at + NM, mask=valid, other=0.0)
-    L = tl.load(start + at + 2 * NM, mask=valid, other=0.0)
+    state = _state(start + at, valid, NM)
     full = T // STEPS * STEPS
     x_many, h_many = tile_of(x_at, 4 * NM, STEPS), tile_of(h_at, 3 * NM, STEPS)
     for t_group in tl.range(0, full, STEPS, num_stages=STAGES):
-        h, r, L = _forward_group(
-            h, r, L, x_many, h_many, flags_at, as_int64(t_group), mask, first, u, biases, N, M, STEPS, WIDTH,
+        state = _forward_group(
+            state, x_many, h_many, flags_at, as_int64(t_group), mask, first, u, biases, N, M, STEPS, WIDTH,
             HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, T):
-        h, r, L = _forward_group(
-            h, r, L, x_at[None, :], h_at[None, :], flags_at, as_int64(t_one), mask, first, u, biases, N, M, 1,
+        state = _forward_group(
+            state, x_at[None, :], h_at[None, :], flags_at, as_int64(t_one), mask, first, u, biases, N, M, 1,
             WIDTH, HAS_RESET,
         )  # fmt: skip
-    tl.store(last + at, h, mask=valid)
-    tl.store(last + at + NM, r, mask=valid)
-    tl.store(last + at + 2 * NM, L, mask=valid)
+    _store_state(last + at, state, valid, NM)
 
 
 @triton.jit
 def _backward_group(
-    s_h, s_r, s_L, sums, x_at, h_at, g_at, d_at, starts, flags_at, t, mask, first, u, ut, bias,
+    owed, sums, x_at, h_at, g_at, d_at, starts, flags_at, t, mask, first, u, ut, bias,
     N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores the inputs' gradient of STEPS steps from t; returns dL/d of the state before, and the sums."""
@@ -125,19 +142,17 @@ def _backward_group(
     x, g = _planes(x_at, t, mask, 4, NM, STEPS, WIDTH), _planes(g_at, t, mask, 3, NM, STEPS, WIDTH)
     before = ()
     for p in tl.static_range(3):
-        before = before + (
-            _states_before(
-                h_at + (p - 3) * NM, starts[p], flags_at, t, mask, 3 * NM, STEPS, WIDTH, HAS_RESET
-            ),
-        )  # fmt: skip
+        at = h_at + (p - 3) * NM  # one step back
+        found = _states_before(at, starts[p][None, :], flags_at, t, mask, 3 * NM, STEPS, WIDTH, HAS_RESET)
+        before = before + (found,)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     d_z, d_i, d_f, d_o = (), (), (), ()
     for s in tl.static_range(STEPS - 1, -1, -1):
         h, r = _of_block(before[0][s], first, M), before[1][s]
         z, o, a, _, f, _ = _cell(h, before[2][s], x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M)
-        s_h, s_r, s_L = s_h + g[0][s], s_r + g[1][s], s_L + g[2][s]
-        s_r += s_h * o
+        s_h, s_L = owed[0] + g[0][s], owed[2] + g[2][s]
+        s_r = owed[1] + g[1][s] + s_h * o
         share = s_r * (z - r) * a * (1.0 - a)
         dz, di = s_r * a * (1.0 - z * z), share + s_L * a
         do = s_h * (r + a * (z - r)) * o * (1.0 - o)
@@ -156,12 +171,12 @@ def _backward_group(
             of_block = _of_block(d[p], first, M)
             for k in tl.static_range(M):
                 s_h += ut[p * M + k] * of_block[k]
+        owed = (s_h, s_r, s_L)
         if HAS_RESET:
-            fresh = flags[s] != 0
-            s_h, s_r, s_L = tl.where(fresh, 0.0, s_h), tl.where(fresh, 0.0, s_r), tl.where(fresh, 0.0, s_L)
+            owed = _fresh(owed, flags[s])
         d_z, d_i, d_f, d_o = (dz,) + d_z, (di,) + d_i, (df,) + d_f, (do,) + d_o
     _store_planes(d_at, (d_z, d_i, d_f, d_o), t, mask, 4, NM, STEPS, WIDTH)
-    return s_h, s_r, s_L, sums
+    return owed, sums
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -182,32 +197,25 @@ def slstm_backward_kernel(
     biases, mask, at = _biases(bias, spot, valid, NM), valid[None, :], b * (3 * NM) + spot
     x_at, d_at = inputs + b * T * (4 * NM) + spot, d_inputs + b * T * (4 * NM) + spot
     h_at, g_at = h_in + b * T * (3 * NM) + spot, grad + b * T * (3 * NM) + spot
-    flags_at, starts = flags + b * T, ()
-    for p in tl.static_range(3):
-        starts = starts + (tl.load(start + at + p * NM, mask=valid, other=0.0)[None, :],)
-    s_h = tl.load(stop + at, mask=valid, other=0.0)
-    s_r = tl.load(stop + at + NM, mask=valid, other=0.0)
-    s_L = tl.load(stop + at + 2 * NM, mask=valid, other=0.0)
+    flags_at, starts, owed = flags + b * T, _state(start + at, valid, NM), _state(stop + at, valid, NM)
     sums = ()
     for _ in tl.static_range(4 * M + 4):
         sums = sums + (tl.zeros([WIDTH], tl.float32),)
     x_many, d_many = tile_of(x_at, 4 * NM, STEPS), tile_of(d_at, 4 * NM, STEPS)
     h_many, g_many = tile_of(h_at, 3 * NM, STEPS), tile_of(g_at, 3 * NM, STEPS)
     for group in tl.range(0, T // STEPS, num_stages=STAGES):
-        s_h, s_r, s_L, sums = _backward_group(
-            s_h, s_r, s_L, sums, x_many, h_many, g_many, d_many, starts, flags_at,
+        owed, sums = _backward_group(
+            owed, sums, x_many, h_many, g_many, d_many, starts, flags_at,
             as_int64(T - (group + 1) * STEPS), mask, first, u, ut, biases, N, M, STEPS, WIDTH, HAS_RESET,
         )  # fmt: skip
     for back in range(T % STEPS):
-        s_h, s_r, s_L, sums = _backward_group(
-            s_h, s_r, s_L, sums, x_at[None, :], h_at[None, :], g_at[None, :], d_at[None, :], starts, flags_at,
+        owed, sums = _backward_group(
+            owed, sums, x_at[None, :], h_at[None, :], g_at[None, :], d_at[None, :], starts, flags_at,
             as_int64(T % STEPS - 1 - back), mask, first, u, ut, biases, N, M, 1, WIDTH, HAS_RESET,
         )  # fmt: skip
     for k in tl.static_range(4 * M + 4):
         tl.store(sums_out + (b * (4 * M + 4) + k) * NM + spot, sums[k], mask=valid)
-    tl.store(d_start + at, s_h, mask=valid)
-    tl.store(d_start + at + NM, s_r, mask=valid)
-    tl.store(d_start + at + 2 * NM, s_L, mask=valid)
+    _store_state(d_start + at, owed, valid, NM)
 
 
 settle_cache_keys(globals())
@@ -223,7 +231,7 @@ class TritonSLSTM:
         """States (B, T, 3, N, M) and the last (B, 3, N, M)."""
         B, T = inputs.shape[:2]
         states, last = h0.new_empty(B, T, *h0.shape[1:]), torch.empty_like(h0)
-        tensors: dict[str, Any] = {"start": h0, "h_out": states, "last": last, **_flags(inputs, reset)}
+        tensors = {"start": h0, "h_out": states, "last": last, **_flags(inputs, reset)}
         _launch(slstm_forward_kernel, h0[:, 0], T, 1, (inputs, weight, bias), 4, **tensors)
         return states, last
 
