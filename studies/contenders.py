@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "fixed_point": {"type": "fixed_point"},
     "pd_ssm": {"type": "pd_ssm"},
     **{f"bd_gru-m{m}": {"type": "bd_gru", "block_size": m} for m in (1, 5)},
+    "bd_slstm-m5": {"type": "bd_slstm", "block_size": 5},
     "m2rnn": {"type": "m2rnn"},
 }
 GATED = ("bd_lru", "h_lru")
@@ -39,7 +40,7 @@ GATED = ("bd_lru", "h_lru")
 HALF = ("deltanet", "gated_deltaproduct", "kda", "gated_deltanet2", "rwkv7")
 FITTED = {  # else the SwiGLU
     "bd_lru": "num_blocks", "h_lru": "num_blocks", "complex_lru": "num_blocks", "slice": "num_blocks",
-    "bd_gru": "num_blocks", "pd_ssm": "num_blocks",
+    "bd_gru": "num_blocks", "bd_slstm": "num_blocks", "pd_ssm": "num_blocks",
     "kda": "num_heads", "gated_deltanet2": "num_heads", "mlstm": "num_heads", "m2rnn": "num_heads",
     "lstm": "width", "min_gru": "width", "rg_lru": "width", "fixed_point": "width",
 }  # fmt: skip

@@ -62,6 +62,7 @@ MIXER_ROWS = {
     "fixed_point": {"type": "fixed_point", "width": 9, "iterations": 3},
     "pd_ssm": {"type": "pd_ssm", "num_blocks": 3, "states": 2, "dictionary": 3},
     "bd_gru": {"type": "bd_gru", "num_blocks": 5, "block_size": 3},
+    "bd_slstm": {"type": "bd_slstm", "num_blocks": 5, "block_size": 3},
     "m2rnn": {"type": "m2rnn", "num_heads": 2, "head_dim": 5, "value_dim": 3},
 }
 # What is added to a mixer's weights, where it is not 0.3. A head of bd_matrix, mlstm or m2rnn multiplies

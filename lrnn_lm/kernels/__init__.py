@@ -10,7 +10,7 @@ from .dispatch import (
     runs_fused,
 )
 from .gates import GATES, check_gate, normalise
-from .scan.gru import gru_scan
+from .scan.gru import gru_scan, slstm_scan
 from .scan.m2rnn import m2rnn_scan
 from .scan.matrix_scan import matrix_scan
 
@@ -28,4 +28,5 @@ __all__ = [
     "normalise",
     "plane_width",
     "runs_fused",
+    "slstm_scan",
 ]

@@ -150,6 +150,42 @@ def gru_scan(
     return torch.stack(states, dim=1), h
 
 
+def slstm_logits(inputs: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Logits of z, i, f and o (.., N, M) of a step of `slstm_scan`; inputs (.., 4, N, M), h (.., N, M)."""
+    # Not a matrix product, which autocast would round.
+    return (inputs + bias + (weight * h[..., None, :, None, :]).sum(-1)).unbind(-3)
+
+
+def slstm_scan(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Block-diagonal sLSTM (arXiv 2405.04517): `c_t = f_t c_{t-1} + i_t z_t`, `n_t = f_t n_{t-1} + i_t`,
+    `h_t = o_t c_t / n_t`, i_t = exp(i'), f_t and o_t sigmoids, z_t a tanh, logits of x_t + b + U h_{t-1}.
+
+    The state is h, r = c / n and L = log n, so that no number grows: with a = i_t / n_t, which is
+    sigmoid(i' - log f_t - L_{t-1}), `r_t = r_{t-1} + a (z_t - r_{t-1})`. A state of zeros is c = 0, n = 1.
+    Returned are the states (B, T, 3, N, M), of which the first plane is h, and the last.
+    """
+    dtype = compute_dtype(inputs, weight)
+    inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
+    state = torch.zeros_like(inputs[:, 0, :3]) if h0 is None else h0.to(dtype)  # (B, 3, N, M)
+    states = []
+    for t, x in enumerate(inputs.unbind(1)):
+        if reset is not None:
+            state = state.masked_fill(reset[:, t, None, None, None], 0)
+        h, r, L = state.unbind(1)
+        z, i, f, o = slstm_logits(x, h, weight, bias)
+        kept = torch.nn.functional.logsigmoid(f) + L
+        r = r + (i - kept).sigmoid() * (z.tanh() - r)
+        state = torch.stack([o.sigmoid() * r, r, torch.logaddexp(i, kept)], dim=1)
+        states.append(state)
+    return torch.stack(states, dim=1), state
+
+
 def m2rnn_scan(
     queries: Tensor,
     keys: Tensor,

@@ -8,6 +8,7 @@ from .base import Mixer, SequenceContext
 from .bd_gru import BlockDiagonalGRU
 from .bd_lru import BlockDiagonalLRU
 from .bd_matrix import BlockDiagonalMatrixLRU
+from .bd_slstm import BlockDiagonalSLSTM
 from .complex_lru import ComplexLRU
 from .fixed_point import FixedPoint
 from .fla import (
@@ -51,6 +52,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "complex_lru": ComplexLRU,
     "slice": SLiCE,
     "bd_gru": BlockDiagonalGRU,
+    "bd_slstm": BlockDiagonalSLSTM,
     "m2rnn": MatrixRNN,
     "fixed_point": FixedPoint,
     "pd_ssm": PermutationDiagonal,

@@ -17,6 +17,13 @@ from ..kernels.scan.gru import MOST_BLOCK, check_solver
 from .base import BlockSize, Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, is_exported
 
 
+def check_blocks(name: str, num_blocks: int | None, block_size: int) -> None:
+    """Raise ValueError for sizes that a walk over time does not take; name: the mixer's."""
+    check_sizes(num_blocks=num_blocks, block_size=block_size)
+    if block_size > MOST_BLOCK:
+        raise ValueError(f"block_size of {name} must be at most {MOST_BLOCK}, not {block_size}")
+
+
 class BlockDiagonalGRU(Mixer):
     """GRU with block-diagonal recurrent matrices.
 
@@ -32,10 +39,8 @@ class BlockDiagonalGRU(Mixer):
         solver: str = "walk",
     ):
         super().__init__()
-        check_sizes(num_blocks=num_blocks, block_size=block_size)
+        check_blocks("bd_gru", num_blocks, block_size)
         check_solver(solver)
-        if block_size > MOST_BLOCK:
-            raise ValueError(f"block_size of bd_gru must be at most {MOST_BLOCK}, not {block_size}")
         self.num_blocks, self.block_size = num_blocks or max(1, hidden_size // block_size), block_size
         self.solver = solver
         self.solve: Tensor | None = None

@@ -76,7 +76,16 @@ def test_contenders_have_equal_parameters():
     fit = Fitter(FrontierSettings())
     made = [
         fit.small({"contender": name, "task": "s5", "lr": 0.01})
-        for name in ("bd_lru-m5", "bd_lru-m1", "rg_lru", "complex_lru", "slice-m5", "mlstm")
+        for name in (
+            "bd_lru-m5",
+            "bd_lru-m1",
+            "rg_lru",
+            "complex_lru",
+            "slice-m5",
+            "mlstm",
+            "bd_slstm-m5",
+            "m2rnn",
+        )
     ]
     counts = [count(job) for job in made]
     assert max(counts) / min(counts) < 1.01

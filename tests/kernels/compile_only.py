@@ -156,6 +156,18 @@ def launch_gru(M: int, dtype: torch.dtype, T: int = 40, resets: bool = False) ->
     TritonGRU.walk_backward(*given, h, h, last)
 
 
+def launch_slstm(M: int, dtype: torch.dtype, T: int = 40, resets: bool = False) -> None:
+    """Both kernels of the block-diagonal sLSTM."""
+    from lrnn_lm.kernels.scan.slstm_kernels import TritonSLSTM
+
+    B, N = 2, 8
+    h0, reset = torch.zeros(B, 3, N, M), torch.zeros(B, T, dtype=torch.bool) if resets else None
+    inputs = torch.zeros(B, T, 4, N, M, dtype=dtype)
+    given = (inputs, torch.zeros(4, N, M, M), torch.zeros(4, N, M), h0, reset)
+    states, last = TritonSLSTM.walk(*given)
+    TritonSLSTM.walk_backward(*given, states, states, last)
+
+
 def launch_m2rnn(K: int, V: int, dtype: torch.dtype, B: int = 2, resets: bool = False) -> None:
     """Both kernels of the matrix-to-matrix RNN."""
     from lrnn_lm.kernels.scan.m2rnn_triton import TritonM2RNN
@@ -189,6 +201,7 @@ def some_scans() -> None:
     launch_all(1, 40, "softmax", states=True, chunk=16)
     launch_wide_transfer(16)
     launch_gru(2, torch.bfloat16, T=1, resets=True)
+    launch_slstm(2, torch.bfloat16, T=1, resets=True)
     launch_m2rnn(16, 16, torch.bfloat16)
 
 
@@ -225,6 +238,7 @@ def everything() -> None:
     launch_erase(4, torch.float32)
     first = len(SPILLED)
     launch_gru(8, torch.bfloat16, resets=True)
+    launch_slstm(8, torch.bfloat16, resets=True)
     launch_m2rnn(64, 16, torch.bfloat16, resets=True)  # four warps a state, then one and two
     launch_m2rnn(64, 16, torch.float32, B=96)
     assert max(SPILLED[first:]) == 0, list(zip(COMPILED, SPILLED, strict=True))[first:]

@@ -1,27 +1,32 @@
-"""The block-diagonal GRU: the walk and Newton's iterations on each backend against the reference in fp64."""
+"""The block-diagonal GRU and sLSTM: walk and Newton on each backend against the reference in fp64."""
 
 import pytest
 import torch
 from scans import relative_error
 from triton_cases import DEVICE, TOLERANCES, cut_time, inside, poison  # noqa: F401
 
-from lrnn_lm.kernels import gru_scan, reference
+from lrnn_lm.kernels import gru_scan, reference, slstm_scan
+from lrnn_lm.kernels.scan import gru
 
 NAMES = ("h", "h_last", "inputs", "weight", "bias", "h0")
+SLSTM = (4, 3)  # planes of the inputs and of the state, all of which are compared, not h alone
 
 
-def make_inputs(B=2, T=19, N=3, M=4, dtype=torch.float32, reset_probability=0.1, scale=0.6) -> list:
+def make_inputs(
+    B=2, T=19, N=3, M=4, dtype=torch.float32, reset_probability=0.1, scale=0.6, planes=(3,)
+) -> list:
+    G, *kept = planes
     generator = torch.Generator().manual_seed(1000 * B + 10 * T + M)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weight = scale * draw(3, N, M, M) / M**0.5
+    weight = scale * draw(G, N, M, M) / M**0.5
     reset = torch.rand(B, T, generator=generator) < reset_probability if reset_probability else None
     state = torch.float64 if dtype == torch.float64 else torch.float32
     return [
-        draw(B, T, 3, N, M).to(dtype),
-        *(x.to(state) for x in (weight, draw(4, N, M), draw(B, N, M))),
+        draw(B, T, G, N, M).to(dtype),
+        *(x.to(state) for x in (weight, draw(4, N, M), draw(B, *kept, N, M))),
         reset,
     ]
 
@@ -37,11 +42,17 @@ def run(inputs: list, function=gru_scan, **options) -> list[torch.Tensor]:
     return [h.detach(), last.detach(), *(x.grad for x in tensors)]
 
 
+def slstm_states(*given, backend="reference") -> tuple[torch.Tensor, ...]:
+    return gru._scan(reference.slstm_scan, (4, 3), *given, False, backend)
+
+
 def compare(inputs: list, tolerance: float, **options) -> None:
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-    wanted = run(exact, reference.gru_scan)
+    of_slstm = inputs[0].shape[2] == 4
+    wanted = run(exact, slstm_states if of_slstm else reference.gru_scan)
     device = DEVICE if options["backend"] == "triton" else "cpu"
-    got = run([x if x is None else x.to(device) for x in inputs], **options)
+    function = slstm_states if of_slstm else gru_scan
+    got = run([x if x is None else x.to(device) for x in inputs], function, **options)
     for name, x, want in zip(NAMES, got, wanted, strict=True):
         assert x.shape == want.shape
         assert relative_error(x.cpu(), want) <= tolerance, name
@@ -74,21 +85,44 @@ def test_torch_in_fp64(solver, resets):
     )
 
 
-TRITON = [
-    (1, 1),
-    (1, 20),
-    (2, 9),
-    (3, 12),
-    (4, 19),
-    (5, 11),
-    (8, 9),
-    (16, 7),
-]  # (M, T): whole groups and rests
+def test_slstm_is_the_papers():
+    """Step by step with its stabiliser m, in units of e^m; n starts with 1."""
+    x, weight, bias, _, _ = make_inputs(dtype=torch.float64, planes=SLSTM)
+    x = 3 * x
+    h = c = m = torch.zeros(2, 3, 4, dtype=torch.float64)
+    n, outputs = torch.ones_like(h), []
+    for t in range(19):
+        recurrent = torch.einsum("gnij,bnj->bgni", weight, h)
+        z, i, f, o = (x[:, t] + recurrent + bias).unbind(1)
+        kept = torch.nn.functional.logsigmoid(f) + m
+        m = torch.maximum(kept, i)
+        write, keep = (i - m).exp(), (kept - m).exp()
+        c, n = keep * c + write * z.tanh(), keep * n + write
+        h = o.sigmoid() * c / n
+        outputs.append(h)
+    got, (_, ratio, log_n) = slstm_scan(x, weight, bias)[0], slstm_scan(x, weight, bias)[1].unbind(1)
+    torch.testing.assert_close(got, torch.stack(outputs, dim=1))
+    torch.testing.assert_close(ratio, c / n)
+    torch.testing.assert_close(log_n, n.log() + m)
+
+
+@pytest.mark.parametrize("resets", [0.0, 0.15])
+def test_torch_slstm_in_fp64(resets):
+    compare(
+        make_inputs(T=9, M=5, dtype=torch.float64, reset_probability=resets, planes=SLSTM),
+        1e-9,
+        backend="torch",
+    )
+
+
+# (M, T): whole groups and rests
+TRITON = [(1, 1), (1, 20), (2, 9), (3, 12), (4, 19), (5, 11), (8, 9), (16, 7)]
 
 
 @pytest.mark.parametrize(("M", "T"), TRITON)
-def test_triton_walk(M, T):
-    compare(make_inputs(T=T, M=M, N=1 if M == 16 else 3), 3e-6, backend="triton")
+@pytest.mark.parametrize("planes", [(3,), SLSTM])
+def test_triton_walk(planes, M, T):
+    compare(make_inputs(T=T, M=M, N=1 if M == 16 else 3, planes=planes), 3e-6, backend="triton")
 
 
 @pytest.mark.parametrize(("M", "T"), [(3, 11), (4, 18), (16, 5)])
@@ -96,11 +130,11 @@ def test_triton_newton(M, T):
     compare(make_inputs(B=1, T=T, M=M, N=1 if M == 16 else 2), 1e-5, backend="triton", solver="newton")
 
 
-def test_bf16_inputs_and_no_resets():
+@pytest.mark.parametrize("planes", [(3,), SLSTM])
+def test_bf16_inputs_and_no_resets(planes):
     """Only the inputs and their gradient are rounded; gates and states are fp32."""
-    compare(
-        make_inputs(dtype=torch.bfloat16, reset_probability=0.0), TOLERANCES[torch.bfloat16], backend="triton"
-    )
+    inputs = make_inputs(dtype=torch.bfloat16, reset_probability=0.0, planes=planes)
+    compare(inputs, TOLERANCES[torch.bfloat16], backend="triton")
 
 
 @pytest.mark.parametrize("M", [2, 9])
@@ -139,6 +173,15 @@ def test_scanning_in_two_parts():
     h, last, _ = gru_scan(x, weight, bias, h0, reset)
     first, state, _ = gru_scan(x[:, :7], weight, bias, h0, reset[:, :7])
     second, after, _ = gru_scan(x[:, 7:], weight, bias, state, reset[:, 7:])
+    torch.testing.assert_close(torch.cat([first, second], dim=1), h)
+    torch.testing.assert_close(after, last)
+
+
+def test_slstm_in_two_parts():
+    x, weight, bias, h0, reset = make_inputs(dtype=torch.float64, planes=SLSTM)
+    h, last = slstm_scan(x, weight, bias, h0, reset)
+    first, state = slstm_scan(x[:, :7], weight, bias, h0, reset[:, :7])
+    second, after = slstm_scan(x[:, 7:], weight, bias, state, reset[:, 7:])
     torch.testing.assert_close(torch.cat([first, second], dim=1), h)
     torch.testing.assert_close(after, last)
 

@@ -1,4 +1,4 @@
-"""The block-diagonal GRU as a mixer: its start, its solvers, and what it refuses."""
+"""The block-diagonal GRU and sLSTM as mixers: their start, its solvers, and what they refuse."""
 
 import pytest
 import torch
@@ -43,8 +43,18 @@ def test_newton_decodes_by_the_walk():
     assert mixer.solve.tolist() == [0, 0]
 
 
+def test_slstm_starts_without_recurrence():
+    torch.manual_seed(0)
+    mixer = build_mixer({"type": "bd_slstm", "num_blocks": 3}, 8)
+    assert not mixer.recurrent_weight.any()
+    assert mixer.bias.view(4, 3, 4)[:, :, 0].tolist() == [[0, 0, 0], [0, 0, 0], [1, 3.5, 6], [0, 0, 0]]
+    _, state = mixer(10 * torch.randn(2, 300, 8))
+    assert state[:, :2].abs().max() <= 1
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"block_size": 17}, "block_size of bd_gru must be at most 16, not 17"),
+    ({"type": "bd_slstm", "block_size": 17}, "block_size of bd_slstm must be at most 16, not 17"),
     ({"block_size": 0}, "block_size must be at least 1"),
     ({"solver": "jacobi"}, "unknown solver 'jacobi'; known: walk, newton"),
 ])  # fmt: skip

@@ -33,6 +33,7 @@ _KINDS = {
     "complex_lru": "a complex diagonal linear recurrent unit (LRU)",
     "slice": "a block-diagonal SLiCE",
     "bd_gru": "a block-diagonal GRU",
+    "bd_slstm": "a block-diagonal sLSTM (xLSTM)",
     "m2rnn": "an M2RNN, whose non-linear state is a matrix",
     "fixed_point": "a Fixed-Point RNN",
     "pd_ssm": "a block-diagonal PD-SSM",

@@ -1,4 +1,4 @@
-"""Block-diagonal GRU: checks, the walk over time, and Newton's iterations that take its place on long rows.
+"""Block-diagonal GRU and sLSTM: checks, the walk over time, and Newton's iterations that may take its place.
 
 Newton's way (Danieli et al., "ParaRNN", arXiv 2510.21450): all states at once solve h_t = f(h_{t-1}, x_t).
 With J_t = df/dh_{t-1} at the present states, the correction d of an iteration is a linear recurrence,
@@ -6,20 +6,23 @@ With J_t = df/dh_{t-1} at the present states, the correction d of an iteration i
     d_t = J_t d_{t-1} + f(h_{t-1}, x_t) - h_t,    h <- h + d
 
 which is a scan of BD-LRU without normalisation, cut into chunks of time where rows are few. The backward pass
-is one reverse scan with J (implicit differentiation), then the gradient of each step by itself.
+is one reverse scan with J (implicit differentiation), then the gradient of each step by itself. The sLSTM,
+whose state is h, r and L (`reference.slstm_scan`), is only walked.
 
 Legend: B batch, T time, N blocks, M block size; J transitions of the linearised steps, s = dL/dh.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .. import reference
 from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
-from ..reference import compute_dtype, gru_gates
+from ..reference import compute_dtype, gru_gates, slstm_logits
 from ..torch_scan import _bd_scan, _bd_scan_backward
 
 MOST_BLOCK = 16  # M: rows of three matrices live in a lane's registers
@@ -55,23 +58,48 @@ def gru_scan(
         ValueError: shapes that do not fit, names that are not known, a backend that cannot run here, or
             Newton's iterations that do not converge.
     """
-    if inputs.ndim != 5 or inputs.shape[2] != 3:
-        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; expected (B, T, 3, N, M)")
-    B, T, _, N, M = inputs.shape
-    expect_shape("weight", weight, (3, N, M, M))
-    expect_shape("bias", bias, (4, N, M))
-    check_state(h0, reset, (B, N, M), (B, T))
-    expect_floats(inputs=inputs, weight=weight, bias=bias)
     check_solver(solver)
+    return _scan(reference.gru_scan, (3,), inputs, weight, bias, h0, reset, solver == "newton", backend)
+
+
+def slstm_scan(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scan of a block-diagonal sLSTM, `reference.slstm_scan` has the equations.
+
+    inputs (B, T, 4, N, M), weight (4, N, M, M) and bias (4, N, M): of the logits of z, i, f and o;
+    h0 (B, 3, N, M): h, r and L before the first step. Otherwise as `gru_scan`. Returns h (B, T, N, M) and the
+    last state.
+    """
+    states, last, _ = _scan(reference.slstm_scan, (4, 3), inputs, weight, bias, h0, reset, False, backend)
+    return states[:, :, 0], last
+
+
+def _scan(
+    plain: Callable[..., tuple[Tensor, Tensor]], planes: tuple[int, ...], inputs: Tensor, weight: Tensor,
+    bias: Tensor, h0: Tensor | None, reset: Tensor | None, newton: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """States, the last, and (iterations, residual). planes: of inputs, and of a state that has several."""
+    G, *kept = planes
+    if inputs.ndim != 5 or inputs.shape[2] != G:
+        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; expected (B, T, {G}, N, M)")
+    B, T, _, N, M = inputs.shape
+    expect_shape("weight", weight, (G, N, M, M))
+    expect_shape("bias", bias, (4, N, M))
+    check_state(h0, reset, (B, *kept, N, M), (B, T))
+    expect_floats(inputs=inputs, weight=weight, bias=bias)
     backend = choose_operator(backend, inputs, partial(_triton_obstacle, inputs, weight))
-    dtype = compute_dtype(inputs, weight)
     if backend == "reference":
-        h, last = reference.gru_scan(inputs, weight, bias, h0, reset)
-        return h, last, torch.zeros(2, dtype=torch.float64)
-    start = inputs.new_zeros(B, N, M, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
+        return *plain(inputs, weight, bias, h0, reset), torch.zeros(2, dtype=torch.float64)
+    dtype = compute_dtype(inputs, weight)
+    start = inputs.new_zeros(B, *kept, N, M, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
     arguments = inputs.contiguous(), weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), start, reset
-    newton = solver == "newton" and T > 1
-    return _solve(*arguments, newton, backend == "triton")
+    return _solve(*arguments, newton and T > 1, backend == "triton")
 
 
 def check_solver(solver: str) -> None:
@@ -95,8 +123,8 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = inputs, weight, bias, h0, reset
     if newton:
-        return _newton(given, _kernels(triton))
-    h, last = _kernels(triton).walk(*given)
+        return _newton(given, _kernels(inputs, triton))
+    h, last = _kernels(inputs, triton).walk(*given)
     return h, last, torch.zeros(2, dtype=torch.float64, device="cpu")
 
 
@@ -105,27 +133,40 @@ def _solve_backward(
     grad: Tensor, grad_last: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor,
     reset: Tensor | None, h: Tensor, newton: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given, kernels = (inputs, weight, bias, h0, reset), _kernels(triton)
+    given, kernels = (inputs, weight, bias, h0, reset), _kernels(inputs, triton)
     grad, grad_last, h = grad.contiguous(), grad_last.contiguous(), h.contiguous()
-    if triton and not newton:  # the walk back, one kernel
+    if not newton:
         return kernels.walk_backward(*given, h, grad, grad_last)
+    return _reversed_scan(kernels, given, h, grad, grad_last)
+
+
+def _reversed_scan(
+    kernels: Any, given: tuple, h: Tensor, grad: Tensor, grad_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, h0, reset = given
     gates, _ = kernels.linearise(*given, h)
     s, d_h0 = kernels.reverse_scan(grad, grad_last, gates, h0, h, reset)
     return *kernels.steps_backward(*given, h, s), d_h0
 
 
-def _kernels(triton: bool) -> Any:
+def _kernels(inputs: Tensor, triton: bool) -> Any:
+    gru = inputs.shape[2] == 3
     if not triton:
-        return TorchGRU
-    from .gru_triton import TritonGRU  # triton is imported only where it runs
+        return TorchGRU if gru else TorchSLSTM
+    if gru:
+        from .gru_triton import TritonGRU  # triton is imported only where it runs
 
-    return TritonGRU
+        return TritonGRU
+    from .slstm_kernels import TritonSLSTM
+
+    return TritonSLSTM
 
 
 @_solve.register_fake
 def _(inputs, weight, bias, h0, reset, newton, triton):
-    B, T, _, N, M = inputs.shape
-    return h0.new_empty(B, T, N, M), h0.new_empty(B, N, M), torch.empty(2, dtype=torch.float64, device="cpu")
+    B, *kept = h0.shape
+    states = h0.new_empty(B, inputs.shape[1], *kept)
+    return states, torch.empty_like(h0), torch.empty(2, dtype=torch.float64, device="cpu")
 
 
 @_solve_backward.register_fake
@@ -176,6 +217,11 @@ class TorchGRU:
         return reference.gru_scan(inputs, weight, bias, h0, reset)
 
     @staticmethod
+    def walk_backward(*given):
+        *given, h, grad, grad_last = given
+        return _reversed_scan(TorchGRU, given, h, grad, grad_last)
+
+    @staticmethod
     def linearise(inputs, weight, bias, h0, reset, h):
         p = _states_before(h, h0, reset)
         r, z, n, q = gru_gates(inputs.to(h.dtype), p, weight, bias)
@@ -205,7 +251,38 @@ class TorchGRU:
         return d[:, :, :3].to(inputs.dtype).contiguous(), d_weight, d.sum((0, 1))
 
 
+class TorchSLSTM:
+    """The walk in plain torch, any dtype and block size."""
+
+    @staticmethod
+    def walk(inputs, weight, bias, h0, reset):
+        return reference.slstm_scan(inputs, weight, bias, h0, reset)
+
+    @staticmethod
+    def walk_backward(inputs, weight, bias, h0, reset, states, grad, grad_last):
+        h, r, L = _states_before(states, h0, reset).unbind(2)
+        z, i, f, o = slstm_logits(inputs.to(h.dtype), h, weight, bias)
+        a, z, o = (i - functional.logsigmoid(f) - L).sigmoid(), z.tanh(), o.sigmoid()
+        d, s, lost = h.new_empty(inputs.shape), grad_last, 1 - f.sigmoid()
+        for t in range(inputs.shape[1] - 1, -1, -1):
+            s_h, s_r, s_L = (s + grad[:, t]).unbind(1)
+            s_r = s_r + s_h * o[:, t]
+            share = s_r * (z - r)[:, t] * a[:, t] * (1 - a[:, t])
+            d_kept = s_L * (1 - a[:, t]) - share
+            d[:, t, 0] = s_r * a[:, t] * (1 - z[:, t] ** 2)
+            d[:, t, 1] = share + s_L * a[:, t]
+            d[:, t, 2] = d_kept * lost[:, t]
+            d[:, t, 3] = s_h * (r + a * (z - r))[:, t] * o[:, t] * (1 - o[:, t])
+            back = (weight * d[:, t].unsqueeze(-1)).sum((1, -2))  # U^T d
+            s = torch.stack([back, s_r * (1 - a[:, t]), d_kept], dim=1)
+            if reset is not None:
+                s = s.masked_fill(reset[:, t, None, None, None], 0)
+        with torch.autocast(h.device.type, enabled=False):
+            d_weight = torch.einsum("btgni,btnj->gnij", d, h)
+        return d.to(inputs.dtype), d_weight, d.sum((0, 1)), s
+
+
 def _states_before(h: Tensor, h0: Tensor, reset: Tensor | None) -> Tensor:
-    """h_{t-1} (B, T, N, M), zero where a document starts."""
+    """h_{t-1} (B, T, .., N, M), zero where a document starts."""
     before = torch.cat([h0.unsqueeze(1), h[:, :-1]], dim=1)
-    return before if reset is None else before.masked_fill(reset[:, :, None, None], 0)
+    return before if reset is None else before.masked_fill(reset[(..., *[None] * (h.ndim - 2))], 0)

@@ -42,10 +42,12 @@ def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, 
 
 
 @triton.jit
-def _matrices(weight, n, i, valid, N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row i (or column i) of a block's matrices U_r, U_z, U_n: 3 M lane blocks."""
+def _matrices(
+    weight, n, i, valid, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Row i (or column i) of each of a block's G matrices: G M lane blocks."""
     found = ()
-    for g in tl.static_range(3):
+    for g in tl.static_range(G):
         for k in tl.static_range(M):
             at = k * M + i if COLUMNS else i * M + k
             found = found + (tl.load(weight + (g * N + n) * M * M + at, mask=valid, other=0.0),)
@@ -83,26 +85,26 @@ def _gates(x, r, z, n, u, bias, M: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_at, t, mask, NM: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr):
-    """The parts of r, z and n in the inputs of STEPS steps from t, STEPS lane blocks each."""
-    at = x_at + t * (3 * NM)
-    r = unstack(tl.load(at, mask=mask, other=0.0), STEPS, WIDTH, 1)
-    z = unstack(tl.load(at + NM, mask=mask, other=0.0), STEPS, WIDTH, 1)
-    n = unstack(tl.load(at + 2 * NM, mask=mask, other=0.0), STEPS, WIDTH, 1)
-    return r, z, n
+def _planes(x_at, t, mask, G: tl.constexpr, NM: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr):
+    """G planes of STEPS steps from t of (T, G, N, M), STEPS lane blocks each."""
+    found = ()
+    for g in tl.static_range(G):
+        tile = tl.load(x_at + t * (G * NM) + g * NM, mask=mask, other=0.0)
+        found = found + (unstack(tile, STEPS, WIDTH, 1),)
+    return found
 
 
 @triton.jit
 def _states_before(
-    h_at, h_start, flags_at, t, mask, NM: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+    h_at, h_start, flags_at, t, mask, S_T: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """h before each of STEPS steps from t, STEPS lane blocks, zero where a document starts.
 
-    h_at points one step back, at h_{t-1}; before step 0 lies h_start [1, WIDTH].
+    h_at points one step, S_T numbers, back, at h_{t-1}; before step 0 lies h_start [1, WIDTH].
     """
     inside = t + tl.arange(0, STEPS)[:, None] > 0
-    before = tl.where(inside, tl.load(h_at + t * NM, mask=mask & inside, other=0.0), h_start)
+    before = tl.where(inside, tl.load(h_at + t * S_T, mask=mask & inside, other=0.0), h_start)
     if HAS_RESET:
         before = tl.where(tl.load(flags_at + t + tl.arange(0, STEPS)[:, None]) != 0, 0.0, before)
     return unstack(before, STEPS, WIDTH, 1)
@@ -114,7 +116,7 @@ def _forward_group(
     WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores h of STEPS steps from t and returns the last."""
-    r, z, n = _inputs(x_at, t, mask, N * M, STEPS, WIDTH)
+    r, z, n = _planes(x_at, t, mask, 3, N * M, STEPS, WIDTH)
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     states = ()
@@ -138,7 +140,7 @@ def walk_kernel(
     h_out (B, T, N, M) fp32; flags (B, T) int32. All contiguous."""
     NM: tl.constexpr = N * M
     b, _, n, i, spot, valid, first = _place(tiles, 1, N, M, MP, WIDTH)
-    u, biases = _matrices(weight, n, i, valid, N, M, False), _biases(bias, spot, valid, NM)
+    u, biases = _matrices(weight, n, i, valid, 3, N, M, False), _biases(bias, spot, valid, NM)
     x_at, h_at, flags_at = inputs + b * T * (3 * NM) + spot, h_out + b * T * NM + spot, flags + b * T
     mask = valid[None, :]
     h = tl.load(start + b * NM + spot, mask=valid, other=0.0)
@@ -176,7 +178,7 @@ def _backward_group(
 ):  # fmt: skip
     """Stores the inputs' gradient of STEPS steps from t; returns J^T s before them, and the sums after."""
     NM: tl.constexpr = N * M
-    r_in, z_in, n_in = _inputs(x_at, t, mask, NM, STEPS, WIDTH)
+    r_in, z_in, n_in = _planes(x_at, t, mask, 3, NM, STEPS, WIDTH)
     before = _states_before(h_at, h_start, flags_at, t, mask, NM, STEPS, WIDTH, HAS_RESET)
     g = unstack(tl.load(g_at + t * NM, mask=mask, other=0.0), STEPS, WIDTH, 1)
     if HAS_RESET:
@@ -230,10 +232,10 @@ def walk_backward_kernel(
     b, c, n, i, spot, valid, first = _place(tiles, n_chunks, N, M, MP, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    u, ut, biases = _matrices(weight, n, i, valid, N, M, False), (), _biases(bias, spot, valid, NM)
+    u, ut, biases = _matrices(weight, n, i, valid, 3, N, M, False), (), _biases(bias, spot, valid, NM)
     owed, mask = tl.zeros([WIDTH], tl.float32), valid[None, :]
     if CHAIN:
-        ut = _matrices(weight, n, i, valid, N, M, True)
+        ut = _matrices(weight, n, i, valid, 3, N, M, True)
         owed = tl.load(stop + b * NM + spot, mask=valid, other=0.0)
     x_at, d_at = inputs + b * T * (3 * NM) + spot, d_inputs + b * T * (3 * NM) + spot
     h_at, g_at, flags_at = h_in + b * T * NM + spot - NM, grad + b * T * NM + spot, flags + b * T
@@ -269,7 +271,7 @@ def _linearise_group(
 ):  # fmt: skip
     """Stores J, the input's weight 1, and f(h_{t-1}) - h_t of STEPS steps from t."""
     NM: tl.constexpr = N * M
-    r_in, z_in, n_in = _inputs(x_at, t, mask, NM, STEPS, WIDTH)
+    r_in, z_in, n_in = _planes(x_at, t, mask, 3, NM, STEPS, WIDTH)
     before = _states_before(h_at - NM, h_start, flags_at, t, mask, NM, STEPS, WIDTH, HAS_RESET)
     h = unstack(tl.load(h_at + t * NM, mask=mask, other=0.0), STEPS, WIDTH, 1)
     of_r, of_z, of_q, keep, error = (), (), (), (), ()  # what multiplies rows of U_r, U_z, U_n
@@ -305,7 +307,7 @@ def linearise_kernel(
     b, c, n, i, spot, valid, first = _place(tiles, n_chunks, N, M, MP, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    u, biases = _matrices(weight, n, i, valid, N, M, False), _biases(bias, spot, valid, NM)
+    u, biases = _matrices(weight, n, i, valid, 3, N, M, False), _biases(bias, spot, valid, NM)
     x_at, a_at = inputs + b * T * (3 * NM) + spot, planes + b * T * ((M + 1) * NM) + spot
     h_at, e_at, flags_at = h_in + b * T * NM + spot, error + b * T * NM + spot, flags + b * T
     h_start, mask = tl.load(start + b * NM + spot, mask=valid, other=0.0)[None, :], valid[None, :]

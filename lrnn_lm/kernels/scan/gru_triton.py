@@ -26,9 +26,9 @@ def _launch(kernel: Any, h0: Tensor, T: int, chunks: int, tensors: tuple, loads:
     width = triton.next_power_of_2(max(LANES, N * MP)) if INTERPRETED else LANES
     tiles = triton.cdiv(N * MP, width)
     # Fewer where a step keeps many registers: at M = 16 the walk back needs nearly all of a lane.
-    steps = 1 if T == 1 else (8 if M <= 8 else 4) if loads == 3 else 4 if M <= 4 else 2
+    steps = 1 if T == 1 else (8 if M <= 8 else 4) if loads < 5 else 4 if M <= 4 else 2
     warps = tiles * B * chunks / multiprocessors(h0.device)
-    stages = groups_in_flight(warps * LANES * steps * loads * 4, backward=loads > 3)
+    stages = groups_in_flight(warps * LANES * steps * loads * 4, backward=loads > 4)
     with on_device(h0):
         kernel[(tiles * B * chunks,)](
             *tensors, T=T, tiles=tiles, N=N, M=M, MP=MP, STEPS=steps, STAGES=stages, WIDTH=width, num_warps=1,
@@ -62,9 +62,14 @@ def _steps_backward(
         walk_backward_kernel, h0, T, n_chunks, (inputs, weight, bias), 5, **chunks, **tensors,
         **_flags(inputs, reset), **options,
     )  # fmt: skip
-    d_weight, d_bias = sums.sum(dim=0).split([3 * M, 4])
-    d_weight = d_weight.unflatten(0, (3, M)).permute(0, 2, 3, 1)  # (3, N, M, M)
-    return d_inputs, d_weight.clone(memory_format=torch.contiguous_format), d_bias.clone()
+    return d_inputs, *gradients_of_sums(sums, 3)
+
+
+def gradients_of_sums(sums: Tensor, G: int) -> tuple[Tensor, Tensor]:
+    """Gradients of weight (G, N, M, M) and bias (4, N, M) from kernels' sums (programs, G M + 4, N, M)."""
+    d_weight, d_bias = sums.sum(dim=0).split([sums.shape[1] - 4, 4])
+    d_weight = d_weight.unflatten(0, (G, -1)).permute(0, 2, 3, 1)
+    return d_weight.clone(memory_format=torch.contiguous_format), d_bias.clone()
 
 
 class TritonGRU:
