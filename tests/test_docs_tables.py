@@ -38,7 +38,9 @@ def one_line(page: str) -> str:
     return " ".join(page.replace("**", "").split())
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/results/synthetic.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/performance.md", "docs/results/synthetic.md", "docs/certificate.md"]
+)
 def test_tables_are_what_the_rows_make(tables, name):
     page = (DOCS.parent / name).read_text(encoding="utf-8")
     assert tables.filled(page, tables.PAGES[name]) == page

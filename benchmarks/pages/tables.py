@@ -1,9 +1,8 @@
 """Makes the tables of measured numbers from the rows in docs/results; no number is written by hand.
 
 python -m benchmarks.pages.tables            print the tables
-python -m benchmarks.pages.tables --write    put them between the marks of README.md, docs/performance.md
-                                             and docs/results/synthetic.md, and draw the two pictures of
-                                             whole models
+python -m benchmarks.pages.tables --write    put them between the marks of the pages in PAGES, and draw the
+                                             two pictures of whole models
 """
 
 import argparse
@@ -90,10 +89,31 @@ def mad() -> str:
     return speed.table(head, lines)
 
 
+def certificate() -> str:
+    """A row for each step from training to proof; see studies/certificate.py."""
+    lines = []
+    for line in (speed.RESULTS / "certificate.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["wrong"]:
+            verdict = f"wrong after {' '.join(map(str, row['wrong']['symbols']))}"
+        elif row["length"] == 0:
+            verdict = "not certified"
+        else:
+            reach = "at every length" if row["length"] is None else f"up to {row['length']:,} symbols"
+            verdict = f"**certified {reach}**, by a lead of {row['margin']:.3g}"
+        blocks = f"{row['follow']} of {row['blocks']}"
+        steps = "" if row["step"] is None else f"{row['step']:,}"
+        shares = [f"{share:.4f}" for share in row["accuracy"].values()]
+        lines.append([row["task"].upper(), row["after"], steps, blocks, verdict, *shares])
+    head = ["task", "after it was", "steps", "blocks that follow it, rounded", "verdict"]
+    return speed.table([*head, "accuracy at 257 to 512 symbols", "at 8,193 to 16,384"], lines)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"measured": speed.readme},
     "docs/performance.md": speed.TABLES,
     "docs/results/synthetic.md": {"states": states, "mad": mad},
+    "docs/certificate.md": {"certificate": certificate},
 }  # fmt: skip
 
 
