@@ -117,7 +117,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
     check_extra("train", "matplotlib")  # which is imported at the end only
-    from .train.stop import Stopped, StopSignal
+    from .train.stop import Stopped, StopSignal, leave_output
 
     try:
         with StopSignal() as stop:
@@ -128,6 +128,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
             trainer = trainer_of(load_recipe(recipe, overrides), stop, from_checkpoint)
             score_run(trainer, trainer.run(stop), stop)  # run here: a file fewer on the way to the kernel
     except Stopped as stopped:
+        leave_output()
         if stopped.tell:
             print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.code) from None

@@ -4,6 +4,7 @@ Only the standard library is imported here, so that the handlers are installed b
 """
 
 import os
+import select
 import signal
 import stat
 import sys
@@ -97,7 +98,7 @@ class StopSignal:
             if self._interrupts > 1:
                 os._exit(128 + signal.SIGINT)
         if number == signal.SIGHUP:
-            _leave_terminal()
+            leave_output()
         self._name = signal.Signals(number).name
         if not self._held:
             self.leave_if_asked()
@@ -113,12 +114,17 @@ class StopSignal:
         return self._name or "a signal on another rank"
 
 
-def _leave_terminal() -> None:
-    """Send output to /dev/null if the terminal is closed: a write error would end the run before it saves."""
+def leave_output() -> None:
+    """Send output that nobody can read any more to /dev/null: a write error would end the run unsaved."""
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             descriptor = stream.fileno() if stream is not None else -1
-            dead = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+            kind = os.fstat(descriptor).st_mode
+            dead = stat.S_ISCHR(kind) and not os.isatty(descriptor)  # the terminal was closed
+            if stat.S_ISFIFO(kind):  # the reader, such as `tee`, has ended
+                pipe = select.poll()
+                pipe.register(descriptor, 0)
+                dead = bool(pipe.poll(0))
         except (OSError, ValueError):  # closed
             continue
         if dead:

@@ -81,3 +81,19 @@ def test_under_nohup_it_goes_on(recipe: Path, tmp_path: Path, straight: Path) ->
     last = f"checkpoints/step-{STEPS:08d}"
     assert fingerprint(tmp_path / "tiny" / last) == fingerprint(straight / last)
     assert len([line for line in metrics(tmp_path / "tiny") if "loss" in line]) == STEPS
+
+
+def speak_to_nobody() -> None:
+    """Output is a pipe whose reader has ended, as of `| tee log` after Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+    os.close(writer)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))
+
+
+def test_a_run_that_nobody_listens_to_goes_on(recipe: Path, tmp_path: Path) -> None:
+    process = Forked(recipe, f"train.runs_dir={tmp_path}", first=speak_to_nobody)
+    assert process.finish()[0] == 0
+    assert (tmp_path / f"tiny/checkpoints/step-{STEPS:08d}").exists()
