@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +35,19 @@ class _Case:
 
     def __init__(self, module: str, words: Words) -> None:
         self.words, self.right = words, None
+        # Files, as a compiler that fails prints more than a pipe holds, and would wait for a reader.
+        self.said, self.errors = (TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "case", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1", "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", module, "case", *words], stdout=self.said, stderr=self.errors,
+            env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     def ended(self) -> bool:
         """Whether it has ended; what it said is printed."""
         if self.right is None and self.process.poll() is not None:
-            said, error = self.process.communicate()
+            self.said.seek(0)
+            self.errors.seek(0)
+            said, error = self.said.read(), self.errors.read()
             self.right = self.process.returncode == 0
             if not self.right and "WRONG" not in said:
                 said = f"{' '.join(self.words)}: FAILED, exit code {self.process.returncode}\n{error[-3000:]}"

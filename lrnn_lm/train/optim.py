@@ -5,7 +5,7 @@ A new optimizer is a class here and a line in OPTIMIZERS (docs/extending.md).
 
 import difflib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -134,22 +134,23 @@ class Muon(Optimizer):
 
     def _move(self, group: dict[str, Any]) -> None:
         """Update the matrices of a parameter group."""
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, int, int]]] = defaultdict(list)
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor, int, int]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum" not in state:
                 state.update(self.new_state(parameter))
-            momentum, first = state["momentum"], 0
+            momentum, first, runs = state["momentum"], 0, Counter()
             momentum.mul_(MOMENTUM).add_(parameter.grad)
             ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
             for rows, planes in groupby(self._planes[parameter]):  # neighbours of one shape
                 after = first + rows * len([*planes])
-                by_shape[(rows, parameter.shape[1])].append((parameter, ahead, first, after))
-                first = after
+                # A second run of that shape is a batch of its own: kernels may not write to a tensor twice.
+                by_shape[(rows, parameter.shape[1], runs[rows])].append((parameter, ahead, first, after))
+                runs[rows], first = runs[rows] + 1, after
         if parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for shape, parts in by_shape.items():
+        for (*shape, _), parts in by_shape.items():
             # (planes, rows, columns) each
             stacks = [whole(ahead)[first:after].reshape(-1, *shape) for _, ahead, first, after in parts]
             updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])

@@ -60,6 +60,26 @@ def test_a_step_is_that_of_each_plane_alone(name: str) -> None:
         assert planes[model.model.layers[0].mixer.inner.in_proj.weight] == [32, 32, 3, 3, 4]
 
 
+def test_planes_of_one_shape_that_are_no_neighbours(monkeypatch) -> None:
+    """Heads of width 1 make as many steps as values. A batch writes to no tensor twice: on a GPU, one of two
+    such writes would be lost."""
+    mixer = {"type": "mamba2", "expand": 1, "head_dim": 1, "state_size": 3}
+    model = with_gradients(small_model("mamba2", mixer=mixer, num_hidden_layers=1))
+    weight = model.model.layers[0].mixer.inner.in_proj.weight
+    assert dict(layer_matrices(model))[weight] == [16, 16, 3, 3, 16]
+    before, add = weight.detach().clone(), torch._foreach_add_
+
+    def once(targets, *rest, **options) -> None:
+        assert len({id(target) for target in targets}) == len(targets)
+        add(targets, *rest, **options)
+
+    monkeypatch.setattr(torch, "_foreach_add_", once)
+    make_optimizer(model, settings(), CPU).step()
+    pieces = (weight.grad * (1 + MOMENTUM)).split([16, 16, 3, 3, 16])
+    want = torch.cat([orthogonalised(piece[None])[0] for piece in pieces])  # each 16 wide
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.02 * 0.1) - 0.02 * 0.2 * 4 * want)
+
+
 def test_the_second_step_goes_by_both_gradients() -> None:
     """Nesterov: the second gradient, and the momentum after it a step ahead."""
     model = with_gradients(small_model("h_lru"))
