@@ -316,13 +316,15 @@ def test_a_compiler_can_trace_it_as_on_a_gpu():
     """With tensors that only pretend: torch 2.11 cannot decompose a product with another output's dtype."""
 
     class Context:
-        needs_input_grad = (True, True, False, False, False)
+        needs_input_grad = (True, True, False, False, False, False)
 
         def save_for_backward(self, *kept):
             pass
 
+        mark_non_differentiable = save_for_backward
+
     def forward(hidden, weight, labels):
-        return loss._LinearCrossEntropy.forward(Context(), hidden, weight, labels, 32, True)
+        return loss._LinearCrossEntropy.forward(Context(), hidden, weight, labels, 32, True, 0.0)
 
     with FakeTensorMode(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         hidden = torch.empty(64, 32, device="cuda", dtype=torch.bfloat16)
