@@ -231,6 +231,8 @@ def verify(folder: Path) -> str | None:
             return next(filter(None, pool.map(lambda item: _damage(folder, *item), files)), None)
     except OSError as error:  # of the disk, or a name that no file can have
         return f"a file cannot be read: {error.strerror}"
+    except UnicodeEncodeError:
+        return "its manifest names a file by what is not Unicode text"
 
 
 def _incomplete(folder: Path, files: dict[str, Any]) -> str | None:

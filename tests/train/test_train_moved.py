@@ -307,6 +307,13 @@ def test_names_that_lead_out_are_not_read(folder: Path, name: str, monkeypatch: 
     assert checkpoint.verify(folder) == f"its manifest names {name!r}, which is not in it"
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(folder: Path, name: str) -> None:
+    """A checkpoint like this is damaged, so the one before it is used."""
+    change_manifest(folder, files_of(folder) | {name: {"bytes": 1, "sha256": "0" * 64}})
+    assert checkpoint.verify(folder) is not None
+
+
 @pytest.mark.parametrize("link", ["config.json", "trainer", "trainer/state.json"])
 def test_links_are_not_read(folder: Path, link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / link
