@@ -84,7 +84,10 @@ def main() -> None:
     if any(json.loads(line)["task"] == options.task for line in old):
         return
     about = {"torch": torch.__version__, "platform": platform.machine(), "overrides": options.overrides}
-    made = rows_of(options.task, options.runs, options.overrides)
+    try:
+        made = rows_of(options.task, options.runs, options.overrides)
+    except ValueError as error:
+        parser.error(str(error))
     lines = [json.dumps({**row, **about}) for row in made]
     options.output.write_text("\n".join([*old, *lines]) + "\n", encoding="utf-8")
 
