@@ -140,14 +140,16 @@ class Muon(Optimizer):
             state = self.state[parameter]
             if "momentum" not in state:
                 state.update(self.new_state(parameter))
-            momentum, first, runs = state["momentum"], 0, Counter()
+            momentum, first, seen = state["momentum"], 0, Counter()
             momentum.mul_(MOMENTUM).add_(parameter.grad)
             ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
-            for rows, planes in groupby(self._planes[parameter]):  # neighbours of one shape
-                after = first + rows * len([*planes])
+            runs = [(rows, len([*planes])) for rows, planes in groupby(self._planes[parameter])]
+            ahead = whole(ahead) if len(runs) > 1 else ahead  # gathered once, not for each run
+            for rows, planes in runs:  # neighbours of one shape
+                after = first + rows * planes
                 # A second run of that shape is a batch of its own: kernels may not write to a tensor twice.
-                by_shape[(rows, parameter.shape[1], runs[rows])].append((parameter, ahead, first, after))
-                runs[rows], first = runs[rows] + 1, after
+                by_shape[(rows, parameter.shape[1], seen[rows])].append((parameter, ahead, first, after))
+                seen[rows], first = seen[rows] + 1, after
         if parameters:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for (*shape, _), parts in by_shape.items():
@@ -156,8 +158,9 @@ class Muon(Optimizer):
             updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])
             shares = []
             for update, (parameter, _, first, after) in zip(updates, parts, strict=True):
-                # Zeros for the planes of other shapes: a shard may hold any of the rows.
-                update = functional.pad(update.flatten(0, 1), (0, 0, first, parameter.shape[0] - after))
+                update = update.flatten(0, 1)
+                if len(update) < len(parameter):  # zeros for other planes: a shard may hold any rows
+                    update = functional.pad(update, (0, 0, first, len(parameter) - after))
                 shares.append(like_parameter(update, parameter))
             targets = [parameter for parameter, *_ in parts]
             torch._foreach_add_(targets, shares, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
