@@ -205,4 +205,4 @@ def test_mistakes(change, message):
 ])  # fmt: skip
 def test_triton_says_why_not(dtype, M, message):
     with pytest.raises(ValueError, match=message):
-        gru_scan(*make_inputs(dtype=dtype, M=M), backend="triton")
+        gru_scan(*(x if x is None else x.to(DEVICE) for x in make_inputs(dtype=dtype, M=M)), backend="triton")

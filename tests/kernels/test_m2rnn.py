@@ -124,5 +124,6 @@ def test_mistakes(change, message):
     (torch.float32, 129, 33, "a head of 129 x 33 is above"),
 ])  # fmt: skip
 def test_triton_says_why_not(dtype, K, V, message):
+    inputs = make_inputs(T=1, dtype=dtype, K=K, V=V, resets=0.0)
     with pytest.raises(ValueError, match=message):
-        m2rnn_scan(*make_inputs(T=1, dtype=dtype, K=K, V=V), backend="triton")
+        m2rnn_scan(*(x if x is None else x.to(DEVICE) for x in inputs), backend="triton")
