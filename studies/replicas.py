@@ -148,13 +148,7 @@ class Replica:
     def _forward(self, inputs: Tensor, **arguments: Any) -> Any:
         half = self.job.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            return self.model(input_ids=inputs, use_cache=False, **self._mask(inputs.shape[1]), **arguments)
-
-    def _mask(self, T: int) -> dict[str, Tensor]:
-        """A mask made for attention here: what transformers would look at to make one needs the values."""
-        if self.job.mixer["type"] != "attention":
-            return {}
-        return {"attention_mask": torch.ones(1, 1, T, T, dtype=torch.bool, device=self.device).tril()}
+            return self.model(input_ids=inputs, use_cache=False, **arguments)
 
     def capture(self, rows: TrainingRows) -> None:
         """Make the graph of a step on these rows; parameters and optimiser stay as they were."""

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
 from lrnn_lm.data import order as row_order
@@ -53,6 +54,32 @@ def job(**changes):
         "options": {"start": 1},
     }  # fmt: skip
     return Job(**{**settings, **changes})
+
+
+class Values(TorchDispatchMode):
+    """Notes where a value is read back, which a CUDA graph cannot capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.read.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mixer", [
+    {"type": "attention", "num_heads": 2}, {"type": "bd_lru", "block_size": 2}, {"type": "lstm"},
+    {"type": "mamba2", "head_dim": 8},
+], ids=lambda mixer: mixer["type"])  # fmt: skip
+def test_a_step_reads_no_value_back(mixer):
+    """Attention was given a mask of its own, whose values the model looks at."""
+    replica = Replica(job(model="x", mixer=mixer), CPU)
+    inputs, labels = task_rows(SyntheticTask("s3", 6, {"start": 1}), 0, "train", 0, 4, CPU)
+    with Values() as values:
+        replica._forward(inputs, shift_labels=labels)
+    assert not values.read
 
 
 def test_replicas_learn_and_do_not_touch_each_other():
