@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .files import is_no_home, words_of
+from .files import words_of
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # print ? for what the terminal cannot show, do not crash
     try:
         app(args=arguments, prog_name="lrnn")
-    except (ValueError, OSError, RuntimeError, UnmetRequirementError) as mistake:
+    except (ValueError, OSError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
             raise
         if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
@@ -375,8 +375,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _is_users(mistake: Exception) -> bool:
     """Whether a user can fix it: every ValueError of ours, and the system errors listed in _USERS_ERRNO."""
-    if isinstance(mistake, RuntimeError):
-        return is_no_home(mistake)
     return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
 
 

@@ -88,6 +88,37 @@ def test_a_home_folder_is_found_in_every_path(checkpoint, tmp_path, monkeypatch,
         print_info("~/c")
 
 
+@pytest.mark.parametrize(("arguments"), [
+    ("eval", "~nobody-here/c", "--tasks", "a"),
+    ("eval", "c", "--tasks", "a", "--data", "~nobody-here/d"),
+    ("generate", "c", "--prompt-file", "~nobody-here/p.txt"),
+    ("report", "~nobody-here/run"),
+    ("info", "~nobody-here/c"),
+    ("export", "c", "~nobody-here/out"),
+    ("train", "~nobody-here/recipe.yaml"),
+    ("prepare", "RECIPE", "data.source.path=~nobody-here/x", "data.source.type=text"),
+    ("prepare", "RECIPE", "data.cache_dir=~nobody-here/x"),
+    ("train", "RECIPE", "train.runs_dir=~nobody-here/x"),
+])  # fmt: skip
+def test_a_home_folder_of_nobody(checkpoint, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("c").symlink_to(checkpoint)
+    Path("p.txt").write_text("a")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+    with pytest.raises(SystemExit) as end:
+        main([recipe if word == "RECIPE" else word for word in arguments])
+    assert end.value.code == 2
+    assert "~nobody-here" in (said := capsys.readouterr().err)
+    assert "there is no such user here" in said
+
+
+def test_only_one_function_looks_for_home_folders():
+    """Except in a file that is copied to where this package may not be."""
+    package = Path(__file__).parents[2] / "lrnn_lm"
+    callers = [path.name for path in package.rglob("*.py") if ".expanduser()" in path.read_text()]
+    assert sorted(callers) == ["files.py", "heldout.py"]
+
+
 def test_each_of_several_has_a_folder(tmp_path):
     """Two runs' checkpoints may be of one step, and then files of one name."""
     for run in "ab":
