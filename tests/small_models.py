@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import cycle, product
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -163,3 +164,15 @@ def byte_tokenizer(texts: list[str], size: int, **options):
     )
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", **options)
+
+
+def fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every look-up of embeddings end as on a GPU without room for what it returns."""
+
+    def embedding(*given: object, **options: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+            "which 1.05 GiB is free. Process 1 has 78.06 GiB memory in use."
+        )
+
+    monkeypatch.setattr(torch.nn.functional, "embedding", embedding)

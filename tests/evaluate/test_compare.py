@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_models import fill_memory
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.compare import beside, evaluate_each, folders
@@ -110,6 +111,20 @@ def test_a_home_folder_of_nobody(checkpoint, tmp_path, monkeypatch, capsys, argu
     assert end.value.code == 2
     assert "~nobody-here" in (said := capsys.readouterr().err)
     assert "there is no such user here" in said
+
+
+@pytest.mark.parametrize(("command", "options", "words"), [
+    ("eval", ("--tasks", "heldout_cloze", "--limit", "1"), "lower --batch-size or --max-length"),
+    ("generate", ("--prompt", "a"), "lower --segment"),
+])  # fmt: skip
+def test_a_full_gpu(checkpoint, monkeypatch, capsys, command, options, words):
+    fill_memory(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        main([command, str(checkpoint), *options, "--device", "cpu"])
+    assert end.value.code == 2
+    asked, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert asked == "lrnn: no room on the GPU for 2.50 GiB more"
+    assert words in remedy
 
 
 def test_only_one_function_looks_for_home_folders():
