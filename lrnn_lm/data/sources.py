@@ -219,9 +219,11 @@ def _read_parquet(path: File, field: str) -> Iterator[str]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path.open("rb") if isinstance(path, RemoteFile) else path) as file:
-            if field not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column {field!r}; set data.source.text_field to one of: {names}")
+            names = file.schema_arrow.names
+            if (found := names.count(field)) != 1:
+                others = ", ".join(name for name in names if names.count(name) == 1)
+                what = f"{found} columns" if found else "no column"
+                raise DataError(f"{path}: {what} {field!r}; set data.source.text_field to one of: {others}")
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in _values(batch.column(0)):
                     yield _field({field: text}, field, f"{path}: row {row}")

@@ -138,7 +138,7 @@ def _scored(
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     own = "" if info.run is None else str(RunFolder(info.run).heldout.resolve())
     data = Path(settings["data"] or "").resolve()
-    other = settings["data"] if own and data.is_file() and str(data) != own else None
+    other = settings["data"] if data.is_file() and str(data) != own else None
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
