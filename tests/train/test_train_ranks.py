@@ -3,6 +3,7 @@
 Processes of gloo's on the CPU.
 """
 
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -201,15 +202,23 @@ def test_the_first_rank_scores_the_model(recipe: Path, parallel: str) -> None:
     assert (run / "README.md").exists()
 
 
+@pytest.fixture(scope="module")
+def stopped(recipe: Path) -> Callable[[str], Path]:
+    """A function from a name to the last checkpoint of a run of that name: two ranks' shards, at step 3."""
+    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=stopped", parallel="fsdp2", prank=stop).expect(85)
+    runs = recipe.parent / "runs"
+    copy = lambda name: shutil.copytree(runs / "stopped", runs / name, symlinks=True)  # noqa: E731
+    return lambda name: copy(name) / "checkpoints/latest"
+
+
 def test_a_sharded_checkpoint_is_exported(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, stopped: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its weights are those that one process would load from it; before that, scoring says what to do."""
     from transformers import AutoModelForCausalLM
 
-    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=exported", parallel="fsdp2", prank=stop).expect(85)
-    folder = recipe.parent / "runs/exported/checkpoints/latest"
+    folder = stopped("exported")
     main_exits(2, "generate", folder, "--prompt", "the")
     assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
     dead = folder.resolve().parent / f"{checkpoint.COPY}dead"  # of an export that was killed
@@ -233,14 +242,12 @@ def test_a_sharded_checkpoint_is_exported(
 
 
 def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
-    recipe: Path,
+    recipe: Path, stopped: Callable[[str], Path]
 ) -> None:
     """Its end has the weights as one file; whatever a kill on the way leaves, the checkpoint is whole."""
     from transformers import AutoModelForCausalLM
 
-    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=lowered", parallel="fsdp2", prank=stop).expect(85)
-    folder = (recipe.parent / "runs/lowered/checkpoints/latest").resolve()
+    folder = stopped("lowered").resolve()
     assert not (folder / "model.safetensors").exists()
     lowered = (f"train.tokens={3 * ROWS * 64}", "name=lowered")
     for name in (".model.safetensors.tmp", "model.safetensors", ".manifest.json.tmp"):
