@@ -56,7 +56,13 @@ class Server:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse().read().decode()
         parts = [line.removeprefix("data: ") for line in answer.split("\n\n") if line] if stream else [answer]
-        return "".join(json.loads(part)["choices"][0].get("text", "") for part in parts)
+        try:
+            return "".join(json.loads(part)["choices"][0].get("text", "") for part in parts)
+        except (ValueError, LookupError):
+            raise SystemExit(
+                f"the server answered {parts[-1][:200]!r}. If the model is untrained, take a trained one: "
+                "its bytes are no UTF-8 text, which tokenizers' DecodeStream refuses"
+            ) from None
 
     def wait(self, prompt: str) -> None:
         """Until it has answered."""

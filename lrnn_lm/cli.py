@@ -5,7 +5,6 @@ ValueError. `main` prints its message (one or two lines) and exits with code 2; 
 traceback instead.
 """
 
-import errno
 import io
 import os
 import sys
@@ -14,17 +13,13 @@ from typing import Annotated
 
 import typer
 
-from .files import is_no_home, words_of
+from .mistakes import is_users, tell
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder
 from .version import __version__
 
 EXIT_USER_ERROR = 2
-_USERS_ERRNO = (  # system errors that a user can mend
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-)  # fmt: skip
 
 app = typer.Typer(
     name="lrnn",
@@ -366,30 +361,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="lrnn")
     except (ValueError, OSError, RuntimeError, UnmetRequirementError) as mistake:
-        if os.environ.get("LRNN_TRACEBACK") or not _is_users(mistake):
+        if os.environ.get("LRNN_TRACEBACK") or not is_users(mistake):
             raise
-        if (message := words_of(mistake)) and _tells():  # empty where another rank prints it
-            print(f"lrnn: {message}", file=sys.stderr)
+        tell(mistake, next(iter(arguments or sys.argv[1:]), ""))
         sys.exit(EXIT_USER_ERROR)
-
-
-def _is_users(mistake: Exception) -> bool:
-    """Whether a user can fix it: every ValueError of ours, and the system errors listed in _USERS_ERRNO."""
-    if isinstance(mistake, RuntimeError):
-        return is_no_home(mistake)
-    return not isinstance(mistake, OSError) or mistake.errno in _USERS_ERRNO
-
-
-def _tells() -> bool:
-    """Whether this rank prints the message.
-
-    Before the process group exists every rank finds the same mistake, so only local rank 0 prints it. In a
-    job of `lrnn submit` (LRNN_LOGS) every rank has its own log and prints it there.
-    """
-    if os.environ.get("LOCAL_RANK", "0") == "0" or "LRNN_LOGS" in os.environ:
-        return True
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -57,14 +57,15 @@ def words_of(error: Exception) -> str:
     """An error in a line for a person; of the system's, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}"
-    if is_no_home(error):
-        return "a path begins with ~NAME, and there is no such user here: write it out"
     return str(error)
 
 
-def is_no_home(error: Exception) -> bool:
-    """Whether `Path.expanduser` found no home folder, which it tells by a RuntimeError."""
-    return isinstance(error, RuntimeError) and "home directory" in str(error)
+def user_path(path: str | os.PathLike) -> Path:
+    """A path as a person writes it: ~ and ~NAME are home folders. ValueError if there is no such person."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user here, so write the path out") from None
 
 
 @contextmanager

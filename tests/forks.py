@@ -75,7 +75,16 @@ class Server:
             return _completed(order, int(self._process.stdout.readline()))
 
 
-LIBRARIES = Server("from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer")
+# Also what a first model imports, which takes three seconds. Torch's compiler would import Triton with it.
+LIBRARIES = Server("""
+import sys
+sys.modules["triton"] = None
+import transformers.generation.utils, transformers.modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils._triton import has_triton_package
+del sys.modules["triton"]
+has_triton_package.cache_clear()
+""")
 
 
 @contextmanager

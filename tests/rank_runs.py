@@ -53,7 +53,8 @@ class Forked:
 @dataclass(frozen=True)
 class Prank:
     """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
-    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer."""
+    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, or finds
+    no room on its GPU if `full`."""
 
     rank: int = 0
     step: int = 0
@@ -62,6 +63,7 @@ class Prank:
     scoring: bool = False
     nan_samples: tuple[int, ...] = ()
     sleep: float = 0.0
+    full: bool = False
 
 
 class Ranks:
@@ -196,6 +198,8 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             time.sleep(prank.sleep)
             if prank.signal:
                 os.kill(os.getpid(), prank.signal)
+            if prank.full:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
         if trainer.position.samples not in prank.nan_samples:
             return original(trainer, batches, *rest)
         loss = trainer._loss

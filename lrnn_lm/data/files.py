@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..files import user_path
 from ..remote import RemoteFile, find_remote, url_of
 from ..requirements import check_extra
 from .specs import DataError
@@ -36,7 +37,7 @@ def find_files(path: str, suffixes: Sequence[str] = ()) -> list[Path] | list[Rem
             return _unpackable(find_remote(url, suffixes))
         except ValueError as error:
             raise DataError(f"{error} (data.source.path)") from None
-    target = Path(path).expanduser()
+    target = user_path(path)
     try:
         if target.is_dir():
             found = [(real, f) for real, f in _walk(target) if f.name.lower().endswith(tuple(suffixes) or "")]

@@ -6,10 +6,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import BufferingHandler
-from pathlib import Path
 from typing import Any
 
-from ..files import hub_is_reachable
+from ..files import hub_is_reachable, user_path
 from ..requirements import check_extra
 from .specs import DataError, SourceSpec
 
@@ -55,7 +54,7 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
     import datasets
     from datasets.exceptions import DatasetsError
 
-    path = Path(spec.path or "").expanduser()
+    path = user_path(spec.path or "")
     if str(spec.path).startswith(("/", ".", "~")) and not path.exists():
         raise DataError(f"{spec.path}: no such file or folder (data.source.path)")
     if not path.exists() and not hub_is_reachable():

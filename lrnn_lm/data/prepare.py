@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
@@ -67,7 +68,7 @@ def prepare_all(specs: Sequence[DataSpec], progress: bool = True) -> list[Prepar
     DataError for every mistake of the user's.
     """
     _check_files(specs)
-    cache = Path(specs[0].cache_dir).expanduser()
+    cache = user_path(specs[0].cache_dir)
     try:
         for kind in ("tokenizers", "data"):
             (cache / kind).mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def _held_out(spec: DataSpec, listed: frozenset[int]) -> HeldOut:
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
     """The SentencePiece recipe that spec.tokenizer names; None for a ready tokenizer."""
-    path = Path(spec.tokenizer).expanduser()
+    path = user_path(spec.tokenizer)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise DataError(f"{spec.tokenizer}: no such tokenizer recipe (data.tokenizer)")
@@ -218,7 +219,7 @@ def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
 
 def _tokenizer_fingerprint(name: str) -> list[object]:
     """What identifies a ready tokenizer: hashes of its folder's files; or its hub name, without a network."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         return [name]
     files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".txt") and f.is_file())

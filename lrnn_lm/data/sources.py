@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from ..remote import RemoteFile
 from . import python_docs
 from .files import NOT_READ, PACKED, find_files, open_bytes
@@ -63,8 +64,8 @@ def fingerprint(spec: SourceSpec) -> list[object]:
     found = files(spec)
     if spec.type in ("megatron", "tokens"):  # the index names the files, so it does not move with them
         found += [_ids_of(file) for file in found if file.suffix == ".idx"]
-        what += [str(Path(spec.path or "").expanduser().resolve()), spec.separator, spec.dtype]
-    base = Path(spec.path or "").expanduser()
+        what += [str(user_path(spec.path or "").resolve()), spec.separator, spec.dtype]
+    base = user_path(spec.path or "")
     names = [str(f.relative_to(base)) if base.is_dir() else f.name for f in found]
     stats = [f.stat() for f in found]  # where a link leads
     return [*what, [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]]
@@ -86,7 +87,7 @@ def _ids_of(index: Path) -> Path:
 
 
 def _is_local(spec: SourceSpec) -> bool:
-    return Path(spec.path or "").expanduser().exists()
+    return user_path(spec.path or "").exists()
 
 
 def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
@@ -108,7 +109,7 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
 
 def _found(spec: SourceSpec) -> list[File]:
     path = spec.path or ""
-    if spec.type == "megatron" and not Path(path).expanduser().is_dir():  # with or without a suffix
+    if spec.type == "megatron" and not user_path(path).is_dir():  # with or without a suffix
         path = path.removesuffix(".bin").removesuffix(".idx") + ".idx"
     return find_files(path, FILE_TYPES.get(spec.type, ()))
 
@@ -218,9 +219,11 @@ def _read_parquet(path: File, field: str) -> Iterator[str]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path.open("rb") if isinstance(path, RemoteFile) else path) as file:
-            if field not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column {field!r}; set data.source.text_field to one of: {names}")
+            names = file.schema_arrow.names
+            if (found := names.count(field)) != 1:
+                others = ", ".join(name for name in names if names.count(name) == 1)
+                what = f"{found} columns" if found else "no column"
+                raise DataError(f"{path}: {what} {field!r}; set data.source.text_field to one of: {others}")
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in _values(batch.column(0)):
                     yield _field({field: text}, field, f"{path}: row {row}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from ..runs.layout import RunFolder
 from ..runs.load import describe
 from .harness import check_output, evaluate, flatten
@@ -26,7 +27,7 @@ def evaluate_each(
     any is scored.
     """
     names = checkpoint_names(checkpoints)
-    output = None if output is None else Path(output).expanduser()
+    output = None if output is None else user_path(output)
     check_output(output)
     if len(names) > 1 and output is not None and Path(output).suffix == ".json":
         raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")

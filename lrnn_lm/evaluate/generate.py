@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import user_path
 from ..runs.load import check_window, load_checkpoint
 from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 from .show import check_at_least
@@ -82,7 +83,7 @@ def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[
 
     Raises ValueError for a pipe that would be read more than once: it is empty the second time.
     """
-    path = Path(prompt_file or "").expanduser()
+    path = user_path(prompt_file or "")
     if times > 1 and path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path}: a pipe can be read only once; write its text to a file for --prompt-twice")
     for time in range(times if prompt or prompt_file is not None else 0):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite
+from ..files import finite, user_path
 from ..remote import check_here
 from ..runs.layout import RunFolder
 from ..runs.load import (
@@ -138,7 +138,7 @@ def _scored(
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     own = "" if info.run is None else str(RunFolder(info.run).heldout.resolve())
     data = Path(settings["data"] or "").resolve()
-    other = settings["data"] if own and data.is_file() and str(data) != own else None
+    other = settings["data"] if data.is_file() and str(data) != own else None
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
@@ -205,7 +205,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
 def check_output(output: Path | None) -> None:
     """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and Path(output).expanduser().is_file() and Path(output).suffix != ".json":
+    if output is not None and user_path(output).is_file() and Path(output).suffix != ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
 
 
@@ -245,8 +245,8 @@ def documents_of(info: CheckpointInfo, data: Path | None) -> str | None:
 
     The tasks that need data raise an error themselves.
     """
-    if data is not None and Path(data).expanduser().is_dir():
-        folder = Path(data).expanduser()
+    if data is not None and user_path(data).is_dir():
+        folder = user_path(data)
         if not any((folder / name).is_file() for name in FOLDER_NAMES):
             return str(folder)
     if data is None and (info.run is None or not RunFolder(info.run).heldout.is_file()):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.windows import WINDOW, encode_stream
+from ..files import user_path
 from ..runs.load import check_window
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read_text(file: str | Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0  # bytes read
     try:
-        with Path(file).expanduser().open("rb") as stream:
+        with user_path(file).open("rb") as stream:
             while data := stream.read(WINDOW):
                 done += len(data)
                 yield decoder.decode(data)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
@@ -50,7 +51,7 @@ def submit(
     for made in recipes:
         check_optimizer(made.optim.name)
         made.check_ranks(made.launch.ranks, made.train.parallel)  # before hours in the queue
-    runs = [(Path(made.train.runs_dir).expanduser() / made.name).absolute() for made in recipes]
+    runs = [(user_path(made.train.runs_dir) / made.name).absolute() for made in recipes]
     if not dry_run and shutil.which("sbatch") is None:
         raise ValueError(
             "there is no sbatch here: `lrnn submit` runs where SLURM's commands are, on a login node; "

@@ -47,7 +47,7 @@ class BlockDiagonalGRU(Mixer):
         rows = self.num_blocks * block_size
         self.in_proj = nn.Linear(hidden_size, 3 * rows, bias=False)  # of r, z, n
         self.recurrent_weight = nn.Parameter(torch.empty(3 * rows, block_size))
-        self.bias = nn.Parameter(torch.empty(4 * rows))  # a vector, so that weight decay leaves it alone
+        self.bias = nn.Parameter(torch.empty(4 * rows))
         self.out_proj = ResidualOutput(rows, hidden_size, bias=False)
         self.draw_parameters()
 

@@ -32,7 +32,7 @@ class BlockDiagonalSLSTM(Mixer):
         rows = self.num_blocks * block_size
         self.in_proj = nn.Linear(hidden_size, 4 * rows, bias=False)  # of z, i, f, o
         self.recurrent_weight = nn.Parameter(torch.empty(4 * rows, block_size))
-        self.bias = nn.Parameter(torch.empty(4 * rows))  # a vector, so that weight decay leaves it alone
+        self.bias = nn.Parameter(torch.empty(4 * rows))
         self.out_proj = ResidualOutput(rows, hidden_size, bias=False)
         self.draw_parameters()
 

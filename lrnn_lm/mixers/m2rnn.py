@@ -51,7 +51,7 @@ class MatrixRNN(JointProjections, Mixer):
         self.conv = ShortConvolution(H * (2 * K + V), head_conv)
         self.recurrent_weight = nn.Parameter(torch.empty(H * V, V))
         self.log_rate = nn.Parameter(torch.empty(H))
-        self.skip = nn.Parameter(torch.empty(H * V))  # vectors, so that weight decay leaves them alone
+        self.skip = nn.Parameter(torch.empty(H * V))
         self.norm_weight = nn.Parameter(torch.empty(H * V))
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
         self.draw_parameters()

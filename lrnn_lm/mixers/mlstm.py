@@ -48,7 +48,7 @@ class MatrixLSTM(Mixer):
         self.input_gate_proj = nn.Linear(hidden_size, H)
         self.forget_gate_proj = nn.Linear(hidden_size, H)
         self.output_gate_proj = nn.Linear(hidden_size, H * V, bias=False)
-        self.norm_weight = nn.Parameter(torch.ones(H * V))  # a vector: no weight decay
+        self.norm_weight = nn.Parameter(torch.ones(H * V))
         self.out_proj = ResidualOutput(H * V, hidden_size, bias=False)
         self.draw_parameters()
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from ..files import user_path
 from ..remote import check_here, url_of
 from .quantities import TokenCount
 from .section import Section
@@ -134,7 +135,7 @@ class MixtureSource(SourceSection):
         is_files = self.path is not None and self.type != "hf"
         path = self.path
         if is_files and url_of(path) is None:
-            path = os.path.realpath(Path(path).expanduser())
+            path = os.path.realpath(user_path(path))
         return (path or self.type, self.config, self.split if self.type == "hf" else None)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..files import user_path
 from .data import FILE_KEYS, SOURCE_KEYS
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
 from .reading import TwiceError, field_type, load_override, load_yaml, section_in, takes_text
@@ -127,7 +128,7 @@ def resolve_path(path: str) -> Path:
 
     If nothing is found, returns the path as given, so that the caller's message shows what the user wrote.
     """
-    here = Path(path).expanduser()
+    here = user_path(path)
     return shipped(path) if shipped(path).exists() and not here.exists() else here
 
 

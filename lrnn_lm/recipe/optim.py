@@ -32,7 +32,7 @@ class OptimSection(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
-        0.1, ge=0, description="of matrices, embeddings included; none on norms and biases"
+        0.1, ge=0, description="of matrices, embeddings included; none on norms, biases, recurrent matrices"
     )
     groups: list[GroupSection] = Field(
         default_factory=list, description="a parameter goes by the first group whose pattern it matches"

@@ -1,10 +1,10 @@
 """The recipe's train section: the token budget, the size of a step, and how it runs on the devices."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
+from ..files import user_path
 from ..remote import check_here
 from .quantities import Span, TokenCount
 from .section import Section
@@ -118,4 +118,4 @@ class TrainSection(Section):
     @classmethod
     def _is_here(cls, path: str) -> str:
         here = check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
-        return str(Path(here).expanduser())
+        return str(user_path(here))

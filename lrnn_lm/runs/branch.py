@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from ..files import user_path
 from ..recipe import Recipe, flatten, load_recipe
 from .checkpoint import read_position, verify
 from .layout import CheckpointFolder, RunFolder, latest_checkpoint
@@ -49,7 +50,7 @@ def find_parent(recipe: Recipe, folder: Path, given: Path | None) -> dict[str, A
     Raises ValueError if the run has begun otherwise, or the recipe cannot go on from that checkpoint.
     """
     stored = json_table(RunFolder(folder).parent)
-    wanted = str(given.expanduser().absolute()) if given is not None else None
+    wanted = str(user_path(given).absolute()) if given is not None else None
     if stored and wanted not in (None, stored["given"], stored["checkpoint"]):
         raise ValueError(
             f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."

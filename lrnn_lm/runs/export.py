@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from ..files import user_path
 from ..remote import check_free, upload, url_of
 from ..requirements import check_extra
 from .layout import CheckpointFolder
@@ -69,7 +70,7 @@ def export(
         write_remote_code(aside)
         if write_card is not None:
             write_card(aside)
-    return Path(target).expanduser()
+    return user_path(target)
 
 
 def export_graphs(
@@ -90,7 +91,7 @@ def export_graphs(
         write_graphs(model.float(), tokenizer, aside, format, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
             shutil.copyfile(file, aside / file.name)
-    return Path(target).expanduser()
+    return user_path(target)
 
 
 def _quantised(path: Path, model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":
@@ -129,7 +130,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 
     If the target is a URL, a temporary folder is copied there. Raises ValueError if the target is in use.
     """
-    target = Path(target).expanduser()
+    target = user_path(target)
     if (url := url_of(target)) is not None:
         check_free(url)
         with TemporaryDirectory() as scratch:

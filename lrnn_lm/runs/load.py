@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError
 
-from ..files import pick_device
+from ..files import pick_device, user_path
 from ..recipe import parse_count, recipe_from_dict
 from ..requirements import check_extra
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
@@ -40,7 +40,7 @@ class CheckpointInfo:
     def results(self, output: Path | None) -> Path | None:
         """The folder of its results: `output`, else eval/ of its run; None outside of a run."""
         if output is not None:
-            return Path(output).expanduser()
+            return user_path(output)
         return None if self.run is None else RunFolder(self.run).scores
 
 
@@ -49,7 +49,7 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
 
     Raises ValueError if the folder is not there or holds no model.
     """
-    path = checkpoint_folder(Path(checkpoint).expanduser())
+    path = checkpoint_folder(user_path(checkpoint))
     if not path.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint folder")
     if not CheckpointFolder(path).config.is_file():

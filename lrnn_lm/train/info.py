@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from ..files import user_path
 from ..model import LRNNConfig
 from ..model.accounting import (
     TRAINING_PASSES,
@@ -34,7 +35,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
     size, or a parameter count other than the recipe says.
     """
     console = console or Console()
-    folder = checkpoint_folder(Path(target).expanduser())
+    folder = checkpoint_folder(user_path(target))
     if not (folder / "config.json").is_file():
         if folder.is_dir():
             raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")

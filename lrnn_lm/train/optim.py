@@ -47,7 +47,10 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Parameter groups: `weight_decay` for matrices and embeddings, none for vectors (norms, biases)."""
+    """Parameter groups: `weight_decay` for matrices and embeddings, none for vectors (norms, biases).
+
+    `make_optimizer` also takes it from what a mixer holds itself.
+    """
     trained = [p for p in parameters if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
     vectors = [p for p in trained if p.ndim < 2]
@@ -260,8 +263,10 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
     optimizer = cls.build(model, optim, device)
     scales = width_scales(model, optim) if optim.base_width is not None else {}
     rules = _rules(model, optim.groups)
+    # A mixer's own parameters are norms and recurrent matrices: to decay the identity is to forget.
+    own = {p for block in model.model.layers for p in block.mixer.parameters(recurse=False)}
     optimizer.param_groups[:] = [
-        part for group in optimizer.param_groups for part in _split(group, rules, scales)
+        part for group in optimizer.param_groups for part in _split(group, rules, scales, own)
     ]
     return optimizer
 
@@ -269,8 +274,10 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
 def width_scales(model: nn.Module, optim: OptimSection) -> dict[nn.Parameter, float]:
     """What muP multiplies the learning rate of matrices by: base_width / width (arXiv 2203.03466, table 8).
 
-    Without the embedding, whose inputs do not grow with the width, and what is no matrix. How the weights
-    begin is `scale_for_width`'s. Raises ValueError for an optimizer or a model that this is not made for.
+    Those of linear layers and LSTMs, as only their inputs grow with the width: those of the embedding, of
+    convolutions and of a mixer's recurrent blocks do not. How the weights begin is `scale_for_width`'s.
+
+    Raises ValueError for an optimizer or a model that this is not made for.
     """
     if not issubclass(optimizer_class(optim.name), AdamW | AdamW8bit):
         raise ValueError(f"optim.base_width is for AdamW, not for optim.name={optim.name}: leave it out")
@@ -279,8 +286,8 @@ def width_scales(model: nn.Module, optim: OptimSection) -> dict[nn.Parameter, fl
             "optim.base_width scales embedding and head differently: set model.tie_word_embeddings=false"
         )
     scale = optim.base_width / model.config.hidden_size
-    embedding = model.get_input_embeddings().weight
-    return {p: scale for p in model.parameters() if p.ndim == 2 and p is not embedding}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.LSTM)]
+    return {p: scale for layer in layers for p in layer.parameters(recurse=False) if p.ndim == 2}
 
 
 def scale_for_width(model: nn.Module, base_width: int) -> None:
@@ -315,15 +322,21 @@ def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, G
 
 
 def _split(
-    group: dict[str, Any], rules: dict[nn.Parameter, GroupSection], scales: dict[nn.Parameter, float]
-) -> list[dict[str, Any]]:
-    """A parameter group of an optimizer as one for each rate and weight decay that its parameters have."""
+    group: dict[str, Any], rules: dict[nn.Parameter, GroupSection], scales: dict[nn.Parameter, float],
+    own: set[nn.Parameter],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A parameter group of an optimizer as one for each rate and weight decay that its parameters have.
+
+    own: the parameters that decay only by a rule.
+    """
     parts: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in group["params"]:
         rule, scale = rules.get(parameter), scales.get(parameter, 1.0)
-        given = rule is not None and rule.weight_decay is not None
+        decay = 0.0 if parameter in own else group["weight_decay"]
+        if rule is not None and rule.weight_decay is not None:
+            decay = rule.weight_decay
         # A matrix decays by rate x weight decay a step; a scale for the width leaves that product alone.
-        decay = (rule.weight_decay if given else group["weight_decay"]) / scale
+        decay /= scale
         rate = scale * (rule.lr_scale if rule is not None else 1.0)
         changes = {"params": [], "lr_scale": rate, "weight_decay": decay}
         parts.setdefault((rate, decay), group | changes)["params"].append(parameter)
@@ -357,7 +370,7 @@ def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: Opti
     warmup = optim.warmup.steps(total_steps, tokens_per_step)
     if step < warmup:
         return optim.lr * (step + 1) / warmup
-    if optim.schedule == "constant":
+    if optim.schedule == "constant" or total_steps == 1:  # a last step that is the first trains, too
         return optim.lr
     if optim.schedule == "cosine":
         progress = (step - warmup) / max(1, total_steps - 1 - warmup)

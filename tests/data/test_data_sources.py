@@ -50,6 +50,10 @@ def test_parquet(tmp_path: Path) -> None:
     assert read("parquet", tmp_path, text_field="body") == TEXTS
     with pytest.raises(DataError, match=r"no column 'text'.*id, body"):
         read("parquet", tmp_path)
+    twice = pyarrow.Table.from_arrays([["a"], ["b"], ["c"]], names=["text", "text", "body"])
+    pyarrow.parquet.write_table(twice, tmp_path / "part.parquet")
+    with pytest.raises(DataError, match=r"2 columns 'text'; set data.source.text_field to one of: body"):
+        read("parquet", tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(DataError, match=r"bad\.parquet: not a readable Parquet file"):
         read("parquet", tmp_path / "bad.parquet")

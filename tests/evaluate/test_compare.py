@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_models import fill_memory
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.compare import beside, evaluate_each, folders
@@ -86,6 +87,51 @@ def test_a_home_folder_is_found_in_every_path(checkpoint, tmp_path, monkeypatch,
     assert TrainSection(runs_dir="~/runs").runs_dir == str(tmp_path / "runs")
     with pytest.raises(ValueError, match="model_type is 'llama'"):
         print_info("~/c")
+
+
+@pytest.mark.parametrize(("arguments"), [
+    ("eval", "~nobody-here/c", "--tasks", "a"),
+    ("eval", "c", "--tasks", "a", "--data", "~nobody-here/d"),
+    ("generate", "c", "--prompt-file", "~nobody-here/p.txt"),
+    ("report", "~nobody-here/run"),
+    ("info", "~nobody-here/c"),
+    ("export", "c", "~nobody-here/out"),
+    ("train", "~nobody-here/recipe.yaml"),
+    ("prepare", "RECIPE", "data.source.path=~nobody-here/x", "data.source.type=text"),
+    ("prepare", "RECIPE", "data.cache_dir=~nobody-here/x"),
+    ("train", "RECIPE", "train.runs_dir=~nobody-here/x"),
+])  # fmt: skip
+def test_a_home_folder_of_nobody(checkpoint, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("c").symlink_to(checkpoint)
+    Path("p.txt").write_text("a")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "demo.yaml")
+    with pytest.raises(SystemExit) as end:
+        main([recipe if word == "RECIPE" else word for word in arguments])
+    assert end.value.code == 2
+    assert "~nobody-here" in (said := capsys.readouterr().err)
+    assert "there is no such user here" in said
+
+
+@pytest.mark.parametrize(("command", "options", "words"), [
+    ("eval", ("--tasks", "heldout_cloze", "--limit", "1"), "lower --batch-size or --max-length"),
+    ("generate", ("--prompt", "a"), "lower --segment"),
+])  # fmt: skip
+def test_a_full_gpu(checkpoint, monkeypatch, capsys, command, options, words):
+    fill_memory(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        main([command, str(checkpoint), *options, "--device", "cpu"])
+    assert end.value.code == 2
+    asked, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert asked == "lrnn: no room on the GPU for 2.50 GiB more"
+    assert words in remedy
+
+
+def test_only_one_function_looks_for_home_folders():
+    """Except in a file that is copied to where this package may not be."""
+    package = Path(__file__).parents[2] / "lrnn_lm"
+    callers = [path.name for path in package.rglob("*.py") if ".expanduser()" in path.read_text()]
+    assert sorted(callers) == ["files.py", "heldout.py"]
 
 
 def test_each_of_several_has_a_folder(tmp_path):

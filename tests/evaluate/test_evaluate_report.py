@@ -139,6 +139,14 @@ def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_docu
     assert len(list((run / "eval").glob("*.json"))) == len(ways)
 
 
+def test_scores_on_two_texts_outside_a_run(checkpoint, tmp_path, write_documents):
+    alone = shutil.copytree(checkpoint, tmp_path / "alone", ignore=shutil.ignore_patterns("trainer"))
+    for name in ("a", "b", "a"):
+        text = write_documents(tmp_path / f"{name}.jsonl", [f"The text {name} of a run."])
+        evaluate(alone, ["heldout_bits_per_byte"], device="cpu", data=text, output=tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
 def test_scores_of_other_lengths_are_others(tmp_path):
     folder = _write_run(tmp_path / "scored")
     for name, lengths in (("a.json", None), ("b.json", [64])):

@@ -40,12 +40,13 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory, tokenizer) -> Callable[[str], Path]:
-    """A function from a name in small_models.NAMES to a checkpoint folder in a run of that name."""
+def make_checkpoint(tmp_path_factory, tokenizer) -> Callable[..., Path]:
+    """A function from a name in small_models.NAMES, and changes to its configuration, to a checkpoint folder
+    in a run of that name."""
 
-    def make(name: str) -> Path:
+    def make(name: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("runs") / name / "checkpoints" / "step-00000007"
-        small_model(name).save_pretrained(folder)
+        small_model(name, **changes).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "trainer").mkdir()
         (folder / "trainer" / "state.json").write_text("{}")

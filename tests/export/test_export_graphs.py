@@ -15,12 +15,13 @@ from small_models import small_model
 from lrnn_lm import LRNNForCausalLM, cli
 from lrnn_lm.runs.export import export_graphs
 
+LAYERS = {"num_hidden_layers": 2}  # graphs take as long to make as they have layers
 RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
 
 
 @pytest.fixture(scope="module")
 def exported(make_checkpoint, tmp_path_factory):
-    checkpoint = make_checkpoint("bd_lru")
+    checkpoint = make_checkpoint("bd_lru", **LAYERS)
     return checkpoint, export_graphs(checkpoint, tmp_path_factory.mktemp("onnx") / "out", prefill=3)
 
 
@@ -59,7 +60,7 @@ def test_prompt_and_tokens_have_the_models_logits(which, request):
 @pytest.mark.parametrize(("format", "rows"), [("torch-export", 3), ("executorch", 1)])
 def test_other_graphs_have_the_models_logits(format, rows, make_checkpoint, tmp_path):
     """Of prefill and a token after it."""
-    checkpoint, folder = make_checkpoint("bd_lru"), tmp_path / "out"
+    checkpoint, folder = make_checkpoint("bd_lru", **LAYERS), tmp_path / "out"
     if format == "executorch":
         runtime = pytest.importorskip("executorch.runtime", reason="pip install 'lrnn-lm[executorch]'")
     export_graphs(checkpoint, folder, format, prefill=3)

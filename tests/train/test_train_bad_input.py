@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import run_code
+from small_models import fill_memory
 from tiny_run import fingerprint, write_recipe
 from trainers import main_exits
 
@@ -232,6 +233,17 @@ def test_a_tracker_that_is_not_installed(
     main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", f"tracking.trackers=[{name}]")
     assert f"pip install {package}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_gpu(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_memory(monkeypatch)
+    main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", "train.tokens=2M")
+    asked, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert asked == "lrnn: no room on the GPU for 2.50 GiB more"
+    for option in ("train.micro_batch", "train.activation_checkpointing", "train.segment"):
+        assert option in remedy
 
 
 # `lrnn train RECIPE` with each override, where the hub's name resolves.

@@ -240,6 +240,18 @@ def test_a_dead_rank_ends_the_others_with_a_traceback(recipe: Path, parallel: st
     assert "Traceback" in run.errors
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_full_gpu_of_one_rank(recipe: Path, parallel: str) -> None:
+    """That rank says so and ends; the others do not wait for it."""
+    run = Ranks(
+        recipe, 2, f"name=full-{parallel}", "train.tokens=1M", parallel=parallel,
+        prank=Prank(rank=1, step=6, full=True),
+    )  # fmt: skip
+    assert run.wait(60) == [1, 2]
+    assert run.errors.count("lrnn: no room on the GPU for 2.50 GiB more") == 1
+    assert run.errors.count("lrnn: lower train.micro_batch") == 1
+
+
 def test_a_rank_that_hangs_is_waited_for_as_long_as_the_recipe_says(recipe: Path) -> None:
     run = Ranks(
         recipe, 2, "name=hung", "train.timeout_minutes=0.05", "train.stall_minutes=0.02", "train.tokens=1M",

@@ -9,7 +9,7 @@ from typing import Self
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import small_model
+from small_models import MIXER_ROWS, small_model
 from test_train_muon import with_gradients
 from test_train_resume import LAST, assert_same_run
 from tiny_run import STEPS, losses
@@ -196,6 +196,35 @@ def test_width_transfer(build: Build) -> None:
             group = held[parameter]
             assert (group["lr_scale"], group["weight_decay"]) == pytest.approx((rate, decay)), name
             torch.testing.assert_close(parameter, start * narrow[name])
+
+
+@pytest.mark.parametrize("mixer", MIXER_ROWS)
+def test_what_decays_and_what_width_scales(mixer: str) -> None:
+    """Of every mixer: linear layers and LSTMs do both, convolutions only decay, what it holds itself neither.
+
+    A norm must not shrink, nor a recurrent matrix forget, and its blocks are of the same size at every width.
+    """
+    model = small_model(mixer, tie_word_embeddings=False)
+    optim = OptimSection(lr=1e-3, weight_decay=0.1, base_width=8)
+    held = {p: g for g in make_optimizer(model, optim, CPU).param_groups for p in g["params"]}
+    assert held.keys() == set(model.parameters())
+    for path, module in model.named_modules():
+        own = path.endswith(".mixer")
+        for name, parameter in module.named_parameters(recurse=False):
+            scaled = isinstance(module, nn.Linear | nn.LSTM) and parameter.ndim == 2
+            decays = parameter.ndim > 1 and not own
+            group = held[parameter]
+            assert group["lr_scale"] == (0.5 if scaled else 1.0), f"{path}.{name}"
+            expected = (0.1 if decays else 0.0) / group["lr_scale"]
+            assert group["weight_decay"] == expected, f"{path}.{name}"
+
+
+def test_a_group_may_let_a_mixers_own_decay() -> None:
+    model = small_model("m2rnn")
+    groups = [{"match": "*recurrent_weight", "weight_decay": 0.2}]
+    optimizer = make_optimizer(model, OptimSection(lr=1e-3, weight_decay=0.1, groups=groups), CPU)
+    found = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert found[model.model.layers[0].mixer.recurrent_weight] == 0.2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 Processes of gloo's on the CPU.
 """
 
+import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -199,36 +202,23 @@ def test_the_first_rank_scores_the_model(recipe: Path, parallel: str) -> None:
     assert (run / "README.md").exists()
 
 
-def test_metrics_of_layers(recipe: Path) -> None:
-    """Looked at every 5 steps; the same under DDP and FSDP2, and training is not touched by it."""
-    looks = {}
-    for parallel in ("ddp", "fsdp2"):
-        Ranks(
-            recipe,
-            2,
-            f"name=looks-{parallel}",
-            "train.tokens=7680",
-            "train.inspect_every=5",
-            parallel=parallel,
-        ).expect()
-        lines = metrics(recipe.parent / f"runs/looks-{parallel}")
-        looks[parallel] = [line for line in lines if "state_norm" in line]
-        assert [line["step"] for line in looks[parallel]] == [5, 10]
-        assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in looks[parallel])
-        assert all(value > 0 for line in looks[parallel] for value in line["state_norm"])
-    for ddp, fsdp2 in zip(*looks.values(), strict=True):
-        assert ddp["state_norm"] == pytest.approx(fsdp2["state_norm"], rel=1e-5)
+@pytest.fixture(scope="module")
+def stopped(recipe: Path) -> Callable[[str], Path]:
+    """A function from a name to the last checkpoint of a run of that name: two ranks' shards, at step 3."""
+    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
+    Ranks(recipe, 2, "name=stopped", parallel="fsdp2", prank=stop).expect(85)
+    runs = recipe.parent / "runs"
+    copy = lambda name: shutil.copytree(runs / "stopped", runs / name, symlinks=True)  # noqa: E731
+    return lambda name: copy(name) / "checkpoints/latest"
 
 
 def test_a_sharded_checkpoint_is_exported(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, stopped: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its weights are those that one process would load from it; before that, scoring says what to do."""
     from transformers import AutoModelForCausalLM
 
-    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=exported", parallel="fsdp2", prank=stop).expect(85)
-    folder = recipe.parent / "runs/exported/checkpoints/latest"
+    folder = stopped("exported")
     main_exits(2, "generate", folder, "--prompt", "the")
     assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
     dead = folder.resolve().parent / f"{checkpoint.COPY}dead"  # of an export that was killed
@@ -252,14 +242,12 @@ def test_a_sharded_checkpoint_is_exported(
 
 
 def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
-    recipe: Path,
+    recipe: Path, stopped: Callable[[str], Path]
 ) -> None:
     """Its end has the weights as one file; whatever a kill on the way leaves, the checkpoint is whole."""
     from transformers import AutoModelForCausalLM
 
-    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=lowered", parallel="fsdp2", prank=stop).expect(85)
-    folder = (recipe.parent / "runs/lowered/checkpoints/latest").resolve()
+    folder = stopped("lowered").resolve()
     assert not (folder / "model.safetensors").exists()
     lowered = (f"train.tokens={3 * ROWS * 64}", "name=lowered")
     for name in (".model.safetensors.tmp", "model.safetensors", ".manifest.json.tmp"):
@@ -276,6 +264,32 @@ def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
     assert (folder / "model.safetensors").stat() == before
 
 
+@pytest.fixture(scope="module")
+def plain(recipe: Path) -> Callable[..., Path]:
+    """A function to a run of two ranks, 4 steps, whose layers are looked at every 2; each is run once."""
+
+    @cache
+    def run(parallel: str, *overrides: str) -> Path:
+        name = "-".join(["looks", parallel, *overrides]).replace("=", "-")
+        short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64", "train.inspect_every=2")
+        Ranks(recipe, 2, f"name={name}", *overrides, *short, parallel=parallel).expect()
+        return recipe.parent / "runs" / name
+
+    return run
+
+
+def test_metrics_of_layers(plain: Callable[..., Path]) -> None:
+    """The same under DDP and FSDP2."""
+    looks = {}
+    for parallel in ("ddp", "fsdp2"):
+        looks[parallel] = [line for line in metrics(plain(parallel)) if "state_norm" in line]
+        assert [line["step"] for line in looks[parallel]] == [2, 4]
+        assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in looks[parallel])
+        assert all(value > 0 for line in looks[parallel] for value in line["state_norm"])
+    for ddp, fsdp2 in zip(*looks.values(), strict=True):
+        assert ddp["state_norm"] == pytest.approx(fsdp2["state_norm"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("parallel", "switch"),
     [
@@ -285,13 +299,11 @@ def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
         pytest.param("fsdp2", "compile", marks=pytest.mark.slow),
     ],
 )
-def test_recomputed_and_compiled_layers_train_alike(recipe: Path, parallel: str, switch: str) -> None:
-    short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64", "train.inspect_every=2")
-    found = []
-    for value in ("false", "true"):
-        run = f"{parallel}-{switch}-{value}"
-        Ranks(recipe, 2, f"name={run}", f"train.{switch}={value}", *short, parallel=parallel).expect()
-        found.append([loss for _, loss in losses(recipe.parent / "runs" / run)])
+def test_recomputed_and_compiled_layers_train_alike(
+    plain: Callable[..., Path], parallel: str, switch: str
+) -> None:
+    runs = plain(parallel), plain(parallel, f"train.{switch}=true")
+    found = [[loss for _, loss in losses(run)] for run in runs]
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 

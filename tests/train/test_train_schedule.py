@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import small_model
 from torch import nn
 
 from lrnn_lm.recipe import recipe_from_dict
@@ -81,6 +82,7 @@ def test_runs_of_a_few_steps(total: int) -> None:
     for schedule in ("cosine", "wsd", "constant"):
         rates = [learning_rate(s, total, TOKENS, OptimSection(schedule=schedule)) for s in range(total)]
         assert all(math.isfinite(r) and r > 0 for r in rates)
+        assert rates[0] == OptimSection().lr, schedule
 
 
 MIXERS = {"bd_lru": {}, "h_lru": {"order": 2}, "attention": {"num_heads": 2}, "lstm": {}}
@@ -107,7 +109,8 @@ def test_every_parameter_is_in_exactly_one_group(mixer: str, tied: bool) -> None
 
 
 def test_the_optimizer_is_the_recipes() -> None:
-    optimizer = make_optimizer(nn.Linear(3, 2), OptimSection(betas=(0.8, 0.9), eps=1e-6), torch.device("cpu"))
+    section = OptimSection(betas=(0.8, 0.9), eps=1e-6)
+    optimizer = make_optimizer(small_model("bd_lru"), section, torch.device("cpu"))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.9), 1e-6)}
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...files import user_path
 from ..specs import DataError
 from ..storage import build_folder
 from ..tokenize import tokenizer_hash
@@ -58,7 +59,7 @@ def prepare_synthetic(
             f"model.vocab_size {vocab_size} is too small for task {task.name}, which has {task.vocab_size} "
             "symbols; leave it out to have it fit"
         )
-    folder = Path(cache_dir).expanduser() / "tokenizers" / f"symbols-{task.vocab_size}"
+    folder = user_path(cache_dir) / "tokenizers" / f"symbols-{task.vocab_size}"
     try:
         build_folder(folder, partial(write_symbols, task.vocab_size))
     except OSError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...files import user_path
 from .state_boxes import VANISHES, Maps
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def harden(
     mixer = model.model.layers[0].mixer
     if mixer.gate != "softmax":
         raise ValueError(f"--harden sharpens softmax gates; larger logits do not make {mixer.gate} select")
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not an empty folder; --harden writes a new one")
     kept = [b["block"] for b in blocks if b["follows"] and b["values"] > 1 and b["off"] < SHARP]

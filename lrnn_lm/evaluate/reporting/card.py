@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ...files import user_path
 from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table
 from ..show import markdown_table
@@ -45,7 +46,7 @@ def write_run_card(run: str | Path) -> Path:
 
     Raises ValueError if the run has no checkpoint.
     """
-    folder = RunFolder(Path(run).expanduser())
+    folder = RunFolder(user_path(run))
     picture = "plots/loss.png" if folder.loss_plot.is_file() else None
     text = model_card(folder.latest, picture=picture, folder="checkpoints/latest")
     folder.card.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...files import user_path
 from ...runs.layout import RunFolder
 from ..show import decimal, markdown_table, print_table, print_written, value_with_error
 from .runs import Run, Score, read_run
@@ -74,7 +75,7 @@ def _targets(runs: list[Run], output: Path | None) -> tuple[Path, Path | None]:
     if output is None:
         alone = len(runs) == 1
         return (RunFolder(runs[0].path).loss_plot if alone else runs[0].path.parent / "comparison.png"), None
-    output = Path(output).expanduser()
+    output = user_path(output)
     suffix = output.suffix.lower()
     if suffix in (".png", ".svg", ".pdf"):
         return output, None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...files import user_path
 from ...runs.layout import RunFolder, checkpoint_folder
 from ..harness import WHOLE_ROWS, flatten, variant
 
@@ -67,7 +68,7 @@ class Run:
 
 def read_run(folder: str | Path) -> Run:
     """Read a run. Raises ValueError if there is no such folder, or it has no step yet."""
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not path.is_dir():
         raise ValueError(f"{folder}: no such run")
     file = RunFolder(path).metrics

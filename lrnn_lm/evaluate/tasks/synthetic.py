@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data import SYNTHETIC_TASKS
+from ...files import user_path
 from ...runs.layout import CheckpointFolder
 from ...runs.load import json_table
 
@@ -38,7 +39,7 @@ def run_source(pretrained: str | Path | None) -> dict[str, Any]:
     """
     if pretrained is None:
         return {}
-    folder = Path(pretrained).expanduser().resolve()
+    folder = user_path(pretrained).resolve()
     if source := json_table(folder / "config.json").get("synthetic_task"):
         return source
     if (run := CheckpointFolder(folder).run) is None:
@@ -54,5 +55,5 @@ def known_symbols(pretrained: str | Path | None) -> int | None:
     """
     if pretrained is None:
         return None
-    vocab = json_table(Path(pretrained).expanduser() / "tokenizer.json").get("model", {}).get("vocab", ())
+    vocab = json_table(user_path(pretrained) / "tokenizer.json").get("model", {}).get("vocab", ())
     return len(vocab) if vocab and vocab == {str(i): i for i in range(len(vocab))} else None

@@ -1,0 +1,56 @@
+"""Which errors of a command a person can mend, and what is printed of them in place of a traceback."""
+
+import errno
+import os
+import re
+import sys
+
+from .files import words_of
+
+_ERRNO = (  # of the system's errors
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+_LESS_MEMORY = {  # what to do about a full GPU, by command
+    "train": "lower train.micro_batch, set train.activation_checkpointing=true, or read long rows by "
+    "train.segment; lrnn info RECIPE estimates the memory",
+    "eval": "lower --batch-size or --max-length",
+    "generate": "lower --segment or --max-new-tokens",
+}
+
+
+def is_users(mistake: Exception) -> bool:
+    """Whether a person can mend it: a ValueError of ours, a full GPU, or a system error in _ERRNO."""
+    if isinstance(mistake, RuntimeError):
+        return _is_out_of_memory(mistake)
+    return not isinstance(mistake, OSError) or mistake.errno in _ERRNO
+
+
+def tell(mistake: Exception, command: str) -> None:
+    """Print a mistake of `lrnn COMMAND` to stderr, in a line or two; nothing where another rank does."""
+    if not _is_told_here():
+        return
+    if _is_out_of_memory(mistake):
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(mistake))
+        # On a line of its own: it comes amid work, whose progress is on this one.
+        print(f"\nlrnn: no room on the GPU for {asked[1] if asked else 'what is'} more", file=sys.stderr)
+        print(f"lrnn: {_LESS_MEMORY.get(command, 'end what else runs on that GPU')}", file=sys.stderr)
+    elif message := words_of(mistake):  # empty where another rank prints it
+        print(f"lrnn: {message}", file=sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # only what is imported can have raised it
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _is_told_here() -> bool:
+    """Whether this rank prints the message.
+
+    Before the process group exists every rank finds the same mistake, so only local rank 0 prints it. In a
+    job of `lrnn submit` (LRNN_LOGS) every rank has its own log and prints it there.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" or "LRNN_LOGS" in os.environ:
+        return True
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
