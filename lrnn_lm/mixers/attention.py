@@ -20,7 +20,7 @@ class AttentionWeights(nn.Module):
     def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d), mask (B, 1, T, S) to be added -> (B, H, T, S)."""
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask
-        return scores.float().softmax(dim=-1).to(q.dtype)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(q.dtype)
 
 
 class Attention(Mixer):
