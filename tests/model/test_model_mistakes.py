@@ -1,8 +1,12 @@
-"""Mistakes in a mixer's table are ValueErrors that say what to write instead; the tables agree."""
+"""Mistakes in a mixer's table or in inputs are ValueErrors that say what to write; the tables agree."""
 
+import re
 from typing import get_args
 
 import pytest
+import torch
+from small_models import small_model, tokens
+from transformers import StaticCache
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.kernels import GATES
@@ -112,3 +116,26 @@ def test_a_pattern_with_windows_of_two_sizes():
 
 def test_the_recipe_knows_the_gates():
     assert set(get_args(GateName)) == set(GATES)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "attention", "hybrid", "lstm"])
+@pytest.mark.parametrize("shape", [(9,), (1, 0), (2, 3, 4)])
+def test_inputs_that_are_no_rows_of_tokens(name, shape):
+    model, ids = small_model(name), torch.ones(shape, dtype=torch.long)
+    said = rf"input_ids of shape {re.escape(str(shape))} must be \(rows, tokens\), with at least one token"
+    for labels in (None, ids):
+        with pytest.raises(ValueError, match=said):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* must be \(rows, tokens, hidden_size\)"):
+        model(inputs_embeds=torch.ones(2, 16))
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid"])
+def test_a_static_cache_that_is_too_short(name):
+    model, ids = small_model(name), tokens(length=8)
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="places for 9 tokens, not for the 8 in it and 2 new ones"):
+            model(ids[:, :2], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
