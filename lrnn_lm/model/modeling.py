@@ -295,7 +295,7 @@ def _targets(
 ) -> tuple[Tensor, Tensor | int | None]:
     """Labels (B, T) where they are predicted, and what their loss is divided by."""
     check_labels(labels, tokens)
-    targets = shift_labels(labels, batch.starts, batch.token_mask)
+    targets = shift_labels(labels.long(), batch.starts, batch.token_mask)
     if batch.token_mask is None and batch.starts is None:
         return targets, num_items
     return targets, counted_targets(labels, targets, num_items)

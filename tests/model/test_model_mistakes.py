@@ -1,5 +1,6 @@
 """Mistakes in a mixer's table or in inputs are ValueErrors that say what to write; the tables agree."""
 
+import math
 import re
 from typing import get_args
 
@@ -35,6 +36,13 @@ from lrnn_lm.recipe.mixer import GateName
         ({"type": "bd_lru", "block_size": "4"}, "block_size must be a whole number, not '4'"),
         ({"type": "h_lru", "order": 4.0}, r"order must be a whole number, not 4\.0"),
         ({"type": "lstm", "width": "9"}, "width must be a whole number"),
+        ({"type": "bd_lru", "half_life": [2, math.inf]}, r"half_life\[1\] must be above 0 and finite"),
+        ({"type": "bd_matrix", "half_life": ["a", 3]}, r"half_life\[0\] must be above 0 and finite"),
+        ({"type": "bd_lru", "half_life": 5}, "half_life is \\[shortest, longest\\]"),
+        ({"type": "attention", "rope_theta": 0}, "rope_theta must be above 0 and finite"),
+        ({"type": "attention", "rope_theta": math.nan}, "rope_theta must be above 0 and finite"),
+        ({"type": "attention", "rope_theta": "10000"}, "rope_theta must be above 0 and finite"),
+        ({"type": "complex_lru", "longest": math.inf}, "longest must be above 0 and finite"),
         ({"type": ["bd_lru"]}, "unknown mixer type"),
         ({"type": "bd_lru", "gate": "softmaxx"}, "unknown gate 'softmaxx'"),
         ({"type": "h_lru", "gate": "exp"}, "unknown gate 'exp'"),
@@ -65,7 +73,7 @@ def test_a_size_that_is_no_number(key, value):
 
 
 def test_a_spread_that_is_no_number():
-    with pytest.raises(ValueError, match="gate_std must be above 0, not 'wide'"):
+    with pytest.raises(ValueError, match="gate_std must be above 0 and finite, not 'wide'"):
         LRNNForCausalLM(LRNNConfig(num_hidden_layers=1, mixer={"type": "bd_lru", "gate_std": "wide"}))
 
 
