@@ -162,6 +162,10 @@ def open_bytes(path: Path | RemoteFile) -> Iterator[BinaryIO]:
             else:
                 yield raw
     except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        if "Dictionary mismatch" in str(error):
+            raise DataError(
+                f"{path}: packed with a dictionary, which is not read; repack it without"
+            ) from None
         raise DataError(f"{path}: damaged archive ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -72,6 +72,8 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         advice = "" if path.exists() else "; if there is no network here, give the folder of a local copy"
+        if isinstance(error, RecursionError):
+            advice = "; a row is nested too deeply (of JSON, data.source.type=jsonl says which)"
         raise DataError(
             f"dataset {name} (split {spec.split}) cannot be loaded{advice} ({_why(said, error)})"
         ) from None

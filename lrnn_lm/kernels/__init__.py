@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the recurrences, from the specification to the fastest path."""
 
+from .derivatives import is_written_out, no_second_derivatives, written_out
 from .dispatch import (
     BACKENDS,
     block_diagonal_scan,
@@ -23,10 +24,13 @@ __all__ = [
     "gru_scan",
     "higher_order_scan",
     "higher_order_scan_packed",
+    "is_written_out",
     "m2rnn_scan",
     "matrix_scan",
+    "no_second_derivatives",
     "normalise",
     "plane_width",
     "runs_fused",
     "slstm_scan",
+    "written_out",
 ]

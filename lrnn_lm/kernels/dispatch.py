@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference, torch_scan
+from .derivatives import check_transforms, is_written_out
 from .gates import check_gate
 
 Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
@@ -242,7 +243,7 @@ def plane_width(rows: int, block_size: int = 1) -> int:
 def runs_fused(x: Tensor, M: int) -> bool:
     """Whether `auto` would choose the fused kernels for tensors like x and rows of M + 1 gates."""
     gates = torch.empty(0, M + 1, device="meta", dtype=x.dtype)  # only its last axis and dtype are read
-    return x.is_cuda and _scan_obstacle(gates, x) is None
+    return x.is_cuda and not is_written_out() and _scan_obstacle(gates, x) is None
 
 
 def _split(planes: Tensor, rows: int, M: int, may_be_fixed: bool) -> tuple[Tensor, Tensor]:
@@ -269,7 +270,7 @@ def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...])
 def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
     """The backend by name; `auto` takes the fastest that has no obstacle."""
     expect_floats(gates=gates, values=values)
-    if backend == "auto" and reference.is_written_out():
+    if backend == "auto" and is_written_out():
         return BACKENDS["reference"]
     if backend == "auto":
         here = values.device.type
@@ -277,6 +278,8 @@ def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
         return next(b for b in candidates if b.obstacle(gates, values) is None)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    if backend != "reference":
+        check_transforms(backend)
     if reason := BACKENDS[backend].obstacle(gates, values):
         raise ValueError(f"backend {backend!r} cannot run here: {reason}")
     return BACKENDS[backend]
@@ -288,12 +291,14 @@ def choose_operator(backend: str, x: Tensor, obstacle: Callable[[], str | None])
     x: one of its inputs; obstacle: why Triton cannot run on them; None: it can.
     """
     known = ("reference", "torch", "triton")
-    if backend == "auto" and reference.is_written_out():
-        return "reference"  # ONNX has no counterpart of such an operator
+    if backend == "auto" and is_written_out():
+        return "reference"  # such an operator has no counterpart in ONNX, and few derivatives
     if backend == "auto":
         return "triton" if x.is_cuda and obstacle() is None else "torch"
     if backend not in known:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(known)}")
+    if backend != "reference":
+        check_transforms(backend)
     if backend == "triton" and (reason := obstacle()):
         raise ValueError(f"backend 'triton' cannot run here: {reason}")
     return backend

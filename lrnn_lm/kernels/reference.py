@@ -7,29 +7,10 @@ Legend: B batch, T time, N blocks (BD-LRU) or channels (H-LRU), M block size or 
 values, h state. Gates are normalised and the state is kept in fp32 (fp64 if an input is fp64).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from .gates import normalise
-
-_written_out = [False]
-
-
-@contextmanager
-def written_out() -> Iterator[None]:
-    """Inside, backend `auto` is these loops: graphs that run elsewhere know torch's own operators only."""
-    _written_out[0] = True
-    try:
-        yield
-    finally:
-        _written_out[0] = False
-
-
-def is_written_out() -> bool:
-    return _written_out[0]
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ vectors.
 import torch
 from torch import Tensor
 
+from .derivatives import differentiable_once
 from .gates import EPS, L1_GATES, normalise
 from .reference import compute_dtype
 
@@ -251,6 +252,7 @@ def _register(scan, backward) -> None:
     scan.register_fake(_fake)
     backward.register_fake(_fake_backward)
     scan.register_autograd(run_backward, setup_context=_setup_context)
+    differentiable_once(backward)
 
 
 _register(_bd_scan, _bd_scan_backward)

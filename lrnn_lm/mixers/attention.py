@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .base import Mixer, MixerCost, Reach, ResidualOutput, Rotary, SequenceContext, check_sizes
+from .base import (
+    Mixer,
+    MixerCost,
+    Reach,
+    ResidualOutput,
+    Rotary,
+    SequenceContext,
+    check_positive,
+    check_sizes,
+)
 from .spans import attend_by_blocks, blocks_of_spans, mask_of_spans, takes_blocks
 
 
@@ -20,7 +29,7 @@ class AttentionWeights(nn.Module):
     def forward(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """q (B, H, T, d), k (B, H, S, d), mask (B, 1, T, S) to be added -> (B, H, T, S)."""
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + mask
-        return scores.float().softmax(dim=-1).to(q.dtype)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(q.dtype)
 
 
 class Attention(Mixer):
@@ -54,6 +63,7 @@ class Attention(Mixer):
     ):
         super().__init__()
         check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads, window=window)
+        check_positive(rope_theta=rope_theta)
         if window == 1:
             raise ValueError("window must be at least 2 tokens: in a window of 1 a token sees itself")
         if hidden_size % (2 * num_heads):

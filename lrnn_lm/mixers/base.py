@@ -4,6 +4,7 @@ Legend: B batch, T time, D model width.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -274,6 +275,13 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} must be a whole number, not {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Raise ValueError, naming it, unless each is a finite number above 0, or None."""
+    for name, number in numbers.items():
+        if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
+            raise ValueError(f"{name} must be above 0 and finite, not {number!r}")
 
 
 class Mixer(nn.Module):

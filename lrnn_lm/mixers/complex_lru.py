@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import ResidualOutput, check_sizes
+from .base import ResidualOutput, check_positive, check_sizes
 from .linear_recurrence import LinearRecurrence, input_scale, precise
 
 
@@ -34,7 +34,8 @@ class ComplexLRU(LinearRecurrence):
     ):
         super().__init__()
         check_sizes(num_blocks=num_blocks)
-        if not 0 < shortest <= longest:
+        check_positive(shortest=shortest, longest=longest)
+        if shortest > longest:
             raise ValueError(f"half-lives from shortest={shortest} to longest={longest} are no range above 0")
         self.num_blocks = num_blocks or max(1, hidden_size // 2)
         self.half_lives, self.max_phase = (shortest, longest), max_phase

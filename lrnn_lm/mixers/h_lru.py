@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..kernels import higher_order_scan, higher_order_scan_packed, plane_width
+from ..kernels import higher_order_scan, higher_order_scan_packed, is_written_out, plane_width
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -111,7 +111,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         padded = torch.cat([past.to(h.dtype), h], dim=1)  # (B, M-1+T, N), oldest first
         alive = None if reset is None else _alive_taps(reset, M)
         weight = plain_weight(self.out_proj)
-        if weight is None or not torch.is_grad_enabled():
+        if weight is None or not torch.is_grad_enabled() or is_written_out():
             return self.out_proj(_windows(padded, alive, M))
         return _WindowProduct.apply(padded, weight.to(h.dtype), alive, M)
 

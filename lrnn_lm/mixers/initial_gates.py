@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import check_gate
+from .base import check_positive
 
 MIXED = 0.02  # share of what is written that goes to the other rows of a block at the start
 
@@ -32,12 +33,15 @@ def check_gates(
     check_gate(gate)
     if not input_logit and gate != "softmax":
         raise ValueError(f"input_logit: false needs gate softmax, not {gate!r}: leave one of the two out")
-    if gate_std is not None and (not isinstance(gate_std, int | float) or gate_std <= 0):
-        raise ValueError(f"gate_std must be above 0, not {gate_std!r}")
+    check_positive(gate_std=gate_std)
     if half_life is None:
         return
-    if len(half_life) != 2 or not 0 < half_life[0] <= half_life[1]:
-        raise ValueError(f"half_life is [shortest, longest] in tokens, as in [2, 512], not {list(half_life)}")
+    form = f"half_life is [shortest, longest] in tokens, as in [2, 512], not {half_life!r}"
+    if not isinstance(half_life, list | tuple) or len(half_life) != 2:
+        raise ValueError(form)
+    check_positive(**{"half_life[0]": half_life[0], "half_life[1]": half_life[1]})
+    if half_life[0] > half_life[1]:
+        raise ValueError(form)
     if gate not in ("softmax", "sigmoid"):
         raise ValueError(f"half_life needs a gate that is never negative (softmax or sigmoid), not {gate!r}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from ..mixers.base import is_exported, is_traced
 from .config import LRNNConfig
@@ -173,6 +173,22 @@ def check_state(state: Any, batch_size: int, elements: int) -> None:
             f"past_key_values holds the states of {rows} sequences, the input has {batch_size}; "
             "lrnn_lm.model.copy_states(cache, repeats) makes several of each"
         )
+
+
+def check_room(cache: Cache | None, past: int | Tensor, new_tokens: int) -> None:
+    """Raise ValueError if a static cache has no place for the keys of the new tokens."""
+    if cache is None or isinstance(past, Tensor) or is_traced():
+        return
+    for layer in cache.layers:
+        if (
+            isinstance(layer, StaticLayer)
+            and not layer.is_sliding
+            and past + new_tokens > layer.max_cache_len
+        ):
+            raise ValueError(
+                f"the static cache has places for {layer.max_cache_len} tokens, not for the {past} in it and "
+                f"{new_tokens} new ones: make it with a larger max_cache_len"
+            )
 
 
 def tokens_seen(cache: Cache | None) -> int | Tensor:

@@ -39,6 +39,20 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
         raise ValueError(f"the model does not read the argument {name!r}; {hint}")
 
 
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one that is given; ValueError unless it is one, of rows of at least one token."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    name, tokens, form = "input_ids", input_ids, "(rows, tokens)"
+    if input_ids is None:
+        name, tokens, form = "inputs_embeds", inputs_embeds, "(rows, tokens, hidden_size)"
+    if not is_traced() and (tokens.ndim != form.count(",") + 1 or not tokens.shape[1]):
+        raise ValueError(
+            f"{name} of shape {tuple(tokens.shape)} must be {form}, with at least one token (BOS, if nothing)"
+        )
+    return tokens
+
+
 def check_cache_position(cache_position: Tensor | None, T: int, past: int | Tensor) -> None:
     """Raise ValueError unless cache_position (T,) counts on from the `past` tokens in the cache."""
     if cache_position is None or is_traced():

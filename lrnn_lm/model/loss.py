@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels import is_written_out, no_second_derivatives
 from ..kernels.dispatch import has_triton
 from ..mixers.base import compute_dtype, is_traced
 
@@ -53,6 +54,14 @@ def _sums_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> tuple[T
     return *nats_and_squares_in_place(logits, labels, IGNORE, z_loss), logits
 
 
+def _sums(logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Of logits (t, V): summed nats () and z_loss times the sum () of log^2 Z."""
+    nats = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    if not z_loss:
+        return nats, torch.zeros_like(nats)
+    return nats, z_loss * (logits.logsumexp(1).square() * (labels != IGNORE)).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of -log softmax(W h)[label] + z_loss log^2 Z; and of its second part alone, for
     logs. Z = sum of exp(W h)."""
@@ -74,12 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, label = hidden[start : start + chunk], labels[start : start + chunk]
             logits = h @ w.t()
             if d_hidden is None and d_weight is None:
-                total += functional.cross_entropy(
-                    logits.to(dtype), label, ignore_index=IGNORE, reduction="sum"
-                )
-                if z_loss:
-                    log_z = logits.to(dtype).logsumexp(1)
-                    z_total += z_loss * (log_z.square() * (label != IGNORE)).sum()
+                nats, squares = _sums(logits.to(dtype), label, z_loss)
+                total += nats
+                z_total += squares
                 continue
             nats, squares, d_logits = _sums_and_gradient(logits, label, z_loss)
             total += nats
@@ -104,10 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # With create_graph=True: these are constants to autograd, so it would go wrong.
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the chunked loss has no second derivatives: compute the loss from the logits "
-                "(model(..).logits without labels, torch.nn.functional.cross_entropy)"
-            )
+            no_second_derivatives("the chunked loss has")
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
@@ -148,8 +151,14 @@ def loss_and_z(
     labels = labels.reshape(-1).long()
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        training = torch.is_grad_enabled()
-        total, z_total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, training, z_loss)
+        if is_written_out():
+            logits = hidden @ weight.to(hidden.dtype).t()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total, z_total = _sums(logits, labels, z_loss)
+            total, z_total = total + z_total, z_total.detach()
+        else:
+            training = torch.is_grad_enabled()
+            total, z_total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, training, z_loss)
     if num_items is None:
         num_items = (labels != IGNORE).sum().clamp_min(1)
     return total / num_items, z_total / num_items

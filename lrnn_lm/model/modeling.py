@@ -29,12 +29,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
-from .cache import adopt, check_cache, is_recurrent, make_cache, tokens_seen
+from .cache import adopt, check_cache, check_room, is_recurrent, make_cache, tokens_seen
 from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
-from .documents import PACKING, check_arguments, check_cache_position
+from .documents import PACKING, check_arguments, check_cache_position, check_tokens
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
 from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
@@ -94,8 +94,11 @@ class LRNNModel(LRNNPreTrainedModel):
 
     @property
     def applied_layers(self) -> list[LRNNBlock]:
-        """The layers in the order in which they are applied: all of them, `repeat` times."""
-        return [*self.layers] * self.config.repeat
+        """The layers in the order in which they are applied: all of them, `repeat` times.
+
+        Fewer while the config says so, as transformers' early exit has it.
+        """
+        return [*self.layers[: self.config.num_hidden_layers]] * self.config.repeat
 
     @capture_outputs
     def forward(
@@ -128,8 +131,7 @@ class LRNNModel(LRNNPreTrainedModel):
             ValueError: arguments that contradict each other, or that the model does not read.
         """
         check_arguments(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        check_tokens(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
@@ -242,11 +244,11 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
             The rest: as in LRNNModel.
         """
+        tokens = check_tokens(input_ids, inputs_embeds)
         targets = kwargs.pop("shift_labels", None)
         z_loss = kwargs.pop("z_loss", 0.0)
         z_loss = z_loss if self.training else 0.0
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if targets is None and labels is not None and tokens is not None:
+        if targets is None and labels is not None:
             masks = (attention_mask, position_ids, kwargs.get("reset"))
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
             targets, num_items_in_batch = _targets(labels, tokens, batch, num_items_in_batch)
@@ -293,7 +295,7 @@ def _targets(
 ) -> tuple[Tensor, Tensor | int | None]:
     """Labels (B, T) where they are predicted, and what their loss is divided by."""
     check_labels(labels, tokens)
-    targets = shift_labels(labels, batch.starts, batch.token_mask)
+    targets = shift_labels(labels.long(), batch.starts, batch.token_mask)
     if batch.token_mask is None and batch.starts is None:
         return targets, num_items
     return targets, counted_targets(labels, targets, num_items)
@@ -314,6 +316,7 @@ def _layout(
         given = (position_ids, reset, *(kwargs.get(key) for key in PACKING))
         adopt(cache, noted=any(each is not None for each in given))
     past = tokens_seen(cache)
+    check_room(cache, past, tokens.shape[1])
     check_cache_position(kwargs.get("cache_position"), tokens.shape[1], past)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
         alone = position_ids is None or reset is not None

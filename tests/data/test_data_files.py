@@ -242,6 +242,16 @@ def test_zstd_windows_of_any_size(tmp_path: Path, window_log: int) -> None:
         read("jsonl", path)
 
 
+def test_a_zstd_dictionary_is_no_damage(tmp_path: Path) -> None:
+    texts = make_texts(1000)
+    trained = zstandard.train_dictionary(2000, [text.encode() for text in texts])
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(data))
+    with pytest.raises(DataError, match=r"x\.jsonl\.zst: packed with a dictionary, .* repack it without"):
+        read("jsonl", path)
+
+
 def test_zstd_frames_to_skip(tmp_path: Path) -> None:
     """Seekable archives end in a table that is no text."""
     pack, skipped = zstandard.ZstdCompressor().compress, bytes.fromhex("5e2a4d1803000000") + b"abc"

@@ -184,6 +184,7 @@ def test_parquet_cut_short(tmp_path: Path) -> None:
 
 
 GOOD = b'{"text": "one"}\n{"text": "two"}\n'
+DEEP = b'{"text": "a", "tree": ' + b"[" * 2000 + b"]" * 2000 + b"}\n"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,8 @@ GOOD = b'{"text": "one"}\n{"text": "two"}\n'
         ("b.jsonl", b'{"text": "\xff"}', r"b\.jsonl: reading stopped near row 0"),
         ("b.jsonl", b'{"text": "\\ud800"}', r"b\.jsonl: reading stopped near row 0"),
         ("b.jsonl", b'{"text": "a"}\n{"text": null}', r"b\.jsonl: row 1: field 'text' holds null"),
+        ("b.jsonl", DEEP, r"b\.jsonl: reading stopped near row 0"),
+        ("0.jsonl", DEEP, r"nested too deeply \(of JSON, data\.source\.type=jsonl says which\)"),
         ("b.jsonl.gz", b"\x1f\x8b\x08\0broken", r"b\.jsonl\.gz: reading stopped near row 0"),
         ("b.jsonl.gz", gzip.compress(GOOD * 50, mtime=0)[:-30], r"b\.jsonl\.gz: reading stopped near row 0"),
     ],

@@ -78,8 +78,13 @@ def test_prefill_in_chunks(name, chunk):
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": 1}, {"assistant_model": 3}],
-    ids=["lookup", "smaller", "itself"],
+    [
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": 1},
+        {"assistant_model": 3},
+        {"assistant_early_exit": 1},
+    ],
+    ids=["lookup", "smaller", "itself", "early exit"],
 )
 def test_assisted_decoding_of_attention(options):
     """Wrong guesses are cut out of the cache again: the text is that of greedy decoding."""

@@ -110,7 +110,7 @@ def test_second_derivatives_are_refused(scan, backend, number):
     inputs = [x.requires_grad_() for x in (gates, values, h0)]
     h, _ = scan(*inputs, reset, backend=backend)
     (first,) = torch.autograd.grad(h.square().sum(), inputs[number], create_graph=True)
-    with pytest.raises(RuntimeError, match="backward"):
+    with pytest.raises(RuntimeError, match=r"scans have no second derivatives.*backend='reference'"):
         torch.autograd.grad(first.square().sum(), inputs)
 
 

@@ -1,5 +1,7 @@
 """The transition matrices that a mixer reports are those that its state goes through."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_gate_std_is_the_spread_of_the_logits_at_the_start(spec):
         logits = mixer.gate_proj(torch.nn.functional.rms_norm(torch.randn(4, 50, 64), (64,)))
         assert abs(logits.std().item() / (gate_std or 0.02 * 64**0.5) - 1) < 0.1
         assert abs(mixer.value_proj.weight.std().item() / 0.02 - 1) < 0.1
-    for wrong in (0.0, -1, "wide"):
+    for wrong in (0.0, -1, "wide", math.nan, math.inf):
         with pytest.raises(ValueError, match="gate_std must be above 0"):
             LRNNForCausalLM(LRNNConfig(vocab_size=11, hidden_size=8, mixer={**spec, "gate_std": wrong}))
         with pytest.raises(ValueError, match="gate_std must be above 0"):

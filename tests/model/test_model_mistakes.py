@@ -1,8 +1,13 @@
-"""Mistakes in a mixer's table are ValueErrors that say what to write instead; the tables agree."""
+"""Mistakes in a mixer's table or in inputs are ValueErrors that say what to write; the tables agree."""
 
+import math
+import re
 from typing import get_args
 
 import pytest
+import torch
+from small_models import small_model, tokens
+from transformers import StaticCache
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.kernels import GATES
@@ -31,6 +36,13 @@ from lrnn_lm.recipe.mixer import GateName
         ({"type": "bd_lru", "block_size": "4"}, "block_size must be a whole number, not '4'"),
         ({"type": "h_lru", "order": 4.0}, r"order must be a whole number, not 4\.0"),
         ({"type": "lstm", "width": "9"}, "width must be a whole number"),
+        ({"type": "bd_lru", "half_life": [2, math.inf]}, r"half_life\[1\] must be above 0 and finite"),
+        ({"type": "bd_matrix", "half_life": ["a", 3]}, r"half_life\[0\] must be above 0 and finite"),
+        ({"type": "bd_lru", "half_life": 5}, "half_life is \\[shortest, longest\\]"),
+        ({"type": "attention", "rope_theta": 0}, "rope_theta must be above 0 and finite"),
+        ({"type": "attention", "rope_theta": math.nan}, "rope_theta must be above 0 and finite"),
+        ({"type": "attention", "rope_theta": "10000"}, "rope_theta must be above 0 and finite"),
+        ({"type": "complex_lru", "longest": math.inf}, "longest must be above 0 and finite"),
         ({"type": ["bd_lru"]}, "unknown mixer type"),
         ({"type": "bd_lru", "gate": "softmaxx"}, "unknown gate 'softmaxx'"),
         ({"type": "h_lru", "gate": "exp"}, "unknown gate 'exp'"),
@@ -61,7 +73,7 @@ def test_a_size_that_is_no_number(key, value):
 
 
 def test_a_spread_that_is_no_number():
-    with pytest.raises(ValueError, match="gate_std must be above 0, not 'wide'"):
+    with pytest.raises(ValueError, match="gate_std must be above 0 and finite, not 'wide'"):
         LRNNForCausalLM(LRNNConfig(num_hidden_layers=1, mixer={"type": "bd_lru", "gate_std": "wide"}))
 
 
@@ -112,3 +124,26 @@ def test_a_pattern_with_windows_of_two_sizes():
 
 def test_the_recipe_knows_the_gates():
     assert set(get_args(GateName)) == set(GATES)
+
+
+@pytest.mark.parametrize("name", ["bd_lru", "attention", "hybrid", "lstm"])
+@pytest.mark.parametrize("shape", [(9,), (1, 0), (2, 3, 4)])
+def test_inputs_that_are_no_rows_of_tokens(name, shape):
+    model, ids = small_model(name), torch.ones(shape, dtype=torch.long)
+    said = rf"input_ids of shape {re.escape(str(shape))} must be \(rows, tokens\), with at least one token"
+    for labels in (None, ids):
+        with pytest.raises(ValueError, match=said):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"inputs_embeds of shape .* must be \(rows, tokens, hidden_size\)"):
+        model(inputs_embeds=torch.ones(2, 16))
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid"])
+def test_a_static_cache_that_is_too_short(name):
+    model, ids = small_model(name), tokens(length=8)
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="places for 9 tokens, not for the 8 in it and 2 new ones"):
+            model(ids[:, :2], past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import reference
+from ..derivatives import differentiable_once
 from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype, gru_gates, slstm_logits
 from ..torch_scan import _bd_scan, _bd_scan_backward
@@ -187,6 +188,7 @@ def _run_backward(ctx, grad, grad_last, _):
 
 
 _solve.register_autograd(_run_backward, setup_context=_setup_context)
+differentiable_once(_solve_backward)
 
 
 def _newton(given: tuple, kernels: Any) -> tuple[Tensor, Tensor, Tensor]:

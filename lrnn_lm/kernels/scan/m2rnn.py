@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..derivatives import differentiable_once
 from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 from .matrix_scan import own_dtypes
@@ -144,6 +145,7 @@ def _run_backward(ctx, grad, grad_last, _):
 
 
 _walk.register_autograd(_run_backward, setup_context=_setup_context)
+differentiable_once(_walk_backward)
 
 
 class TorchM2RNN:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..derivatives import differentiable_once
 from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
 from .matrix_backward_kernels import chunk_backward_kernel
 from .matrix_kernels import chunk_forward_kernel
@@ -240,6 +241,7 @@ def _run_backward(ctx, grad, grad_last):
 
 
 _scan.register_autograd(_run_backward, setup_context=_setup_context)
+differentiable_once(_scan_backward)
 
 
 def matrix_scan_triton(

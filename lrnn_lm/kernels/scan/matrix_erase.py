@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..derivatives import differentiable_once
 from ..triton_device import on_device
 from .matrix import CHUNK, _chunks, _outputs, _outputs_backward, _summaries, _summaries_backward, _within
 from .triton_launch import reset_flags
@@ -128,6 +129,8 @@ def _gradients_of_outputs(ctx, grad, grad_last):
 
 _within_chunks.register_autograd(_gradients_within, setup_context=_save_within)
 _from_chunk_to_chunk.register_autograd(_gradients_of_outputs, setup_context=_save_outputs)
+differentiable_once(_within_chunks_backward)
+differentiable_once(_from_chunk_to_chunk_backward)
 
 
 def _columns_of_steps(transitions: Tensor) -> Tensor:

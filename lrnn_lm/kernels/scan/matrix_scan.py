@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import reference
+from ..derivatives import differentiable_once
 from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 
@@ -276,3 +277,4 @@ def _run_backward(ctx, grad, grad_last):
 
 
 _scan.register_autograd(_run_backward, setup_context=_setup_context)
+differentiable_once(_scan_backward)

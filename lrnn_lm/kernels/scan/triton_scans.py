@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from ..derivatives import differentiable_once
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
 from .chunk_transfer import (
@@ -283,6 +284,7 @@ def _register(name: str) -> Scan:
         return d_gates, d_values, d_h0 if h0 is not None else None, None, None
 
     scan.register_autograd(run_backward, setup_context=setup_context)
+    differentiable_once(scan_backward)
 
     def public(
         gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
@@ -355,6 +357,7 @@ def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor
         return d_planes, None, None, d_h0, None, None, d_bias
 
     scan.register_autograd(run_backward, setup_context=setup_context)
+    differentiable_once(scan_backward)
 
     def public(
         planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedTokenizerBase
 
-from ...kernels.reference import written_out
+from ...kernels import written_out
 from ...mixers import mixer_class
 from ...mixers.base import Mixer, SequenceContext
 from ...mixers.fla_layer import FlaMixer
