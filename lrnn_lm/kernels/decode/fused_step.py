@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..scan.triton_rows import coefficients
-from ..triton_device import multiprocessors, on_device, settle_cache_keys, starts_early
+from ..triton_device import cdiv, multiprocessors, next_power_of_2, on_device, settle_cache_keys, starts_early
 
 INPUTS = 256  # numbers of 2 bytes that a warp loads at once, 16 bytes a lane
 PROGRAMS_PER_SM = 2  # from this many on the weights are shared out evenly over the multiprocessors
@@ -187,9 +187,9 @@ def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tup
     of row_bytes.
     """
     outputs, warps = 16, 4
-    while outputs > max(4, whole) and triton.cdiv(count, outputs) < least:
+    while outputs > max(4, whole) and cdiv(count, outputs) < least:
         outputs //= 2
-    a_row = triton.cdiv(row_bytes, 4 * 32)  # registers of a lane, if a warp holds the row
+    a_row = cdiv(row_bytes, 4 * 32)  # registers of a lane, if a warp holds the row
     # With 16 warps a lane has 128 registers, not 255, so they are for short rows only.
     most = 16 if a_row * outputs <= SHORT * 16 else 8
     while warps < min(outputs, most) and planes * a_row * outputs > REGISTERS * warps:
@@ -205,16 +205,16 @@ def plan(count: int, whole: int, planes: int, row_bytes: int, least: int) -> tup
 def _launch(kernel, count: int, whole: int, planes: int, x: Tensor, *tensors, **options: Any) -> None:
     """Launch programs for `count` outputs, see `plan`."""
     B, D = x.shape
-    inputs = min(INPUTS, triton.next_power_of_2(D))
+    inputs = min(INPUTS, next_power_of_2(D))
     outputs, warps, held = plan(
-        count, whole, planes, triton.cdiv(D, inputs) * inputs * x.element_size(),
+        count, whole, planes, cdiv(D, inputs) * inputs * x.element_size(),
         PROGRAMS_PER_SM * multiprocessors(x.device),
     )  # fmt: skip
     early = starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
-        kernel[(triton.cdiv(count, outputs),)](
+        kernel[(cdiv(count, outputs),)](
             x, *tensors, B, D=D, R=outputs, INPUTS=inputs, HELD=held, EARLY=early, num_warps=warps,
             enable_fp_fusion=True, **options,
         )  # fmt: skip
@@ -258,7 +258,7 @@ def mix_step(
         what the output projection takes, (B, N M): h of BD-LRU, the window of H-LRU, newest first, (M, N).
     """
     N, M = state.shape[1:]
-    whole = 1 if window else triton.next_power_of_2(M)
+    whole = 1 if window else next_power_of_2(M)
     out = x.new_empty(x.shape[0], N * M)
     _launch(
         _mix_kernel, N * whole, whole, M + 2, x, norm, weight, bias, state, out, eps=eps, N=N, M=M, MP=whole,

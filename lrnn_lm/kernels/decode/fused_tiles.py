@@ -25,7 +25,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..scan.triton_rows import unstack
-from ..triton_device import INTERPRETED, multiprocessors, on_device, settle_cache_keys, starts_early
+from ..triton_device import (
+    INTERPRETED,
+    cdiv,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    settle_cache_keys,
+    starts_early,
+)
 from .fused_step import new_state, write_state
 
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
@@ -283,11 +291,11 @@ def plan(like: Plan, B: int, D: int, count: int, planes: int, itemsize: int, dev
     """
     least, most = ROWS
     rows = least if least >= B or like.outputs * planes > WIDEST else most
-    split, pieces = like.split, triton.cdiv(D, like.block)
+    split, pieces = like.split, cdiv(D, like.block)
     if not split:
-        tiles = triton.cdiv(count, like.outputs) * triton.cdiv(B, rows)
+        tiles = cdiv(count, like.outputs) * cdiv(B, rows)
         split = min(max(1, multiprocessors(device) // tiles), pieces)
-        split = triton.cdiv(pieces, triton.cdiv(pieces, split))  # none is without inputs
+        split = cdiv(pieces, cdiv(pieces, split))  # none is without inputs
     piece_bytes = (rows + like.outputs * planes) * like.block * itemsize
     stages = max(1, min(like.stages, shared_memory(device) // piece_bytes))
     return like._replace(rows=rows, split=split, stages=stages)
@@ -302,14 +310,14 @@ def shared_memory(device: torch.device) -> int:
 
 def _launch(kernel, how: Plan, count: int, x: Tensor, *tensors, **options: Any) -> None:
     B, D = x.shape
-    pieces = triton.cdiv(triton.cdiv(D, how.block), how.split)
+    pieces = cdiv(cdiv(D, how.block), how.split)
     # Programs that start early are placed where there is room, not evenly. That pays only where each has much
     # to do, with 64 sequences.
     early = how.rows == ROWS[1] and starts_early(x.device)
     if early:
         options["launch_pdl"] = True
     with on_device(x):
-        kernel[(triton.cdiv(count, how.outputs), triton.cdiv(B, how.rows), how.split)](
+        kernel[(cdiv(count, how.outputs), cdiv(B, how.rows), how.split)](
             x, *tensors, B, D=D, R=how.outputs, BP=how.rows, BLOCK=how.block, LENGTH=pieces * how.block,
             STAGES=how.stages, EARLY=early, num_warps=how.warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
@@ -324,9 +332,9 @@ def residual_step(x: Tensor, weight: Tensor, stream: Stream, norm: Tensor, works
     """The stream with x (B, D) times weight (OUT, D) added, before a norm with weights (OUT,)."""
     (B, D), OUT = x.shape, weight.shape[0]
     how = plan(RESIDUAL, B, D, OUT, 1, x.element_size(), x.device)
-    tiles = triton.cdiv(OUT, how.outputs)
+    tiles = cdiv(OUT, how.outputs)
     after = Stream(torch.empty_like(stream.x), torch.empty_like(stream.x), stream.squares.new_empty(B, tiles))
-    shared = workspace.sized(tiles * triton.cdiv(B, how.rows), how.split * how.rows * how.outputs)
+    shared = workspace.sized(tiles * cdiv(B, how.rows), how.split * how.rows * how.outputs)
     _launch(
         _residual_kernel, how, OUT, x, weight, stream.x, norm, *after, *shared, OUT=OUT, TILES=tiles,
         SPLIT=how.split,
@@ -345,7 +353,7 @@ def normed_step(stream: Stream, eps: float, weight: Tensor, gated: bool = False)
     out = x.new_empty(x.shape[0], count)
     _launch(
         _normed_kernel, how, count, x, stream.squares, weight, out, eps=eps, OUT=count, TILES=tiles,
-        PADDED=triton.next_power_of_2(tiles), GATED=gated,
+        PADDED=next_power_of_2(tiles), GATED=gated,
     )  # fmt: skip
     return out
 
@@ -360,16 +368,16 @@ def mix_step(
     launched early), as the embedding's is.
     """
     x, (N, M), tiles = stream.scaled, state.shape[1:], stream.squares.shape[1]
-    padded = triton.next_power_of_2(M)
+    padded = next_power_of_2(M)
     whole = 1 if window else padded
     first = 1 << ((M + 2).bit_length() - 1)
-    rest = triton.next_power_of_2(M + 2 - first) if first < M + 2 else 0
-    outputs = max(whole, WIDEST // triton.next_power_of_2(M + 2))
+    rest = next_power_of_2(M + 2 - first) if first < M + 2 else 0
+    outputs = max(whole, WIDEST // next_power_of_2(M + 2))
     how = plan(MIX._replace(outputs=outputs), *x.shape, N * whole, first + rest, x.element_size(), x.device)
     out = x.new_empty(x.shape[0], N * M)
     _launch(
         _mix_kernel, how, N * whole, x, stream.squares, weight, bias, state, out, eps=eps, N=N, M=M,
-        MP=padded, FIRST=first, REST=rest, TILES=tiles, PADDED=triton.next_power_of_2(tiles), WINDOW=window,
+        MP=padded, FIRST=first, REST=rest, TILES=tiles, PADDED=next_power_of_2(tiles), WINDOW=window,
         GATE=gate,
     )  # fmt: skip
     return out

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LANES, LOG2E, multiprocessors, on_device, settle_cache_keys
+from ..triton_device import (
+    INTERPRETED,
+    LANES,
+    LOG2E,
+    cdiv,
+    multiprocessors,
+    next_power_of_2,
+    on_device,
+    settle_cache_keys,
+)
 from .triton_gates import EPS, FIXED, gate_value
 from .triton_launch import batch_alignment, groups_in_flight, reset_flags
 from .triton_rows import (
@@ -296,9 +305,9 @@ def _transfer(
     M = x.shape[3] if x.ndim == 4 else gates.shape[-1] - 1
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
     # The interpreter runs one program after another, so give it few and wide ones.
-    width = triton.next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
-    tiles = triton.cdiv(N, width)
-    steps = max(1, 8 // max(rows, triton.cdiv(M, 4)))  # as many as keep the gates in registers
+    width = next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
+    tiles = cdiv(N, width)
+    steps = max(1, 8 // max(rows, cdiv(M, 4)))  # as many as keep the gates in registers
     warps = tiles * B * n_chunks * columns_axis / multiprocessors(x.device)
     stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.element_size(), backward=False)
     with on_device(x):
@@ -316,7 +325,7 @@ def _columns(M: int) -> tuple[int, int]:
     """(columns of P a lane, groups of columns) of an H-LRU."""
     # 64 values of windows a lane, so that they stay in registers beside q and the gates.
     columns = min(M, max(1, 64 // M))
-    return columns, triton.cdiv(M, columns)
+    return columns, cdiv(M, columns)
 
 
 def block_transfer_cost(M: int, gate: str) -> float:
@@ -335,7 +344,7 @@ def block_transfer(
     gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool
 ) -> Tensor:
     """(B, C, N, M, M+1) fp32, [P | q] of every chunk of a BD-LRU; `reverse`: [P^T | q], last chunk first."""
-    rows = triton.next_power_of_2(x.shape[3])
+    rows = next_power_of_2(x.shape[3])
     if rows > 8:
         return _wide_block_transfer(gates, x, reset, gate, chunk, n_chunks, reverse, rows)
     return _transfer(

@@ -6,10 +6,9 @@ Legend: B batch, T time, N blocks, M block size.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
+from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, next_power_of_2, on_device
 from .gru_kernels import linearise_kernel, walk_backward_kernel, walk_kernel
 from .triton_launch import groups_in_flight, reset_flags
 from .triton_scans import _backward, _forward
@@ -21,10 +20,10 @@ SHORTEST_CHUNK = 32
 def _launch(kernel: Any, h0: Tensor, T: int, chunks: int, tensors: tuple, loads: int, **options: Any) -> None:
     """Launch a kernel on rows like h0 (B, N, M). loads: numbers of 4 bytes that a row reads a step."""
     B, N, M = h0.shape
-    MP = triton.next_power_of_2(M)
+    MP = next_power_of_2(M)
     # The interpreter runs one program after another, so give it few and wide ones.
-    width = triton.next_power_of_2(max(LANES, N * MP)) if INTERPRETED else LANES
-    tiles = triton.cdiv(N * MP, width)
+    width = next_power_of_2(max(LANES, N * MP)) if INTERPRETED else LANES
+    tiles = cdiv(N * MP, width)
     # Fewer where a step keeps many registers: at M = 16 the walk back needs nearly all of a lane.
     steps = 1 if T == 1 else (8 if M <= 8 else 4) if loads < 5 else 4 if M <= 4 else 2
     warps = tiles * B * chunks / multiprocessors(h0.device)
@@ -39,10 +38,10 @@ def _launch(kernel: Any, h0: Tensor, T: int, chunks: int, tensors: tuple, loads:
 def _time_chunks(h0: Tensor, T: int) -> dict[str, int]:
     """Chunks of time for kernels whose steps do not wait: as many as fill the device."""
     B, N, M = h0.shape
-    warps = B * triton.cdiv(N * triton.next_power_of_2(M), LANES)
+    warps = B * cdiv(N * next_power_of_2(M), LANES)
     wanted = max(1, PROGRAMS_PER_SM * multiprocessors(h0.device) // warps)
-    chunk = max(SHORTEST_CHUNK, triton.cdiv(triton.cdiv(T, wanted), 8) * 8)
-    return {"chunk": chunk, "n_chunks": triton.cdiv(T, chunk)}
+    chunk = max(SHORTEST_CHUNK, cdiv(cdiv(T, wanted), 8) * 8)
+    return {"chunk": chunk, "n_chunks": cdiv(T, chunk)}
 
 
 def _flags(inputs: Tensor, reset: Tensor | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_device import multiprocessors, on_device, settle_cache_keys
+from ..triton_device import multiprocessors, next_power_of_2, on_device, settle_cache_keys
 from .matrix_state_kernels import _matrix, _product, _store_matrix, _transposed
 from .triton_gates import gate_value
 from .triton_launch import reset_flags
@@ -133,7 +133,7 @@ settle_cache_keys(globals())
 
 
 def _padded(K: int, V: int) -> tuple[int, int]:
-    return max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    return max(16, next_power_of_2(K)), max(16, next_power_of_2(V))
 
 
 def _launch(

@@ -10,11 +10,10 @@ Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L 
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..derivatives import differentiable_once
-from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
+from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, on_device
 from .matrix_backward_kernels import chunk_backward_kernel
 from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
@@ -48,12 +47,12 @@ class _Chunks(NamedTuple):
     @property
     def work(self) -> int:
         """Programs, of ITEMS items each."""
-        return triton.cdiv(self.total, self.options["ITEMS"])
+        return cdiv(self.total, self.options["ITEMS"])
 
 
 def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
     B, T, H, K, M = transitions.shape
-    count = triton.cdiv(T, CHUNK)
+    count = cdiv(T, CHUNK)
     lanes = min(K // M, LANES)  # share the blocks of a head
     groups = min(M, LANES // lanes, CHUNK)  # share the columns, so that a warp is full
     # The interpreter runs one program after another, so give it few and wide ones.

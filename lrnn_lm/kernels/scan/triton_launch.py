@@ -10,10 +10,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LANES, multiprocessors, on_device
+from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, next_power_of_2, on_device
 
 # Bytes of loads in flight an SM, by whether it is the backward pass: enough to cover the latency of HBM. More
 # is slower, as copies then come from too many places of memory at once.
@@ -58,14 +57,14 @@ class Launch:
         inputs: tuple[Tensor, ...],
         backward: bool = False,
     ) -> None:
-        like, whole = inputs[0], triton.next_power_of_2(block)
-        positions = triton.cdiv(columns, block) * whole
+        like, whole = inputs[0], next_power_of_2(block)
+        positions = cdiv(columns, block) * whole
         warps = positions * count / LANES / multiprocessors(like.device)
         share, own, steps, stages = plan(M, block, warps, T, like.element_size(), backward)
         positions *= share
         # The interpreter runs one program after another, so give it few and wide ones.
-        width = triton.next_power_of_2(max(LANES, triton.cdiv(positions, own))) if INTERPRETED else LANES
-        self.tiles = triton.cdiv(positions, width * own)
+        width = next_power_of_2(max(LANES, cdiv(positions, own))) if INTERPRETED else LANES
+        self.tiles = cdiv(positions, width * own)
         self.grid = (self.tiles * count,)
         self.device = on_device(like)
         self.options: dict[str, Any] = {
@@ -87,9 +86,9 @@ class Plan(NamedTuple):
 
 def plan(M: int, block: int, warps: float, T: int, itemsize: int, backward: bool) -> Plan:
     """A plan for M taps a row in blocks of `block` rows; `warps`: an SM, were a lane to own one row."""
-    share = lanes_per_row(M, triton.next_power_of_2(block), warps)
+    share = lanes_per_row(M, next_power_of_2(block), warps)
     taps, warps = M // share, warps * share
-    pairs = share == 1 and taps <= 8 and triton.next_power_of_2(block) == block
+    pairs = share == 1 and taps <= 8 and next_power_of_2(block) == block
     own = 2 if pairs and warps / 2 >= WARPS_FOR_PAIRS[backward] else 1
     if T == 1:
         return Plan(share, own, 1, 1)
@@ -144,8 +143,8 @@ def time_chunks(groups: int, rows: int, cost: float, T: int, device: torch.devic
     processors = multiprocessors(device)
     if T < MIN_STEPS or groups * rows * (1 + cost) >= ROWS_PER_SM * processors:
         return T, 1
-    wanted = LANES_PER_SM[triton.next_power_of_2(rows)] * processors // groups
-    chunk = triton.cdiv(T, max(1, wanted))
+    wanted = LANES_PER_SM[next_power_of_2(rows)] * processors // groups
+    chunk = cdiv(T, max(1, wanted))
     # Whole groups of steps, as the steps left over are taken one by one.
-    chunk = max(SHORTEST_CHUNK, triton.cdiv(chunk, MOST_STEPS) * MOST_STEPS)
-    return chunk, triton.cdiv(T, chunk)
+    chunk = max(SHORTEST_CHUNK, cdiv(chunk, MOST_STEPS) * MOST_STEPS)
+    return chunk, cdiv(T, chunk)

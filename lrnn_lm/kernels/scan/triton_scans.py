@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
 from ..derivatives import differentiable_once
+from ..triton_device import next_power_of_2
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
 from .chunk_transfer import (
@@ -81,10 +81,8 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *arguments, **options) -> None:
     """Launch a kernel of either scan with what all of them take."""
     N, M = values.shape[2], _size(gates, values)
-    if values.ndim == 4:
-        sizes = {"M": M, "MP": triton.next_power_of_2(M)}
-    else:
-        sizes = {"TAPS": M // launch.options["SHARE"]}
+    blocks = {"M": M, "MP": next_power_of_2(M)}
+    sizes = blocks if values.ndim == 4 else {"TAPS": M // launch.options["SHARE"]}
     with launch.device:
         kernel[launch.grid](
             gates, values, *arguments, G_K=gates.stride(-1), N=N, **sizes, **options, **launch.options
@@ -186,7 +184,7 @@ def _backward(
 
 def _fills_columns(values: Tensor) -> bool:
     """Whether the kernels write the columns beyond the rows too: where rows lie one after the other."""
-    return values.ndim == 3 or triton.next_power_of_2(values.shape[3]) == values.shape[3]
+    return values.ndim == 3 or next_power_of_2(values.shape[3]) == values.shape[3]
 
 
 def _split_blocks(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
