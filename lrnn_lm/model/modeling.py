@@ -118,8 +118,8 @@ class LRNNModel(LRNNPreTrainedModel):
                 neither results nor states. Or (B, 1, T, T), causal within documents.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None. A document
                 starts where they do not grow.
-            past_key_values, or cache (transformers 5.24): a cache, written in place; any number of tokens go on
-                from it. Or `CarriedStates`, through which gradients flow, in training by segments.
+            past_key_values, cache (in transformers 5.24): a cache, written in place; any number of tokens
+                continues it. Or `CarriedStates`, through which gradients flow, in training by segments.
             use_cache: whether to make a cache if none is given, and return it; None: as the config says,
                 but none where layers are checkpointed; with a cache they are not.
             reset: (B, T) bool, true where a document starts; later tokens see nothing before it.
@@ -140,7 +140,8 @@ class LRNNModel(LRNNPreTrainedModel):
             use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
-        batch = _layout(self.config, hidden_states, past_key_values, attention_mask, position_ids, reset, kwargs)
+        given = (past_key_values, attention_mask, position_ids, reset)
+        batch = _layout(self.config, hidden_states, *given, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
         token_mask, order = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1), None
         if token_mask is not None and "linear_attention" in self.config.layer_types:
@@ -156,8 +157,7 @@ class LRNNModel(LRNNPreTrainedModel):
                 # By position, as transformers drops a cache passed by name where it checkpoints a layer.
                 cached = () if past_key_values is None else (past_key_values, None, i)
                 hidden_states = layer(hidden_states, context, token_mask, order, *cached)
-        kept = past_key_values if use_cache else None
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: kept})
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
