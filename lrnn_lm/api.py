@@ -146,6 +146,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
             evaluate(checkpoint, recipe.eval.tasks, limit=recipe.eval.limit, model=model, tokenizer=tokenizer)
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
+        trainer.saver.copy_rest()
     return checkpoint
 
 

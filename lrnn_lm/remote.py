@@ -1,4 +1,4 @@
-"""Files behind URLs (s3://, gs://, memory://, ..), through fsspec: text is read, models copied both ways.
+"""Files behind URLs (s3://, gs://, memory://, ..), through fsspec: text is read, folders copied both ways.
 
 What is mapped into memory, locked or renamed stays on disks: prepared data, and the folder of a run.
 """
@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,6 +89,85 @@ def find_remote(url: str, suffixes: Sequence[str] = ()) -> list[RemoteFile]:
         return sorted(RemoteFile(fs.unstrip_protocol(name)) for name in found)
 
 
+class RemoteFolder:
+    """A folder behind a URL, or of a disk. Methods raise ValueError, naming the URL, if the store refuses."""
+
+    def __init__(self, url: str):
+        self.url = url
+        with told(url):
+            self._fs, self._path = _filesystem(url)
+        # Paths of stores without folders begin with a bucket.
+        self._has_folders = self._path.startswith("/") and self._fs.protocol != "memory"
+
+    def is_folder(self, path: Path) -> bool:
+        """Whether this is that folder of this machine."""
+        return "file" in self._fs.protocol and Path(self._path).absolute() == path.absolute()
+
+    def check_writable(self) -> None:
+        """Write a file and remove it."""
+        with told(self.url):
+            self._make_folders([self._at("x")])
+            self._fs.pipe_file(self._at(".writable"), b"")
+            self._fs.rm_file(self._at(".writable"))
+
+    def files(self) -> list[str]:
+        """Names of all files in it, with those of subfolders before them; none if nothing is there."""
+        with told(self.url):
+            found = self._fs.find(self._path) if self._fs.isdir(self._path) else []
+        names = (posixpath.relpath(name, self._path) for name in found)
+        return [name for name in names if not name.startswith("..")]  # a key may hold dots
+
+    def folders(self, name: str) -> list[str]:
+        """Names of the folders in a subfolder; none if it is not there."""
+        with told(self.url):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._at(name), detail=True)
+            except FileNotFoundError:
+                return []
+        return [posixpath.basename(each["name"].rstrip("/")) for each in found if each["type"] == "directory"]
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if it is not there."""
+        with told(self.url):
+            try:
+                return self._fs.cat_file(self._at(name))
+            except FileNotFoundError:
+                return None
+
+    def put(self, folder: Path, names: Sequence[str]) -> None:
+        """Copy files of a local folder to the same names here. Each appears whole."""
+        targets = [self._at(name) for name in names]
+        # An object store shows a file once it is whole; elsewhere write it aside, then rename.
+        asides = [f"{target}.tmp" if self._has_folders else target for target in targets]
+        with told(self.url):
+            self._make_folders(targets)
+            self._fs.put([str(folder / name) for name in names], asides)
+            for aside, target in zip(asides, targets, strict=True):
+                if aside != target:
+                    self._fs.mv(aside, target)
+
+    def get(self, names: Sequence[str], folder: Path) -> None:
+        """Copy files from here to the same names in a local folder."""
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with told(self.url):
+            self._fs.get([self._at(name) for name in names], [str(folder / name) for name in names])
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        with told(self.url), suppress(FileNotFoundError):
+            self._fs.rm(self._at(name), recursive=True)
+
+    def _at(self, name: str) -> str:
+        return posixpath.join(self._path, name)
+
+    def _make_folders(self, paths: Sequence[str]) -> None:
+        if self._has_folders:  # elsewhere there are none to make, and s3fs would make a missing bucket
+            for parent in {posixpath.dirname(path) for path in paths}:
+                self._fs.makedirs(parent, exist_ok=True)
+
+
 @cache
 def local_copy(url: str) -> Path:
     """A temporary copy of a model's folder behind a URL, without a trainer's state, until the process ends.
@@ -98,16 +177,11 @@ def local_copy(url: str) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix="lrnn-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     folder = scratch / (posixpath.basename(url.rstrip("/")) or "model")
-    with told(url):
-        fs, path = _filesystem(url)
-        names = fs.find(path) if fs.isdir(path) else []
-        if not names:
-            raise ValueError(f"{url}: no such folder")
-        for name in names:
-            relative = posixpath.relpath(name, path)
-            if not relative.startswith("trainer/"):
-                (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-                fs.get_file(name, str(folder / relative))
+    store = RemoteFolder(url)
+    names = store.files()
+    if not names:
+        raise ValueError(f"{url}: no such folder")
+    store.get([name for name in names if not name.startswith("trainer/")], folder)
     return folder
 
 
@@ -121,13 +195,11 @@ def check_free(url: str) -> None:
 
 def upload(folder: Path, url: str) -> None:
     """Copy a folder to a URL. config.json comes last: without it the copy is no model yet."""
-    files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.name == "config.json", f))
-    with told(url):
-        fs, path = _filesystem(url)
-        for file in files:
-            target = posixpath.join(path, file.relative_to(folder).as_posix())
-            fs.makedirs(posixpath.dirname(target), exist_ok=True)
-            fs.put_file(str(file), target)
+    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    last = [name for name in files if posixpath.basename(name) == "config.json"]
+    store = RemoteFolder(url)
+    store.put(folder, [name for name in files if name not in last])
+    store.put(folder, last)
 
 
 @contextmanager

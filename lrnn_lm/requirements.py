@@ -3,7 +3,7 @@
 import re
 from importlib.util import find_spec
 
-TRANSFORMERS = ((5, 17), (5, 24))  # from, and before; 5.24 calls past_key_values cache
+TRANSFORMERS = ((5, 17), (5, 25))  # from, and before: minor versions change caches
 TRANSFORMERS_TEXT = ">={}.{},<{}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
 
 

@@ -56,6 +56,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from ..model.cache import CACHE
+
     cache, shown = None, prompt_file is None and not prompt_twice
     if shown:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
@@ -71,10 +73,8 @@ def generate(
         out = model.generate(
             ids,
             attention_mask=torch.ones(1, length, dtype=torch.bool, device=model.device),
-            past_key_values=cache,
-            generation_config=settings,
-            streamer=streamer,
-        )
+            generation_config=settings, streamer=streamer, **{CACHE: cache},
+        )  # fmt: skip
     return tokenizer.decode(out[0, 0 if shown else 1 :], skip_special_tokens=True)
 
 

@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model import prefill
+from ..model.cache import CACHE
 from .team import ALONE, Team
 
 PIECE = 2048  # tokens of a long request read at once; their logits are the memory peak
@@ -214,12 +215,12 @@ class LiveLM(HFLM):
         """`loglikelihood` of one pair of any length, read in pieces through the cache."""
         ids = torch.tensor([context + target], device=self.device)  # (1, T)
         first, end = len(context) - 1, ids.shape[1] - 1  # the last token is only predicted
-        cache = prefill(self.model, ids[:, :first], PIECE).past_key_values if first else None
+        cache = getattr(prefill(self.model, ids[:, :first], PIECE), CACHE) if first else None
         nats, greedy = 0.0, True
         for start in range(first, end, PIECE):
             stop = min(start + PIECE, end)
-            output = self.model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache, after = output.past_key_values, ids[0, start + 1 : stop + 1]
+            output = self.model(ids[:, start:stop], use_cache=True, **{CACHE: cache})
+            cache, after = getattr(output, CACHE), ids[0, start + 1 : stop + 1]
             logprobs = output.logits[0].float().log_softmax(dim=-1)  # (t, V)
             nats += float(logprobs.gather(1, after.unsqueeze(1)).sum())
             greedy = greedy and bool((logprobs.argmax(dim=-1) == after).all())

@@ -94,6 +94,7 @@ def read_prompt(
     import torch
 
     from ..model import prefill
+    from ..model.cache import CACHE
 
     rest: list[int] = []
     count = 0
@@ -112,5 +113,5 @@ def read_prompt(
 
     source = pieces()
     first = next(source, None)
-    cache = None if first is None else prefill(model, chain([first], source), segment).past_key_values
+    cache = None if first is None else getattr(prefill(model, chain([first], source), segment), CACHE)
     return cache, torch.tensor([rest[-1:]], device=model.device), count

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..mixers.base import is_exported, is_traced
 from .config import LRNNConfig
 
+# What transformers calls a cache in arguments and outputs; the latter before 5.24. Our models take both.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
 # What an attention layer keeps of each row beside keys and values, (B,): where its last document began, and
 # how far its positions are ahead of the count of its tokens.
@@ -88,6 +91,15 @@ class RecurrentCache(_Rows, DynamicCache):
     """
 
     private = False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer is recurrent; of nothing but recurrent layers, all false.
+
+        From transformers 5.24 on `generate` would not ask such a cache how much it has read, to drop that.
+        """
+        kinds = super().is_linear
+        return [False] * len(kinds) if all(kinds) else kinds
 
 
 class _StaticRows(_Rows, StaticCache):

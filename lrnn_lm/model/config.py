@@ -39,7 +39,7 @@ class LRNNConfig(PreTrainedConfig):
     """
 
     model_type = "lrnn"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 32_000
     hidden_size: int = 768

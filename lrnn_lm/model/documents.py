@@ -21,7 +21,7 @@ PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_len
 # Read by transformers' own decorators; `cache_position`, of older releases, is what the cache counts itself.
 # Beam search with stop strings passes its `tokenizer` on.
 _TRANSFORMERS = ("output_hidden_states", "output_attentions", "return_dict", "cache_position", "tokenizer")
-_NAMED = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "reset",
+_NAMED = ("attention_mask", "position_ids", "past_key_values", "cache", "inputs_embeds", "labels", "reset",
           "shift_labels")  # fmt: skip
 
 

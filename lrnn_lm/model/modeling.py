@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
-from .cache import adopt, check_cache, check_room, is_recurrent, make_cache, tokens_seen
+from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, tokens_seen
 from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
@@ -48,7 +48,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LRNNBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
@@ -110,6 +110,7 @@ class LRNNModel(LRNNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         reset: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of sequences.
@@ -120,8 +121,8 @@ class LRNNModel(LRNNPreTrainedModel):
                 neither results nor states. Or (B, 1, T, T), causal within documents.
             position_ids: (B, T) positions for attention layers; counted on from the cache if None. A document
                 starts where they do not grow.
-            past_key_values: a cache, written in place; any number of tokens continues it. Or `CarriedStates`,
-                through which gradients flow, in training by segments without padding.
+            past_key_values, cache (in transformers 5.24): a cache, written in place; any number of tokens
+                continues it. Or `CarriedStates`, through which gradients flow, in training by segments.
             use_cache: whether to make a cache if none is given, and return it; None: as the config says,
                 but none where layers are checkpointed; with a cache they are not.
             reset: (B, T) bool, true where a document starts; later tokens see nothing before it.
@@ -132,6 +133,7 @@ class LRNNModel(LRNNPreTrainedModel):
         """
         check_arguments(kwargs)
         check_tokens(input_ids, inputs_embeds)
+        past_key_values = cache if past_key_values is None else past_key_values
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
@@ -140,8 +142,8 @@ class LRNNModel(LRNNPreTrainedModel):
             use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
-        masks = (attention_mask, position_ids, reset)
-        batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
+        given = (past_key_values, attention_mask, position_ids, reset)
+        batch = _layout(self.config, hidden_states, *given, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
         token_mask, order = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1), None
         if token_mask is not None and "linear_attention" in self.config.layer_types:
@@ -157,9 +159,7 @@ class LRNNModel(LRNNPreTrainedModel):
                 # By position, as transformers drops a cache passed by name where it checkpoints a layer.
                 cached = () if past_key_values is None else (past_key_values, None, i)
                 hidden_states = layer(hidden_states, context, token_mask, order, *cached)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
@@ -229,6 +229,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
@@ -245,9 +246,9 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             The rest: as in LRNNModel.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
+        past_key_values = cache if past_key_values is None else past_key_values
         targets = kwargs.pop("shift_labels", None)
-        z_loss = kwargs.pop("z_loss", 0.0)
-        z_loss = z_loss if self.training else 0.0
+        z_loss = kwargs.pop("z_loss", 0.0) * self.training
         if targets is None and labels is not None:
             masks = (attention_mask, position_ids, kwargs.get("reset"))
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
@@ -262,10 +263,9 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        loss = z_part = None
+        loss = z_part = logits = None
         if targets is not None:
             loss, z_part = self._loss(hidden, targets, num_items_in_batch, z_loss)
-        logits = None
         if return_logits or (return_logits is None and (targets is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
@@ -273,7 +273,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             loss=loss,
             z_loss=z_part if z_loss else None,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

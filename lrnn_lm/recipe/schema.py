@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_serializer, field_validator, model_validator
 
+from ..files import user_path
+from ..remote import url_of
 from .data import DataSection
 from .launch import LaunchSection
 from .mixer import MixerSection, check_options
@@ -118,6 +120,18 @@ class CheckpointSection(Section):
         True, description="also keep the checkpoint with the lowest validation loss, if validated at its step"
     )
     background: bool = Field(True, description="write in the background while training continues")
+    copy_to: str | None = Field(
+        None,
+        description="where to keep a copy of the run, as in s3://bucket/runs: a URL, or a folder of another "
+        "disk; a machine that lacks the run folder goes on from there",
+    )
+
+    @field_validator("copy_to")
+    @classmethod
+    def _lasts(cls, place: str | None) -> str | None:
+        if place is not None and place.startswith("memory:"):
+            raise ValueError(f"{place} is the memory of one process: give a place that outlives it")
+        return place if place is None or url_of(place) else str(user_path(place))
 
 
 class DuringSection(Section):

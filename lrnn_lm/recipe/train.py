@@ -117,5 +117,5 @@ class TrainSection(Section):
     @field_validator("runs_dir")
     @classmethod
     def _is_here(cls, path: str) -> str:
-        here = check_here(path, "checkpoints are renamed and locked; copy a finished one with `lrnn export`")
+        here = check_here(path, "a run is locked and renamed there; checkpoint.copy_to copies it to a URL")
         return str(user_path(here))

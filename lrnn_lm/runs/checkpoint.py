@@ -67,10 +67,18 @@ def aside_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f".{step_name(step)}.tmp"
 
 
-def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, before: str | None = None) -> Path:
+def publish(
+    checkpoints: Path,
+    step: int,
+    keep_last: int,
+    keep_best: bool,
+    before: str | None = None,
+    in_use: str | None = None,
+) -> Path:
     """Rename a complete aside folder to its final name, then remove checkpoints that are not kept.
 
-    `before` names the checkpoint that the run resumed from or wrote last; None for a run's first.
+    `before` names the checkpoint that the run resumed from or wrote last; None for a run's first. `in_use`
+    names one that stays until the next time, as it is being copied.
     Raises OSError if the disk is full or read-only; older checkpoints stay.
     """
     final, aside = checkpoints / step_name(step), aside_of(checkpoints, step)
@@ -91,7 +99,7 @@ def publish(checkpoints: Path, step: int, keep_last: int, keep_best: bool, befor
     fsync(checkpoints)
     shutil.rmtree(replaced, ignore_errors=True)
     _point(checkpoints, LATEST, final.name)
-    _prune(checkpoints, before, final, keep_last, keep_best)
+    _prune(checkpoints, before, final, keep_last, keep_best, in_use)
     return final
 
 
@@ -110,7 +118,9 @@ def read_position(folder: Path) -> Position:
     return Position(**state)
 
 
-def _prune(checkpoints: Path, before: str | None, final: Path, keep_last: int, keep_best: bool) -> None:
+def _prune(
+    checkpoints: Path, before: str | None, final: Path, keep_last: int, keep_best: bool, in_use: str | None
+) -> None:
     """Keep the last `keep_last`, the best, and the newest one written after a good step.
 
     Weights saved after that may be the cause of the bad steps. `final` is the newest checkpoint, `before` the
@@ -126,7 +136,7 @@ def _prune(checkpoints: Path, before: str | None, final: Path, keep_last: int, k
         _point(checkpoints, BEST, best.name)
     sound = [folder for folder in whole if (at := _position(folder)) is not None and at.bad_in_a_row == 0]
     for folder in saved:
-        if folder not in (*whole[-keep_last:], *sound[-1:], best):
+        if folder not in (*whole[-keep_last:], *sound[-1:], best) and folder.name != in_use:
             _remove(folder)
     if not (checkpoints / BEST).exists():
         (checkpoints / BEST).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
 from ..runs.layout import CheckpointFolder, RunFolder, latest_checkpoint, step_of
+from ..runs.remote_copy import RunCopy
 from .average import Average
 from .init_from import find_weights, load_weights
 from .loop import Trainer
@@ -82,6 +83,7 @@ def build_trainer(
     together = Together(accelerator, stop)
     together.all(lambda: recipe.check_ranks(accelerator.num_processes, plan.kind))
     main, device = accelerator.is_main_process, accelerator.device
+    together.main_first(lambda: _fetch(recipe, folder, console) if main else None)
     parent, begins = together.from_main(together.all(lambda: _origin(recipe, folder, from_checkpoint, main)))
     source = recipe.model.init_from if begins else None
     weights = together.main_first(lambda: find_weights(source, main)) if source else None
@@ -128,6 +130,25 @@ def _start(recipe: Recipe, folder: Path, stop: StopSignal) -> tuple[Accelerator,
     else:
         stop.let_go()
     return make_accelerator(recipe.train, list(recipe.tracking.trackers), str(folder)), plan
+
+
+def _fetch(recipe: Recipe, folder: Path, console: Console) -> None:
+    """With `checkpoint.copy_to`, check that place, and fetch its newest checkpoint if that is newer."""
+    if recipe.checkpoint.copy_to is None:
+        return
+    copy = RunCopy(folder, recipe.checkpoint.copy_to)
+    copy.check()
+    if not copy.newer():
+        return
+
+    def check(stored: Path, step: int) -> None:
+        change = "another name=.., or another checkpoint.copy_to"
+        _check_same(recipe, stored, step, copy.url, f"Give this run {change}.")
+
+    with _lock(folder):
+        fetched = copy.fetch(check, lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True))
+    if fetched is not None:
+        console.print(f"fetched {escape(f'{copy.url}/checkpoints/{fetched}')}", soft_wrap=True)
 
 
 def _get_data(recipe: Recipe, folder: Path, main: bool, stop: StopSignal) -> Prepared:
@@ -245,17 +266,19 @@ def check_unchanged(recipe: Recipe, folder: Path) -> None:
     stored, done = RunFolder(folder).recipe, checkpoint.list_checkpoints(RunFolder(folder).checkpoints)
     if not done:
         return
+    remedy = "Give this run another name=.., or remove that folder."
+    _check_same(recipe, stored, step_of(done[-1]) or 0, str(folder), remedy)
+
+
+def _check_same(recipe: Recipe, stored: Path, step: int, where: str, remedy: str) -> None:
+    """Raise ValueError if the run that stored a recipe cannot go on with this one from a step."""
     if not stored.exists():
         raise ValueError(
-            f"{stored} is gone, so nothing tells whether these checkpoints are of this recipe: put it back, "
-            "or a copy of the recipe that the run was trained with"
+            f"{where}/{stored.name} is gone, so nothing tells whether these checkpoints are of this recipe: "
+            "put it back, or a copy of the recipe that the run was trained with"
         )
-    differing = differences(_load_stored(stored), recipe, step_of(done[-1]) or 0)
-    if differing:
-        raise ValueError(
-            f"{folder} holds checkpoints of another recipe ({'; '.join(differing)}). "
-            "Give this run another name=.., or remove that folder."
-        )
+    if differing := differences(_load_stored(stored), recipe, step):
+        raise ValueError(f"{where} holds checkpoints of another recipe ({'; '.join(differing)}). {remedy}")
 
 
 def _load_stored(path: Path) -> Recipe:

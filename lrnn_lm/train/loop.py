@@ -86,8 +86,8 @@ class Trainer:
         ]
         self.throughput = Throughput(recipe, bare_model.config, is_sharded(bare_model), accelerator)
         self.saver = Saver(
-            self.checkpoints, accelerator, bare_model, optimizer, prepared.tokenizer_dir, recipe.checkpoint,
-            position.step, group, average,
+            self.checkpoints, accelerator, bare_model, optimizer, prepared.tokenizer_dir, recipe,
+            position.step, console, group, average,
         )  # fmt: skip
         self.carry: Carry | None = None
         if recipe.data.rows_in_order is not None or recipe.train.start_from_other:
@@ -375,12 +375,12 @@ class Trainer:
         self.line.step(step, result.loss, line["tokens_per_second"], result.applied, result.outlier)
 
     def _save(self, wait: bool = False) -> None:
-        """Start to save; at the end of the run, or with `wait`, finish it."""
+        """Start to save; at the end of the run, or with `wait`, finish it and its copy."""
         self.beat("saving", now=True)
         self.metrics.sync()
         self.saver.begin(self.position, last=self.finished)
         if wait or self.finished:
-            self.saver.finish()
+            self.saver.settle()
 
     def _save_and_stop(self) -> None:
         reshard(self.model)

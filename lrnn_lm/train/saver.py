@@ -2,7 +2,9 @@
 
 begin    every rank copies its tensors to the CPU; a thread writes, flushes and hashes its files aside
 written  whether this rank's part is on disk; each step sums it over ranks with what it sends anyway
-finish   once all ranks have written: the main rank completes the manifest and renames the folder
+finish   once all ranks have written: the main rank completes the manifest and renames the folder; a process
+         of its own copies it elsewhere (`copier.py`)
+settle   finish, and wait for the copy
 """
 
 import json
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
@@ -24,11 +28,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..model.export import write_remote_code
 from ..model.modeling import LRNNForCausalLM
-from ..recipe.schema import CheckpointSection
+from ..recipe import Recipe
 from ..runs import checkpoint
 from ..runs.checkpoint import CheckpointError, Position
 from ..runs.layout import CheckpointFolder
 from .average import Average
+from .copier import Copier
 from .parallel import is_sharded
 from .runtime import random_state
 from .tensors import (
@@ -55,15 +60,16 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tokenizer: Path,
-        section: CheckpointSection,
+        recipe: Recipe,
         step: int,
+        console: Console,
         group: Group = None,
         average: Average | None = None,
     ):
         """`model` is the bare model. tokenizer: its folder, which is put beside the weights. step: where the
         run goes on. group: a gloo group of all ranks, as threads write shards while training uses NCCL."""
         self.checkpoints, self._accelerator = checkpoints, accelerator
-        self._model, self._optimizer, self._section = model, optimizer, section
+        self._model, self._optimizer, self._section = model, optimizer, recipe.checkpoint
         self._tokenizer, self._group, self._average = tokenizer, group, average
         self._has_code = isinstance(model, LRNNForCausalLM)  # the auto-encoder loads with this package only
         # The private class: in torch 2.11 the public DefaultStager can be used once and keeps no buffers.
@@ -74,6 +80,14 @@ class Saver:
         self.stalled = 0.0  # seconds that training waited here; the trainer logs them and begins anew
         self.carried: Callable[[], dict[str, Tensor]] = dict  # states of this rank's rows, by name
         self._good = checkpoint.step_name(step) if step else None  # the one last published or gone on from
+        self._patience = 30 * recipe.train.timeout_minutes  # seconds: half of it
+        self._copier: Copier | None = None
+        if recipe.checkpoint.copy_to is not None and accelerator.is_main_process:
+            self._copier = Copier(
+                checkpoints.parent,
+                recipe.checkpoint.copy_to,
+                lambda text: console.print(f"[yellow]{escape(text)}", soft_wrap=True),
+            )
 
     @property
     def written(self) -> bool:
@@ -96,6 +110,8 @@ class Saver:
         if position.step == self._step:
             return
         self.finish()
+        if last and self._copier is not None:  # what is being copied would outlive `keep_last`
+            self._copier.wait(self._limit())
         began = time.perf_counter()
         self._step = position.step
         aside = checkpoint.aside_of(self.checkpoints, position.step)
@@ -127,9 +143,34 @@ class Saver:
         writing, self._writing = self._writing, None
         self._agree(_reason_of(writing.result))
         keep = self._section.keep_last, self._section.keep_best
-        self._on_main(lambda: checkpoint.publish(self.checkpoints, self._step, *keep, self._good))
+        copying = self._copier.in_use if self._copier is not None else None
+        self._on_main(lambda: checkpoint.publish(self.checkpoints, self._step, *keep, self._good, copying))
         self._good = checkpoint.step_name(self._step)
+        if self._copier is not None:
+            self._copier.offer(self._good)
         self.stalled += time.perf_counter() - began
+
+    def settle(self) -> None:
+        """`finish`, and wait until the newest checkpoint is copied, or could not be, which is told.
+
+        All ranks call it.
+        """
+        self.finish()
+        if self._section.copy_to is not None and self._good is not None:
+            here = (self.checkpoints / self._good).is_dir()  # not yet, in a branch that has saved nothing
+            self._on_main(lambda: here and self._copier.finish(self._good, self._limit()))
+
+    def _limit(self) -> float | None:
+        """Until when to wait for a copy: others that wait for this rank time out."""
+        return None if self._accelerator.num_processes == 1 else time.monotonic() + self._patience
+
+    def copy_rest(self) -> None:
+        """On the main rank, at the end: copy all else of the run, too. Raises ValueError if that fails."""
+        if self._copier is not None and not self._copier.finish(self._good, everything=True):
+            raise ValueError(
+                f"the run is trained, but not copied to {self._section.copy_to} ({self._copier.problem}). "
+                "Run the same command again to copy it."
+            )
 
     def complete(self, position: Position) -> None:
         """Save the run's last checkpoint again, as its last, unless it was saved as such.

@@ -102,7 +102,7 @@ def test_a_store_without_access(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data": {"source": {"type": "tokens", "path": "s3://bucket/a.npy"}}}, "'tokens' reads no URL"),
         ({"data": {"source": {"type": "hf", "path": "s3://bucket/a"}}}, "'hf' reads no URL"),
         ({"data": {"cache_dir": "s3://bucket/cache"}}, "s3://bucket/cache: give a folder of this machine"),
-        ({"train": {"runs_dir": "gs://bucket/runs"}}, "copy a finished one with `lrnn export`"),
+        ({"train": {"runs_dir": "gs://bucket/runs"}}, "checkpoint.copy_to copies it to a URL"),
     ],
 )
 def test_a_recipe_that_needs_a_disk(settings: dict, match: str) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.probe import length as probe
 from lrnn_lm.evaluate.probe.length import bin_edges, by_multiple, parse_length, probe_length
+from lrnn_lm.model.cache import CACHE
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 
@@ -122,11 +123,12 @@ class Echo:
     def __init__(self, delay):
         self.delay = delay
 
-    def __call__(self, input_ids, past_key_values=None, **options):
-        seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+    def __call__(self, input_ids, **options):
+        before = options.get(CACHE)
+        seen = input_ids if before is None else torch.cat([before, input_ids], dim=1)
         said = seen[:, -1 - self.delay] if seen.shape[1] > self.delay else torch.zeros(len(seen), dtype=int)
         logits = 1e4 * torch.nn.functional.one_hot(said, 53).unsqueeze(1)
-        return SimpleNamespace(logits=logits, past_key_values=seen)
+        return SimpleNamespace(logits=logits, **{CACHE: seen})
 
 
 @pytest.mark.parametrize("delay", [0, 1, 8, 64, 199])

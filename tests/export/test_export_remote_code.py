@@ -242,7 +242,7 @@ def test_the_transformers_are_those_that_the_package_asks_for():
     assert f"transformers{TRANSFORMERS_TEXT}" in project["dependencies"]
 
 
-@pytest.mark.parametrize("version", ["5.16.2", "5.24.0"])
+@pytest.mark.parametrize("version", ["5.16.2", "5.25.0"])
 def test_other_transformers_are_told_so(version):
     source = remote_code()["modeling_lrnn.py"]
     check = source[source.index("if not (5") : source.index("import ctypes")]
@@ -251,6 +251,6 @@ def test_other_transformers_are_told_so(version):
         __version__ = version
 
     with pytest.raises(
-        ImportError, match=rf"needs transformers >=5\.17,<5\.24, not {version}: run pip install"
+        ImportError, match=rf"needs transformers >=5\.17,<5\.25, not {version}: run pip install"
     ):
         exec(check, {"transformers": Old})

@@ -1,15 +1,26 @@
-"""Text and models in an S3-compatible store on this machine, which the test starts."""
+"""Text, models and copies of runs in an S3-compatible store on this machine, which the test starts."""
 
 import gzip
 import json
+import os
+import shutil
+import signal
 
 import pytest
+import tiny_run
+from rich.console import Console
+from tiny_run import STEPS, losses, write_recipe
 
-from lrnn_lm import generate
+from lrnn_lm import generate, train
+from lrnn_lm.cli import main
 from lrnn_lm.data import SourceSpec
 from lrnn_lm.data.sources import documents, fingerprint
+from lrnn_lm.recipe import load_recipe
 from lrnn_lm.remote import local_copy
+from lrnn_lm.runs.checkpoint import list_checkpoints, verify
 from lrnn_lm.runs.export import export
+from lrnn_lm.train.build import build_trainer
+from lrnn_lm.train.stop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,45 @@ def test_a_model(store, make_checkpoint):
     )
     with pytest.raises(ValueError, match=f"^{url}: is not empty"):
         export(checkpoint, url)
+
+
+def test_a_run_goes_on_from_its_copy(store, tmp_path):
+    recipe, place = write_recipe(tmp_path), "checkpoint.copy_to=s3://bucket/runs"
+    train(recipe, ["name=straight"])
+    trainer = build_trainer(load_recipe(recipe, [place]), Console(quiet=True))
+    forward = trainer.forward
+
+    def stopped(*given, **options):
+        if trainer.position.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*given, **options)
+
+    trainer.forward = stopped
+    with pytest.raises(Stopped):
+        trainer.run()
+    shutil.rmtree(trainer.folder)
+    train(recipe, [place])
+    last = f"checkpoints/step-{STEPS:08d}"
+    ends = [tiny_run.fingerprint(run / last) for run in (trainer.folder, tmp_path / "runs/straight")]
+    assert ends[0] == ends[1]
+    assert losses(trainer.folder) == losses(tmp_path / "runs/straight")
+    store.get("bucket/runs/tiny", str(tmp_path / "copy"), recursive=True)
+    assert verify(tmp_path / "copy" / last) is None
+    assert (tmp_path / "copy/README.md").is_file()
+    assert losses(tmp_path / "copy") == losses(trainer.folder)
+    kept = [folder.name for folder in list_checkpoints(trainer.folder / "checkpoints")]
+    assert {folder.name for folder in list_checkpoints(tmp_path / "copy/checkpoints")} <= {*kept}
+
+
+def test_a_bucket_that_is_not_there_is_not_made(store, make_checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(write_recipe(tmp_path)), "checkpoint.copy_to=s3://mistyped/runs"])
+    assert "lrnn: s3://mistyped/runs/tiny: cannot be read or written" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=r"^s3://mistyped/model: cannot be read or written"):
+        export(make_checkpoint("bd_lru"), "s3://mistyped/model")
+    store.invalidate_cache()
+    assert not store.exists("mistyped")
 
 
 def test_what_is_not_there(store):

@@ -70,7 +70,7 @@ def with_transformers(tmp_path):
     return install
 
 
-@pytest.mark.parametrize("version", ["5.16.9", "5.24.0"])
+@pytest.mark.parametrize("version", ["5.16.9", "5.25.0"])
 def test_too_old_or_new_transformers(version, with_transformers):
     folder = with_transformers(version)
     done = python("-m", "lrnn_lm.cli", "info", "recipes/demo.yaml", first=folder)
@@ -90,7 +90,7 @@ def test_too_old_or_new_transformers(version, with_transformers):
     assert python("-m", "lrnn_lm.cli", "--version", first=folder).stdout == f"lrnn-lm {__version__}\n"
 
 
-@pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "5.23.9"])
+@pytest.mark.parametrize("version", ["5.17.0", "5.18.0.dev0", "5.24.9"])
 def test_new_enough_transformers(version, with_transformers):
     assert checked(with_transformers(version)).returncode == 0
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...data import SyntheticTask
+from ...model.cache import CACHE
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
@@ -151,8 +152,8 @@ def _by_position(
         sums = np.zeros(3)  # nats, hits, targets
         for start in range(first, last, piece):
             part = slice(start, min(start + piece, last))
-            outputs = model(inputs[:, part].to(model.device), past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(inputs[:, part].to(model.device), use_cache=True, **{CACHE: cache})
+            cache = getattr(outputs, CACHE)
             target = labels[:, part].to(model.device)
             valid = target >= 0
             logits = outputs.logits.float()
@@ -207,7 +208,7 @@ def _memory(
     for i, distance in reversed(list(enumerate(distances))):
         place = N - 1 - distance
         if place > read:
-            cache = prefill(model, inputs[:, read:place], past_key_values=cache).past_key_values
+            cache = getattr(prefill(model, inputs[:, read:place], past_key_values=cache), CACHE)
             read = place
         rest = inputs[:, place:].clone()
         # A start symbol is not among them; then any place will do.

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from ..cache import make_cache, tokens_seen
+from ..cache import CACHE, make_cache, tokens_seen
 from ..states import cache_of
 from .decode import Decoder, can_decode
 from .long_input import DEFAULT_SEGMENT, prefill
@@ -90,7 +90,7 @@ class Batch:
         told = [r for group in [self._rows, *(group for group, _, _ in read)] for r in group if not r.done]
         self._change(read)
         if self._rows:
-            logits = self._decode(input_ids=self._newest, past_key_values=self._cache, use_cache=True).logits
+            logits = self._decode(input_ids=self._newest, use_cache=True, **{CACHE: self._cache}).logits
             newest = self._choose(logits[: len(self._rows), -1])
             self._newest[: len(newest), 0] = newest
             for request, token in zip(self._rows, newest.tolist(), strict=True):
@@ -164,7 +164,7 @@ class Batch:
             mask = torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]
         cache = make_cache(self.model.config)
         if width > _LONG and len(group) == 1:
-            kept = prefix_cache(self.model, ids, {"past_key_values": cache, "use_cache": True})
+            kept = prefix_cache(self.model, ids, {CACHE: cache, "use_cache": True})
             if kept is not None:
                 group[0].keep = yield from kept.reading(self.model, ids, cache)
         start = int(tokens_seen(cache))

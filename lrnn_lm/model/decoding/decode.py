@@ -32,13 +32,13 @@ from ...mixers.attention import AttentionWeights
 from ...mixers.base import ResidualOutput, plain_weight
 from ...mixers.mamba2 import GroupedNorm, MambaConvolution, MambaLayer
 from ...mixers.short_conv import ShortConvolution
-from ..cache import is_recurrent
+from ..cache import CACHE, is_recurrent
 from ..layers import LRNNBlock, RMSNorm, SwiGLU
 from .built import all_modules, all_parameters, as_written, remember
 from .step import DecodeStep, Memory, Pool, graph_key
 
-KNOWN = ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep", "return_dict",
-         "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
+KNOWN = ("past_key_values", "cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep",
+         "return_dict", "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
 FEW = 3  # up to so many sequences a fused step takes one after the other; more as tiles, where it can
 FEW_WITHOUT_TILES = 6  # where it cannot: beyond 6 sequences cuBLAS is faster
 MOST_FUSED = 128  # sequences as tiles; not measured beyond
@@ -67,11 +67,11 @@ class Decoder:
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the model's forward pass: logits (B, 1, V), in memory that the next call overwrites."""
         if self._step is None and _is_step(self.model, input_ids, kwargs):
-            self._step = decode_step(self.model, kwargs["past_key_values"])
+            self._step = decode_step(self.model, _given(kwargs))
         if self._step is None or not _is_one_token(input_ids, kwargs):
             return self.model(input_ids=input_ids, **kwargs)
-        cache = kwargs["past_key_values"]
-        return CausalLMOutputWithPast(logits=self._step(self.model, input_ids, cache), past_key_values=cache)
+        cache = _given(kwargs)
+        return CausalLMOutputWithPast(logits=self._step(self.model, input_ids, cache), **{CACHE: cache})
 
 
 def decode_step(
@@ -176,7 +176,7 @@ def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any])
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or ids.device != model.device:
         return False
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = _given(kwargs), kwargs.get("attention_mask")
     if not isinstance(cache, Cache) or len(cache.layers) != len(model.config.layer_types):
         return False
     for layer in cache.layers:
@@ -192,6 +192,11 @@ def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any])
     mask = mask.bool()
     begun = mask[:, :-1].any(dim=1) if mask.shape[1] > 1 else mask[:, -1]
     return mask.ndim == 2 and bool((mask[:, -1] & begun).all())
+
+
+def _given(kwargs: dict[str, Any]) -> Cache | None:
+    """The cache, by either name."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _is_one_token(ids: Tensor | None, kwargs: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import adopt, check_cache, make_cache
+from ..cache import CACHE, adopt, check_cache, make_cache
 from ..config import LRNNConfig
 from ..masks import attention_masks
 from .batching import StateBatching
@@ -33,8 +33,9 @@ class LRNNGenerationMixin(GenerationMixin):
         config: LRNNConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache,
+        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor | dict[str, Tensor] | None:
         """`generate` passes the 2-d mask on: the model makes what each kind of layer needs of it.
@@ -49,7 +50,8 @@ class LRNNGenerationMixin(GenerationMixin):
             goes_on = attention_mask[:, :-1].any(dim=1) & attention_mask[:, -1].bool()
             if not bool(goes_on.all()):
                 return attention_mask
-        masks, _ = attention_masks(config, inputs_embeds, attention_mask, None, past_key_values)
+        cache = past_key_values if cache is None else cache
+        masks, _ = attention_masks(config, inputs_embeds, attention_mask, None, cache)
         return masks or None
 
     def _prepare_cache_for_generation(
@@ -61,17 +63,17 @@ class LRNNGenerationMixin(GenerationMixin):
                 "assisted decoding cuts its assistant's cache back, which a recurrent state or a window "
                 "cannot be; take an assistant whose layers are all attention without a window"
             )
-        given = model_kwargs.get("past_key_values") is not None
+        given = model_kwargs.get(CACHE) is not None
         if given:
-            check_cache(self.config, model_kwargs["past_key_values"])
+            check_cache(self.config, model_kwargs[CACHE])
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             return
         adopt(cache)
         if all(kind == "linear_attention" for kind in self.config.layer_types):
-            model_kwargs["past_key_values"] = make_cache(self.config, cache)
-            model_kwargs["past_key_values"].private = not given
+            model_kwargs[CACHE] = make_cache(self.config, cache)
+            model_kwargs[CACHE].private = not given
 
     def _sample(
         self,
@@ -89,7 +91,7 @@ class LRNNGenerationMixin(GenerationMixin):
         tokenizer: unused. Stop strings are criteria by now, and transformers would hand it to the model.
         """
         chosen = (logits_processor, stopping_criteria, generation_config)
-        keep, cache = None, model_kwargs.get("past_key_values")
+        keep, cache = None, model_kwargs.get(CACHE)
         if (kept := prefix_cache(self, input_ids, model_kwargs)) is not None:
             keep = kept.read(self, input_ids, cache)
         if not synced_gpus and is_usual(self, *chosen, model_kwargs):

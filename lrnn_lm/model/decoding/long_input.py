@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..cache import CACHE
+
 DEFAULT_SEGMENT = 2048
 
 
@@ -51,11 +53,11 @@ def prefill(
         output = model(
             input_ids=ids.to(model.device),
             attention_mask=None if attention_mask is None else attention_mask[:, :masked].to(model.device),
-            past_key_values=past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: past_key_values},
         )
-        past_key_values = output.past_key_values
+        past_key_values = getattr(output, CACHE)
         if past_key_values is None:
             raise ValueError(
                 "the model gave no cache back, so the next segment would begin anew: call it so "

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from ..cache import tokens_seen
+from ..cache import CACHE, tokens_seen
 from ..states import cache_of, tensors_of
 from .built import all_modules, as_written
 from .long_input import DEFAULT_SEGMENT, prefill
 from .step import what_modules_hold
 
 _NEAREST = 64  # tokens between the end of a prompt and the state kept nearest before it
-_READS = {"past_key_values", "use_cache", "attention_mask", "position_ids", "cache_position",
+_READS = {CACHE, "use_cache", "attention_mask", "position_ids", "cache_position",
           "logits_to_keep"}  # fmt: skip
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _lock = threading.Lock()  # guards `_caches`
@@ -168,7 +168,7 @@ def prefix_cache(model: PreTrainedModel, input_ids: Tensor, arguments: dict[str,
 
 
 def _depends_on_tokens_only(ids: Tensor, arguments: dict[str, Any]) -> bool:
-    cache, mask = arguments.get("past_key_values"), arguments.get("attention_mask")
+    cache, mask = arguments.get(CACHE), arguments.get("attention_mask")
     positions = arguments.get("position_ids")
     kinds = (LinearAttentionLayer, DynamicLayer, DynamicSlidingWindowLayer)
     return (

@@ -32,13 +32,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import RecurrentCache, tokens_seen
+from ..cache import CACHE, RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
 from .step import turns
 
 LOOK_AT_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _ARGUMENTS = {
-    "past_key_values",
+    CACHE,
     "use_cache",
     "attention_mask",
     "position_ids",
@@ -55,7 +55,7 @@ def is_usual(
     arguments: dict[str, Any],
 ) -> bool:
     """Whether `sample` gives what transformers' loop would."""
-    cache = arguments.get("past_key_values")
+    cache = arguments.get(CACHE)
     return (
         can_decode(model)
         and not (config.return_dict_in_generate or config.prefill_chunk_size)
@@ -87,7 +87,7 @@ def sample(
         keep: is given the text and its cache at the end.
     """
     B, T = input_ids.shape
-    cache, mask = arguments["past_key_values"], arguments.get("attention_mask")
+    cache, mask = arguments[CACHE], arguments.get("attention_mask")
     ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
     ends = [end.to(input_ids.device) for end in ends]
     last = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
@@ -98,12 +98,12 @@ def sample(
     read, positions = tokens_seen(cache), arguments.get("position_ids")
     positions = None if positions is None else positions[:, read:]
     logits = model(input_ids=input_ids[:, read:], attention_mask=mask, position_ids=positions,
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits  # fmt: skip
+                   use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits  # fmt: skip
     n, newest = T - 1, input_ids[:, -1:]
     for n in range(T, last):
         if n > T:
             grown = None if step.settled or mask is None else pad(mask, (0, n - mask.shape[1]), value=1)
-            logits = step(newest, past_key_values=cache, attention_mask=grown, use_cache=True).logits
+            logits = step(newest, attention_mask=grown, use_cache=True, **{CACHE: cache}).logits
         newest = choose(logits[:, -1].float(), tokens[:, :n], processors, config.do_sample)
         if ends:
             newest = torch.where(going, newest, config._pad_token_tensor)
