@@ -193,10 +193,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _run_backward(ctx, grad, grad_last, _):
-    h0, h = ctx.saved_tensors[3], ctx.saved_tensors[5]
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    h0, h = saved[3], saved[5]
     grad = torch.zeros_like(h) if grad is None else grad
     grad_last = torch.zeros_like(h0) if grad_last is None else grad_last
-    return *_solve_backward(grad, grad_last, *ctx.saved_tensors, ctx.newton, ctx.triton), None, None, None
+    return *_solve_backward(grad, grad_last, *saved, ctx.newton, ctx.triton), None, None, None
 
 
 _solve.register_autograd(_run_backward, setup_context=_setup_context)
