@@ -143,13 +143,13 @@ def slstm_scan(
     bias: Tensor,
     h0: Tensor | None = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Block-diagonal sLSTM (arXiv 2405.04517): `c_t = f_t c_{t-1} + i_t z_t`, `n_t = f_t n_{t-1} + i_t`,
     `h_t = o_t c_t / n_t`, i_t = exp(i'), f_t and o_t sigmoids, z_t a tanh, logits of x_t + b + U h_{t-1}.
 
     The state is h, r = c / n and L = log n, so that no number grows: with a = i_t / n_t, which is
     sigmoid(i' - log f_t - L_{t-1}), `r_t = r_{t-1} + a (z_t - r_{t-1})`. A state of zeros is c = 0, n = 1.
-    Returned are the states (B, T, 3, N, M), of which the first plane is h, and the last.
+    Returned are h (B, T, N, M), the last state (B, 3, N, M), and r and L of all steps (B, T, 2, N, M).
     """
     dtype = compute_dtype(inputs, weight)
     inputs, weight, bias = inputs.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -164,7 +164,8 @@ def slstm_scan(
         r = r + (i - kept).sigmoid() * (z.tanh() - r)
         state = torch.stack([o.sigmoid() * r, r, torch.logaddexp(i, kept)], dim=1)
         states.append(state)
-    return torch.stack(states, dim=1), state
+    h, cells = zip(*((x[:, 0], x[:, 1:]) for x in states), strict=True)
+    return torch.stack(h, dim=1), state, torch.stack(cells, dim=1)
 
 
 def m2rnn_scan(

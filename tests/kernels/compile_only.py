@@ -164,8 +164,8 @@ def launch_slstm(M: int, dtype: torch.dtype, T: int = 40, resets: bool = False) 
     h0, reset = torch.zeros(B, 3, N, M), torch.zeros(B, T, dtype=torch.bool) if resets else None
     inputs = torch.zeros(B, T, 4, N, M, dtype=dtype)
     given = (inputs, torch.zeros(4, N, M, M), torch.zeros(4, N, M), h0, reset)
-    states, last = TritonSLSTM.walk(*given)
-    TritonSLSTM.walk_backward(*given, states, states, last)
+    h, last, cells = TritonSLSTM.walk(*given)
+    TritonSLSTM.walk_backward(*given, h, cells, h, last)
 
 
 def launch_m2rnn(K: int, V: int, dtype: torch.dtype, B: int = 2, resets: bool = False) -> None:

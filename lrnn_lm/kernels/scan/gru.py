@@ -77,15 +77,14 @@ def slstm_scan(
     h0 (B, 3, N, M): h, r and L before the first step. Otherwise as `gru_scan`. Returns h (B, T, N, M) and the
     last state.
     """
-    states, last, _ = _scan(reference.slstm_scan, (4, 3), inputs, weight, bias, h0, reset, False, backend)
-    return states[:, :, 0], last
+    return _scan(reference.slstm_scan, (4, 3), inputs, weight, bias, h0, reset, False, backend)[:2]
 
 
 def _scan(
-    plain: Callable[..., tuple[Tensor, Tensor]], planes: tuple[int, ...], inputs: Tensor, weight: Tensor,
+    plain: Callable[..., tuple[Tensor, ...]], planes: tuple[int, ...], inputs: Tensor, weight: Tensor,
     bias: Tensor, h0: Tensor | None, reset: Tensor | None, newton: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """States, the last, and (iterations, residual). planes: of inputs, and of a state that has several."""
+    """h, the last state, and what `_solve` says. planes: of inputs, and of a state that has several."""
     G, *kept = planes
     if inputs.ndim != 5 or inputs.shape[2] != G:
         raise ValueError(f"inputs has shape {tuple(inputs.shape)}; expected (B, T, {G}, N, M)")
@@ -96,7 +95,8 @@ def _scan(
     expect_floats(inputs=inputs, weight=weight, bias=bias)
     backend = choose_operator(backend, inputs, partial(_triton_obstacle, inputs, weight))
     if backend == "reference":
-        return *plain(inputs, weight, bias, h0, reset), torch.zeros(2, dtype=torch.float64)
+        h, last, *more = plain(inputs, weight, bias, h0, reset)
+        return h, last, *(more or [torch.zeros(2, dtype=torch.float64)])
     dtype = compute_dtype(inputs, weight)
     start = inputs.new_zeros(B, *kept, N, M, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
     arguments = inputs.contiguous(), weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), start, reset
@@ -122,22 +122,27 @@ def _triton_obstacle(inputs: Tensor, weight: Tensor) -> str | None:
 def _solve(
     inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor, reset: Tensor | None, newton: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """h, the last state, and of the GRU (iterations, residual), of the sLSTM its cells (B, T, 2, N, M).
+
+    Cells are for the backward pass alone. Were h a plane of the states, its gradient would be padded with
+    zeros.
+    """
     given = inputs, weight, bias, h0, reset
     if newton:
         return _newton(given, _kernels(inputs, triton))
-    h, last = _kernels(inputs, triton).walk(*given)
-    return h, last, torch.zeros(2, dtype=torch.float64, device="cpu")
+    h, last, *cells = _kernels(inputs, triton).walk(*given)
+    return h, last, *(cells or [torch.zeros(2, dtype=torch.float64, device="cpu")])
 
 
 @torch.library.custom_op("lrnn_lm::gru_scan_backward", mutates_args=())
 def _solve_backward(
     grad: Tensor, grad_last: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor,
-    reset: Tensor | None, h: Tensor, newton: bool, triton: bool,
+    reset: Tensor | None, h: Tensor, more: Tensor, newton: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given, kernels = (inputs, weight, bias, h0, reset), _kernels(inputs, triton)
     grad, grad_last, h = grad.contiguous(), grad_last.contiguous(), h.contiguous()
     if not newton:
-        return kernels.walk_backward(*given, h, grad, grad_last)
+        return kernels.walk_backward(*given, h, *([more] if _is_slstm(inputs) else []), grad, grad_last)
     return _reversed_scan(kernels, given, h, grad, grad_last)
 
 
@@ -151,27 +156,31 @@ def _reversed_scan(
 
 
 def _kernels(inputs: Tensor, triton: bool) -> Any:
-    gru = inputs.shape[2] == 3
     if not triton:
-        return TorchGRU if gru else TorchSLSTM
-    if gru:
-        from .gru_triton import TritonGRU  # triton is imported only where it runs
+        return TorchSLSTM if _is_slstm(inputs) else TorchGRU
+    if _is_slstm(inputs):
+        from .slstm_kernels import TritonSLSTM  # triton is imported only where it runs
 
-        return TritonGRU
-    from .slstm_kernels import TritonSLSTM
+        return TritonSLSTM
+    from .gru_triton import TritonGRU
 
-    return TritonSLSTM
+    return TritonGRU
+
+
+def _is_slstm(inputs: Tensor) -> bool:
+    return inputs.shape[2] == 4
 
 
 @_solve.register_fake
 def _(inputs, weight, bias, h0, reset, newton, triton):
-    B, *kept = h0.shape
-    states = h0.new_empty(B, inputs.shape[1], *kept)
-    return states, torch.empty_like(h0), torch.empty(2, dtype=torch.float64, device="cpu")
+    B, T, _, N, M = inputs.shape
+    slstm = _is_slstm(inputs)
+    more = h0.new_empty(B, T, 2, N, M) if slstm else torch.empty(2, dtype=torch.float64, device="cpu")
+    return h0.new_empty(B, T, N, M), torch.empty_like(h0), more
 
 
 @_solve_backward.register_fake
-def _(grad, grad_last, inputs, weight, bias, h0, reset, h, newton, triton):
+def _(grad, grad_last, inputs, weight, bias, h0, reset, h, more, newton, triton):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (inputs, weight, bias, h0)
     )
@@ -179,12 +188,17 @@ def _(grad, grad_last, inputs, weight, bias, h0, reset, h, newton, triton):
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.newton, ctx.triton = inputs
-    ctx.save_for_backward(*tensors, output[0])
+    ctx.save_for_backward(*tensors, output[0], output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # else cells would get zeros, two planes of every step
 
 
 def _run_backward(ctx, grad, grad_last, _):
-    return *_solve_backward(grad, grad_last, *ctx.saved_tensors, ctx.newton, ctx.triton), None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    h0, h = saved[3], saved[5]
+    grad = torch.zeros_like(h) if grad is None else grad
+    grad_last = torch.zeros_like(h0) if grad_last is None else grad_last
+    return *_solve_backward(grad, grad_last, *saved, ctx.newton, ctx.triton), None, None, None
 
 
 _solve.register_autograd(_run_backward, setup_context=_setup_context)
@@ -261,13 +275,14 @@ class TorchSLSTM:
         return reference.slstm_scan(inputs, weight, bias, h0, reset)
 
     @staticmethod
-    def walk_backward(inputs, weight, bias, h0, reset, states, grad, grad_last):
-        h, r, L = _states_before(states, h0, reset).unbind(2)
+    def walk_backward(inputs, weight, bias, h0, reset, h, cells, grad, grad_last):
+        h, (r, L) = _states_before(h, h0[:, 0], reset), _states_before(cells, h0[:, 1:], reset).unbind(2)
         z, i, f, o = slstm_logits(inputs.to(h.dtype), h, weight, bias)
         a, z, o = (i - functional.logsigmoid(f) - L).sigmoid(), z.tanh(), o.sigmoid()
         d, s, lost = h.new_empty(inputs.shape), grad_last, 1 - f.sigmoid()
         for t in range(inputs.shape[1] - 1, -1, -1):
-            s_h, s_r, s_L = (s + grad[:, t]).unbind(1)
+            s_h, s_r, s_L = s.unbind(1)
+            s_h = s_h + grad[:, t]
             s_r = s_r + s_h * o[:, t]
             share = s_r * (z - r)[:, t] * a[:, t] * (1 - a[:, t])
             d_kept = s_L * (1 - a[:, t]) - share

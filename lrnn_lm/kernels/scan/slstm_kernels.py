@@ -9,7 +9,7 @@ after a step, a step passes back, to the logits,
     di = share + s_L a    dK = s_L (1 - a) - share    df = dK (1 - sigmoid(f))
 
 and to the state before dL/dL = dK, dL/dr = s_r (1 - a), dL/dh = the sum of U^T d over the four. The forward
-pass stores the states of all steps.
+pass stores the states of all steps: h, and cells (r, L), which the backward pass alone reads.
 
 Legend: as in `gru_kernels.py`; a state is planes h, r, L.
 """
@@ -82,7 +82,7 @@ def _fresh(state, flag):
 
 @triton.jit
 def _forward_group(
-    state, x_at, h_at, flags_at, t, mask, first, u, bias, N: tl.constexpr, M: tl.constexpr,
+    state, x_at, h_at, c_at, flags_at, t, mask, first, u, bias, N: tl.constexpr, M: tl.constexpr,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores the states of STEPS steps from t and returns the last."""
@@ -99,60 +99,66 @@ def _forward_group(
         r = r + a * (z - r)
         state = (o * r, r, _soft_sum(i, kept))
         hs, rs, Ls = hs + (state[0],), rs + (r,), Ls + (state[2],)
-    _store_planes(h_at, (hs, rs, Ls), t, mask, 3, N * M, STEPS, WIDTH)
+    _store_planes(h_at, (hs,), t, mask, 1, N * M, STEPS, WIDTH)
+    _store_planes(c_at, (rs, Ls), t, mask, 2, N * M, STEPS, WIDTH)
     return state
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
 def slstm_forward_kernel(
-    inputs, weight, bias, start, flags, h_out, last, T, tiles, N: tl.constexpr, M: tl.constexpr,
+    inputs, weight, bias, start, flags, h_out, c_out, last, T, tiles, N: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """All states. inputs (B, T, 4, N, M); weight (4, N, M, M), bias (4, N, M), start and last (B, 3, N, M),
-    h_out (B, T, 3, N, M) fp32; flags (B, T) int32. All contiguous."""
+    h_out (B, T, N, M) and c_out (B, T, 2, N, M) fp32; flags (B, T) int32. All contiguous."""
     NM: tl.constexpr = N * M
     b, _, n, i, spot, valid, first = _place(tiles, 1, N, M, MP, WIDTH)
     u, biases = _matrices(weight, n, i, valid, 4, N, M, False), _biases(bias, spot, valid, NM)
-    x_at, h_at, flags_at = inputs + b * T * (4 * NM) + spot, h_out + b * T * (3 * NM) + spot, flags + b * T
+    x_at, flags_at = inputs + b * T * (4 * NM) + spot, flags + b * T
+    h_at, c_at = h_out + b * T * NM + spot, c_out + b * T * (2 * NM) + spot
     mask, at = valid[None, :], b * (3 * NM) + spot
     state = _state(start + at, valid, NM)
     full = T // STEPS * STEPS
-    x_many, h_many = tile_of(x_at, 4 * NM, STEPS), tile_of(h_at, 3 * NM, STEPS)
+    x_many = tile_of(x_at, 4 * NM, STEPS)
+    h_many, c_many = tile_of(h_at, NM, STEPS), tile_of(c_at, 2 * NM, STEPS)
     for t_group in tl.range(0, full, STEPS, num_stages=STAGES):
         state = _forward_group(
-            state, x_many, h_many, flags_at, as_int64(t_group), mask, first, u, biases, N, M, STEPS, WIDTH,
-            HAS_RESET,
+            state, x_many, h_many, c_many, flags_at, as_int64(t_group), mask, first, u, biases, N, M, STEPS,
+            WIDTH, HAS_RESET,
         )  # fmt: skip
     for t_one in range(full, T):
         state = _forward_group(
-            state, x_at[None, :], h_at[None, :], flags_at, as_int64(t_one), mask, first, u, biases, N, M, 1,
-            WIDTH, HAS_RESET,
+            state, x_at[None, :], h_at[None, :], c_at[None, :], flags_at, as_int64(t_one), mask, first, u,
+            biases, N, M, 1, WIDTH, HAS_RESET,
         )  # fmt: skip
     _store_state(last + at, state, valid, NM)
 
 
 @triton.jit
 def _backward_group(
-    owed, sums, x_at, h_at, g_at, d_at, starts, flags_at, t, mask, first, u, ut, bias,
+    owed, sums, x_at, h_at, c_at, g_at, d_at, starts, flags_at, t, mask, first, u, ut, bias,
     N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
     """Stores the inputs' gradient of STEPS steps from t; returns dL/d of the state before, and the sums."""
     NM: tl.constexpr = N * M
-    x, g = _planes(x_at, t, mask, 4, NM, STEPS, WIDTH), _planes(g_at, t, mask, 3, NM, STEPS, WIDTH)
-    before = ()
-    for p in tl.static_range(3):
-        at = h_at + (p - 3) * NM  # one step back
-        found = _states_before(at, starts[p][None, :], flags_at, t, mask, 3 * NM, STEPS, WIDTH, HAS_RESET)
-        before = before + (found,)
+    x, g = _planes(x_at, t, mask, 4, NM, STEPS, WIDTH), _planes(g_at, t, mask, 1, NM, STEPS, WIDTH)[0]
+    # Each pointer goes one step back.
+    h_before = _states_before(h_at - NM, starts[0][None, :], flags_at, t, mask, NM, STEPS, WIDTH, HAS_RESET)
+    r_before = _states_before(
+        c_at - 2 * NM, starts[1][None, :], flags_at, t, mask, 2 * NM, STEPS, WIDTH, HAS_RESET
+    )
+    L_before = _states_before(
+        c_at - NM, starts[2][None, :], flags_at, t, mask, 2 * NM, STEPS, WIDTH, HAS_RESET
+    )
     if HAS_RESET:
         flags = step_flags(flags_at, t, STEPS, WIDTH)
     d_z, d_i, d_f, d_o = (), (), (), ()
     for s in tl.static_range(STEPS - 1, -1, -1):
-        h, r = _of_block(before[0][s], first, M), before[1][s]
-        z, o, a, _, f, _ = _cell(h, before[2][s], x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M)
-        s_h, s_L = owed[0] + g[0][s], owed[2] + g[2][s]
-        s_r = owed[1] + g[1][s] + s_h * o
+        h, r = _of_block(h_before[s], first, M), r_before[s]
+        z, o, a, _, f, _ = _cell(h, L_before[s], x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M)
+        s_h, s_L = owed[0] + g[s], owed[2]
+        s_r = owed[1] + s_h * o
         share = s_r * (z - r) * a * (1.0 - a)
         dz, di = s_r * a * (1.0 - z * z), share + s_L * a
         do = s_h * (r + a * (z - r)) * o * (1.0 - o)
@@ -181,37 +187,38 @@ def _backward_group(
 
 @triton.jit(do_not_specialize=["T", "tiles"])
 def slstm_backward_kernel(
-    inputs, weight, bias, start, flags, h_in, grad, stop, d_inputs, d_start, sums_out, T, tiles,
+    inputs, weight, bias, start, flags, h_in, c_in, grad, stop, d_inputs, d_start, sums_out, T, tiles,
     N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from h_in, the walk's states, all lanes walking back in time.
+    """Gradients from h_in and c_in, the walk's states, all lanes walking back in time.
 
-    As in `slstm_forward_kernel`, and grad (B, T, 3, N, M), stop (B, 3, N, M) fp32: dL/d of all states and of
-    the last; out: d_inputs (B, T, 4, N, M), d_start (B, 3, N, M) fp32, sums_out (B, 4 M + 4, N, M) fp32:
-    plane p M + k for column k of the gradient of matrix p, then the four biases'.
+    As in `slstm_forward_kernel`, and grad (B, T, N, M), stop (B, 3, N, M) fp32: dL/dh of all steps and dL/d
+    of the last state; out: d_inputs (B, T, 4, N, M), d_start (B, 3, N, M) fp32, sums_out (B, 4 M + 4, N, M)
+    fp32: plane p M + k for column k of the gradient of matrix p, then the four biases'.
     """
     NM: tl.constexpr = N * M
     b, _, n, i, spot, valid, first = _place(tiles, 1, N, M, MP, WIDTH)
     u, ut = _matrices(weight, n, i, valid, 4, N, M, False), _matrices(weight, n, i, valid, 4, N, M, True)
     biases, mask, at = _biases(bias, spot, valid, NM), valid[None, :], b * (3 * NM) + spot
     x_at, d_at = inputs + b * T * (4 * NM) + spot, d_inputs + b * T * (4 * NM) + spot
-    h_at, g_at = h_in + b * T * (3 * NM) + spot, grad + b * T * (3 * NM) + spot
+    h_at, c_at, g_at = h_in + b * T * NM + spot, c_in + b * T * (2 * NM) + spot, grad + b * T * NM + spot
     flags_at, starts, owed = flags + b * T, _state(start + at, valid, NM), _state(stop + at, valid, NM)
     sums = ()
     for _ in tl.static_range(4 * M + 4):
         sums = sums + (tl.zeros([WIDTH], tl.float32),)
     x_many, d_many = tile_of(x_at, 4 * NM, STEPS), tile_of(d_at, 4 * NM, STEPS)
-    h_many, g_many = tile_of(h_at, 3 * NM, STEPS), tile_of(g_at, 3 * NM, STEPS)
+    h_many, g_many = tile_of(h_at, NM, STEPS), tile_of(g_at, NM, STEPS)
+    c_many = tile_of(c_at, 2 * NM, STEPS)
     for group in tl.range(0, T // STEPS, num_stages=STAGES):
         owed, sums = _backward_group(
-            owed, sums, x_many, h_many, g_many, d_many, starts, flags_at,
+            owed, sums, x_many, h_many, c_many, g_many, d_many, starts, flags_at,
             as_int64(T - (group + 1) * STEPS), mask, first, u, ut, biases, N, M, STEPS, WIDTH, HAS_RESET,
         )  # fmt: skip
     for back in range(T % STEPS):
         owed, sums = _backward_group(
-            owed, sums, x_at[None, :], h_at[None, :], g_at[None, :], d_at[None, :], starts, flags_at,
-            as_int64(T % STEPS - 1 - back), mask, first, u, ut, biases, N, M, 1, WIDTH, HAS_RESET,
+            owed, sums, x_at[None, :], h_at[None, :], c_at[None, :], g_at[None, :], d_at[None, :], starts,
+            flags_at, as_int64(T % STEPS - 1 - back), mask, first, u, ut, biases, N, M, 1, WIDTH, HAS_RESET,
         )  # fmt: skip
     for k in tl.static_range(4 * M + 4):
         tl.store(sums_out + (b * (4 * M + 4) + k) * NM + spot, sums[k], mask=valid)
@@ -227,25 +234,25 @@ class TritonSLSTM:
     @staticmethod
     def walk(
         inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """States (B, T, 3, N, M) and the last (B, 3, N, M)."""
-        B, T = inputs.shape[:2]
-        states, last = h0.new_empty(B, T, *h0.shape[1:]), torch.empty_like(h0)
-        tensors = {"start": h0, "h_out": states, "last": last, **_flags(inputs, reset)}
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h (B, T, N, M), the last state (B, 3, N, M), and cells (B, T, 2, N, M)."""
+        B, T, _, N, M = inputs.shape
+        h, cells, last = h0.new_empty(B, T, N, M), h0.new_empty(B, T, 2, N, M), torch.empty_like(h0)
+        tensors = {"start": h0, "h_out": h, "c_out": cells, "last": last, **_flags(inputs, reset)}
         _launch(slstm_forward_kernel, h0[:, 0], T, 1, (inputs, weight, bias), 4, **tensors)
-        return states, last
+        return h, last, cells
 
     @staticmethod
     def walk_backward(
-        inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor, reset: Tensor | None, states: Tensor,
-        grad: Tensor, grad_last: Tensor,
+        inputs: Tensor, weight: Tensor, bias: Tensor, h0: Tensor, reset: Tensor | None, h: Tensor,
+        cells: Tensor, grad: Tensor, grad_last: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of inputs, weight, bias and h0."""
         B, T, _, N, M = inputs.shape
         sums = h0.new_empty(B, 4 * M + 4, N, M)
         made = {"d_inputs": torch.empty_like(inputs), "d_start": torch.empty_like(h0), "sums_out": sums}
         _launch(
-            slstm_backward_kernel, h0[:, 0], T, 1, (inputs, weight, bias), 10, start=h0, h_in=states,
+            slstm_backward_kernel, h0[:, 0], T, 1, (inputs, weight, bias), 8, start=h0, h_in=h, c_in=cells,
             grad=grad, stop=grad_last, **made, **_flags(inputs, reset),
         )  # fmt: skip
         return made["d_inputs"], *gradients_of_sums(sums, 4), made["d_start"]
