@@ -25,7 +25,7 @@ MIXER, LINE, ROW, OPTIMIZER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL
 def ema(monkeypatch: pytest.MonkeyPatch) -> type[mixers_base.Mixer]:
     """The page's mixer in the registry."""
     names: dict[str, object] = {}
-    exec(MIXER.replace("from .base", "from lrnn_lm.mixers.base"), names)
+    exec(MIXER.replace("from .", "from lrnn_lm.mixers."), names)
     monkeypatch.setitem(MIXERS, "ema", names["MovingAverage"])
     return names["MovingAverage"]
 
@@ -69,6 +69,14 @@ def test_the_mixer_runs_in_a_model() -> None:
     rest = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=0, atol=1e-5)
     assert account(config, 12).recurrent_state_bytes == 2 * 9 * 4
+
+
+def test_the_mixer_keeps_double_precision(ema: type[mixers_base.Mixer]) -> None:
+    """The tests of a row compare gradients in fp64: a state rounded to fp32 fails them."""
+    torch.manual_seed(0)
+    mixer, x = ema(6, width=4).double(), torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert mixer(x)[1].dtype == torch.float64
+    assert torch.autograd.gradcheck(mixer, (x, torch.randn(2, 4, dtype=torch.float64, requires_grad=True)))
 
 
 def test_the_optimizer_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
