@@ -302,9 +302,10 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         key = str(detail["loc"][-1])
         known = _known_keys(detail["loc"][:-1])
-        near = _elsewhere(key, Recipe) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        longer = [name for name in known if f"_{key}_" in f"_{name}_"]  # as num_hidden_layers of `layers`
+        near = longer or _elsewhere(key, Recipe) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         told = textwrap.shorten(", ".join(known), 200, placeholder=" ..")
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {told}"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {told}"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         known = re.findall(r"'([^']+)'", detail["ctx"]["expected"])

@@ -260,6 +260,7 @@ def test_pattern_entries_take_the_mixers_options():
         ({"seed": -1}, "seed: input should be greater"),
         ({"seed": 2**64}, "seed: input should be less"),
         ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
+        ({"model": {"layers": 2}}, "model.layers: unknown key; did you mean 'num_hidden_layers'?"),
         ({"train": {"lr": 1e-3}}, "train.lr: unknown key; did you mean 'optim.lr'?"),
         ({"model": {"block_size": 2}}, "did you mean 'model.mixer.block_size'?"),
         ({"seed": True, "seeed": 1}, "seeed: unknown key"),
