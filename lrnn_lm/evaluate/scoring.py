@@ -55,6 +55,7 @@ def score_tasks(
             _overflow_is_infinite(),
             _bars(team.shows),
             _described_once(),
+            _no_commit(),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             lm: Any
@@ -125,6 +126,19 @@ def _bars(shows: bool) -> Iterator[None]:
         yield
     finally:
         task.tqdm = bar
+
+
+@contextlib.contextmanager
+def _no_commit() -> Iterator[None]:
+    """lm-eval asks git for the commit of the current folder, and outside a clone git prints `fatal:`."""
+    from lm_eval import evaluator
+
+    commit = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = commit
 
 
 @functools.cache

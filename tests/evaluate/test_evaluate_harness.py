@@ -197,6 +197,12 @@ def test_table_and_gzip_line_are_printed(checkpoint, capsys, tmp_path, documents
     assert json.loads((tmp_path / "here.json").read_text()) == out
 
 
+def test_git_says_nothing_outside_a_clone(checkpoint, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    evaluate(checkpoint, ["heldout_cloze"], limit=1, output=tmp_path / "scores")
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_a_model_outside_a_run_needs_data(checkpoint, tmp_path, capsys, documents, write_documents):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(checkpoint),
