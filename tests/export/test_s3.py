@@ -26,10 +26,9 @@ from lrnn_lm.train.stop import Stopped
 @pytest.fixture(scope="module")
 def store():
     """The file system of a server with one bucket; its address and keys are in the environment."""
-    s3fs = pytest.importorskip("s3fs", reason="pip install s3fs")
-    server = pytest.importorskip("moto.server", reason="pip install 'moto[server]'").ThreadedMotoServer(
-        port=0
-    )
+    s3fs = pytest.importorskip("s3fs", reason="the extra `dev` has s3fs and moto")
+    server = pytest.importorskip("moto.server", reason="the extra `dev` has s3fs and moto")
+    server = server.ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:

@@ -191,7 +191,7 @@ SECTIONS = [
     ("train.stall_minutes=1e300", "train.stall_minutes: "),
     ("data.source.limit=99999999999999999999", "data.source.limit: "),
     *(
-        (f"{key}=~no-such-user/x", "~NAME")
+        (f"{key}=~no-such-user/x", "no such user here")
         for key in ("data.source.path", "data.tokenizer", "data.cache_dir", "model.init_from")
     ),
     (RAMP, "optim.warmup=1024", "optim.warmup: with train.ramp, write a number of steps"),
