@@ -303,7 +303,8 @@ def _explain(detail: Any) -> str:
         key = str(detail["loc"][-1])
         known = _known_keys(detail["loc"][:-1])
         longer = [name for name in known if f"_{key}_" in f"_{name}_"]  # as num_hidden_layers of `layers`
-        near = longer or _elsewhere(key, Recipe) or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        typo, like = (difflib.get_close_matches(key, known, n=1, cutoff=share) for share in (0.8, 0.5))
+        near = typo or longer or _elsewhere(key, Recipe) or like
         told = textwrap.shorten(", ".join(known), 200, placeholder=" ..")
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {told}"
         return f"{where}: unknown key; {hint}"
