@@ -32,7 +32,7 @@ def tell(mistake: Exception, command: str) -> None:
         return
     if _is_out_of_memory(mistake):
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(mistake))
-        # On a line of its own: it comes amid work, whose progress is on this one.
+        # The empty line ends the line of the progress bar.
         print(f"\nlrnn: no room on the GPU for {asked[1] if asked else 'what is'} more", file=sys.stderr)
         print(f"lrnn: {_LESS_MEMORY.get(command, 'end what else runs on that GPU')}", file=sys.stderr)
     elif message := words_of(mistake):  # empty where another rank prints it

@@ -6,7 +6,7 @@
         everything else             once the run has ended and is scored
 
 A checkpoint without a manifest there is half copied, and one whose files are not as the manifest says is
-damaged: neither is used. A process of its own copies (`train/copier.py`): `python -m` this module.
+damaged: neither is used. A process of its own calls `main` (`train/copier.py`).
 """
 
 import json
@@ -157,7 +157,3 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         print(error)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 _COPY = "import sys; sys.path[:] = {path!r}; from lrnn_lm.runs.remote_copy import main; main(sys.argv[1:])"
 
@@ -20,6 +21,7 @@ class Copier:
         """copy_to: the folder of runs there. tell: gets a line a failed copy."""
         self._run, self._to, self._tell = run, copy_to, tell
         self._process: subprocess.Popen[bytes] | None = None
+        self._said = TemporaryFile()  # noqa: SIM115 (a pipe that nobody reads would fill, and stop the copy)
         self._name: str | None = None  # of the checkpoint last begun
         self.problem: str | None = None  # why the last copy failed; None: it did not
 
@@ -57,10 +59,12 @@ class Copier:
 
     def _start(self, name: str, *options: str) -> None:
         self._name = name
+        self._said.seek(0)
+        self._said.truncate()
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _COPY.format(path=sys.path),
              str(self._run), self._to, name, *options],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the trainer
         )  # fmt: skip
 
@@ -68,7 +72,9 @@ class Copier:
         """Read how the last copy ended, and tell if it failed."""
         if self._process is None:
             return
-        said, code = self._process.communicate()[0], self._process.returncode
+        code = self._process.wait()
+        self._said.seek(0)
+        said = self._said.read()
         self._process = None
         lines = said.decode(errors="replace").strip().splitlines()
         self.problem = (lines[-1] if lines else f"it ended with code {code}") if code else None
