@@ -157,8 +157,6 @@ class JointProjections:
     `generate` copies the weights side by side, which takes about as long as one token.
     """
 
-    joint_gradients: ClassVar[bool] = False  # whether what is after the projections writes them side by side
-
     def joint_projections(self) -> list[nn.Linear]:
         """The projections, in the order of their outputs."""
         raise NotImplementedError
@@ -166,16 +164,6 @@ class JointProjections:
     def project(self, x: Tensor, joint: Joint | None = None) -> tuple[Tensor, ...]:
         """Each projection of x (.., D); views of one tensor where `joint` is given, all of them as one."""
         projections = self.joint_projections()
-        if (
-            joint is None
-            and self.joint_gradients
-            and torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-        ):
-            # A compiler writes weights side by side as it casts them, and gradients as it computes them.
-            weights = [plain_weight(projection) for projection in projections]
-            if all(weight is not None for weight in weights) and all(p.bias is None for p in projections):
-                joint = torch.cat(weights), None
         if joint is None:
             return tuple(projection(x) for projection in projections)
         return functional.linear(x, *joint).split([p.out_features for p in projections], dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..kernels.dispatch import has_triton
 from ..mixers import build_mixer
 from ..mixers.base import (
     Joint,
@@ -22,6 +23,7 @@ from ..mixers.base import (
     SequenceContext,
     drawn_by_model,
     inner_starts,
+    plain_weight,
 )
 from .cache import check_state, keep_layer_state, layer_state
 from .carried import Carried, mix_carried
@@ -46,8 +48,6 @@ class RMSNorm(nn.RMSNorm):
 class SwiGLU(JointProjections, nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
-    joint_gradients = True
-
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
@@ -55,11 +55,31 @@ class SwiGLU(JointProjections, nn.Module):
         self.down_proj = ResidualOutput(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, joint: Joint | None = None) -> Tensor:
+        weights = self._side_by_side() if joint is None else None
+        if weights is not None:
+            return self.down_proj(_gated(nn.functional.linear(x, weights)))
         gate, up = self.project(x, joint)
         return self.down_proj(nn.functional.silu(gate) * up)
 
+    def _side_by_side(self) -> Tensor | None:
+        """Both weights as one, for one product; where a compiler joins them as it casts them."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+            return None
+        weights = [plain_weight(each) if each.bias is None else None for each in self.joint_projections()]
+        return None if any(weight is None for weight in weights) else torch.cat(weights)
+
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.up_proj]
+
+
+def _gated(joint: Tensor) -> Tensor:
+    """silu(gate) * up of joint (.., 2 F): by a kernel on a GPU."""
+    if joint.is_cuda and joint.dtype != torch.float64 and has_triton():
+        from ..kernels.swiglu import swiglu  # triton is imported only where it runs
+
+        return swiglu(joint)
+    gate, up = joint.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
 
 
 class LRNNBlock(GradientCheckpointingLayer):

@@ -196,6 +196,12 @@ def launch_loss(V: int) -> None:
     )
 
 
+def launch_swiglu(F: int) -> None:
+    from lrnn_lm.kernels.swiglu import swiglu
+
+    swiglu(torch.zeros(8, 2 * F, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+
+
 def some_scans() -> None:
     """Every kernel of a scan in chunks of time, at the smallest size."""
     launch_all(1, 40, "softmax", states=True, chunk=16)
@@ -206,9 +212,10 @@ def some_scans() -> None:
 
 
 def some_steps() -> None:
-    """Every kernel of a step of decoding, the loss, and the matrix-valued scan."""
+    """Every kernel of a step of decoding, the loss, SwiGLU, and the matrix-valued scan."""
     launch_matrix(1, torch.bfloat16, 33, states=False, V=16, K=16)
     launch_loss(50_280)
+    launch_swiglu(2464)
     launch_step(768, 2048, 4, torch.bfloat16)
     launch_tiles(8, 768, 2048, 4)
 
