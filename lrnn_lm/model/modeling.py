@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
-from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, tokens_seen
+from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
 from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
@@ -133,7 +133,7 @@ class LRNNModel(LRNNPreTrainedModel):
         """
         check_arguments(kwargs)
         check_tokens(input_ids, inputs_embeds)
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = one_cache(past_key_values, cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
@@ -246,7 +246,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             The rest: as in LRNNModel.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = one_cache(past_key_values, cache)
         targets = kwargs.pop("shift_labels", None)
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
         if targets is None and labels is not None:
