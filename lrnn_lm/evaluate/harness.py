@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import finite, user_path
 from ..remote import check_here
-from ..runs.layout import RunFolder
 from ..runs.load import (
     CheckpointInfo,
     check_window,
@@ -24,9 +23,10 @@ from ..runs.load import (
 )
 from .scoring import quiet_lm_eval, score_tasks
 from .show import check_at_least, decimal, print_table, print_written, table_console
-from .tasks.heldout import FOLDER_NAMES, cloze_dataset, heldout_path
+from .tasks.heldout import cloze_dataset
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
+from .text import documents_of, in_name, other_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,13 +136,10 @@ def _scored(
     if results is None:
         return {}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
-    own = "" if info.run is None else str(RunFolder(info.run).heldout.resolve())
-    data = Path(settings["data"] or "").resolve()
-    other = settings["data"] if data.is_file() and str(data) != own else None
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
-        "other_data": other, "given_length": settings["max_length"],
+        "other_text": other_text(info, settings["data"]), "given_length": settings["max_length"],
     }  # fmt: skip
     results["software"] = _versions()
     return results
@@ -235,23 +232,9 @@ def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
     words = [f"{few}-shot"] if few else []
     words += [f"window {window}"] if window else []
     words += ["prompt twice"] if settings.get("prompt_twice") else []
-    if text and (other := settings.get("other_data")):
-        words.append(f"{Path(other).stem} {hashlib.sha256(other.encode()).hexdigest()[:8]}")
+    if text and (other := settings.get("other_text") or settings.get("other_data")):
+        words.append(other)
     return words
-
-
-def documents_of(info: CheckpointInfo, data: Path | None) -> str | None:
-    """The held-out file that is passed, or the run's; or the folder of the offline tasks. None: no data.
-
-    The tasks that need data raise an error themselves.
-    """
-    if data is not None and user_path(data).is_dir():
-        folder = user_path(data)
-        if not any((folder / name).is_file() for name in FOLDER_NAMES):
-            return str(folder)
-    if data is None and (info.run is None or not RunFolder(info.run).heldout.is_file()):
-        return None
-    return str(heldout_path(data, info.path))
 
 
 def _check(
@@ -309,7 +292,7 @@ def _write(
         if len(what) > 80:  # a file name takes 255 bytes
             what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
         what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
-        what += "".join(f"-{words.replace(' ', '-')}" for words in variant(settings))
+        what += in_name(*variant(settings))
         what += f"-limit{settings['limit']}" if settings["limit"] else ""
         where = f"{info.run.name}-" if output is not None and info.run is not None else ""
         path = folder / f"{where}{info.name}-{what}.json"

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..runs.layout import RunFolder
 from ..runs.load import CheckpointInfo
-from .harness import documents_of, flatten, score_model
+from .harness import flatten, score_model
 from .scoring import quiet_lm_eval, refusals
 from .tasks.names import find_tasks, hub_data, usual_window
 from .team import Team
+from .text import documents_of
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 import logging
@@ -52,10 +53,7 @@ def score_tasks(
         with (
             refusals(names),
             random_state_kept(model.device),  # lm-eval seeds all generators
-            _overflow_is_infinite(),
-            _bars(team.shows),
-            _described_once(),
-            _no_commit(),
+            _replaced([*_REPLACED, *([] if team.shows else [_NO_BAR])]),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             lm: Any
@@ -115,30 +113,19 @@ def quiet_lm_eval() -> Iterator[None]:
             os.environ["DISABLE_MULTIPROC"] = pool
 
 
-@contextlib.contextmanager
-def _bars(shows: bool) -> Iterator[None]:
-    """Whether lm-eval shows a progress bar for the contexts that it builds; it has no option for it."""
-    from lm_eval.api import task
+def _or_infinity(function: Callable[[Any], float]) -> Callable[[Any], float]:
+    """Infinite where `function` would end with an OverflowError."""
 
-    bar = task.tqdm
-    task.tqdm = bar if shows else lambda rows, **_: rows
-    try:
-        yield
-    finally:
-        task.tqdm = bar
+    def bounded(x: Any) -> float:
+        try:
+            return function(x)
+        except OverflowError:
+            return math.inf
+
+    return bounded
 
 
-@contextlib.contextmanager
-def _no_commit() -> Iterator[None]:
-    """lm-eval asks git for the commit of the current folder, and outside a clone git prints `fatal:`."""
-    from lm_eval import evaluator
-
-    commit = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = commit
+_EXP = {"exp": _or_infinity(math.exp)}
 
 
 @functools.cache
@@ -146,43 +133,26 @@ def described(describe: Callable[[], str]) -> str:
     return describe()
 
 
+# What is replaced while lm-eval runs, as it has no option for it: module, name, and the replacement as a
+# function of the original. A row may go once the oldest lm-eval of pyproject.toml does the same by itself.
+_REPLACED: list[tuple[str, str, Callable[[Any], Any]]] = [
+    # It asks git for the commit of the current folder, and outside a clone git prints `fatal:`.
+    ("lm_eval.evaluator", "get_git_commit_hash", lambda _: lambda: None),
+    # It starts pip and compilers to describe the machine, for 1 s: with each scoring of a run that trains.
+    ("torch.utils.collect_env", "get_pretty_env_info", lambda own: lambda: described(own)),
+    # exp() overflows for an answer above 709 nats, and the standard error where squared perplexities do.
+    ("lm_eval.api.metrics", "math", lambda own: SimpleNamespace(**vars(own) | _EXP)),
+    ("lm_eval.api.metrics", "sample_stddev", _or_infinity),
+]
+# The bar over the contexts that it builds, where none is to be shown.
+_NO_BAR = ("lm_eval.api.task", "tqdm", lambda _: lambda rows, **_options: rows)
+
+
 @contextlib.contextmanager
-def _described_once() -> Iterator[None]:
-    """Let lm-eval describe the machine once a process: it starts pip and compilers, which takes a second.
-
-    A run that scores tasks while it trains would wait for that each time.
-    """
-    from torch.utils import collect_env
-
-    describe = collect_env.get_pretty_env_info
-    collect_env.get_pretty_env_info = lambda: described(describe)
-    try:
+def _replaced(rows: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in rows:
+            owner = importlib.import_module(module)
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement(getattr(owner, name)))
         yield
-    finally:
-        collect_env.get_pretty_env_info = describe
-
-
-@contextlib.contextmanager
-def _overflow_is_infinite() -> Iterator[None]:
-    """Make lm-eval's perplexities infinite where it would end with an OverflowError.
-
-    exp() overflows for an answer above 709 nats, and the standard error where squared perplexities do.
-    """
-    from lm_eval.api import metrics
-
-    def or_infinity(function: Callable[[Any], float]) -> Callable[[Any], float]:
-        def bounded(x: Any) -> float:
-            try:
-                return function(x)
-            except OverflowError:
-                return math.inf
-
-        return bounded
-
-    deviation = metrics.sample_stddev
-    metrics.math = SimpleNamespace(**{**vars(math), "exp": or_infinity(math.exp)})
-    metrics.sample_stddev = or_infinity(deviation)
-    try:
-        yield
-    finally:
-        metrics.math, metrics.sample_stddev = math, deviation

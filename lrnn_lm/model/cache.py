@@ -109,6 +109,19 @@ class _StaticRows(_Rows, StaticCache):
 _ADOPTED = {DynamicCache: RecurrentCache, StaticCache: _StaticRows}
 
 
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that a model was given, by either of its names.
+
+    Raises ValueError for two caches, as of PEFT's prefix beside a cache of the caller's.
+    """
+    if past_key_values is None or cache is None or past_key_values is cache:
+        return cache if past_key_values is None else past_key_values
+    raise ValueError(
+        "past_key_values and cache are two names of the same argument, and these are two caches; pass one "
+        "of them (a PEFT adapter with a prefix makes its own: pass none beside it)"
+    )
+
+
 def adopt(cache: Cache, noted: bool = True) -> None:
     """Make a caller's cache move notes with rows, which transformers' classes know nothing of.
 

@@ -29,14 +29,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..mixers.attention import Attention, AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
-from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, tokens_seen
+from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
 from .carried import CarriedStates
 from .config import LRNNConfig
 from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments, check_cache_position, check_tokens
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
-from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
+from .loss import check_labels, check_same_targets, counted_targets, cross_entropy, loss_and_z, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
@@ -133,7 +133,7 @@ class LRNNModel(LRNNPreTrainedModel):
         """
         check_arguments(kwargs)
         check_tokens(input_ids, inputs_embeds)
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = one_cache(past_key_values, cache)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.residual_in_fp32:
             hidden_states = hidden_states.to(compute_dtype(hidden_states))
@@ -234,21 +234,21 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
 
-        Args:
+        Args (the others as in LRNNModel):
             labels: (B, T) the inputs themselves, -100 where there is no target. They are shifted here, within
                 documents. Padding is no target and predicts none.
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
             return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
-            shift_labels: (B, T) targets aligned with the positions that predict them, instead of `labels`. It
-                is in the kwargs because the Trainer expects data for every argument named like a label.
+            shift_labels: (B, T) targets aligned with the positions that predict them; `labels` beside them
+                must say the same. In the kwargs: the Trainer expects data for what is named like a label.
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
-            The rest: as in LRNNModel.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = one_cache(past_key_values, cache)
         targets = kwargs.pop("shift_labels", None)
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
+        check_same_targets(labels, targets)
         if targets is None and labels is not None:
             masks = (attention_mask, position_ids, kwargs.get("reset"))
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)

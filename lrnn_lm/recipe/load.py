@@ -1,35 +1,23 @@
 """Reads recipes from YAML: `extends`, dotted overrides, errors that name the key and the nearest one."""
 
 import copy
-import difflib
-import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..files import user_path
 from .data import FILE_KEYS, SOURCE_KEYS
+from .explain import REMOVED, explain
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
-from .reading import TwiceError, field_type, load_override, load_yaml, section_in, takes_text
+from .reading import TwiceError, field_type, load_override, load_yaml, takes_text
 from .schema import Recipe
 
 # Keys by which a source that a run stored is known.
 _STORED_SOURCE = {"path", "name", "split", "text_field", "limit", "examples", "options"}
 _STORED_OPTIONS = {"block_size", "order", "rope_theta", "width", "state_size", "num_householder"}
-
-
-# Removed keys: the values that a stored recipe may still have, so that its run can resume; what to do else.
-_REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
-    "train.fp8": (("false",), "it was no faster than bf16; delete the key and use train.precision=bf16"),
-    "train.max_rewinds": (
-        ("0", "3"),
-        "after train.max_bad_steps the run ends and says what to do; delete the key",
-    ),
-}
 
 
 class RecipeError(ValueError):
@@ -81,13 +69,13 @@ def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(_without_removed(data))
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [explain(detail) for detail in error.errors()]
         raise RecipeError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
 def _without_removed(data: dict[str, Any]) -> dict[str, Any]:
     """`data` without removed keys whose value changes nothing, so that runs of older versions can resume."""
-    for dotted, (harmless, _) in _REMOVED.items():
+    for dotted, (harmless, _) in REMOVED.items():
         name, key = dotted.split(".")
         section = _section(data, name)
         if str(section.get(key)).lower() in harmless:
@@ -292,48 +280,3 @@ def _check_kept(overrides: list[str]) -> None:
                 f"override {after!r} replaces the whole section, and {lost[0]!r} before it would be lost; "
                 "put it after"
             )
-
-
-def _explain(detail: Any) -> str:
-    """One pydantic error as a plain sentence."""
-    where = ".".join(str(part) for part in detail["loc"]) or "recipe"
-    if where in _REMOVED:
-        return f"{where}: was removed: {_REMOVED[where][1]}"
-    if detail["type"] == "extra_forbidden":
-        key = str(detail["loc"][-1])
-        known = _known_keys(detail["loc"][:-1])
-        longer = [name for name in known if f"_{key}_" in f"_{name}_"]  # as num_hidden_layers of `layers`
-        typo, like = (difflib.get_close_matches(key, known, n=1, cutoff=share) for share in (0.8, 0.5))
-        near = typo or longer or _elsewhere(key, Recipe) or like
-        told = textwrap.shorten(", ".join(known), 200, placeholder=" ..")
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {told}"
-        return f"{where}: unknown key; {hint}"
-    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        known = re.findall(r"'([^']+)'", detail["ctx"]["expected"])
-        near = difflib.get_close_matches(detail["input"], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{where}: {detail['input']!r} is not known; {hint}"
-    if detail["type"] == "missing":
-        return f"{where}: is missing"
-    if detail["type"] == "model_type":
-        return f"{where}: takes keys and values, not {detail['input']!r}"
-    message = detail["msg"].removeprefix("Value error, ")
-    got = repr(detail["input"]) if isinstance(detail["input"], str | int | float | None) else ""
-    return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if 0 < len(got) < 200 else "")
-
-
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """Field names of the section at `loc`; looks through optional and list types."""
-    names = (part for part in loc if isinstance(part, str))  # not places in a list
-    return list(section_in(field_type(Recipe, *names)).model_fields)
-
-
-def _elsewhere(key: str, section: type[BaseModel], prefix: str = "") -> list[str]:
-    """[dotted path] of the first section that has a key of exactly this name, as for `train.lr`; else []."""
-    for name, field in section.model_fields.items():
-        inner = section_in(field.annotation)
-        if inner is not None and key in inner.model_fields:
-            return [f"{prefix}{name}.{key}"]
-        if inner is not None and (found := _elsewhere(key, inner, f"{prefix}{name}.")):
-            return found
-    return []

@@ -29,7 +29,7 @@ class OptimSection(Section):
         "AdamW for the rest); adamw8bit (torchao; not under FSDP2)",
     )
     lr: float = Field(3e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="as in [0.9, 0.95]")
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(
         0.1, ge=0, description="of matrices, embeddings included; none on norms, biases, recurrent matrices"

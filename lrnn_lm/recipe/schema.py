@@ -145,7 +145,9 @@ class DuringSection(Section):
 class EvalSection(Section):
     """Validation and scores during training, and lm-eval tasks at the end."""
 
-    every: Every = Field(Every(amount=500, unit="steps"), description="time between validations")
+    every: Every = Field(
+        Every(amount=500, unit="steps"), description="time between validations, as in 200 steps"
+    )
     tokens: TokenCount = Field(500_000, ge=1, description="tokens per validation")
     tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end of training")
     limit: int | None = Field(None, ge=1, description="maximum number of documents per task")
@@ -170,8 +172,11 @@ class Recipe(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # `name=12` is a name
 
-    # A folder's name, with room for suffixes.
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # a folder's name, with room for suffixes
+        description="of the run's folder; lrnn train resumes a run that is there",
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     license: str = Field(
         "unknown", min_length=1, description="of the trained model, in its card, as in apache-2.0"

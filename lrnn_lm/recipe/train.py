@@ -48,8 +48,10 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
-    tokens: TokenCount = Field(10_000_000, ge=1)
-    tokens_per_step: TokenCount = Field(524_288, ge=1)
+    tokens: TokenCount = Field(10_000_000, ge=1, description="the budget: steps times tokens_per_step")
+    tokens_per_step: TokenCount = Field(
+        524_288, ge=1, description="of all ranks together; gradients are accumulated over micro-batches"
+    )
     ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
     micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -263,8 +263,11 @@ def make_optimizer(model: nn.Module, optim: OptimSection, device: torch.device) 
     optimizer = cls.build(model, optim, device)
     scales = width_scales(model, optim) if optim.base_width is not None else {}
     rules = _rules(model, optim.groups)
-    # A mixer's own parameters are norms and recurrent matrices: to decay the identity is to forget.
-    own = {p for block in model.model.layers for p in block.mixer.parameters(recurse=False)}
+    # What a mixer, or a module of modules in it (a library's layer), holds itself are norms, shares and
+    # recurrent matrices: to decay the identity is to forget.
+    inside = [(block.mixer, module) for block in model.model.layers for module in block.mixer.modules()]
+    layers = [module for mixer, module in inside if module is mixer or any(module.children())]
+    own = {p for layer in layers for p in layer.parameters(recurse=False)}
     optimizer.param_groups[:] = [
         part for group in optimizer.param_groups for part in _split(group, rules, scales, own)
     ]

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from lrnn_lm.evaluate.harness import evaluate
+from lrnn_lm.evaluate.probe.length import probe_length
+from lrnn_lm.evaluate.probe.recall import probe_recall
 from lrnn_lm.evaluate.reporting.plot import smooth
 from lrnn_lm.evaluate.reporting.report import report, to_markdown
 from lrnn_lm.evaluate.reporting.runs import read_run
@@ -140,11 +142,42 @@ def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_docu
 
 
 def test_scores_on_two_texts_outside_a_run(checkpoint, tmp_path, write_documents):
+    """A text is known by its content: a changed one is another, the same one elsewhere is not."""
     alone = shutil.copytree(checkpoint, tmp_path / "alone", ignore=shutil.ignore_patterns("trainer"))
-    for name in ("a", "b", "a"):
-        text = write_documents(tmp_path / f"{name}.jsonl", [f"The text {name} of a run."])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for place, name in (("a", "a"), ("b", "b"), ("a", "a"), ("a", "changed"), ("moved/a", "changed")):
+        text = write_documents(tmp_path / f"{place}.jsonl", [f"The text {name} of a run."])
         evaluate(alone, ["heldout_bits_per_byte"], device="cpu", data=text, output=tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    assert len(list((tmp_path / "out").glob("*.json"))) == 3
+
+
+def test_offline_scores_on_two_folders_are_told_apart(checkpoint, tmp_path):
+    run = _write_run(tmp_path / "tiny")
+    ignored = shutil.ignore_patterns("eval")
+    shutil.copytree(checkpoint.parents[1], run, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+    for place, word in (("a/offline", "river"), ("b/offline", "house"), ("c/offline", "river")):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        line = json.dumps({"text": f"She went to the {word} and came back from the {word}"})
+        (folder / "lambada_openai.jsonl").write_text(line + "\n")
+        evaluate(run / "checkpoints/latest", ["offline_lambada"], device="cpu", data=folder)
+    assert len(list((run / "eval").glob("*.json"))) == 2
+    tasks = {task for task, _ in read_run(run).scores}
+    assert len(tasks) == 2
+    assert all(task.startswith("offline_lambada, offline ") for task in tasks)
+
+
+def test_probes_of_another_text_leave_those_of_the_runs(checkpoint, tmp_path, write_documents):
+    run = shutil.copytree(checkpoint.parents[1], tmp_path / "tiny", symlinks=True)
+    shutil.rmtree(run / "eval", ignore_errors=True)
+    other = write_documents(tmp_path / "other.jsonl", ["Another text than that of the run. " * 20] * 4)
+    for data in (None, other, run / "heldout.jsonl"):
+        probe_length(run / "checkpoints/latest", "24", rows=2, data=data, device="cpu")
+        probe_recall([run / "checkpoints/latest"], rows=2, data=data, device="cpu")
+    names = sorted(path.name.split("other-")[0] for path in (run / "eval").glob("*.json"))
+    assert [name.partition("-length")[1] for name in names] == ["", "", "-length", "-length"]
+    assert sum(name.endswith("-") for name in names) == 2
 
 
 def test_scores_of_other_lengths_are_others(tmp_path):

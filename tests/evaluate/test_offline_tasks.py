@@ -11,6 +11,7 @@ from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.harness import flatten
 from lrnn_lm.evaluate.tasks.names import own_tasks_path
+from lrnn_lm.evaluate.text import OFFLINE_FILES
 
 FUNCTIONS = run_path(str(own_tasks_path() / "offline" / "functions.py"))
 pages = FUNCTIONS["pages"]
@@ -121,6 +122,11 @@ def test_numbers_are_upstreams(gpt2, folder, monkeypatch, tmp_path):
     each = [errors[f"blimp_{name}", "acc"] for name in PARADIGMS]
     assert error == pytest.approx(unweighted_mean_stderr(each), abs=1e-9)  # as of upstream's group
     assert error > 0
+
+
+def test_the_files_that_they_read_are_those_that_tell_results_apart():
+    read = {FUNCTIONS[name] for name in ("LAMBADA", "BLIMP", "WIKITEXT")}
+    assert {name.partition("/")[0] for name in OFFLINE_FILES} == read
 
 
 def test_pages_are_cut_at_titles_only():

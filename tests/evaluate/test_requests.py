@@ -1,11 +1,16 @@
 """Requests of every kind and any length: scored as by hand, or refused in a line; never an assertion."""
 
+import contextlib
+import importlib
+import math
+
 import pytest
 import torch
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from short_models import HYBRID, LONG, RECURRENT, WINDOW, build, by_hand, encode
 
-from lrnn_lm.evaluate import lm
+from lrnn_lm.evaluate import lm, scoring
 from lrnn_lm.evaluate.lm import LiveLM
 
 
@@ -33,6 +38,17 @@ def ask(kind, *arguments):
 @pytest.fixture(params=[2048, 7], ids=["one-piece", "pieces"])
 def piece(request, monkeypatch):
     monkeypatch.setattr(lm, "PIECE", request.param)
+
+
+def test_what_is_replaced_in_lm_eval_exists_and_comes_back():
+    rows = [*scoring._REPLACED, scoring._NO_BAR]
+    owners = [(importlib.import_module(module), name) for module, name, _ in rows]
+    before = [getattr(owner, name) for owner, name in owners]
+    with contextlib.suppress(KeyError), scoring._replaced(rows):
+        assert all(getattr(*place) is not own for place, own in zip(owners, before, strict=True))
+        assert metrics.math.exp(1e4) == metrics.sample_stddev([1e200, 3e200]) == math.inf
+        raise KeyError
+    assert [getattr(*place) for place in owners] == before
 
 
 @pytest.mark.usefixtures("piece")

@@ -6,6 +6,8 @@ from small_models import NAMES, VOCAB, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import Trainer, TrainingArguments
 
+from lrnn_lm.model.cache import CACHE, make_cache
+
 SUMS = TOLERANCE["other order of sums"]
 
 
@@ -147,6 +149,9 @@ def test_prompts_of_peft(name, kind):
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     got, again = (model.generate(input_ids=ids, use_cache=cached, **options) for cached in (True, False))
     assert torch.equal(got, again)
+    cache = make_cache(model.config)  # the caller's own holds the prompt and all that was read
+    assert torch.equal(model.generate(input_ids=ids, **{CACHE: cache}, **options), got)
+    assert cache.get_seq_length() == 3 + 7 + 5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 from small_models import close, small_model, tokens
 from tolerances import TOLERANCE
@@ -18,6 +19,15 @@ def test_a_model_takes_both_names():
             got = part(ids[:, 5:], **given)
             assert getattr(got, CACHE) is given[name]
             close(got[0], part(ids, use_cache=False)[0][:, 5:], TOLERANCE["other order of sums"])
+
+
+def test_two_caches_are_refused():
+    model, ids = small_model("attention"), tokens(length=9)
+    one, other = make_cache(model.config), make_cache(model.config)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="these are two caches; pass one"):
+            part(ids, past_key_values=one, cache=other)
+        part(ids, past_key_values=one, cache=one)
 
 
 def test_generate_goes_on_from_a_cache_of_the_name_in_use():

@@ -1,9 +1,11 @@
 """The registry of optimizers: what each must say of itself, and a new one that is a class and a line."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
 import pytest
@@ -16,6 +18,7 @@ from tiny_run import STEPS, losses
 from torch import Tensor, nn
 from trainers import Build, send_at
 
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.recipe.optim import OptimSection
 from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.train.optim import OPTIMIZERS, Optimizer, decay_groups, make_optimizer, state_bytes
@@ -217,6 +220,39 @@ def test_what_decays_and_what_width_scales(mixer: str) -> None:
             assert group["lr_scale"] == (0.5 if scaled else 1.0), f"{path}.{name}"
             expected = (0.1 if decays else 0.0) / group["lr_scale"]
             assert group["weight_decay"] == expected, f"{path}.{name}"
+
+
+class RWKV7Attention(nn.Module):
+    """Stands in for fla's, which needs Triton to be imported: its parameters, by name and shape."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, **_: int):
+        super().__init__()
+        D = hidden_size
+        for share in "rwkvag":
+            self.register_parameter(f"x_{share}", nn.Parameter(torch.ones(1, 1, D)))
+        self.k_k, self.k_a = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+        self.r_k = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.r_proj, self.k_proj, self.v_proj = (nn.Linear(D, D, bias=False) for _ in "rkv")
+        self.w_lora, self.a_lora, self.g_lora = nn.Module(), nn.Module(), nn.Module()
+        for lora in (self.w_lora, self.a_lora, self.g_lora):
+            lora.lora = nn.Sequential(nn.Linear(D, 4, bias=False), nn.Tanh(), nn.Linear(4, D))
+        self.g_norm = nn.GroupNorm(num_heads, D)
+
+
+def test_what_the_layer_of_a_library_holds_itself_does_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RWKV-7's shares of the token before have three axes, and r_k has two; published, neither decays."""
+    layers = SimpleNamespace(RWKV7Attention=RWKV7Attention)
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(layers=layers))
+    monkeypatch.setitem(sys.modules, "fla.layers", layers)
+    spec = {"type": "rwkv7", "head_dim": 8}
+    config = LRNNConfig(vocab_size=17, hidden_size=16, num_hidden_layers=1, intermediate_size=16, mixer=spec)
+    model = LRNNForCausalLM(config)
+    groups = make_optimizer(model, OptimSection(lr=1e-3, weight_decay=0.1), CPU).param_groups
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            decays = isinstance(module, nn.Linear | nn.Embedding) and name == "weight"
+            assert decay[parameter] == (0.1 if decays else 0.0), f"{path}.{name}"
 
 
 def test_a_group_may_let_a_mixers_own_decay() -> None:

@@ -29,6 +29,7 @@ from ..compare import checkpoint_names
 from ..reporting.plot import colour, picture, tidy
 from ..show import check_at_least, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
+from ..text import in_name, other_text
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def probe_recall(
         found.append({"name": name, **size, **split(model, inputs, targets)})
     written = []
     if (folder := first.results(output)) is not None:
-        written = [folder / "recall.json", folder / "recall.png"]
+        name = f"recall{in_name(other_text(first, str(text)))}"
+        written = [folder / f"{name}.json", folder / f"{name}.png"]
         write_json(found, written[0])
         _draw(found, written[1])
     _show(found)

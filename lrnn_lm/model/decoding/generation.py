@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, S tokens so far.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import CACHE, adopt, check_cache, make_cache
+from ..cache import CACHE, adopt, check_cache, make_cache, tokens_seen
 from ..config import LRNNConfig
 from ..masks import attention_masks
 from .batching import StateBatching
@@ -53,6 +54,22 @@ class LRNNGenerationMixin(GenerationMixin):
         cache = past_key_values if cache is None else cache
         masks, _ = attention_masks(config, inputs_embeds, attention_mask, None, cache)
         return masks or None
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs of a pass; for PEFT, whose own method calls this one, the cache by both names.
+
+        PEFT 0.21.2 looks for `past_key_values` only: with transformers 5.24 it finds no cache, and puts its
+        prompt before every new token. An empty cache has that name only, as PEFT replaces it by its prefix.
+        Drop this method once PEFT looks for `cache`.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = inputs.get("cache")
+        if cache is not None and "prepare_inputs_for_generation" in vars(self):
+            inputs["past_key_values"] = cache
+            if not tokens_seen(cache):
+                del inputs["cache"]
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
