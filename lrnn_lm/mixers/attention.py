@@ -98,9 +98,8 @@ class Attention(Mixer):
         B, T, D = x.shape
         context = context or self._context_after(x, state)
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H, T, d), and keys and values (B, G, T, d)
+            proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, T, H, d), and keys and values (B, T, G, d)
         if self.q_norm is not None:
             q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         if self.use_rope:
@@ -108,6 +107,7 @@ class Attention(Mixer):
             if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
                 rotary = self.rotary(context.positions)
             q, k = rotate(q, rotary.cos, rotary.sin), rotate(k, rotary.cos, rotary.sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, d)
         if state is not None:
             k, v = state.update(k, v)  # (B, G, S, d)
         mask = context.attention_mask if self.window is None else context.window_mask
@@ -168,18 +168,23 @@ class Attention(Mixer):
 
 
 def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`norm` of x (B, H, T, d), computed in fp32, in the dtype of x."""
+    """`norm` of x (.., d), computed in fp32, in the dtype of x."""
     return nn.functional.rms_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.eps).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin in fp32, each (B or 1, 1, T, d/2), of position / theta^(2j/d) (Su et al., 2104.09864)."""
+    """cos and sin in fp32, each (B or 1, T, 1, d), of position / theta^(2j/d) (Su et al., 2104.09864); of the
+    first half of a row, sin is negative: see `rotate`."""
     index = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.unsqueeze(-1).float() * theta ** (-index / head_dim)
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    angles = (positions.unsqueeze(-1).float() * theta ** (-index / head_dim)).unsqueeze(2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j + d/2}) of (B, H, T, d) by their angles; the dtype stays that of x."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Rotate the pairs (x_j, x_{j + d/2}) of (B, T, H, d) by their angles; the dtype stays that of x."""
+    # Not two halves put together: for each number a compiler would compute both, 0.24 ms a layer for 0.09
+    # (212M, 32,768 tokens, one H200). Wide, so that the two parts of the gradient are added in fp32.
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (wide * cos + swapped * sin).to(x.dtype)

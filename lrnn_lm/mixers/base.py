@@ -208,7 +208,7 @@ def gate_bias(gates: nn.Linear, rows: int) -> Tensor | None:
 
 
 class Rotary(NamedTuple):
-    """cos and sin, each (B or 1, 1, T, head_dim / 2), of positions in a rotary embedding of base theta."""
+    """cos and sin, each (B or 1, T, 1, head_dim), of positions in a rotary embedding of base theta."""
 
     head_dim: int
     theta: float
