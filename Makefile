@@ -26,7 +26,7 @@ test: install
 
 # An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
 test-fresh: install
-	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=100K eval.tasks=[]
+	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=8K eval.tasks=[]
 	tests/fresh_venv.sh runs/fresh/checkpoints/latest
 
 # `lrnn submit` on a SLURM of this machine alone, installed if root and apt-get are there; else skipped, saying why.
