@@ -19,6 +19,7 @@ import pytest
 @cache
 def prepare_triton() -> None:
     """Raises UsageError where it is too late for the interpreter."""
+    gc.disable()  # until the tests are collected: what imports make stays, so collections find nothing
     import torch
     from interpreter import quicken
 
@@ -47,6 +48,7 @@ def pytest_collection_finish() -> None:
     which takes half a second through all of that. Trainers freeze nothing here, as they end first."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.freeze = gc.unfreeze = lambda: None
 
 
