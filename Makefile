@@ -20,7 +20,8 @@ demo: install
 	$(BIN)/lrnn report runs/demo
 	$(BIN)/lrnn generate runs/demo/checkpoints/latest --prompt "Return the" --max-new-tokens 60 --seed 0
 
-# A process a core, four at most: a process holds up to 1 GB. Those that are done take tests from the others.
+# Three processes for two cores (tests/conftest.py), four at most: a process holds up to 1 GB. Those that are done
+# take tests from the others.
 test: install
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 

@@ -1,8 +1,8 @@
 """What has to be set before torch and triton are imported, here and in the processes that tests start.
 
-One thread a process: `make test` runs a process a core, small tensors are faster so, and sums come in the
-same order in every process, so that runs can be compared bit by bit. Without a GPU, Triton kernels are tested
-in Triton's interpreter.
+One thread a process: `make test` runs as many processes as cores and more, small tensors are faster so, and
+sums come in the same order in every process, so that runs can be compared bit by bit. Without a GPU, Triton
+kernels are tested in Triton's interpreter.
 """
 
 import gc
@@ -40,6 +40,13 @@ if "PYTEST_XDIST_WORKER" in os.environ or not any(a.startswith(("-n", "--numproc
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         prepare_triton()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Three for two cores: processes wait for ranks, servers and commands for a third of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores * 3 // 2
 
 
 @pytest.hookimpl(trylast=True)
