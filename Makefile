@@ -20,13 +20,14 @@ demo: install
 	$(BIN)/lrnn report runs/demo
 	$(BIN)/lrnn generate runs/demo/checkpoints/latest --prompt "Return the" --max-new-tokens 60 --seed 0
 
-# A process a core, four at most: a process holds up to 1 GB. Those that are done take tests from the others.
+# Three processes for two cores (tests/conftest.py), four at most: a process holds up to 1 GB. Those that are done
+# take tests from the others.
 test: install
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
 test-fresh: install
-	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=100K eval.tasks=[]
+	$(BIN)/lrnn train recipes/demo.yaml name=fresh train.tokens=8K eval.tasks=[]
 	tests/fresh_venv.sh runs/fresh/checkpoints/latest
 
 # `lrnn submit` on a SLURM of this machine alone, installed if root and apt-get are there; else skipped, saying why.

@@ -94,10 +94,8 @@ def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":
     from .evaluate.live import check_data
     from .evaluate.tasks.synthetic import check_answerable
 
-    check_tasks(names)
     source = recipe.data.source
-    if source.type == "synthetic":
-        check_answerable(names, source.task or "", source.options)
+    check_answerable(check_tasks(names), source.task, source.options)
 
     def check(folder: Path) -> None:
         check_tasks(names, RunFolder(folder).heldout)
@@ -173,6 +171,8 @@ def export_checkpoint(
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     graphs = format != "transformers"
+    if license is not None and not license.strip():
+        raise ValueError("license: give a name, as in apache-2.0, or leave it out for the recipe's")
     if graphs and (dtype or license):
         raise ValueError(f"--format {format} writes fp32 and no card: leave --dtype and --license out")
     disable_progress_bar()

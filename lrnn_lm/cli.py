@@ -154,6 +154,8 @@ def submit(
     """
     from .launch import submit as submit_job
 
+    if array is None and array_limit:
+        raise ValueError("--array-limit is for the runs of an array: give --array SWEEP, or leave it out")
     flags = {
         "nodes": nodes, "gpus_per_node": gpus_per_node, "time": time, "array_limit": array_limit,
         "partition": partition, "account": account, "qos": qos, "modules": module, "container": container,

@@ -23,6 +23,8 @@ _HIDDEN = re.compile(r"(^|/)\.")
 
 def url_of(path: str | Path | None) -> str | None:
     """The URL that a path stands for; None for a local one. `Path` makes s3:/ of s3://."""
+    if re.fullmatch("[a-z][a-z0-9+.-]+:/*", str(path or "")):
+        raise ValueError(f"{path}: names no place: give a URL such as s3://bucket/folder")
     match = _URL.fullmatch(str(path or ""))
     root = "/" if match and match[1] in ("file", "local") else ""
     return f"{match[1]}://{root}{match[2]}" if match else None

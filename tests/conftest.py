@@ -1,8 +1,8 @@
 """What has to be set before torch and triton are imported, here and in the processes that tests start.
 
-One thread a process: `make test` runs a process a core, small tensors are faster so, and sums come in the
-same order in every process, so that runs can be compared bit by bit. Without a GPU, Triton kernels are tested
-in Triton's interpreter.
+One thread a process: `make test` runs as many processes as cores and more, small tensors are faster so, and
+sums come in the same order in every process, so that runs can be compared bit by bit. Without a GPU, Triton
+kernels are tested in Triton's interpreter.
 """
 
 import gc
@@ -19,6 +19,7 @@ import pytest
 @cache
 def prepare_triton() -> None:
     """Raises UsageError where it is too late for the interpreter."""
+    gc.disable()  # until the tests are collected: what imports make stays, so collections find nothing
     import torch
     from interpreter import quicken
 
@@ -41,12 +42,20 @@ def pytest_configure(config: pytest.Config) -> None:
         prepare_triton()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Three for two cores: processes wait for ranks, servers and commands for a third of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores * 3 // 2
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """What is imported by now stays, so leave it out of garbage collection: a trainer begins with a full one,
     which takes half a second through all of that. Trainers freeze nothing here, as they end first."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.freeze = gc.unfreeze = lambda: None
 
 

@@ -65,7 +65,9 @@ class Server:
     def run(self, code: str, *words: object, **options) -> subprocess.CompletedProcess[str]:
         """Python text with these arguments, in a child."""
         if self._process is None:
-            command = [sys.executable, "-c", f"{self._first}\nimport forks; forks.serve()"]
+            quiet, frozen = "import gc; gc.disable()", "gc.freeze(); gc.enable()"  # as in conftest.py
+            lines = [quiet, self._first, frozen, "import forks; forks.serve()"]
+            command = [sys.executable, "-c", "\n".join(lines)]
             env = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env

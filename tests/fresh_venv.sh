@@ -26,7 +26,9 @@ ${LRNN:-$here/.venv/bin/lrnn} export "$checkpoint" "$work/model"
 step "a new virtual environment"
 "${PYTHON:-python3}" -m venv "$work/venv"
 python=$work/venv/bin/python
-"$python" -m pip install --quiet --disable-pip-version-check --constraint "$here/constraints.txt" \
+# Python compiles what it imports, and keeps that; pip would compile every module of every package.
+unset PYTHONDONTWRITEBYTECODE
+"$python" -m pip install --quiet --disable-pip-version-check --no-compile --constraint "$here/constraints.txt" \
     torch transformers lm-eval accelerate
 
 # From here on nothing of the repository is in reach: another folder, no PYTHONPATH, no network, caches of its own.

@@ -188,8 +188,10 @@ def _add_error_of_the_mean(scores: dict[str, Any]) -> None:
         scores[own] = math.hypot(*errors) / len(errors)
 
 
-def check_tasks(names: list[str], data: Path | None = None) -> None:
-    """Raise ValueError for an unknown task, naming the nearest, or a cloze task that `data` cannot fill.
+def check_tasks(names: list[str], data: Path | None = None) -> list[str]:
+    """The names without wildcards.
+
+    Raises ValueError for an unknown task, naming the nearest, or a cloze task that `data` cannot fill.
 
     data: the held-out documents that the tasks will read, if they exist already.
     """
@@ -197,6 +199,7 @@ def check_tasks(names: list[str], data: Path | None = None) -> None:
         _, tasks, _ = find_tasks(names, {})
     if data is not None and "heldout_cloze" in tasks:
         cloze_dataset(data=str(data))
+    return tasks
 
 
 def check_output(output: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Recipes: the schema and the YAML loader. Imports no torch."""
 
+from .explain import explain
 from .launch import LaunchSection
 from .load import (
     RecipeError,
@@ -18,6 +19,6 @@ from .schema import ModelSection, Recipe
 
 __all__ = [
     "Every", "LaunchSection", "MixerSection", "ModelSection", "Recipe", "RecipeError", "Span", "dump_recipe",
-    "flatten", "format_count", "is_text", "load_recipe", "parse_count", "parse_time_limit", "read_yaml",
-    "recipe_from_dict", "resolve_path", "shipped",
+    "explain", "flatten", "format_count", "is_text", "load_recipe", "parse_count", "parse_time_limit",
+    "read_yaml", "recipe_from_dict", "resolve_path", "shipped",
 ]  # fmt: skip

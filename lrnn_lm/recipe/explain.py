@@ -72,13 +72,13 @@ _ELSEWHERE_CALLED = {
 _OUR_KEYS = {theirs: ours for ours, names in _ELSEWHERE_CALLED.items() for theirs in names.split()}
 
 
-def explain(detail: Any) -> str:
-    """One pydantic error as a plain sentence."""
-    where = ".".join(str(part) for part in detail["loc"]) or "recipe"
+def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's errors about a file of `schema` as a plain sentence."""
+    where = ".".join(str(part) for part in detail["loc"]) or schema.__name__.lower()
     if where in REMOVED:
         return f"{where}: was removed: {REMOVED[where][1]}"
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_meant(detail['loc'], detail['input'])}"
+        return f"{where}: unknown key; {_meant(detail['loc'], detail['input'], schema)}"
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         known = re.findall(r"'([^']+)'", detail["ctx"]["expected"])
         near = difflib.get_close_matches(detail["input"], known, n=1)
@@ -86,18 +86,19 @@ def explain(detail: Any) -> str:
         return f"{where}: {detail['input']!r} is not known; {hint}"
     if detail["type"] == "missing":
         return f"{where}: is missing"
-    if detail["type"] == "model_type":
-        return f"{where}: takes keys and values, not {detail['input']!r}"
+    wanted = {"model": "keys and values", "dict": "keys and values", "list": "a list, as in [a, b]"}
+    if (kind := detail["type"].removesuffix("_type")) in wanted:
+        return f"{where}: takes {wanted[kind]}, not {textwrap.shorten(repr(detail['input']), 100)}"
     message = detail["msg"].removeprefix("Value error, ")
     got = repr(detail["input"]) if isinstance(detail["input"], str | int | float | None) else ""
     return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if 0 < len(got) < 200 else "")
 
 
-def _meant(loc: tuple[str | int, ...], value: Any) -> str:
+def _meant(loc: tuple[str | int, ...], value: Any, schema: type[BaseModel]) -> str:
     """What to write in place of an unknown key: the nearest one, else all of its section."""
     *section, key = (str(part) for part in loc if isinstance(part, str))  # without places in a list
-    ours = _OUR_KEYS.get(key, "")
-    known = section_in(field_type(Recipe, *section)).model_fields
+    ours = _OUR_KEYS.get(key, "") if schema is Recipe else ""
+    known = section_in(field_type(schema, *section)).model_fields
     near_here = len(section) < 2 or ours.startswith(".".join([*section, ""]))
     if ours and near_here and not isinstance(value, dict):
         *above, name = ours.split(".")
@@ -105,7 +106,7 @@ def _meant(loc: tuple[str | int, ...], value: Any) -> str:
         return f"did you mean {ours!r}" + (f" ({textwrap.shorten(says, 120)})?" if says else "?")
     longer = [name for name in known if f"_{key}_" in f"_{name}_"]  # as num_hidden_layers of `layers`
     typo, like = (difflib.get_close_matches(key, known, n=1, cutoff=share) for share in (0.8, 0.5))
-    near = typo or longer or _elsewhere(key, Recipe) or like
+    near = typo or longer or _elsewhere(key, schema) or like
     told = textwrap.shorten(", ".join(known), 200, placeholder=" ..")
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {told}"
 

@@ -28,7 +28,7 @@ DEFAULT_TYPE = "bd_lru"
 # Annotation in a mixer's `__init__` -> the type that a recipe checks. `| None` may follow each.
 GateName = Literal["softmax", "sigmoid", "relu", "silu", "tanh", "identity", "none"]
 OPTION_TYPES: dict[str, Any] = {
-    "int": Annotated[int, Field(ge=1)],  # a size
+    "int": Annotated[int, Field(ge=1, lt=2**24)],  # a size
     "float": Annotated[float, Field(gt=0)],  # a factor
     "bool": bool,
     "str": str,

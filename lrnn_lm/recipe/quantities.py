@@ -16,7 +16,8 @@ from pydantic import (
 )
 
 SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmbt]?)", re.IGNORECASE)
+LARGEST = 2**63
+_COUNT = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d{1,2})?)([kmbt]?)", re.IGNORECASE)
 _DECIMAL = re.compile(r"\d+(?:\.\d+)?")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -33,8 +34,8 @@ def parse_count(value: object) -> int:
         number = Decimal(match[1]) * SUFFIX[match[2].lower()]
     else:
         number = Decimal(value)
-    if not number.is_finite() or number != int(number) or number < 0:
-        raise ValueError(f"a count must be a whole number of at least 0, not {value!r}")
+    if not number.is_finite() or not 0 <= number < LARGEST or number != int(number):
+        raise ValueError(f"a count must be a whole number from 0 to below 2^63, not {value!r}")
     return int(number)
 
 

@@ -22,16 +22,19 @@ from .train import RampSection, TrainSection
 class ModelSection(Section):
     """The model, in Hugging Face's names. Hybrids: `layer_pattern`, mixers repeated over the depth."""
 
-    hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = Field(12, ge=1)
-    intermediate_size: int = Field(2048, ge=1)
-    vocab_size: int | None = Field(None, ge=2, description="default: the tokenizer's")
+    # Below sizes whose product torch could not count in 64 bits.
+    hidden_size: int = Field(768, ge=1, lt=2**24)
+    num_hidden_layers: int = Field(12, ge=1, lt=2**16)
+    intermediate_size: int = Field(2048, ge=1, lt=2**24)
+    vocab_size: int | None = Field(None, ge=2, lt=2**31, description="default: the tokenizer's")
     tie_word_embeddings: bool = False
     rms_norm_eps: float = Field(1e-6, gt=0)
     initializer_range: float = Field(0.02, gt=0)
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
-    repeat: int = Field(1, ge=1, description="times that all layers are applied, with the same weights")
+    repeat: int = Field(
+        1, ge=1, lt=2**16, description="times that all layers are applied, with the same weights"
+    )
     learn_initial_state: bool = Field(
         False, description="documents begin with a learnt state in the recurrent layers, in place of zeros"
     )

@@ -32,6 +32,8 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
     # What was read is the same: more may follow.
     if old.data.stages_until(read) == new.data.stages_until(read):
         free += ("data.stages", *(key for key in now if key.endswith(".weight")))
+    if was.get("model.mixer.type") != now.get("model.mixer.type"):  # told once, without its options
+        free += tuple(key for key in {*was, *now} if key.startswith("model.mixer.") and key[12:] != "type")
     return [
         f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*was, *now})

@@ -137,8 +137,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             yield Path(scratch) / "model"
             upload(Path(scratch) / "model", url)
         return
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: is a file; give a folder to export to")
+    if (file := next((place for place in (target, *target.parents) if place.is_file()), None)) is not None:
+        raise ValueError(f"{file}: is a file; give a folder to export to")
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target}: is not empty; give a new folder to export to")
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")

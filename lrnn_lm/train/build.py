@@ -278,7 +278,8 @@ def _check_same(recipe: Recipe, stored: Path, step: int, where: str, remedy: str
             "put it back, or a copy of the recipe that the run was trained with"
         )
     if differing := differences(_load_stored(stored), recipe, step):
-        raise ValueError(f"{where} holds checkpoints of another recipe ({'; '.join(differing)}). {remedy}")
+        told = [*differing[:5], *([f"and {len(differing) - 5} more"] if differing[5:] else [])]
+        raise ValueError(f"{where} holds checkpoints of another recipe ({'; '.join(told)}). {remedy}")
 
 
 def _load_stored(path: Path) -> Recipe:

@@ -3,6 +3,7 @@
 Weights only. Names, shapes, and whatever else decides what the model computes must be the recipe's.
 """
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def _from_hub(name: str) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        why = " ".join(str(error).split())[:120]
+        why = textwrap.shorten(str(error), 120, placeholder=" ..")
         raise ValueError(
             f"model.init_from: {name}: no such folder, and not to be had from the hub ({why}); "
             "give a folder, or a hub name as in owner/model"

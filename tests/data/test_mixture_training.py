@@ -215,6 +215,9 @@ def test_what_fits_is_told(folder: Path, tmp_path: Path, capsys) -> None:
     tokens = int(capsys.readouterr().err.split("train.tokens=")[1].split()[0].rstrip("."))
     assert exit_code(*command, f"train.tokens={tokens}") == 0
     assert exit_code(*command, f"train.tokens={tokens + 512}") == 2
+    capsys.readouterr()
+    assert exit_code(*(word.replace("0.5", "0.0001") for word in command)) == 2
+    assert capsys.readouterr().err.endswith("Raise max_epochs, or lower the weight\n")  # no budget is enough
 
 
 def test_what_was_read_is_fixed_and_later_stages_are_not(straight, folder: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_recipes_follow_the_published_baseline(path):
 
 def test_parity_is_learnt_and_reported(tmp_path):
     trainer = build("parity", tmp_path, "train.tokens=61440", "data.source.length=8", "optim.lr=2e-2",
-                    "model.mixer.gate=tanh", "eval.every=20 steps")  # fmt: skip
+                    "model.mixer.gate=tanh", "eval.every=20 steps", "train.micro_batch=128")  # fmt: skip
     folder = trainer.run()
     lines = [line for line in metrics(trainer.folder) if "accuracy" in line]
     assert [line["step"] for line in lines] == [20, 40, 60]

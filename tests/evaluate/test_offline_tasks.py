@@ -146,6 +146,10 @@ def test_paradigms_take_turns(folder):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "offline_lambada"], "pass --data DIR"),
+    (["--tasks", "offline_lambada", "--data", "{empty}/file"], "pass --data DIR"),
+    (["--suite", "{empty}/none"], "tasks: list should have at least 1 item"),
+    (["--suite", "{empty}/key"], "limmit: unknown key; did you mean 'limit'?"),
+    (["--suite", "{empty}/list"], "suite: takes keys and values, not ['a']"),
     (["--tasks", "offline_lambada", "--data", "{empty}"], "lambada_openai.jsonl: no such file"),
     (["--tasks", "offline_blimp", "--data", "{empty}"], "no such file"),
     (["--tasks", "offline_wikitext", "--data", "{empty}/no"], "no such file"),
@@ -156,6 +160,9 @@ def test_paradigms_take_turns(folder):
 ])  # fmt: skip
 @pytest.mark.usefixtures("few_tasks")
 def test_mistakes_leave_with_2(gpt2, tmp_path, arguments, message, capsys):
+    (tmp_path / "file").write_text('{"text": "Held-out text of a run."}\n')
+    for name, text in (("none", "tasks: []"), ("key", "{tasks: [a], limmit: 3}"), ("list", "[a]")):
+        (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as left:
         main(["eval", str(gpt2), *(argument.format(empty=tmp_path) for argument in arguments)])
     assert left.value.code == 2

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from small_models import small_config
 
 from lrnn_lm import LRNNForCausalLM, cli
+from lrnn_lm.api import export_checkpoint
 from lrnn_lm.model.export.remote_code import remote_code
 from lrnn_lm.requirements import UnmetRequirementError
 from lrnn_lm.runs.export import export
@@ -102,8 +104,13 @@ def test_targets_that_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         export(checkpoint, tmp_path / "empty")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        export(checkpoint, tmp_path / "file")
+    for place in ("file", "file/x", "file/x/y"):
+        with pytest.raises(ValueError, match="file: is a file; give a folder"):
+            export(checkpoint, tmp_path / place)
+    with pytest.raises(ValueError, match="s3:: names no place: give a URL such as"):
+        export(checkpoint, Path("s3://"))
+    with pytest.raises(ValueError, match="license: give a name"):
+        export_checkpoint(checkpoint, tmp_path / "new", license=" ")
     with pytest.raises(ValueError, match="dtype 'fp8': use bf16, fp32, int8 or int4"):
         export(checkpoint, tmp_path / "new", dtype="fp8")
     assert not (tmp_path / "new").exists()

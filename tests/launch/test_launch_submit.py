@@ -204,6 +204,7 @@ MISTAKES = [
     (("base.yaml", "--sbatch=--mem=0\n#SBATCH --wrap=x"), "an option of sbatch such as"),
     (("base.yaml", "--module="), "one line each"),
     (("base.yaml", "--array-limit=0"), "launch.array_limit"),
+    (("base.yaml", "--array-limit=2"), "--array-limit is for the runs of an array: give --array SWEEP"),
     (("base.yaml", "--nodes=3"), "a step of 16 rows does not split over 12 ranks"),
     (("base.yaml", "optim.name=muonn"), "optim.name: 'muonn' is not known; did you mean 'muon'"),
     (("base.yaml", "train.shard_size=3"), "train.shard_size 3 does not divide"),

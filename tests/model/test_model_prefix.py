@@ -52,7 +52,7 @@ def after(*texts):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_question_costs_its_own_tokens(name, fed):
     plain, model = small_model(name), with_cache(name)
-    document = DOCUMENT if name == "hybrid" else DOCUMENT[:, -400:]
+    document = DOCUMENT if name == "hybrid" else DOCUMENT[:, -200:]
     costs = []
     for question in [*QUESTIONS, QUESTIONS[0]]:
         ids = after(document, question)

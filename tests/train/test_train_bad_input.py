@@ -96,6 +96,8 @@ CASES = [
          write("file", b"")),
     Case("another model", ("model.hidden_size=40", "model.mixer.block_size=4"),
          ("hidden_size: was 32, is 40", "block_size: was 2, is 4", "name=.."), trained=True),
+    Case("another mixer", ("model.mixer={type: h_lru, num_blocks: 8, order: 2}",),
+         ("(model.mixer.type: was 'bd_lru', is 'h_lru'). Give",), trained=True),
     Case("another seed", ("seed=3",), ("seed: was 0, is 3",), trained=True),
     Case("stored by a newer version", (),
          ("runs/tiny/recipe.yaml", "train.of_tomorrow: unknown key", "newer lrnn-lm", "name=.."), store_key,
@@ -176,7 +178,7 @@ SECTIONS = [
     ("eval.during={tasks: [heldout_cloze], limit: 0}", "eval.during.limit"),
     ("eval.during={tasks: [heldout_cloze], every: never}", "eval.during.every"),
     ("eval.during={tasks: [heldout_cloze], evry: 4}", "did you mean 'every'"),
-    ("eval.during={tasks: [offline_wikitext]}", "wikitext2_test.txt: no such file"),
+    ("eval.during={tasks: [offline_wikitext]}", "offline_wikitext reads a folder of local files"),
     ("train.guard={deviations: 0}", "train.guard.deviations: "),
     ("train.guard={window: 1}", "train.guard.window: "),
     ("train.profile={at: 0}", "train.profile.at"),
@@ -190,6 +192,21 @@ SECTIONS = [
     ("train.timeout_minutes=1e300", "train.timeout_minutes: "),  # what no clock counts
     ("train.stall_minutes=1e300", "train.stall_minutes: "),
     ("data.source.limit=99999999999999999999", "data.source.limit: "),
+    ("train.tokens=1e19", "from 0 to below 2^63"),  # what neither torch nor the clock counts
+    ("train.tokens=1e400", "expected a count such as 2M"),
+    ("train.tokens_per_step=1e999999999", "expected a count such as 2M"),
+    ("model.hidden_size=99999999999999", "model.hidden_size: input should be less than"),
+    ("model.num_hidden_layers=9999999999", "model.num_hidden_layers: input should be less than"),
+    ("model.mixer.num_blocks=99999999999", "model.mixer.num_blocks: input should be less than"),
+    ("data.sources={web: {type: text}}", "data.sources: takes a list, as in [a, b], not {'web'"),
+    ("data.source.options=[1]", "data.source.options: takes keys and values, not ['1']"),
+    ("checkpoint.copy_to=s3://", "names no place: give a URL such as s3://bucket/folder"),
+    ("model.init_from=s3:", "names no place: give a URL such as s3://bucket/folder"),
+    # Tasks that no run can be scored on: told before its first step, not after its last.
+    ("eval.tasks=[offline_lambada]", "lrnn eval CHECKPOINT --tasks offline_lambada --data DIR"),
+    ("eval.tasks=[heldout_bits_per_byte, offline]", "eval.tasks: offline reads a folder of local files"),
+    ("eval.tasks=[mad_compression]", "asks an auto-encoder, and this run trains a language model"),
+    ("eval.during={tasks: [mad_*]}", "asks an auto-encoder, and this run trains a language model"),
     *(
         (f"{key}=~no-such-user/x", "no such user here")
         for key in ("data.source.path", "data.tokenizer", "data.cache_dir", "model.init_from")

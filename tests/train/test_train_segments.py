@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_whole_row(name: str) -> None:
     check(model, rows(), 1e-12)
     check(model, rows(resets=False), 1e-12, segments=(8,))
     torch.manual_seed(0)
-    check(LRNNForCausalLM(model.config).train(), rows(), 1e-6)
+    check(LRNNForCausalLM(model.config).train(), rows(), 1e-6, segments=(4,))  # of the most boundaries
 
 
 @pytest.mark.parametrize("name", ["bd_lru-all", "lstm", "hybrid-window"])

@@ -82,7 +82,7 @@ def pages(text: str) -> Iterator[str]:
 
 def _find(data: str | None, name: str) -> Path:
     """A file or folder in the one that `--data` names; ValueError if it is missing."""
-    if data is None:
+    if data is None or Path(data).expanduser().is_file():  # without --data, the run's held-out documents
         raise ValueError(f"the offline tasks read local files: pass --data DIR, a folder that holds {name}")
     path = Path(data).expanduser() / name
     if not path.exists():

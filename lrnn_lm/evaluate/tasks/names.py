@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lrnn_lm.recipe import read_yaml, resolve_path, shipped
+from lrnn_lm.recipe import explain, read_yaml, resolve_path, shipped
 
 from ...files import hub_is_reachable
 from ...requirements import check_extra
@@ -37,8 +37,9 @@ def read_suite(file: str | Path) -> Suite:
     try:
         return Suite.model_validate(read_yaml(path, Path(file)))
     except ValidationError as error:
-        wrong = [(".".join(map(str, detail["loc"])) or "suite", detail["msg"]) for detail in error.errors()]
-        raise ValueError(f"{file}: " + "; ".join(f"{key}: {message}" for key, message in wrong)) from None
+        raise ValueError(
+            f"{file}: " + "; ".join(explain(detail, Suite) for detail in error.errors())
+        ) from None
 
 
 def usual_window(names: list[str]) -> int | None:

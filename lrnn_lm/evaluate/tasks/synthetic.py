@@ -10,12 +10,21 @@ from ...runs.layout import CheckpointFolder
 from ...runs.load import json_table
 
 
-def check_answerable(names: Sequence[str], task: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for a synthetic task among `names` that a model trained on `task` cannot answer.
+def check_answerable(names: Sequence[str], task: str | None, options: dict[str, Any]) -> None:
+    """Raise ValueError for a task among `names` that a run on `task` (None: on text) cannot be scored on.
 
-    It has more symbols, or needs the other kind of model.
+    It reads a folder that no recipe names, has more symbols, or needs the other kind of model.
     """
-    kind = SYNTHETIC_TASKS.get(task)
+    if folder := [name for name in names if name.startswith("offline")]:
+        raise ValueError(
+            f"eval.tasks: {folder[0]} reads a folder of local files, which a recipe cannot give: leave it "
+            f"out, and score the trained model by lrnn eval CHECKPOINT --tasks {folder[0]} --data DIR"
+        )
+    if task is None and "mad_compression" in names:
+        raise ValueError(
+            "eval.tasks: mad_compression asks an auto-encoder, and this run trains a language model"
+        )
+    kind = SYNTHETIC_TASKS.get(task or "")
     if kind is None:
         return  # an unknown task is an error when the data is prepared
     known = kind.symbols({**kind.options, **options})

@@ -53,7 +53,10 @@ class LRNNGenerationMixin(GenerationMixin):
                 return attention_mask
         cache = past_key_values if cache is None else cache
         masks, _ = attention_masks(config, inputs_embeds, attention_mask, None, cache)
-        return masks or None
+        rows = inputs_embeds.shape[0]  # also without padding, where one row would do: of another shape
+        return {
+            kind: mask if mask is None else mask.expand(rows, -1, -1, -1) for kind, mask in masks.items()
+        } or None
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
