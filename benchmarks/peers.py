@@ -16,10 +16,6 @@ from .kernel_peers import associative_scan, companion_scan
 ASSOCIATIVE = "associative"
 
 
-def _obstacle(gates: Tensor, values: Tensor) -> str | None:
-    return None
-
-
 def _check(h0: Tensor | None, reset: Tensor | None, gate: str) -> None:
     if h0 is not None or reset is not None or gate != "softmax":
         raise ValueError(
@@ -51,7 +47,7 @@ def associative_backend(name: str) -> Iterator[None]:
     if name != ASSOCIATIVE:
         yield
         return
-    dispatch.BACKENDS[ASSOCIATIVE] = dispatch.Backend(_block_diagonal, _higher_order, _obstacle, devices=())
+    dispatch.BACKENDS[ASSOCIATIVE] = _block_diagonal, _higher_order
     try:
         yield
     finally:

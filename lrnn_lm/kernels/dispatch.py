@@ -6,7 +6,7 @@ A new backend is one line in BACKENDS.
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,15 +16,6 @@ from .derivatives import check_transforms, is_written_out
 from .gates import check_gate
 
 Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
-
-
-class Backend(NamedTuple):
-    """One implementation of both scans."""
-
-    block_diagonal: Scan
-    higher_order: Scan
-    obstacle: Callable[[Tensor, Tensor], str | None]  # why it cannot run on gates and values; None: it can
-    devices: tuple[str, ...] | None = None  # device types where `auto` may choose it; None: all
 
 
 TRITON_MOST = 16  # largest block size or order: a row of gates lives in a lane's registers
@@ -66,11 +57,10 @@ def _triton_higher_order(*inputs) -> tuple[Tensor, Tensor]:
     return higher_order_scan(*inputs)
 
 
-# The slowest first: `auto` takes the last one that can run.
-BACKENDS: dict[str, Backend] = {
-    "reference": Backend(reference.block_diagonal_scan, reference.higher_order_scan, lambda *_: None),
-    "torch": Backend(torch_scan.block_diagonal_scan, torch_scan.higher_order_scan, lambda *_: None),
-    "triton": Backend(_triton_block_diagonal, _triton_higher_order, _scan_obstacle, devices=("cuda",)),
+BACKENDS: dict[str, tuple[Scan, Scan]] = {  # of BD-LRU and of H-LRU
+    "reference": (reference.block_diagonal_scan, reference.higher_order_scan),
+    "torch": (torch_scan.block_diagonal_scan, torch_scan.higher_order_scan),
+    "triton": (_triton_block_diagonal, _triton_higher_order),
 }
 
 
@@ -117,10 +107,10 @@ def block_diagonal_scan(
     fixed = gate == "softmax" and gates.shape[-1] == M
     expect_shape("gates", gates, (B, T, N, M, M if fixed else M + 1))
     chosen = _choose(backend, gates, values)
-    if fixed and chosen is not BACKENDS["triton"]:  # whose kernels read no logits of the input gate
+    if fixed and chosen != "triton":  # whose kernels read no logits of the input gate
         planes = torch.nn.functional.pad(gates.permute(0, 1, 4, 2, 3), (0, 0, 0, 0, 0, 1))
         gates = planes.permute(0, 1, 3, 4, 2)  # laid out as a mixer's, plane after plane
-    return chosen.block_diagonal(gates, values, h0, reset, gate)
+    return BACKENDS[chosen][0](gates, values, h0, reset, gate)
 
 
 def higher_order_scan(
@@ -162,7 +152,7 @@ def higher_order_scan(
         raise ValueError("gates need at least two entries a row: one tap and the input gate")
     check_gate(gate)
     check_state(h0, reset, (B, N, M), (B, T))
-    return _choose(backend, gates, values).higher_order(gates, values, h0, reset, gate)
+    return BACKENDS[_choose(backend, gates, values)][1](gates, values, h0, reset, gate)
 
 
 def block_diagonal_scan_packed(
@@ -193,7 +183,7 @@ def block_diagonal_scan_packed(
     _check_bias(bias, planes, num_blocks * block_size)
     gates = gates.unflatten(-2, (num_blocks, block_size))
     values = values.unflatten(-1, (num_blocks, block_size))
-    if _choose(backend, gates, values) is not BACKENDS["triton"]:  # only Triton has a packed form
+    if _choose(backend, gates, values) != "triton":  # only Triton has a packed form
         gates = _with_gradient_to(bias, gates, (num_blocks, block_size))
         return block_diagonal_scan(gates, values, h0, reset, gate, backend)
     B, T, N, M = values.shape
@@ -221,7 +211,7 @@ def higher_order_scan_packed(
     """
     gates, values = _split(planes, num_blocks, order, may_be_fixed=False)
     _check_bias(bias, planes, num_blocks)
-    if _choose(backend, gates, values) is not BACKENDS["triton"]:
+    if _choose(backend, gates, values) != "triton":
         gates = _with_gradient_to(bias, gates, (num_blocks,))
         return higher_order_scan(gates, values, h0, reset, gate, backend)
     B, T, N = values.shape
@@ -267,36 +257,22 @@ def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...])
     return gates + (bias - bias.detach()).to(gates.dtype).t().unflatten(0, rows)
 
 
-def _choose(backend: str, gates: Tensor, values: Tensor) -> Backend:
-    """The backend by name; `auto` takes the fastest that has no obstacle."""
+def _choose(backend: str, gates: Tensor, values: Tensor) -> str:
     expect_floats(gates=gates, values=values)
-    if backend == "auto" and is_written_out():
-        return BACKENDS["reference"]
-    if backend == "auto":
-        here = values.device.type
-        candidates = (b for b in reversed(BACKENDS.values()) if b.devices is None or here in b.devices)
-        return next(b for b in candidates if b.obstacle(gates, values) is None)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if backend != "reference":
-        check_transforms(backend)
-    if reason := BACKENDS[backend].obstacle(gates, values):
-        raise ValueError(f"backend {backend!r} cannot run here: {reason}")
-    return BACKENDS[backend]
+    return choose_backend(backend, values, partial(_scan_obstacle, gates, values))
 
 
-def choose_operator(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> str:
-    """reference, torch or triton, of a scan that is an operator of torch's with both inside.
+def choose_backend(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> str:
+    """The backend by name; for `auto` the fastest that can run.
 
-    x: one of its inputs; obstacle: why Triton cannot run on them; None: it can.
+    x: one of the scan's inputs; obstacle: why Triton cannot run on them; None: it can.
     """
-    known = ("reference", "torch", "triton")
     if backend == "auto" and is_written_out():
-        return "reference"  # such an operator has no counterpart in ONNX, and few derivatives
+        return "reference"  # the others have few derivatives, and no counterpart in ONNX
     if backend == "auto":
         return "triton" if x.is_cuda and obstacle() is None else "torch"
-    if backend not in known:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(known)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     if backend != "reference":
         check_transforms(backend)
     if backend == "triton" and (reason := obstacle()):

@@ -10,7 +10,6 @@ from scans import SCANS, TOLERANCE, make_inputs, relative_error, run
 from triton_cases import DEVICE, GPU, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import (
-    BACKENDS,
     GATES,
     block_diagonal_scan,
     block_diagonal_scan_packed,
@@ -353,4 +352,3 @@ def test_refusals_say_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="tensors are on cpu"):
         block_diagonal_scan(gates, values, backend="triton")
-    assert BACKENDS["triton"].obstacle(gates, values) is not None

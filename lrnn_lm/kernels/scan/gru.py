@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from .. import reference
 from ..derivatives import differentiable_once
-from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype, gru_gates, slstm_logits
 from ..torch_scan import _bd_scan, _bd_scan_backward
 
@@ -93,7 +93,7 @@ def _scan(
     expect_shape("bias", bias, (4, N, M))
     check_state(h0, reset, (B, *kept, N, M), (B, T))
     expect_floats(inputs=inputs, weight=weight, bias=bias)
-    backend = choose_operator(backend, inputs, partial(_triton_obstacle, inputs, weight))
+    backend = choose_backend(backend, inputs, partial(_triton_obstacle, inputs, weight))
     if backend == "reference":
         h, last, *more = plain(inputs, weight, bias, h0, reset)
         return h, last, *(more or [torch.zeros(2, dtype=torch.float64)])

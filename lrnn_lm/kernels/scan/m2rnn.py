@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..derivatives import differentiable_once
-from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 from .matrix_scan import own_dtypes
 
@@ -67,7 +67,7 @@ def m2rnn_scan(
     check_state(h0, reset, (B, H, K, V), (B, T))
     inputs = queries, keys, values, weight, keep
     expect_floats(queries=queries, keys=keys, values=values, weight=weight, keep=keep)
-    backend = choose_operator(backend, values, partial(_triton_obstacle, *inputs))
+    backend = choose_backend(backend, values, partial(_triton_obstacle, *inputs))
     with own_dtypes(values):
         if backend == "reference":
             return reference.m2rnn_scan(*inputs, h0, reset)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .. import reference
 from ..derivatives import differentiable_once
-from ..dispatch import check_state, choose_operator, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
@@ -63,7 +63,7 @@ def matrix_scan(
     if erase is not None:
         expect_shape("erase", erase, queries.shape)
         expect_floats(erase=erase)
-    backend = choose_operator(backend, values, partial(_triton_obstacle, *inputs))
+    backend = choose_backend(backend, values, partial(_triton_obstacle, *inputs))
     if backend == "reference" or transitions.shape[1] == 1:  # one step of decoding: chunks would gain nothing
         with own_dtypes(values):
             return reference.matrix_scan(*inputs, h0, reset, erase)
