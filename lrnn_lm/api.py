@@ -160,13 +160,13 @@ def export_checkpoint(
 
     format: transformers, or one of graphs (`model.export.graphs`; in fp32, without a card). license: named in
     the card; None for the recipe's. average: the moving average of the weights. Raises ValueError as
-    `runs.export.export` and `plain_folder`.
+    `runs.export.export` and `weights_to_export`.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from .evaluate.reporting.card import write_export_card
     from .runs.export import export, export_graphs
-    from .train.tensors import plain_folder
+    from .train.tensors import weights_to_export
 
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
@@ -176,8 +176,8 @@ def export_checkpoint(
     if graphs and (dtype or license):
         raise ValueError(f"--format {format} writes fp32 and no card: leave --dtype and --license out")
     disable_progress_bar()
-    with plain_folder(checkpoint, average) as plain:
-        if graphs:
-            export_graphs(plain, folder, format)
-            return
-        export(plain, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license))
+    weights = weights_to_export(checkpoint, average)
+    if graphs:
+        export_graphs(checkpoint, folder, format, weights)
+        return
+    export(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license), weights)

@@ -16,14 +16,13 @@ person may still repair. Folders appear and disappear by one rename, so nobody s
 `train/tensors.py` has what the files hold, `train/saver.py` when they are written.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,7 +37,6 @@ _EXPECTED = ("config.json", "trainer/state.json", "trainer/rng-00000.json", "tra
 _WHOLE, _SHARDS = ("model.safetensors", "trainer/optimizer.safetensors"), "trainer/shards"
 _LINKS = (LATEST, BEST)
 _REPLACED = ".replaced.tmp"  # suffix of a checkpoint while another of its step takes its place
-COPY = ".plain-"  # prefix of temporary copies: a sharded checkpoint with its weights joined, for an export
 
 
 class CheckpointError(ValueError):
@@ -187,9 +185,6 @@ def newest_valid(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     damaged or gone, or the newest has another step's name, or a format that this version does not read.
     """
     clear_leftovers(checkpoints)
-    if any(checkpoints.glob(f"{COPY}*")):
-        with room_for_copy(checkpoints):
-            pass
     _restore_links(checkpoints)
     folders = list_checkpoints(checkpoints)
     for folder in reversed(folders):
@@ -285,22 +280,6 @@ def clear_leftovers(checkpoints: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-
-
-@contextmanager
-def room_for_copy(checkpoints: Path) -> Iterator[None]:
-    """Hold the lock that protects temporary copies; first delete copies whose process was killed.
-
-    Every process with a copy shares the lock, so a process that gets it alone knows that no copy is in use.
-    """
-    with (checkpoints / ".plain.lock").open("a") as lock:
-        with suppress(OSError):  # copies in use, or a file system without locks: delete nothing
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in checkpoints.glob(f"{COPY}*"):
-                shutil.rmtree(left, ignore_errors=True)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        yield
 
 
 def _point(checkpoints: Path, link: str, name: str) -> None:

@@ -21,6 +21,7 @@ from .layout import CheckpointFolder
 from .load import describe, json_table, load_checkpoint
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -34,6 +35,7 @@ def export(
     target: str | Path,
     dtype: str | None = None,
     write_card: Callable[[Path], None] | None = None,
+    weights: "dict[str, Tensor] | None" = None,
 ) -> Path:
     """Write a checkpoint as a new folder that needs torch and transformers only.
 
@@ -42,6 +44,7 @@ def export(
         target: a folder that does not exist yet, or an empty one; or a URL where nothing is.
         dtype: bf16 or fp32; int8 or int4 for the layers' projections, by torchao; None for the checkpoint's.
         write_card: adds README.md to the finished folder (see `evaluate.reporting.card`).
+        weights: by name, in place of the checkpoint's.
     Returns:
         The target.
     Raises:
@@ -58,7 +61,7 @@ def export(
     if dtype in QUANTISED:
         check_extra("torchao", "torchao")
     with new_folder(target) as aside:
-        path, model, _ = _load(checkpoint)
+        path, model, _ = _load(checkpoint, weights)
         if dtype in QUANTISED:
             model = _quantised(path, model, dtype)
         elif dtype is not None:
@@ -74,11 +77,16 @@ def export(
 
 
 def export_graphs(
-    checkpoint: str | Path, target: str | Path, format: str = "onnx", prefill: int = 16
+    checkpoint: str | Path,
+    target: str | Path,
+    format: str = "onnx",
+    weights: "dict[str, Tensor] | None" = None,
+    prefill: int = 16,
 ) -> Path:
     """Write a checkpoint's graphs, in fp32, and its tokenizer to a new folder, see `model.export.graphs`.
 
-    format: onnx, executorch or torch-export. prefill: tokens that the prefill takes at once.
+    format: onnx, executorch or torch-export. weights: as of `export`. prefill: tokens that the prefill takes
+    at once.
 
     Raises:
         ValueError: as `export`; or a layer that has no graph, and why.
@@ -87,7 +95,7 @@ def export_graphs(
     from ..model.export.graphs import write_graphs
 
     with new_folder(target) as aside:
-        path, model, tokenizer = _load(checkpoint)
+        path, model, tokenizer = _load(checkpoint, weights)
         write_graphs(model.float(), tokenizer, aside, format, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
             shutil.copyfile(file, aside / file.name)
@@ -110,10 +118,15 @@ def _quantised(path: Path, model: "PreTrainedModel", dtype: str) -> "PreTrainedM
                 "no multiple of 8: use int8"
             )
         settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
-    return type(model).from_pretrained(path, dtype="auto", quantization_config=TorchAoConfig(settings))
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), dtype="auto",
+        quantization_config=TorchAoConfig(settings),
+    )  # fmt: skip
 
 
-def _load(checkpoint: str | Path) -> "tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]":
+def _load(
+    checkpoint: str | Path, weights: "dict[str, Tensor] | None"
+) -> "tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]":
     """A checkpoint of ours: its folder, model and tokenizer. A ValueError for others'."""
     path = describe(checkpoint).path
     kind = json_table(CheckpointFolder(path).config).get("model_type")
@@ -121,7 +134,7 @@ def _load(checkpoint: str | Path) -> "tuple[Path, PreTrainedModel, PreTrainedTok
         raise ValueError(f"{path}: its model_type is {kind!r}, and only 'lrnn' models can be exported")
     if not (path / "tokenizer_config.json").is_file():  # which names BOS and EOS
         raise ValueError(f"{path}: tokenizer_config.json is missing; save the tokenizer there first")
-    return path, *load_checkpoint(path, "cpu")
+    return path, *load_checkpoint(path, "cpu", weights=weights)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..requirements import check_extra
 from .layout import CheckpointFolder, RunFolder, checkpoint_folder, step_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_LENGTH = 2048
@@ -78,6 +79,7 @@ def load_checkpoint(
     *,
     autoencoder: bool = False,
     trust_remote_code: bool = False,
+    weights: "dict[str, Tensor] | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The model, in evaluation mode and in its stored precision, and its tokenizer.
 
@@ -85,6 +87,7 @@ def load_checkpoint(
     autoencoder: accept the auto-encoder of the synthetic task compression, too.
     trust_remote_code: let the folder run its own code. This project's models never need it: they load with
     this package, not with the code beside the weights.
+    weights: by name, in place of those in the folder of a language model of ours.
 
     Raises ValueError for a folder that cannot be loaded, code that is not trusted, or a missing device.
     """
@@ -93,9 +96,9 @@ def load_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from ..model import LRNNForReconstruction
+    from ..model import LRNNForCausalLM, LRNNForReconstruction
 
-    if not any(path.glob("*.safetensors")) and CheckpointFolder(path).shards.is_dir():
+    if weights is None and not any(path.glob("*.safetensors")) and CheckpointFolder(path).shards.is_dir():
         raise ValueError(
             f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
         )
@@ -103,18 +106,22 @@ def load_checkpoint(
     encodes = "LRNNForReconstruction" in (config.get("architectures") or [])
     if encodes and not autoencoder:
         raise ValueError(f"{checkpoint}: an auto-encoder (task compression), which is no language model")
-    _check_files(path, checkpoint)
+    _check_files(path, checkpoint, weights is None)
     disable_progress_bar()  # transformers' bar would cut through our messages and the generated text
     part = "model"
     trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
     try:
-        AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: it has the clearest error
+        # First: it has the clearest error.
+        own = AutoConfig.from_pretrained(path, local_files_only=True, **trust)
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         part = "model"
         kind, trust = (LRNNForReconstruction, {}) if encodes else (AutoModelForCausalLM, trust)
         settings = {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
-        model, told = kind.from_pretrained(path, **settings, **trust)
+        if weights is None:
+            model, told = kind.from_pretrained(path, **settings, **trust)
+        else:
+            model, told = LRNNForCausalLM.from_pretrained(None, config=own, state_dict=weights, **settings)
     except _DAMAGED as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -147,9 +154,9 @@ def json_table(file: Path) -> dict[str, Any]:
     return found
 
 
-def _check_files(path: Path, checkpoint: str | Path) -> None:
-    """Raise ValueError for a folder without weights or tokenizer, UnmetRequirementError for one of integers
-    where torchao is missing."""
+def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
+    """Raise ValueError for a folder without tokenizer, or without weights if they are needed,
+    UnmetRequirementError for one of integers where torchao is missing."""
     quantised = json_table(CheckpointFolder(path).config).get("quantization_config") or {}
     if quantised.get("quant_method") == "torchao":
         check_extra("torchao", "torchao")
@@ -157,7 +164,8 @@ def _check_files(path: Path, checkpoint: str | Path) -> None:
         ("model.safetensors", ("*.safetensors", "*.bin")),
         ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),
     ):
-        if not any(file for pattern in patterns for file in path.glob(pattern)):
+        needed = weights or what == "tokenizer.json"
+        if needed and not any(file for pattern in patterns for file in path.glob(pattern)):
             raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
 
 

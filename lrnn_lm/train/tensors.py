@@ -6,13 +6,10 @@ FSDP2. Keys are `model/NAME`, `optimizer/NAME/KEY` and, with `train.average`, `a
 """
 
 import json
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from ..runs.checkpoint import COPY, CheckpointError, Position, read_position, room_for_copy, verify
+from ..runs.checkpoint import CheckpointError, Position, read_position, verify
 from ..runs.layout import CheckpointFolder, checkpoint_folder
 from .average import Average
 from .optim import Optimizer
@@ -211,29 +208,20 @@ def read_shards(folder: Path, kind: str = "model") -> dict[str, Tensor]:
     return part(tensors, kind)
 
 
-@contextmanager
-def plain_folder(folder: Path, average: bool = False) -> Iterator[Path]:
-    """A checkpoint with model.safetensors: the folder itself, or a temporary copy of a sharded one.
+def weights_to_export(folder: Path, average: bool = False) -> dict[str, Tensor] | None:
+    """The joined weights of a sharded checkpoint, or its moving average; None: those that its folder holds.
 
-    average: a copy with the moving average of the weights for weights.
-    Raises ValueError if the shards are damaged, or there is no average.
+    Raises ValueError if the files are damaged, or there is no average.
     """
     folder = checkpoint_folder(folder)
     sharded = is_sharded_folder(folder)
     if average and not has_average(folder):
         raise ValueError(f"{folder} holds no average of weights: only runs with train.average keep one")
     if not average and ((folder / WEIGHTS).exists() or not sharded):
-        yield folder
-        return
+        return None
     damage = verify(folder)
     if damage is not None:
         raise ValueError(f"{folder} is damaged ({damage}); take another checkpoint of the run")
-    with room_for_copy(folder.parent), TemporaryDirectory(prefix=COPY, dir=folder.parent) as scratch:
-        plain = Path(scratch) / folder.name
-        shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("trainer", WEIGHTS))
-        if sharded:
-            weights = read_shards(folder, "average" if average else "model")
-            save_file(weights, plain / WEIGHTS, metadata={"format": "pt"})  # which transformers asks for
-        else:
-            shutil.copyfile(CheckpointFolder(folder).average, plain / WEIGHTS)
-        yield plain
+    if sharded:
+        return read_shards(folder, "average" if average else "model")
+    return load_file(CheckpointFolder(folder).average)

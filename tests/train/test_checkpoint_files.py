@@ -197,21 +197,6 @@ def test_what_killed_saves_left_is_cleared_and_no_more(tmp_path: Path) -> None:
     assert (outside / "inner").is_dir(), "what a link leads to is not ours"
 
 
-def test_copies_that_were_left_are_cleared_but_not_those_in_use(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    left, used = tmp_path / ".plain-left", tmp_path / ".plain-used"
-    left.mkdir()
-    with checkpoint.room_for_copy(tmp_path):
-        assert not left.exists()
-        used.mkdir()
-        with checkpoint.room_for_copy(tmp_path):
-            assert used.exists(), "another's, who still holds the lock"
-        assert newest(tmp_path)[0] == "step-00000001"
-        assert used.exists()
-    newest(tmp_path)
-    assert not used.exists()
-
-
 @pytest.mark.parametrize("state", ["whole", "damaged", "gone", "damaged as the copy is"])
 def test_a_copy_of_a_link_takes_only_the_place_of_a_lost_one(tmp_path: Path, state: str) -> None:
     save(tmp_path, 1)
