@@ -98,10 +98,6 @@ def load_checkpoint(
 
     from ..model import LRNNForCausalLM, LRNNForReconstruction
 
-    if weights is None and not any(path.glob("*.safetensors")) and CheckpointFolder(path).shards.is_dir():
-        raise ValueError(
-            f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
-        )
     config = json_table(CheckpointFolder(path).config)
     encodes = "LRNNForReconstruction" in (config.get("architectures") or [])
     if encodes and not autoencoder:
@@ -111,17 +107,15 @@ def load_checkpoint(
     part = "model"
     trust = {"trust_remote_code": trust_remote_code}  # without it transformers asks on standard input
     try:
-        # First: it has the clearest error.
-        own = AutoConfig.from_pretrained(path, local_files_only=True, **trust)
+        own = AutoConfig.from_pretrained(path, local_files_only=True, **trust)  # first: the clearest error
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, **trust)
         part = "model"
         kind, trust = (LRNNForReconstruction, {}) if encodes else (AutoModelForCausalLM, trust)
         settings = {"dtype": "auto", "local_files_only": True, "output_loading_info": True}
-        if weights is None:
-            model, told = kind.from_pretrained(path, **settings, **trust)
-        else:
-            model, told = LRNNForCausalLM.from_pretrained(None, config=own, state_dict=weights, **settings)
+        if weights is not None:
+            kind, path, settings = LRNNForCausalLM, None, settings | {"config": own, "state_dict": weights}
+        model, told = kind.from_pretrained(path, **settings, **trust)
     except _DAMAGED as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -160,13 +154,17 @@ def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
     quantised = json_table(CheckpointFolder(path).config).get("quantization_config") or {}
     if quantised.get("quant_method") == "torchao":
         check_extra("torchao", "torchao")
-    for what, patterns in (
-        ("model.safetensors", ("*.safetensors", "*.bin")),
-        ("tokenizer.json", ("tokenizer*", "vocab*", "*.model")),
-    ):
-        needed = weights or what == "tokenizer.json"
-        if needed and not any(file for pattern in patterns for file in path.glob(pattern)):
-            raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
+    needed = {"tokenizer.json": ("tokenizer*", "vocab*", "*.model")}
+    if weights:
+        needed = {"model.safetensors": ("*.safetensors", "*.bin")} | needed
+    for what, patterns in needed.items():
+        if any(file for pattern in patterns for file in path.glob(pattern)):
+            continue
+        if what == "model.safetensors" and CheckpointFolder(path).shards.is_dir():
+            raise ValueError(
+                f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
+            )
+        raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
 
 
 def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:
