@@ -35,6 +35,7 @@ KINDS = ("speed", "task", "loss")
 # What may differ when the command goes on.
 ASKED = ("contenders", "tasks", "lrs", "budget_seconds", "processes", "seconds_each")
 REFERENCE = "bd_lru-m5"  # whose parameters the others are brought to
+ALIGNED = 16  # widths of models whose speed is measured are multiples of it
 SIDE_BY_SIDE = 8  # small models that train at once on a GPU
 # Lengths, and shares of the steps, that state tasks begin with.
 SHORT_ROWS = ((4, 0.22), (8, 0.17), (16, 0.11))
@@ -186,7 +187,7 @@ def _measure(
     if kind == "task":
         return holds([fit.small(row) for row in wave], device)
     if kind == "speed":
-        return [speed(settings, fit.large(name), device)]
+        return [speed(settings, fit.large(name, ALIGNED), device)]
     return [loss(settings, name, device, output)]
 
 
@@ -195,7 +196,7 @@ class Fitter:
 
     def __init__(self, settings: FrontierSettings) -> None:
         self.settings = settings
-        self._fits: dict[tuple[int, int], Fitting] = {}
+        self._fits: dict[tuple[int, int, int], Fitting] = {}
 
     def small(self, row: Row) -> Job:
         """A row's training run on its task: state tasks begin with short rows, which S5 needs."""
@@ -216,21 +217,21 @@ class Fitter:
         )  # fmt: skip
         return self._fitted(job, name)
 
-    def large(self, name: str) -> Job:
-        """The model whose speed is measured."""
+    def large(self, name: str, step: int = 1) -> Job:
+        """The model whose speed or loss is measured; `step` as in Fitting."""
         s = self.settings
         job = Job(
             name=name, task="mqar", model=name, mixer={}, seed=0, lr=1e-3, stages=((s.context, 1),),
             tested=(s.context,), hidden=s.width, layers=s.depth, intermediate=-(-s.width * 8 // 3 // 64) * 64,
             options={"vocab_size": s.speed_vocab, "pairs": 8},
         )  # fmt: skip
-        return self._fitted(job, name)
+        return self._fitted(job, name, step)
 
-    def _fitted(self, job: Job, name: str) -> Job:
-        key = (job.hidden, job.layers)
+    def _fitted(self, job: Job, name: str, step: int = 1) -> Job:
+        key = (job.hidden, job.layers, step)
         if key not in self._fits:
             blocks = max(1, job.hidden // 4)
-            self._fits[key] = Fitting(contender(job, REFERENCE, num_blocks=blocks, gate_std=1.0))
+            self._fits[key] = Fitting(contender(job, REFERENCE, num_blocks=blocks, gate_std=1.0), step)
         return self._fits[key](contender(job, name, gate_std=1.0))
 
 

@@ -115,6 +115,6 @@ def _measure(
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before CUDA starts in this process
         if "speed" not in kinds and _missing(settings, name, ("speed",), output):
             brief = replace(settings, decoded=1)
-            job = replace(frontier.Fitter(settings).large(name), layers=1)
+            job = replace(frontier.Fitter(settings).large(name, frontier.ALIGNED), layers=1)
             attempt(lambda: frontier.speed(brief, job, target))
     frontier.measure_rows(settings, [name], kinds, target, output)

@@ -71,13 +71,14 @@ def with_width(job: Job, key: str | None, width: int) -> Job:
     return replace(job, mixer={**job.mixer, key: width}) if key else replace(job, intermediate=width)
 
 
-def fitted(job: Job, parameters: int, key: str | None) -> Job:
-    """`job` with the width (`key` of its mixer, or its SwiGLU's) that is nearest to `parameters`."""
-    low, high = 1, 2
+def fitted(job: Job, parameters: int, key: str | None, step: int = 1) -> Job:
+    """`job` with the width (`key` of its mixer, or its SwiGLU's), a multiple of `step`, that is nearest to
+    `parameters`."""
+    low, high = step, 2 * step
     while count(with_width(job, key, high)) < parameters and high < 2**16:
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
         below = count(with_width(job, key, middle)) < parameters
         low, high = (middle, high) if below else (low, middle)
     made = [with_width(job, key, width) for width in (low, high)]
@@ -87,9 +88,11 @@ def fitted(job: Job, parameters: int, key: str | None) -> Job:
 class Fitting:
     """Widths found once for each model: a task's vocabulary adds the same to all, so one task's serve all."""
 
-    def __init__(self, reference: Job) -> None:
-        """reference: the job whose parameters the others are brought to."""
-        self.reference, self.parameters = reference, count(reference)
+    def __init__(self, reference: Job, step: int = 1) -> None:
+        """reference: the job whose parameters the others are brought to; step: of which all widths but heads
+        are multiples. Products of widths that are no multiple of 8 are slow, so where speed is measured it is
+        16."""
+        self.reference, self.step, self.parameters = reference, step, count(reference)
         self._found: dict[str, tuple[dict[str, Any], int]] = {}
 
     def __call__(self, job: Job) -> Job:
@@ -99,8 +102,10 @@ class Fitting:
                             options=self.reference.options)  # fmt: skip
             key = FITTED.get(job.mixer["type"])
             try:
-                made = fitted(sized, self.parameters, key) if key else sized
-                made = fitted(made, self.parameters, None)  # a block is a coarse step, a channel a fine one
+                coarse = 1 if key == "num_heads" else self.step
+                made = fitted(sized, self.parameters, key, coarse) if key else sized
+                # A block is a coarse step, a channel a fine one.
+                made = fitted(made, self.parameters, None, self.step)
             except ValueError:  # it cannot be built here, which its run will say
                 return job
             self._found[job.model] = ({key: made.mixer[key]} if key else {}, made.intermediate)

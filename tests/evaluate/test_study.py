@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import frontier
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
 from lrnn_lm.data import order as row_order
 from studies import contenders, replicas, synthetic, tables
@@ -173,6 +174,19 @@ def test_equal_parameters():
         assert abs(built / want - 1) < 0.004, model
     with pytest.raises(ValueError, match="unknown model 'bd_lru-m3'"):
         contenders.contender(job(), "bd_lru-m3")
+
+
+def test_sizes_of_models_whose_speed_is_measured_are_whole():
+    """A width that is no multiple of 8 would slow a contender's products, and not its rivals'."""
+    settings = frontier.FrontierSettings(hidden=64, width=128, depth=2, speed_vocab=256)
+    fit = frontier.Fitter(settings)
+    for model in ("bd_lru-m1", "h_lru-m2", "lstm", "attention", "min_gru", "bd_gru-m5", "mlstm"):
+        made = fit.large(model, frontier.ALIGNED)
+        key = contenders.FITTED.get(made.mixer["type"])
+        assert made.intermediate % 16 == 0, model
+        assert key in (None, "num_heads") or made.mixer[key] % 16 == 0, model
+        wanted = contenders.count(fit.large("bd_lru-m5", frontier.ALIGNED))
+        assert abs(contenders.count(made) / wanted - 1) < 0.03, model
 
 
 @pytest.fixture
