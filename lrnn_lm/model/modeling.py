@@ -232,9 +232,10 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
+        """Logits (B, T, V), and the mean cross-entropy in nats if labels are given. What is not named here is as
+        in LRNNModel.
 
-        Args (the others as in LRNNModel):
+        Args:
             labels: (B, T) the inputs themselves, -100 where there is no target. They are shifted here, within
                 documents. Padding is no target and predicts none.
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
