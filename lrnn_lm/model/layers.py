@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..kernels import is_written_out
 from ..kernels.dispatch import has_triton
 from ..mixers import build_mixer
 from ..mixers.base import (
@@ -23,6 +24,7 @@ from ..mixers.base import (
     SequenceContext,
     drawn_by_model,
     inner_starts,
+    is_exported,
     plain_weight,
 )
 from .cache import check_state, keep_layer_state, layer_state
@@ -62,8 +64,8 @@ class SwiGLU(JointProjections, nn.Module):
         return self.down_proj(nn.functional.silu(gate) * up)
 
     def _side_by_side(self) -> Tensor | None:
-        """Both weights as one, for one product; where a compiler joins them as it casts them."""
-        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        """Both weights as one, for one product, in compiled training: there they are joined as they are cast."""
+        if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or is_exported():
             return None
         weights = [plain_weight(each) if each.bias is None else None for each in self.joint_projections()]
         return None if any(weight is None for weight in weights) else torch.cat(weights)
@@ -74,7 +76,7 @@ class SwiGLU(JointProjections, nn.Module):
 
 def _gated(joint: Tensor) -> Tensor:
     """silu(gate) * up of joint (.., 2 F): by a kernel on a GPU."""
-    if joint.is_cuda and joint.dtype != torch.float64 and has_triton():
+    if joint.is_cuda and joint.dtype != torch.float64 and has_triton() and not is_written_out():
         from ..kernels.swiglu import swiglu  # triton is imported only where it runs
 
         return swiglu(joint)

@@ -232,9 +232,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and the mean cross-entropy in nats if labels are given.
-
-        What is not named here is as in LRNNModel.
+        """Logits (B, T, V), and the mean loss in nats if labels are given; what is not named: see LRNNModel.
 
         Args:
             labels: (B, T) the inputs themselves, -100 where there is no target. They are shifted here, within
