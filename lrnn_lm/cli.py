@@ -85,7 +85,8 @@ def lrnn(
     Exit codes: 0 done; 2 a mistake in what you asked for, explained in one or two lines (LRNN_TRACEBACK=1
     shows where it was found); 85 stopped by a signal after saving.
     """
-    check_transformers()  # before a command imports it: an old version fails halfway through the import
+    if "--help" not in sys.argv:  # before a command imports it: an old version fails halfway through
+        check_transformers()
 
 
 @app.command()

@@ -259,7 +259,7 @@ def document_bounds(reset: Tensor) -> tuple[Tensor, Tensor]:
 def check_sizes(**sizes: int | None) -> None:
     """Raise ValueError, naming the size, unless it is a whole number of at least 1, or None."""
     for name, size in sizes.items():
-        if size is not None and not isinstance(size, int):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise ValueError(f"{name} must be a whole number, not {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")

@@ -66,11 +66,13 @@ class LRNNConfig(PreTrainedConfig):
         from ..mixers import mixer_options
 
         sizes = "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "loss_chunk", "repeat"
-        for name in sizes:
-            if not isinstance(size := getattr(self, name), int):
+        for name in (*sizes, "max_position_embeddings"):
+            if not isinstance(size := getattr(self, name), int) or isinstance(size, bool):
                 raise ValueError(f"{name} must be a whole number, not {size!r}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
+        if not isinstance(eps := self.rms_norm_eps, int | float) or not eps > 0:
+            raise ValueError(f"rms_norm_eps must be a number above 0, not {eps!r}")
         if not isinstance(most := self.prefix_cache_bytes, int) or most < 0:
             raise ValueError(f"prefix_cache_bytes must be a whole number, 0 or more, not {most!r}")
         options = dict(_table("mixer", self.mixer or {}))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..model import LRNNConfig
+
 DEFAULT_LENGTH = 2048
 # By what reads a file, and where it is torn.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError)
@@ -133,6 +135,20 @@ def load_checkpoint(
             f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; copy the folder anew"
         )
     return model.to(target).eval(), tokenizer
+
+
+def model_configuration(folder: Path) -> "LRNNConfig":
+    """The config.json of one of our models, read without its weights; ValueError for one that is damaged."""
+    from ..model import LRNNConfig
+
+    try:
+        return LRNNConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError:
+        raise
+    except _DAMAGED as error:  # a value that was changed by hand
+        raise ValueError(
+            f"{folder}/config.json: {' '.join(str(error).split())[:200]}; copy it anew"
+        ) from error
 
 
 def json_table(file: Path) -> dict[str, Any]:

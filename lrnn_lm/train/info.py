@@ -21,7 +21,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
-from ..runs.load import json_table
+from ..runs.load import json_table, model_configuration
 from .build import model_config
 from .optim import state_bytes
 from .segments import check_segments
@@ -53,7 +53,7 @@ def _read_config(folder: Path) -> LRNNConfig:
     kind = json_table(path).get("model_type")
     if kind != LRNNConfig.model_type:
         raise ValueError(f"{path}: model_type is {kind!r}, not {LRNNConfig.model_type!r}")
-    return LRNNConfig.from_pretrained(folder)
+    return model_configuration(folder)
 
 
 def describe(recipe: Recipe) -> RenderableType:

@@ -19,7 +19,7 @@ from ..recipe import resolve_path
 from ..recipe.mixer import MIXER_OPTIONS
 from ..runs.checkpoint import verify
 from ..runs.layout import CheckpointFolder, checkpoint_folder
-from ..runs.load import describe, json_table
+from ..runs.load import describe, json_table, model_configuration
 from .tensors import check_fit, is_sharded_folder, read_shards
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings",
@@ -75,7 +75,7 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
 
     Raises ValueError, naming what differs, if it holds another model or cannot be read.
     """
-    config = LRNNConfig.from_pretrained(folder, local_files_only=True)
+    config = model_configuration(folder)
     differing = [
         f"{name} is {getattr(config, name)!r} there, {getattr(model.config, name)!r} here"
         for name in _SIZES

@@ -86,7 +86,8 @@ def test_too_old_or_new_transformers(version, with_transformers):
     assert done.stderr.splitlines()[-1].startswith(
         "lrnn_lm.requirements.UnmetRequirementError: lrnn-lm needs"
     )
-    assert "Usage" in python("-m", "lrnn_lm.cli", "--help", first=folder).stdout
+    for help_of in ([], ["train"]):
+        assert "Usage" in python("-m", "lrnn_lm.cli", *help_of, "--help", first=folder).stdout
     assert python("-m", "lrnn_lm.cli", "--version", first=folder).stdout == f"lrnn-lm {__version__}\n"
 
 

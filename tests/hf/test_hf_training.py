@@ -7,6 +7,7 @@ from tolerances import TOLERANCE
 from transformers import Trainer, TrainingArguments
 
 from lrnn_lm.model.cache import CACHE, make_cache
+from lrnn_lm.model.decoding.decode import can_decode
 
 SUMS = TOLERANCE["other order of sums"]
 
@@ -152,6 +153,9 @@ def test_prompts_of_peft(name, kind):
     cache = make_cache(model.config)  # the caller's own holds the prompt and all that was read
     assert torch.equal(model.generate(input_ids=ids, **{CACHE: cache}, **options), got)
     assert cache.get_seq_length() == 3 + 7 + 5
+    base = model.get_base_model()  # PEFT leaves the model's own method on it, which changes nothing
+    assert "prepare_inputs_for_generation" in vars(base)
+    assert can_decode(base) == ({*base.config.layer_types} == {"linear_attention"})
 
 
 @pytest.mark.parametrize("name", NAMES)

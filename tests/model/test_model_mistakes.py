@@ -1,5 +1,6 @@
 """Mistakes in a mixer's table or in inputs are ValueErrors that say what to write; the tables agree."""
 
+import json
 import math
 import re
 from typing import get_args
@@ -13,6 +14,7 @@ from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.kernels import GATES
 from lrnn_lm.mixers import build_mixer, mixer_options
 from lrnn_lm.recipe.mixer import GateName
+from lrnn_lm.runs.load import model_configuration
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,18 @@ def test_wrong_size(key):
 def test_a_size_that_is_no_number(key, value):
     with pytest.raises(ValueError, match=f"{key} must be a whole number, not {value!r}"):
         LRNNConfig(**{key: value})
+
+
+@pytest.mark.parametrize("change", [
+    {"dtype": "x"}, {"hidden_size": True}, {"max_position_embeddings": "x"}, {"max_position_embeddings": {}},
+    {"rms_norm_eps": "x"}, {"rms_norm_eps": -1}, {"rms_norm_eps": {}}, {"mixer": "x"},
+], ids=str)  # fmt: skip
+def test_a_config_json_that_was_changed_by_hand(change, tmp_path):
+    file = tmp_path / "config.json"
+    LRNNConfig(num_hidden_layers=1, mixer={"type": "bd_lru", "num_blocks": 4}).save_pretrained(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r".+"):
+        model_configuration(tmp_path)
 
 
 def test_a_spread_that_is_no_number():

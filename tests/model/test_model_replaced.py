@@ -1,13 +1,16 @@
 """Code that was put in the place of a module's own is run by `generate`, for every token."""
 
 import types
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.utils.prune
 from small_models import small_model, tokens
 from torch import nn
+from transformers import GenerationMixin
 
+from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.model.decoding.built import as_written
 from lrnn_lm.model.decoding.decode import can_decode
 
@@ -97,6 +100,29 @@ def test_a_replaced_forward_is_called_for_every_token(way, place, monkeypatch):
     assert torch.equal(model.generate(ids, **OPTIONS), want)
     if way is not by_compiling or place not in ("projection", "embedding", "head"):  # torch skips its own
         assert len(calls) >= 6
+
+
+STEP = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [*product((LRNNForCausalLM, GenerationMixin), STEP), (nn.Module, "_call_impl")]
+)
+def test_what_else_a_token_runs(owner, name, monkeypatch):
+    """Replaced on a class: what transformers' loop calls beside the model, and what a module's call runs."""
+    model, ids, calls, own = small_model("bd_lru"), tokens(length=5), [], getattr(owner, name)
+    want = model.generate(ids, **OPTIONS)
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    assert not can_decode(model)
+    assert torch.equal(model.generate(ids, **OPTIONS), want)
+    assert calls.count(model) == 6
+    monkeypatch.undo()
+    assert can_decode(model)
 
 
 def by_pruning(module, calls, monkeypatch):

@@ -14,7 +14,7 @@ import yaml
 
 from ...files import user_path
 from ...runs.layout import CheckpointFolder, RunFolder
-from ...runs.load import describe, json_table
+from ...runs.load import describe, json_table, model_configuration
 from ..show import markdown_table
 from .report import to_markdown
 from .runs import read_run
@@ -112,10 +112,9 @@ def _front_matter(licence: str, mixers: list[dict[str, Any]], is_autoencoder: bo
 
 
 def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
-    from ...model import LRNNConfig
     from ...model.accounting import account
 
-    config = LRNNConfig.from_pretrained(checkpoint)
+    config = model_configuration(checkpoint)
     costs = account(config, config.max_position_embeddings)
     kinds = list(dict.fromkeys(_KINDS.get(mixer["type"], mixer["type"]) for mixer in mixers))
     text = (

@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _OURS = ("torch", "transformers", "fla", __name__.split(".")[0])  # packages whose classes are trusted
-_written: dict[type, tuple[Any, Any]] = {}  # `forward` and `__call__` of each class
+# What a call of a module runs, and transformers' loop beside it.
+_RUN = ("forward", "__call__", "_call_impl", "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation")  # fmt: skip
+_written: dict[type, list[Any]] = {}  # the `_RUN` of each class
+
+
+def _code(cls: type) -> list[Any]:
+    # Of its bases too: a method may call the one that it replaces.
+    return [vars(base).get(name) for base in cls.__mro__ for name in _RUN]
 
 
 def remember(*classes: type[nn.Module]) -> None:
-    """Note `forward` and `__call__` of classes as they are now: called where these are defined."""
+    """Note the code of classes as it is now: called where these are defined."""
     for cls in classes:
-        _written[cls] = (cls.forward, cls.__call__)
+        _written[cls] = _code(cls)
 
 
 remember(*(c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, nn.Module)))
@@ -31,7 +39,7 @@ def as_written(model: nn.Module) -> bool:
         return False
     modules = all_modules(model)
     for cls in {type(module) for module in modules}:
-        now = (cls.forward, cls.__call__)
+        now = _code(cls)
         if cls.__module__.split(".")[0] not in _OURS or _written.setdefault(cls, now) != now:
             return False
     return all(map(_is_untouched, modules))
@@ -64,7 +72,7 @@ def _is_untouched(module: nn.Module) -> bool:
         value = own[name]  # the class's own method, where a patch was undone
         if not ismethod(value) or value.__self__ is not module:
             return False
-        if value.__func__ is not vars(type(module)).get(name):
+        if value.__func__ is not getattr(type(module), name):
             return False
     return True
 
