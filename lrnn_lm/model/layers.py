@@ -64,7 +64,7 @@ class SwiGLU(JointProjections, nn.Module):
         return self.down_proj(nn.functional.silu(gate) * up)
 
     def _side_by_side(self) -> Tensor | None:
-        """Both weights as one, for one product, in compiled training, where they are joined as they are cast."""
+        """Both weights as one, for one product, in compiled training: they are joined as they are cast."""
         if not (torch.compiler.is_compiling() and torch.is_grad_enabled()) or is_exported():
             return None
         weights = [plain_weight(each) if each.bias is None else None for each in self.joint_projections()]
