@@ -193,11 +193,13 @@ def evaluate_checkpoint(
     probes: no task is scored then, unless --tasks or --suite is given too. eval/README.md explains them.
     """
     check_extra("eval", "matplotlib")
+    from .evaluate.show import check_output
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)
     if harden is not None and certify is None:
         raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
+    check_output(output)
     team, device = join(device)
     shared = {"device": device, "trust_remote_code": trust_remote_code}
     probing = shared | {"data": data} | ({} if rows is None else {"rows": rows})

@@ -32,7 +32,7 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
     `durable` waits until both the content and the name are on disk. Raises OSError, and leaves the old
     content, if there is no room.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write it at a time
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:

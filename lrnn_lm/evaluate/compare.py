@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import user_path
 from ..runs.layout import RunFolder
 from ..runs.load import describe
-from .harness import check_output, evaluate, flatten
+from .harness import evaluate, flatten
 from .reporting.score_plot import draw_scores
 from .show import print_table, table_console, value_with_error
 from .team import ALONE, Team
@@ -27,10 +26,6 @@ def evaluate_each(
     any is scored.
     """
     names = checkpoint_names(checkpoints)
-    output = None if output is None else user_path(output)
-    check_output(output)
-    if len(names) > 1 and output is not None and Path(output).suffix == ".json":
-        raise ValueError(f"{output}: the results of several checkpoints need a folder, not one file")
     results = []
     for checkpoint, where in zip(checkpoints, folders(checkpoints, output), strict=True):
         results.append(evaluate(checkpoint, tasks, output=where, team=team, **settings))

@@ -3,16 +3,13 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import math
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite, user_path
-from ..remote import check_here
+from ..files import finite
 from ..runs.load import (
     CheckpointInfo,
     check_window,
@@ -22,7 +19,7 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import check_at_least, decimal, print_table, print_written, table_console
+from .show import check_at_least, check_output, decimal, print_table, print_written, table_console, write_json
 from .tasks.heldout import cloze_dataset
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
@@ -60,7 +57,7 @@ def evaluate(
     Args:
         tasks: names of tasks, groups or tags, of lm-eval or of eval/tasks.
         limit: documents a task.
-        output: a folder, or a .json file (default: eval/ of the run; outside a run nothing is written).
+        output: a folder (default: eval/ of the run; outside a run nothing is written).
         data: held-out documents (default: those of the run), or the folder that the offline tasks read.
         suite: a YAML file of task names, taken before `tasks`. Arguments override its settings.
         model, tokenizer: the pair, if the caller holds it in memory; `checkpoint` then only names it.
@@ -202,13 +199,6 @@ def check_tasks(names: list[str], data: Path | None = None) -> list[str]:
     return tasks
 
 
-def check_output(output: Path | None) -> None:
-    """Raise ValueError for an output that is a file other than JSON, before hours of scoring."""
-    check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and user_path(output).is_file() and Path(output).suffix != ".json":
-        raise ValueError(f"{output}: a file; --output takes a folder, or a new .json file")
-
-
 def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]]:
     """Rows (task, metric, value, standard error or None) of an lm-eval results dictionary, in its order.
 
@@ -279,33 +269,24 @@ def _versions() -> dict[str, str]:
 def _write(
     results: dict[str, Any], info: CheckpointInfo, suite: Path | None, tasks: list[str], output: Path | None
 ) -> Path | None:
-    """Write JSON in one step; the path, None outside a run without `output`.
+    """Write JSON; the path, None outside a run without `output`.
 
     The file is named after checkpoint, tasks and settings, so that only a repeat replaces it. In a folder
     other than the run's own the name begins with the run's: results of other runs may be there.
     """
     if (folder := info.results(output)) is None:
         return None
-    if folder.suffix == ".json":
-        path = folder
-    else:
-        settings = results["settings"]
-        what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
-        what = what.replace("*", "_").replace("/", "_")
-        if len(what) > 80:  # a file name takes 255 bytes
-            what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
-        what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
-        what += in_name(*variant(settings))
-        what += f"-limit{settings['limit']}" if settings["limit"] else ""
-        where = f"{info.run.name}-" if output is not None and info.run is not None else ""
-        path = folder / f"{where}{info.name}-{what}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")  # the same scores may be made twice at a time
-        aside.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise ValueError(f"{path}: the results cannot be written: {error.strerror}") from error
+    settings = results["settings"]
+    what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
+    what = what.replace("*", "_").replace("/", "_")
+    if len(what) > 80:  # a file name takes 255 bytes
+        what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
+    what += in_name(*variant(settings))
+    what += f"-limit{settings['limit']}" if settings["limit"] else ""
+    where = f"{info.run.name}-" if output is not None and info.run is not None else ""
+    path = folder / f"{where}{info.name}-{what}.json"
+    write_json(results, path)
     return path
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite
+from ..files import finite, replace_file, user_path
+from ..remote import check_here
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,10 +54,20 @@ def print_written(paths: Iterable[Path]) -> None:
         table_console().print(f"written to {path}", soft_wrap=True, highlight=False)
 
 
+def check_output(output: Path | None) -> None:
+    """Raise ValueError for an output that is a file, before hours of scoring."""
+    check_here(str(output or ""), "copy the scores when they are written")
+    if output is not None and user_path(output).is_file():
+        raise ValueError(f"{output}: a file; --output takes a folder")
+
+
 def write_json(facts: Any, path: Path) -> None:
-    """Write JSON; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(facts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Write JSON in one step; makes its folder. Raises ValueError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(finite(facts), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ValueError(f"{path}: the results cannot be written: {error.strerror}") from error
 
 
 def check_at_least(least: int, **values: float | None) -> None:

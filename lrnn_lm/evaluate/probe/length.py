@@ -65,8 +65,6 @@ def probe_length(
 
     info = describe(checkpoint)
     check_at_least(1, rows=rows)
-    if output is not None and (Path(output).suffix == ".json" or Path(output).is_file()):
-        raise ValueError(f"{output}: a probe writes JSON and a picture; --output takes a folder for them")
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
     trained = context_length(model, info.run)
     N = parse_length(length, trained)
