@@ -157,7 +157,7 @@ def test_equal_names_are_told_apart_by_the_folders_above(tmp_path):
 def test_an_output_that_is_a_file_is_told_before_scoring(checkpoint, tmp_path, capsys):
     file = tmp_path / "notes"
     file.write_text("mine")
-    for more in ((), ("--length", "2x")):
+    for more in ((), ("--length", "2x"), ("--recall",), ("--certify", "s5")):
         assert evaluate(checkpoint, *more, "--output", file) == 2
         told = capsys.readouterr()
         assert "takes a folder" in told.err
