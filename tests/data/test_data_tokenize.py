@@ -184,6 +184,26 @@ def test_existing_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
         import_tokenizer(str(source), tmp_path / "copy2")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {}}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": {"a": 1}}'),
+        ("config.json", '{"model_type": "llama", "dtype": "nope"}'),
+    ],
+)
+def test_damaged_tokenizers(folders: dict[str, Path], tmp_path: Path, name: str, text: str) -> None:
+    """transformers answers each in another way, some in errors of Python's; here it is one line."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["bpe"], source)
+    (source / MODEL_FILE).unlink()
+    (source / name).write_text(text)
+    with pytest.raises(DataError, match=r"cannot be loaded; it needs tokenizer\.json"):
+        import_tokenizer(str(source), tmp_path / "copy")
+
+
 def test_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
