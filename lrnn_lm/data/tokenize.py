@@ -231,7 +231,7 @@ def import_tokenizer(name: str, folder: Path) -> None:
         # Without a network the hub's cache may still hold it.
         offline = local or not hub_is_reachable()
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
-    except Exception as error:  # files of another's making fail in any way: TypeError, AttributeError, Rust's own
+    except Exception as error:  # damaged files make transformers raise errors of Python's and Rust's, too
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"tokenizer {name!r} only loads with code of its own (trust_remote_code), which is not run "
