@@ -113,7 +113,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
     check_extra("train", "matplotlib")  # which is imported at the end only
-    from .train.stop import Stopped, StopSignal, leave_output
+    from .output import leave_output
+    from .train.stop import Stopped, StopSignal
 
     try:
         with StopSignal() as stop:

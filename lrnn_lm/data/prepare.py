@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import user_path
+from ..output import error_console
 from . import sources, storage, token_files, tokenize
 from .encode import encode_documents
 from .progress import Progress
@@ -235,7 +235,7 @@ def _report_empty_files(specs: Sequence[DataSpec]) -> None:
     empty = [str(file) for source in both for file in sources.empty_files(source)]
     if empty:
         names = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
-        print(f"lrnn: empty files are left out: {names}", file=sys.stderr)
+        error_console().print(f"lrnn: empty files are left out: {names}", markup=False, soft_wrap=True)
 
 
 def _build(

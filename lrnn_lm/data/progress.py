@@ -2,17 +2,18 @@
 
 import time
 
+from ..output import error_console
+
 
 class Progress:
     """A context that draws on standard error; silent unless `visible`."""
 
     def __init__(self, visible: bool) -> None:
-        from rich.console import Console
         from rich.progress import Progress as Bar
         from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[counts]}"))
-        self._bar = Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not visible)
+        self._bar = Bar(*columns, TimeElapsedColumn(), console=error_console(), disable=not visible)
         self.stage("")
 
     def __enter__(self) -> "Progress":

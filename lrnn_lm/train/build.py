@@ -22,6 +22,7 @@ from ..data import SyntheticData
 from ..files import random_state_kept, replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
+from ..output import error_console
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
@@ -32,7 +33,6 @@ from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import Plan, launch_plan, share
-from .progress import Output
 from .runtime import make_accelerator, seed_everything
 from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
@@ -75,7 +75,7 @@ def build_trainer(
     Raises ValueError, on every rank, if the recipe asks for something that cannot be done here; Stopped if
     any rank was asked to stop.
     """
-    console = console or Output()
+    console = console or error_console()
     disable_progress_bar()  # transformers' bars would cut through ours
     folder = Path(recipe.train.runs_dir) / recipe.name
     stop = stop or StopSignal()

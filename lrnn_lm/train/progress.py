@@ -8,20 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..recipe import Recipe, format_count
-from .stop import leave_output
 
 _LINE_SECONDS = 15.0  # between lines where there is no terminal
-
-
-class Output(Console):
-    """Standard error. The run goes on in silence where nobody reads it, as after Ctrl-C of `| tee log`."""
-
-    def __init__(self) -> None:
-        super().__init__(stderr=True, highlight=False)
-
-    def on_broken_pipe(self) -> None:
-        """Rich would end the process here, before the run is saved."""
-        leave_output()
 
 
 class ProgressLine:

@@ -4,14 +4,13 @@ Only the standard library is imported here, so that the handlers are installed b
 """
 
 import os
-import select
 import signal
-import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from ..output import leave_output
 
 EXIT_STOPPED = 85  # stopped by a signal with nothing lost; SLURM requeues on it
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -112,22 +111,3 @@ class StopSignal:
     def name(self) -> str:
         """The signal's name; in words if another rank received it."""
         return self._name or "a signal on another rank"
-
-
-def leave_output() -> None:
-    """Send output that nobody can read any more to /dev/null: a write error would end the run unsaved."""
-    for stream in (sys.__stdout__, sys.__stderr__):
-        try:
-            descriptor = stream.fileno() if stream is not None else -1
-            kind = os.fstat(descriptor).st_mode
-            dead = stat.S_ISCHR(kind) and not os.isatty(descriptor)  # the terminal was closed
-            if stat.S_ISFIFO(kind):  # the reader, such as `tee`, has ended
-                pipe = select.poll()
-                pipe.register(descriptor, 0)
-                dead = bool(pipe.poll(0))
-        except (OSError, ValueError):  # closed
-            continue
-        if dead:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

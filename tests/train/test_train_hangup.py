@@ -94,6 +94,8 @@ def speak_to_nobody() -> None:
 
 
 def test_a_run_that_nobody_listens_to_goes_on(recipe: Path, tmp_path: Path) -> None:
-    process = Forked(recipe, f"train.runs_dir={tmp_path}", first=speak_to_nobody)
+    """With a cache of its own, so that it prepares its data, too."""
+    own = f"train.runs_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+    process = Forked(recipe, *own, first=speak_to_nobody)
     assert process.finish()[0] == 0
     assert (tmp_path / f"tiny/checkpoints/step-{STEPS:08d}").exists()
