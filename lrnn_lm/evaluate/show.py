@@ -55,10 +55,10 @@ def print_written(paths: Iterable[Path]) -> None:
 
 
 def check_output(output: Path | None) -> None:
-    """Raise ValueError for an output that is a file, before hours of scoring."""
+    """Raise ValueError for an output that is a file or is named like one, before hours of scoring."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and user_path(output).is_file():
-        raise ValueError(f"{output}: a file; --output takes a folder")
+    if output is not None and (user_path(output).is_file() or Path(output).suffix == ".json"):
+        raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
 
 
 def write_json(facts: Any, path: Path) -> None:

@@ -163,3 +163,5 @@ def test_an_output_that_is_a_file_is_told_before_scoring(checkpoint, tmp_path, c
         assert "takes a folder" in told.err
         assert "documents" not in told.out
     assert file.read_text() == "mine"
+    assert evaluate(checkpoint, "--output", tmp_path / "scores.json") == 2  # earlier versions took a file
+    assert "takes a folder" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_two_processes_are_one(checkpoint, tmp_path, capsys):
     words = [str(checkpoint), "--device", "cpu", "--limit", "5", "--data", str(data), "--tasks", TASKS,
              "--lengths", "4,6", "--output"]  # fmt: skip
     with pytest.raises(SystemExit) as ended:
-        main(["eval", *words, str(tmp_path / "1.json")])
+        main(["eval", *words, str(tmp_path / "1")])
     assert not ended.value.code
     assert capsys.readouterr().out.count("written to") == 1
     there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -46,13 +46,14 @@ def test_two_processes_are_one(checkpoint, tmp_path, capsys):
 
     def process(rank):
         env = os.environ | there | {"RANK": rank, "LOCAL_RANK": rank}
-        return run_code(code, *words, tmp_path / "2.json", env=env)
+        return run_code(code, *words, tmp_path / "2", env=env)
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(process, "01"))
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     assert [process.stdout.count("written to") for process in done] == [1, 0]
-    results = [json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)]
+    written = [list((tmp_path / processes).glob("*.json")) for processes in ("1", "2")]
+    results = [json.loads(file.read_text()) for (file,) in written]
     one, two = results
     assert [found["settings"]["processes"] for found in results] == [1, 2]
     assert one["results"].keys() == two["results"].keys()
