@@ -184,22 +184,6 @@ def check_labels(labels: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"labels are token ids, whole numbers, not {labels.dtype}")
 
 
-def check_same_targets(labels: Tensor | None, targets: Tensor | None) -> None:
-    """Raise ValueError if labels (B, T) contradict the shifted ones, where both are given.
-
-    Collators pass both, and either may leave out a target that the other has (a document's first token).
-    """
-    if labels is None or targets is None or is_traced():
-        return
-    check_labels(labels, targets)
-    theirs, ours = labels[:, 1:], targets[:, :-1]
-    if bool(((theirs != ours) & (theirs != IGNORE) & (ours != IGNORE)).any()):
-        raise ValueError(
-            "labels and shift_labels contradict each other: shift_labels[:, t] is labels[:, t + 1]; pass one "
-            "of them"
-        )
-
-
 def shift_labels(labels: Tensor, starts: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
     """Labels as transformers passes them (the inputs themselves), moved to where they are predicted.
 

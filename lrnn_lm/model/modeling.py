@@ -36,7 +36,7 @@ from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments, check_cache_position, check_tokens
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
-from .loss import check_labels, check_same_targets, counted_targets, cross_entropy, loss_and_z, shift_labels
+from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
@@ -240,15 +240,14 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
             return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
-            shift_labels: (B, T) targets aligned with the positions that predict them; `labels` beside them
-                must say the same. In the kwargs: the Trainer expects data for what is named like a label.
+            shift_labels: (B, T) targets aligned with the positions that predict them, for which `labels` are not
+                read. In the kwargs: the Trainer expects data for what is named like a label.
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
         past_key_values = one_cache(past_key_values, cache)
         targets = kwargs.pop("shift_labels", None)
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
-        check_same_targets(labels, targets)
         if targets is None and labels is not None:
             masks = (attention_mask, position_ids, kwargs.get("reset"))
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
