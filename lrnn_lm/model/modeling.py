@@ -240,8 +240,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
             return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
-            shift_labels: (B, T) targets aligned with the positions that predict them, for which `labels` are not
-                read. In the kwargs: the Trainer expects data for what is named like a label.
+            shift_labels: (B, T) targets aligned with the positions that predict them; `labels` beside them
+                are not read. In the kwargs: the Trainer expects data for what is named like a label.
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
