@@ -237,7 +237,7 @@ def import_tokenizer(name: str, folder: Path) -> None:
                 f"tokenizer {name!r} only loads with code of its own (trust_remote_code), which is not run "
                 "here; choose a fast tokenizer (tokenizer.json)"
             ) from None
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         advice = (
             "it needs tokenizer.json and tokenizer_config.json"
             if local

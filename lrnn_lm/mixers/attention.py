@@ -183,8 +183,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_j, x_{j + d/2}) of (B, T, H, d) by their angles; the dtype stays that of x."""
-    # Not two halves put together: for each number a compiler would compute both, 0.24 ms a layer for 0.09
-    # (212M, 32,768 tokens, one H200). Wide, so that the two parts of the gradient are added in fp32.
+    # Not two halves put together: for each number a compiler would compute both, which took 0.75 ms more in a
+    # step of 75 (docs/performance.md). Wide, so that the two parts of the gradient are added in fp32.
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
     swapped = wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return (wide * cos + swapped * sin).to(x.dtype)

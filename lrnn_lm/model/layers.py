@@ -58,9 +58,12 @@ class SwiGLU(JointProjections, nn.Module):
 
     def forward(self, x: Tensor, joint: Joint | None = None) -> Tensor:
         weights = self._side_by_side() if joint is None else None
-        if weights is not None:
-            return self.down_proj(_gated(nn.functional.linear(x, weights)))
-        gate, up = self.project(x, joint)
+        has_kernels = x.is_cuda and x.dtype != torch.float64 and has_triton() and not is_written_out()
+        if weights is not None and has_kernels:
+            from ..kernels.swiglu import swiglu  # triton is imported only where it runs
+
+            return self.down_proj(swiglu(nn.functional.linear(x, weights)))
+        gate, up = self.project(x, joint if weights is None else (weights, None))
         return self.down_proj(nn.functional.silu(gate) * up)
 
     def _side_by_side(self) -> Tensor | None:
@@ -72,16 +75,6 @@ class SwiGLU(JointProjections, nn.Module):
 
     def joint_projections(self) -> list[nn.Linear]:
         return [self.gate_proj, self.up_proj]
-
-
-def _gated(joint: Tensor) -> Tensor:
-    """silu(gate) * up of joint (.., 2 F): by a kernel on a GPU."""
-    if joint.is_cuda and joint.dtype != torch.float64 and has_triton() and not is_written_out():
-        from ..kernels.swiglu import swiglu  # triton is imported only where it runs
-
-        return swiglu(joint)
-    gate, up = joint.chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
 
 
 class LRNNBlock(GradientCheckpointingLayer):

@@ -177,7 +177,7 @@ def test_equal_parameters():
 
 
 def test_sizes_of_models_whose_speed_is_measured_are_whole():
-    """A width that is no multiple of 8 would slow a contender's products, and not its rivals'."""
+    """Matrix products are slow where a width is no multiple of 8, so every contender has widths that are."""
     settings = frontier.FrontierSettings(hidden=64, width=128, depth=2, speed_vocab=256)
     fit = frontier.Fitter(settings)
     for model in ("bd_lru-m1", "h_lru-m2", "lstm", "attention", "min_gru", "bd_gru-m5", "mlstm"):
