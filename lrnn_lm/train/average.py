@@ -30,9 +30,10 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step `step`, counted from 1. Until `start` the average is the weights."""
-        if step % self._section.every == 0:
-            share = 1.0 if step <= self._start else 1 - self._section.decay
-            torch._foreach_lerp_(*self._pair(), share)
+        if step <= self._start:  # at every step: else a `start` between two updates leaves it at earlier ones
+            self.restart()
+        elif step % self._section.every == 0:
+            torch._foreach_lerp_(*self._pair(), 1 - self._section.decay)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -10,7 +10,7 @@ from rank_runs import Prank, Ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from test_train_resume import LAST, assert_same_run
-from tiny_run import STEPS, losses, metrics, sha256, validations
+from tiny_run import STEPS, TOKENS_PER_STEP, losses, metrics, sha256, validations
 from torch import Tensor
 from trainers import Build, main_exits, send_at
 from transformers import AutoModelForCausalLM
@@ -25,18 +25,19 @@ ON = "train.average={decay: 0.9, every: 2, start: 4 steps}"
 STORED = f"{LAST}/trainer/average.safetensors"
 
 
-def by_hand(trainer: Trainer) -> list[Tensor]:
+def by_hand(trainer: Trainer, every: int = 2, start: int = 4) -> list[Tensor]:
     """The average of the first parameter after each step, from its definition; filled while it trains."""
     step, averages = trainer._train_step, []
+    begun = next(trainer.bare_model.parameters()).detach().clone()
 
     def wrapped() -> object:
         result = step()
         weight, at = next(trainer.bare_model.parameters()).detach(), trainer.position.step
-        if at <= 4:
+        if at <= start:
             averages.append(weight.clone())
         else:
-            before = averages[-1]
-            averages.append(before if at % 2 else 0.9 * before + 0.1 * weight)
+            before = averages[-1] if averages else begun
+            averages.append(before if at % every else 0.9 * before + 0.1 * weight)
         return result
 
     trainer._train_step = wrapped
@@ -60,6 +61,20 @@ def test_the_average_is_what_its_definition_says(build: Build, averaged: Path, s
     assert sha256(trainer.folder / STORED) == sha256(averaged / STORED)
     assert losses(averaged) == losses(straight)  # it changes nothing else
     assert validations(averaged) == validations(straight)
+
+
+@pytest.mark.parametrize(("every", "start"), [(1, 0), (2, 3), (3, 4), (5, 3), (20, 7)])
+def test_a_start_between_two_updates(build: Build, every: int, start: int) -> None:
+    """Up to `start` the average is the weights, whichever step updates it next."""
+    average = f"train.average={{decay: 0.9, every: {every}, start: {start} steps}}"
+    trainer = build(average, f"train.tokens={8 * TOKENS_PER_STEP}")
+    averages, found = by_hand(trainer, every, start), []
+    update = trainer.average.update
+    name, _ = next(trainer.bare_model.named_parameters())
+    trainer.average.update = lambda at: (update(at), found.append(trainer.average.values[name].clone()))
+    trainer.run()
+    for got, want in zip(found, averages, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_it_is_validated_beside_the_weights(averaged: Path, build: Build) -> None:
