@@ -38,7 +38,7 @@ class Average:
     @torch.no_grad()
     def restart(self) -> None:
         """Begin at the weights as they are now."""
-        torch._foreach_copy_(*self._pair())
+        torch._foreach_lerp_(*self._pair(), 1.0)  # exact; shards have no _foreach_copy_
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -166,6 +166,18 @@ def test_turned_on_for_a_run_that_is_trained(recipe: Path, straight: Path, tmp_p
     assert not (tmp_path / "tiny/average").exists()
 
 
+def test_turned_on_by_sharded_ranks_that_resume(recipe: Path, tmp_path: Path, build: Build) -> None:
+    """They begin at the weights of the checkpoint, as one process does."""
+    parts = ("optim.schedule=constant", "eval.every=2 steps")
+    build("train.tokens=1024", *parts).run()
+    shutil.copytree(tmp_path / "tiny", tmp_path / "ranks/tiny", symlinks=True)
+    on = (*parts, "train.tokens=2048", "train.average={decay: 0.5, start: 3 steps}")
+    build(*on).run()
+    Ranks(recipe, 2, f"train.runs_dir={tmp_path / 'ranks'}", *on, parallel="fsdp2").expect()
+    one, two = (metrics(folder / "tiny")[-1] for folder in (tmp_path, tmp_path / "ranks"))
+    assert two["average_validation_loss"] == pytest.approx(one["average_validation_loss"], abs=1e-4)
+
+
 def test_turned_on_and_off_by_a_run_that_resumes(build: Build) -> None:
     build("train.tokens=1024", "optim.schedule=constant").run()
     on = build("train.tokens=2048", "optim.schedule=constant", "train.average={decay: 0.5}")
