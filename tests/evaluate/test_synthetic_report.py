@@ -1,5 +1,6 @@
 """Reports of synthetic runs."""
 
+import re
 import shutil
 
 import pytest
@@ -50,10 +51,17 @@ def test_a_row_a_model_and_a_column_a_task(runs):
         ("- 0.98", "- 0.95", 1),
         ("seed: 0", "seed: 2", 1),
         ("curriculum: []", "curriculum: [{length: 4, steps: 1}]", 1),
+        ("z_loss: 0.0", "z_loss: 0.1", 1),
+        ("ramp: null", "ramp: {start: 256, tokens: 512}", 1),
+        ("start_from_other: 0.0", "start_from_other: 0.5", 1),
+        ("guard: null", "guard: {deviations: 6.0, window: 128}", 1),
+        ("repeat: 1", "repeat: 2", 2),
+        ("learn_initial_state: false", "learn_initial_state: true", 2),
+        ("init_from: null", "init_from: other", 2),
     ],
 )
 def test_only_seeds_are_averaged(runs, tmp_path, old, new, rows):
-    """A model of another depth is a row of its own; other betas are another try; both are no other seed."""
+    """Another model is a row of its own; other training is another try; neither is another seed."""
     first = next(path for path in runs if path.name.startswith("parity-0"))
     shutil.copytree(first, tmp_path / "other", symlinks=True)
     recipe = first / "recipe.yaml"
@@ -62,6 +70,16 @@ def test_only_seeds_are_averaged(runs, tmp_path, old, new, rows):
     _, found = synthetic_table([read_run(first), read_run(tmp_path / "other")])
     assert len(found) == rows
     assert ("±" in found[0][1]) == old.startswith("seed")
+
+
+@pytest.mark.parametrize("how", ["micro_batch: 1", "segment: 8", "log_every: 7", "runs_dir: elsewhere"])
+def test_seeds_may_run_in_other_ways(runs, tmp_path, how):
+    first = next(path for path in runs if path.name.startswith("parity-0"))
+    shutil.copytree(first, tmp_path / "other", symlinks=True)
+    text = (first / "recipe.yaml").read_text().replace("seed: 0", "seed: 2", 1)
+    (tmp_path / "other/recipe.yaml").write_text(re.sub(rf"(?m)^  {how.split(':')[0]}: .*$", f"  {how}", text))
+    _, [row] = synthetic_table([read_run(first), read_run(tmp_path / "other")])
+    assert "±" in row[1]
 
 
 def test_a_run_given_twice_is_one(runs):

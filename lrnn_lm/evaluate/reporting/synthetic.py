@@ -14,6 +14,14 @@ import yaml
 from ...runs.layout import RunFolder
 from .runs import Run
 
+# Keys of `train` that say how a run is carried out, and do not change what a step computes.
+_HOW = frozenset({
+    "micro_batch", "device", "parallel", "shard_size", "segment", "sequence_parallel", "compile",
+    "activation_checkpointing", "loss_chunk", "profile", "average", "max_bad_steps", "timeout_minutes",
+    "stall_minutes", "log_every", "inspect_every", "runs_dir",
+})  # fmt: skip
+_SHOWN = ("learn_initial_state", "tie_word_embeddings", "init_from")  # of `model`, beside its sizes
+
 
 def synthetic_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
     """Header and rows; None if fewer than two of the runs are on synthetic tasks."""
@@ -43,10 +51,13 @@ def _best(trials: dict[str, list[float]]) -> str:
 
 
 def _but_the_seed(recipe: dict[str, Any]) -> str:
-    """A key that is equal for runs that differ only in the seed."""
-    train = [recipe["train"][key] for key in ("tokens", "tokens_per_step", "precision")]
+    """A key that is equal for runs that differ only in the seed, and in how they run.
+
+    Keys without a value are left out: recipes of older versions lack some.
+    """
+    train = {key: value for key, value in recipe["train"].items() if value and key not in _HOW}
     data = [recipe["data"]["source"], recipe["data"].get("curriculum", [])]
-    return json.dumps([recipe["model"], data, recipe["optim"], train])
+    return json.dumps([recipe["model"], data, recipe["optim"], train], sort_keys=True)
 
 
 def _recipe(run: Path) -> dict[str, Any] | None:
@@ -83,4 +94,6 @@ def _model(recipe: dict[str, Any]) -> str:
         shown = [f"{key} {value}" for key, value in mixer.items() if key != "type" and value is not None]
         names.append(f"{mixer['type']} ({', '.join(shown)})" if shown else mixer["type"])
     size = f"{section['num_hidden_layers']} x {section['hidden_size']}, SwiGLU {section['intermediate_size']}"
-    return f"{' + '.join(dict.fromkeys(names))}, {size}"
+    more = [f"repeat {section['repeat']}"] if section.get("repeat", 1) > 1 else []
+    more += [key.replace("_", " ") for key in _SHOWN if section.get(key)]
+    return ", ".join([" + ".join(dict.fromkeys(names)), size, *more])
