@@ -15,6 +15,8 @@ from .show import check_at_least
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_LEAST_TEMPERATURE = 1e-6  # logits divided by less may be no fp32 number, which torch cannot draw from
+
 
 def generate(
     checkpoint: str | Path,
@@ -105,6 +107,8 @@ def _check(
 ) -> None:
     check_at_least(1, max_new_tokens=max_new_tokens, segment=segment, top_k=top_k)
     check_at_least(0, temperature=temperature)
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        raise ValueError(f"temperature {temperature} is too small to divide by; pass 0 for greedy text")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
     if seed is not None and not -(2**63) <= seed < 2**63:

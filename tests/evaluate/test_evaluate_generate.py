@@ -144,6 +144,7 @@ def test_a_folder_is_no_prompt_file(checkpoint, tmp_path):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, "pass 0 for greedy"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
