@@ -20,6 +20,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+_DISTRIBUTED = "set distributed_type: MULTI_GPU or FSDP in it, as in recipes/accelerate/"
+# What Accelerate would do to the model by itself, by the variable that its launcher sets.
+_NOT_OURS = {
+    "ACCELERATE_USE_DEEPSPEED": _DISTRIBUTED,
+    "ACCELERATE_USE_MEGATRON_LM": _DISTRIBUTED,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "leave parallelism_config out; see train.parallel",
+    "ACCELERATE_DYNAMO_BACKEND": "leave dynamo_config out, and set train.compile=true",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,8 +47,11 @@ def launch_plan(asked: str, shard_size: int | None = None, shares_rows: bool = F
     launcher. shares_rows: whether several ranks share a row.
 
     Call it before the Accelerator is made: it removes the variable that has Accelerate apply FSDP itself.
-    Raises ValueError for kinds of FSDP that are not supported.
+    Raises ValueError for what that file asks Accelerate to do and is not supported.
     """
+    for key, remedy in _NOT_OURS.items():
+        if os.environ.get(key, "no").lower() not in ("", "no", "false"):
+            raise ValueError(f"the Accelerate config sets {key}, which is not supported: {remedy}")
     launched = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     reshard = False
     if launched:

@@ -16,7 +16,7 @@ from forks import run_code
 from rank_runs import Forked, Prank, Ranks, free_port
 from safetensors.torch import load_file
 from tiny_run import ROOT, environment, finish, losses, metrics, start, validations, write_recipe
-from trainers import Build, main_exits
+from trainers import Build, main_exits, refused_before_data
 
 from lrnn_lm.train.parallel import Plan, launch_plan
 
@@ -322,6 +322,32 @@ def test_kinds_of_fsdp_that_are_not_built(
     accelerate_says.setenv(key, value)
     with pytest.raises(ValueError, match=words):
         launch_plan("auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type: MULTI_GPU or FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "distributed_type: MULTI_GPU or FSDP"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "train.parallel"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile=true"),
+    ],
+)
+def test_what_accelerate_would_do_by_itself(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    key: str,
+    value: str,
+    words: str,
+) -> None:
+    """DeepSpeed ended in a traceback; a dynamo backend compiled the whole model without a word."""
+    monkeypatch.setenv(key, value)
+    refused_before_data(recipe, (), (key, words), capsys)
+    monkeypatch.setenv(
+        key, {"true": "false"}.get(value, "NO")
+    )  # what the launcher sets where nothing is asked
+    assert launch_plan("auto") == Plan("ddp")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
