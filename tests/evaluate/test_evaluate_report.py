@@ -109,6 +109,19 @@ def test_two_runs_share_a_picture(tmp_path, capsys):
     assert "bd" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
+    """By the folders before it; a run that is given twice, also through a link, is one."""
+    one, two = _write_run(tmp_path / "lr-1/small"), _write_run(tmp_path / "lr-2/small", floor=2.0)
+    (tmp_path / "link").symlink_to(one)
+    report([one, two, tmp_path / "link", one], tmp_path / "out.md")
+    rows = (tmp_path / "out.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows if "small" in row] == ["lr-1/small", "lr-2/small"]
+    report([one, tmp_path / "link"], tmp_path / "one.md")
+    rows = (tmp_path / "one.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows if "small" in row] == ["small"]
+    capsys.readouterr()
+
+
 def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     folder = _write_run(tmp_path / "scored")
     _write_scores(folder, "b.json", step=50, acc=0.1)

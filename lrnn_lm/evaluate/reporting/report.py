@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...files import user_path
@@ -24,7 +25,8 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
     """
     if not runs:
         raise ValueError("no runs to report on")
-    found = [read_run(folder) for folder in runs]
+    once = {user_path(folder).resolve(): folder for folder in runs}
+    found = _told_apart([read_run(folder) for folder in once.values()])
     picture, markdown = _targets(found, output)
     from .plot import draw
 
@@ -40,6 +42,13 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
     for header, rows in _tables(found):
         print_table(header, rows, left=2 if header[0] == "task" else 1)
     print_written([picture, *([markdown] if markdown else [])])
+
+
+def _told_apart(runs: list[Run]) -> list[Run]:
+    """The runs, with as many folders before their names as tell them apart: `lr-1/small`, `lr-2/small`."""
+    parts = [run.path.resolve().parts for run in runs]
+    count = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
+    return [replace(run, name="/".join(part[-count:])) for run, part in zip(runs, parts, strict=True)]
 
 
 def to_markdown(runs: list[Run]) -> str:
