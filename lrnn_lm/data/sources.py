@@ -188,6 +188,10 @@ def _parse_line(line: bytes, where: str, field: str) -> str:
         ) from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a line holds one JSON object, not {_kind(record)}")
+    if line.count(f'"{field}"'.encode()) > 1:  # rare, so the pairs are only listed here
+        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+        if (found := keys.count(field)) > 1:
+            raise DataError(f"{where}: field {field!r} is given {found} times; keep one of them")
     return _field(record, field, where)
 
 

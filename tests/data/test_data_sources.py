@@ -100,6 +100,7 @@ def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"null\n", r"x\.jsonl:1: a line holds one JSON object, not null"),
         (b'{"text": "a"}\n' + b"[" * 10**5 + b"]" * 10**5, r"x\.jsonl:2: JSON nested too deeply"),
         (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", r"x\.jsonl:1: a number too long to be read"),
+        (b'{"text": "a", "id": 1, "text": "b"}\n', r"x\.jsonl:1: field 'text' is given 2 times; keep one"),
         (b'{"text": "a"}\n\0\0\0\0', r"x\.jsonl:2: not valid JSON"),
         (b'{"text": "a"} {"text": "b"}\n', r"x\.jsonl:1: not valid JSON"),
         (b"", r"x\.jsonl: the file is empty"),
@@ -112,6 +113,12 @@ def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read("jsonl", tmp_path / "x.jsonl")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("more", ['"meta": {"text": "b"}', '"id": "text"', '"id": [{"text": 1}, {"text": 2}]'])
+def test_a_fields_name_elsewhere_in_a_line(tmp_path: Path, more: str) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a", {more}}}\n')
+    assert read("jsonl", tmp_path / "x.jsonl") == ["a"]
 
 
 @pytest.mark.parametrize(
