@@ -115,7 +115,9 @@ def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("more", ['"meta": {"text": "b"}', '"id": "text"', '"id": [{"text": 1}, {"text": 2}]'])
+@pytest.mark.parametrize(
+    "more", ['"meta": {"text": "b"}', '"id": "text"', '"id": [{"text": 1}, {"text": 2}]']
+)
 def test_a_fields_name_elsewhere_in_a_line(tmp_path: Path, more: str) -> None:
     (tmp_path / "x.jsonl").write_text(f'{{"text": "a", {more}}}\n')
     assert read("jsonl", tmp_path / "x.jsonl") == ["a"]
