@@ -18,7 +18,7 @@ from rich.markup import escape
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ..data import SyntheticData
+from ..data import DataError, SyntheticData
 from ..files import random_state_kept, replace_file
 from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
 from ..model.accounting import check_parameters
@@ -195,16 +195,20 @@ def _resume(
     content = prepared.manifest["content_hash"]
     if newest is None:
         return checkpoint.Position(data=content)
-    prepared.check_tokenizer(newest)
-    position = load_into_model(newest)
-    if position.data != content:
-        read = recipe.data.sources or [recipe.data.source]
-        where = " or ".join(source.path or source.type for source in read)
+    try:
+        prepared.check_tokenizer(newest)
+        same = checkpoint.read_position(newest).data == content
+    except DataError:  # it was trained on the text, or is another one
+        same = False
+    if not same:
+        read = [source.path or source.type for source in recipe.data.sources or [recipe.data.source]]
+        read += [] if isinstance(prepared, SyntheticData) else [recipe.data.tokenizer]
+        where = " or ".join(read)
         raise ValueError(
             f"{newest} was trained on other text: {where} has changed since. "
             "Give this run another name=.., or put the text back."
         )
-    return position
+    return load_into_model(newest)
 
 
 def _lock(folder: Path) -> TextIO:

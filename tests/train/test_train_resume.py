@@ -196,13 +196,20 @@ def test_a_larger_budget_goes_on(build: Build, tmp_path: Path) -> None:
     assert (longer.folder / model).read_bytes() == (whole.folder / model).read_bytes()
 
 
-def test_a_text_that_changed_under_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("more", ["one more document", "quite other words, zebra xylophone " * 400])
+def test_a_text_that_changed_under_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str
+) -> None:
+    """Told as such also where the tokenizer that is trained on it has changed with it."""
     recipe = write_recipe(tmp_path)
     main_exits(0, "train", recipe, "train.tokens=512")
     with (tmp_path / "text.jsonl").open("a") as file:
-        file.write(json.dumps({"text": "one more document"}) + "\n")
+        file.write(json.dumps({"text": more}) + "\n")
+    capsys.readouterr()
     main_exits(2, "train", recipe, "train.tokens=1024")
-    assert "has changed since" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "text.jsonl or" in said
+    assert "has changed since. Give this run another name=.., or put the text back." in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
