@@ -3,6 +3,9 @@
 state_norm       root mean square over the batch of the 2-norm of a layer's state after its last token
 gate_saturation  share of rows of A_t in which one gate has more than 0.99 of the sum: such a row only keeps,
                  moves or overwrites state, and its gates get little gradient
+
+A mixer is called several times where a learnt start cuts rows at documents, or layers are applied repeatedly:
+its last state counts, and the gates of all calls.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +26,16 @@ def shortened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """Inside, each forward pass of a mixer appends its `layer`, and its `state` and `gates` if it has any."""
+    """Inside, each forward pass of a mixer appends its `layer`, and its `state` and `gates` if it has any.
+
+    gates: (2,) how many rows of A_t are saturated, and how many there are.
+    """
     seen: list[dict[str, Tensor]] = []
     kinds = [spec["type"] for spec in model.config.layer_mixers]
 
     def look(layer: int, mixer: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, Any]) -> None:
+        if model.model.layers[layer].initial_state is not None and inputs[1] is None:
+            return  # one token, which tells the state's shape (model/initial_state.py)
         found: dict[str, Any] = {"layer": layer}
         if isinstance(outputs[1], Tensor):
             found["state"] = outputs[1].float().flatten(1).norm(dim=1).square().mean().sqrt()
@@ -37,7 +45,8 @@ def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
             rows = (transitions[..., :1, :] if kinds[layer] == "h_lru" else transitions).abs()
             input_gate = 1 - rows.sum(dim=-1)
             largest = torch.maximum(rows.amax(dim=-1), input_gate)
-            found["gates"] = (largest > _SATURATED).float().mean()
+            saturated = (largest > _SATURATED).float()
+            found["gates"] = torch.stack([saturated.sum(), torch.ones_like(saturated).sum()])
         seen.append(found)
 
     hooks = [
@@ -61,10 +70,17 @@ def inspect(model: nn.Module, forward: Callable[[], Any]) -> dict[str, list[floa
 
 def summary(seen: list[dict[str, Tensor]]) -> dict[str, list[float | None]]:
     """For each measure a list with a number a layer; all in one transfer from the device."""
-    found = [value for layer in seen for key in ("state", "gates") if (value := layer.get(key)) is not None]
-    numbers = iter(torch.stack(found).tolist()) if found else iter(())
-    lists: dict[str, list[float | None]] = {"state_norm": [], "gate_saturation": []}
-    for layer in seen:
-        lists["state_norm"].append(next(numbers) if "state" in layer else None)
-        lists["gate_saturation"].append(next(numbers) if "gates" in layer else None)
-    return lists
+    states: dict[int, Tensor | None] = {}
+    gates: dict[int, Tensor] = {}
+    for found in seen:
+        layer = found["layer"]
+        states[layer] = found.get("state")
+        if "gates" in found:
+            gates[layer] = found["gates"] + gates.get(layer, 0)
+    layers = sorted(states)
+    shares = [gates[layer][0] / gates[layer][1] if layer in gates else None for layer in layers]
+    measured = [*(states[layer] for layer in layers), *shares]
+    known = [value for value in measured if value is not None]
+    numbers = iter(torch.stack(known).tolist() if known else ())
+    told = [None if value is None else next(numbers) for value in measured]
+    return {"state_norm": told[: len(layers)], "gate_saturation": told[len(layers) :]}

@@ -24,7 +24,7 @@ from lrnn_lm.recipe.load import shipped
 from lrnn_lm.train import metrics as metrics_module
 from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
-from lrnn_lm.train.inspect_layers import summary, watched
+from lrnn_lm.train.inspect_layers import shortened, summary, watched
 from lrnn_lm.train.stop import Stopped
 from lrnn_lm.train.tensors import fill_state
 from lrnn_lm.train.throughput import Spent, Throughput
@@ -117,6 +117,32 @@ def test_layers_are_looked_at(build: Build) -> None:
         model(input_ids=ids)
     assert summary(seen)["gate_saturation"] == pytest.approx([0.5, 0.0])
     assert not any(block.mixer._forward_hooks for block in model.model.layers)
+
+
+@pytest.mark.parametrize("key", ["learn_initial_state=true", "repeat=3"])
+def test_a_number_a_layer_where_mixers_are_called_again(build: Build, key: str) -> None:
+    """Where rows are cut at documents, and where layers repeat: the last state, and the gates of all."""
+    trainer = build(f"model.{key}")
+    model, batch = trainer.bare_model.eval(), shortened(next(iter(trainer.rows.loader))[0])
+    batch["reset"][0, [20, 41]] = True
+    for block in model.model.layers:
+        with torch.no_grad():
+            block.mixer.gate_proj.weight.mul_(300)
+    with watched(model) as seen:
+        model(input_ids=batch["input_ids"], reset=batch["reset"])
+    told = summary(seen)
+    cache = model(**{name: batch[name] for name in ("input_ids", "reset")}, use_cache=True).past_key_values
+    states = [next(iter(layer.recurrent_states.values())).float() for layer in cache.layers]
+    norms = [float(state.detach().norm()) for state in states[-2:]]
+    assert told["state_norm"] == pytest.approx(norms, rel=1e-5)
+    inputs: list[list[torch.Tensor]] = [[], []]
+    for i, block in enumerate(model.model.layers):
+        block.mixer_norm.register_forward_hook(lambda *seen_by, i=i: inputs[i].append(seen_by[2]))
+    model(input_ids=batch["input_ids"], reset=batch["reset"])
+    for share, block, xs in zip(told["gate_saturation"], model.model.layers, inputs, strict=True):
+        gates = block.mixer.transitions(torch.cat(xs, dim=1)).abs()
+        largest = torch.maximum(gates.amax(-1), 1 - gates.sum(-1))
+        assert 0.01 < share == pytest.approx(float((largest > 0.99).float().mean()), abs=1e-5)
 
 
 def test_looking_changes_nothing(build: Build) -> None:
