@@ -17,8 +17,8 @@ from .load import describe, json_table
 
 # What a run cannot go on with another value of: it would have another model or other batches.
 _FIXED = ("seed", "model", "data", "train.tokens_per_step", "train.ramp")
-# Parts of the above that change neither.
-_FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "data.shard_tokens", "model.parameters")
+# Parts of the above that change neither. Not data.shard_tokens: prepared text is known by its files' hashes.
+_FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "model.parameters")
 _STATE = ("optim.name", "optim.betas", "optim.eps")  # which give the optimizer's state its meaning
 
 

@@ -212,6 +212,13 @@ def test_a_text_that_changed_under_a_run(
     assert "has changed since. Give this run another name=.., or put the text back." in said
 
 
+def test_other_shards_are_told_as_such(build: Build) -> None:
+    """Their hashes are others; it was told that the text had changed."""
+    build("train.tokens=512").run()
+    with pytest.raises(ValueError, match=r"data\.shard_tokens: was '100M', is '2K'"):
+        build("train.tokens=1024", "data.shard_tokens=2K")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_in_data_preparation_leaves_nothing_half_made(
     tmp_path: Path, number: signal.Signals
