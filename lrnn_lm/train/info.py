@@ -45,7 +45,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
         raise ValueError(f"{target} is a checkpoint: overrides such as {overrides[0]!r} belong to a recipe")
     config = _read_config(folder)
     costs = account(config, config.max_position_embeddings)
-    console.print(Group(_parameters(target, costs), _work(costs), _state(costs)))
+    console.print(Group(_parameters(target, costs), _work(costs), _state(config, costs)))
 
 
 def _read_config(folder: Path) -> LRNNConfig:
@@ -75,7 +75,7 @@ def describe(recipe: Recipe) -> RenderableType:
     return Group(
         _parameters(recipe.name, costs),
         _work(costs),
-        _state(costs),
+        _state(config, costs),
         _memory(memory, recipe, dtype),
         _budget(recipe, costs),
         *([_mixture(recipe)] if recipe.data.sources else []),
@@ -138,16 +138,16 @@ def _work(costs: Account) -> Table:
     return table
 
 
-def _state(costs: Account) -> Table:
+def _state(config: LRNNConfig, costs: Account) -> Table:
     table = _table("\nstate of one sequence")
     if costs.recurrent_state_bytes:
         table.add_row("recurrent", _bytes(costs.recurrent_state_bytes), "fp32, the same at any length")
     if costs.attention_state_bytes:
-        each = costs.attention_state_bytes // costs.context_length
+        T = costs.context_length
+        each = account(config, T + 1).attention_state_bytes - costs.attention_state_bytes
+        more = f"{each:,} bytes more a token" if each else "the same beyond its windows"
         table.add_row(
-            "keys and values",
-            _bytes(costs.attention_state_bytes),
-            f"bf16, after {costs.context_length:,} tokens: {each:,} bytes a token",
+            "keys and values", _bytes(costs.attention_state_bytes), f"bf16, after {T:,} tokens; {more}"
         )
     return table
 

@@ -95,3 +95,17 @@ def test_unknown_vocabulary_and_unknown_target(tmp_path):
         info(str(tmp_path))
     with pytest.raises(ValueError, match="no such recipe"):
         info("recipes/nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("[bd_lru, {type: attention, window: 1024}]", "the same beyond its windows"),
+        ("[bd_lru, {type: attention, window: 1024}, attention]", "4,096 bytes more a token"),
+        ("[bd_lru, attention]", "6,144 bytes more a token"),
+    ],
+)
+def test_what_a_token_adds_to_the_cache(pattern, words):
+    """Nothing in the layers whose window is full."""
+    sizes = ["model.num_hidden_layers=6", "model.hidden_size=512", "model.parameters=null"]
+    assert words in info("recipes/small.yaml", [f"model.layer_pattern={pattern}", *sizes])
