@@ -1,9 +1,11 @@
 """The model card tells what the run knows, and leaves out what it does not."""
 
+import copy
 import json
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from lrnn_lm.evaluate.reporting.card import model_card, write_export_card, write_run_card
 from lrnn_lm.recipe import dump_recipe, load_recipe
@@ -84,6 +86,23 @@ def test_card_of_a_checkpoint_without_a_run(make_checkpoint, tmp_path):
     assert "block_size 3" in text
     assert "## Training" not in text
     assert "## Results" not in text
+
+
+@pytest.mark.parametrize("marks", ["BOS", "EOS alone", "adds BOS itself"])
+def test_its_example_begins_as_documents_did(make_checkpoint, tokenizer, tmp_path, marks, capsys):
+    """With BOS, once, or with EOS where there is no BOS."""
+    folder = make_checkpoint("bd_lru").rename(tmp_path / "model")
+    own = type(tokenizer)(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="</s>")
+    if marks != "EOS alone":
+        own.bos_token = "<s>"
+    if marks == "adds BOS itself":
+        own.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    own.save_pretrained(folder)
+    code = model_card(folder, folder=str(folder)).split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["inputs"]["input_ids"].tolist() == [[2 if marks == "EOS alone" else 1, 3]]
+    assert len(capsys.readouterr().out.split()) > 2
 
 
 def test_card_of_no_checkpoint(tmp_path):
