@@ -86,6 +86,11 @@ def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
         return f"{where}: {detail['input']!r} is not known; {hint}"
     if detail["type"] == "missing":
         return f"{where}: is missing"
+    if detail["type"] == "string_pattern_mismatch":  # all patterns are one or two sets of characters
+        *first, allowed = re.findall(r"\[A-Za-z0-9([^]]*)\]", detail["ctx"]["pattern"])
+        begins = ", a letter or digit first" if first else ""
+        got = textwrap.shorten(repr(detail["input"]), 100)
+        return f"{where}: takes letters a to z, digits and {' '.join(allowed)}{begins}, not {got}"
     wanted = {"model": "keys and values", "dict": "keys and values", "list": "a list, as in [a, b]"}
     if (kind := detail["type"].removesuffix("_type")) in wanted:
         return f"{where}: takes {wanted[kind]}, not {textwrap.shorten(repr(detail['input']), 100)}"

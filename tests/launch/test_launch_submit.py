@@ -211,7 +211,7 @@ MISTAKES = [
     (("base.yaml", "launch.node=3"), "launch.node: unknown key; did you mean 'nodes'?"),
     (("base.yaml", "launch.template=none.sh"), "launch.template: none.sh: no such file"),
     (("base.yaml", "launch.template=base.yaml"), "base.yaml: lacks or does not know %%attempts, %%command"),
-    (("base.yaml", "name=a b"), "name: string should match"),
+    (("base.yaml", "name=a b"), "name: takes letters a to z, digits"),
     (("base.yaml", "train.runs_dir=my runs"), "sbatch cannot be given a path with ' ' in it"),
     (("base.yaml", "train.runs_dir=100%"), "sbatch cannot be given a path with '%' in it"),
     (("nowhere.yaml",), "nowhere.yaml: no such recipe file"),

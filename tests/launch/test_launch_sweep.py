@@ -49,7 +49,7 @@ MISTAKES = [
     ("optim.lr: [1e-3, 0.001]", "two runs have the name base-lr_0.001"),
     ("data.source.path: [a/b, a-b]\ndata.source.type: [text]", "two runs have the name"),
     ("- {name: a}\n- {name: a, seed: 2}", "two runs have the name a"),
-    ("- {name: a/b}", "sweep.yaml, run 1: base.yaml: name: string should match"),
+    ("- {name: a/b}", "sweep.yaml, run 1: base.yaml: name: takes letters a to z, digits"),
     ("optim.lr: 1e-3", "optim.lr takes a list of values, as in [1, 2], not '1e-3'"),
     ("optim.lr: []", "takes a list of values"),
     ("name: [a, b]", "name themselves"),

@@ -256,7 +256,11 @@ def test_pattern_entries_take_the_mixers_options():
         ({"data": {"source": {"type": "text"}}}, "source type 'text' needs a path"),
         ({"checkpoint": {"every": "sometimes"}}, "checkpoint.every"),
         ({"tracking": {"trackers": ["tensorbord"]}}, "did you mean 'tensorboard'?"),
-        ({"name": "a/b"}, "name: string should match"),
+        ({"name": "a/b"}, "name: takes letters a to z, digits and . _ -, a letter or digit first, not 'a/b'"),
+        (
+            {"launch": {"account": "a b"}},
+            "launch.account: takes letters a to z, digits and . _ , : + -, a letter",
+        ),
         ({"seed": -1}, "seed: input should be greater"),
         ({"seed": 2**64}, "seed: input should be less"),
         ({"optim": {"lr": float("inf")}}, "optim.lr: input should be a finite number"),
