@@ -70,13 +70,13 @@ def test_attention_by_blocks_is_one_graph(monkeypatch):
 
 
 def test_compiled_training_is_no_export():
-    """torch 2.11's own `is_exporting` says yes in all compiled code, which then took the ways of exported graphs."""
+    """torch 2.11's own `is_exporting` says yes in all compiled code, which then took an exported graph's ways."""
 
     class Told(torch.nn.Module):
         def forward(self, x):
             return x * 2 if is_exported() else x + 1
 
-    assert torch.compile(Told(), backend="eager")(torch.ones(1)) == 2 and Told()(torch.zeros(1)) == 1
+    assert torch.compile(Told(), backend="eager")(torch.zeros(1)) == 1 == Told()(torch.zeros(1))
     for strict in (True, False):
         assert torch.export.export(Told(), (torch.ones(1),), strict=strict).module()(torch.zeros(1)) == 0
 
