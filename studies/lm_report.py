@@ -25,8 +25,15 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row in rows if "bits_per_byte" in row]
 
 
+TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
+
+
 def optimizer(row: Row) -> str:
-    return "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
+    """The optimizer's name, and whether its contender has settings of its own."""
+    name = "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
+    # The contenders of the study's runs of 212M all share theirs.
+    own = row["size"] != "212m" and any(override.startswith(TUNED) for override in row["overrides"])
+    return f"{name} with other settings" if own else name
 
 
 def setting(row: Row) -> tuple[str, int, str]:

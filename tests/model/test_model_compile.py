@@ -70,7 +70,7 @@ def test_attention_by_blocks_is_one_graph(monkeypatch):
 
 
 def test_compiled_training_is_no_export():
-    """torch 2.11's own `is_exporting` says yes in all compiled code, which then ran as an exported graph does."""
+    """torch 2.11's own `is_exporting` says yes in all compiled code: training ran as exported graphs do."""
 
     class Told(torch.nn.Module):
         def forward(self, x):
