@@ -95,6 +95,9 @@ def test_commands(wheel, words, code, told):
         (["train", "recipes/demo.yaml", "data.source={type: hf, path: a/b}"], "datasets", "train"),
         (["train", "recipes/demo.yaml"], "lm_eval", "eval"),
         (["eval", "model", "--recall"], "matplotlib", "eval"),
+        (["serve", "model"], "fastapi", "serve"),
+        (["serve", "model"], "uvicorn", "serve"),
+        (["serve", "model"], "openai", "serve"),
     ],
 )
 def test_a_missing_extra_is_named(words, absent, extra, monkeypatch, capsys, tmp_path):
