@@ -103,7 +103,8 @@ def _greeting(
     prompt = "" if start is None else tokenizer.decode([start])
     body = {"model": str(folder), "prompt": f"{prompt}Once", "max_tokens": 40}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    chats = "" if tokenizer.chat_template else " No chats: the tokenizer has no chat template."
     return (
-        f"Serving at {address} (Ctrl-C ends it). Try: curl {address}/completions "
+        f"Serving at {address} (Ctrl-C ends it).{chats} Try: curl {address}/completions "
         f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )

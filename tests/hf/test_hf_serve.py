@@ -270,6 +270,17 @@ def test_a_url_is_served_from_a_copy(checkpoint, tmp_path):
     assert (copy / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
+def test_a_sharded_checkpoint_is_exported_first(checkpoint, tmp_path, monkeypatch):
+    from lrnn_lm.serve import _served
+
+    folder, asked = tmp_path / "sharded", []
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "trainer" / "shards").mkdir(parents=True)
+    monkeypatch.setattr("lrnn_lm.api.export_checkpoint", lambda *given: asked.append(given))
+    assert _served(folder, tmp_path / "model") == tmp_path / "model"
+    assert asked == [(folder, tmp_path / "model")]
+
+
 def test_lrnn_serve_says_that_a_port_is_in_use(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
