@@ -289,7 +289,10 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Answer completions and chats over HTTP, by OpenAI's protocol, with transformers' server."""
+    """Answer completions and chats over HTTP.
+
+    By OpenAI's protocol, with transformers' server. docs/serving.md explains it.
+    """
     from .serve import serve as run
 
     run(checkpoint, host, port, continuous_batching, device, trust_remote_code)
