@@ -12,7 +12,7 @@ from statistics import stdev
 from typing import Any
 
 HEADLINE = (  # of README's table, in its order; the plot shows them at their size
-    "hybrid-m2-qk-spare", "mamba2-hybrid-qk", "gdn-hybrid-qk", "transformer-qk",
+    "hybrid-m2-qk-spare", "transformer-qk", "mamba2-hybrid-qk", "gdn-hybrid-qk",
     "mixed-final-all", "gdn", "mamba2", "bd-m2",
 )  # fmt: skip
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
