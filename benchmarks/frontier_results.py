@@ -1,5 +1,6 @@
 """What rows of `lrnn bench frontier` come to: a line a contender, the table, the picture with its fronts."""
 
+import math
 from pathlib import Path
 
 from .results import Row, show, tabulate
@@ -65,22 +66,34 @@ def draw(summary: list[Row], tasks: list[str], path: Path, device: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     drawn = panels(summary, tasks)
     if not drawn:
         return
-    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4.5), squeeze=False)
-    for ax, (key, lines, best) in zip(axes[0], drawn, strict=True):
+    rows = math.ceil(len(drawn) / 3)
+    figure, axes = pyplot.subplots(rows, min(3, len(drawn)), figsize=(15, 4.5 * rows), squeeze=False)
+    for ax in axes.flat[len(drawn) :]:
+        ax.axis("off")
+    for ax, (key, lines, best) in zip(axes.flat, drawn, strict=False):
         points = [(line["tokens_per_second"], line[key]) for line in lines]
         ax.plot(*zip(*(points[i] for i in best), strict=True), color="0.6", zorder=0)
         for i, line in enumerate(lines):
             ax.scatter(*points[i], color="C0" if i in best else "0.5", s=18)
-            ax.annotate(line["contender"], points[i], fontsize=7, xytext=(3, 3), textcoords="offset points")
+            if line[key] > 0:  # those that hold no row lie on one line, and the table names them
+                at = {"xytext": (3, 3), "textcoords": "offset points"}
+                ax.annotate(line["contender"], points[i], fontsize=8, rotation=45, **at)
         ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, 1.5 * high)  # names stand to the right of their points
         if key in tasks:
             ax.set_yscale("symlog", base=2, linthresh=16)
+            ax.set_ylim(-2, 3 * max(16, *(y for _, y in points)))
+            ax.set_yticks([0, *(2**n for n in range(4, 15) if 2**n <= max(16, *(y for _, y in points)))])
             ax.yaxis.set_major_formatter("{x:,g}")
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter("")
+        ax.xaxis.set_major_formatter("{x:,g}")
         ax.set_xlabel("training, tokens/s")
         ax.set_ylabel(f"{key}: longest rows held" if key in tasks else "loss on the corpus, nats")
         ax.grid(alpha=0.3)

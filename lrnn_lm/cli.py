@@ -1,4 +1,4 @@
-"""The command line: `lrnn prepare | train | submit | eval | generate | bench | export | info | report`.
+"""The command line: `lrnn prepare | train | submit | eval | generate | serve | bench | export | info | ..`.
 
 Each command imports what it needs when it runs, so that `--help` is quick. A user's mistake arrives here as a
 ValueError. `main` prints its message (one or two lines) and exits with code 2; LRNN_TRACEBACK=1 shows the
@@ -276,6 +276,26 @@ def generate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="address to listen at")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen at")] = 8000,
+    continuous_batching: Annotated[
+        bool, typer.Option("--continuous-batching", help="decode requests together; recurrent layers only")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Answer completions and chats over HTTP.
+
+    By OpenAI's protocol, with transformers' server. docs/serving.md explains it.
+    """
+    from .serve import serve as run
+
+    run(checkpoint, host, port, continuous_batching, device, trust_remote_code)
 
 
 @app.command()

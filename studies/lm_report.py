@@ -11,10 +11,16 @@ from statistics import fmean as mean
 from statistics import stdev
 from typing import Any
 
-HEADLINE = (  # of README's table, in its order; the plot shows them at their size
-    "hybrid-m2-qk-spare", "mamba2-hybrid-qk", "gdn-hybrid-qk", "transformer-qk",
+HEADLINE = (  # of README's table, in its order
+    "hybrid-m2-qk-spare", "transformer-qk", "mamba2-hybrid-qk", "gdn-hybrid-qk",
     "mixed-final-all", "gdn", "mamba2", "bd-m2",
 )  # fmt: skip
+HEADS = ("hybrid-m2-qk-spare-heads", "transformer-qk-heads", "hybrid-tuned", "transformer-tuned")
+PANELS = (  # of the plot: size, title, contenders
+    ("68m", "68M, 991 steps, heads of 64", HEADLINE),
+    ("68m", "68M, heads of 128, and a tuned optimizer", HEADS),
+    ("212m", "212M, four passes over the text", ("hybrid-m2-qk", "transformer-qk")),
+)
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
 Row = dict[str, Any]
 
@@ -25,8 +31,15 @@ def read_rows(path: Path) -> list[Row]:
     return [row for row in rows if "bits_per_byte" in row]
 
 
+TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
+
+
 def optimizer(row: Row) -> str:
-    return "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
+    """The optimizer's name, and whether its contender has settings of its own."""
+    name = "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
+    # The contenders of the study's runs of 212M all share theirs.
+    own = row["size"] != "212m" and any(override.startswith(TUNED) for override in row["overrides"])
+    return f"{name} with other settings" if own else name
 
 
 def setting(row: Row) -> tuple[str, int, str]:
@@ -101,31 +114,26 @@ def by_seed(rows: list[Row]) -> list[float]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Held-out bits per byte against tokens under Muon, a panel a size: of HEADLINE, or the ten best."""
+    """Held-out bits per byte against tokens under Muon, of each contender's first seed: PANELS."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if optimizer(row) == "Muon"]
-    contenders = Counter(size for size, _ in {(row["size"], row["contender"]) for row in rows})
-    sizes = sorted((size for size, count in contenders.items() if count > 1), reverse=True)
+    rows = [row for row in rows if optimizer(row) != "AdamW"]
     with matplotlib.rc_context({"font.size": 10}):
-        figure = Figure(figsize=(6.5 * len(sizes), 4.6), layout="constrained")
+        figure = Figure(figsize=(6.5 * len(PANELS), 4.6), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-            chosen = best_rates([row for row in rows if row["size"] == size])
-            order = sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"])
-            shown = (
-                [name for name in order if name in HEADLINE] if chosen.keys() >= {*HEADLINE} else order[:10]
-            )
-            for name in shown:
+        for axis, (size, title, names) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            chosen = best_rates([row for row in rows if row["size"] == size and row["contender"] in names])
+            for name in sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"]):
                 row = chosen[name][0]
                 steps = row["curve"][-1][0]
                 tokens = [step / steps * row["tokens"] / 1e6 for step, _ in row["curve"]]
                 bits = [value for _, value in row["curve"]]
                 axis.plot(tokens, bits, "o-", markersize=3, label=f"{name} {bits[-1]:.3f}")
-            axis.set_title(f"{size}: held-out bits per byte", loc="left")
+            axis.set_title(title, loc="left")
             axis.set_xlabel("training tokens, millions")
+            axis.set_ylabel("held-out bits per byte")
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=140)

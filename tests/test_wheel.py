@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,27 @@ HEAVY = ("datasets", "lm_eval", "matplotlib", "pyarrow", "sentencepiece", "tenso
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A function that runs Python code elsewhere, with the wheel installed and the clone out of reach."""
+    """A function that runs Python code elsewhere, with the wheel installed and the clone out of reach.
+
+    It is built from what the Containerfile copies, so that a container has all of it, too.
+    """
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed: pip install 'lrnn-lm[dev]'")
     folder = tmp_path_factory.mktemp("wheel")
+    copied = re.findall(r"^COPY (.+) (\S+)$", (ROOT / "Containerfile").read_text(), flags=re.MULTILINE)
+    for names, target in copied:
+        for name in names.split():
+            place = folder / "src" / (name if target == "./" else target)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(ROOT / name, place)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, ROOT], check=True)
+    subprocess.run(
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, folder / "src"], check=True
+    )
     [built] = folder.glob("lrnn_lm-*.whl")
     subprocess.run([*pip, "install", *offline, "--target", folder / "site", built], check=True)
     first = f"""
@@ -95,6 +110,9 @@ def test_commands(wheel, words, code, told):
         (["train", "recipes/demo.yaml", "data.source={type: hf, path: a/b}"], "datasets", "train"),
         (["train", "recipes/demo.yaml"], "lm_eval", "eval"),
         (["eval", "model", "--recall"], "matplotlib", "eval"),
+        (["serve", "model"], "fastapi", "serve"),
+        (["serve", "model"], "uvicorn", "serve"),
+        (["serve", "model"], "openai", "serve"),
     ],
 )
 def test_a_missing_extra_is_named(words, absent, extra, monkeypatch, capsys, tmp_path):

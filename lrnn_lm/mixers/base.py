@@ -110,7 +110,8 @@ def is_traced() -> bool:
 
 def is_exported() -> bool:
     """Whether that graph must be whole: torch.compile may break one where the code depends on values."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not `is_exporting()`: torch 2.11 answers it with True in all code that it compiles, training included.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def by_documents(

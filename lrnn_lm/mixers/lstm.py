@@ -43,7 +43,8 @@ class LSTM(Mixer):
             with torch.autocast("cpu", enabled=False):
                 return self._run(x.to(self.cell.weight_ih_l0.dtype), state)
         h, last = self.cell(x, tuple(state.to(x.dtype).transpose(0, 1).unsqueeze(1).contiguous().unbind(0)))
-        return h, torch.stack(last, dim=2).squeeze(0)
+        # Not squeeze(0): where torch 2.11 exports, it takes each for (1, 1, B, W).
+        return h, torch.stack(last, dim=-2).reshape(state.shape)
 
     def initial_values(self, std: float) -> dict[str, Tensor]:
         """Orthogonal recurrence and a forget gate that starts open, as is the custom for LSTMs."""

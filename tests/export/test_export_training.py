@@ -1,6 +1,7 @@
-"""What `lrnn train` leaves is self-contained: its last checkpoint is read where the package is not."""
+"""What `lrnn train` leaves is self-contained: the code of its card reads it without the package."""
 
 import json
+import re
 
 import pytest
 from tiny_run import STEPS, write_recipe
@@ -10,13 +11,11 @@ from lrnn_lm.model.export.remote_code import remote_code
 from lrnn_lm.runs.checkpoint import verify
 
 READ = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(arguments, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(arguments, trust_remote_code=True)
-inputs = tokenizer("the state of a", return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+import os
+os.chdir(arguments["run"])
+exec(arguments["code"])
 result["module"] = type(model).__module__.split(".")[0]
-result["text"] = tokenizer.decode(out[0], skip_special_tokens=True)
+result["start"] = tokenizer.decode(inputs["input_ids"][0])
 """
 
 
@@ -31,6 +30,6 @@ def test_a_trained_checkpoint_is_read_elsewhere(tmp_path, read_elsewhere):
     assert verify(checkpoint) is None  # the code is in the manifest too
     assert f"this is step {STEPS}" in (run / "README.md").read_text()
     assert json.loads((run / "data.json").read_text())["content_hash"][:16] in (run / "README.md").read_text()
-    got = read_elsewhere(READ, str(checkpoint))
-    assert got["module"] == "transformers_modules"
-    assert got["text"].startswith("the state of a")
+    [code] = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), flags=re.DOTALL)
+    got = read_elsewhere(READ, {"run": str(run), "code": code})
+    assert got == {"module": "transformers_modules", "start": "<s>Once"}

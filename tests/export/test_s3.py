@@ -121,3 +121,24 @@ def test_without_keys(store, monkeypatch):
     type(store).clear_instance_cache()
     with pytest.raises(ValueError, match=r"^s3://bucket/corpus: no access"):
         read("s3://bucket/corpus")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "CHECKPOINT", "s3://bucket/new"],
+        ["train", "RECIPE", "checkpoint.copy_to=s3://bucket/runs"],
+        ["generate", "s3://bucket/model"],
+        ["prepare", "RECIPE", "data.source={type: jsonl, path: s3://bucket/corpus}"],
+    ],
+)
+def test_a_bucket_without_rights(store, make_checkpoint, tmp_path, monkeypatch, capsys, words):
+    """The store refuses the key that it took before."""
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)
+    type(store).clear_instance_cache()
+    given = {"CHECKPOINT": make_checkpoint("bd_lru"), "RECIPE": write_recipe(tmp_path)}
+    with pytest.raises(SystemExit, match="2"):
+        main([str(given.get(word, word)) for word in words])
+    told = capsys.readouterr().err.splitlines()[-1]  # the server's words come before
+    assert told.startswith("lrnn: s3://bucket/")
+    assert ": no access (" in told

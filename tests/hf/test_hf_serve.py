@@ -1,6 +1,8 @@
-"""`transformers serve` on an exported folder, asked over HTTP by OpenAI's client: the texts of `generate`."""
+"""`transformers serve` and `lrnn serve`, asked over HTTP by OpenAI's client: the texts of `generate`."""
 
 import json
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from forks import run_code, run_lrnn
 from small_models import small_model
 
 PROMPTS = [f"The river was {2**i}" for i in range(16)]
@@ -31,15 +34,20 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory):
+def checkpoint(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
     """An export with a chat template that may sample and keeps states, as docs/serving.md says."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from lrnn_lm.runs.export import export
 
-    checkpoint = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
     served = export(checkpoint, tmp_path_factory.mktemp("served") / "model")
     AutoTokenizer.from_pretrained(served, chat_template=TEMPLATE).save_pretrained(served)
     GenerationConfig.from_pretrained(served, do_sample=True).save_pretrained(served)
@@ -214,3 +222,106 @@ def test_a_client_that_leaves_a_batch(batching, folder, alone):
     with batching.completions.create(stream=True, max_tokens=10**6, **options) as stream:
         next(iter(stream))
     assert batching.completions.create(max_tokens=16, **options).choices[0].text == alone(PROMPTS[1])
+
+
+SERVE_ASK_END = """
+import os, sys, threading, time
+from openai import APIConnectionError, OpenAI
+from lrnn_lm.cli import main
+
+folder, port, prompt, number = sys.argv[1:]
+client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+
+def ask():
+    asked = {"model": None if "@" in folder else folder, "prompt": prompt, "max_tokens": 16, "temperature": 0}
+    while True:
+        try:
+            print("text:", client.completions.create(**asked).choices[0].text)
+            break
+        except APIConnectionError:
+            time.sleep(0.05)
+    os.kill(os.getpid(), int(number))
+
+threading.Thread(target=ask, daemon=True).start()
+main(["serve", folder, "--port", port, "--device", "cpu"])
+"""
+
+
+@pytest.mark.parametrize(("name", "number"), [("plain", signal.SIGINT), ("named@oddly", signal.SIGTERM)])
+def test_lrnn_serve_answers_until_a_signal(checkpoint, tmp_path, alone, monkeypatch, name, number):
+    pytest.importorskip("fastapi", reason="pip install 'lrnn-lm[serve]'")
+    folder, scratch, port = tmp_path / name, tmp_path / "scratch", free_port()
+    shutil.copytree(checkpoint, folder)
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    done = run_code(SERVE_ASK_END, folder, port, PROMPTS[0], int(number))
+    assert done.returncode == 0, done.stderr
+    assert f"text: {alone(PROMPTS[0])}\n" in done.stdout
+    assert f"curl http://localhost:{port}/v1/completions" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_url_is_served_from_a_copy(checkpoint, tmp_path):
+    from lrnn_lm.serve import _served
+
+    copy = _served(f"file://{checkpoint}", tmp_path)
+    assert copy != checkpoint
+    assert (copy / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_a_sharded_checkpoint_is_exported_first(checkpoint, tmp_path, monkeypatch):
+    from lrnn_lm.serve import _served
+
+    folder, asked = tmp_path / "sharded", []
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "trainer" / "shards").mkdir(parents=True)
+    monkeypatch.setattr("lrnn_lm.api.export_checkpoint", lambda *given: asked.append(given))
+    assert _served(folder, tmp_path / "model") == tmp_path / "model"
+    assert asked == [(folder, tmp_path / "model")]
+
+
+def test_lrnn_serve_says_that_a_port_is_in_use(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_lrnn("serve", checkpoint, "--port", port)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"lrnn: port {port} of localhost is in use; give another --port or --host\n"
+
+
+def test_a_port_taken_while_the_model_loads(checkpoint):
+    code = "import lrnn_lm.serve as s; s._check_port = lambda *_: 0; from lrnn_lm.cli import main; main()"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run_code(code, "serve", checkpoint, "--device", "cpu", "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "lrnn: the server could not start at localhost, port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BAD_INPUT = [
+    (["nothing/here"], "no such checkpoint folder"),
+    (["hybrid", "--continuous-batching"], "this model has attention layers too"),
+    (["hybrid", "--host", "nowhere.invalid"], "nowhere.invalid cannot be used: Name or"),
+    (["hybrid", "--host", "192.0.2.1"], "192.0.2.1 cannot be used: Cannot assign requested address; give"),
+    (["hybrid", "--device", "tpu"], "use auto, cpu, cuda"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT)
+def test_bad_input_of_lrnn_serve(make_checkpoint, words, message):
+    words = [make_checkpoint("hybrid") if word == "hybrid" else word for word in words]
+    done = run_lrnn("serve", *words, "--port", free_port())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_class_that_the_server_does_not_know(make_checkpoint, model):
+    from lrnn_lm.serve import _check_model
+
+    class Own(type(model)):
+        pass
+
+    own = Own(model.config)
+    with pytest.raises(ValueError, match="Own is no class of transformers"):
+        _check_model("folder", own, False)

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 from lrnn_lm.mixers import SequenceContext
+from lrnn_lm.mixers.base import is_exported
 from lrnn_lm.model import modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
@@ -66,6 +67,18 @@ def test_attention_by_blocks_is_one_graph(monkeypatch):
     with torch.no_grad():  # a prompt is no reason to compile
         model(ids, use_cache=True)
     assert not isinstance(contexts[-1].window_mask, flex_attention.BlockMask)
+
+
+def test_compiled_training_is_no_export():
+    """torch 2.11's own `is_exporting` says yes in all compiled code: training ran as exported graphs do."""
+
+    class Told(torch.nn.Module):
+        def forward(self, x):
+            return x * 2 if is_exported() else x + 1
+
+    assert torch.compile(Told(), backend="eager")(torch.zeros(1)) == 1 == Told()(torch.zeros(1))
+    for strict in (True, False):
+        assert torch.export.export(Told(), (torch.ones(1),), strict=strict).module()(torch.zeros(1)) == 0
 
 
 def test_a_swiglu_is_one_product_when_compiled():

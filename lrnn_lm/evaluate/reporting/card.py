@@ -200,12 +200,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-start = tokenizer.bos_token or tokenizer.eos_token  # what documents began with in training
+start = tokenizer.bos_token or tokenizer.eos_token  # as every document in training began
 inputs = tokenizer(start + "Once", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 
-With lrnn-lm installed, `import lrnn_lm` takes the place of `trust_remote_code=True`.
+With lrnn-lm installed, `import lrnn_lm` takes the place of `trust_remote_code=True`,
+and `lrnn serve {folder}` that of the next command.
 
 Answers over HTTP, by OpenAI's protocol (`pip install 'transformers[serving]'`):
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .batch import Batch, Request
@@ -37,11 +37,7 @@ class StateBatching:
     warmed_up = True
 
     def __init__(self, model: PreTrainedModel, config: GenerationConfig):
-        if {*model.config.layer_types} != {"linear_attention"}:
-            raise ValueError(
-                "continuous batching joins recurrent states, and this model has attention layers too: call "
-                "generate, or start transformers serve without --continuous-batching"
-            )
+        check_recurrent(model.config)
         self._model, self._config = model.eval(), config
         self._batch = Batch(model, _processors(model, config), bool(config.do_sample))
         self._outputs = _Outputs()
@@ -209,6 +205,15 @@ class _Outputs:
 def _call(calls: list[tuple[Any, GenerationOutput]]) -> None:
     for handler, output in calls:
         handler(output)
+
+
+def check_recurrent(config: PreTrainedConfig) -> None:
+    """Raise ValueError unless every layer of a model is recurrent."""
+    if {*config.layer_types} != {"linear_attention"}:
+        raise ValueError(
+            "continuous batching joins recurrent states, and this model has attention layers too: call "
+            "generate, or start the server without --continuous-batching"
+        )
 
 
 def _processors(model: PreTrainedModel, config: GenerationConfig) -> LogitsProcessorList:
