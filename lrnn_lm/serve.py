@@ -64,7 +64,7 @@ def _check_port(host: str, port: int) -> None:
                 if error.errno not in no_ipv6:
                     raise
     except OSError as error:
-        reason = (error.strerror or "").partition(" (")[0]
+        reason = (error.strerror or "").partition(" (")[0]  # create_server adds the address in brackets
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {reason}"
         raise ValueError(f"port {port} of {host} {why}; give another --port or --host") from None
 

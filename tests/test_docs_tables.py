@@ -15,7 +15,7 @@ from benchmarks.decode import DecodeSettings
 from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
-from studies.lm_report import HEADLINE, best_rates, by_seed, rates_table, read_rows, results_table
+from studies.lm_report import HEADLINE, HEADS, best_rates, by_seed, rates_table, read_rows, results_table
 from studies.width import BASE, WIDTHS, best_rate
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -160,12 +160,7 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
     found = {name: f"{mean(by_seed(own)):.3f}" for name, own in best_rates(rows).items()}
     table = README[README.index("| | one setting for all") :].split("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table]
-    columns = (
-        HEADLINE,
-        ("hybrid-m2-qk-spare-heads", "transformer-qk-heads"),
-        ("hybrid-tuned", "transformer-tuned"),
-    )
-    for i, names in enumerate(columns, start=1):
+    for i, names in enumerate((HEADLINE, HEADS[:2], HEADS[2:]), start=1):
         assert [row[i] for row in cells if row[i]] == [found[name] for name in names]
     page = (RESULTS / "lm.md").read_text()
     for table in (
