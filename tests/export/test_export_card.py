@@ -88,12 +88,14 @@ def test_card_of_a_checkpoint_without_a_run(make_checkpoint, tmp_path):
     assert "## Results" not in text
 
 
-@pytest.mark.parametrize("marks", ["BOS", "EOS alone", "adds BOS itself"])
+@pytest.mark.parametrize("marks", ["BOS", "EOS alone", "adds BOS itself", "none"])
 def test_its_example_begins_as_documents_did(make_checkpoint, tokenizer, tmp_path, marks, capsys):
-    """With BOS, once, or with EOS where there is no BOS."""
+    """With BOS, once, or with EOS where there is no BOS; with neither of a synthetic task."""
     folder = make_checkpoint("bd_lru").rename(tmp_path / "model")
-    own = type(tokenizer)(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="</s>")
-    if marks != "EOS alone":
+    own = type(tokenizer)(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer))
+    if marks != "none":
+        own.eos_token = "</s>"
+    if marks not in ("EOS alone", "none"):
         own.bos_token = "<s>"
     if marks == "adds BOS itself":
         own.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
@@ -101,7 +103,8 @@ def test_its_example_begins_as_documents_did(make_checkpoint, tokenizer, tmp_pat
     code = model_card(folder, folder=str(folder)).split("```python\n")[1].split("```")[0]
     names: dict = {}
     exec(code, names)
-    assert names["inputs"]["input_ids"].tolist() == [[2 if marks == "EOS alone" else 1, 3]]
+    start = {"EOS alone": [2], "none": []}.get(marks, [1])
+    assert names["inputs"]["input_ids"].tolist() == [[*start, 3]]
     assert len(capsys.readouterr().out.split()) > 2
 
 

@@ -200,7 +200,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-start = tokenizer.bos_token or tokenizer.eos_token  # as every document in training began
+start = tokenizer.bos_token or tokenizer.eos_token or ""  # as every document in training began
 inputs = tokenizer(start + "Once", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
