@@ -86,22 +86,22 @@ def assert_agree(run: Path, one: Path) -> None:
 def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str, int, int]) -> None:
     parallel, ranks, rows = layout
     optim = "muon" if parallel == "hsdp" else "adamw"
-    short = (f"train.micro_batch={rows}", "train.tokens=4608", "checkpoint.every=2 steps")
-    short = (*short, f"optim.name={optim}")
+    short = (f"train.micro_batch={rows}", f"optim.name={optim}", f"train.tokens={4 * ROWS * 64}")
+    short = (*short, "checkpoint.every=3 steps", "eval.every=2 steps")
     Ranks(recipe, ranks, *short, f"name=straight-{parallel}", parallel=parallel).expect()
-    stop = Prank(rank=ranks - 1, step=3, signal=signal.SIGTERM)
+    stop = Prank(rank=ranks - 1, step=2, signal=signal.SIGTERM)
     said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel, prank=stop).expect(85)
-    assert said.count("stopped by a signal on another rank after step 3 of 6") == 1
+    assert said.count("stopped by a signal on another rank after step 2 of 4") == 1
     said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel).expect()
-    assert "going on from step 3" in said
+    assert "going on from step 2" in said
     straight, parts = (recipe.parent / "runs" / f"{kind}-{parallel}" for kind in ("straight", "parts"))
     assert losses(parts) == losses(straight)
     assert validations(parts) == validations(straight)
-    ends = [tensors_of(run / "checkpoints/step-00000006") for run in (straight, parts)]
+    ends = [tensors_of(run / "checkpoints/step-00000004") for run in (straight, parts)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     if parallel != "ddp":  # each shard is stored once, also where several ranks hold it
-        shards = straight / "checkpoints/step-00000006/trainer/shards"
+        shards = straight / "checkpoints/step-00000004/trainer/shards"
         stored = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
         assert len(stored["model/lm_head.weight"].chunks) == {"fsdp2": 3, "hsdp": 2}[parallel]
 
