@@ -193,7 +193,7 @@ def test_parquet_cut_short(tmp_path: Path) -> None:
 
 
 GOOD = b'{"text": "one"}\n{"text": "two"}\n'
-DEEP = b'{"text": "a", "tree": ' + b"[" * 2000 + b"]" * 2000 + b"}\n"
+DEEP = b'{"text": "a", "tree": ' + b"[" * 1100 + b"]" * 1100 + b"}\n"
 
 
 @pytest.mark.parametrize(
