@@ -82,11 +82,6 @@ def test_seeds_may_run_in_other_ways(runs, tmp_path, how):
     assert "±" in row[1]
 
 
-def test_a_run_given_twice_is_one(runs):
-    one, two = read_run(runs[0]), read_run(runs[1])
-    assert synthetic_table([one, two, one]) == synthetic_table([one, two])
-
-
 @pytest.mark.parametrize("text", ["", "a: [", "data: 3", "[1]"])
 def test_a_damaged_recipe_is_named(runs, tmp_path, text):
     shutil.copytree(runs[0], tmp_path / "broken", symlinks=True)
