@@ -21,6 +21,7 @@ PANELS = (  # of the plot: size, title, contenders
     ("68m", "68M, heads of 128, and a tuned optimizer", HEADS),
     ("212m", "212M, four passes over the text", ("hybrid-m2-qk", "transformer-qk")),
 )
+TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
 Row = dict[str, Any]
 
@@ -29,9 +30,6 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of runs that ended."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in rows if "bits_per_byte" in row]
-
-
-TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
 
 
 def optimizer(row: Row) -> str:

@@ -15,6 +15,7 @@ from benchmarks.decode import DecodeSettings
 from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
+from lrnn_lm.recipe import load_recipe
 from studies.lm_report import HEADLINE, HEADS, best_rates, by_seed, rates_table, read_rows, results_table
 from studies.width import BASE, WIDTHS, best_rate
 
@@ -232,3 +233,15 @@ def test_what_the_study_says_of_its_search():
     again = [r["seed"] for r in best if any(r["losses"] == s["losses"] for s in runs)]
     assert again == [0, 1]  # "Seeds 0 and 1 .. are the search's own"
     assert "only seed 2 is fresh" in text
+
+
+@pytest.mark.parametrize(("name", "contender"), [("small", "hybrid-tuned"), ("recurrent", "mixed-final-all")])
+def test_recipes_are_the_runs_that_their_numbers_are_of(name, contender):
+    """Also what `extends` brings: the page's number is not that of another optimizer."""
+    rows = [row for row in read_rows(RESULTS / "lm.jsonl") if row["size"] == "68m"]
+    row = best_rates(rows)[contender][0]
+    run = load_recipe("recipes/study/base.yaml", [*row["overrides"], f"optim.lr={row['lr']}"])
+    recipe = load_recipe(f"recipes/{name}.yaml")
+    assert recipe.optim == run.optim
+    assert recipe.train.tokens_per_step == run.train.tokens_per_step
+    assert recipe.model.parameters == row["parameters"]

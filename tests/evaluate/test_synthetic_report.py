@@ -77,14 +77,12 @@ def test_seeds_may_run_in_other_ways(runs, tmp_path, how):
     first = next(path for path in runs if path.name.startswith("parity-0"))
     shutil.copytree(first, tmp_path / "other", symlinks=True)
     text = (first / "recipe.yaml").read_text().replace("seed: 0", "seed: 2", 1)
-    (tmp_path / "other/recipe.yaml").write_text(re.sub(rf"(?m)^  {how.split(':')[0]}: .*$", f"  {how}", text))
+    other, changes = re.subn(rf"(?m)^  {how.split(':')[0]}: .*$", f"  {how}", text)
+    assert changes == 1
+    assert other != text
+    (tmp_path / "other/recipe.yaml").write_text(other)
     _, [row] = synthetic_table([read_run(first), read_run(tmp_path / "other")])
     assert "±" in row[1]
-
-
-def test_a_run_given_twice_is_one(runs):
-    one, two = read_run(runs[0]), read_run(runs[1])
-    assert synthetic_table([one, two, one]) == synthetic_table([one, two])
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "data: 3", "[1]"])

@@ -27,7 +27,7 @@ def synthetic_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None
     """Header and rows; None if fewer than two of the runs are on synthetic tasks."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     count = 0
-    for run in {run.path.resolve(): run for run in runs}.values():
+    for run in runs:
         recipe, accuracy = _recipe(run.path), run.last("accuracy")
         if recipe is None or accuracy is None:
             continue
