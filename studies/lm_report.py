@@ -18,7 +18,7 @@ HEADLINE = (  # of README's table, in its order
 HEADS = ("hybrid-m2-qk-spare-heads", "transformer-qk-heads", "hybrid-tuned", "transformer-tuned")
 PANELS = (  # of the plot: size, title, contenders
     ("68m", "68M, 991 steps, heads of 64", HEADLINE),
-    ("68m", "68M, heads of 128, and a tuned optimizer", HEADS),
+    ("68m", "68M, heads of 128, with and without a tuned optimizer", HEADS),
     ("212m", "212M, four passes over the text", ("hybrid-m2-qk", "transformer-qk")),
 )
 TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
