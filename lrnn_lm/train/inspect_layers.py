@@ -46,7 +46,7 @@ def watched(model: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
             input_gate = 1 - rows.sum(dim=-1)
             largest = torch.maximum(rows.amax(dim=-1), input_gate)
             saturated = (largest > _SATURATED).float()
-            found["gates"] = torch.stack([saturated.sum(), torch.ones_like(saturated).sum()])
+            found["gates"] = torch.stack([saturated.sum(), saturated.new_full((), saturated.numel())])
         seen.append(found)
 
     hooks = [
