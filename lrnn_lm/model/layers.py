@@ -58,8 +58,9 @@ class SwiGLU(JointProjections, nn.Module):
 
     def forward(self, x: Tensor, joint: Joint | None = None) -> Tensor:
         weights = self._side_by_side() if joint is None else None
-        has_kernels = x.is_cuda and x.dtype != torch.float64 and has_triton() and not is_written_out()
-        if weights is not None and has_kernels:
+        # In this order: to look for triton takes as long as a small kernel, and eager passes need not.
+        kernels = weights is not None and x.is_cuda and x.dtype != torch.float64 and has_triton()
+        if kernels and not is_written_out():
             from ..kernels.swiglu import swiglu  # triton is imported only where it runs
 
             return self.down_proj(swiglu(nn.functional.linear(x, weights)))
