@@ -1,6 +1,7 @@
 """`lrnn submit` on a real SLURM (`make test-slurm`): preempted, requeued, resumed, finished, same weights.
 
-Not collected by `make test`. Jobs that only wait are submitted first and looked at last.
+Not collected by `make test`. Jobs that need no help are submitted first and looked at last: most of the time goes
+into starts of Python and SLURM's clock.
 """
 
 import os
@@ -26,7 +27,7 @@ from tiny_run import (
 )
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine
-STEPS = 400
+STEPS = 250
 LAST = f"checkpoints/step-{STEPS:08d}"
 LONG = (f"train.tokens={STEPS * TOKENS_PER_STEP}", "checkpoint.every=1000 steps", "eval.every=150 steps")
 # In place of Python where the script is what matters: its first start waits for a signal, its second is done.
@@ -93,7 +94,7 @@ def submit(folder: Path, lrnn_submit: Callable[..., subprocess.CompletedProcess[
 
 @pytest.fixture(scope="session")
 def waiting(folder: Path, submit: Submit) -> dict[str, str]:
-    """Jobs that cost nothing while others are tested: one that waits for its time limit, one that crashes."""
+    """Jobs that run while others are tested: one waits for its time limit, one crashes, one errs, one is undisturbed."""
     waiter, crasher = folder / "waiter.sh", folder / "crasher.sh"
     waiter.write_text(WAITER.format(folder=folder, run=folder / "runs/limit"))
     crasher.write_text("#!/bin/bash\necho about to crash\nexit 1\n")
@@ -102,6 +103,8 @@ def waiting(folder: Path, submit: Submit) -> dict[str, str]:
     return {
         "limit": submit("limit", "--time=3", "launch.grace=170", f"launch.python={waiter}"),
         "crash": submit("crash", "launch.attempts=2", f"launch.python={crasher}"),
+        "mistake": submit("mistake", "data.source.path=nowhere.jsonl"),
+        "straight-two": submit("straight-two", *LONG, "--nodes=2", "--gpus-per-node=1"),
     }
 
 
@@ -148,12 +151,11 @@ def test_signalled_requeued_resumed(
     assert_same_end(run, folder / "runs/straight")
 
 
-def test_preempted_and_killed_on_two_nodes(cluster: Cluster, submit: Submit, folder: Path) -> None:
+def test_preempted_and_killed_on_two_nodes(
+    cluster: Cluster, submit: Submit, waiting: dict[str, str], folder: Path
+) -> None:
     """A rank on each of two nodes: a job of more priority takes them, they come back, one rank is killed."""
-    two = (*LONG, "--nodes=2", "--gpus-per-node=1", "--partition=low")
-    straight = submit("straight-two", *two)
-    cluster.wait_for(straight, "COMPLETED")
-    job = submit("harmed", *two)
+    job = submit("harmed", *LONG, "--nodes=2", "--gpus-per-node=1", "--partition=low")
     run = folder / "runs/harmed"
     wait_until(lambda: steps(run) >= 20)
     urgent = cluster.run(
@@ -170,6 +172,7 @@ def test_preempted_and_killed_on_two_nodes(cluster: Cluster, submit: Submit, fol
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "2"
     assert (second / "exit-1").read_text() == "137\n"
     assert f"from checkpoint step-{saved:08d}" in script_output(run, job).split("start 2")[1]
+    cluster.wait_for(waiting["straight-two"], "COMPLETED")
     assert_same_end(run, folder / "runs/straight-two")
 
 
@@ -216,8 +219,8 @@ def test_an_array_leaves_out_what_is_finished(
     assert (third.returncode, third.stdout.count("is trained already")) == (0, 3)
 
 
-def test_a_mistake_is_not_requeued(cluster: Cluster, submit: Submit, folder: Path) -> None:
-    job = submit("mistake", "data.source.path=nowhere.jsonl")
+def test_a_mistake_is_not_requeued(cluster: Cluster, waiting: dict[str, str], folder: Path) -> None:
+    job = waiting["mistake"]
     record = cluster.wait_for(job, "FAILED", "COMPLETED")
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "2:0", "0")
     assert "nowhere.jsonl" in script_output(folder / "runs/mistake", job).splitlines()[-1]
