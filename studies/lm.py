@@ -24,6 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import torch
 import yaml
@@ -55,7 +56,10 @@ class Run:
         """The run's name, which also tells a row that is there already."""
         extra = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", o.partition(".")[2]) for o in self.overrides)
         tokens = f"{self.tokens / 10**6:.0f}M"
-        return f"{self.contender}-{self.size}-{tokens}-lr{self.lr:g}-s{self.seed}{extra}"
+        name = f"{self.contender}-{self.size}-{tokens}-lr{self.lr:g}-s{self.seed}{extra}"
+        if len(name) > 200:  # what a recipe takes
+            name = f"{name[:180]}-{crc32(name.encode()):08x}"
+        return name
 
 
 def read_plan(path: Path) -> dict[str, Any]:
