@@ -1,7 +1,7 @@
 """`lrnn submit` on a real SLURM (`make test-slurm`): preempted, requeued, resumed, finished, same weights.
 
-Not collected by `make test`. Jobs that need no help are submitted first and looked at last: most of the time goes
-into starts of Python and SLURM's clock.
+Not collected by `make test`. Jobs that need no help are submitted first and looked at last: most of the time
+goes into starts of Python and SLURM's clock.
 """
 
 import os
@@ -94,7 +94,7 @@ def submit(folder: Path, lrnn_submit: Callable[..., subprocess.CompletedProcess[
 
 @pytest.fixture(scope="session")
 def waiting(folder: Path, submit: Submit) -> dict[str, str]:
-    """Jobs that run while others are tested: one waits for its time limit, one crashes, one errs, one is undisturbed."""
+    """Jobs that run while others are tested: they wait for their time limit, crash, err, or are undisturbed."""
     waiter, crasher = folder / "waiter.sh", folder / "crasher.sh"
     waiter.write_text(WAITER.format(folder=folder, run=folder / "runs/limit"))
     crasher.write_text("#!/bin/bash\necho about to crash\nexit 1\n")
