@@ -94,7 +94,7 @@ def submit(folder: Path, lrnn_submit: Callable[..., subprocess.CompletedProcess[
 
 @pytest.fixture(scope="session")
 def waiting(folder: Path, submit: Submit) -> dict[str, str]:
-    """Jobs that run while others are tested: they wait for their time limit, crash, err, or are undisturbed."""
+    """Jobs that run while others are tested: they wait for their time limit, crash or err."""
     waiter, crasher = folder / "waiter.sh", folder / "crasher.sh"
     waiter.write_text(WAITER.format(folder=folder, run=folder / "runs/limit"))
     crasher.write_text("#!/bin/bash\necho about to crash\nexit 1\n")
