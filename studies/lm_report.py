@@ -22,7 +22,8 @@ PANELS = (  # of the plot: size, title, contenders
     ("68m", "68M, 991 steps, heads of 64", HEADLINE),
     ("212m", "212M, four passes over the text", ("hybrid-m2-qk", "transformer-qk")),
 )
-TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step")
+# Settings of a contender's own. All runs of 212M before them took 131,072 tokens a step.
+TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step=32768")
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
 Row = dict[str, Any]
 
@@ -36,8 +37,7 @@ def read_rows(path: Path) -> list[Row]:
 def optimizer(row: Row) -> str:
     """The optimizer's name, and whether its contender has settings of its own."""
     name = "Muon" if "optim.name=muon" in row["overrides"] else "AdamW"
-    # The contenders of the study's runs of 212M all share theirs.
-    own = row["size"] != "212m" and any(override.startswith(TUNED) for override in row["overrides"])
+    own = any(override.startswith(TUNED) for override in row["overrides"])
     return f"{name} with other settings" if own else name
 
 
