@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all their own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Python keeps what it compiles, also where it is told not to: pip does not compile all modules here, which takes a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-fresh test-slurm lint site clean
 
@@ -11,6 +13,7 @@ install: .venv/.installed
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[all,dev,onnx,site,tensorboard]'
+	@$(BIN)/lrnn info recipes/demo.yaml > /dev/null
 	@touch $@
 
 demo: install
