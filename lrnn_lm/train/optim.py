@@ -346,6 +346,12 @@ def _split(
     return list(parts.values())
 
 
+def moved_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All but those that a group's `lr_scale: 0` freezes: their gradients say nothing of the step's size."""
+    frozen = {p for group in optimizer.param_groups if group["lr_scale"] == 0 for p in group["params"]}
+    return [p for p in model.parameters() if p not in frozen]
+
+
 def state_bytes(model: nn.Module, optim: OptimSection) -> int:
     """Bytes of the optimizer's state for all parameters of `model`, which may be on `meta`."""
     optimizer = make_optimizer(model, optim, torch.device("meta"))

@@ -222,6 +222,20 @@ def test_a_step_clips_the_gradient(build: Build) -> None:
     torch.testing.assert_close(moments["1e-3"] * norm / 1e-3, moments["null"], rtol=1e-3, atol=1e-6)
 
 
+def test_frozen_parameters_do_not_count_in_the_norm(build: Build) -> None:
+    """Their gradients are made, but the bound is for what moves."""
+    frozen = "optim.groups=[{match: '*embed*', lr_scale: 0}]"
+    trainer = build(frozen, "optim.grad_clip=1e-3", "train.tokens=512", "train.precision=fp32")
+    norm = trainer.step(next(iter(trainer.rows.loader))).grad_norm
+    moments = {
+        name: trainer.optimizer.state[p]["exp_avg"].flatten() / (1 - trainer.recipe.optim.betas[0])
+        for name, p in trainer.bare_model.named_parameters()
+    }
+    embedding = moments.pop("model.embed_tokens.weight")
+    assert torch.cat([*moments.values()]).norm() == pytest.approx(1e-3, rel=1e-4)
+    assert embedding.norm() > 0.1 * norm  # not scaled, and not small
+
+
 def test_validation_reads_at_most_eval_tokens(build: Build) -> None:
     trainer = build("eval.tokens=512", "train.tokens=512")
     trainer.run()
