@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Python keeps what it compiles, also where it is told not to: pip does not compile all modules here, which takes a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-fresh test-slurm lint site clean
+.PHONY: install demo test test-all test-fresh test-slurm lint site clean
 
 install: .venv/.installed
 
@@ -27,6 +27,10 @@ demo: install
 # take tests from the others.
 test: install
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# The wide sweeps too (marked slow): every model through every case. Before a release, or after a change to many mixers.
+test-all: install
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
 test-fresh: install
