@@ -166,7 +166,8 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     each = memory.optimizer / (memory.gradients / 4)
     table.add_row("optimiser", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
     table.add_row("activations", _bytes(memory.activations), shape)
-    table.add_row("loss", _bytes(memory.loss), f"logits of {recipe.train.loss_chunk:,} tokens at once")
+    chunk = min(recipe.train.loss_chunk, recipe.train.micro_batch * at_once)
+    table.add_row("loss", _bytes(memory.loss), f"logits of {chunk:,} tokens at once")
     table.add_row("total", _bytes(memory.total))
     return table
 
