@@ -316,7 +316,7 @@ def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, G
             near = difflib.get_close_matches(group.match.strip("*."), parts, n=3, cutoff=0.5)
             hint = f"near it: {', '.join(near)}" if near else f"names are such as {names[0]}, {names[-1]}"
             if model.config.tie_word_embeddings and fnmatchcase("lm_head.weight", group.match):
-                hint = "the head is the embedding's matrix (model.tie_word_embeddings): match '*embed_tokens*'"
+                hint = "model.tie_word_embeddings makes head and embedding one: match '*embed_tokens*'"
             raise ValueError(f"optim.groups.{number}: no parameter matches {group.match!r}; {hint}")
         if rules.keys() >= set(matching):
             raise ValueError(

@@ -208,6 +208,19 @@ def test_a_branch_of_a_checkpoint_that_a_link_names(recipe: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("bd_lru, {type: attention, num_heads: 2, window: 4}", "model.layer_pattern[1].window: was 8, is 4"),
+        ("bd_lru", "model.layer_pattern: was ['bd_lru', 'attention'], is ['bd_lru']"),
+    ],
+)
+def test_layer_patterns_differ_in_few_words(changed: str, words: str, recipe: Path) -> None:
+    pattern = "bd_lru, {type: attention, num_heads: 2, window: 8}"
+    old, new = (load_recipe(recipe, [f"model.layer_pattern=[{each}]"]) for each in (pattern, changed))
+    assert differences(old, new, step=1) == [words]
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (("model.hidden_size=40",), "model.hidden_size: was 32, is 40"),
