@@ -65,8 +65,8 @@ OPTIONAL = {name for own in MIXER_OPTIONS.values() for name, option in own.items
     [
         (kind, n)
         for kind, own in MIXER_OPTIONS.items()
-        for n in own.keys() & OPTIONAL
-        if not own[n].may_be_none
+        for n in own
+        if n in OPTIONAL and not own[n].may_be_none
     ],
 )
 def test_an_option_that_only_other_types_may_leave_without_a_value(
