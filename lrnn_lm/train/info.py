@@ -21,6 +21,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
+from ..runs.load import describe as describe_checkpoint
 from ..runs.load import json_table, model_configuration
 from .build import model_config
 from .optim import state_bytes
@@ -38,7 +39,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
     folder = checkpoint_folder(user_path(target))
     if not (folder / "config.json").is_file():
         if folder.is_dir():
-            raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")
+            describe_checkpoint(target)  # raises, and names the checkpoint of a run
         console.print(describe(load_recipe(target, overrides)))
         return
     if overrides:
