@@ -11,14 +11,18 @@ import torch
 from rank_runs import Ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from small_models import small_config, small_model
 from test_train_resume import LAST
 from tiny_run import fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
+from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.recipe import Recipe, load_recipe
 from lrnn_lm.runs.branch import differences
+from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.runs.export import export
 from lrnn_lm.train.build import build_trainer
+from lrnn_lm.train.init_from import load_weights
 from lrnn_lm.train.stop import Stopped
 
 ONE = "train.tokens=512"
@@ -129,6 +133,21 @@ def test_weights_that_do_not_fit(
     main_exits(2, "train", recipe, f"train.runs_dir={runs}", f"model.init_from={source}", *overrides)
     assert words in said(capsys)
     assert not runs.exists()
+
+
+def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
+    """As tools that join shards do: taken if both are the same."""
+    small_model("bd_lru", tie_word_embeddings=True).save_pretrained(tmp_path)
+    other = LRNNForCausalLM(small_config("bd_lru", tie_word_embeddings=True))
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    load_weights(tmp_path, other)
+    assert all(torch.equal(p, stored[name]) for name, p in other.named_parameters())
+    stored["lm_head.weight"] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight does not fit"):
+        load_weights(tmp_path, other)
 
 
 def test_another_tokenizer_of_the_same_size(
