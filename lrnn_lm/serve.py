@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import socket
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -45,7 +46,11 @@ def serve(
             print(_greeting(folder, host, port, model, tokenizer), flush=True)
             del model
             from transformers.cli.serve import Serve
+            from transformers.cli.serving.model_manager import ModelManager
 
+            # transformers lists the hub's cache, without this folder, and fails where there is no cache.
+            listed = {"id": str(folder), "object": "model", "created": int(time.time()), "owned_by": "lrnn"}
+            ModelManager.get_gen_models = staticmethod(lambda: [listed])
             Serve(str(folder), host=host, port=port, continuous_batching=continuous_batching, **settings)
     except KeyboardInterrupt:  # uvicorn has answered the open requests, and raises the signal again
         return

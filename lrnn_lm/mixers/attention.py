@@ -32,6 +32,17 @@ class AttentionWeights(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(q.dtype)
 
 
+class HeadNorm(nn.RMSNorm):
+    """torch's, computed in fp32 at least. A module's call: offloaders, hooks and adapters act there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (.., d) -> the same shape and dtype."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.rms_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), self.eps).to(
+            x.dtype
+        )
+
+
 class Attention(Mixer):
     """Multi-head attention through SDPA, or through explicit weights where they are recorded.
 
@@ -81,8 +92,8 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.out_proj = ResidualOutput(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, eps=1e-6) if qk_norm else None
         self.weights = AttentionWeights()
         self.draw_parameters()
 
@@ -101,7 +112,7 @@ class Attention(Mixer):
             proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, H, d), and keys and values (B, T, G, d)
         if self.q_norm is not None:
-            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.use_rope:
             rotary = context.rotary
             if rotary is None or (rotary.head_dim, rotary.theta) != (self.head_dim, self.rope_theta):
@@ -165,11 +176,6 @@ class Attention(Mixer):
             keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
             mask = mask_of_spans(keys, positions, starts)
         return SequenceContext(attention_mask=mask, window_mask=mask, positions=positions)
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`norm` of x (.., d), computed in fp32, in the dtype of x."""
-    return nn.functional.rms_norm(x.float(), (x.shape[-1],), norm.weight.float(), norm.eps).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

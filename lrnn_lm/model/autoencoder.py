@@ -30,6 +30,8 @@ def position_code(length: int, width: int, device: torch.device | None = None) -
 class LRNNForReconstruction(LRNNPreTrainedModel):
     """LRNNModel as the encoder, and a decoder that sees only its last hidden state."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
     def __init__(self, config: LRNNConfig):
         super().__init__(config)
         D = config.hidden_size

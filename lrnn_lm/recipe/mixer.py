@@ -45,6 +45,10 @@ class Option(NamedTuple):
     annotation: str
     default: Any
 
+    @property
+    def may_be_none(self) -> bool:
+        return self.annotation.endswith("| None")
+
 
 def read_options() -> dict[str, dict[str, Option]]:
     """{mixer type: {option name: Option}} for the types in MIXERS."""
@@ -133,13 +137,17 @@ class _Mixer(Section):
         kind = self.type if "type" in self.model_fields_set else base.type
         values = dict.fromkeys(type(self).model_fields) | {"type": kind}
         for name, option in MIXER_OPTIONS[kind].items():
-            values[name] = getattr(base, name) if name in base.model_fields_set else option.default
+            value = getattr(base, name)
+            given = name in base.model_fields_set and (value is not None or option.may_be_none)
+            values[name] = value if given else option.default
         values |= {name: getattr(self, name) for name in self.model_fields_set}
         return type(self).model_construct(_fields_set=set(self.model_fields_set), **values)
 
-    def written(self) -> dict[str, Any]:
-        """What was given, without what was filled in."""
-        return self.model_dump(mode="json", include=set(self.model_fields_set))
+    def written(self, base: "_Mixer") -> dict[str, Any]:
+        """What was given, and what would be filled in otherwise if all options of `base` were given."""
+        kept, theirs = set(self.model_fields_set), MIXER_OPTIONS[base.type].keys() - base.model_fields_set
+        kept |= {n for n in theirs & MIXER_OPTIONS[self.type].keys() if getattr(base, n) != getattr(self, n)}
+        return self.model_dump(mode="json", include=kept)
 
 
 def make_section() -> type[_Mixer]:
@@ -162,3 +170,6 @@ def check_options(where: str, mixer: _Mixer, types: Iterable[str]) -> None:
             f"{where}.{option} is an option of {', '.join(owners)}, not of {' or '.join(types)}; take it "
             f"out, or change the type (known here: {', '.join(sorted(known))})"
         )
+    for name, option in MIXER_OPTIONS[mixer.type].items():
+        if getattr(mixer, name) is None and not option.may_be_none:
+            raise ValueError(f"{where}.{name}: {mixer.type} needs a value; leave it out for {option.default}")

@@ -58,7 +58,7 @@ class ModelSection(Section):
     @field_serializer("layer_pattern", when_used="json")
     def _as_written(self, entries: list[MixerSection] | None) -> list[dict[str, Any]] | None:
         """Store entries without options taken from `mixer`, so that overrides of `mixer` still reach them."""
-        return None if entries is None else [entry.written() for entry in entries]
+        return None if entries is None else [entry.written(self.mixer) for entry in entries]
 
     @model_validator(mode="after")
     def _fill_pattern(self) -> "ModelSection":

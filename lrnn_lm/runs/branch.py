@@ -35,10 +35,22 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
     if was.get("model.mixer.type") != now.get("model.mixer.type"):  # told once, without its options
         free += tuple(key for key in {*was, *now} if key.startswith("model.mixer.") and key[12:] != "type")
     return [
-        f"{key}: was {was.get(key)!r}, is {now.get(key)!r}"
+        line
         for key in sorted({*was, *now})
         if was.get(key) != now.get(key) and _within(key, fixed) and not _within(key, free)
+        for line in _told(key, was.get(key), now.get(key))
     ]
+
+
+def _told(key: str, was: Any, now: Any) -> list[str]:
+    """A difference in words: of layer patterns the first layer that differs, else all layers' types."""
+    if key == "model.layer_pattern" and was and now:
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b]
+        if len(was) == len(now) and all(a["type"] == b["type"] for _, a, b in pairs):
+            i, a, b = pairs[0]
+            return [line for k in a if a[k] != b[k] for line in _told(f"{key}[{i}].{k}", a[k], b[k])]
+        was, now = ([entry["type"] for entry in pattern] for pattern in (was, now))
+    return [f"{key}: was {was!r}, is {now!r}"]
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

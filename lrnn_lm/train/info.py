@@ -21,6 +21,7 @@ from ..model.accounting import (
 )
 from ..recipe import Recipe, load_recipe, resolve_path
 from ..runs.layout import checkpoint_folder
+from ..runs.load import describe as describe_checkpoint
 from ..runs.load import json_table, model_configuration
 from .build import model_config
 from .optim import state_bytes
@@ -38,7 +39,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
     folder = checkpoint_folder(user_path(target))
     if not (folder / "config.json").is_file():
         if folder.is_dir():
-            raise ValueError(f"{target}: neither a recipe file nor a checkpoint: it has no config.json")
+            describe_checkpoint(target)  # raises, and names the checkpoint of a run
         console.print(describe(load_recipe(target, overrides)))
         return
     if overrides:
@@ -166,7 +167,8 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     each = memory.optimizer / (memory.gradients / 4)
     table.add_row("optimiser", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
     table.add_row("activations", _bytes(memory.activations), shape)
-    table.add_row("loss", _bytes(memory.loss), f"logits of {recipe.train.loss_chunk:,} tokens at once")
+    chunk = min(recipe.train.loss_chunk, recipe.train.micro_batch * at_once)
+    table.add_row("loss", _bytes(memory.loss), f"logits of {chunk:,} tokens at once")
     table.add_row("total", _bytes(memory.total))
     return table
 

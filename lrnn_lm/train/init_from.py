@@ -88,6 +88,9 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
             "Give this recipe its sizes and mixers."
         )
     tensors = _read(folder)
+    for copy, kept in model.all_tied_weights_keys.items():  # tools that join shards write both
+        if copy in tensors and kept in tensors and torch.equal(tensors[copy], tensors[kept]):
+            del tensors[copy]
     check_fit(folder, model, {name: tensor.shape for name, tensor in tensors.items()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -315,6 +315,8 @@ def _rules(model: nn.Module, groups: list[GroupSection]) -> dict[nn.Parameter, G
             parts = {part for name in names for part in (name, *name.split("."))}
             near = difflib.get_close_matches(group.match.strip("*."), parts, n=3, cutoff=0.5)
             hint = f"near it: {', '.join(near)}" if near else f"names are such as {names[0]}, {names[-1]}"
+            if model.config.tie_word_embeddings and fnmatchcase("lm_head.weight", group.match):
+                hint = "model.tie_word_embeddings makes head and embedding one: match '*embed_tokens*'"
             raise ValueError(f"optim.groups.{number}: no parameter matches {group.match!r}; {hint}")
         if rules.keys() >= set(matching):
             raise ValueError(

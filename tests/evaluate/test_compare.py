@@ -89,6 +89,12 @@ def test_a_home_folder_is_found_in_every_path(checkpoint, tmp_path, monkeypatch,
         print_info("~/c")
 
 
+def test_the_costs_of_a_run_are_those_of_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints/latest").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"did you mean .*checkpoints.latest\?"):
+        print_info(str(tmp_path))
+
+
 @pytest.mark.parametrize(("arguments"), [
     ("eval", "~nobody-here/c", "--tasks", "a"),
     ("eval", "c", "--tasks", "a", "--data", "~nobody-here/d"),

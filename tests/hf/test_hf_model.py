@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import close, shallow_model, small_model, tokens
+from small_models import NAMES, close, shallow_model, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -91,6 +91,17 @@ def test_shards_precisions_and_offload(name, tmp_path):
         close(offloaded(ids, labels=ids).loss, model(ids, labels=ids).loss, SUMS)
         want = model.generate(ids, max_new_tokens=3, do_sample=False)
         assert torch.equal(offloaded.generate(ids, max_new_tokens=3, do_sample=False), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_module_with_weights_is_called(name):
+    """None has its weights read past it: what offloads or adapts it acts when it is called."""
+    model, called = small_model(name).train(), set()
+    holders = {key for key, each in model.named_modules() if [*each.parameters(recurse=False)]}
+    for key in holders:
+        model.get_submodule(key).register_forward_hook(lambda *_, key=key: called.add(key))
+    model(tokens(length=3), labels=tokens(length=3))
+    assert holders == called
 
 
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru", "lstm", "hybrid"])

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,10 +234,12 @@ folder, port, prompt, number = sys.argv[1:]
 client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
 
 def ask():
-    asked = {"model": None if "@" in folder else folder, "prompt": prompt, "max_tokens": 16, "temperature": 0}
+    asked = {"prompt": prompt, "max_tokens": 16, "temperature": 0}
     while True:
         try:
-            print("text:", client.completions.create(**asked).choices[0].text)
+            (model,) = client.models.list()
+            print("model:", model.id)
+            print("text:", client.completions.create(model=model.id, **asked).choices[0].text)
             break
         except APIConnectionError:
             time.sleep(0.05)
@@ -248,18 +251,17 @@ main(["serve", folder, "--port", port, "--device", "cpu"])
 
 
 @pytest.mark.parametrize(("name", "number"), [("plain", signal.SIGINT), ("named@oddly", signal.SIGTERM)])
-def test_lrnn_serve_answers_until_a_signal(checkpoint, tmp_path, alone, monkeypatch, name, number):
+def test_lrnn_serve_answers_until_a_signal(checkpoint, tmp_path, alone, name, number):
     pytest.importorskip("fastapi", reason="pip install 'lrnn-lm[serve]'")
-    folder, scratch, port = tmp_path / name, tmp_path / "scratch", free_port()
+    folder, port = tmp_path / name, free_port()
     shutil.copytree(checkpoint, folder)
-    scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))
     done = run_code(SERVE_ASK_END, folder, port, PROMPTS[0], int(number))
     assert done.returncode == 0, done.stderr
     assert f"text: {alone(PROMPTS[0])}\n" in done.stdout
+    listed = Path(done.stdout.partition("model: ")[2].splitlines()[0])
+    assert not listed.exists() if "@" in name else listed == folder
     assert f"curl http://localhost:{port}/v1/completions" in done.stdout
     assert "Traceback" not in done.stderr
-    assert list(scratch.iterdir()) == []
 
 
 def test_a_url_is_served_from_a_copy(checkpoint, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
 from lrnn_lm.mixers.base import ResidualOutput
+from lrnn_lm.model.autoencoder import LRNNForReconstruction
 from lrnn_lm.model.layers import RMSNorm
 
 SAME = TOLERANCE["same numbers"]
@@ -83,6 +84,8 @@ def test_tied_embeddings_are_one_parameter():
     tied, untied = small_model("bd_lru", tie_word_embeddings=True), small_model("bd_lru")
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert untied.num_parameters() - tied.num_parameters() == VOCAB * 16
+    encoders = LRNNForReconstruction(tied.config), LRNNForReconstruction(untied.config)
+    assert [each.lm_head.weight is each.model.embed_tokens.weight for each in encoders] == [True, False]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -47,6 +47,35 @@ def test_a_stored_recipe_takes_overrides_as_the_first(base: Path, pattern: str, 
     assert layers[0] == layers[1]
 
 
+@pytest.mark.parametrize("kind", MIXER_OPTIONS)
+def test_a_stored_pattern_of_all_mixers_is_the_first(kind: str, tmp_path: Path) -> None:
+    """Under any `mixer`: its defaults are stored, and other types may have others for the same options."""
+    model = {"mixer": {"type": kind}, "layer_pattern": [*MIXER_OPTIONS]}
+    path, stored = tmp_path / "first.yaml", tmp_path / "stored.yaml"
+    path.write_text(yaml.safe_dump({"model": model, "data": {"source": {"type": "python-docs"}}}))
+    stored.write_text(dump_recipe(load_recipe(path)))
+    assert flatten(load_recipe(stored)) == flatten(load_recipe(path))
+
+
+OPTIONAL = {name for own in MIXER_OPTIONS.values() for name, option in own.items() if option.may_be_none}
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (kind, n)
+        for kind, own in MIXER_OPTIONS.items()
+        for n in own
+        if n in OPTIONAL and not own[n].may_be_none
+    ],
+)
+def test_an_option_that_only_other_types_may_leave_without_a_value(
+    kind: str, option: str, base: Path
+) -> None:
+    with pytest.raises(RecipeError, match=f"mixer.{option}: {kind} needs a value"):
+        load_recipe(base, [f"model.mixer={{type: {kind}, {option}: null}}"])
+
+
 def test_an_override_that_reaches_no_layer_is_refused(base: Path) -> None:
     """Every layer that has the option sets it itself."""
     path = top(base, "model: {layer_pattern: [bd_lru, {type: bd_matrix, head_conv: 3, block_size: 2}]}\n")

@@ -149,12 +149,13 @@ def test_groups_by_pattern(name: str) -> None:
     [
         (["*gate_prj*"], "optim.groups.0: no parameter matches '\\*gate_prj\\*'; near it: gate_proj"),
         (["*", "*norm*"], "optim.groups.1: groups before it take all that"),
+        (["*lm_head*"], "makes head and embedding one: match '\\*embed_tokens\\*'"),
     ],
 )
 def test_a_group_without_parameters(patterns: list[str], words: str, build: Build, tmp_path: Path) -> None:
     groups = ", ".join(f"{{match: '{pattern}'}}" for pattern in patterns)
     with pytest.raises(ValueError, match=words):
-        build(f"optim.groups=[{groups}]")
+        build(f"optim.groups=[{groups}]", "model.tie_word_embeddings=true")
     assert not (tmp_path / "tiny").exists()
 
 

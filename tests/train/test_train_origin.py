@@ -11,14 +11,18 @@ import torch
 from rank_runs import Ranks
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from small_models import small_config, small_model
 from test_train_resume import LAST
 from tiny_run import fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
+from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.recipe import Recipe, load_recipe
 from lrnn_lm.runs.branch import differences
+from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.runs.export import export
 from lrnn_lm.train.build import build_trainer
+from lrnn_lm.train.init_from import load_weights
 from lrnn_lm.train.stop import Stopped
 
 ONE = "train.tokens=512"
@@ -131,6 +135,21 @@ def test_weights_that_do_not_fit(
     assert not runs.exists()
 
 
+def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
+    """As tools that join shards do: taken if both are the same."""
+    small_model("bd_lru", tie_word_embeddings=True).save_pretrained(tmp_path)
+    other = LRNNForCausalLM(small_config("bd_lru", tie_word_embeddings=True))
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    load_weights(tmp_path, other)
+    assert all(torch.equal(p, stored[name]) for name, p in other.named_parameters())
+    stored["lm_head.weight"] += 1
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight does not fit"):
+        load_weights(tmp_path, other)
+
+
 def test_another_tokenizer_of_the_same_size(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +224,19 @@ def test_a_branch_of_a_checkpoint_that_a_link_names(recipe: Path, tmp_path: Path
     latest.unlink()
     latest.symlink_to("step-00000012")
     assert branch(recipe, tmp_path, latest).position.step == 9
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("bd_lru, {type: attention, num_heads: 2, window: 4}", "model.layer_pattern[1].window: was 8, is 4"),
+        ("bd_lru", "model.layer_pattern: was ['bd_lru', 'attention'], is ['bd_lru']"),
+    ],
+)
+def test_layer_patterns_differ_in_few_words(changed: str, words: str, recipe: Path) -> None:
+    pattern = "bd_lru, {type: attention, num_heads: 2, window: 8}"
+    old, new = (load_recipe(recipe, [f"model.layer_pattern=[{each}]"]) for each in (pattern, changed))
+    assert differences(old, new, step=1) == [words]
 
 
 @pytest.mark.parametrize(
