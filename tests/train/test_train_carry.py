@@ -111,7 +111,6 @@ def stopped_after(build: Build, step: int, *options: str) -> Trainer:
 @pytest.mark.parametrize(
     "options",
     [
-        (ORDER, WINDOW, "train.segment=16"),
         (ORDER, "train.start_from_other=0.5"),
         (ORDER, WINDOW, "train.segment=16", LEARNT),
     ],
