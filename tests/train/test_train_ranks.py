@@ -121,11 +121,13 @@ def test_more_layouts_agree(recipe: Path, one: Callable[..., Path], layout: tupl
 
 
 def assert_agree(run: Path, one: Path) -> None:
-    """The same losses to 1e-5 relative, and what comes of them: of as many steps as the run has."""
+    """The same losses, to 1e-5 relative, gradient norms and weights, of as many steps as `run` has."""
     steps = losses(run)[-1][0]
     for read in (losses, validations):
         expected = [(step, pytest.approx(loss, rel=1e-5)) for step, loss in read(one) if step <= steps]
         assert read(run) == expected != []
+    norms = [[line["grad_norm"] for line in metrics(r) if "grad_norm" in line][:steps] for r in (run, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     last = f"checkpoints/step-{steps:08d}"
     ours, theirs = weights(one / last), weights(run / last)
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
