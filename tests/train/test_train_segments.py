@@ -45,7 +45,12 @@ def check(model: nn.Module, batch: dict[str, Tensor], tolerance: float, segments
             assert float((got - want[key]).norm() / want[key].norm()) < tolerance, (key, segment)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+USUAL = ("bd_lru-all", "h_lru", "bd_matrix-erase", "lstm", "mamba2", "attention-window", "hybrid-window")
+
+
+@pytest.mark.parametrize(
+    "name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name not in USUAL)]
+)
 def test_the_gradient_is_that_of_the_whole_row(name: str) -> None:
     """In fp64 with large weights; in fp32 with a new model's: large ones amplify rounding a hundredfold."""
     model = small_model("bd_lru", layer_pattern=MIXERS[name]).double().train()
