@@ -66,17 +66,8 @@ def loaded(checkpoint):
     return load_checkpoint(checkpoint, "cpu")
 
 
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch) -> None:
-    """Fewer pixels than a reader needs: they cost more than what is drawn."""
-    from matplotlib.figure import Figure
-
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: save(figure, path, dpi=30))
-
-
 @pytest.fixture
-def no_pictures(small_pictures, monkeypatch) -> None:
+def no_pictures(monkeypatch) -> None:
     """An empty file in place of each picture, which takes half a second to draw."""
     from matplotlib.figure import Figure
 
