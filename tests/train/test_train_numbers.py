@@ -22,6 +22,7 @@ from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.load import shipped
+from lrnn_lm.runs.checkpoint import list_checkpoints, read_position
 from lrnn_lm.train import metrics as metrics_module
 from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
@@ -270,6 +271,27 @@ def test_written_at_once_or_in_the_background(build: Build, straight: Path) -> N
     trainer = build("checkpoint.background=false")
     fill_state(trainer.bare_model, trainer.optimizer)
     assert fingerprint(trainer.run()) == fingerprint(straight / "checkpoints/step-00000012")
+
+
+def test_what_is_written_late_is_the_step_that_was_saved(build: Build) -> None:
+    """Here the files of step 4 are written once the run is beyond it."""
+    trainer = build()
+    write, late = trainer.saver._write, threading.Event()
+    trainer.saver._write = lambda *given: (late.wait(60), write(*given))
+    step = trainer.step
+
+    def stepped(*given: Any) -> Any:
+        if trainer.position.step == 6:
+            late.set()
+        return step(*given)
+
+    trainer.step = stepped
+    send_at(trainer, 7, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        trainer.run()
+    names = [folder.name for folder in list_checkpoints(trainer.checkpoints)]
+    assert names == ["step-00000004", "step-00000007"]
+    assert [read_position(trainer.checkpoints / name).step for name in names] == [4, 7]
 
 
 def test_h_lru_counts_its_one_row_of_gates() -> None:

@@ -50,6 +50,13 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, 
     assert trainer.step(batches).loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_loss_that_is_told_is_without_the_z_loss(build: Build) -> None:
+    trainers = build("name=plain"), build("name=own", "train.z_loss=0.01")
+    plain, own = (trainer.step(next(iter(trainer.rows.loader))) for trainer in trainers)
+    assert own.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert own.z_loss > 0.01 > plain.z_loss == 0
+
+
 def test_accumulation_changes_nothing(build: Build) -> None:
     """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters.
 
