@@ -49,8 +49,8 @@ def harm_and_resume(
     rng = random.Random(seed)
     total = 6 * max(1, kills)
     often = (f"train.tokens={total * TOKENS_PER_STEP}", "checkpoint.every=1 steps", "eval.every=3 steps",
-             "train.micro_batch=2")  # fmt: skip
-    recipe = write_recipe(folder)
+             "train.micro_batch=4")  # fmt: skip
+    recipe = write_recipe(folder, model={"num_hidden_layers": 1})
     Ranks(recipe, ranks, *often, "name=straight", parallel=parallel).expect()
     with _small_disk(folder) as disk:
         kinds = tuple(kind for kind in kinds if disk is not None or kind != "full disk")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from forks import server
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 
 class Forked:
@@ -77,7 +76,6 @@ class Ranks:
         parallel: str = "ddp",
         prank: Prank | None = None,
         record: Path | None = None,
-        action: str = "train",
     ):
         recipe.parent.joinpath("logs").mkdir(exist_ok=True)
         port = free_port()
@@ -86,9 +84,7 @@ class Ranks:
         plan = ["fsdp2", "train.shard_size=2"] if parallel == "hsdp" else [parallel]
         arguments = [str(recipe), f"train.parallel={plan[0]}", *plan[1:], *overrides]
         self.processes: list[BaseProcess] = [
-            server().Process(
-                target=_rank, args=(rank, count, port, action, arguments, prank, record, self._log)
-            )
+            server().Process(target=_rank, args=(rank, count, port, arguments, prank, record, self._log))
             for rank in range(count)
         ]
         for process in self.processes:
@@ -124,7 +120,6 @@ def _rank(
     rank: int,
     count: int,
     port: int,
-    action: str,
     arguments: Sequence[str],
     prank: Prank | None,
     record: Path | None,
@@ -142,10 +137,7 @@ def _rank(
         _record(rank, record)
     from lrnn_lm.cli import main
 
-    if action == "train":
-        main(["train", *arguments])
-    else:
-        _dump(arguments, Path(action))
+    main(["train", *arguments])
 
 
 def _train(log: Path, first: Callable[[], object] | None, begun: Event, *arguments: str) -> None:
@@ -213,18 +205,26 @@ def _disturb(rank: int, prank: Prank | None) -> None:
 
 
 def _record(rank: int, folder: Path) -> None:
-    """The token ids of every step that counted, by the samples seen before it."""
+    """What training begins with, whole, and the token ids of every step that counted, by the samples seen."""
     from lrnn_lm.train.loop import Trainer
+    from lrnn_lm.train.parallel import whole
+    from lrnn_lm.train.tensors import training_tensors
 
     folder.mkdir(exist_ok=True)
-    original = Trainer.step
+    step, train = Trainer.step, Trainer._train
 
-    def step(trainer: Trainer, batches: list, *rest: object) -> object:
+    def stepped(trainer: Trainer, batches: list, *rest: object) -> object:
         ids = np.concatenate([batch["input_ids"].numpy() for batch in batches])
         np.save(folder / f"{trainer.position.samples:08d}-{rank:02d}.npy", ids)
-        return original(trainer, batches, *rest)
+        return step(trainer, batches, *rest)
 
-    Trainer.step = step
+    def trained(trainer: Trainer) -> None:
+        held = {k: whole(v) for k, v in training_tensors(trainer.bare_model, trainer.optimizer).items()}
+        if rank == 0:
+            save_file(held, folder / f"held-{trainer.position.step:08d}.safetensors")
+        train(trainer)
+
+    Trainer.step, Trainer._train = stepped, trained
 
 
 def recorded(folder: Path) -> dict[int, np.ndarray]:
@@ -233,22 +233,6 @@ def recorded(folder: Path) -> dict[int, np.ndarray]:
     for path in sorted(folder.glob("*.npy")):
         steps.setdefault(int(path.name[:8]), []).append(np.load(path))
     return {samples: np.concatenate(parts) for samples, parts in steps.items()}
-
-
-def _dump(arguments: Sequence[str], path: Path) -> None:
-    """Build the trainer, so that it loads its checkpoint, and write what it then holds, whole."""
-    from rich.console import Console
-
-    from lrnn_lm.recipe import load_recipe
-    from lrnn_lm.train.build import build_trainer
-    from lrnn_lm.train.tensors import training_tensors
-
-    trainer = build_trainer(load_recipe(arguments[0], list(arguments[1:])), Console(quiet=True))
-    tensors = training_tensors(trainer.bare_model, trainer.optimizer)
-    tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
-    if trainer.accelerator.is_main_process:
-        save_file(tensors, path)
-    trainer.accelerator.wait_for_everyone()
 
 
 def weights(checkpoint: Path) -> torch.Tensor:

@@ -103,7 +103,10 @@ def test_importing_lrnn_lm_is_light():
     [
         "import lrnn_lm",  # after transformers
         "import lrnn_lm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
-        "import lrnn_lm.model.layers; from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import lrnn_lm.model.layers; from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_registered_in_any_order(imports):

@@ -104,7 +104,7 @@ def test_commands(wheel, words, code, told):
 @pytest.mark.parametrize(
     ("words", "absent", "extra"),
     [
-        (["prepare", "recipes/demo.yaml"], "sentencepiece", "train"),
+        (["prepare", "recipes/demo.yaml", "data.source={type: text, path: .}"], "sentencepiece", "train"),
         (["train", "recipes/demo.yaml"], "matplotlib", "train"),
         (["train", "recipes/demo.yaml", "data.source={type: text, path: .}"], "zstandard", "train"),
         (["train", "recipes/demo.yaml", "data.source={type: hf, path: a/b}"], "datasets", "train"),
@@ -118,7 +118,8 @@ def test_commands(wheel, words, code, told):
 def test_a_missing_extra_is_named(words, absent, extra, monkeypatch, capsys, tmp_path):
     """Before anything is trained."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text("Once upon a time.")
+    for name, text in (("a", "Once upon a time."), ("b", "The end.")):
+        (tmp_path / f"{name}.txt").write_text(text)
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(SystemExit) as done:
         main(words)

@@ -97,13 +97,13 @@ def test_a_recipe_is_taken_as_it_stands():
 
 
 def test_rows_and_files(tmp_path, capsys):
-    settings = TrainSettings(contenders="bd-m4,transformer,paper-m4", compile=False, profile=3, **TINY)
+    settings = TrainSettings(contenders="bd-m4,paper-m4", compile=False, profile=3, **TINY)
     rows = train.run(settings, "cpu", tmp_path / "rows.jsonl")
     about, stored = results.read_results(tmp_path / "rows.jsonl")
     assert stored == rows
-    assert len(rows) == 6
+    assert len(rows) == 4
     assert TrainSettings(**about["settings"]) == settings
-    assert [(row["contender"], row["B"], row["T"]) for row in rows[:4:3]] == [
+    assert [(row["contender"], row["B"], row["T"]) for row in rows[::2]] == [
         ("bd-m4", 4, 16),
         ("bd-m4", 2, 32),
     ]
@@ -115,7 +115,7 @@ def test_rows_and_files(tmp_path, capsys):
         assert row["profile"]["kinds"]
         assert len(row["profile"]["kernels"]) == 3
     # The same weights, the same data, another formulation: the same loss.
-    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
     assert (tmp_path / "rows.png").stat().st_size > 1000
     assert len((tmp_path / "rows.md").read_text().splitlines()) == 2 + len(rows)
     assert "tokens/s" in capsys.readouterr().out

@@ -27,6 +27,8 @@ def test_counts_follow_the_weights_everywhere(weights: tuple[float, ...]) -> Non
     counts = np.stack([np.cumsum(sources == k) for k in range(len(weights))])  # (sources, rows)
     wanted = shares[:, None] * np.arange(1, 100_001)
     assert np.abs(counts - wanted).max() < len(weights)
+    if len(weights) == 2:  # rounded, not cut off
+        assert np.abs(counts - wanted).max() < 0.5 + 1e-6
     assert (np.abs(counts[:, -1] - wanted[:, -1]) <= 0.001 * wanted[:, -1] + 1e-6).all()
     for k in range(len(weights)):
         assert numbers[sources == k].tolist() == list(range(counts[k, -1])), "each in its own order, no gap"

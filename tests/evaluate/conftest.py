@@ -66,6 +66,14 @@ def loaded(checkpoint):
     return load_checkpoint(checkpoint, "cpu")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """An empty file in place of each picture, which takes half a second to draw."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
+
+
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     return list(DOCUMENTS)

@@ -181,6 +181,7 @@ def test_offline_scores_on_two_folders_are_told_apart(checkpoint, tmp_path):
     assert all(task.startswith("offline_lambada, offline ") for task in tasks)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_probes_of_another_text_leave_those_of_the_runs(checkpoint, tmp_path, write_documents):
     run = shutil.copytree(checkpoint.parents[1], tmp_path / "tiny", symlinks=True)
     shutil.rmtree(run / "eval", ignore_errors=True)

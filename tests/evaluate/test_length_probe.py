@@ -142,7 +142,13 @@ def test_a_change_is_not_seen_before_it_happens_nor_past_a_memory(delay):
     assert found[delay] == 1
 
 
-@pytest.mark.parametrize("name", [*MIXER_ROWS, "hybrid"])
+USUAL = ("bd_lru-all", "h_lru", "attention-window", "lstm", "hybrid")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in MIXER_ROWS if name not in USUAL)],
+)
 def test_memory_is_that_of_whole_passes(name):
     model = small_model(name)
     inputs = torch.randint(1, 53, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -159,6 +165,7 @@ def test_memory_is_that_of_whole_passes(name):
     assert found[0]["moved"] > 0.05
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_of_another_model_and_its_text(checkpoint, tmp_path):
     facts = probe_length(checkpoint, "1x", rows=2, output=tmp_path, device="cpu")
     assert facts["transitions"] == []
@@ -179,6 +186,7 @@ def test_mistakes_leave_with_2(run, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_too_little_text(run, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "1 2 3"}\n')
@@ -200,6 +208,7 @@ def test_a_state_that_diverges_is_told_and_drawn(tmp_path, capsys):
     assert "effective memory" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_row_sums_are_of_the_rows_that_gates_make(tmp_path):
     """Of a companion matrix that is the first: the others are a shifted identity, whose sums are 1."""
     checkpoint = train(tmp_path, "s3", "model.mixer.type=h_lru", "model.mixer.order=3")
@@ -207,6 +216,7 @@ def test_row_sums_are_of_the_rows_that_gates_make(tmp_path):
     assert all(layer["row_sum"]["max"] < 0.99 for layer in facts["transitions"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_memory_is_probed_with_tokens_that_occur(tmp_path, monkeypatch):
     """Of modular counting two of five ids do; the rest was never trained."""
     checkpoint = train(tmp_path, "modular-counting", "data.source.options.start=1")

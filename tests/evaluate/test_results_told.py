@@ -83,6 +83,7 @@ for words in (sys.argv[1:between], sys.argv[between + 1 :]):
 """
 
 
+@pytest.mark.slow  # a process from its first import on
 def test_the_c_locale_costs_nothing(run, tmp_path):
     """Without Python's UTF-8 mode: the table has a ±; the scores are written, and the exit code is 0. The
     bytes of a prompt among the arguments arrive as surrogates."""

@@ -9,8 +9,10 @@ from rich.console import Console
 
 from lrnn_lm.mixers import mixer_class
 from lrnn_lm.mixers.fla_layer import FlaMixer
-from lrnn_lm.model.accounting import account, check_parameters, meta_model
+from lrnn_lm.model import accounting
+from lrnn_lm.model.accounting import account, check_parameters
 from lrnn_lm.recipe import load_recipe, shipped
+from lrnn_lm.train import info as info_module
 from lrnn_lm.train.build import model_config
 from lrnn_lm.train.info import print_info, vocabulary
 
@@ -21,6 +23,21 @@ RECIPES = sorted(
 )
 PAPER = sorted(path for path in RECIPES if path.parent.name == "paper")
 ids = [str(path.relative_to(shipped("recipes"))) for path in RECIPES]
+
+
+@pytest.fixture(autouse=True)
+def built_once(monkeypatch):
+    """A model is built once for all that is counted on it."""
+    build, built = accounting.meta_model, {}
+
+    def once(config):
+        key = config.to_json_string()
+        if key not in built:
+            built[key] = build(config)
+        return built[key]
+
+    for module in (accounting, info_module):
+        monkeypatch.setattr(module, "meta_model", once)
 
 
 def config_of(path: Path):
@@ -39,7 +56,7 @@ def test_builds_with_its_parameter_count(path):
     recipe, config = config_of(path)
     if issubclass(mixer_class(config.mixer["type"]), FlaMixer):
         pytest.importorskip("fla.layers", reason="flash-linear-attention is not installed")
-    model = meta_model(config)
+    model = accounting.meta_model(config)
     check_parameters(config, recipe.model.parameters)
     assert sum(p.numel() for p in model.parameters()) == account(config, 16).total_parameters
     short = ["data.sequence_length=256"] if config.mixer["type"] == "lstm" else []  # it walks through the row

@@ -118,13 +118,18 @@ def test_stopped_and_resumed_is_straight_through(build: Build, averaged: Path, v
 
 
 def test_two_sharded_ranks(recipe: Path, tmp_path: Path, averaged: Path, build: Build) -> None:
-    """Under FSDP2: stopped, resumed and exported; the averages of one process. A new run begins with the
-    weights of its shards, or goes on from them, in one process."""
-    options = (f"train.runs_dir={tmp_path}", ON, "name=sharded")
+    """Under FSDP2: stopped, resumed from a copy elsewhere, exported; the averages of one process. A new run
+    begins with the weights of its shards, or goes on from them, in one process."""
+    there = tmp_path / "there"
+    options = (f"train.runs_dir={tmp_path}", ON, "name=sharded", f"checkpoint.copy_to={there}")
     prank = Prank(rank=1, step=6, signal=signal.SIGTERM)
     Ranks(recipe, 2, *options, parallel="fsdp2", prank=prank).expect(85)
-    Ranks(recipe, 2, *options, parallel="fsdp2").expect()
     run, out = tmp_path / "sharded", tmp_path / "out"
+    shutil.rmtree(run)
+    said = Ranks(recipe, 2, *options, parallel="fsdp2").expect()
+    assert f"fetched {there}/sharded/checkpoints/step-00000006" in said
+    assert [step for step, _ in losses(run)] == [*range(1, STEPS + 1)]
+    assert (there / "sharded/README.md").is_file()
     main_exits(0, "export", run / "checkpoints/latest", out, "--average")
     want = load_file(averaged / "average/model.safetensors")
     got = load_file(out / "model.safetensors")

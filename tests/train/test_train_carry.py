@@ -111,7 +111,6 @@ def stopped_after(build: Build, step: int, *options: str) -> Trainer:
 @pytest.mark.parametrize(
     "options",
     [
-        (ORDER, WINDOW, "train.segment=16"),
         (ORDER, "train.start_from_other=0.5"),
         (ORDER, WINDOW, "train.segment=16", LEARNT),
     ],
@@ -125,7 +124,7 @@ def test_a_stopped_run_goes_on_from_the_same_states(build: Build, options: tuple
     assert fingerprint(resumed.run()) == fingerprint(whole.run())
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_lanes_go_on_with_another_number_of_ranks(build: Build, recipe: Path, parallel: str) -> None:
     """By segments, in two micro-batches a rank: ranks exchange gradients in a step's last backward pass."""
     options = (ORDER, WINDOW, LEARNT, "train.segment=16", "train.tokens=2048", "train.micro_batch=3")

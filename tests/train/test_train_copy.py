@@ -1,6 +1,6 @@
 """`checkpoint.copy_to`: a run's copy elsewhere is whole or not used; machines without the run go on with it.
 
-`tests/export/test_s3.py` trains with a copy in an S3 store.
+`tests/export/test_s3.py` trains with a copy in an S3 store; sharded ranks with one: `test_train_average.py`.
 """
 
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from rank_runs import Prank, Ranks
 from tiny_run import STEPS, fingerprint, losses, metrics, validations
 from trainers import Build, main_exits, refused_before_data, send_at
 
@@ -202,19 +201,6 @@ def test_another_machine_goes_on_bit_for_bit(
     everything = {path.name for path in (place / "tiny").iterdir()}
     assert everything == {"recipe.yaml", "metrics.jsonl", "data.json", "heldout.jsonl", "checkpoints"}
     assert len(list_checkpoints(again.folder / "checkpoints")) == 2
-
-
-def test_ranks_go_on_from_a_copy_of_shards(recipe: Path, tmp_path: Path, place: Path) -> None:
-    options = (f"train.runs_dir={tmp_path}/runs", f"checkpoint.copy_to={place}")
-    stop = Prank(rank=1, step=6, signal=signal.SIGTERM)
-    Ranks(recipe, 2, *options, parallel="fsdp2", prank=stop).expect(85)
-    assert names(str(place))[-1] == "step-00000006"
-    shutil.rmtree(tmp_path / "runs")
-    said = Ranks(recipe, 2, *options, parallel="fsdp2").expect()
-    assert f"fetched {place}/tiny/checkpoints/step-00000006" in said
-    steps = [step for step, _ in losses(tmp_path / "runs/tiny")]
-    assert steps == list(range(1, STEPS + 1))
-    assert (place / "tiny/README.md").is_file()
 
 
 def test_a_copy_that_fails_is_told_and_made_up_for(

@@ -9,9 +9,10 @@ import pytest
 from kill_resume import assert_codes, harm_and_resume
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (2, "fsdp2")])
-def test_harmed_at_random_moments(tmp_path: Path, ranks: int, parallel: str) -> None:
-    assert len(harm_and_resume(tmp_path, 3, seed=ranks, ranks=ranks, parallel=parallel)) == 3
+@pytest.mark.parametrize(("ranks", "parallel", "seed", "kills"), [(1, "ddp", 5, 3), (2, "fsdp2", 1, 1)])
+def test_harmed_at_random_moments(tmp_path: Path, ranks: int, parallel: str, seed: int, kills: int) -> None:
+    """A full disk and both kinds of kills; a kill of one of two ranks."""
+    assert len(harm_and_resume(tmp_path, kills, seed, ranks, parallel)) == kills
 
 
 @pytest.mark.parametrize(

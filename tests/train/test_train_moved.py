@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,9 @@ LINKS = ("latest", "best")
 
 
 @pytest.fixture
-def stopped(build: Build) -> Path:
+def stopped(stopped_run: Callable[..., Path], tmp_path: Path) -> Path:
     """A run stopped after step 10, with checkpoints 8 and 10."""
-    trainer = build("eval.every=2 steps")
-    send_at(trainer, 10, signal.SIGTERM)
-    with pytest.raises(Stopped):
-        trainer.run()
-    return trainer.folder
+    return Path(shutil.copytree(stopped_run("eval.every=2 steps"), tmp_path / "tiny", symlinks=True))
 
 
 def follow_links(run: Path) -> None:

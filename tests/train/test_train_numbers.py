@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import nullcontext
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.recipe.load import shipped
+from lrnn_lm.runs.checkpoint import list_checkpoints, read_position
 from lrnn_lm.train import metrics as metrics_module
 from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
@@ -145,11 +147,10 @@ def test_a_number_a_layer_where_mixers_are_called_again(build: Build, key: str) 
         assert 0.01 < share == pytest.approx(float((largest > 0.99).float().mean()), abs=1e-5)
 
 
-def test_looking_changes_nothing(build: Build) -> None:
-    plain, looked = build("name=plain"), build("name=looked", "train.inspect_every=1")
-    plain.run()
+def test_looking_changes_nothing(build: Build, straight: Path) -> None:
+    looked = build("name=looked", "train.inspect_every=1")
     looked.run()
-    assert losses(plain.folder) == losses(looked.folder)
+    assert losses(looked.folder) == losses(straight)
     lines = [line for line in metrics(looked.folder) if "loss" in line]
     assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in lines)
 
@@ -265,21 +266,32 @@ def test_saving_by_the_clock(build: Build) -> None:
     assert len([p for p in trainer.checkpoints.iterdir() if not p.is_symlink()]) > 6
 
 
-def test_written_at_once_or_in_the_background(build: Build) -> None:
-    runs = [build(f"name=b{switch}", f"checkpoint.background={switch}") for switch in ("true", "false")]
-    for trainer in runs:
+def test_written_at_once_or_in_the_background(build: Build, straight: Path) -> None:
+    """And with the state that AdamW would make in its first step made before it."""
+    trainer = build("checkpoint.background=false")
+    fill_state(trainer.bare_model, trainer.optimizer)
+    assert fingerprint(trainer.run()) == fingerprint(straight / "checkpoints/step-00000012")
+
+
+def test_what_is_written_late_is_the_step_that_was_saved(build: Build) -> None:
+    """Here the files of step 4 are written once the run is beyond it."""
+    trainer = build()
+    write, late = trainer.saver._write, threading.Event()
+    trainer.saver._write = lambda *given: (late.wait(60), write(*given))
+    step = trainer.step
+
+    def stepped(*given: Any) -> Any:
+        if trainer.position.step == 6:
+            late.set()
+        return step(*given)
+
+    trainer.step = stepped
+    send_at(trainer, 7, signal.SIGTERM)
+    with pytest.raises(Stopped):
         trainer.run()
-    ours, theirs = (fingerprint(trainer.folder / "checkpoints/step-00000012") for trainer in runs)
-    assert ours == theirs
-
-
-def test_state_made_early_is_the_state_that_adamw_makes(build: Build) -> None:
-    early, late = build("name=early"), build("name=late")
-    fill_state(early.bare_model, early.optimizer)
-    early.run()
-    late.run()
-    last = "checkpoints/step-00000012"
-    assert fingerprint(early.folder / last) == fingerprint(late.folder / last)
+    names = [folder.name for folder in list_checkpoints(trainer.checkpoints)]
+    assert names == ["step-00000004", "step-00000007"]
+    assert [read_position(trainer.checkpoints / name).step for name in names] == [4, 7]
 
 
 def test_h_lru_counts_its_one_row_of_gates() -> None:

@@ -159,9 +159,9 @@ def test_another_tokenizer_of_the_same_size(
 
 
 def test_every_rank_of_a_sharded_run_begins_with_them(recipe: Path, straight: Path, tmp_path: Path) -> None:
-    options = (f"train.runs_dir={tmp_path}", f"model.init_from={straight / LAST}", "name=sharded")
-    Ranks(recipe, 2, *options, parallel="fsdp2", action=str(tmp_path / "held.safetensors")).expect()
-    held = load_file(tmp_path / "held.safetensors")
+    options = (f"train.runs_dir={tmp_path}", f"model.init_from={straight / LAST}", "train.tokens=512")
+    Ranks(recipe, 2, *options, parallel="fsdp2", record=tmp_path / "seen").expect()
+    held = load_file(tmp_path / "seen/held-00000000.safetensors")
     for name, value in load_file(straight / LAST / "model.safetensors").items():
         assert torch.equal(held[f"model/{name}"], value), name
 

@@ -15,11 +15,12 @@ from lrnn_lm.runs.load import describe
 from lrnn_lm.train.stop import Stopped
 
 ON = "train.ramp={start: 128, tokens: 1152}"  # 3 steps of 128 tokens, 2 of 256 (rounded), 1 of 384
-SIZES = [128] * 3 + [256] * 2 + [384] + [512] * 9
+SIZES = [128] * 3 + [256] * 2 + [384] + [512] * 3
+TOKENS = f"train.tokens={sum(SIZES)}"
 
 
 def test_sizes(recipe: Path) -> None:
-    loaded = load_recipe(recipe, [ON])
+    loaded = load_recipe(recipe, [ON, TOKENS])
     assert loaded.total_steps == len(SIZES)
     assert [64 * loaded.rows_at(step) for step in range(len(SIZES))] == SIZES
     assert [loaded.tokens_at(step) for step in range(len(SIZES))] == [
@@ -32,7 +33,7 @@ def test_sizes(recipe: Path) -> None:
 def test_stopped_and_resumed_on_any_ranks_reads_one_sequence(
     recipe: Path, tmp_path: Path, build: Build
 ) -> None:
-    whole = build(ON, "name=whole")
+    whole = build(ON, TOKENS, "name=whole")
     ids = []
     step = whole.step
 
@@ -48,17 +49,18 @@ def test_stopped_and_resumed_on_any_ranks_reads_one_sequence(
     assert np.array_equal(np.concatenate(ids)[: 8 * 12], np.concatenate(flat)[: sum(SIZES) // 64])
     lines = [line for line in metrics(whole.folder) if "loss" in line]
     assert [line["tokens"] for line in lines] == np.cumsum(SIZES).tolist()
-    first = build(ON)
+    first = build(ON, TOKENS)
     send_at(first, 4, signal.SIGTERM)
     with pytest.raises(Stopped):
         first.run()
-    again = build(ON)
+    again = build(ON, TOKENS)
     assert again.position.samples == sum(SIZES[:4]) // 64
     again.run()
     last = f"checkpoints/step-{len(SIZES):08d}"
     assert fingerprint(again.folder / last) == fingerprint(whole.folder / last)
     assert describe(again.folder / last).tokens == sum(SIZES)
-    Ranks(recipe, 2, f"train.runs_dir={tmp_path}", ON, "name=two", record=tmp_path / "two").expect()
+    options = (f"train.runs_dir={tmp_path}", ON, TOKENS, "name=two")
+    Ranks(recipe, 2, *options, record=tmp_path / "two").expect()
     for samples, rows in recorded(tmp_path / "two").items():
         at = np.cumsum([0, *SIZES]).tolist().index(64 * samples)
         assert {row.tobytes() for row in rows} == {row.tobytes() for row in ids[at]}

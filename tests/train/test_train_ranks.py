@@ -26,105 +26,172 @@ from lrnn_lm.runs import checkpoint
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.tensors import is_sharded_folder, read_shards
 
-STEPS, ROWS = 12, 12
-LAST = f"checkpoints/step-{STEPS:08d}"
-# How the model is shared (hsdp: two ranks hold a copy), ranks, rows of a micro-batch: of 12 rows a step, 1, 2
-# or 4 micro-batches a rank, the last of 2 x 4 shorter. DDP of 4 ranks: `test_other_ranks_go_on_..`.
-LAYOUTS = [("ddp", 1, 3), ("ddp", 2, 4), ("fsdp2", 2, 3), ("hsdp", 4, 3)]
-MORE_LAYOUTS = [("ddp", 1, 6), ("ddp", 2, 3), ("ddp", 4, 1), ("ddp", 4, 2), ("fsdp2", 2, 6), ("fsdp2", 4, 1)]
+STEPS, ROWS = 8, 12
+SHORT = 4  # steps of most runs
+LAST = f"checkpoints/step-{SHORT:08d}"
+RECOMPUTED = "train.activation_checkpointing=true"
+# How the model is shared (hsdp: two ranks hold a copy): ranks, rows of a micro-batch, options. A rank takes
+# 3 + 1, 4 + 2 and 3 of the 12 rows of a step.
+LAYOUTS = {
+    "ddp": (3, 3, (RECOMPUTED,)),
+    "fsdp2": (2, 4, ("eval.tasks=[heldout_bits_per_byte]", "eval.limit=4")),
+    "hsdp": (4, 3, ("optim.name=muon", RECOMPUTED)),
+}
+MORE_LAYOUTS = [
+    ("ddp", 1, 3), ("ddp", 1, 6), ("ddp", 2, 3), ("ddp", 2, 4), ("ddp", 4, 1), ("ddp", 4, 2), ("fsdp2", 2, 3),
+    ("fsdp2", 2, 6), ("fsdp2", 4, 1), ("hsdp", 4, 3),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 rows a step: they split over 1, 2, 3 and 4 ranks. Little text, so that runs reach a second epoch."""
+    """12 rows a step: they split over 1, 2, 3 and 4 ranks. Little text, so that runs reach a second epoch.
+
+    A constant rate, so that a run of fewer steps is the beginning of a longer one.
+    """
     return write_recipe(
         tmp_path_factory.mktemp("ranks"),
-        documents=40,
-        train={"tokens": STEPS * ROWS * 64, "tokens_per_step": ROWS * 64, "micro_batch": 12},
-        checkpoint={"every": "5 steps"},
-        eval={"every": "6 steps"},
-        optim={"lr": 0.003},
-    )
+        documents=25,
+        train={"tokens": STEPS * ROWS * 64, "tokens_per_step": ROWS * 64, "micro_batch": 12,
+               "inspect_every": 2},
+        checkpoint={"every": "2 steps", "keep_last": 9},
+        eval={"every": "2 steps"},
+        optim={"lr": 0.003, "schedule": "constant", "warmup": "2 steps"},
+    )  # fmt: skip
+
+
+def short(steps: int = SHORT) -> str:
+    return f"train.tokens={steps * ROWS * 64}"
 
 
 @pytest.fixture(scope="module")
-def one(recipe: Path) -> Path:
-    """The run of one process, whole steps at once."""
-    trainer = build_trainer(load_recipe(recipe, ["name=one"]), Console(quiet=True))
-    trainer.run()
-    return trainer.folder
+def one(recipe: Path) -> Callable[..., Path]:
+    """A function to the run of one process, whole steps at once, with these options; each is run once."""
+
+    @cache
+    def run(*options: str) -> Path:
+        name = "-".join(["one", *options]).replace("=", "-")
+        trainer = build_trainer(load_recipe(recipe, [f"name={name}", *options]), Console(quiet=True))
+        trainer.run()
+        return trainer.folder
+
+    return run
 
 
-def name(parallel: str, ranks: int, rows: int) -> str:
-    return f"{parallel}-{ranks}x{rows}"
+@pytest.fixture(scope="module")
+def shared(recipe: Path) -> Callable[[str], Path]:
+    """A function from a layout to its run of 4 steps; each is run once."""
+
+    @cache
+    def run(parallel: str) -> Path:
+        ranks, rows, options = LAYOUTS[parallel]
+        sizes = (f"train.micro_batch={rows}", short())
+        Ranks(recipe, ranks, f"name={parallel}", *sizes, *options, parallel=parallel).expect()
+        return recipe.parent / "runs" / parallel
+
+    return run
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
-    ids=lambda layout: name(*layout),
-)
-def test_layouts_agree(recipe: Path, one: Path, layout: tuple[str, int, int]) -> None:
+@pytest.fixture(scope="module")
+def halfway(recipe: Path, shared: Callable[[str], Path]) -> Callable[[str, str], Path]:
+    """A function to a copy of a layout's run, by a new name, as it was at step 2."""
+
+    def copy(parallel: str, name: str) -> Path:
+        run = Path(shutil.copytree(shared(parallel), recipe.parent / "runs" / name, symlinks=True))
+        shutil.rmtree(run / LAST)
+        return run
+
+    return copy
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_layouts_agree(one: Callable[..., Path], shared: Callable[[str], Path], parallel: str) -> None:
+    """Each with micro-batches, DDP and HSDP with layers that are recomputed."""
+    options = [option for option in LAYOUTS[parallel][2] if option.startswith("optim.")]
+    assert_agree(shared(parallel), one(*options, *([short()] if options else [])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MORE_LAYOUTS, ids=lambda layout: "{}-{}x{}".format(*layout))
+def test_more_layouts_agree(recipe: Path, one: Callable[..., Path], layout: tuple[str, int, int]) -> None:
     parallel, ranks, rows = layout
-    Ranks(recipe, ranks, f"name={name(*layout)}", f"train.micro_batch={rows}", parallel=parallel).expect()
-    run = one.parent / name(*layout)
-    assert_agree(run, one)
+    name = f"{parallel}-{ranks}x{rows}"
+    Ranks(recipe, ranks, f"name={name}", f"train.micro_batch={rows}", parallel=parallel).expect()
+    assert_agree(recipe.parent / "runs" / name, one())
 
 
 def assert_agree(run: Path, one: Path) -> None:
-    """The same losses to 1e-5 relative, and what comes of them."""
-    for found, expected in ((losses(run), losses(one)), (validations(run), validations(one))):
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        assert [x for _, x in found] == pytest.approx([x for _, x in expected], rel=1e-5)
-    ours, theirs = weights(one / LAST), weights(run / LAST)
+    """The same losses, to 1e-5 relative, gradient norms and weights, of as many steps as `run` has."""
+    steps = losses(run)[-1][0]
+    for read in (losses, validations):
+        expected = [(step, pytest.approx(loss, rel=1e-5)) for step, loss in read(one) if step <= steps]
+        assert read(run) == expected != []
+    norms = [[line["grad_norm"] for line in metrics(r) if "grad_norm" in line][:steps] for r in (run, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    last = f"checkpoints/step-{steps:08d}"
+    ours, theirs = weights(one / last), weights(run / last)
     assert float((ours - theirs).norm() / ours.norm()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "layout", [("ddp", 2, 3), ("fsdp2", 3, 2), ("hsdp", 4, 3)], ids=lambda layout: name(*layout)
-)
-def test_resumed_is_straight_through_bit_for_bit(recipe: Path, layout: tuple[str, int, int]) -> None:
-    parallel, ranks, rows = layout
-    optim = "muon" if parallel == "hsdp" else "adamw"
-    short = (f"train.micro_batch={rows}", f"optim.name={optim}", f"train.tokens={4 * ROWS * 64}")
-    short = (*short, "checkpoint.every=3 steps", "eval.every=2 steps")
-    Ranks(recipe, ranks, *short, f"name=straight-{parallel}", parallel=parallel).expect()
-    stop = Prank(rank=ranks - 1, step=2, signal=signal.SIGTERM)
-    said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel, prank=stop).expect(85)
-    assert said.count("stopped by a signal on another rank after step 2 of 4") == 1
-    said = Ranks(recipe, ranks, *short, f"name=parts-{parallel}", parallel=parallel).expect()
+@pytest.mark.parametrize("parallel", LAYOUTS)
+def test_resumed_is_straight_through_bit_for_bit(
+    recipe: Path, shared: Callable[[str], Path], halfway: Callable[[str, str], Path], parallel: str
+) -> None:
+    """From step 2 on. Three ranks of DDP round by the layout of its buckets."""
+    straight, parts = shared(parallel), halfway(parallel, f"parts-{parallel}")
+    ranks, rows, options = LAYOUTS[parallel]
+    sizes = (f"train.micro_batch={rows}", short(), *options, "eval.tasks=[]")
+    said = Ranks(recipe, ranks, *sizes, f"name={parts.name}", parallel=parallel).expect()
     assert "going on from step 2" in said
-    straight, parts = (recipe.parent / "runs" / f"{kind}-{parallel}" for kind in ("straight", "parts"))
     assert losses(parts) == losses(straight)
     assert validations(parts) == validations(straight)
-    ends = [tensors_of(run / "checkpoints/step-00000004") for run in (straight, parts)]
+    ends = [tensors_of(run / LAST) for run in (straight, parts)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     if parallel != "ddp":  # each shard is stored once, also where several ranks hold it
-        shards = straight / "checkpoints/step-00000004/trainer/shards"
+        shards = straight / LAST / "trainer/shards"
         stored = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
-        assert len(stored["model/lm_head.weight"].chunks) == {"fsdp2": 3, "hsdp": 2}[parallel]
+        assert len(stored["model/lm_head.weight"].chunks) == 2
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds, whole: the files of shards differ in the order of their headers."""
-    plain = {p.name: load_file(p) for p in checkpoint.rglob("*.safetensors") if "shard" not in p.name}
-    found = {f"{file}/{key}": value for file, tensors in plain.items() for key, value in tensors.items()}
+    found = {}
+    for path in (checkpoint / "trainer").glob("rng-*.safetensors"):
+        found |= {f"{path.name}/{key}": value for key, value in load_file(path).items()}
+    return found | trained(checkpoint)
+
+
+def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimiser of a checkpoint, by `model/NAME` and `optimizer/NAME/KEY`."""
     if is_sharded_folder(checkpoint):
-        for kind in ("model", "optimizer"):
-            found |= {f"{kind}/{key}": value for key, value in read_shards(checkpoint, kind).items()}
-    return found
+        parts = {kind: read_shards(checkpoint, kind) for kind in ("model", "optimizer")}
+    else:
+        parts = {"model": load_file(checkpoint / "model.safetensors"),
+                 "optimizer": load_file(checkpoint / "trainer/optimizer.safetensors")}  # fmt: skip
+    return {f"{kind}/{key}": value for kind, held in parts.items() for key, value in held.items()}
 
 
-def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_path: Path) -> None:
-    """4 ranks, then 3, shared in each way: every row once, in the order of one process; its losses."""
-    seen = tmp_path / "seen"
-    stages = [("ddp", 4, 3), ("hsdp", 4, 6), ("fsdp2", 3, 9), ("ddp", 3, None)]
+def test_other_ranks_go_on(recipe: Path, one: Callable[..., Path], tmp_path: Path) -> None:
+    """2 ranks, then 3, 4 and 1, shared in each way: weights and optimiser come back bit for bit; every row
+    is read once, in the order of one process; its losses."""
+    seen, begin = tmp_path / "seen", 0
+    stages = [("ddp", 2, 2), ("fsdp2", 3, 4), ("hsdp", 4, 6), ("ddp", 1, None)]
     for parallel, ranks, end in stages:
         prank = Prank(rank=ranks - 1, step=end, signal=signal.SIGUSR1) if end else None
         Ranks(
             recipe, ranks, "name=elastic", "train.micro_batch=3", parallel=parallel, record=seen, prank=prank
         ).expect(85 if end else 0)
+        if begin:
+            folder = recipe.parent / f"runs/elastic/checkpoints/step-{begin:08d}"
+            assert (folder / "model.safetensors").exists() == (begin == 2)  # else shards alone
+            saved, held = trained(folder), load_file(seen / f"held-{begin:08d}.safetensors")
+            assert (
+                sum(key.endswith("/exp_avg_sq") for key in saved) == len(saved) / 4
+            )  # weights, step, moments
+            assert held.keys() == saved.keys()
+            assert all(torch.equal(held[key], saved[key]) for key in saved)
+        begin = end
     steps = recorded(seen)
     assert list(steps) == [ROWS * step for step in range(STEPS)]
     trainer = build_trainer(load_recipe(recipe, ["name=fresh"]), Console(quiet=True))
@@ -133,7 +200,7 @@ def test_other_ranks_go_on_with_the_next_sample(recipe: Path, one: Path, tmp_pat
     for samples, ids in steps.items():
         order = rows_of_samples(samples, ROWS, len(rows), seed=0)
         assert np.array_equal(ids, np.stack([rows[row]["input_ids"].numpy() for row in order]))
-    assert_agree(one.parent / "elastic", one)
+    assert_agree(recipe.parent / "runs/elastic", one())
 
 
 def test_shards_are_on_disk_with_their_folder(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,85 +214,38 @@ def test_shards_are_on_disk_with_their_folder(recipe: Path, monkeypatch: pytest.
     assert {aside, aside / "trainer", aside / "trainer/shards"} <= set(synced)
 
 
-def test_the_optimiser_comes_back_on_other_ranks(recipe: Path, tmp_path: Path) -> None:
-    """What DDP saved, bit for bit, on shards of 3 ranks; what those save, on other shards, and whole."""
-    stop = Prank(rank=1, step=4, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=moving", prank=stop).expect(85)
-    folder = recipe.parent / "runs/moving/checkpoints/step-00000004"
-    saved = {f"model/{k}": v for k, v in load_file(folder / "model.safetensors").items()}
-    saved |= {f"optimizer/{k}": v for k, v in load_file(folder / "trainer/optimizer.safetensors").items()}
-    assert sum(key.endswith("/exp_avg_sq") for key in saved) == sum(key.startswith("model/") for key in saved)
-    assert_holds(recipe, "fsdp2", 3, saved, tmp_path / "three")
-    Ranks(
-        recipe, 3, "name=moving", parallel="fsdp2", prank=Prank(rank=0, step=6, signal=signal.SIGTERM)
-    ).expect(85)
-    assert not (recipe.parent / "runs/moving/checkpoints/step-00000006/model.safetensors").exists()
-    Ranks(recipe, 3, "name=moving", parallel="fsdp2", action=str(tmp_path / "sharded")).expect()
-    for parallel, ranks in (("fsdp2", 2), ("hsdp", 4), ("ddp", 1)):
-        held = load_file(tmp_path / "sharded")
-        assert_holds(recipe, parallel, ranks, held, tmp_path / f"{parallel}{ranks}")
-
-
-def assert_holds(recipe: Path, parallel: str, ranks: int, tensors: dict, path: Path) -> None:
-    Ranks(recipe, ranks, "name=moving", parallel=parallel, action=str(path)).expect()
-    found = load_file(path)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-
-
-@pytest.mark.parametrize(
-    ("parallel", "ranks", "words"),
-    [("fsdp2", 4, "train.shard_size 3 does not divide 4 ranks"), ("ddp", 3, "set train.parallel=fsdp2")],
-)
-def test_copies_that_ranks_cannot_hold(recipe: Path, parallel: str, ranks: int, words: str) -> None:
-    made = load_recipe(recipe, ["train.shard_size=3", "train.tokens_per_step=768"])
+def test_copies_that_ranks_cannot_hold(recipe: Path) -> None:
+    made = load_recipe(recipe, ["train.shard_size=3"])
     made.check_ranks(1, "ddp")
     made.check_ranks(6, "fsdp2")
-    with pytest.raises(ValueError, match=words):
-        made.check_ranks(ranks, parallel)
-    said = Ranks(recipe, ranks, "train.shard_size=3", "name=refused", parallel=parallel).expect(2)
-    assert said.count("lrnn: ") == said.count(words) == 1
+    with pytest.raises(ValueError, match=r"set train\.parallel=fsdp2"):
+        made.check_ranks(3, "ddp")
+    said = Ranks(recipe, 2, "train.shard_size=3", "name=refused", parallel="fsdp2").expect(2)
+    assert said.count("lrnn: ") == said.count("train.shard_size 3 does not divide 2 ranks") == 1
     assert not (recipe.parent / "runs/refused").exists()
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-def test_the_first_rank_scores_the_model(recipe: Path, parallel: str) -> None:
-    short = (
-        f"name=scored-{parallel}",
-        "train.tokens=1536",
-        "eval.tasks=[heldout_bits_per_byte]",
-        "eval.limit=4",
-    )
-    Ranks(recipe, 2, *short, parallel=parallel).expect()
-    run = recipe.parent / f"runs/scored-{parallel}"
+def test_the_first_rank_scores_the_model(shared: Callable[[str], Path]) -> None:
+    run = shared("fsdp2")
     assert list((run / "eval").glob("*.json"))
     assert (run / "README.md").exists()
 
 
-@pytest.fixture(scope="module")
-def stopped(recipe: Path) -> Callable[[str], Path]:
-    """A function from a name to the last checkpoint of a run of that name: two ranks' shards, at step 3."""
-    stop = Prank(rank=0, step=3, signal=signal.SIGTERM)
-    Ranks(recipe, 2, "name=stopped", parallel="fsdp2", prank=stop).expect(85)
-    runs = recipe.parent / "runs"
-    copy = lambda name: shutil.copytree(runs / "stopped", runs / name, symlinks=True)  # noqa: E731
-    return lambda name: copy(name) / "checkpoints/latest"
-
-
 def test_a_sharded_checkpoint_is_exported(
-    recipe: Path, stopped: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, halfway: Callable[[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its weights are those that one process would load from it; before that, scoring says what to do."""
+    """Its weights are those that one process loads from it; before that, scoring says what to do."""
     from transformers import AutoModelForCausalLM
 
-    folder = stopped("exported")
+    folder = halfway("fsdp2", "exported") / "checkpoints/step-00000002"
     main_exits(2, "generate", folder, "--prompt", "the")
     assert f"first: lrnn export {folder} DIR" in capsys.readouterr().err
     main_exits(0, "export", folder, tmp_path / "plain")
-    Ranks(recipe, 1, "name=exported", action=str(tmp_path / "held")).expect()
+    trainer = build_trainer(load_recipe(recipe, ["name=exported"]), Console(quiet=True))
+    assert trainer.position.step == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    held = load_file(tmp_path / "held")
-    assert all(torch.equal(p, held[f"model/{name}"]) for name, p in model.named_parameters())
+    held = dict(trainer.bare_model.named_parameters())
+    assert all(torch.equal(p, held[name]) for name, p in model.named_parameters())
     shard = next((folder / "trainer/shards").iterdir())
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -235,19 +255,19 @@ def test_a_sharded_checkpoint_is_exported(
 
 
 def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
-    recipe: Path, stopped: Callable[[str], Path]
+    recipe: Path, halfway: Callable[[str, str], Path]
 ) -> None:
     """Its end has the weights as one file; whatever a kill on the way leaves, the checkpoint is whole."""
     from transformers import AutoModelForCausalLM
 
-    folder = stopped("lowered").resolve()
+    folder = halfway("fsdp2", "lowered") / "checkpoints/step-00000002"
     assert not (folder / "model.safetensors").exists()
-    lowered = (f"train.tokens={3 * ROWS * 64}", "name=lowered")
+    lowered = (short(2), "name=lowered")
     for name in (".model.safetensors.tmp", "model.safetensors", ".manifest.json.tmp"):
         (folder / name).write_bytes(b"torn")  # by kills: only what the manifest names counts
     assert checkpoint.newest_valid(folder.parent, pytest.fail) == folder
     said = Ranks(recipe, 2, *lowered, parallel="fsdp2").expect()
-    assert "was trained already: 3 steps" in said
+    assert "was trained already: 2 steps" in said
     assert checkpoint.verify(folder) is None
     assert not list(folder.rglob(".*"))
     model, shards = AutoModelForCausalLM.from_pretrained(folder), read_shards(folder)
@@ -257,25 +277,11 @@ def test_a_budget_lowered_to_where_a_sharded_run_was_stopped(
     assert (folder / "model.safetensors").stat() == before
 
 
-@pytest.fixture(scope="module")
-def plain(recipe: Path) -> Callable[..., Path]:
-    """A function to a run of two ranks, 4 steps, whose layers are looked at every 2; each is run once."""
-
-    @cache
-    def run(parallel: str, *overrides: str) -> Path:
-        name = "-".join(["looks", parallel, *overrides]).replace("=", "-")
-        short = ("train.tokens=3072", "train.micro_batch=3", "eval.tokens=64", "train.inspect_every=2")
-        Ranks(recipe, 2, f"name={name}", *overrides, *short, parallel=parallel).expect()
-        return recipe.parent / "runs" / name
-
-    return run
-
-
-def test_metrics_of_layers(plain: Callable[..., Path]) -> None:
+def test_metrics_of_layers(shared: Callable[[str], Path]) -> None:
     """The same under DDP and FSDP2."""
     looks = {}
     for parallel in ("ddp", "fsdp2"):
-        looks[parallel] = [line for line in metrics(plain(parallel)) if "state_norm" in line]
+        looks[parallel] = [line for line in metrics(shared(parallel)) if "state_norm" in line]
         assert [line["step"] for line in looks[parallel]] == [2, 4]
         assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in looks[parallel])
         assert all(value > 0 for line in looks[parallel] for value in line["state_norm"])
@@ -283,22 +289,13 @@ def test_metrics_of_layers(plain: Callable[..., Path]) -> None:
         assert ddp["state_norm"] == pytest.approx(fsdp2["state_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("parallel", "switch"),
-    [
-        ("ddp", "activation_checkpointing"),
-        ("fsdp2", "activation_checkpointing"),
-        pytest.param("ddp", "compile", marks=pytest.mark.slow),
-        pytest.param("fsdp2", "compile", marks=pytest.mark.slow),
-    ],
-)
-def test_recomputed_and_compiled_layers_train_alike(
-    plain: Callable[..., Path], parallel: str, switch: str
-) -> None:
-    runs = plain(parallel), plain(parallel, f"train.{switch}=true")
-    found = [[loss for _, loss in losses(run)] for run in runs]
-    assert len(found[0]) == 4
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_compiled_layers_train_alike(recipe: Path, one: Callable[..., Path], parallel: str) -> None:
+    name = f"name=compiled-{parallel}"
+    Ranks(recipe, 2, name, "train.compile=true", "train.micro_batch=3", short(), parallel=parallel).expect()
+    found = losses(recipe.parent / "runs" / name.removeprefix("name="))
+    assert found == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in losses(one())[:SHORT]]
 
 
 MODELS = {
@@ -314,23 +311,23 @@ MODELS = {
     "muon": ("optim.name=muon",),
     "reconstruction": ("data.source={type: synthetic, task: compression}",),
 }
-ALONE = ("h_lru", "attention", "lstm", "mamba2")
+MORE_MODELS = ("h_lru", "attention", "lstm", "mamba2", "muon")
 
 
 @pytest.mark.parametrize(
     "model",
-    [pytest.param(model, marks=[pytest.mark.slow] if model in ALONE else []) for model in MODELS],
+    [pytest.param(model, marks=[pytest.mark.slow] if model in MORE_MODELS else []) for model in MODELS],
 )
 def test_every_kind_of_model_is_sharded(recipe: Path, model: str) -> None:
-    """Two steps on two ranks, saved, and two more, against one process."""
-    short = (*MODELS[model], "train.micro_batch=3", "train.tokens=3072", "eval.tokens=64")
-    stop = Prank(rank=1, step=2, signal=signal.SIGTERM)
-    Ranks(recipe, 2, f"name=shards-{model}", *short, parallel="fsdp2", prank=stop).expect(85)
-    Ranks(recipe, 2, f"name=shards-{model}", *short, parallel="fsdp2").expect()
-    trainer = build_trainer(load_recipe(recipe, [f"name=whole-{model}", *short]), Console(quiet=True))
+    """A step on two ranks, saved, and one more, against one process. HSDP with Muon: `test_layouts_agree`."""
+    options = (*MODELS[model], "train.micro_batch=3", short(2), "eval.tokens=64", "train.inspect_every=null")
+    stop = Prank(rank=1, step=1, signal=signal.SIGTERM)
+    Ranks(recipe, 2, f"name=shards-{model}", *options, parallel="fsdp2", prank=stop).expect(85)
+    Ranks(recipe, 2, f"name=shards-{model}", *options, parallel="fsdp2").expect()
+    trainer = build_trainer(load_recipe(recipe, [f"name=whole-{model}", *options]), Console(quiet=True))
     trainer.run()
     found = [loss for _, loss in losses(recipe.parent / f"runs/shards-{model}")]
     assert found == pytest.approx([loss for _, loss in losses(trainer.folder)], rel=1e-5)
-    last = "checkpoints/step-00000004/model.safetensors"
+    last = "checkpoints/step-00000002/model.safetensors"
     ours, theirs = (load_file(recipe.parent / f"runs/{kind}-{model}" / last) for kind in ("shards", "whole"))
     assert ours.keys() == theirs.keys()

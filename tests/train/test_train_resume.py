@@ -33,11 +33,14 @@ def record_tokens(trainer: Trainer, seen: dict[int, str]) -> None:
     original = trainer.step
 
     def wrapped(batches: list, *rest: object) -> object:
-        digest = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches))
-        seen[trainer.position.step + 1] = digest.hexdigest()
+        seen[trainer.position.step + 1] = digest(batches)
         return original(batches, *rest)
 
     trainer.step = wrapped
+
+
+def digest(batches: list[dict[str, torch.Tensor]]) -> str:
+    return hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches)).hexdigest()
 
 
 def assert_same_run(run: Path, straight: Path) -> None:
@@ -58,8 +61,8 @@ def test_the_undisturbed_run(straight: Path) -> None:
 def test_stopped_and_resumed_is_straight_through(build: Build, straight: Path, workers: int) -> None:
     whole, parts = {}, {}
     undisturbed = build("name=whole")
-    record_tokens(undisturbed, whole)
-    undisturbed.run()
+    for step, batches in zip(range(1, STEPS + 1), undisturbed.rows.loader, strict=False):
+        whole[step] = digest(batches)
     first = build(f"data.num_workers={workers}")
     record_tokens(first, parts)
     send_at(first, 5, signal.SIGTERM)
@@ -115,8 +118,9 @@ def test_in_bf16_and_compiled(build: Build, bf16_device: str) -> None:
     assert fingerprint(second.folder / last) == fingerprint(whole.folder / last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("validating", [False, True])
+@pytest.mark.parametrize(
+    ("number", "validating"), [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGHUP, False)]
+)
 def test_a_signal_saves_at_that_step_and_exits_85(
     build: Build, straight: Path, number: signal.Signals, validating: bool
 ) -> None:
@@ -287,15 +291,14 @@ def test_a_second_interrupt_quits_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("options", [("optim.name=muon",), ("optim.name=muon", "data.num_workers=2")])
-def test_muon_stopped_and_resumed_is_straight_through(build: Build, options: tuple[str, ...]) -> None:
-    straight = build(*options, "name=straight")
+def test_muon_stopped_and_resumed_is_straight_through(build: Build) -> None:
+    straight = build("optim.name=muon", "name=straight")
     straight.run()
-    first = build(*options, "name=parts")
+    first = build("optim.name=muon", "name=parts")
     send_at(first, 5, signal.SIGTERM)
     with pytest.raises(Stopped):
         first.run()
-    build(*options, "name=parts").run()
+    build("optim.name=muon", "name=parts").run()
     runs = straight.folder.parent
     assert losses(runs / "parts") == losses(runs / "straight")
     assert fingerprint(runs / "parts" / LAST) == fingerprint(runs / "straight" / LAST)

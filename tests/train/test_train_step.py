@@ -50,6 +50,13 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_global_step(build: Build, 
     assert trainer.step(batches).loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_loss_that_is_told_is_without_the_z_loss(build: Build) -> None:
+    trainers = build("name=plain"), build("name=own", "train.z_loss=0.01")
+    plain, own = (trainer.step(next(iter(trainer.rows.loader))) for trainer in trainers)
+    assert own.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert own.z_loss > 0.01 > plain.z_loss == 0
+
+
 def test_accumulation_changes_nothing(build: Build) -> None:
     """4 rows a step as 1 x 4, 2 x 2 and 4 x 1: the same losses and, after 6 steps, the same parameters.
 
@@ -72,21 +79,22 @@ def test_accumulation_changes_nothing(build: Build) -> None:
 def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
     """One rank stops after step 2; two go on to the end: the losses, validations and weights of one rank.
 
-    Saving by minutes takes the main rank's clock. Processes that a launcher starts: test_train_faults.py.
+    Saving by minutes takes the main rank's clock. Processes that a launcher starts: test_train_launcher.py.
     """
-    stopped = build("name=two")
+    short = "train.tokens=3072"
+    stopped = build("name=two", short)
     send_at(stopped, 2, signal.SIGTERM)
     with pytest.raises(Stopped):
         stopped.run()
-    options = ("name=two", f"train.runs_dir={tmp_path}", "train.micro_batch=2")
+    options = ("name=two", short, f"train.runs_dir={tmp_path}", "train.micro_batch=2")
     said = Ranks(recipe, 2, *options, "checkpoint.every=0.0005 min").expect()
-    assert said.count("going on from step 2 of 12") == 1
+    assert said.count("going on from step 2 of 6") == 1
     assert "(2 ranks)" in said
-    one = build("name=one")
+    one = build("name=one", short)
     one.run()
     assert_close_losses(losses(tmp_path / "two"), losses(one.folder), 1e-5)
     assert_close_losses(validations(tmp_path / "two"), validations(one.folder), 1e-5)
-    two = build("name=two")
+    two = build("name=two", short)
     assert two.finished
     ours = torch.cat([p.detach().flatten() for p in one.bare_model.parameters()])
     theirs = torch.cat([p.detach().flatten() for p in two.bare_model.parameters()])

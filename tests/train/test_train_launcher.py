@@ -1,0 +1,185 @@
+"""The launcher (`accelerate launch`): signals, exit codes, and what its file asks of a run."""
+
+import os
+import pty
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from forks import run_code
+from rank_runs import Ranks
+from tiny_run import ROOT, environment, losses
+from trainers import refused_before_data
+
+from lrnn_lm.train.parallel import Plan, launch_plan
+
+FSDP2_FILE = ROOT / "recipes/accelerate/fsdp2.yaml"
+
+# Our launcher as the leader of a group, whose number is written down.
+LEADING = """
+import os, sys
+from lrnn_lm.train import launch
+os.setsid()
+open(sys.argv[1], "w").write(str(os.getpid()))
+launch.main(sys.argv[2:])
+"""
+
+
+# In a rank: counts its signals, and ends with the code of a run that was stopped.
+STOPPED = """
+import os, pathlib, signal, sys, time
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+note = pathlib.Path(sys.argv[1], "rank-" + os.environ["RANK"])
+note.write_text(os.environ["ACCELERATE_USE_FSDP"] + os.environ["FSDP_VERSION"])
+while not got:
+    time.sleep(0.01)
+sys.exit(85)
+"""
+
+
+def test_the_launcher_passes_a_signal_on_and_keeps_the_exit_code(tmp_path: Path) -> None:
+    """To all ranks, as it alone is told; what its file says reaches them."""
+    script, leader = tmp_path / "stopped.py", tmp_path / "leader"
+    script.write_text(STOPPED)
+    words = ["--config_file", FSDP2_FILE, "--num_processes", 2, "--main_process_port", 0, script, tmp_path]
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(run_code, LEADING, leader, *words, env=environment(), cwd=ROOT)
+        while sum(path.stat().st_size > 0 for path in tmp_path.glob("rank-*")) < 2:
+            assert not launched.done(), launched.result()
+            time.sleep(0.05)
+        os.kill(int(leader.read_text()), signal.SIGTERM)
+        done = launched.result()
+    assert done.returncode == 85, done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.read_text() for path in tmp_path.glob("rank-*")} == {"true2"}
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path) -> None:
+    """The whole process group is told, as by a scheduler: launcher, ranks and their loader workers.
+
+    Accelerate starts the ranks, and its file says how they share: the first loss is that of forked ranks.
+    """
+    run = recipe.parent / "runs/launched"
+    words = [
+        "--config_file", FSDP2_FILE, "--num_processes", "2", "--main_process_port", "0",
+        "-m", "lrnn_lm.train", recipe, "name=launched", "train.tokens=1M", "data.num_workers=1",
+    ]  # fmt: skip
+    leader = recipe.parent / "leader"
+    options = {"env": environment(), "cwd": ROOT, "timeout": 250}
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(run_code, LEADING, leader, *words, **options)
+        while not (run / "metrics.jsonl").exists() or not losses(run):
+            assert not launched.done(), launched.result()
+            time.sleep(0.1)
+        os.killpg(int(leader.read_text()), signal.SIGTERM)
+        done = launched.result()
+    assert done.returncode == 85, done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step") == 1
+    assert "Traceback" not in done.stderr
+    assert (run / "checkpoints/latest/trainer/rng-00001.json").exists()
+    Ranks(recipe, 2, "name=forked", "train.tokens=512", parallel="fsdp2").expect()
+    assert losses(run)[0] == losses(recipe.parent / "runs/forked")[0]
+
+
+# Counts the interrupts that it gets, for two seconds after the first.
+COUNTING = """
+import signal, sys, time
+got = []
+signal.signal(signal.SIGINT, lambda *_: got.append(time.monotonic()))
+open(sys.argv[1] + "/ready", "w").close()
+while not got or time.monotonic() < got[0] + 2:
+    time.sleep(0.01)
+sys.exit(len(got))
+"""
+# Our launcher, slow to pass a signal on, so that two do not become one.
+SLOWLY = """
+import sys, time
+from lrnn_lm.train import launch
+children = launch._children
+launch._children = lambda: time.sleep(0.5) or children()
+launch.main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_at_a_terminal_comes_once(tmp_path: Path) -> None:
+    """Launcher and process both hear Ctrl-C; passed on as well it would be a second, which quits at once."""
+    (tmp_path / "count.py").write_text(COUNTING)
+    alone = ["--cpu", "--num_processes", "1", str(tmp_path / "count.py"), str(tmp_path)]
+    process, keyboard = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", SLOWLY, *alone], environment())
+    while not (tmp_path / "ready").exists():
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    os.write(keyboard, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    os.close(keyboard)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_keeps_the_code_of_a_mistake(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "mistaken.py").write_text("import sys; sys.exit(2)")
+    options = ["--config_file", ROOT / "recipes/accelerate/ddp.yaml"] if processes > 1 else ["--cpu"]
+    options += ["--num_processes", processes, "--main_process_port", "0", tmp_path / "mistaken.py"]
+    done = run_code("from lrnn_lm.train.launch import main; main()", *options)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Its file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate_says(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    return monkeypatch
+
+
+def test_what_accelerate_was_told(accelerate_says: pytest.MonkeyPatch) -> None:
+    accelerate_says.setenv("FSDP_RESHARD_AFTER_FORWARD", "true")
+    assert launch_plan("auto") == Plan("fsdp2", reshard=True)
+    assert launch_plan("auto") == Plan("ddp")  # it was told once
+    assert launch_plan("fsdp2", 8) == Plan("fsdp2", shard_size=8)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("FSDP_VERSION", "1", "fsdp_version: 2"), ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params")],
+)
+def test_kinds_of_fsdp_that_are_not_built(
+    accelerate_says: pytest.MonkeyPatch, key: str, value: str, words: str
+) -> None:
+    accelerate_says.setenv(key, value)
+    with pytest.raises(ValueError, match=words):
+        launch_plan("auto")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type: MULTI_GPU or FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "distributed_type: MULTI_GPU or FSDP"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "train.parallel"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile=true"),
+    ],
+)
+def test_what_accelerate_would_do_by_itself(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    key: str,
+    value: str,
+    words: str,
+) -> None:
+    """DeepSpeed ended in a traceback; a dynamo backend compiled the whole model without a word."""
+    monkeypatch.setenv(key, value)
+    refused_before_data(recipe, (), (key, words), capsys)
+    monkeypatch.setenv(key, "false" if value == "true" else "NO")  # the launcher's, where nothing is asked
+    assert launch_plan("auto") == Plan("ddp")
