@@ -62,29 +62,30 @@ def free_port():
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def client(folder, tmp_path_factory):
+def a_server(folder, **options):
+    """transformers' server of a folder in this process, with a client of it; it ends with the generator."""
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason="pip install 'lrnn-lm[serve]'")
     openai = pytest.importorskip("openai", reason="pip install 'lrnn-lm[serve]'")
+    from transformers.cli.serve import Serve
+
     port = free_port()
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--trust-remote-code",
-               "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "serve.txt"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=log.parent, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        server.terminate()
-        server.wait(20)
+    server = Serve(folder, device="cpu", port=port, non_blocking=True, **options)
+    while not server.server.started:
+        time.sleep(0.05)
+    yield openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+    server.kill_server()
+
+
+@pytest.fixture(scope="module")
+def client(folder):
+    yield from a_server(folder)
+
+
+@pytest.fixture(scope="module")
+def batching(folder):
+    """Of a server that decodes requests together."""
+    yield from a_server(folder, continuous_batching=True)
 
 
 @pytest.fixture
@@ -98,6 +99,31 @@ def alone(model, tokenizer):
         return tokenizer.decode(written, skip_special_tokens=True)
 
     return text
+
+
+@pytest.mark.slow  # a server's start takes seconds
+def test_the_command_of_transformers_serves(folder, tmp_path, alone):
+    """As a process that has not imported this package: it reads the model's own code."""
+    openai = pytest.importorskip("openai", reason="pip install 'lrnn-lm[serve]'")
+    port = free_port()
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--trust-remote-code",
+               "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    log = tmp_path / "serve.txt"
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        test_many_requests_at_once_have_the_texts_of_generate(client, folder, alone)
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 def test_many_requests_at_once_have_the_texts_of_generate(client, folder, alone):
@@ -181,20 +207,6 @@ def test_stop_strings_of_generate(tokenizer, alone):
     assert alone(PROMPTS[0], num_beams=2, stop_strings=["0"], tokenizer=tokenizer) == beams
 
 
-@pytest.fixture(scope="module")
-def batching(client, folder):
-    """A client of a server in this process that decodes requests together."""
-    from openai import OpenAI
-    from transformers.cli.serve import Serve
-
-    port = free_port()
-    server = Serve(folder, continuous_batching=True, device="cpu", port=port, non_blocking=True)
-    while not server.server.started:
-        time.sleep(0.05)
-    yield OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
-    server.kill_server()
-
-
 def test_64_requests_in_one_batch(batching, folder, alone):
     prompts = [f"The river was {i}" for i in range(64)]
 
@@ -247,7 +259,13 @@ main(["serve", folder, "--port", port, "--device", "cpu"])
 """
 
 
-@pytest.mark.parametrize(("name", "number"), [("plain", signal.SIGINT), ("named@oddly", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param("plain", signal.SIGINT, marks=pytest.mark.slow),  # a server's start takes seconds
+        ("named@oddly", signal.SIGTERM),
+    ],
+)
 def test_lrnn_serve_answers_until_a_signal(checkpoint, tmp_path, alone, monkeypatch, name, number):
     pytest.importorskip("fastapi", reason="pip install 'lrnn-lm[serve]'")
     folder, scratch, port = tmp_path / name, tmp_path / "scratch", free_port()
