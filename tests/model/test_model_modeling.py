@@ -5,7 +5,18 @@ import warnings
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, NAMES, VOCAB, close, small_config, small_model, tokens
+from small_models import (
+    MIXER_ROWS,
+    NAMES,
+    RECURRENT,
+    VOCAB,
+    close,
+    in_turn,
+    small_config,
+    small_model,
+    states,
+    tokens,
+)
 from tolerances import TOLERANCE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -51,8 +62,7 @@ def test_gradients_pass_through_a_cache(name):
         close(parameter.grad, want[key], TOLERANCE["gradient"] * want[key].abs().max().item())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("name", "tied"), in_turn([False, True]))
 def test_saved_and_loaded_model_is_the_same(name, tied, tmp_path):
     model, ids = small_model(name, tie_word_embeddings=tied), tokens()
     model.save_pretrained(tmp_path)
@@ -77,6 +87,9 @@ def test_loads_in_bf16(name, tmp_path):
     want = model(ids).logits
     assert (loaded(ids).logits.float() - want).norm() < TOLERANCE["bf16"] * want.norm()
     assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 23)
+    if name in RECURRENT:
+        cache = loaded(ids, use_cache=True).past_key_values
+        assert {state.dtype for state in states(cache)} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_parameter():
