@@ -12,7 +12,7 @@ from lrnn_lm.model.decoding import batch as batch_module
 from lrnn_lm.model.decoding.batch import Batch, Request
 from lrnn_lm.model.decoding.prefix import _caches
 
-LENGTHS = (5, 1, 12, 5, 40)
+LENGTHS = (5, 1, 12, 7, 40)  # 5 and 7 are read together, with padding
 PROMPTS = [tokens(rows=1, length=length, seed=i) for i, length in enumerate(LENGTHS)]
 
 
