@@ -160,9 +160,7 @@ def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
 
 
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
-@pytest.mark.parametrize(
-    ("B", "N", "M", "dtype"), in_dtypes((4, 9, 7), (1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16))
-)
+@pytest.mark.parametrize(("B", "N", "M", "dtype"), in_dtypes((4, 9, 7), (1, 7, 4), (3, 19, 1), (18, 3, 16)))
 def test_a_step_is_a_scan_of_one(kernels, B, N, M, window, dtype):
     check_step(kernels, B, N, M, window, "softmax", dtype)
 
