@@ -1,10 +1,10 @@
 """Packed batches in every form that others make: equal to each example alone, or refused."""
 
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
-from small_models import HYBRIDS, OF_EACH_STATE, close, in_turn, small_config, small_model, tokens
+from small_models import HYBRIDS, NAMES, OF_EACH_STATE, close, in_turn, small_config, small_model, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -56,7 +56,10 @@ def alone(model):
     return torch.cat(logits, dim=1), sum(sums) / sum(length - 1 for length in LENGTHS)
 
 
-@pytest.mark.parametrize(("name", "form"), in_turn(FORMS))
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*(("bd_lru", form) for form in FORMS), *zip(NAMES[1:], cycle(FORMS), strict=False)],
+)
 def test_flattened_examples(name, form):
     model, batch = small_model(name), flattened(form)
     want, loss = alone(model)
