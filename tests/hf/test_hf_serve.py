@@ -15,7 +15,7 @@ import torch
 from forks import run_code, run_lrnn
 from small_models import small_model
 
-PROMPTS = [f"The river was {2**i}" for i in range(16)]
+PROMPTS = [f"The river was {2**i}" for i in range(8)]
 CHAT = [{"role": "user", "content": "Where is the river?"}]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -131,10 +131,10 @@ def test_many_requests_at_once_have_the_texts_of_generate(client, folder, alone)
         answer = client.completions.create(model=folder, prompt=prompt, max_tokens=16, temperature=0)
         return answer.choices[0].text
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(ask, PROMPTS))
     assert texts == [alone(prompt) for prompt in PROMPTS]
-    assert len(set(texts)) > 8
+    assert len(set(texts)) > 4
 
 
 def test_questions_on_one_document_have_the_texts_of_generate(client, folder, alone):

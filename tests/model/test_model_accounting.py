@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, NAMES, OF_EACH_STATE, in_turn, small_config, small_model, tokens
+from small_models import HYBRIDS, MIXER_ROWS, NAMES, in_turn, small_config, small_model, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
@@ -96,7 +96,7 @@ def test_state_is_what_the_cache_holds(name):
     assert account(model.config, 10, cache_bytes=4).state_bytes == held
 
 
-@pytest.mark.parametrize("name", [*OF_EACH_STATE, "bd_lru", "mamba2", "m2rnn"])
+@pytest.mark.parametrize("name", ["bd_lru", "bd_matrix-erase", "m2rnn", *HYBRIDS])
 def test_memory_estimate(name):
     """Proportional to the rows; less with checkpointing, less in bf16."""
     config = small_config(name)

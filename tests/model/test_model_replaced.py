@@ -87,7 +87,7 @@ WAYS = {
     on_the_instance: PLACES,
     on_the_class: PLACES,
     **dict.fromkeys((bound_to_the_instance, of_a_subclass, by_a_hook, by_a_hook_before), ELSEWHERE),
-    by_compiling: ["model", "projection"],
+    by_compiling: ["mixer", "projection"],
     by_compiling_forward: ["norm"],
 }
 
