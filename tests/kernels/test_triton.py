@@ -308,6 +308,7 @@ def test_single_steps_are_the_scan(scan):
     torch.testing.assert_close(state, last)
 
 
+@pytest.mark.gpu  # the interpreter runs one program after the other
 @pytest.mark.parametrize("scan", SCANS)
 def test_two_runs_same_bits(scan, monkeypatch):
     cut_time(monkeypatch, 5)
