@@ -79,6 +79,10 @@ NAMES = [*MIXER_ROWS, *HYBRIDS]
 RECURRENT = [name for name in MIXER_ROWS if not name.startswith("attention")]
 # One of each way to take a mask: our scans, attention, an LSTM beside windows.
 OF_EACH_KIND = ["bd_lru", "attention", "hybrid-attention-first"]
+# One of each way to keep a state, for what the model does with states whatever the mixer: vectors beside a
+# convolution's inputs, the last values, matrices, a walk's vectors, keys of all tokens and of a window, an
+# LSTM's.
+OF_EACH_STATE = ["bd_lru-all", "h_lru", "bd_matrix-erase", "bd_gru", "attention-window", *HYBRIDS]
 
 
 def in_turn(cases: Sequence, names: Sequence[str] = NAMES) -> list[tuple]:

@@ -171,16 +171,3 @@ def test_damaged_weights_and_foreign_models(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="not a JSON object"):
         export(copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-
-
-def test_a_missing_code_file_is_named_by_the_loader(checkpoint, tmp_path, read_elsewhere):
-    target = export(checkpoint, tmp_path / "out")
-    (target / "configuration_lrnn.py").unlink()
-    script = """
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained(arguments, trust_remote_code=True)
-except OSError as error:
-    result["message"] = str(error)
-"""
-    assert "configuration_lrnn.py" in read_elsewhere(script, str(target))["message"]

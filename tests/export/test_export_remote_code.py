@@ -3,13 +3,14 @@
 import ast
 import json
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from small_models import NAMES, tokens
+from small_models import MIXER_ROWS, RECURRENT, tokens
 
 from lrnn_lm.model.export import write_remote_code
 from lrnn_lm.model.export.remote_code import AUTO_MAP, remote_code
@@ -19,6 +20,9 @@ from lrnn_lm.runs.export import export
 ROOT = Path(__file__).parents[2]
 KERNELS = 1e-5  # largest absolute difference between kernels and the scan in plain torch, fp32
 PROMPT, NEW, PADDING = 9, 6, 4
+# One model with a layer of every recurrent mixer, which decodes by steps of its own; hybrids hold attention.
+ALL = {"layer_pattern": [MIXER_ROWS[name] for name in RECURRENT], "num_hidden_layers": len(RECURRENT)}
+MODELS = {"bd_lru": {}, "all": ALL, "attention-qk-norm": {}, "hybrid": {}, "hybrid-attention-first": {}}
 
 # What a reader asks of a model, as text: it runs here on the package's models, elsewhere on exported ones.
 ASK = """
@@ -47,7 +51,7 @@ READ_ALL = (
     ASK
     + """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-import torch
+import os, torch
 folders = arguments["folders"]
 folder = next(iter(folders.values()))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -58,14 +62,18 @@ for name, folder in folders.items():  # of one class: the code of each folder wo
     result[name] = ask(type(model).from_pretrained(folder), arguments["rows"])
 fed, embedding = [], torch.nn.functional.embedding
 torch.nn.functional.embedding = lambda ids, *args: fed.append(ids.numel()) or embedding(ids, *args)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, prefix_cache_bytes=2**20)
+keeping = type(model).from_pretrained(folder, prefix_cache_bytes=2**20)
 for _ in range(2):
-    model.generate(torch.tensor(arguments["rows"][:1]), max_new_tokens=1)
+    keeping.generate(torch.tensor(arguments["rows"][:1]), max_new_tokens=1)
     result.setdefault("fed", []).append(sum(fed))
-recurrent = AutoModelForCausalLM.from_pretrained(folders["bd_lru"], trust_remote_code=True)
-batch = recurrent.generate_batch([row[:n] for row in arguments["rows"] for n in (3, 9)], max_new_tokens=3)
+batch = model.generate_batch([row[:n] for row in arguments["rows"] for n in (3, 9)], max_new_tokens=3)
 result["batch"] = [out.generated_tokens for out in batch.values()]
 result["tokens"] = AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids
+os.remove(arguments["incomplete"] + "/configuration_lrnn.py")
+try:
+    AutoModelForCausalLM.from_pretrained(arguments["incomplete"], trust_remote_code=True)
+except OSError as error:
+    result["incomplete"] = str(error)
 result["ours"] = [name for name in sys.modules if name.split(".")[0] in ("lrnn_lm", "triton")]
 """
 )
@@ -79,19 +87,24 @@ def ask(model, rows):
 
 @pytest.fixture(scope="module")
 def exported(make_checkpoint, tmp_path_factory):
-    """Every small model, exported: folders by name."""
+    """Models that hold every mixer, exported: folders by name."""
     place = tmp_path_factory.mktemp("exported")
-    return {name: export(make_checkpoint(name), place / name) for name in NAMES}
+    made = {
+        name: make_checkpoint("bd_lru" if changes else name, **changes) for name, changes in MODELS.items()
+    }
+    return {name: export(checkpoint, place / name) for name, checkpoint in made.items()}
 
 
 @pytest.fixture(scope="module")
-def elsewhere(exported, read_elsewhere):
-    """What readers without the package got of every model."""
+def elsewhere(exported, read_elsewhere, tmp_path_factory):
+    """What readers without the package got of every model, and of one without its configuration's code."""
     folders = {name: str(folder) for name, folder in exported.items()}
-    return read_elsewhere(READ_ALL, {"folders": folders, "rows": tokens(2, PROMPT).tolist()})
+    incomplete = shutil.copytree(exported["bd_lru"], tmp_path_factory.mktemp("incomplete") / "model")
+    given = {"folders": folders, "rows": tokens(2, PROMPT).tolist(), "incomplete": str(incomplete)}
+    return read_elsewhere(READ_ALL, given)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_reads_the_same_without_the_package(name, exported, elsewhere):
     from transformers import AutoModelForCausalLM
 
@@ -100,6 +113,10 @@ def test_reads_the_same_without_the_package(name, exported, elsewhere):
     here, there = ask(model, tokens(2, PROMPT).tolist()), elsewhere[name]
     assert here["logits"] == there["logits"]  # bit for bit
     assert here["text"] == there["text"]
+
+
+def test_a_missing_code_file_is_named_by_the_loader(elsewhere):
+    assert "configuration_lrnn.py" in elsewhere["incomplete"]
 
 
 def test_a_reader_reads_a_text_once(elsewhere):

@@ -19,6 +19,7 @@ result["start"] = tokenizer.decode(inputs["input_ids"][0])
 """
 
 
+@pytest.mark.slow  # of a run as it is made, `make test-fresh` asks the same
 def test_a_trained_checkpoint_is_read_elsewhere(tmp_path, read_elsewhere):
     recipe = write_recipe(tmp_path)
     with pytest.raises(SystemExit) as stop:

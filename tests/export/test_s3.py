@@ -69,6 +69,7 @@ def test_a_model(store, make_checkpoint):
         export(checkpoint, url)
 
 
+@pytest.mark.slow  # tests/train/test_train_copy.py has it in another store
 def test_a_run_goes_on_from_its_copy(store, tmp_path):
     recipe, place = write_recipe(tmp_path), "checkpoint.copy_to=s3://bucket/runs"
     train(recipe, ["name=straight"])

@@ -4,12 +4,11 @@ from threading import Thread
 
 import pytest
 import torch
-from small_models import HYBRIDS, NAMES, RECURRENT, close, in_turn, small_model, tokens
+from small_models import HYBRIDS, OF_EACH_STATE, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    CompileConfig,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
@@ -18,7 +17,7 @@ from transformers import (
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize(("name", "beams"), in_turn([1, 2]))
+@pytest.mark.parametrize(("name", "beams"), in_turn([1, 2], OF_EACH_STATE))
 def test_from_embeddings(name, beams):
     model, ids = small_model(name), tokens(length=6)
     embeddings = model.get_input_embeddings()(ids)
@@ -28,7 +27,7 @@ def test_from_embeddings(name, beams):
     assert torch.equal(got, want[:, 6:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_from_embeddings_and_a_cache(name):
     model, ids = small_model(name), tokens(length=6)
     options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
@@ -46,7 +45,7 @@ def test_from_embeddings_and_a_cache(name):
     close(last.logits[0], want.logits[4], TOLERANCE["other order of sums"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_static_caches(name):
     model, ids = small_model(name), tokens(length=6)
     want = model.generate(ids, **GREEDY)
@@ -56,17 +55,7 @@ def test_static_caches(name):
     assert torch.equal(model.generate(ids, past_key_values=given, disable_compile=True, **GREEDY), want)
 
 
-def test_compiled_decoding():
-    torch.compiler.reset()
-    model, ids = small_model("hybrid"), tokens(length=6)
-    config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
-    config._compile_all_devices = True  # transformers compiles on accelerators only, unless told so
-    got = model.generate(ids, cache_implementation="static", compile_config=config, **GREEDY)
-    assert hasattr(model, "_compiled_call")
-    assert torch.equal(got, model.generate(ids, **GREEDY))
-
-
-@pytest.mark.parametrize(("name", "chunk"), in_turn([1, 4, 100]))
+@pytest.mark.parametrize(("name", "chunk"), in_turn([1, 4, 100], OF_EACH_STATE))
 def test_prefill_in_chunks(name, chunk):
     model, ids = small_model(name), tokens(length=10)
     mask = torch.ones_like(ids)
@@ -95,7 +84,7 @@ def test_assisted_decoding_of_attention(options):
     assert torch.equal(model.generate(ids, **options, **GREEDY), want)
 
 
-@pytest.mark.parametrize("name", [*RECURRENT, "attention-window", *HYBRIDS])
+@pytest.mark.parametrize("name", ["bd_lru", "attention-window", *HYBRIDS])
 def test_assistants_are_refused_where_not_all_keys_are_kept(name):
     model, attention = small_model(name), small_model("attention")
     for options in ({"assistant_model": attention}, {"prompt_lookup_num_tokens": 2}):

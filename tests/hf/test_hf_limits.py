@@ -70,8 +70,8 @@ def with_transformers(tmp_path):
     return install
 
 
-@pytest.mark.parametrize("version", ["5.16.9", "5.25.0"])
-def test_too_old_or_new_transformers(version, with_transformers):
+def test_a_transformers_too_old(with_transformers):
+    version = "5.16.9"
     folder = with_transformers(version)
     done = python("-m", "lrnn_lm.cli", "info", "recipes/demo.yaml", first=folder)
     assert done.returncode == 2
@@ -96,8 +96,8 @@ def test_new_enough_transformers(version, with_transformers):
     assert checked(with_transformers(version)).returncode == 0
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "6.0.0"])
-def test_much_too_old_or_new_transformers(version, with_transformers):
+@pytest.mark.parametrize("version", ["4.57.1", "5.25.0", "6.0.0"])
+def test_too_old_or_new_transformers(version, with_transformers):
     assert f"{version} is installed" in checked(with_transformers(version)).stderr
 
 

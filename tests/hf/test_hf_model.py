@@ -58,15 +58,14 @@ def test_attention_weights_while_generating():
 
 
 def test_one_graph():
-    """torch.compile(fullgraph=True): alone and a step from a cache; masks are in test_model_padding.py.
+    """torch.compile(fullgraph=True) of a step from a cache; without one it is in test_model_padding.py.
 
     A layer each of bd_lru, attention and h_lru; torch.compile does not trace torch.nn.LSTM.
     """
     torch.compiler.reset()
     model, ids = shallow_model("hybrid"), tokens()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        close(compiled(ids).logits, model(ids).logits, SUMS)
         cache = model(ids, use_cache=True).past_key_values
         longer = torch.cat([ids, ids[:, :1]], dim=1)
         close(compiled(ids[:, :1], past_key_values=cache).logits, model(longer).logits[:, -1:], SUMS)

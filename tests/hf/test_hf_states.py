@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import MIXER_ROWS, NAMES, close, small_model, tokens
+from small_models import MIXER_ROWS, NAMES, OF_EACH_STATE, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache, StaticCache
 
@@ -24,7 +24,7 @@ def rest(model, cache, ids, start=10):
     return model(ids[:, start:], past_key_values=cache, use_cache=True).logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_saved_state_goes_on(name, tmp_path):
     model, ids = small_model(name), tokens()
     reset = torch.zeros(2, 10, dtype=torch.bool)
@@ -37,7 +37,7 @@ def test_a_saved_state_goes_on(name, tmp_path):
     close(rest(model, loaded, ids), rest(model, cache, ids), 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_copy_is_its_own(name):
     model, ids = small_model(name), tokens()
     cache = prefill(model, ids[:, :10]).past_key_values
@@ -47,7 +47,7 @@ def test_a_copy_is_its_own(name):
     assert copies.get_seq_length() == cache.get_seq_length() == 21
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_questions_of_unequal_length(name):
     """Padding between a state and the tokens that go on from it leaves no trace."""
     model, document, questions = small_model(name), tokens(rows=1, length=9), tokens(rows=3, length=6, seed=5)
@@ -63,7 +63,7 @@ def test_questions_of_unequal_length(name):
         assert torch.equal(got[row, 6:], want[0, whole.shape[1] :])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_rows_are_repeated_and_chosen(name):
     model, ids = small_model(name), tokens()
     cache = copy_states(prefill(model, ids[:, :10]).past_key_values)
@@ -75,8 +75,7 @@ def test_rows_are_repeated_and_chosen(name):
             cache.crop(5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(("name", "kind"), in_turn(["dynamic", "static"], OF_EACH_STATE))
 def test_a_dropped_state_leaves_no_trace(name, kind):
     model, ids = small_model(name), tokens()
     cache = None if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
@@ -158,7 +157,7 @@ def test_a_cache_of_another_size_is_refused(name):
         small_model(name)(tokens(length=1), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_cache_of_more_sequences_is_refused(name):
     model = small_model(name)
     cache = prefill(model, tokens(rows=3)).past_key_values

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import NAMES, VOCAB, close, in_turn, small_model, tokens
+from small_models import HYBRIDS, OF_EACH_STATE, VOCAB, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import Trainer, TrainingArguments
 
@@ -71,7 +71,7 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
     close(got, want, SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*OF_EACH_STATE, "mamba2", "mlstm", "m2rnn"])
 def test_lora_on_every_projection(name, tmp_path):
     """Every adapter is in the forward pass, cached or not, and learns; merged, it is the same model."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
@@ -113,7 +113,7 @@ def test_lora_on_the_head_is_in_the_loss():
     close(loss, torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()), SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_int8_weights(name):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model, ids = small_model(name), tokens()
@@ -128,7 +128,9 @@ def test_int8_weights(name):
     assert got.shape[-1] == VOCAB
 
 
-@pytest.mark.parametrize(("name", "kind"), in_turn(["PromptTuningConfig", "PromptEncoderConfig"]))
+@pytest.mark.parametrize(
+    ("name", "kind"), in_turn(["PromptTuningConfig", "PromptEncoderConfig"], [*OF_EACH_STATE, "mlstm"])
+)
 def test_prompts_of_peft(name, kind):
     """Vectors in front of the text are trained alone, and are there in every way of decoding."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
@@ -158,7 +160,7 @@ def test_prompts_of_peft(name, kind):
     assert can_decode(base) == ({*base.config.layer_types} == {"linear_attention"})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bd_lru", "attention", "attention-window", *HYBRIDS])
 def test_prefixes_of_peft_are_for_attention(name):
     """A prefix is keys and values: a plain refusal where a layer takes none."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")

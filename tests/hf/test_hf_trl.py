@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from small_models import VOCAB, close, in_turn, small_model
+from small_models import OF_EACH_STATE, VOCAB, close, in_turn, small_model
 from tolerances import TOLERANCE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -84,7 +84,7 @@ def compare(sft: "trl.SFTTrainer") -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "way"), in_turn(list(WAYS)))
+@pytest.mark.parametrize(("name", "way"), in_turn(list(WAYS), OF_EACH_STATE))
 def test_examples_as_alone(name, way, tmp_path):
     compare(trainer(name, tmp_path, {"text": sentences()}, **WAYS[way]))
 
@@ -115,7 +115,7 @@ def test_training(way, tmp_path):
     assert all(0 < loss < 10 for loss in losses)
 
 
-@pytest.mark.parametrize("way", ["packed", "padding-free"])
+@pytest.mark.parametrize("way", ["packed", pytest.param("padding-free", marks=pytest.mark.slow)])
 def test_the_example(way, make_checkpoint, tmp_path, monkeypatch, capsys):
     """Run as it is shipped: what it writes answers as it was taught, and loads without this package."""
     taught = {"Where is the river?": "Behind the mill.", "Who carried the buckets?": "The gardener."}

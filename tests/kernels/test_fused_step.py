@@ -16,8 +16,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 def in_dtypes(*shapes):
-    """Each shape in fp32, two in bf16, the first in fp16 too: casts more, no branch."""
-    half = [*product(shapes[:2], [torch.bfloat16]), (shapes[0], torch.float16)]
+    """Each shape in fp32, the first in bf16 and fp16 too: casts more, no branch."""
+    half = product(shapes[:1], [torch.bfloat16, torch.float16])
     return [(*shape, d) for shape, d in [*product(shapes, [torch.float32]), *half]]
 
 
@@ -160,9 +160,7 @@ def test_a_norm_of_inputs_near_the_ends_of_half_precision(size):
 
 
 @pytest.mark.parametrize("window", [False, True], ids=["bd", "h"])
-@pytest.mark.parametrize(
-    ("B", "N", "M", "dtype"), in_dtypes((4, 9, 7), (1, 7, 4), (3, 19, 1), (2, 5, 3), (18, 3, 16))
-)
+@pytest.mark.parametrize(("B", "N", "M", "dtype"), in_dtypes((4, 9, 7), (1, 7, 4), (3, 19, 1), (18, 3, 16)))
 def test_a_step_is_a_scan_of_one(kernels, B, N, M, window, dtype):
     check_step(kernels, B, N, M, window, "softmax", dtype)
 

@@ -112,7 +112,7 @@ def test_torch_slstm_in_fp64(resets):
 
 
 # (M, T): whole groups and rests
-TRITON = [(1, 1), (1, 20), (2, 9), (3, 12), (4, 19), (5, 11), (8, 9), (16, 7)]
+TRITON = [(1, 1), (1, 20), (3, 12), (4, 19), (8, 9), (16, 7)]
 
 
 @pytest.mark.parametrize(("M", "T"), TRITON)
@@ -133,11 +133,10 @@ def test_bf16_inputs_and_no_resets(planes):
     compare(inputs, TOLERANCES[torch.bfloat16], backend="triton")
 
 
-@pytest.mark.parametrize("M", [2, 9])
-def test_newton_in_chunks_of_time(monkeypatch, M):
+def test_newton_in_chunks_of_time(monkeypatch):
     """Where rows are few the scans of the corrections are cut; steps by themselves always are."""
-    cut_time(monkeypatch, 16)
-    compare(make_inputs(B=1, T=35, N=1, M=M), 1e-5, backend="triton", solver="newton")
+    cut_time(monkeypatch, 8)
+    compare(make_inputs(B=1, T=19, N=1, M=9), 1e-5, backend="triton", solver="newton")
 
 
 @pytest.mark.parametrize(("M", "N"), [(3, 9), (1, 35)])

@@ -156,17 +156,6 @@ def test_gradcheck(scan, gate):
     assert torch.autograd.gradcheck(lambda *x: scan(*x, reset, gate, backend="torch"), inputs)
 
 
-@pytest.mark.parametrize("scan", SCANS)
-def test_compiles_without_a_graph_break(scan):
-    inputs = make_inputs(scan, T=12, N=3, M=2, dtype=torch.float32)
-    compiled = torch.compile(lambda *x: scan(*x, backend="torch"), fullgraph=True, backend="aot_eager")
-    wanted = run(scan, inputs, "softmax", "torch")
-    gates, values, h0, reset = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
-    h, last = compiled(gates, values, h0, reset)
-    torch.testing.assert_close(h, wanted[0])
-    torch.testing.assert_close(last, wanted[1])
-
-
 def test_block_diagonal_closed_form():
     """A constant one-hot transition is a rotation of the block."""
     M, T = 3, 7
@@ -214,7 +203,7 @@ def test_order_one_is_block_size_one():
 @pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
 def test_state_is_bounded(scan, gate):
     """Prop. 1: max |h_t| <= max(max |h_0|, max |v|), at tens of thousands of steps."""
-    gates, values, h0, _ = make_inputs(scan, B=1, T=30_000, N=2, M=3, dtype=torch.float32)
+    gates, values, h0, _ = make_inputs(scan, B=1, T=20_000, N=2, M=3, dtype=torch.float32)
     bound = max(values.abs().max(), h0.abs().max())
     h, last = scan(3 * gates, values, h0, gate=gate)
     assert max(h.abs().max(), last.abs().max()) <= bound * (1 + 1e-5)

@@ -36,15 +36,16 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(
     ("T", "N", "M"),
-    [(1, 3, 2), (2, 5, 3), (7, 3, 5), (9, 2, 8), (17, 1, 1), (18, 3, 4), (23, 3, 2), (9, 2, 16), (6, 3, 12)],
+    [(1, 3, 2), (2, 5, 3), (9, 2, 8), (17, 1, 1), (18, 3, 4), (9, 2, 16)],
 )
 def test_small_shapes(scan, T, N, M):
     compare(scan, T=T, N=N, M=M, B=1 if M > 5 else 2)
 
 
-@pytest.mark.parametrize("M", [1, 2, 3, 8, 16])
-def test_an_input_gate_without_logits(M, chunks):
+@pytest.mark.parametrize(("M", "chunk"), [(1, 11), (3, 5), (8, 11), (16, 5)])
+def test_an_input_gate_without_logits(M, chunk, monkeypatch):
     """Gates (.., M): those of a softmax whose input gate has the logit 0, and their gradients."""
+    cut_time(monkeypatch, chunk)
     gates, *others = make_inputs(block_diagonal_scan, T=11, N=2, M=M)
     gates[..., M] = 0.0
     compare(block_diagonal_scan, inputs=[gates[..., :M], *others])
@@ -63,10 +64,9 @@ def test_chunks_of_time(scan, T, M, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(("M", "gate"), [(9, "softmax"), (16, "tanh")])
-def test_chunks_of_blocks_that_have_a_warp_each(M, gate, monkeypatch):
+def test_chunks_of_blocks_that_have_a_warp_each(monkeypatch):
     cut_time(monkeypatch, 4)
-    compare(block_diagonal_scan, T=11, N=2, M=M, gate=gate)
+    compare(block_diagonal_scan, T=11, N=2, M=9, gate="tanh")
 
 
 @interpreted
@@ -113,8 +113,7 @@ def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
 
 
 @pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("most", [1, 2, 4])
-@pytest.mark.parametrize(("T", "N", "M"), [(9, 18, 4), (6, 2, 8), (7, 3, 6), (5, 3, 12)])
+@pytest.mark.parametrize(("most", "T", "N", "M"), [(1, 5, 3, 12), (2, 6, 2, 8), (4, 9, 18, 4), (4, 7, 3, 6)])
 def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
     """None in large batches, up to four in small ones."""
     from lrnn_lm.kernels.scan import triton_launch
@@ -127,7 +126,7 @@ def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("scan", "M", "fixed"),
-    [*((scan, M, False) for scan in SCANS for M in (1, 3, 4, 12)),
+    [*((scan, M, False) for scan in SCANS for M in (1, 3, 12)),
      (block_diagonal_scan, 2, True), (block_diagonal_scan, 12, True)],
 )  # fmt: skip
 def test_packed_planes(scan, M, fixed, backend):
@@ -251,7 +250,8 @@ def test_half_precision(scan, dtype):
 
 
 @pytest.mark.parametrize("scan", SCANS)
-def test_resets_everywhere_and_nowhere(scan, chunks):
+def test_resets_everywhere_and_nowhere(scan, monkeypatch):
+    cut_time(monkeypatch, 5)
     for probability in (0.0, 1.0):
         compare(scan, T=6, N=2, M=2, reset_probability=probability)
 
@@ -275,9 +275,10 @@ def test_without_initial_state_or_resets(scan, chunks):
 
 
 @pytest.mark.parametrize("scan", SCANS)
-def test_any_strides(scan, chunks):
+def test_any_strides(scan, monkeypatch):
     """Planes of gates with n fastest, time outermost, a slice of a wider projection, an expanded gradient,
     and a mask of documents that is another's transpose."""
+    cut_time(monkeypatch, 5)
     gates, values, h0, reset = to_device(make_inputs(scan, T=7, N=3, M=2, reset_probability=0.3))
     wanted = run(scan, [gates, values, h0, reset], "softmax", "triton")
     planes = gates.movedim(-1, 2).contiguous().movedim(2, -1)
@@ -307,24 +308,13 @@ def test_single_steps_are_the_scan(scan):
     torch.testing.assert_close(state, last)
 
 
+@pytest.mark.gpu  # the interpreter runs one program after the other
 @pytest.mark.parametrize("scan", SCANS)
-def test_two_runs_same_bits(scan, chunks):
+def test_two_runs_same_bits(scan, monkeypatch):
+    cut_time(monkeypatch, 5)
     inputs = to_device(make_inputs(scan, T=7, N=2, M=2, dtype=torch.bfloat16))
     for a, b in zip(*(run(scan, inputs, "softmax", "triton") for _ in range(2)), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("scan", SCANS)
-def test_compiles_without_a_graph_break(scan):
-    inputs = to_device(make_inputs(scan, T=4, N=3, M=2))
-    wanted = run(scan, inputs, "softmax", "triton")
-    compiled = torch.compile(lambda *x: scan(*x, backend="triton"), fullgraph=True, backend="aot_eager")
-    gates, values, h0, reset = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
-    h, last = compiled(gates, values, h0, reset)
-    (h.sum() + last.sum()).backward()
-    torch.testing.assert_close(h, wanted[0])
-    torch.testing.assert_close(last, wanted[1])
-    assert gates.grad.isfinite().all()
 
 
 def test_operators_keep_torch_library_rules():

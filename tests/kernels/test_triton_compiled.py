@@ -34,11 +34,9 @@ def compile_for_hopper(what: str, cache: Path) -> str:
     return done.stdout
 
 
-def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
-    """At the smallest sizes; the sizes that differ are below."""
-    compiled = set()
-    for what in ("scans", "steps"):
-        compiled |= set(compile_for_hopper(what, tmp_path).splitlines()[-1].split())
+def test_triton_takes_every_kernel_for_hopper_without_a_gpu(tmp_path):
+    """Up to its intermediate code, at one size; machine code and other sizes are below."""
+    compiled = set(compile_for_hopper("some", tmp_path).splitlines()[-1].split())
     written = {
         f"{file.stem}.{name}"
         for file in Path(lrnn_lm.kernels.__file__).parent.rglob("*.py")
@@ -49,7 +47,7 @@ def test_every_kernel_compiles_for_hopper_without_a_gpu(tmp_path):
 
 @pytest.mark.slow
 def test_compiles_for_hopper_without_a_gpu(tmp_path):
-    """Sizes, dtypes and gates that compile differently; also, that a new T compiles nothing."""
+    """To machine code, in sizes, dtypes and gates that differ; also, that a new T compiles nothing."""
     compile_for_hopper("everything", tmp_path)
 
 

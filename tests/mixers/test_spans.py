@@ -54,7 +54,9 @@ def test_blocks_are_the_mask(case):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("case", [CASES[0], CASES[-1], CASES[-4]], ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[0], *((300, 257, documents, documents) for documents in (False, True))], ids=str
+)
 def test_attention_over_blocks(case, monkeypatch):
     """Where a query sees nothing, as leading padding does, there are zeros, and no gradient is NaN."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)  # no gradients on a CPU

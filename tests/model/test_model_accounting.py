@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, NAMES, small_config, small_model, tokens
+from small_models import HYBRIDS, MIXER_ROWS, NAMES, in_turn, small_config, small_model, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
@@ -11,8 +11,7 @@ from lrnn_lm.mixers import build_mixer
 from lrnn_lm.model.accounting import account, check_parameters, saved_bytes, training_memory
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("name", "tied"), in_turn([False, True]))
 def test_parameters(name, tied):
     model = small_model(name, tie_word_embeddings=tied)
     counted = account(model.config, 16)
@@ -97,7 +96,7 @@ def test_state_is_what_the_cache_holds(name):
     assert account(model.config, 10, cache_bytes=4).state_bytes == held
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bd_lru", "bd_matrix-erase", "m2rnn", *HYBRIDS])
 def test_memory_estimate(name):
     """Proportional to the rows; less with checkpointing, less in bf16."""
     config = small_config(name)

@@ -12,7 +12,7 @@ from lrnn_lm.mixers.base import is_exported
 from lrnn_lm.model import modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
-WHOLE = ["bd_lru", "bd_matrix", "bd_matrix-conv", "bd_matrix-erase", "h_lru", "attention"]
+WHOLE = ["bd_lru", "bd_matrix-erase", "h_lru", "attention"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -23,9 +23,7 @@ def losses_and_gradients(model, ids, reset):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("name", "documents"), [*((name, True) for name in WHOLE), ("bd_lru", False), ("attention", False)]
-)
+@pytest.mark.parametrize(("name", "documents"), [*((name, True) for name in WHOLE), ("attention", False)])
 def test_one_graph_for_all_blocks(name, documents):
     torch.compiler.reset()
     model, ids = small_model(name, num_hidden_layers=2).train(), tokens(length=17)
@@ -47,8 +45,8 @@ def test_one_graph_for_all_blocks(name, documents):
 def test_attention_by_blocks_is_one_graph(monkeypatch):
     """As on a GPU, where packed rows of any documents take the same graph; and the numbers are a mask's."""
     torch.compiler.reset()
-    model, ids = small_model("attention-window", num_hidden_layers=2).train(), tokens(length=150)
-    resets = [torch.rand(ids.shape, generator=torch.Generator().manual_seed(i)) < 0.1 * i for i in range(3)]
+    model, ids = small_model("attention-window", num_hidden_layers=1).train(), tokens(length=150)
+    resets = [torch.rand(ids.shape, generator=torch.Generator().manual_seed(i)) < 0.1 * i for i in (0, 2)]
     want = [losses_and_gradients(model, ids, reset) for reset in resets]
     monkeypatch.setattr(modeling, "takes_blocks", lambda x, head_dim: True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)  # no gradients on a CPU
@@ -105,7 +103,7 @@ def test_a_swiglu_is_one_product_when_compiled():
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
 def test_the_triton_scans_compile_whole(name):
     pytest.importorskip("triton")
-    model, ids = small_model(name, num_hidden_layers=2).train().to(DEVICE), tokens(length=9).to(DEVICE)
+    model, ids = small_model(name, num_hidden_layers=1).train().to(DEVICE), tokens(length=9).to(DEVICE)
     reset = torch.zeros_like(ids, dtype=torch.bool)
     reset[1, 4] = True
     want = float(model(ids, labels=ids, reset=reset, use_cache=False).loss.detach())

@@ -51,7 +51,7 @@ def test_a_step_outlives_inference_mode():
         assert torch.equal(model.generate(ids, **GREEDY), want)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", ["bd_lru-all", "h_lru", "lstm"])
 def test_generate_decodes_through_it(name, monkeypatch):
     model, ids = small_model(name), tokens(length=6)
     calls, one_step = [], step.DecodeStep.__call__
@@ -62,10 +62,9 @@ def test_generate_decodes_through_it(name, monkeypatch):
     assert len(calls) == 5
 
 
-@pytest.mark.parametrize("name", ["bd_lru", "mamba2"])
 @pytest.mark.parametrize("way", ["greedy", "sampled", "top"])
 @pytest.mark.parametrize("ends", [None, [3, 11, 17, 29, 41, 44], [5]], ids=str)
-def test_our_loop_writes_what_transformers_does(name, way, ends):
+def test_our_loop_writes_what_transformers_does(way, ends):
     """Rows that end at different times, padded prompts, streams: token for token, sampled ones too."""
     options = {
         "greedy": {"do_sample": False},
@@ -74,7 +73,7 @@ def test_our_loop_writes_what_transformers_does(name, way, ends):
     }[way]
     options |= {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": ends}
     for rows, length in ((1, 6), (3, 4)):
-        model, ids = small_model(name), tokens(rows=rows, length=length)
+        model, ids = small_model("bd_lru"), tokens(rows=rows, length=length)
         mask = torch.ones_like(ids)
         mask[0, : length - 2] = 0
         texts, streams = [], []
@@ -217,7 +216,7 @@ def test_a_row_that_begins_late():
 def test_a_compiled_forward_that_is_asked_for(everywhere):
     """`compile_config` has transformers compile the forward pass, where it would for other models."""
     torch.compiler.reset()
-    model, ids = small_model("bd_lru"), tokens(length=6)
+    model, ids = small_model("bd_lru", num_hidden_layers=1), tokens(length=6)
     config = CompileConfig(backend="aot_eager", fullgraph=True)
     config._compile_all_devices = everywhere
     assert torch.equal(model.generate(ids, compile_config=config, **GREEDY), model.generate(ids, **GREEDY))

@@ -17,7 +17,6 @@ INTERPRETED = pytest.mark.skipif(
 
 
 FUSED = {
-    "bd_lru": {},
     "h_lru": {"num_hidden_layers": 2, "repeat": 2},
     "several": {"layer_pattern": [MIXER_ROWS[name] for name in ("h_lru", "bd_lru-tanh", "bd_lru")]},
 }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import NAMES, OF_EACH_KIND, close, in_turn, small_model, tokens
+from small_models import OF_EACH_KIND, OF_EACH_STATE, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache
 
@@ -24,7 +24,7 @@ def generate(model, ids, **options):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*((name, "greedy") for name in NAMES), *in_turn([way for way in WAYS if way != "greedy"])],
+    [(name, way) for name in OF_EACH_STATE for way in WAYS],
 )
 def test_with_and_without_a_cache(name, way):
     model, ids = small_model(name), tokens(length=6)
@@ -33,7 +33,7 @@ def test_with_and_without_a_cache(name, way):
     assert torch.equal(cached, generate(model, ids, use_cache=False, **WAYS[way]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_left_padded_prompts(name):
     model, ids = small_model(name), tokens(length=6)
     mask = torch.ones_like(ids)
@@ -43,7 +43,7 @@ def test_left_padded_prompts(name):
     assert torch.equal(padded[1], generate(model, ids[1:], do_sample=False)[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_given_cache_is_continued(name):
     model, ids = small_model(name), tokens(length=12)
     for cache in (DynamicCache(config=model.config), None):
@@ -55,7 +55,7 @@ def test_a_given_cache_is_continued(name):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_returned_cache_is_continued(name):
     model, ids = small_model(name), tokens(length=6)
     first = generate(model, ids, do_sample=False, return_dict_in_generate=True)
@@ -81,7 +81,8 @@ def checkpointed(name, reentrant):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(
-    ("name", "reentrant"), [*((name, False) for name in NAMES), *((name, True) for name in OF_EACH_KIND)]
+    ("name", "reentrant"),
+    [*((name, False) for name in OF_EACH_STATE), *((name, True) for name in OF_EACH_KIND)],
 )
 def test_gradient_checkpointing_keeps_what_came_before(name, reentrant):
     model, want, ids = checkpointed(name, reentrant), small_model(name), tokens(length=12)
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_keeps_what_came_before(name, reentrant):
             close(got.logits[:, -1:], logits, TOLERANCE["other order of sums"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_gradients_through_a_cache_are_those_without_checkpointing(name):
     ids, grads = tokens(length=12), []
     for model in (checkpointed(name, False), small_model(name)):

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, RECURRENT, close, small_config, small_model, states, tokens
+from small_models import (
+    MIXER_ROWS,
+    OF_EACH_STATE,
+    RECURRENT,
+    close,
+    small_config,
+    small_model,
+    states,
+    tokens,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +24,7 @@ from lrnn_lm.model import initial_state
 from lrnn_lm.train.optim import decay_groups
 
 LEARNT = [name for name in RECURRENT if MIXERS[MIXER_ROWS[name]["type"]].differentiable_state]
+FEW = [*(name for name in OF_EACH_STATE if name in LEARNT), "lstm", "m2rnn", "hybrid"]
 PAD = 0
 EXACT = 1e-9  # in fp64
 ROTARY = 1e-6  # of attention, whose angles are in fp32
@@ -55,8 +65,10 @@ def test_a_layer_begins_with_it(name: str) -> None:
     assert (want - block.mixer(x)[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*LEARNT, "hybrid"])
-@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize(
+    ("name", "exported"),
+    [*((name, False) for name in FEW), ("bd_lru-all", True), ("lstm", True), ("hybrid", True)],
+)
 def test_packed_documents_are_as_each_alone(
     name: str, exported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +99,7 @@ def test_two_documents_of_a_token_each() -> None:
     close(got, torch.cat([model(ids[:, i : i + 1]).logits for i in range(2)], dim=1), EXACT)
 
 
-@pytest.mark.parametrize("name", [*LEARNT, "hybrid"])
+@pytest.mark.parametrize("name", FEW)
 @torch.no_grad()
 def test_padding_and_pieces_change_nothing(name: str) -> None:
     """Left and right padding, a cache filled in pieces, and decoding from nothing."""

@@ -5,7 +5,19 @@ import warnings
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, NAMES, VOCAB, close, small_config, small_model, tokens
+from small_models import (
+    MIXER_ROWS,
+    NAMES,
+    OF_EACH_KIND,
+    RECURRENT,
+    VOCAB,
+    close,
+    in_turn,
+    small_config,
+    small_model,
+    states,
+    tokens,
+)
 from tolerances import TOLERANCE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -52,8 +64,7 @@ def test_gradients_pass_through_a_cache(name):
         close(parameter.grad, want[key], TOLERANCE["gradient"] * want[key].abs().max().item())
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("name", "tied"), in_turn([False, True]))
 def test_saved_and_loaded_model_is_the_same(name, tied, tmp_path):
     model, ids = small_model(name, tie_word_embeddings=tied), tokens()
     model.save_pretrained(tmp_path)
@@ -70,14 +81,21 @@ def test_saved_and_loaded_model_is_the_same(name, tied, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loads_in_bf16(name, tmp_path):
-    model, ids = small_model(name), tokens()
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+def test_computes_in_bf16(name, tmp_path):
+    """Loaded so, or one that is cast."""
+    loaded, ids = small_model(name), tokens()
+    want = loaded(ids).logits
+    if name in OF_EACH_KIND:
+        loaded.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    else:
+        loaded.bfloat16()
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    want = model(ids).logits
     assert (loaded(ids).logits.float() - want).norm() < TOLERANCE["bf16"] * want.norm()
     assert loaded.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 23)
+    if name in RECURRENT:
+        cache = loaded(ids, use_cache=True).past_key_values
+        assert {state.dtype for state in states(cache)} == {torch.float32}
 
 
 def test_tied_embeddings_are_one_parameter():

@@ -1,10 +1,10 @@
 """Packed batches in every form that others make: equal to each example alone, or refused."""
 
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
-from small_models import HYBRIDS, NAMES, close, in_turn, small_config, small_model, tokens
+from small_models import HYBRIDS, NAMES, OF_EACH_STATE, close, in_turn, small_config, small_model, tokens
 from tolerances import TOLERANCE
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
@@ -56,7 +56,10 @@ def alone(model):
     return torch.cat(logits, dim=1), sum(sums) / sum(length - 1 for length in LENGTHS)
 
 
-@pytest.mark.parametrize(("name", "form"), in_turn(FORMS))
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [*(("bd_lru", form) for form in FORMS), *zip(NAMES[1:], cycle(FORMS), strict=False)],
+)
 def test_flattened_examples(name, form):
     model, batch = small_model(name), flattened(form)
     want, loss = alone(model)
@@ -73,7 +76,9 @@ def test_flattened_examples(name, form):
         close(p.grad, expected[key], TOLERANCE["gradient"] * max(1.0, expected[key].abs().max().item()))
 
 
-@pytest.mark.parametrize(("name", "form"), in_turn(["position_ids", "seq_idx", "cu_seq_lens_q"]))
+@pytest.mark.parametrize(
+    ("name", "form"), in_turn(["position_ids", "seq_idx", "cu_seq_lens_q"], OF_EACH_STATE)
+)
 def test_rows_that_are_packed_differently(name, form):
     model, ids = small_model(name), tokens(rows=2, length=9)
     starts = ([0, 4, 5], [0, 8])
@@ -96,8 +101,7 @@ def test_rows_that_are_packed_differently(name, form):
         close(all_at_once, got, EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "side"), in_turn(["left", "right"], OF_EACH_STATE))
 def test_packed_and_padded_rows(name, side):
     """TRL pads packed rows, positions with 0; transformers pads positions with 0 or 1."""
     model, ids = small_model(name), tokens(rows=1, length=9)
@@ -114,7 +118,7 @@ def test_packed_and_padded_rows(name, side):
             close(got[:, 4:], model(ids[:, 4:]).logits, EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_positions_of_one_document_are_no_boundaries(name):
     """Counted on, from anywhere, with gaps, through padding, and on from a cache."""
     model, ids = small_model(name), tokens(rows=2, length=9)
@@ -141,7 +145,7 @@ def test_positions_of_one_document_are_no_boundaries(name):
     close(jumped[:, :4], plain[:, :4], SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_packed_text_is_continued_in_passes(name):
     model, ids = small_model(name), tokens(rows=1, length=9)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
@@ -173,7 +177,7 @@ def test_a_start_on_padding_is_the_next_tokens():
     close(got[:, 1:], model(ids[:, 5:]).logits, SUMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_generation_after_a_packed_prompt(name):
     """The text goes on from the last document; transformers' own position_ids are no documents."""
     model, ids = small_model(name), tokens(rows=1, length=9)
@@ -183,7 +187,7 @@ def test_generation_after_a_packed_prompt(name):
     assert torch.equal(model.generate(ids, position_ids=positions, **options)[0, 9:], want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_4d_masks_with_padding_and_without_documents(name):
     model, ids = small_model(name), tokens(rows=2, length=7)
     causal = torch.ones(7, 7, dtype=torch.bool).tril()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from small_models import NAMES, small_model, tokens
+from small_models import OF_EACH_STATE, small_model, tokens
 
 from lrnn_lm.model.decoding import prefix
 from lrnn_lm.model.decoding.prefix import PrefixCache
@@ -49,7 +49,7 @@ def after(*texts):
     return torch.cat(texts, dim=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_second_question_costs_its_own_tokens(name, fed):
     plain, model = small_model(name), with_cache(name)
     document = DOCUMENT if name == "hybrid" else DOCUMENT[:, -200:]

@@ -81,16 +81,18 @@ def by_compiling_forward(module, calls, monkeypatch):
     module.forward = torch.compile(module.forward, backend=backend)
 
 
-# Seconds each; a place is found in the same way whatever was put there.
-COMPILED = {by_compiling: ["model", "mixer", "projection"], by_compiling_forward: ["mixer", "norm"]}
-WAYS = [on_the_instance, bound_to_the_instance, on_the_class, of_a_subclass, by_a_hook, by_a_hook_before,
-        *COMPILED]  # fmt: skip
+# A place is found in the same way whatever was put there; compiling takes seconds.
+ELSEWHERE = ["model", "mixer", "projection"]
+WAYS = {
+    on_the_instance: PLACES,
+    on_the_class: PLACES,
+    **dict.fromkeys((bound_to_the_instance, of_a_subclass, by_a_hook, by_a_hook_before), ELSEWHERE),
+    by_compiling: ["mixer", "projection"],
+    by_compiling_forward: ["norm"],
+}
 
 
-@pytest.mark.parametrize(
-    ("way", "place"),
-    [(way, place) for way in WAYS for place in COMPILED.get(way, PLACES)],
-)
+@pytest.mark.parametrize(("way", "place"), [(way, place) for way, places in WAYS.items() for place in places])
 def test_a_replaced_forward_is_called_for_every_token(way, place, monkeypatch):
     model, ids, calls = small_model("bd_lru"), tokens(length=5), []
     want = model.generate(ids, **OPTIONS)

@@ -4,14 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_models import NAMES, RECURRENT, close, small_model, tokens
+from small_models import NAMES, OF_EACH_STATE, RECURRENT, close, in_turn, small_model, states, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache, StaticCache
 
 from lrnn_lm.model import copy_states, drop_states, load_states, save_states
 
 SUMS = TOLERANCE["other order of sums"]
-CUTS = [[3, 4, 13, 14], [1, 2, 20]]
 STARTS = ([5, 6, 18], [0, 17])  # of documents, a row each
 
 
@@ -39,43 +38,18 @@ def _no_gradients():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_segments_are_the_whole(name, cuts):
+def test_segments_are_the_whole(name):
+    """Tokens one by one and several at once, through a cache that the model has made; its state matters."""
     model, ids = small_model(name), tokens()
-    close(in_segments(model, ids, cuts), model(ids).logits, SUMS)
+    whole, first = model(ids).logits, model(ids[:, :3], use_cache=True)
+    rest = in_segments(model, ids[:, 3:], [1, 2, 10, 11], cache=first.past_key_values)
+    close(torch.cat([first.logits, rest], dim=1), whole, SUMS)
+    assert first.past_key_values.get_seq_length() == ids.shape[1]
+    if name in RECURRENT:
+        assert (whole[:, 3] - model(ids[:, 3:4]).logits[:, 0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_token_by_token_is_the_whole(name):
-    model, ids = small_model(name), tokens(length=9)
-    close(in_segments(model, ids, list(range(1, 9))), model(ids).logits, SUMS)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_cache_made_by_the_model_goes_on(name):
-    model, ids = small_model(name), tokens()
-    first = model(ids[:, :8], use_cache=True)
-    second = model(ids[:, 8:], past_key_values=first.past_key_values, use_cache=True)
-    close(torch.cat([first.logits, second.logits], 1), model(ids).logits, SUMS)
-    assert second.past_key_values.get_seq_length() == ids.shape[1]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_left_padding_leaves_no_trace(name):
-    model, ids = small_model(name), tokens(rows=3)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    mask[1, :20] = 0
-    padded = model(ids.masked_fill(mask == 0, 0), attention_mask=mask).logits
-    close(padded[0, 4:], model(ids[:1, 4:]).logits[0], SUMS)
-    close(padded[1, 20:], model(ids[1:2, 20:]).logits[0], SUMS)
-    close(padded[2], model(ids[2:]).logits[0], SUMS)
-    other_words = model(ids.masked_fill(mask == 0, 7), attention_mask=mask).logits
-    close(other_words[mask.bool()], padded[mask.bool()], TOLERANCE["same numbers"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cuts", [[1, 2, 3, 4, 5], [2, 10], [20]], ids=str)
+@pytest.mark.parametrize(("name", "cuts"), in_turn([[1, 2, 3, 4, 5], [2, 10], [20]], OF_EACH_STATE))
 def test_left_padding_in_segments(name, cuts):
     """The first token may come in a later segment than its padding, alone or not."""
     model, ids = small_model(name), tokens()
@@ -91,20 +65,17 @@ def test_left_padding_in_segments(name, cuts):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_documents_are_separate(name):
-    model, ids = small_model(name), tokens()
-    packed = model(ids, reset=reset_mask()).logits
-    for row, starts in enumerate(STARTS):
-        bounds = sorted({0, *starts, 21})
-        for start, stop in pairwise(bounds):
-            alone = model(ids[row : row + 1, start:stop]).logits
-            close(packed[row, start:stop], alone[0], SUMS)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_packed_documents_in_segments(name, cuts):
+    """In one pass and in segments; states are those of the last document."""
     model, ids, reset = small_model(name), tokens(), reset_mask()
-    close(in_segments(model, ids, cuts, reset=reset), model(ids, reset=reset).logits, SUMS)
+    out = model(ids, reset=reset, use_cache=True)
+    close(in_segments(model, ids, [3, 4, 13, 14], reset=reset), out.logits, SUMS)
+    for row, starts in enumerate(STARTS):
+        for start, stop in pairwise(sorted({0, *starts, 21})):
+            alone = model(ids[row : row + 1, start:stop], use_cache=True)
+            close(out.logits[row, start:stop], alone.logits[0], SUMS)
+        if name in RECURRENT:
+            for got, want in zip(states(out.past_key_values), states(alone.past_key_values), strict=True):
+                close(got[row], want[0], SUMS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,15 +83,6 @@ def test_a_reset_everywhere_forgets_everything(name):
     model, ids = small_model(name), tokens(length=5)
     apart = model(ids, reset=torch.ones_like(ids, dtype=torch.bool)).logits
     close(apart, model(ids.reshape(-1, 1)).logits.view(2, 5, -1), SUMS)
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_the_state_matters(name):
-    model, ids = small_model(name), tokens()
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :12], past_key_values=cache, use_cache=True)
-    with_state = model(ids[:, 12:], past_key_values=cache, use_cache=True).logits
-    assert (with_state[:, 0] - model(ids[:, 12:]).logits[:, 0]).abs().max() > 1e-2
 
 
 def test_a_cache_of_another_shape_is_refused():
@@ -154,8 +116,7 @@ def test_states_of_another_mixer_are_refused(kind, tmp_path):
     ours(tokens(), past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("residual_in_fp32", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "residual_in_fp32"), in_turn([True, False]))
 def test_bf16_autocast_is_near(name, residual_in_fp32):
     model, ids = small_model(name, residual_in_fp32=residual_in_fp32), tokens()
     streams = []

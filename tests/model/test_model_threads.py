@@ -17,13 +17,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WAYS = {
     "our loop": {},
     "transformers' loop": {"repetition_penalty": 1.2},
-    "a dict": {"return_dict_in_generate": True},
-    "forward": {"disable_compile": True},
     "beams": {"num_beams": 2},
     "static": {"cache_implementation": "static"},
 }
-OURS = ("h_lru", "lstm", "mamba2")
-ROWS = [*(("bd_lru", way) for way in WAYS), *((name, "our loop") for name in OURS), ("hybrid", "forward")]
+ROWS = [*(("bd_lru", way) for way in WAYS), ("lstm", "our loop"), ("hybrid", "our loop")]
 
 
 def on(device, name):
@@ -49,8 +46,8 @@ def test_threads(name, way, device):
     assert len({str(text) for text in want}) == len(want)
     assert not hasattr(model, "_compiled_call")  # transformers compiles only for who asks: it takes minutes
     with ThreadPoolExecutor(16) as pool:
-        got = [pool.submit(write, model, ids, **WAYS[way]) for _ in range(4) for ids in prompts(model)]
-    assert [future.result() for future in got] == want * 4
+        got = [pool.submit(write, model, ids, **WAYS[way]) for _ in range(2) for ids in prompts(model)]
+    assert [future.result() for future in got] == want * 2
 
 
 POOL = 32  # streams that torch hands out in turn
