@@ -1,10 +1,9 @@
-"""Compiles kernels for Hopper without a GPU, through the host code that launches them.
+"""Compiles every kernel for Hopper without a GPU, through the host code that launches them.
 
 The interpreter never sees what a compiler may refuse (a constexpr assigned twice, an argument that is None)
 or how arguments bind to a launch. Here the driver is one that knows its target and launches nothing. Run as a
-script, `compile_only.py some | everything`, in a process where TRITON_INTERPRET is not set; it prints the
-names of the kernels that it compiled. `some` takes every kernel at one size and ends at Triton's own
-intermediate code, which is where the above is refused; machine code takes four times as long.
+script, `compile_only.py scans | steps | everything`, in a process where TRITON_INTERPRET is not set; it
+prints the names of the kernels that it compiled.
 """
 
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -50,26 +48,6 @@ def compile_instead(kernel: JITFunction, grid):
             assert compiled.metadata.shared <= SHARED_MEMORY, (COMPILED[-1], compiled.metadata.shared)
 
     return call
-
-
-class IsReadError(Exception):
-    """A kernel has become intermediate code."""
-
-
-def read_instead(kernel: JITFunction, grid):
-    """`kernel[grid]` that ends before machine code."""
-
-    def call(*args, **kwargs) -> None:
-        try:
-            kernel.run(*args, grid=grid, warmup=True, **kwargs)
-        except IsReadError:
-            COMPILED.append(f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}")
-
-    return call
-
-
-def end_of_reading(*_, **__) -> None:
-    raise IsReadError
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -224,13 +202,17 @@ def launch_swiglu(F: int) -> None:
     swiglu(torch.zeros(8, 2 * F, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
 
 
-def some() -> None:
-    """Every kernel, at the smallest size, scans in chunks of time."""
+def some_scans() -> None:
+    """Every kernel of a scan in chunks of time, at the smallest size."""
     launch_all(1, 40, "softmax", states=True, chunk=16)
     launch_wide_transfer(16)
     launch_gru(2, torch.bfloat16, T=1, resets=True)
     launch_slstm(2, torch.bfloat16, T=1, resets=True)
     launch_m2rnn(16, 16, torch.bfloat16)
+
+
+def some_steps() -> None:
+    """Every kernel of a step of decoding, the loss, SwiGLU, and the matrix-valued scan."""
     launch_matrix(1, torch.bfloat16, 33, states=False, V=16, K=16)
     launch_loss(50_280)
     launch_swiglu(2464)
@@ -247,7 +229,7 @@ def everything() -> None:
     launch_all(3, 40, "tanh", states=True, chunk=16)
     launch_all(2, 40, "softmax", states=True, chunk=16, fixed=True)
     launch_all(2, 1, "silu", states=True)  # of one step
-    some()
+    some_steps()
     launch_matrix(1, torch.bfloat16, 33, states=False)
     first = len(SPILLED)
     launch_matrix(4, torch.bfloat16, 64, states=False)
@@ -278,9 +260,7 @@ def everything() -> None:
 
 if __name__ == "__main__":
     driver.set_active(CompileOnly())
-    JITFunction.__getitem__ = read_instead if sys.argv[1] == "some" else compile_instead
-    if sys.argv[1] == "some":
-        CUDABackend.make_ttgir = staticmethod(end_of_reading)
+    JITFunction.__getitem__ = compile_instead
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    {"some": some, "everything": everything}[sys.argv[1]]()
+    {"scans": some_scans, "steps": some_steps, "everything": everything}[sys.argv[1]]()
     print(*sorted(set(COMPILED)))
