@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# pip is told not to compile every module, which takes a minute. So Python must keep what it compiles when it is imported.
+# pip is told not to compile every module, which takes a minute. `lrnn info` compiles what commands import; Python must keep that.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-all test-fresh test-slurm lint site clean
