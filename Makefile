@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their own set-up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python keeps what it compiles, also where it is told not to: pip does not compile all modules here, which takes a minute.
+# pip is told not to compile every module, which takes a minute. `lrnn info` compiles what commands import; Python must keep that.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-all test-fresh test-slurm lint site clean

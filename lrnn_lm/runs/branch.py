@@ -44,12 +44,12 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
 
 def _told(key: str, was: Any, now: Any) -> list[str]:
     """A difference in words: of layer patterns the first layer that differs, else all layers' types."""
-    if key == "model.layer_pattern" and was and now:
-        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b]
-        if len(was) == len(now) and all(a["type"] == b["type"] for _, a, b in pairs):
+    if key == "model.layer_pattern":
+        pairs = [(i, a, b) for i, (a, b) in enumerate(zip(was or (), now or (), strict=False)) if a != b]
+        if was and now and len(was) == len(now) and all(a["type"] == b["type"] for _, a, b in pairs):
             i, a, b = pairs[0]
             return [line for k in a if a[k] != b[k] for line in _told(f"{key}[{i}].{k}", a[k], b[k])]
-        was, now = ([entry["type"] for entry in pattern] for pattern in (was, now))
+        was, now = (pattern and [entry["type"] for entry in pattern] for pattern in (was, now))
     return [f"{key}: was {was!r}, is {now!r}"]
 
 

@@ -86,7 +86,8 @@ def exchange(
     # One tensor for all: each transfer to the host waits for the device.
     own = torch.tensor([*flags, *slots], dtype=torch.float64).to(accelerator.device, non_blocking=True)
     # The main rank's norm on all: a last bit that differed could have one rank skip what another applies.
-    norm = grad_norm.double().view(1) * accelerator.is_main_process
+    # A step of which all is frozen has its norm on the CPU.
+    norm = grad_norm.to(losses.device).double().view(1) * accelerator.is_main_process
     sums = torch.cat([losses.double() / ranks, own, norm])
     if ranks > 1:
         dist.all_reduce(sums)

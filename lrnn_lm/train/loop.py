@@ -30,7 +30,7 @@ from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .guard import after_bad_steps, guarded
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics, start_trackers
-from .optim import learning_rate, moved_parameters
+from .optim import drop_frozen_gradients, learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .profile import StepProfile
 from .progress import ProgressLine
@@ -231,8 +231,8 @@ class Trainer:
                     part = self._loss(batch, share)
                 part.backward()
             loss += part.detach()
-        moved = moved_parameters(self.model, self.optimizer)
-        grad_norm = clip_gradients(moved, self.recipe.optim.grad_clip or math.inf)
+        drop_frozen_gradients(self.optimizer)
+        grad_norm = clip_gradients(self.model.parameters(), self.recipe.optim.grad_clip or math.inf)
         if meanwhile is not None:
             meanwhile()
         result = self._exchange(torch.stack([loss, self._z_sum]), grad_norm)

@@ -348,10 +348,12 @@ def _split(
     return list(parts.values())
 
 
-def moved_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All but those that a group's `lr_scale: 0` freezes: their gradients say nothing of the step's size."""
-    frozen = {p for group in optimizer.param_groups if group["lr_scale"] == 0 for p in group["params"]}
-    return [p for p in model.parameters() if p not in frozen]
+def drop_frozen_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Of what `lr_scale: 0` freezes: they say nothing of the step's size, and a NaN times 0 is a NaN."""
+    for group in optimizer.param_groups:
+        if group["lr_scale"] == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def state_bytes(model: nn.Module, optim: OptimSection) -> int:

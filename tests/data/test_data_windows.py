@@ -89,7 +89,7 @@ def test_tokens_of_the_whole(kind: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("character", [" ", "x"])
+@pytest.mark.parametrize("character", [" ", "\n", "x"])
 def test_runs_longer_than_the_overlap(kind: str, character: str) -> None:
     tokenizer = tokenizer_of(kind)
     text = make_texts(1)[0] * 20 + character * 3001 + make_texts(1)[0] * 20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -229,14 +230,19 @@ def test_a_branch_of_a_checkpoint_that_a_link_names(recipe: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ("bd_lru, {type: attention, num_heads: 2, window: 4}", "model.layer_pattern[1].window: was 8, is 4"),
-        ("bd_lru", "model.layer_pattern: was ['bd_lru', 'attention'], is ['bd_lru']"),
+        (
+            "[bd_lru, {type: attention, num_heads: 2, window: 4}]",
+            "model.layer_pattern[1].window: was 8, is 4",
+        ),
+        ("[bd_lru]", "model.layer_pattern: was ['bd_lru', 'attention'], is ['bd_lru']"),
+        ("null", "model.layer_pattern: was ['bd_lru', 'attention'], is None"),
     ],
 )
 def test_layer_patterns_differ_in_few_words(changed: str, words: str, recipe: Path) -> None:
-    pattern = "bd_lru, {type: attention, num_heads: 2, window: 8}"
-    old, new = (load_recipe(recipe, [f"model.layer_pattern=[{each}]"]) for each in (pattern, changed))
-    assert differences(old, new, step=1) == [words]
+    pattern = "[bd_lru, {type: attention, num_heads: 2, window: 8}]"
+    old, new = (load_recipe(recipe, [f"model.layer_pattern={each}"]) for each in (pattern, changed))
+    assert differences(old, new, step=1)[0] == words
+    assert differences(new, old, step=1)[0] == re.sub("was (.*), is (.*)", r"was \2, is \1", words)
 
 
 @pytest.mark.parametrize(

@@ -230,18 +230,34 @@ def test_a_step_clips_the_gradient(build: Build) -> None:
     torch.testing.assert_close(moments["1e-3"] * norm / 1e-3, moments["null"], rtol=1e-3, atol=1e-6)
 
 
-def test_frozen_parameters_do_not_count_in_the_norm(build: Build) -> None:
-    """Their gradients are made, but the bound is for what moves."""
-    frozen = "optim.groups=[{match: '*embed*', lr_scale: 0}]"
-    trainer = build(frozen, "optim.grad_clip=1e-3", "train.tokens=512", "train.precision=fp32")
-    norm = trainer.step(next(iter(trainer.rows.loader))).grad_norm
-    moments = {
-        name: trainer.optimizer.state[p]["exp_avg"].flatten() / (1 - trainer.recipe.optim.betas[0])
-        for name, p in trainer.bare_model.named_parameters()
-    }
-    embedding = moments.pop("model.embed_tokens.weight")
-    assert torch.cat([*moments.values()]).norm() == pytest.approx(1e-3, rel=1e-4)
-    assert embedding.norm() > 0.1 * norm  # not scaled, and not small
+@pytest.mark.parametrize("share", [100.0, math.nan])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_stay_and_do_not_count_in_the_norm(build: Build, name: str, share: float) -> None:
+    """Whatever their gradients are: neither large ones nor NaN reach the step."""
+    frozen = "optim.groups=[{match: '*embed*', lr_scale: 0}, {match: '*down_proj*', lr_scale: 0}]"
+    trainer = build(frozen, "optim.grad_clip=1e-3", "train.tokens=512", f"optim.name={name}")
+    parameters = dict(trainer.bare_model.named_parameters())
+    kept = {key: p for key, p in parameters.items() if "embed" in key or "down_proj" in key}
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    for p in kept.values():
+        p.register_hook(lambda gradient: gradient * share)
+    clipped, update = [], trainer.optimizer.step
+
+    def step() -> None:
+        clipped.extend(p.grad.flatten() for key, p in parameters.items() if key not in kept)
+        update()
+
+    trainer.optimizer.step = step
+    assert trainer.step(next(iter(trainer.rows.loader))).applied
+    assert torch.cat(clipped).norm() == pytest.approx(1e-3, rel=1e-4)
+    moved = {key for key, p in parameters.items() if not torch.equal(p, before[key])}
+    assert moved == parameters.keys() - kept.keys()
+
+
+def test_a_step_of_which_all_is_frozen(build: Build) -> None:
+    trainer = build("optim.groups=[{match: '*', lr_scale: 0}]", "train.tokens=512")
+    result = trainer.step(next(iter(trainer.rows.loader)))
+    assert (result.applied, result.grad_norm) == (True, 0)
 
 
 def test_validation_reads_at_most_eval_tokens(build: Build) -> None:
