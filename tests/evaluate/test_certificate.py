@@ -129,7 +129,7 @@ def test_what_forgets_is_not_certified_at_every_length(tmp_path):
     assert facts["length"] is not None
 
 
-@pytest.mark.parametrize("broken", ["gates", "head", "untrained"])
+@pytest.mark.parametrize("broken", ["gates", "head", "identity", "untrained"])
 def test_broken_models_are_wrong_and_say_where(broken, tmp_path, capsys):
     model = model_of_s3()
     with torch.no_grad():
@@ -138,6 +138,8 @@ def test_broken_models_are_wrong_and_say_where(broken, tmp_path, capsys):
             weight[:, [1, 2]] = weight[:, [2, 1]]
         elif broken == "head":
             model.lm_head.weight[[3, 4]] = model.lm_head.weight[[4, 3]]
+        elif broken == "identity":  # only what should be answered with 0 is wrong
+            model.lm_head.weight[0].neg_()
         else:
             model = LRNNForCausalLM(model.config)
     folder = saved(model, tmp_path / "broken")
@@ -153,6 +155,8 @@ def test_broken_models_are_wrong_and_say_where(broken, tmp_path, capsys):
     if broken == "gates":
         assert row == {"symbols": [1], "said": 2, "right": 1}
         assert not facts["blocks"][0]["follows"]
+    if broken == "identity":
+        assert row["right"] == 0
     if broken == "head":
         assert row["symbols"] in ([3], [4])
         assert facts["blocks"][0]["follows"]

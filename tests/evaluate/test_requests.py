@@ -146,6 +146,12 @@ def test_attention_loses_the_beginning_of_a_context_and_refuses_a_long_answer(hy
     asked = len(ids) - len(encode(tokenizer, LONG))
     assert got[0] == pytest.approx(by_hand(hybrid, ids[-WINDOW - 1 :], asked)[0], rel=1e-4)
     assert scorer.truncated == 1
+    words = "the old"
+    while len(encode(tokenizer, words)) + 1 < WINDOW + 1:  # and BOS: the last token is only predicted
+        words += " the"
+    assert len(encode(tokenizer, words)) == WINDOW
+    scorer.loglikelihood(ask("loglikelihood", (words.removesuffix(" the"), " the")), True)
+    assert scorer.truncated == 1
     with pytest.raises(
         ValueError, match=r"task asked: an answer of .* window of 16 tokens.*--max-length"
     ) as error:

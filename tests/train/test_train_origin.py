@@ -299,6 +299,11 @@ def test_what_is_no_parent(
     assert "has begun without --from" in refused(parent, "name=own")
     branch(recipe, tmp_path, parent, "train.tokens=4608").run()
     assert "is a branch of" in refused(straight / LAST, "name=branch")
+    moving = shutil.copytree(straight, tmp_path / "moving", symlinks=True) / "checkpoints/step-00000008"
+    branch(recipe, tmp_path, moving, name="follows")
+    shutil.rmtree(moving)
+    shutil.copytree(straight / LAST, moving)  # sound, and another
+    assert "has changed since this branch began" in refused(moving, "name=follows")
 
 
 def test_a_branch_may_read_other_stages_after_what_was_read(recipe: Path) -> None:
