@@ -104,13 +104,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def test_memory_does_not_grow_with_the_prompt(tmp_path):
-    """By less than 10 MB for 12288 tokens more (6 are measured); in one piece it is 26 MB."""
+    """By less than 6 MB for 12288 tokens more, the least of two processes each; in one piece it is 26 MB."""
     make_checkpoint(tmp_path)
     peaks = []
     for length in (4096, 16384):
         (tmp_path / "prompt.txt").write_text("".join(f"w{i * 7919 % 254} " for i in range(length)))
         words = ("generate", tmp_path, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "4")
-        done = run_code(GENERATE, *words, "--greedy", "--device", "cpu")
-        assert done.returncode == 0, done.stderr
-        peaks.append(float(done.stdout.split()[-1]))  # MB
-    assert peaks[1] < peaks[0] + 10, peaks
+        both = [run_code(GENERATE, *words, "--greedy", "--device", "cpu") for _ in range(2)]
+        assert [done.returncode for done in both] == [0, 0], both[0].stderr
+        peaks.append(min(float(done.stdout.split()[-1]) for done in both))  # MB
+    assert peaks[1] < peaks[0] + 6, peaks

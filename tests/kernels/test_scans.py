@@ -203,7 +203,7 @@ def test_order_one_is_block_size_one():
 @pytest.mark.parametrize("gate", [g for g in GATES if g != "none"])
 def test_state_is_bounded(scan, gate):
     """Prop. 1: max |h_t| <= max(max |h_0|, max |v|), at tens of thousands of steps."""
-    gates, values, h0, _ = make_inputs(scan, B=1, T=20_000, N=2, M=3, dtype=torch.float32)
+    gates, values, h0, _ = make_inputs(scan, B=1, T=30_000, N=2, M=3, dtype=torch.float32)
     bound = max(values.abs().max(), h0.abs().max())
     h, last = scan(3 * gates, values, h0, gate=gate)
     assert max(h.abs().max(), last.abs().max()) <= bound * (1 + 1e-5)
