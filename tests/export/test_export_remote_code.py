@@ -58,8 +58,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 result["config"] = type(model.config) is type(config)
 result["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
-for name, folder in folders.items():  # of one class: the code of each folder would be compiled, in a second
-    result[name] = ask(type(model).from_pretrained(folder), arguments["rows"])
+for name, each in folders.items():  # by its own code, which has its own mixers only
+    result[name] = ask(AutoModelForCausalLM.from_pretrained(each, trust_remote_code=True), arguments["rows"])
 fed, embedding = [], torch.nn.functional.embedding
 torch.nn.functional.embedding = lambda ids, *args: fed.append(ids.numel()) or embedding(ids, *args)
 keeping = type(model).from_pretrained(folder, prefix_cache_bytes=2**20)
@@ -213,9 +213,8 @@ def test_triton_kernels_travel(exported, read_elsewhere):
 
 def test_code_is_generated_alike(exported, make_checkpoint):
     remote_code.cache_clear()
-    files = remote_code()
-    for folder in exported.values():
-        assert {file.name: file.read_text() for file in folder.glob("*.py")} == files
+    files = remote_code(frozenset({"bd_lru"}))
+    assert {file.name: file.read_text() for file in exported["bd_lru"].glob("*.py")} == files
     checkpoint = make_checkpoint("bd_lru")
     write_remote_code(checkpoint)
     once = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
@@ -245,6 +244,21 @@ def test_code_imports_only_what_lies_beside_it():
     for source in files.values():
         seen |= {f"{match}.py" for match in re.findall(r"^\s*from\s+\.(\S+)\s+import", source, re.MULTILINE)}
     assert seen == set(files)
+
+
+def test_code_has_the_mixers_of_its_checkpoint(exported):
+    """And no other's, nor their kernels."""
+    code = {file.stem: file.read_text() for file in exported["hybrid"].glob("*.py")}
+    parts = set(re.findall(r"^# --- from lrnn_lm/(\S+) ---$", "".join(code.values()), re.MULTILINE))
+    mixers = {part.removeprefix("mixers/") for part in parts if part.startswith("mixers/")}
+    helpers = {"__init__.py", "base.py", "spans.py", "initial_gates.py", "short_conv.py"}
+    assert mixers - helpers == {"bd_lru.py", "attention.py", "h_lru.py"}
+    assert not {part for part in parts if re.search("gru|slstm|m2rnn|matrix", part)}
+    table = code["modeling_lrnn"].partition("MIXERS: dict")[2].partition("}")[0]
+    assert re.findall(r'"(\w+)": ', table) == ["bd_lru", "h_lru", "attention"]
+    lines = {name: text.count("\n") for name, text in remote_code().items()}
+    for name in ("modeling_lrnn", "kernels_lrnn"):
+        assert code[name].count("\n") < 0.75 * lines[f"{name}.py"]
 
 
 def test_loader_demands_torch_and_transformers_alone(exported):

@@ -16,6 +16,7 @@ Legend: B batch, D model width, V vocabulary.
 """
 
 import os
+import sys
 import threading
 import weakref
 from typing import Any
@@ -28,10 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...kernels.dispatch import TRITON_MOST, has_triton
 from ...mixers import MIXERS, BlockDiagonalLRU
-from ...mixers.attention import AttentionWeights
-from ...mixers.base import ResidualOutput, plain_weight
-from ...mixers.mamba2 import GroupedNorm, MambaConvolution, MambaLayer
-from ...mixers.short_conv import ShortConvolution
+from ...mixers.base import plain_weight
 from ..cache import CACHE, is_recurrent
 from ..layers import LRNNBlock, RMSNorm, SwiGLU
 from .built import all_modules, all_parameters, as_written, remember
@@ -45,8 +43,15 @@ MOST_FUSED = 128  # sequences as tiles; not measured beyond
 _lock = threading.Lock()  # guards `_pools`
 _pools: "weakref.WeakKeyDictionary[nn.Module, Pool]" = weakref.WeakKeyDictionary()
 
-remember(LRNNBlock, RMSNorm, SwiGLU, ResidualOutput, ShortConvolution, AttentionWeights)
-remember(GroupedNorm, MambaConvolution, MambaLayer, *MIXERS.values())
+
+def _remember_ours() -> None:
+    """Our own modules, and all that a file of a mixer defines or imports."""
+    files = [vars(sys.modules[mixer.__module__]) for mixer in MIXERS.values()]
+    found = [value for file in files for value in file.values() if isinstance(value, type)]
+    remember(LRNNBlock, RMSNorm, SwiGLU, *(cls for cls in found if issubclass(cls, nn.Module)))
+
+
+_remember_ours()
 
 
 class Decoder:

@@ -90,15 +90,15 @@ class Bundle:
         rest = [n for n in source.tree.body if n not in gone]
         if all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in rest):
             return ""
-        edits = [*self._name_edits(source, gone), *(_line_edit(node, source.text) for node in gone)]
+        edits = [*self._name_edits(source, gone), *(line_edit(node, source.text) for node in gone)]
         for node in statements:
             if isinstance(node, ast.ImportFrom) and node.level and node not in at_top:
-                edits.append(_edit(node, self._inner_import(module, node)))
+                edits.append(edit(node, self._inner_import(module, node)))
             elif isinstance(node, ast.Import | ast.ImportFrom) and node not in at_top:
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 if {name.split(".")[0] for name in names} - _PRESENT:
-                    edits.append(_edit(node, _guarded(ast.unparse(node), node.col_offset)))
-        return _apply(source.text, edits).strip("\n")
+                    edits.append(edit(node, _guarded(ast.unparse(node), node.col_offset)))
+        return apply(source.text, edits).strip("\n")
 
     def _name_edits(self, source: Source, gone: set[ast.stmt]) -> list[Edit]:
         """What is called by another name in the flat file, outside of the statements that are gone."""
@@ -111,7 +111,7 @@ class Bundle:
                     f"{source.path}, line {node.lineno}: a local name hides the module's {name!r}"
                 )
             if node not in dropped:
-                edits.append(_edit(node, name))
+                edits.append(edit(node, name))
         for node in source.tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and (source.module, node.name) in self.final:
                 start = node.col_offset + len("class " if isinstance(node, ast.ClassDef) else "def ")
@@ -179,11 +179,11 @@ def _is_all(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
 
 
-def _edit(node: ast.expr | ast.stmt, text: str) -> Edit:
+def edit(node: ast.expr | ast.stmt, text: str) -> Edit:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset, text
 
 
-def _line_edit(node: ast.stmt, text: str) -> Edit:
+def line_edit(node: ast.stmt, text: str) -> Edit:
     """A statement gone, its lines and the comments right above them too."""
     lines, first = text.splitlines(), node.lineno
     while first > 1 and lines[first - 2].lstrip().startswith("#"):
@@ -191,7 +191,7 @@ def _line_edit(node: ast.stmt, text: str) -> Edit:
     return first, 0, node.end_lineno + 1, 0, ""
 
 
-def _apply(text: str, edits: list[Edit]) -> str:
+def apply(text: str, edits: list[Edit]) -> str:
     lines = [*text.encode().splitlines(keepends=True), b""]
     for first, start, last, stop, new in sorted(set(edits), reverse=True):
         lines[first - 1 : last] = [lines[first - 1][:start] + new.encode() + lines[last - 1][stop:]]

@@ -3,8 +3,10 @@
 Three files, bundled from the package's own modules (`bundle.py`):
 
 - configuration_lrnn.py: LRNNConfig;
-- modeling_lrnn.py: everything that is imported with the model: plain-torch scans, mixers, the model itself;
+- modeling_lrnn.py: all that is imported with the model: plain-torch scans, its mixers, the model itself;
 - kernels_lrnn.py: what functions import where it runs, the Triton kernels.
+
+Mixers that the checkpoint does not have stay at home, with their kernels.
 
 transformers copies only those files beside the entry file that it finds in lines `from .name import ..`. It
 requires every package that is imported outside a `try`, so Triton is imported inside one. Operators have a
@@ -18,10 +20,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+from ...mixers import MIXERS
 from ...requirements import TRANSFORMERS, TRANSFORMERS_TEXT
 from ...version import __version__
-from .bundle import Bundle, render_imports
-from .sources import Module, Sources, path_of
+from ..config import LRNNConfig
+from .bundle import Bundle, apply, edit, line_edit, render_imports
+from .sources import Module, Source, Sources, path_of
 
 CONFIGURATION, MODELING, KERNELS = "configuration_lrnn", "modeling_lrnn", "kernels_lrnn"
 # Both classes through one file: transformers loads each file named here as a module of its own.
@@ -42,12 +46,14 @@ _NAMESPACE = """
 NAMESPACE = "lrnn_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 """
 _PACKAGE = Path(__file__).parents[2]
+_REGISTRY: Module = ("mixers",)
 
 
 @cache
-def remote_code() -> dict[str, str]:
-    """File names and their contents, which depend on the version of the package only."""
-    sources = Sources(("model", "modeling"))
+def remote_code(mixers: frozenset[str] = frozenset(MIXERS)) -> dict[str, str]:
+    """File names and their contents, for models of these types of mixers."""
+    # `LRNNConfig()`, which transformers makes to compare with, has BD-LRU.
+    sources = Sources(("model", "modeling"), {_REGISTRY: _rows(mixers | {"bd_lru"})})
     done: list[Module] = []
     files: dict[str, list[Module]] = {}
     for file, roots in (
@@ -69,11 +75,34 @@ def write_remote_code(folder: str | Path) -> None:
     Writes the generated files and names them in config.json (`auto_map`); safe to repeat.
     """
     folder = Path(folder)
-    for name, text in remote_code().items():
-        (folder / name).write_text(text, encoding="utf-8")
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    model = LRNNConfig.from_pretrained(folder)
+    specs = [model.mixer, *(model.layer_pattern or ())]
+    for name, text in remote_code(frozenset(spec["type"] for spec in specs)).items():
+        (folder / name).write_text(text, encoding="utf-8")
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _rows(kept: frozenset[str]) -> str:
+    """The registry of mixers with these rows only, and without the imports of the others."""
+    source = Source(_REGISTRY)
+    table = next(
+        node.value
+        for node in source.tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MIXERS"
+    )
+    rows = {key.value: value.id for key, value in zip(table.keys, table.values, strict=True)}
+    gone = {name for key, name in rows.items() if key not in kept}
+    lines = "".join(f'    "{key}": {name},\n' for key, name in rows.items() if name not in gone)
+    edits = [edit(table, "{\n" + lines + "}")]
+    for node in source.top:
+        names = {alias.name for alias in node.names}
+        if names <= gone:
+            edits.append(line_edit(node, source.text))
+        elif names & gone:
+            edits.append(edit(node, f"from .{node.module} import {', '.join(sorted(names - gone))}"))
+    return apply(source.text, edits)
 
 
 def _write(bundle: Bundle, file: str) -> str:

@@ -20,9 +20,9 @@ def path_of(module: Module) -> Path:
 class Source:
     """A module: its text, its tree, and what it defines and imports."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module, text: str | None = None):
         self.module, self.path = module, path_of(module)
-        self.text = self.path.read_text(encoding="utf-8")
+        self.text = text or self.path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
         imports = [n for n in self.tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         self.external = [n for n in imports if isinstance(n, ast.Import) or not n.level]
@@ -48,11 +48,12 @@ def _bound_inside(scope: symtable.SymbolTable) -> set[str]:
 
 
 class Sources(dict[Module, Source]):
-    """All modules that an entry module needs, by name."""
+    """All modules that an entry module needs, by name. `texts` stand for the files of some of them."""
 
-    def __init__(self, entry: Module):
+    def __init__(self, entry: Module, texts: dict[Module, str] | None = None):
         super().__init__()
-        self._read: dict[Module, Source] = {}  # packages too, which are asked what they pass on
+        # Packages too, which are asked what they pass on
+        self._read = {module: Source(module, text) for module, text in (texts or {}).items()}
         waiting = [entry]
         while waiting:
             if (module := waiting.pop()) not in self:
