@@ -25,12 +25,13 @@ demo: install
 
 # Three processes for two cores (tests/conftest.py), four at most: a process holds up to 1 GB. Those that are done
 # take tests from the others.
+PYTEST := $(BIN)/python -m pytest -p tests.early --numprocesses auto --maxprocesses 4 --dist worksteal
 test: install
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
 
 # The wide sweeps too (marked slow): every model through every case. Before a release, or after a change to many mixers.
 test-all: install
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 # An exported checkpoint in a new environment that has torch, transformers and lm-eval but not this package.
 test-fresh: install
