@@ -1,8 +1,8 @@
 """`pytest -p tests.early`: each process of pytest-xdist forks the servers of `forks.py` from itself.
 
 It does so before pytest sets anything up, between imports that its tests need in any case. So it imports
-the libraries once; each server took up to 8 s of a core to import them again. Without this, as where tests are run
-by hand, a server starts when it is first asked.
+the libraries once; each server took up to 8 s of a core to import them again. Without this, as where tests
+are run by hand, a server starts when it is first asked.
 """
 
 import gc
