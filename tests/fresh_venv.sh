@@ -20,6 +20,7 @@ ${LRNN:-$here/.venv/bin/lrnn} export "$checkpoint" "$work/model"
 
 step "the environment"
 python=$environment/bin/python
+unset PYTHONDONTWRITEBYTECODE # Python compiles what it imports, and keeps that
 # From here on nothing of the repository is in reach: another folder, no PYTHONPATH, no network, caches of its own.
 unset PYTHONPATH
 export HF_HOME=$work/hf HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
