@@ -1,21 +1,16 @@
 #!/usr/bin/env bash
-# Shows that an exported checkpoint needs nothing of this package: a new virtual environment with torch,
+# Shows that an exported checkpoint needs nothing of this package: a virtual environment with torch,
 # transformers and lm-eval alone loads it, writes text and scores it on held-out documents.
 #
-#     tests/fresh_venv.sh [CHECKPOINT] [FOLDER]
+#     tests/fresh_venv.sh CHECKPOINT ENVIRONMENT
 #
-# CHECKPOINT: a checkpoint folder of a run (runs/demo/checkpoints/latest). FOLDER: where the environment and the
-# export go, a new one (a temporary one, removed at the end). LRNN: the command line that exports
-# (.venv/bin/lrnn). PYTHON: the Python of the environment. It takes a few minutes, most of them pip's.
+# CHECKPOINT: a checkpoint folder of a run. ENVIRONMENT: the folder of the virtual environment; `make test-fresh`
+# makes a new one. LRNN: the command line that exports (.venv/bin/lrnn).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-checkpoint=$(realpath "${1:-$here/runs/demo/checkpoints/latest}")
-if [ $# -ge 2 ]; then
-    mkdir -p "$2" && work=$(realpath "$2")
-else
-    work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
-fi
+checkpoint=$(realpath "$1") environment=$(realpath "$2")
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 heldout=$(dirname "$(dirname "$checkpoint")")/heldout.jsonl
 [ -f "$heldout" ] || { echo "$heldout is missing: give a checkpoint of a run"; exit 2; }
 step() { printf '\n== %s\n' "$*"; }
@@ -23,14 +18,9 @@ step() { printf '\n== %s\n' "$*"; }
 step "export"
 ${LRNN:-$here/.venv/bin/lrnn} export "$checkpoint" "$work/model"
 
-step "a new virtual environment"
-"${PYTHON:-python3}" -m venv "$work/venv"
-python=$work/venv/bin/python
-# Python compiles what it imports, and keeps that; pip would compile every module of every package.
-unset PYTHONDONTWRITEBYTECODE
-"$python" -m pip install --quiet --disable-pip-version-check --no-compile --constraint "$here/constraints.txt" \
-    torch transformers lm-eval accelerate
-
+step "the environment"
+python=$environment/bin/python
+unset PYTHONDONTWRITEBYTECODE # Python compiles what it imports, and keeps that
 # From here on nothing of the repository is in reach: another folder, no PYTHONPATH, no network, caches of its own.
 unset PYTHONPATH
 export HF_HOME=$work/hf HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
@@ -62,7 +52,7 @@ cp -r "$here/eval/tasks/heldout" tasks
 cp "$here/lrnn_lm/evaluate/tasks/heldout.py" tasks/functions.py
 cp "$heldout" heldout.jsonl
 score() { # TASK MODEL_ARGUMENT: the table, and lm-eval's log if it fails
-    venv/bin/lm_eval --model hf --device "${DEVICE:-cpu}" --batch_size 8 \
+    "$environment/bin/lm_eval" --model hf --device "${DEVICE:-cpu}" --batch_size 8 \
         --model_args "pretrained=model,trust_remote_code=True$2" \
         --include_path tasks --tasks "$1" --metadata '{"data": "heldout.jsonl"}' \
         --output_path scores 2> lm_eval.log || { cat lm_eval.log; exit 1; }

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from forks import LIBRARIES, Server, run_code
+from forks import LIBRARIES, TORCH, run_code
 from tiny_run import environment
 
 PACKAGE = Path(__file__).parents[1] / "lrnn_lm"
@@ -88,9 +88,6 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
-
-
-TORCH = Server("import torch._dynamo")  # a half of what transformers imports
 
 
 def test_importing_lrnn_lm_is_light():

@@ -4,6 +4,9 @@ import atexit
 import gc
 from importlib import import_module
 
+# With lm-eval, which takes 1.4 s in each process that scores something.
+SCORING = ("harness", "live", "lm", "reconstruction", "reporting.card", "tasks.synthetic")
+
 
 def warm() -> None:
     from torch.utils.collect_env import get_pretty_env_info
@@ -11,8 +14,9 @@ def warm() -> None:
     from lrnn_lm.evaluate.scoring import described
     from lrnn_lm.model.export.remote_code import remote_code
 
-    for name in ("cli", "train.build", "evaluate.harness", "evaluate.reporting.card"):
+    for name in ("cli", "train.build", *(f"evaluate.{name}" for name in SCORING)):
         import_module(f"lrnn_lm.{name}")
+    import_module("lm_eval.evaluator")
     for mixers in ({"bd_lru"}, {"bd_lru", "attention"}):
         remote_code(frozenset(mixers))  # 1.2 s, at the end of each run
     described(get_pretty_env_info)  # 0.7 s, with each scoring of tasks

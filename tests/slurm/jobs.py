@@ -1,7 +1,8 @@
 """`lrnn submit` on a real SLURM (`make test-slurm`): preempted, requeued, resumed, finished, same weights.
 
 Not collected by `make test`. Jobs that need no help are submitted first and looked at last: most of the time
-goes into starts of Python and SLURM's clock.
+goes into starts of Python and SLURM's clock. What jobs are compared with is trained outside SLURM, in forks
+of a process that has imported all.
 """
 
 import os
@@ -15,21 +16,14 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster import CannotRunError, Cluster
-from tiny_run import (
-    TOKENS_PER_STEP,
-    environment,
-    fingerprint,
-    finish,
-    losses,
-    start,
-    validations,
-    write_recipe,
-)
+from rank_runs import Forked, Ranks
+from tiny_run import TOKENS_PER_STEP, environment, fingerprint, losses, validations, write_recipe
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine
 STEPS = 250
 LAST = f"checkpoints/step-{STEPS:08d}"
 LONG = (f"train.tokens={STEPS * TOKENS_PER_STEP}", "checkpoint.every=1000 steps", "eval.every=150 steps")
+SHORT = "train.tokens=1024"
 # In place of Python where the script is what matters: its first start waits for a signal, its second is done.
 WAITER = """#!/bin/bash
 [[ -e {folder}/waited ]] && exit 0
@@ -104,8 +98,28 @@ def waiting(folder: Path, submit: Submit) -> dict[str, str]:
         "limit": submit("limit", "--time=3", "launch.grace=170", f"launch.python={waiter}"),
         "crash": submit("crash", "launch.attempts=2", f"launch.python={crasher}"),
         "mistake": submit("mistake", "data.source.path=nowhere.jsonl"),
-        "straight-two": submit("straight-two", *LONG, "--nodes=2", "--gpus-per-node=1"),
     }
+
+
+@pytest.fixture(scope="session")
+def swept(
+    lrnn_submit: Callable[..., subprocess.CompletedProcess[str]], recipe: Path, folder: Path
+) -> tuple[dict[str, str], list[str]]:
+    """An array of three runs, one of which is trained already: its fingerprint, and the others' jobs."""
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"seed": [1, 2, 3]}))
+    trained = Forked(recipe, SHORT, f"train.runs_dir={folder}/runs", "seed=2", "name=tiny-seed_2")
+    code, said = trained.finish()
+    assert code == 0, said
+    before = fingerprint(folder / "runs/tiny-seed_2/checkpoints/latest")
+    made = lrnn_submit(SHORT, "--array=sweep.yaml", "--array-limit=1")
+    assert made.returncode == 0, made.stderr
+    assert "tiny-seed_2 is trained already" in made.stdout
+    assert "an array of 2 runs" in made.stdout
+    jobs = [(folder / f"runs/tiny-seed_{seed}/launch/job").read_text().strip() for seed in (1, 3)]
+    assert [job.split("_")[1] for job in jobs] == ["0", "2"]
+    again = lrnn_submit(SHORT, "--array=sweep.yaml")
+    assert again.stdout.count("is in the queue already") == 2, again.stdout
+    return before, jobs
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -130,16 +144,17 @@ def assert_same_end(run: Path, straight: Path) -> None:
 
 
 def test_signalled_requeued_resumed(
-    cluster: Cluster, submit: Submit, waiting: dict[str, str], recipe: Path, folder: Path
+    cluster: Cluster, submit: Submit, waiting: dict[str, str], swept: object, recipe: Path, folder: Path
 ) -> None:
     """One rank, told to stop by `scancel --signal`; the undisturbed run is one of `lrnn train`."""
     job = submit("signalled", *LONG)
     run = folder / "runs/signalled"
     wait_until(lambda: steps(run) >= 20)
     cluster.run("scancel", "--signal=USR1", job)
-    undisturbed = start(recipe, *LONG, f"train.runs_dir={folder}/runs", "name=straight")
+    undisturbed = Forked(recipe, *LONG, f"train.runs_dir={folder}/runs", "name=straight")
     record = cluster.wait_for(job, "COMPLETED")
-    assert finish(undisturbed)[0] == 0
+    code, said = undisturbed.finish()
+    assert code == 0, said
     assert record["Restarts"] == "1"
     told = script_output(run, job)
     assert "stopped after saving step-" in told
@@ -152,10 +167,12 @@ def test_signalled_requeued_resumed(
 
 
 def test_preempted_and_killed_on_two_nodes(
-    cluster: Cluster, submit: Submit, waiting: dict[str, str], folder: Path
+    cluster: Cluster, submit: Submit, waiting: dict[str, str], recipe: Path, folder: Path
 ) -> None:
     """A rank on each of two nodes: a job of more priority takes them, they come back, one rank is killed."""
     job = submit("harmed", *LONG, "--nodes=2", "--gpus-per-node=1", "--partition=low")
+    options = (*LONG, f"train.runs_dir={folder}/runs", "name=straight-two")
+    undisturbed = Ranks(recipe, 2, *options, parallel="auto")
     run = folder / "runs/harmed"
     wait_until(lambda: steps(run) >= 20)
     urgent = cluster.run(
@@ -172,7 +189,7 @@ def test_preempted_and_killed_on_two_nodes(
     assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "2"
     assert (second / "exit-1").read_text() == "137\n"
     assert f"from checkpoint step-{saved:08d}" in script_output(run, job).split("start 2")[1]
-    cluster.wait_for(waiting["straight-two"], "COMPLETED")
+    undisturbed.expect()
     assert_same_end(run, folder / "runs/straight-two")
 
 
@@ -193,29 +210,17 @@ def rank_process(job: str, rank: int) -> int:
 def test_an_array_leaves_out_what_is_finished(
     cluster: Cluster,
     lrnn_submit: Callable[..., subprocess.CompletedProcess[str]],
-    recipe: Path,
+    swept: tuple[dict[str, str], list[str]],
     folder: Path,
 ) -> None:
-    sweep = folder / "sweep.yaml"
-    sweep.write_text(yaml.safe_dump({"seed": [1, 2, 3]}))
-    short = "train.tokens=1024"
-    assert finish(start(recipe, short, f"train.runs_dir={folder}/runs", "seed=2", "name=tiny-seed_2"))[0] == 0
-    before = fingerprint(folder / "runs/tiny-seed_2/checkpoints/latest")
-    made = lrnn_submit(short, "--array=sweep.yaml", "--array-limit=1")
-    assert made.returncode == 0, made.stderr
-    assert "tiny-seed_2 is trained already" in made.stdout
-    assert "an array of 2 runs" in made.stdout
-    jobs = [(folder / f"runs/tiny-seed_{seed}/launch/job").read_text().strip() for seed in (1, 3)]
-    assert [job.split("_")[1] for job in jobs] == ["0", "2"]
-    again = lrnn_submit(short, "--array=sweep.yaml")
-    assert again.stdout.count("is in the queue already") == 2, again.stdout
+    before, jobs = swept
     for seed, job in zip((1, 3), jobs, strict=True):
         assert cluster.wait_for(job, "COMPLETED")["Restarts"] == "0"
         assert (folder / f"runs/tiny-seed_{seed}/checkpoints/latest").resolve().name == "step-00000002"
         assert (folder / f"runs/tiny.sweep/slurm-{job}.out").read_text().rstrip().endswith("done")
     assert fingerprint(folder / "runs/tiny-seed_2/checkpoints/latest") == before
     assert not (folder / "runs/tiny-seed_2/logs").exists()
-    third = lrnn_submit(short, "--array=sweep.yaml")
+    third = lrnn_submit(SHORT, "--array=sweep.yaml")
     assert (third.returncode, third.stdout.count("is trained already")) == (0, 3)
 
 

@@ -232,6 +232,7 @@ def test_a_checkpoint_of_another_version(build: Build, recipe: Path, tmp_path: P
     build("train.tokens=512").run()
     manifest = tmp_path / "tiny/checkpoints/latest/trainer/manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 7'))
+    capsys.readouterr()  # progress, if this test is the first to prepare the data
     main_exits(2, "train", recipe.parent / "tiny.yaml", f"train.runs_dir={tmp_path}")
     errors = capsys.readouterr().err
     assert "written by another version of lrnn-lm (format 7; this one reads 1 and 2)" in errors
