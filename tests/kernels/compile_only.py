@@ -247,6 +247,7 @@ def everything() -> None:
     launch_gru(8, torch.bfloat16, resets=True)
     launch_slstm(8, torch.bfloat16, resets=True)
     launch_m2rnn(64, 16, torch.bfloat16, resets=True)  # four warps a state, then one and two
+    launch_m2rnn(64, 16, torch.bfloat16, B=96)
     launch_m2rnn(64, 16, torch.float32, B=96)
     assert max(SPILLED[first:]) == 0, list(zip(COMPILED, SPILLED, strict=True))[first:]
     first = len(SPILLED)

@@ -107,7 +107,8 @@ def m2rnn_backward_kernel(
             Z = _candidate(S, _loaded(keys + at * K, rows, K), _loaded(values + at * V, cols, V), W, FP32)
             S = Z + tl.load(keep + at) * (S - Z)
         tl.debug_barrier()  # a thread reads what others wrote
-        for i in range(end - begin):
+        # One stage: registers that address the loads of later steps would make others spill.
+        for i in tl.range(end - begin, num_stages=1):
             t = end - 1 - i
             at = (b * T + t) * H + head
             S = tl.load(scratch + (t - begin) * (KP * VP))
@@ -122,8 +123,9 @@ def m2rnn_backward_kernel(
             tl.store(d_queries + at * K + rows, dq.to(d_queries.dtype.element_ty), mask=rows < K)
             tl.store(d_keys + at * K + rows, dk.to(d_keys.dtype.element_ty), mask=rows < K)
             tl.store(d_values + at * V + cols, dv.to(d_values.dtype.element_ty), mask=cols < V)
-            dW = _product(tl.trans(S), dX, dW, FP32)
             s = _entering(_product(dX, WT, f * s, FP32), flags + b * T + t, HAS_RESET)
+            # Last, when little else is live: each warp holds all of its factors, 128 registers at 64 x 16.
+            dW = _product(tl.trans(S), dX, dW, FP32)
         tl.debug_barrier()  # before the next chunk's states are written over these
     _store_matrix(d_weight + item * (V * V), dW, cols, cols, V, V, V)
     _store_matrix(d_start + item * (K * V), s, rows, cols, V, K, V)
