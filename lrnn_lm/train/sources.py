@@ -235,6 +235,11 @@ def notes(prepared: Prepared) -> list[str]:
                 f"{label}bits per byte is left out: {unknown:,} held-out documents have text that the "
                 "tokenizer writes as its unknown token, which hides it"
             )
+        if respelt := facts.get("respelt"):
+            lines.append(
+                f"{label}{respelt:,} held-out documents are not what their tokens decode to (the tokenizer "
+                "changes case, white space or characters): bits per byte are too low"
+            )
         if changed := facts.get("changed"):
             lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")
         if left_out := facts.get("left_out"):
