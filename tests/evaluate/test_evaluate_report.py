@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lrnn_lm.cli import main
 from lrnn_lm.evaluate.harness import evaluate
 from lrnn_lm.evaluate.probe.length import probe_length
 from lrnn_lm.evaluate.probe.recall import probe_recall
@@ -223,6 +224,16 @@ def test_a_run_of_one_step_or_with_bad_losses_still_draws(tmp_path):
     (only / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "validation_loss": 3.5}\n')
     report([only])
     assert _is_png(only / "plots" / "loss.png")
+
+
+def test_a_run_whose_weights_were_removed_is_reported(tmp_path, capsys):
+    """Its model card stays as it was."""
+    run = _write_run(tmp_path / "a")
+    (run / "README.md").write_text("card")
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(run)])
+    assert not left.value.code, capsys.readouterr().err
+    assert (run / "README.md").read_text() == "card"
 
 
 def test_what_is_not_a_run_is_told(tmp_path):
