@@ -12,6 +12,7 @@ from short_models import RECURRENT, build
 from tiny_run import ROOT, environment
 from transformers import PreTrainedTokenizerFast
 
+from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.recipe import format_count
 from lrnn_lm.runs.load import describe
@@ -92,6 +93,20 @@ def test_a_folder_by_another_name_tells_its_step(run, tmp_path):
     (copy / "trainer" / "manifest.json").write_text(json.dumps({"step": 7}))
     info = describe(copy)
     assert (info.step, info.tokens, info.run) == (7, None, None)
+
+
+@pytest.mark.parametrize("command", ["tasks", "length", "recall", "info"])
+def test_brackets_in_paths_are_text(run, tmp_path, capsys, command):
+    """As rich's markup `[red]` would vanish from a path, and `[/x]` end the command once its work is done."""
+    named = shutil.copytree(run, tmp_path / "a [red] b[/x]", symlinks=True)
+    checkpoint = named / "checkpoints" / "latest"
+    words = {"tasks": "--tasks heldout_bits_per_byte --limit 1", "length": "--length 2x --rows 1",
+             "recall": "--recall --rows 1", "info": ""}[command].split()  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        main(["info" if command == "info" else "eval", str(checkpoint), *words])
+    told = capsys.readouterr()
+    assert not left.value.code, told.err
+    assert "a [red] b[/x]" in told.out.replace("\n", "")
 
 
 def test_a_terminal_of_ascii_costs_nothing(run, tmp_path, monkeypatch):
