@@ -110,6 +110,14 @@ def test_two_runs_share_a_picture(tmp_path, capsys):
     assert "bd" in capsys.readouterr().out
 
 
+def test_a_name_is_no_formula(tmp_path):
+    """The pictures' library reads what stands between two $ as one, and ends with its own error."""
+    names = ["lr $\\frac{1}$", "$a_b^$"]
+    runs = [_write_run(tmp_path / name) for name in names]
+    report(runs, tmp_path / "both.png")
+    assert _is_png(tmp_path / "both.png")
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
     """By the folders before it; a run that is given twice, also through a link, is one."""
     one, two = _write_run(tmp_path / "lr-1/small"), _write_run(tmp_path / "lr-2/small", floor=2.0)
