@@ -16,7 +16,7 @@ import typer
 from .mistakes import is_users, tell
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
-from .runs.layout import RunFolder
+from .runs.layout import RunFolder, latest_checkpoint
 from .version import __version__
 
 EXIT_USER_ERROR = 2
@@ -353,9 +353,10 @@ def report(
     draw(runs, output)
     from .evaluate.reporting.card import write_run_card
 
-    for run in runs:
-        if RunFolder(run).card.is_file():  # training wrote it; now there may be a curve to show
-            write_run_card(run)
+    for run in map(RunFolder, runs):
+        # Training wrote it; now there may be a curve to show. Not if the weights are gone, or another's run.
+        if run.card.is_file() and latest_checkpoint(run.checkpoints) and os.access(run.card, os.W_OK):
+            write_run_card(run.path)
 
 
 @app.command(

@@ -288,7 +288,8 @@ def _write_texts(
     dtype = token_dtype(facts.vocab_size)
     writers = {split: ShardWriter(aside, split, dtype, spec.shard_tokens) for split in splits}
     short = Short(spec)
-    heldout_file, hashes, unknown = HashedFile(aside / HELDOUT), set(), 0
+    heldout_file, hashes, unknown, changed = HashedFile(aside / HELDOUT), set(), 0, 0
+    backend = tokenize.load_backend(tokenizer)
     with closing(encode_documents(pairs, tokenizer, facts, spec.num_proc)) as encoded:
         for text, split, ids in encoded:
             size = len(text.encode())
@@ -299,6 +300,7 @@ def _write_texts(
                 heldout_file.write(json.dumps({"text": text}).encode() + b"\n")
                 hashes.add(token_files.id_hash(ids[1:-1]))
                 unknown += facts.unknown is not None and facts.unknown in ids[1:-1]
+                changed += not tokenize.spells(backend, ids[1:-1].tolist(), text)
             bar.advance(len(ids), size)
     files = {HELDOUT: heldout_file.close()}
     for split, writer in writers.items():
@@ -311,6 +313,8 @@ def _write_texts(
         found["train"] |= short.facts()
     if unknown:  # one token hides any text, so bytes say nothing of what was predicted
         found["validation"] |= {"num_bytes": None, "unknown": unknown}
+    elif changed:
+        found["validation"] |= {"respelt": changed}
     return found, files, hashes
 
 

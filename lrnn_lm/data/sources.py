@@ -37,11 +37,10 @@ def documents(spec: SourceSpec) -> Iterator[str]:
 
     Raises DataError, at once or on the way, for what cannot be read, and if there is no document.
     """
+    with_text = (text for text in _reader(spec)() if text and not text.isspace())
     count = 0
-    for text in itertools.islice(_reader(spec)(), spec.limit):
-        if text and not text.isspace():
-            count += 1
-            yield text
+    for count, text in enumerate(itertools.islice(with_text, spec.limit), 1):  # noqa: B007
+        yield text
     if not count:
         raise DataError(f"source {describe(spec)} is empty: it holds no document with text")
 
@@ -57,6 +56,8 @@ def fingerprint(spec: SourceSpec) -> list[object]:
     Of a hub dataset only the name, so that prepared data can be used without a network.
     """
     what: list[object] = [spec.type, spec.name, spec.split, spec.text_field, spec.limit]
+    if spec.limit is not None:
+        what.append("with text")  # blank documents once counted, too
     if spec.type == "python-docs":
         return [*what, python_docs.fingerprint()]
     if spec.type == "hf" and not _is_local(spec):
@@ -174,8 +175,14 @@ def _read_jsonl(path: File, field: str) -> Iterator[str]:
 
 
 def _parse_line(line: bytes, where: str, field: str) -> str:
+    pairs: list[tuple[str, Any]] = []  # of the object that ended last: the line's own
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs[:] = found
+        return dict(found)
+
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode(), object_pairs_hook=keep)
     except UnicodeDecodeError:
         raise DataError(f"{where}: not UTF-8 text; is this a JSONL file?") from None
     except json.JSONDecodeError as error:
@@ -188,10 +195,8 @@ def _parse_line(line: bytes, where: str, field: str) -> str:
         ) from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a line holds one JSON object, not {_kind(record)}")
-    if line.count(f'"{field}"'.encode()) > 1:  # rare, so the pairs are only listed here
-        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
-        if (found := keys.count(field)) > 1:
-            raise DataError(f"{where}: field {field!r} is given {found} times; keep one of them")
+    if len(record) < len(pairs) and (count := [key for key, _ in pairs].count(field)) > 1:
+        raise DataError(f"{where}: field {field!r} is given {count} times; keep one of them")
     return _field(record, field, where)
 
 

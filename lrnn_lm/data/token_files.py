@@ -65,6 +65,8 @@ def read_token_files(spec: SourceSpec, tokenizer: Path, facts: TokenizerFacts) -
     found, left = [], spec.limit
     for path in sources.files(spec):
         ids, ends = _megatron(path) if spec.type == "megatron" else (_flat(path, spec, facts), None)
+        if not len(ids):  # an .npy with a header alone; files without bytes are left out, too
+            continue
         path = Path(ids.filename)
         separators, sha = _scan(path, ids, separator, facts)
         if ends is None and not len(separators):

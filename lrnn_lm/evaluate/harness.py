@@ -164,13 +164,14 @@ def score_model(
     window = max_length or widest_window(model, info.run, widest)
     check_window(model, window)
     unlimited = max_length is None and not has_window(model)
-    results, truncated = score_tasks(
+    results, truncated, changed = score_tasks(
         model, tokenizer, manager, names, max_length=window, unlimited=unlimited, **options
     )
     _check_whole(names, truncated, window)
     if results and "offline_blimp" in results["results"]:
         _add_error_of_the_mean(results["results"]["offline_blimp"])
-    return results, {"max_length": window, "unlimited": unlimited, "truncated_requests": truncated}
+    reading = {"truncated_requests": truncated, "changed_texts": changed}
+    return results, {"max_length": window, "unlimited": unlimited, **reading}
 
 
 def _add_error_of_the_mean(scores: dict[str, Any]) -> None:
@@ -302,7 +303,13 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
         if metric == "gzip_bits_per_byte":
             bits = scores[task, "bits_per_byte"]
             verdict = f"{1 - bits / gzip:.1%} below" if bits < gzip else "not below"
-            console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
+            if not settings["changed_texts"]:
+                console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
+    if settings["changed_texts"]:
+        console.print(
+            f"{settings['changed_texts']} texts are not what their tokens decode to (unknown tokens, case, "
+            "white space), so bits per byte and perplexities are too low"
+        )
     if settings["truncated_requests"]:
         console.print(
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "

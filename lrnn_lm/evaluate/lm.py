@@ -31,7 +31,8 @@ class LiveLM(HFLM):
         unlimited: read requests of any length whole, except rolling ones. For models without attention, whose
             memory does not grow with the length.
         start: the token before every context (BOS); None: the tokenizer adds it. A rolling log-likelihood
-            always starts at BOS, exactly once.
+            always starts at BOS, exactly once. `changed` counts rolling texts that their tokens do not spell,
+            as they are lower-cased or hold an unknown token: what the model need not predict.
         prompt_twice: read each context twice, a line break between.
         team: the processes that share the requests; to lm-eval each looks like a single process.
     """
@@ -50,6 +51,7 @@ class LiveLM(HFLM):
     ) -> None:
         self._twice = prompt_twice
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
+        self.changed = 0
         self._window, self._unlimited = max_length, unlimited
         self._bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None  # no start token
         super().__init__(
@@ -143,7 +145,14 @@ class LiveLM(HFLM):
             return super(LiveLM, self).loglikelihood_rolling(share, disable_tqdm=self._quiet(disable_tqdm))
 
         with self._in_windows():
+            self.changed += sum(self._changes(text) for text in texts if self._team.is_main)
             return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+
+    def _changes(self, text: str) -> bool:
+        """Whether a text's tokens spell another one; a space that a tokenizer puts before it aside."""
+        ids = self.tok_encode(text)
+        again = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return again.lstrip(" ") != text.lstrip(" ")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of each context.

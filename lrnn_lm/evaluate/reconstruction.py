@@ -31,7 +31,7 @@ class Reconstruction(LM):
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._batch_size, self._team = model.eval(), tokenizer, batch_size, team
-        self.truncated = 0  # rows are read whole
+        self.truncated = self.changed = 0  # rows are read whole
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each row as the model writes it, numbers between blanks."""

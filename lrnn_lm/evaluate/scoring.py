@@ -37,8 +37,9 @@ def score_tasks(
     team: Team,
     prompt_twice: bool = False,
     bootstrap: int = BOOTSTRAP,
-) -> tuple[dict[str, Any], int]:
-    """lm-eval's results, and the number of requests that lost the beginning of their context.
+) -> tuple[dict[str, Any], int, int]:
+    """lm-eval's results, the number of requests that lost the beginning of their context, and that of rolling
+    texts that their tokens do not spell.
 
     max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
     Raises ValueError for what lm-eval refuses.
@@ -78,7 +79,7 @@ def score_tasks(
     finally:
         model.train(training)
     # The results hold functions and tensors; as text, so that the caller gets what is written.
-    return json.loads(json.dumps(results, default=str)), lm.truncated
+    return json.loads(json.dumps(results, default=str)), lm.truncated, lm.changed
 
 
 @contextlib.contextmanager

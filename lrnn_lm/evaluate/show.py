@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def table_console() -> "Console":
-    """A console on stdout: as wide as the terminal; in a log, 120 columns.
+    """A console on stdout: as wide as the terminal; in a log, 120 columns. Brackets are text, as in paths.
 
     A character that stdout's encoding lacks (± in ASCII) prints as `?`: an error would lose hours of work.
     """
@@ -23,8 +23,8 @@ def table_console() -> "Console":
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=max(console.width, 120), markup=False)
 
 
 def print_table(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..mixers.base import MixerCost, SequenceContext
+from .autoencoder import LRNNForReconstruction
 from .config import LRNNConfig
 from .layers import LRNNBlock
 from .modeling import LRNNForCausalLM
@@ -86,12 +87,9 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
     model = meta_model(config)
     mixers = [layer.mixer for layer in model.model.applied_layers]
     costs = [mixer.cost(context_length) for mixer in mixers]
-    linear = 2 * model.lm_head.weight.numel() + sum(
-        2 * m.weight.numel()
-        for layer in model.model.applied_layers
-        for m in layer.modules()
-        if isinstance(m, nn.Linear)
-    )
+    parts = [model.lm_head, *model.model.applied_layers]
+    parts += [model.decoder] if isinstance(model, LRNNForReconstruction) else []
+    linear = sum(2 * m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
     state = Counter()
     for mixer in mixers:
         state[mixer.layer_type] += mixer.state_elements(context_length)
@@ -109,10 +107,16 @@ def account(config: LRNNConfig, context_length: int, cache_bytes: int = 2) -> Ac
     )
 
 
-def meta_model(config: LRNNConfig) -> LRNNForCausalLM:
+def model_class(config: LRNNConfig) -> type[LRNNForCausalLM] | type[LRNNForReconstruction]:
+    """The class that `config.architectures` names; a language model where it names none."""
+    encodes = LRNNForReconstruction.__name__ in (config.architectures or [])
+    return LRNNForReconstruction if encodes else LRNNForCausalLM
+
+
+def meta_model(config: LRNNConfig) -> LRNNForCausalLM | LRNNForReconstruction:
     """The model without memory: shapes only."""
     with torch.device("meta"):
-        return LRNNForCausalLM(config)
+        return model_class(config)(config)
 
 
 def check_parameters(config: LRNNConfig, expected: int | None) -> None:
@@ -127,19 +131,21 @@ def check_parameters(config: LRNNConfig, expected: int | None) -> None:
         )
 
 
-def _parameters_by_part(model: LRNNForCausalLM) -> dict[str, int]:
-    """Embedding, head, each mixer's projections, MLP, norms; parameters that are shared count once."""
+def _parameters_by_part(model: LRNNForCausalLM | LRNNForReconstruction) -> dict[str, int]:
+    """Embedding, head, each mixer's projections, MLP, norms, decoder; shared parameters count once."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[_part(name, model)] += parameter.numel()
     return dict(counts)
 
 
-def _part(name: str, model: LRNNForCausalLM) -> str:
+def _part(name: str, model: LRNNForCausalLM | LRNNForReconstruction) -> str:
     """The part that a parameter belongs to, by its name: `model.layers.3.mixer.gate_proj.weight`."""
     keys = name.split(".")
     if keys[0] == "lm_head":
         return "head"
+    if keys[0] == "decoder":  # of an auto-encoder
+        return "decoder"
     if keys[1] == "embed_tokens":
         return "embedding"
     if keys[1] == "norm" or keys[3].endswith("norm"):

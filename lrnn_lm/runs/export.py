@@ -129,9 +129,12 @@ def _load(
 ) -> "tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]":
     """A checkpoint of ours: its folder, model and tokenizer. A ValueError for others'."""
     path = describe(checkpoint).path
-    kind = json_table(CheckpointFolder(path).config).get("model_type")
+    config = json_table(CheckpointFolder(path).config)
+    kind = config.get("model_type")
     if kind != "lrnn":
         raise ValueError(f"{path}: its model_type is {kind!r}, and only 'lrnn' models can be exported")
+    if config.get("quantization_config"):
+        raise ValueError(f"{path}: its weights are integers; export the checkpoint that it was made of")
     if not (path / "tokenizer_config.json").is_file():  # which names BOS and EOS
         raise ValueError(f"{path}: tokenizer_config.json is missing; save the tokenizer there first")
     return path, *load_checkpoint(path, "cpu", weights=weights)

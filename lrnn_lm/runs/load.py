@@ -131,9 +131,9 @@ def load_checkpoint(
             f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"
         ) from error
     if missing := sorted(told["missing_keys"]):  # which transformers draws at random
-        raise ValueError(
-            f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; copy the folder anew"
-        )
+        untied = missing == ["lm_head.weight"]
+        remedy = "set tie_word_embeddings to true in its config.json" if untied else "copy the folder anew"
+        raise ValueError(f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; {remedy}")
     return model.to(target).eval(), tokenizer
 
 

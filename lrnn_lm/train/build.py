@@ -20,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..data import DataError, SyntheticData
 from ..files import random_state_kept, replace_file
-from ..model import LRNNConfig, LRNNForCausalLM, LRNNForReconstruction
-from ..model.accounting import check_parameters
+from ..model import LRNNConfig, LRNNForReconstruction
+from ..model.accounting import check_parameters, model_class
 from ..output import error_console
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
@@ -35,7 +35,7 @@ from .optim import make_optimizer, optimizer_class, scale_for_width
 from .parallel import Plan, launch_plan, share
 from .runtime import make_accelerator, seed_everything
 from .segments import allow_graphs, check_segments
-from .sources import Prepared, held_out_documents, notes, prepare_data, verify_shards
+from .sources import Prepared, held_out_documents, notes, prepare_data, synthetic_task, verify_shards
 from .stop import StopSignal
 from .tasks import Scorer
 from .tensors import load
@@ -45,6 +45,9 @@ from .together import Together, cpu_group
 def model_config(recipe: Recipe, vocab_size: int, **token_ids: int | None) -> LRNNConfig:
     """The model's configuration."""
     model = recipe.model.model_dump(exclude={"parameters", "vocab_size", "init_from"})
+    synthetic = recipe.data.source.type == "synthetic"
+    if synthetic and synthetic_task(recipe).kind.head == "autoencoder":
+        model["architectures"] = [LRNNForReconstruction.__name__]
     if recipe.optim.base_width is not None:
         model["initializer_range"] *= (recipe.optim.base_width / recipe.model.hidden_size) ** 0.5
     return LRNNConfig(
@@ -236,16 +239,15 @@ def _make_model(recipe: Recipe, prepared: Prepared, tokenizer: Any, weights: Pat
     )
     check_parameters(config, recipe.model.parameters)
     seed_everything(recipe.seed)
-    encodes = False
     if isinstance(prepared, SyntheticData):
         task = prepared.task
-        encodes = task.kind.head == "autoencoder"
         config.synthetic_task = {"task": task.name, "length": task.length, "options": task.options}
-    if encodes and recipe.train.z_loss:
+    kind = model_class(config)
+    if kind is LRNNForReconstruction and recipe.train.z_loss:
         raise ValueError(
             "train.z_loss is for language models, and this task trains an auto-encoder; leave it out"
         )
-    model = LRNNForReconstruction(config) if encodes else LRNNForCausalLM(config)
+    model = kind(config)
     if recipe.optim.base_width is not None:
         scale_for_width(model, recipe.optim.base_width)
     if weights is not None:

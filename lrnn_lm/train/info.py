@@ -35,7 +35,7 @@ def print_info(target: str, overrides: list[str] | None = None, console: Console
     Raises ValueError for a missing recipe or checkpoint, overrides on a checkpoint, an unknown vocabulary
     size, or a parameter count other than the recipe says.
     """
-    console = console or Console()
+    console = console or Console(markup=False)  # brackets are text: paths have some
     folder = checkpoint_folder(user_path(target))
     if not (folder / "config.json").is_file():
         if folder.is_dir():

@@ -47,6 +47,10 @@ def find_weights(source: str, main: bool) -> Path:
             f"model.init_from: {source} is of another family (model_type {kind!r}): only "
             f"{LRNNConfig.model_type!r} models have weights for this one"
         )
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"model.init_from: the weights of {source} are integers; take the checkpoint that it was made of"
+        )
     damage = verify(folder) if main and CheckpointFolder(folder).manifest.exists() else None
     if damage is not None:
         raise ValueError(f"model.init_from: {folder} is damaged ({damage}); take another checkpoint")

@@ -331,7 +331,7 @@ class Trainer:
         """Write a line of metrics.jsonl beside those of the steps, and say what it holds."""
         step = self.position.step
         self.metrics.write({"step": step, "tokens": self.recipe.tokens_at(step), **fields})
-        self.line.say(f"step {step}: {words}")
+        self.line.say(f"step {step}: {escape(words)}")
 
     def _meet(self, doing: str, working: bool = False) -> bool:
         """Whether any rank is working; raises if any was asked to stop. All ranks call it."""

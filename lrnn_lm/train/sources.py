@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -158,7 +158,7 @@ class Use:
     """How much of a source a run reads."""
 
     name: str
-    rows: int  # that it has
+    rows: int  # that it has; of `data.rows_in_order`, those of whole stretches, as the others are not read
     needed: int  # that the budget reads, repetitions included
     max_epochs: float | None
 
@@ -171,27 +171,34 @@ def uses(recipe: Recipe, prepared: PreparedData | MixedData) -> list[Use]:
     """How much of each source the budget reads."""
     counts = rows_read(recipe, recipe.total_steps)
     sections = recipe.data.sources or [recipe.data.source]
+    length, stretch = recipe.data.sequence_length, recipe.data.rows_in_order or 1
     return [
-        Use(name, (part.train.num_tokens - 1) // recipe.data.sequence_length, needed, section.max_epochs)
+        Use(name, (part.train.num_tokens - 1) // length // stretch * stretch, needed, section.max_epochs)
         for (name, part), needed, section in zip(parts_of(prepared).items(), counts, sections, strict=True)
     ]
 
 
 def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
     """Raise DataError, with numbers, if the budget reads a source more often than its max_epochs."""
-    found = uses(recipe, prepared)
-    limits = [use.max_epochs and int(use.max_epochs * use.rows) for use in found]
+    stretch = recipe.data.rows_in_order or 1
 
-    def exceeds(steps: int) -> bool:
-        counts = rows_read(recipe, steps)
-        return any(limit is not None and n > limit for n, limit in zip(counts, limits, strict=True))
+    def over_at(steps: int) -> list[Use]:
+        """Sources read too often. A stretch that is begun counts as a whole, as its first rows are read."""
+        whole = -(-steps // stretch) * stretch
+        found = [replace(use, needed=n) for use, n in zip(all_uses, rows_read(recipe, whole), strict=True)]
+        return [use for use in found if use.max_epochs and use.needed > int(use.max_epochs * use.rows)]
 
-    if not exceeds(recipe.total_steps):
+    all_uses = uses(recipe, prepared)
+    if short := next((use for use in all_uses if not use.rows), None):
+        raise DataError(
+            f"{short.name or 'data.source'}: the text is too short: it has fewer rows than "
+            f"data.rows_in_order {stretch}"
+        )
+    if not (over := over_at(recipe.total_steps)):
         return
-    over = [use for use, limit in zip(found, limits, strict=True) if limit is not None and use.needed > limit]
     worst = max(over, key=lambda use: use.epochs / use.max_epochs)
     others = f", and {len(over) - 1} more such" if len(over) > 1 else ""
-    steps = bisect.bisect(range(recipe.total_steps + 1), False, key=exceeds) - 1
+    steps = bisect.bisect(range(recipe.total_steps + 1), False, key=lambda n: bool(over_at(n))) - 1
     most = f"lower the weight, or train at most train.tokens={recipe.tokens_at(steps)}"
     raise DataError(
         f"{worst.name or 'data.source'} has {worst.rows:,} rows of {recipe.data.sequence_length} tokens, and "
@@ -234,6 +241,11 @@ def notes(prepared: Prepared) -> list[str]:
             lines.append(
                 f"{label}bits per byte is left out: {unknown:,} held-out documents have text that the "
                 "tokenizer writes as its unknown token, which hides it"
+            )
+        if respelt := facts.get("respelt"):
+            lines.append(
+                f"{label}{respelt:,} held-out documents are not what their tokens decode to (the tokenizer "
+                "changes case, white space or characters): bits per byte are too low"
             )
         if changed := facts.get("changed"):
             lines.append(f"{label}bits per byte is left out: there are {changed:,} held-out documents {why}")

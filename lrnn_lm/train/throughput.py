@@ -48,8 +48,7 @@ class Throughput:
             passes = -(-rows // recipe.train.micro_batch)
             weights = cost.total_parameters * (2 * dtype.itemsize + 4)
             shards = (recipe.train.shard_size or ranks) if sharded else 1
-            # Without groups, which may name what an auto-encoder has and this model does not.
-            state = state_bytes(meta_model(config), recipe.optim.model_copy(update={"groups": []}))
+            state = state_bytes(meta_model(config), recipe.optim)
             update = (3 * 4 * cost.total_parameters + 2 * state) / shards
             self.bytes_per_step = passes * (2 * memory.activations + weights) + update
 

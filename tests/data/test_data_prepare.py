@@ -146,6 +146,25 @@ def test_text_behind_unknown_tokens_has_no_bytes_to_be_divided_by(
     assert ["bits per byte is left out: 2" in line for line in notes(found)] == [True] * bool(rare)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_text_that_the_tokenizer_changes_is_counted(spec: DataSpec, tmp_path: Path, keeps: bool) -> None:
+    """Case that is not predicted makes bits per byte too low. A space put before a text changes nothing."""
+    from transformers import AutoTokenizer
+
+    from tokenizers import normalizers
+
+    first = prepare(spec, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(first.tokenizer_dir)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ") if keeps else normalizers.Lowercase()
+    tokenizer.save_pretrained(tmp_path / "ready")
+    texts = ["the state", "The State", "GATES", "values"]
+    held = SourceSpec("jsonl", str(write_jsonl(tmp_path / "held.jsonl", texts)))
+    ready = replace(spec, tokenizer=str(tmp_path / "ready"), vocab_size=None, validation_source=held)
+    found = prepare(ready, progress=False)
+    assert found.validation.num_bytes == sum(map(len, texts))
+    assert [line.split(" documents ")[0] for line in notes(found)] == ["2 held-out"] * (not keeps)
+
+
 def test_a_lone_text_file_is_cut(spec: DataSpec, tmp_path: Path) -> None:
     text = "\n\n".join(make_texts(60))
     (tmp_path / "only.txt").write_text(text)

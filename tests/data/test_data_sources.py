@@ -101,6 +101,7 @@ def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'{"text": "a"}\n' + b"[" * 10**5 + b"]" * 10**5, r"x\.jsonl:2: JSON nested too deeply"),
         (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", r"x\.jsonl:1: a number too long to be read"),
         (b'{"text": "a", "id": 1, "text": "b"}\n', r"x\.jsonl:1: field 'text' is given 2 times; keep one"),
+        (b'{"text": "a", "\\u0074ext": "b"}\n', r"x\.jsonl:1: field 'text' is given 2 times; keep one"),
         (b'{"text": "a"}\n\0\0\0\0', r"x\.jsonl:2: not valid JSON"),
         (b'{"text": "a"} {"text": "b"}\n', r"x\.jsonl:1: not valid JSON"),
         (b"", r"x\.jsonl: the file is empty"),
@@ -116,7 +117,14 @@ def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", ['"meta": {"text": "b"}', '"id": "text"', '"id": [{"text": 1}, {"text": 2}]']
+    "more",
+    [
+        '"meta": {"text": "b"}',
+        '"id": "text"',
+        '"id": [{"text": 1}, {"text": 2}]',
+        '"id": {"a": 1, "a": 2}',
+        '"id": 1, "id": 2',
+    ],
 )
 def test_a_fields_name_elsewhere_in_a_line(tmp_path: Path, more: str) -> None:
     (tmp_path / "x.jsonl").write_text(f'{{"text": "a", {more}}}\n')
@@ -277,6 +285,26 @@ def test_python_docs(python_docs: list[str]) -> None:
     assert sorted(map(len, texts))[len(texts) // 10] > 150, "documents are not tiny"
     assert any("json.loads(" in text for text in texts)
     assert list(documents(SourceSpec(limit=5))) == texts[:5]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet", "hf"])
+def test_a_limit_counts_the_documents_that_are_read(tmp_path: Path, kind: str) -> None:
+    texts = ["one", " \n", "", "two", "\t", "three"]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    if kind == "jsonl":
+        write_jsonl(folder / "x.jsonl", texts)
+    elif kind == "text":
+        for number, text in enumerate(texts):
+            (folder / f"{number}.txt").write_text(text)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "x.parquet")
+    else:
+        import datasets
+
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(folder))
+    for limit in (1, 2, 3, 4):
+        assert read(kind, folder, limit=limit) == ["one", "two", "three"][:limit]
 
 
 def test_fingerprint_follows_the_files(tmp_path: Path) -> None:

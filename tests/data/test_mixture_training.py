@@ -220,6 +220,24 @@ def test_what_fits_is_told(folder: Path, tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err.endswith("Raise max_epochs, or lower the weight\n")  # no budget is enough
 
 
+@pytest.mark.parametrize("in_order", [None, 5, 12])
+def test_no_row_is_read_more_often_than_max_epochs(
+    folder: Path, tmp_path: Path, capsys, in_order: int | None
+) -> None:
+    """With the largest budget that is allowed, whatever rows are left out as their stretch is not whole."""
+    sources = [{"type": "jsonl", "path": str(folder / "web.jsonl"), "max_epochs": 2}]
+    options = [
+        f"data.rows_in_order={json.dumps(in_order)}",
+        "data.stages=[]",
+        f"data.sources={json.dumps(sources)}",
+    ]
+    assert exit_code("prepare", str(folder / "tiny.yaml"), *options, "train.tokens=10M") == 2
+    tokens = int(capsys.readouterr().err.split("train.tokens=")[1].split()[0].rstrip("."))
+    trainer = build(folder, tmp_path, *options, f"train.tokens={tokens}")
+    read = trainer.rows.loader.row_numbers(0, trainer.recipe.total_steps * 8)
+    assert np.bincount(read).max() <= 2
+
+
 def test_what_was_read_is_fixed_and_later_stages_are_not(straight, folder: Path, tmp_path: Path) -> None:
     """A run of 12 steps goes on with another mixture; rows and each source's place stay."""
     shutil.copytree(straight.folder, tmp_path / "tiny", symlinks=True)

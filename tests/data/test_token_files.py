@@ -183,6 +183,18 @@ def test_few_documents_that_read_back_otherwise_are_left_out(
     assert prepared.manifest["splits"]["validation"]["changed"] == prepared.validation.num_documents
 
 
+def test_a_file_of_no_ids_is_left_out(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    flat(folder / "a.npy", documents)
+    alone = prepare(spec_of(tmp_path, tokenizer, "tokens", folder), progress=False)
+    np.save(folder / "0.npy", np.zeros(0, np.uint16))
+    (folder / "b.npy").write_bytes(b"")
+    beside = prepare(spec_of(tmp_path, tokenizer, "tokens", folder), progress=False)
+    assert beside.folder != alone.folder
+    assert beside.manifest["content_hash"] == alone.manifest["content_hash"]
+
+
 def test_mistakes(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -> None:
     def fails(match: str, kind: str, path: Path, **keys: object) -> None:
         with pytest.raises(DataError, match=match) as caught:
@@ -218,6 +230,8 @@ def test_mistakes(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -
     fails(r"bad\.npy: truncated or no \.npy file", "tokens", tmp_path / "bad.npy")
     np.save(tmp_path / "float.npy", np.ones(9))
     fails(r"float\.npy: a row of whole numbers is expected, not float64", "tokens", tmp_path / "float.npy")
+    np.save(tmp_path / "none.npy", np.zeros(0, np.uint16))
+    fails(r"none\.npy is empty: it holds no document", "tokens", tmp_path / "none.npy")
     (tmp_path / "empty.bin").write_bytes(b"")
     fails("the file is empty", "tokens", tmp_path / "empty.bin")
     found = prepare(

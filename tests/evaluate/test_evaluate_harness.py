@@ -249,11 +249,30 @@ def test_names_are_checked_against_all_of_lm_eval():
             find_tasks(["heldout_bits_per_byte", name], {})
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match="lm_eval ls tasks"):
-        find_tasks(["zzzzqqqqzzzz"], {})
+        find_tasks(["zzzzqqqqzzzz*"], {})
     standard = read_suite("standard").tasks
     assert find_tasks(standard, {})[1:] == (standard, True)
     assert find_tasks(["arc_eas*", "heldout_*"], {})[1] == ["arc_easy", *BOTH]
     assert find_tasks(["heldout_*"], {})[1:] == (BOTH, False)
+
+
+def test_a_name_in_no_file_is_refused_without_the_index(monkeypatch):
+    """Which takes twenty seconds to read."""
+    from lm_eval import tasks
+
+    from lrnn_lm.evaluate.tasks.names import find_tasks
+
+    index = tasks.TaskManager
+
+    def own_only(include_defaults=True, **keys):
+        assert not include_defaults
+        return index(include_defaults=False, **keys)
+
+    monkeypatch.setattr(tasks, "TaskManager", own_only)
+    for name, hint in [("heldout_clozze", "mean heldout_cloze"), ("hellaswagg", "mean hellaswag or"),
+                       ("zzzzqqqqzzzz", "lm_eval ls tasks")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"unknown task '{name}'.*{hint}"):
+            find_tasks(["heldout_cloze", name], {})
 
 
 def test_what_is_not_a_checkpoint_is_told(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lrnn_lm.cli import main
 from lrnn_lm.evaluate.harness import evaluate
 from lrnn_lm.evaluate.probe.length import probe_length
 from lrnn_lm.evaluate.probe.recall import probe_recall
@@ -107,6 +108,14 @@ def test_two_runs_share_a_picture(tmp_path, capsys):
     report(runs, output=tmp_path / "page.md")
     assert _is_png(tmp_path / "page.png")
     assert "bd" in capsys.readouterr().out
+
+
+def test_a_name_is_no_formula(tmp_path):
+    """The pictures' library reads what stands between two $ as one, and ends with its own error."""
+    names = ["lr $\\frac{1}$", "$a_b^$"]
+    runs = [_write_run(tmp_path / name) for name in names]
+    report(runs, tmp_path / "both.png")
+    assert _is_png(tmp_path / "both.png")
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
@@ -223,6 +232,16 @@ def test_a_run_of_one_step_or_with_bad_losses_still_draws(tmp_path):
     (only / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "validation_loss": 3.5}\n')
     report([only])
     assert _is_png(only / "plots" / "loss.png")
+
+
+def test_a_run_whose_weights_were_removed_is_reported(tmp_path, capsys):
+    """Its model card stays as it was."""
+    run = _write_run(tmp_path / "a")
+    (run / "README.md").write_text("card")
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(run)])
+    assert not left.value.code, capsys.readouterr().err
+    assert (run / "README.md").read_text() == "card"
 
 
 def test_what_is_not_a_run_is_told(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from forks import LRNN, run_code
 from short_models import RECURRENT, build
 from tiny_run import write_recipe
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrnn_lm.cli import main
 from lrnn_lm.model.export import write_remote_code
@@ -165,6 +166,17 @@ def test_a_recipes_tokenizer_with_code_is_refused(checkpoint, marker, tmp_path, 
         assert code == 2
         assert "code of its own" in told.splitlines()[-1]
         assert not marker.exists()
+
+
+def test_an_untied_config_of_a_tied_model_is_told_so(checkpoint, tmp_path, lrnn):
+    """The weights are whole: to copy them anew would not help."""
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    tied = AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(folder)
+    change(folder / "config.json", tie_word_embeddings=False)
+    code, said = lrnn("generate", str(folder), "--max-new-tokens", "1")
+    assert code == 2
+    assert said.endswith("such as lm_head.weight; set tie_word_embeddings to true in its config.json\n")
 
 
 def test_no_weight_is_made_up_or_run(checkpoint, tmp_path, marker, lrnn):

@@ -1,5 +1,6 @@
 """What a result says beside its scores: tokens trained on; and that no terminal costs the work."""
 
+import copy
 import io
 import json
 import shutil
@@ -9,10 +10,13 @@ import sys
 import pytest
 from short_models import RECURRENT, build
 from tiny_run import ROOT, environment
+from transformers import PreTrainedTokenizerFast
 
+from lrnn_lm.cli import main
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.recipe import format_count
 from lrnn_lm.runs.load import describe
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,37 @@ def run(tmp_path_factory, tokenizer, write_documents):
     (run / "checkpoints" / "latest").symlink_to(folder.name)
     write_documents(run / "heldout.jsonl")
     return run
+
+
+@pytest.mark.parametrize("kind", ["keeps", "lower", "unknown"])
+def test_text_that_tokens_do_not_spell_is_told(run, tmp_path, tokenizer, kind, capsys):
+    """A model need not predict what its tokenizer drops: no verdict against gzip, which has all of it."""
+    ready = copy.deepcopy(tokenizer)
+    if kind == "lower":
+        ready.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif kind == "unknown":
+        core = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "the": 3}, "<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        ready = PreTrainedTokenizerFast(
+            tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
+    texts = ["the river", "The river", "the Road"]
+    data = tmp_path / "held.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = build(ready, mixer=RECURRENT)
+    found = evaluate(
+        run / "checkpoints" / "latest",
+        ["heldout_bits_per_byte"],
+        model=model,
+        tokenizer=ready,
+        data=data,
+        output=tmp_path / "out",
+    )
+    told = capsys.readouterr().out
+    changed = {"keeps": 0, "lower": 2, "unknown": 3}[kind]
+    assert found["settings"]["changed_texts"] == changed
+    assert ("gzip -9 on the same bytes" in told) == (not changed)
+    assert (f"{changed} texts are not what their tokens decode to" in told) == bool(changed)
 
 
 @pytest.mark.parametrize("tokens_per_step", [4096, "4096", "512K", format_count(524_288)])
@@ -58,6 +93,20 @@ def test_a_folder_by_another_name_tells_its_step(run, tmp_path):
     (copy / "trainer" / "manifest.json").write_text(json.dumps({"step": 7}))
     info = describe(copy)
     assert (info.step, info.tokens, info.run) == (7, None, None)
+
+
+@pytest.mark.parametrize("command", ["tasks", "length", "recall", "info"])
+def test_brackets_in_paths_are_text(run, tmp_path, capsys, command):
+    """As rich's markup `[red]` would vanish from a path, and `[/x]` end the command once its work is done."""
+    named = shutil.copytree(run, tmp_path / "a [red] b[/x]", symlinks=True)
+    checkpoint = named / "checkpoints" / "latest"
+    words = {"tasks": "--tasks heldout_bits_per_byte --limit 1", "length": "--length 2x --rows 1",
+             "recall": "--recall --rows 1", "info": ""}[command].split()  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        main(["info" if command == "info" else "eval", str(checkpoint), *words])
+    told = capsys.readouterr()
+    assert not left.value.code, told.err
+    assert "a [red] b[/x]" in told.out.replace("\n", "")
 
 
 def test_a_terminal_of_ascii_costs_nothing(run, tmp_path, monkeypatch):

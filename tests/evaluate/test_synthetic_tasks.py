@@ -1,6 +1,7 @@
 """State, MAD and long-context tasks through lm-eval; a checkpoint trained on a task meets its own symbols."""
 
 import json
+import re
 import shutil
 from runpy import run_path
 
@@ -207,6 +208,19 @@ def test_an_autoencoder_is_scored_on_held_out_rows(encoder, tmp_path, capsys):
     lines = (encoder.parents[1] / "metrics.jsonl").read_text().splitlines()
     validated = [line["accuracy"] for line in map(json.loads, lines) if "accuracy" in line][-1]
     assert scored["acc,none"] == pytest.approx(validated, abs=0.05)
+
+
+def test_an_autoencoders_cost_is_its_own(encoder, capsys):
+    """The decoder counts, for the recipe as for the checkpoint."""
+    from lrnn_lm.train.info import print_info
+
+    model = LRNNForReconstruction.from_pretrained(encoder)
+    decoder = sum(p.numel() for p in model.decoder.parameters())
+    for target in (encoder, encoder.parents[1] / "recipe.yaml"):
+        print_info(str(target))
+        shown = capsys.readouterr().out
+        assert re.search(rf"decoder +{decoder:,} ", shown)
+        assert re.search(rf"total +{model.num_parameters():,}", shown)
 
 
 def test_each_kind_is_asked_its_own(encoder, parity, capsys):

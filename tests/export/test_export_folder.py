@@ -116,6 +116,18 @@ def test_targets_that_are_refused(checkpoint, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("format", ["transformers", "onnx", "torch-export"])
+def test_a_folder_of_integers_is_refused(checkpoint, tmp_path, format):
+    """It has no weights left to write: in int8 to int8, fp32 or graphs that would end in a traceback."""
+    folder = shutil.copytree(checkpoint, tmp_path / "integers")
+    config = json.loads((folder / "config.json").read_text())
+    stored = config | {"quantization_config": {"quant_method": "torchao"}}
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="its weights are integers; export the checkpoint that it was made"):
+        export_checkpoint(folder, tmp_path / "new", format=format)
+    assert not (tmp_path / "new").exists()
+
+
 def test_checkpoints_that_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         export(tmp_path / "nowhere", tmp_path / "out")

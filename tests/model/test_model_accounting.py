@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from lrnn_lm.mixers import build_mixer
+from lrnn_lm.model import LRNNForReconstruction
 from lrnn_lm.model.accounting import account, check_parameters, saved_bytes, training_memory
 
 
@@ -19,6 +20,20 @@ def test_parameters(name, tied):
     assert ("head" in counted.parameters) != tied
     assert counted.parameters["mlp"] == 3 * 3 * 16 * 24
     assert counted.parameters["norms"] == 7 * 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_autoencoder_has_its_decoder(tied):
+    """In parameters and products, from the config that it stores."""
+    config = small_config("bd_lru", tie_word_embeddings=tied, architectures=["LRNNForReconstruction"])
+    model, T, D = LRNNForReconstruction(config), 8, config.hidden_size
+    counted = account(config, T)
+    assert counted.total_parameters == sum(p.numel() for p in model.parameters())
+    assert counted.parameters["decoder"] == sum(p.numel() for p in model.decoder.parameters())
+    assert counted.work.products == account(small_config("bd_lru"), T).work.products + 2 * 2 * D * D
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.decoder(torch.zeros(1, D))
+    assert counter.get_total_flops() == 2 * 2 * D * D
 
 
 @pytest.mark.parametrize("name", ["bd_lru", "h_lru", "attention", "hybrid"])

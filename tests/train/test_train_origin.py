@@ -91,6 +91,11 @@ def llama(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
 
 
+def integers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 8}}))
+
+
 def without_a_weight(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     del stored["model.norm.weight"]
@@ -116,6 +121,7 @@ def flipped(folder: Path) -> None:
         (None, ("model.rms_norm_eps=0.1", "model.repeat=2"), "rms_norm_eps is 1e-06 there, 0.1 here; repeat"),
         (None, ("model.tie_word_embeddings=true",), "tie_word_embeddings is False there, True here"),
         (llama, (), "another family (model_type 'llama')"),
+        (integers, (), "are integers; take the checkpoint that it was made of"),
         (without_a_weight, (), "model.norm.weight does not fit"),
         (flipped, (), "model.safetensors is not as its checksum says"),
         (shutil.rmtree, (), "no such folder, and not to be had from the hub"),

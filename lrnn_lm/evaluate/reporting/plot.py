@@ -29,12 +29,15 @@ def picture(path: Path, width: float, height: float, dpi: int = 140) -> Iterator
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     style = {"font.size": 10, "axes.edgecolor": GREY, "text.color": INK, "axes.labelcolor": INK}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)  # not pyplot, which would change a notebook's backend
         yield figure
+        for text in figure.findobj(Text):  # a name with two $ is no formula; ticks are, but have no text yet
+            text.set_parse_math("$" not in text.get_text())
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi)
 

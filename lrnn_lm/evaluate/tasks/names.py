@@ -1,8 +1,10 @@
 """Which tasks to run: names checked against lm-eval's index and the project's, suites, data from the hub."""
 
 import difflib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from ...requirements import check_extra
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+_NAME = re.compile(r"""(?m)^[\s-]*(?:(?:task|group|tag)\s*:)?[\s"']*([\w.:+-]+)["']?\s*(?:#.*)?$""")
 
 
 class Suite(BaseModel):
@@ -65,20 +69,34 @@ def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager
     own = TaskManager(include_path=str(own_tasks_path()), include_defaults=False, metadata=metadata)
     if all(own.match_tasks([name]) for name in names):
         return own, _expand(own, names), False
+    files = [] if all("*" in name for name in names) else _upstream_files()
+    for name in names:
+        if "*" not in name and not own.match_tasks([name]) and not any(name in file for file in files):
+            raise _unknown(name, {found for file in files for found in _NAME.findall(file)}, own.all_tasks)
     manager = TaskManager(include_path=str(own_tasks_path()), metadata=metadata)
     for name in names:
         if not manager.match_tasks([name]):
-            ours = [task for task in own.all_tasks if name.strip().lower() in task.lower()]
-            near = sorted(ours, key=len)[:3] or difflib.get_close_matches(
-                name, manager.all_tasks, n=3, cutoff=0.5
-            )
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"ours are in {own_tasks_path()}, and `lm_eval ls tasks` lists lm-eval's"
-            )
-            raise ValueError(f"unknown task {name!r}; {hint}")
+            raise _unknown(name, manager.all_tasks, own.all_tasks)
     return manager, _expand(manager, names), True
+
+
+@cache
+def _upstream_files() -> list[str]:
+    """The files of lm-eval's tasks. A name in none of them is no task. Reading them takes a second; reading
+    lm-eval's index of them takes twenty."""
+    from lm_eval import tasks
+
+    files = sorted(file for file in Path(tasks.__file__).parent.rglob("*") if file.is_file())
+    return [file.read_text("utf-8", "replace") for file in files if file.suffix not in (".py", ".pyc", ".md")]
+
+
+def _unknown(name: str, known: Iterable[str], own: list[str]) -> ValueError:
+    """The refusal of an unknown task, with those that it may mean."""
+    ours = sorted((task for task in own if name.strip().lower() in task.lower()), key=len)
+    near = ours[:3] or difflib.get_close_matches(name, sorted({*own, *known}), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?"
+    otherwise = f"ours are in {own_tasks_path()}, and `lm_eval ls tasks` lists lm-eval's"
+    return ValueError(f"unknown task {name!r}; {hint if near else otherwise}")
 
 
 def _expand(manager: "TaskManager", names: list[str]) -> list[str]:
