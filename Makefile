@@ -15,7 +15,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	$(call environment,.venv)
-	$(BIN)/python $(PIP) --editable '.[all,dev,onnx,site,tensorboard,torchao]'
+	$(BIN)/python $(PIP) --editable '.[all,dev,onnx,site,tensorboard]'
 	@$(BIN)/lrnn info recipes/demo.yaml > /dev/null
 	@touch $@
 
