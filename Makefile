@@ -7,7 +7,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-compile --constra
 # A new environment with a new pip: that of Python 3.11 takes 30 s longer to find the versions.
 environment = $(PYTHON) -m venv $(1) && $(1)/bin/python $(PIP) pip
 
-.PHONY: install demo test test-all test-fresh test-slurm lint site clean
+.PHONY: install demo test test-all test-fresh test-slurm test-torchao lint site clean
 
 install: .venv/.installed
 
@@ -45,6 +45,17 @@ test-fresh: install build/fresh/.installed
 build/fresh/.installed: constraints.txt
 	$(call environment,build/fresh)
 	build/fresh/bin/python $(PIP) torch transformers lm-eval accelerate
+	@touch $@
+
+# 8-bit AdamW and integer weights. torchao is not in .venv, as transformers would import it in every command: 0.8 s and two
+# lines about libraries that it does not find.
+test-torchao: install build/torchao/.installed
+	PYTHONPATH=build/torchao $(BIN)/python -c "import torchao"
+	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m "not slow" -k "8_bit or 8bit or int8 or integers" \
+		tests/train/test_train_optimizers.py tests/export/test_export_folder.py tests/hf/test_hf_training.py
+
+build/torchao/.installed: constraints.txt
+	$(BIN)/python $(PIP) --no-deps --target build/torchao torchao
 	@touch $@
 
 # `lrnn submit` on a SLURM of this machine alone, installed if root and apt-get are there; else skipped, saying why.
