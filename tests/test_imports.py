@@ -96,6 +96,15 @@ def test_importing_lrnn_lm_is_light():
 
 
 @pytest.mark.parametrize(
+    ("server", "absent"), [(LIBRARIES, ("lrnn_lm", "triton")), (TORCH, ("lrnn_lm", "triton", "transformers"))]
+)
+def test_servers_have_imported_no_more_than_they_say(server, absent):
+    """Else tests of what is absent there would show nothing."""
+    code = f"import sys; print([name for name in sys.modules if name.partition('.')[0] in {absent}])"
+    assert server.run(code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
     "imports",
     [
         "import lrnn_lm",  # after transformers

@@ -38,7 +38,8 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.write(json.dumps({"text": " ".join(sentence() for _ in range(6))}) + "\n")
     (folder / "tokenizer.yaml").write_text("{model_type: bpe, vocab_size: 320}\n")
     # A constant rate: a run of fewer steps is the beginning of a longer one.
-    return write_recipe(folder, optim={"schedule": "constant", "warmup": "2 steps"})
+    constant = {"schedule": "constant", "warmup": "2 steps"}
+    return write_recipe(folder, model={"num_hidden_layers": 1}, optim=constant)
 
 
 def build(recipe: Path, runs: Path, *overrides: str) -> Trainer:
