@@ -3,17 +3,21 @@
 import math
 import os
 import random
+import signal
 import socket
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _HUB_SECONDS = 5.0  # for a connection
 
 
@@ -42,6 +46,27 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> 
             fsync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def signals_unwind() -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise SystemExit, so that what is half-made is removed.
+
+    A handler that is there already stays, as does a signal that is ignored (nohup).
+    """
+    here = threading.current_thread() is threading.main_thread()
+    taken = [n for n in _ENDING if here and signal.getsignal(n) == signal.SIG_DFL]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def finite(facts: Any) -> Any:

@@ -5,13 +5,10 @@ import fcntl
 import os
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
-from ..files import fsync
+from ..files import fsync, signals_unwind
 
 _BUILDING = ".building-"
 
@@ -25,7 +22,7 @@ def build_folder(final: Path, build: Callable[[Path], None]) -> None:
     if final.is_dir():
         return
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(final.parent / f".{final.name}.lock") as locked, _sigterm_unwinds():
+    with _lock(final.parent / f".{final.name}.lock") as locked, signals_unwind():
         if final.is_dir():
             return
         if locked:  # so no process is building these
@@ -61,26 +58,6 @@ def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError:
             locked = False
         yield locked
-
-
-@contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit so that the half-made folder is removed; an own handler stays."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    ):
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _rename_new(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from ..files import user_path
+from ..files import signals_unwind, user_path
 from ..remote import check_free, upload, url_of
 from ..requirements import check_extra
 from .layout import CheckpointFolder
@@ -149,7 +149,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     target = user_path(target)
     if (url := url_of(target)) is not None:
         check_free(url)
-        with TemporaryDirectory() as scratch:
+        with signals_unwind(), TemporaryDirectory() as scratch:
             yield Path(scratch) / "model"
             upload(Path(scratch) / "model", url)
         return
@@ -159,8 +159,9 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise ValueError(f"{target}: is not empty; give a new folder to export to")
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        aside.rename(target)
+        with signals_unwind():
+            yield aside
+            aside.rename(target)
     except SafetensorError as error:  # a full disk, told by Rust
         raise ValueError(f"{target}: cannot be written ({error})") from None
     finally:

@@ -1,18 +1,27 @@
 """A prepared folder is whole or absent, whatever line a signal hits, and has the mode of any new folder."""
 
 import os
+import signal
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 from lrnn_lm.data.storage import build_folder
+from lrnn_lm.runs.export import new_folder
 
 
 def fill(folder: Path) -> None:
     (folder / "file").write_text("x")
+
+
+def export_into(target: Path, build: Callable[[Path], None]) -> None:
+    with new_folder(target) as aside:
+        aside.mkdir()
+        build(aside)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
@@ -28,6 +37,29 @@ def test_a_prepared_folder_has_the_mode_of_a_new_one(
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o777 & ~umask
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["made"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("make", [build_folder, export_into], ids=["data", "export"])
+def test_a_signal_leaves_nothing_half_made(tmp_path: Path, make, number: signal.Signals) -> None:
+    """A terminal that closes, a job that is cancelled. What it does elsewhere stays as it was."""
+
+    def stopped(folder: Path) -> None:
+        fill(folder)
+        signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as left:
+            make(tmp_path / "made", stopped)
+        assert left.value.code == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+        assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        make(tmp_path / "made", stopped)
+        assert (tmp_path / "made" / "file").is_file()
+    finally:
+        signal.signal(number, before)
 
 
 def build_with_exit_at(line_event: int, final: Path) -> bool:
