@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lrnn_lm.kernels.scan import triton_launch, triton_scans  # noqa: F401  (the latter defines the ops)
+from lrnn_lm.kernels.scan import triton_launch, triton_scans
 from lrnn_lm.kernels.scan.triton_launch import LANES, WARPS_FOR_SHARING, Plan, plan
 from lrnn_lm.kernels.scan.triton_scans import rows_like
 
@@ -56,6 +56,7 @@ def scan_call(shape: Shape, batch: int, length: int, backward: bool):
 def call(shape: Shape, batch: int, length: int, backward: bool, chosen: Plan):
     """The same, with that plan from now on."""
     triton_launch.plan = lambda *_: chosen
+    triton_scans.plan_launch.cache_clear()
     return scan_call(shape, batch, length, backward)
 
 

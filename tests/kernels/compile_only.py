@@ -182,10 +182,10 @@ def launch_m2rnn(K: int, V: int, dtype: torch.dtype, B: int = 2, resets: bool = 
 
 
 def launch_wide_transfer(M: int) -> None:
-    from lrnn_lm.kernels.scan.chunk_transfer import block_transfer
+    from lrnn_lm.kernels.scan.chunk_transfer import transfer
 
     gates = torch.zeros(1, 32, M + 1, 3, M, dtype=torch.bfloat16).movedim(2, -1)
-    block_transfer(gates, gates[..., 0], None, "softmax", 16, 2, reverse=False)
+    transfer(gates, gates[..., 0], None, "softmax", 16, 2, reverse=False)
 
 
 def launch_loss(V: int) -> None:

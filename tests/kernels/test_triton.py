@@ -4,6 +4,8 @@ which `test_triton_grid.py` has the full grid.
 Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten fails its comparison.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from scans import SCANS, TOLERANCE, make_inputs, relative_error, run
@@ -30,6 +32,16 @@ def chunks(request, monkeypatch):
     """Runs a test without and with time cut into chunks of five steps."""
     if request.param:
         cut_time(monkeypatch, request.param)
+
+
+@pytest.fixture
+def rule(monkeypatch):
+    """Sets a number of the rules that launches follow; plans made by other rules are forgotten."""
+    from lrnn_lm.kernels.scan import triton_launch, triton_scans
+
+    triton_scans.plan_launch.cache_clear()
+    yield partial(monkeypatch.setattr, triton_launch)
+    triton_scans.plan_launch.cache_clear()
 
 
 @interpreted
@@ -92,21 +104,17 @@ def test_chunks_with_columns_over_several_programs(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("scan", SCANS)
-def test_several_programs_a_sequence(scan, monkeypatch):
-    from lrnn_lm.kernels.scan import triton_launch
-
-    monkeypatch.setattr(triton_launch, "INTERPRETED", False)  # blocks of one warp, as on a GPU
+def test_several_programs_a_sequence(scan, rule):
+    rule("INTERPRETED", False)  # blocks of one warp, as on a GPU
     compare(scan, T=3, N=43, M=3, B=1)
 
 
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(("T", "N", "M"), [(19, 5, 1), (10, 3, 2), (9, 18, 4), (6, 2, 8)])
-def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
+def test_two_rows_a_lane(scan, T, N, M, rule):
     """What large batches run: here for small ones."""
-    from lrnn_lm.kernels.scan import triton_launch
-
-    monkeypatch.setattr(triton_launch, "MOST_LANES", 1)
-    monkeypatch.setattr(triton_launch, "WARPS_FOR_PAIRS", {False: 0.0, True: 0.0})
+    rule("MOST_LANES", 1)
+    rule("WARPS_FOR_PAIRS", {False: 0.0, True: 0.0})
     compare(scan, T=T, N=N, M=M, B=1 if M > 4 else 2)
     if M == 2:
         compare(scan, torch.bfloat16, T=T, N=N, M=M)
@@ -114,12 +122,10 @@ def test_two_rows_a_lane(scan, T, N, M, monkeypatch):
 
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize(("most", "T", "N", "M"), [(1, 5, 3, 12), (2, 6, 2, 8), (4, 9, 18, 4), (4, 7, 3, 6)])
-def test_lanes_that_share_a_row(scan, most, T, N, M, monkeypatch):
+def test_lanes_that_share_a_row(scan, most, T, N, M, rule):
     """None in large batches, up to four in small ones."""
-    from lrnn_lm.kernels.scan import triton_launch
-
-    monkeypatch.setattr(triton_launch, "MOST_LANES", most)
-    monkeypatch.setattr(triton_launch, "LEAST_TAPS", 1)
+    rule("MOST_LANES", most)
+    rule("LEAST_TAPS", 1)
     compare(scan, T=T, N=N, M=M, B=1)
 
 
@@ -294,6 +300,19 @@ def test_any_strides(scan, monkeypatch):
     exact = planes.double().requires_grad_()
     scan(exact, values.double(), h0.double(), reset, backend="reference")[0].sum().backward()
     assert relative_error(leaf.grad.cpu(), exact.grad.cpu()) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_a_launch_is_planned_once_a_shape(scan, monkeypatch):
+    from lrnn_lm.kernels.scan import chunk_transfer, triton_scans
+
+    cut_time(monkeypatch, 5)
+    made = []
+    for _ in range(2):
+        run(scan, to_device(make_inputs(scan, T=6, N=2, M=1)), "softmax", "triton")
+        plans = triton_scans.plan_launch, chunk_transfer.plan_transfer
+        made.append([plan.cache_info().misses for plan in plans])
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("scan", SCANS)

@@ -12,6 +12,9 @@ to a power of two; z gate logits, g = dL/dh. Lane blocks are [WIDTH], one block 
 [STEPS, WIDTH * MP].
 """
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +31,15 @@ from ..triton_device import (
     settle_cache_keys,
 )
 from .triton_gates import EPS, FIXED, gate_value
-from .triton_launch import batch_alignment, groups_in_flight, reset_flags
+from .triton_launch import (
+    PLANS,
+    Layout,
+    batch_alignment,
+    groups_in_flight,
+    in_order,
+    reset_flags,
+    stride_arguments,
+)
 from .triton_rows import (
     as_int64,
     gate_rows,
@@ -296,31 +307,6 @@ def channel_transfer_kernel(
             tl.store(out_at + M * (N * M) + i, q[i], mask=inside & (lane * 0 + group == 0))
 
 
-def _transfer(
-    kernel, gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int,
-    reverse: bool, rows: int, columns_axis: int, **options,
-) -> Tensor:  # fmt: skip
-    """Launch a kernel with `rows` rows a lane; returns (B, C, N, M, M+1) fp32, a view of M+1 planes."""
-    B, T, N = x.shape[:3]
-    M = x.shape[3] if x.ndim == 4 else gates.shape[-1] - 1
-    out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
-    # The interpreter runs one program after another, so give it few and wide ones.
-    width = next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
-    tiles = cdiv(N, width)
-    steps = max(1, 8 // max(rows, cdiv(M, 4)))  # as many as keep the gates in registers
-    warps = tiles * B * n_chunks * columns_axis / multiprocessors(x.device)
-    stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.element_size(), backward=False)
-    with on_device(x):
-        kernel[(tiles * B * n_chunks, columns_axis)](
-            gates, x, reset_flags(reset), out, T, chunk, n_chunks, tiles,
-            gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_K=gates.stride(-1),
-            X_T=x.stride(1), X_N=x.stride(2), ALIGN=batch_alignment(gates, x), N=N, M=M, STEPS=steps,
-            STAGES=stages, WIDTH=width, GATE=gate, REVERSE=reverse, HAS_RESET=reset is not None, num_warps=1,
-            enable_fp_fusion=True, **options,
-        )  # fmt: skip
-    return out.permute(0, 1, 3, 4, 2)
-
-
 def _columns(M: int) -> tuple[int, int]:
     """(columns of P a lane, groups of columns) of an H-LRU."""
     # 64 values of windows a lane, so that they stay in registers beside q and the gates.
@@ -340,51 +326,50 @@ def channel_transfer_cost(M: int, gate: str) -> float:
     return float("inf") if gate == "none" else 1 + 1.5 * _columns(M)[1]
 
 
-def block_transfer(
+@lru_cache(maxsize=PLANS)
+def plan_transfer(
+    gates: Layout, x: Layout, n_chunks: int, **given: Any
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """The kernel, its grid, the arguments behind the tensors, and options; `given`: by their names there."""
+    (B, T, N), of_blocks = x.shape[:3], len(x.shape) == 4
+    M, rows, groups = x.shape[3] if of_blocks else gates.shape[-1] - 1, 1, 1
+    found = given | {
+        "T": T, "n_chunks": n_chunks, "N": N, "M": M, "ALIGN": batch_alignment(gates, x),
+        **stride_arguments(of_blocks, G=gates, X=x), "G_K": gates.strides[-1], "num_warps": 1,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    if of_blocks:
+        rows = found["MP"] = next_power_of_2(M)
+    else:
+        found["COLUMNS"], groups = _columns(M)
+    if rows > 8:
+        found["STAGES"] = 4
+        return wide_block_transfer_kernel, (N * B * n_chunks,), *in_order(wide_block_transfer_kernel, found)
+    # The interpreter runs one program after another, so give it few and wide ones.
+    width = next_power_of_2(max(LANES, N)) if INTERPRETED else LANES
+    tiles = cdiv(N, width)
+    steps = max(1, 8 // max(rows, cdiv(M, 4)))  # as many as keep the gates in registers
+    warps = tiles * B * n_chunks * groups / multiprocessors(x.device)
+    stages = groups_in_flight(warps * LANES * rows * steps * (M + 2) * x.itemsize, backward=False)
+    found |= {"tiles": tiles, "STEPS": steps, "STAGES": stages, "WIDTH": width}
+    kernel = block_transfer_kernel if of_blocks else channel_transfer_kernel
+    return kernel, (tiles * B * n_chunks, groups), *in_order(kernel, found)
+
+
+def transfer(
     gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool
 ) -> Tensor:
-    """(B, C, N, M, M+1) fp32, [P | q] of every chunk of a BD-LRU; `reverse`: [P^T | q], last chunk first."""
-    rows = next_power_of_2(x.shape[3])
-    if rows > 8:
-        return _wide_block_transfer(gates, x, reset, gate, chunk, n_chunks, reverse, rows)
-    return _transfer(
-        block_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, rows, 1,
-        MP=rows, G_I=row_stride(gates), X_I=row_stride(x),
+    """[P | q] of every chunk, (B, C, N, M, M+1) fp32, a view of M+1 planes; `reverse`: [P^T | q], last chunk
+    first. The state of an H-LRU is the window of its last M values."""
+    kernel, grid, planned, options = plan_transfer(
+        Layout.of(gates), Layout.of(x), n_chunks, chunk=chunk, GATE=gate, REVERSE=reverse,
+        HAS_RESET=reset is not None,
     )  # fmt: skip
-
-
-def _wide_block_transfer(
-    gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool,
-    rows: int,
-) -> Tensor:  # fmt: skip
-    """The same with a warp a block, for blocks above 8."""
-    B, T, N, M = x.shape
+    B, N, M = x.shape[0], x.shape[2], x.shape[3] if x.ndim == 4 else gates.shape[-1] - 1
     out = x.new_empty(B, n_chunks, M + 1, N, M, dtype=torch.float32)
     with on_device(x):
-        wide_block_transfer_kernel[(N * B * n_chunks,)](
-            gates, x, reset_flags(reset), out, T, chunk, n_chunks,
-            gates.stride(0), x.stride(0), G_T=gates.stride(1), G_N=gates.stride(2), G_I=row_stride(gates),
-            G_K=gates.stride(-1), X_T=x.stride(1), X_N=x.stride(2), X_I=row_stride(x),
-            ALIGN=batch_alignment(gates, x), N=N, M=M, MP=rows, STAGES=4, GATE=gate, REVERSE=reverse,
-            HAS_RESET=reset is not None, num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
+        kernel[grid](gates, x, reset_flags(reset), out, *planned, **options)
     return out.permute(0, 1, 3, 4, 2)
-
-
-def row_stride(x: Tensor) -> int:
-    """The stride between the rows of a block in (B, T, N, M, ..)."""
-    # For M = 1 any number would do: the block stride lets the kernel see contiguous rows.
-    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
-
-
-def channel_transfer(
-    gates: Tensor, x: Tensor, reset: Tensor | None, gate: str, chunk: int, n_chunks: int, reverse: bool
-) -> Tensor:
-    """The same for an H-LRU, whose state is the window of its last M values."""
-    columns, groups = _columns(gates.shape[-1] - 1)
-    return _transfer(
-        channel_transfer_kernel, gates, x, reset, gate, chunk, n_chunks, reverse, 1, groups, COLUMNS=columns
-    )
 
 
 settle_cache_keys(globals())

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, next_power_of_2, on_device
+from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, next_power_of_2
 
 # Bytes of loads in flight an SM, by whether it is the backward pass: enough to cover the latency of HBM. More
 # is slower, as copies then come from too many places of memory at once.
 IN_FLIGHT = {False: 48_000, True: 40_000}
 MOST_STAGES = 8
+PLANS = 512  # kept of each kind; a new B, T or layout makes one
 # Warps an SM from which two rows a lane are faster: wider loads and fewer shuffles a row, but half the warps.
 WARPS_FOR_PAIRS = {False: 2.8, True: 2.2}
 
@@ -35,8 +36,23 @@ ROWS_PER_SM = 96  # rows that keep an SM busy without chunks
 LANES_PER_SM = {1: 256, 2: 112, 4: 512, 8: 128, 16: 32}
 
 
-class Launch:
-    """How many programs a kernel has, what a lane owns, and the kernel's options.
+class Layout(NamedTuple):
+    """What a plan depends on of a tensor: plans are kept by it, as making one takes as long as a launch."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    itemsize: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Layout":
+        return cls(x.shape, x.stride(), x.itemsize, x.device)
+
+
+def launch_options(
+    columns: int, block: int, M: int, T: int, count: int, inputs: tuple[Layout, ...], backward: bool
+) -> dict[str, Any]:
+    """How many programs (`tiles`) a sequence and chunk has, what a lane owns, and the kernel's options.
 
     Args:
         columns: rows of one sequence, with padding where that is written.
@@ -46,33 +62,26 @@ class Launch:
         inputs: tensors of which the kernel reads or writes a batch.
         backward: whether it is the backward kernel.
     """
+    like, whole = inputs[0], next_power_of_2(block)
+    positions = cdiv(columns, block) * whole
+    warps = positions * count / LANES / multiprocessors(like.device)
+    share, own, steps, stages = plan(M, block, warps, T, like.itemsize, backward)
+    positions *= share
+    # The interpreter runs one program after another, so give it few and wide ones.
+    width = next_power_of_2(max(LANES, cdiv(positions, own))) if INTERPRETED else LANES
+    return {
+        "tiles": cdiv(positions, width * own), "SHARE": share, "P": own, "STEPS": steps, "STAGES": stages,
+        "WIDTH": width, "ALIGN": batch_alignment(*inputs), "num_warps": 1,
+        # a * b + c in one rounding: the error bounds were measured with it. Newer Triton needs asking.
+        "enable_fp_fusion": True,
+    }  # fmt: skip
 
-    def __init__(
-        self,
-        columns: int,
-        block: int,
-        M: int,
-        T: int,
-        count: int,
-        inputs: tuple[Tensor, ...],
-        backward: bool = False,
-    ) -> None:
-        like, whole = inputs[0], next_power_of_2(block)
-        positions = cdiv(columns, block) * whole
-        warps = positions * count / LANES / multiprocessors(like.device)
-        share, own, steps, stages = plan(M, block, warps, T, like.element_size(), backward)
-        positions *= share
-        # The interpreter runs one program after another, so give it few and wide ones.
-        width = next_power_of_2(max(LANES, cdiv(positions, own))) if INTERPRETED else LANES
-        self.tiles = cdiv(positions, width * own)
-        self.grid = (self.tiles * count,)
-        self.device = on_device(like)
-        self.options: dict[str, Any] = {
-            "SHARE": share, "P": own, "STEPS": steps, "STAGES": stages, "WIDTH": width,
-            "ALIGN": batch_alignment(*inputs), "num_warps": 1,
-            # a * b + c in one rounding: the error bounds were measured with it. Newer Triton needs asking.
-            "enable_fp_fusion": True,
-        }  # fmt: skip
+
+def in_order(kernel: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What follows the tensors in a kernel's signature, and its options."""
+    # Triton binds arguments faster by position than by name.
+    names = [name for name in kernel.arg_names if name in arguments]
+    return tuple(arguments.pop(name) for name in names), arguments
 
 
 class Plan(NamedTuple):
@@ -121,11 +130,23 @@ def groups_in_flight(group_bytes: float, backward: bool) -> int:
     return 1 + min(max(round(IN_FLIGHT[backward] / group_bytes), 1), MOST_STAGES - 1)
 
 
-def batch_alignment(*inputs: Tensor) -> int:
+def batch_alignment(*inputs: Layout) -> int:
     """The largest power of two up to 8 that divides all batch strides."""
     # The compiler sees the other strides, which are constants. Without this one no load would be wider than
     # an element, nor prefetched.
-    return math.gcd(8, *(x.stride(0) for x in inputs)) if inputs[0].shape[0] > 1 else 8
+    return math.gcd(8, *(x.strides[0] for x in inputs)) if inputs[0].shape[0] > 1 else 8
+
+
+def stride_arguments(of_blocks: bool, **inputs: Layout) -> dict[str, int]:
+    """Strides by their names in the kernels: of `G` g_b of the batch, G_T of time, G_N of blocks or channels
+    and, of BD-LRU, G_I of rows."""
+    found = {}
+    for name, x in inputs.items():
+        found |= {f"{name.lower()}_b": x.strides[0], f"{name}_T": x.strides[1], f"{name}_N": x.strides[2]}
+        if of_blocks:
+            # With one row any number would do: the block stride lets the kernel see contiguous rows.
+            found[f"{name}_I"] = x.strides[3 if x.shape[3] > 1 else 2]
+    return found
 
 
 def reset_flags(reset: Tensor | None) -> Tensor | None:

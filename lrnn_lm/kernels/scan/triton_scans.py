@@ -11,6 +11,7 @@ Legend: B batch, T time, N blocks or channels, M block size or order.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..derivatives import differentiable_once
-from ..triton_device import next_power_of_2
+from ..triton_device import next_power_of_2, on_device
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
-from .chunk_transfer import (
-    block_transfer,
-    block_transfer_cost,
-    channel_transfer,
-    channel_transfer_cost,
-    row_stride,
-)
+from .chunk_transfer import block_transfer_cost, channel_transfer_cost, transfer
 from .higher_order_kernels import backward_kernel as channel_backward_kernel
 from .higher_order_kernels import forward_kernel as channel_forward_kernel
 from .triton_gates import INPUT_AT_ZERO
-from .triton_launch import Launch, reset_flags, time_chunks
+from .triton_launch import PLANS, Layout, in_order, launch_options, reset_flags, stride_arguments, time_chunks
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped tensors
 
@@ -42,25 +37,24 @@ PackedScan = Callable[
 
 
 class _Kind(NamedTuple):
-    """What the two scans differ in; see `chunk_transfer.py` for the last two."""
+    """What the two scans differ in; see `chunk_transfer.py` for the last."""
 
     forward_kernel: Any
     backward_kernel: Any
-    transfer: Callable[..., Tensor]
     transfer_cost: Callable[[int, str], float]
 
 
-_BLOCKS = _Kind(block_forward_kernel, block_backward_kernel, block_transfer, block_transfer_cost)
-_CHANNELS = _Kind(channel_forward_kernel, channel_backward_kernel, channel_transfer, channel_transfer_cost)
+_BLOCKS = _Kind(block_forward_kernel, block_backward_kernel, block_transfer_cost)
+_CHANNELS = _Kind(channel_forward_kernel, channel_backward_kernel, channel_transfer_cost)
 
 
 def _kind(values: Tensor) -> _Kind:
     return _BLOCKS if values.ndim == 4 else _CHANNELS
 
 
-def _size(gates: Tensor, values: Tensor) -> int:
+def _size(gates: Tensor | Layout, values: Tensor | Layout) -> int:
     """M, the block size or order."""
-    return values.shape[3] if values.ndim == 4 else gates.shape[-1] - 1
+    return values.shape[3] if len(values.shape) == 4 else gates.shape[-1] - 1
 
 
 def _kernel_gate(gates: Tensor, values: Tensor, gate: str) -> str:
@@ -68,25 +62,24 @@ def _kernel_gate(gates: Tensor, values: Tensor, gate: str) -> str:
     return INPUT_AT_ZERO if gates.shape[-1] == _size(gates, values) else gate
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of time, blocks and, of BD-LRU, rows, by their names in the kernels: G_T, G_N, G_I of `G`."""
-    found = {}
-    for name, x in tensors.items():
-        found |= {f"{name}_T": x.stride(1), f"{name}_N": x.stride(2)}
-        if tensors["V"].ndim == 4:
-            found[f"{name}_I"] = row_stride(x)
-    return found
+@lru_cache(maxsize=PLANS)
+def plan_launch(
+    inputs: tuple[Layout, ...], n_chunks: int, columns: int | None, **given: Any
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """The grid, the arguments behind the tensors, and the options of a kernel.
 
-
-def _launch(kernel: Any, launch: Launch, gates: Tensor, values: Tensor, *arguments, **options) -> None:
-    """Launch a kernel of either scan with what all of them take."""
-    N, M = values.shape[2], _size(gates, values)
-    blocks = {"M": M, "MP": next_power_of_2(M)}
-    sizes = blocks if values.ndim == 4 else {"TAPS": M // launch.options["SHARE"]}
-    with launch.device:
-        kernel[launch.grid](
-            gates, values, *arguments, G_K=gates.stride(-1), N=N, **sizes, **options, **launch.options
-        )
+    inputs: gates, values and, of the backward pass, dL/dh and dz; given: arguments by their names there.
+    """
+    gates, values, *rest = inputs
+    (B, T, N), block, M = values.shape[:3], values.shape[3:].numel(), _size(gates, values)
+    columns, of_blocks = columns or N * block, len(values.shape) == 4
+    found = given | launch_options(columns, block, M, T, B * n_chunks, inputs, backward=bool(rest))
+    found |= {"M": M, "MP": next_power_of_2(M)} if of_blocks else {"TAPS": M // found["SHARE"]}
+    found |= stride_arguments(of_blocks, **dict(zip("GVOD", inputs, strict=False)))
+    found |= {"T": T, "n_chunks": n_chunks, "N": N, "COLUMNS": columns, "G_K": gates.strides[-1]}
+    kind = _BLOCKS if of_blocks else _CHANNELS
+    kernel = kind.backward_kernel if rest else kind.forward_kernel
+    return (found["tiles"] * B * n_chunks,), *in_order(kernel, found)
 
 
 def _chunks(gates: Tensor, values: Tensor, gate: str, cut: bool = False) -> tuple[int, int]:
@@ -111,7 +104,7 @@ def _forward(
     last = values.new_empty(B, N, _size(gates, values), dtype=torch.float32)
     chunk, n_chunks = _chunks(gates, values, gate, cut)
     if n_chunks > 1:  # few rows: first what each chunk does to the state, then all chunks side by side
-        maps = _kind(values).transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
+        maps = transfer(gates, values, reset, gate, chunk, n_chunks, reverse=False)
         h0 = _chunk_starts(maps, h0)
     if not _fills_columns(values):
         columns = None
@@ -120,28 +113,26 @@ def _forward(
 
 
 def _launch_forward(gates, values, start, reset, gate, h, last, chunk, n_chunks, columns=None) -> None:
-    B, T, N = values.shape[:3]
-    block, M = values.shape[3:].numel(), _size(gates, values)  # rows of a block: M; of a channel: 1
-    launch = Launch(columns or N * block, block, M, T, B * n_chunks, (gates, values))
-    _launch(
-        _kind(values).forward_kernel, launch, gates, values, start, reset_flags(reset), h, last, T, chunk,
-        n_chunks, launch.tiles, gates.stride(0), values.stride(0), **_strides(G=gates, V=values),
-        H_T=h.stride(1), COLUMNS=columns or N * block, GATE=gate, HAS_START=start is not None,
-        HAS_RESET=reset is not None,
+    grid, planned, options = plan_launch(
+        (Layout.of(gates), Layout.of(values)), n_chunks, columns, chunk=chunk, GATE=gate, H_T=h.stride(1),
+        HAS_START=start is not None, HAS_RESET=reset is not None,
     )  # fmt: skip
+    kernel = _kind(values).forward_kernel
+    with on_device(values):
+        kernel[grid](gates, values, start, reset_flags(reset), h, last, *planned, **options)
 
 
-def _chunk_starts(transfer: Tensor, initial: Tensor | None) -> Tensor:
+def _chunk_starts(maps: Tensor, initial: Tensor | None) -> Tensor:
     """The state before each chunk, (B, C, N, M) fp32.
 
-    transfer (B, C, N, M, M+1) fp32: a chunk takes the state x to transfer[..., :M] x + transfer[..., M].
+    maps (B, C, N, M, M+1) fp32: a chunk takes the state x to maps[..., :M] x + maps[..., M].
     """
     # A chunk is one step of a BD-LRU without normalisation, so the same kernel scans over the chunks.
-    B, C, N, M, _ = transfer.shape
-    after, last = transfer.new_empty(B, C, N, M), transfer.new_empty(B, N, M)
-    ones = transfer.new_ones(()).expand(B, C, N, M)
-    _launch_forward(transfer, ones, initial, None, "none", after, last, C, 1)
-    first = transfer.new_zeros(B, 1, N, M) if initial is None else initial.unsqueeze(1)
+    B, C, N, M, _ = maps.shape
+    after, last = maps.new_empty(B, C, N, M), maps.new_empty(B, N, M)
+    ones = maps.new_ones(()).expand(B, C, N, M)
+    _launch_forward(maps, ones, initial, None, "none", after, last, C, 1)
+    first = maps.new_zeros(B, 1, N, M) if initial is None else initial.unsqueeze(1)
     return torch.cat([first, after[:, :-1]], dim=1)
 
 
@@ -158,27 +149,28 @@ def _backward(
     summed: bool = False, cut: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dL/dh0 (B, N, M), and where `summed` dz summed over sequences and steps, (M+1, columns), both fp32."""
-    B, T, N = values.shape[:3]
+    B, _, N = values.shape[:3]
     block, M = values.shape[3:].numel(), _size(gates, values)
     kind, gate = _kind(values), _kernel_gate(gates, values, gate)
     d_start = values.new_empty(B, N, M, dtype=torch.float32)
     stop, columns, sums = grad_last.contiguous(), columns or N * block, None
     chunk, n_chunks = _chunks(gates, values, gate, cut)
     if n_chunks > 1:  # the same backwards: the transposed maps, the last chunk first
-        maps = kind.transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
+        maps = transfer(gates, grad, reset, gate, chunk, n_chunks, reverse=True)
         stop = _chunk_starts(maps, stop).flip(1).contiguous()
     if summed:  # a row for each sequence and chunk, not atomics: two runs give the same bits
         sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
     if reset is not None:  # an H-LRU's taps reach back M steps, so they need to know the document's age
         reset = reset_flags(reset) if kind is _BLOCKS else _ages(reset)
-    launch = Launch(columns, block, M, T, B * n_chunks, (gates, values, grad, d_gates), backward=True)
-    _launch(
-        kind.backward_kernel, launch, gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start,
-        sums, T, chunk, n_chunks, launch.tiles, gates.stride(0), values.stride(0), grad.stride(0),
-        d_gates.stride(0), **_strides(G=gates, V=values, O=grad, D=d_gates), D_K=d_gates.stride(-1),
-        H_T=h.stride(1), E_T=d_values.stride(1), COLUMNS=columns, GATE=gate, HAS_START=h0 is not None,
-        HAS_RESET=reset is not None, HAS_SUMS=summed,
+    inputs = tuple(map(Layout.of, (gates, values, grad, d_gates)))
+    grid, planned, options = plan_launch(
+        inputs, n_chunks, columns, chunk=chunk, GATE=gate, H_T=h.stride(1), E_T=d_values.stride(1),
+        D_K=d_gates.stride(-1), HAS_START=h0 is not None, HAS_RESET=reset is not None, HAS_SUMS=summed,
     )  # fmt: skip
+    with on_device(values):
+        kind.backward_kernel[grid](
+            gates, values, h, grad, h0, stop, reset, d_gates, d_values, d_start, sums, *planned, **options
+        )
     return d_start, None if sums is None else sums[:, : gates.shape[-1]].sum(dim=0)
 
 
