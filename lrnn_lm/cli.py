@@ -194,12 +194,13 @@ def evaluate_checkpoint(
     probes: no task is scored then, unless --tasks or --suite is given too. eval/README.md explains them.
     """
     check_extra("eval", "matplotlib")
-    from .evaluate.show import check_output
+    from .evaluate.show import check_output, check_probes, check_used
     from .evaluate.team import join, leave
 
     wanted = _numbers(lengths)
-    if harden is not None and certify is None:
-        raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
+    scores = bool(tasks) or suite is not None or (length is None and not recall and certify is None)
+    check_used(scores, limit, num_fewshot, max_length, wanted, prompt_twice)
+    check_probes(length is not None or recall, rows, certify, harden)
     check_output(output)
     team, device = join(device)
     shared = {"device": device, "trust_remote_code": trust_remote_code}
@@ -218,7 +219,7 @@ def evaluate_checkpoint(
         from .evaluate.probe.certify import certify as certify_one
 
         for_each(certify_one, checkpoints, output, certify, hardened=harden, **shared)
-    if tasks or suite is not None or (length is None and not recall and certify is None):
+    if scores:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         evaluate_each(
             checkpoints, names, suite=suite, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,

@@ -61,6 +61,31 @@ def check_output(output: Path | None) -> None:
         raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
 
 
+def check_used(
+    scores: bool,
+    limit: int | None,
+    num_fewshot: int | None,
+    max_length: int | None,
+    lengths: list[int] | None,
+    prompt_twice: bool,
+) -> None:
+    """Raise ValueError for an option of tasks where a probe alone is asked for (not `scores`)."""
+    given = {"--limit": limit, "--num-fewshot": num_fewshot, "--max-length": max_length,
+             "--lengths": lengths, "--prompt-twice": prompt_twice or None}  # fmt: skip
+    if not scores and (idle := next((name for name, value in given.items() if value is not None), None)):
+        raise ValueError(
+            f"{idle} is for tasks, and a probe alone is asked for: give --tasks, or leave it out"
+        )
+
+
+def check_probes(reads_rows: bool, rows: int | None, certify: str | None, harden: Path | None) -> None:
+    """Raise ValueError for an option of a probe that is not asked for."""
+    if rows is not None and not reads_rows:
+        raise ValueError("--rows is for --length and --recall: give one of them, or leave it out")
+    if harden is not None and certify is None:
+        raise ValueError("--harden reads the gates for a task: give it, as in --certify s5")
+
+
 def write_json(facts: Any, path: Path) -> None:
     """Write JSON in one step; makes its folder. Raises ValueError if it cannot be written."""
     try:

@@ -70,6 +70,25 @@ def test_mistakes(checkpoint, tmp_path, capsys):
     assert "no such checkpoint folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rows 3", "--rows is for --length and --recall"),
+        ("--rows 3 --certify s5", "--rows is for --length and --recall"),
+        ("--harden x", "--harden reads the gates for a task"),
+        ("--length 2x --limit 3", "--limit is for tasks"),
+        ("--recall --num-fewshot 0", "--num-fewshot is for tasks"),
+        ("--recall --max-length 9", "--max-length is for tasks"),
+        ("--certify s5 --lengths 9", "--lengths is for tasks"),
+        ("--length 2x --prompt-twice", "--prompt-twice is for tasks"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(checkpoint, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", str(checkpoint), *words.split()])
+    assert message in capsys.readouterr().err
+
+
 def test_a_home_folder_is_found_in_every_path(checkpoint, tmp_path, monkeypatch, capsys):
     """`--output=~/x` reaches us as it is written: shells expand it only at the start of a word."""
     monkeypatch.setenv("HOME", str(tmp_path))
