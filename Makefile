@@ -54,8 +54,8 @@ test-torchao: install build/torchao/.installed
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest -m "not slow" -k "8_bit or 8bit or int8 or integers" \
 		tests/train/test_train_optimizers.py tests/export/test_export_folder.py tests/hf/test_hf_training.py
 
-build/torchao/.installed: constraints.txt
-	$(BIN)/python $(PIP) --no-deps --target build/torchao torchao
+build/torchao/.installed: constraints.txt | .venv/.installed
+	$(BIN)/python $(PIP) --no-deps --upgrade --target build/torchao torchao
 	@touch $@
 
 # `lrnn submit` on a SLURM of this machine alone, installed if root and apt-get are there; else skipped, saying why.

@@ -4,14 +4,17 @@ import ast
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from symtable import symtable
 
 import pytest
 import torch
 from small_models import MIXER_ROWS, RECURRENT, tokens
 
+from lrnn_lm.mixers import MIXERS
 from lrnn_lm.model.export import write_remote_code
 from lrnn_lm.model.export.remote_code import AUTO_MAP, remote_code
 from lrnn_lm.requirements import TRANSFORMERS_TEXT
@@ -213,8 +216,9 @@ def test_triton_kernels_travel(exported, read_elsewhere):
 
 def test_code_is_generated_alike(exported, make_checkpoint):
     remote_code.cache_clear()
-    files = remote_code(frozenset({"bd_lru"}))
-    assert {file.name: file.read_text() for file in exported["bd_lru"].glob("*.py")} == files
+    for name, mixers in [("bd_lru", {"bd_lru"}), ("hybrid", {"bd_lru", "attention", "h_lru"})]:
+        files = remote_code(frozenset(mixers))
+        assert {file.name: file.read_text() for file in exported[name].glob("*.py")} == files
     checkpoint = make_checkpoint("bd_lru")
     write_remote_code(checkpoint)
     once = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
@@ -259,6 +263,29 @@ def test_code_has_the_mixers_of_its_checkpoint(exported):
     lines = {name: text.count("\n") for name, text in remote_code().items()}
     for name in ("modeling_lrnn", "kernels_lrnn"):
         assert code[name].count("\n") < 0.75 * lines[f"{name}.py"]
+
+
+@pytest.mark.parametrize(
+    "mixers", [tuple(MIXERS), *(pytest.param((name,), marks=pytest.mark.slow, id=name) for name in MIXERS)]
+)
+def test_every_name_is_defined(mixers, tmp_path):
+    """Here or in the file that it is imported from, in annotations too, whatever mixers stay at home."""
+    files = remote_code(frozenset(mixers))
+    for name, source in files.items():
+        (tmp_path / name).write_text(source)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select=F8", "--quiet"]
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    defined = {
+        name.removesuffix(".py"): {
+            symbol.get_name() for symbol in symtable(source, name, "exec").get_symbols()
+        }
+        for name, source in files.items()
+    }
+    for source in files.values():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert {alias.name for alias in node.names} <= defined[node.module]
 
 
 def test_loader_demands_torch_and_transformers_alone(exported):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,10 @@ def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager
     own = TaskManager(include_path=str(own_tasks_path()), include_defaults=False, metadata=metadata)
     if all(own.match_tasks([name]) for name in names):
         return own, _expand(own, names), False
-    files = [] if all("*" in name for name in names) else _upstream_files()
-    for name in names:
-        if "*" not in name and not own.match_tasks([name]) and not any(name in file for file in files):
+    plain = [name for name in names if not has_magic(name) and not own.match_tasks([name])]
+    files = _upstream_files() if plain else []
+    for name in plain:
+        if not any(name in file for file in files):
             raise _unknown(name, {found for file in files for found in _NAME.findall(file)}, own.all_tasks)
     manager = TaskManager(include_path=str(own_tasks_path()), metadata=metadata)
     for name in names:

@@ -7,7 +7,7 @@ Legend: B batch, T time, N blocks or channels, M block size or order, K = M + 1 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor) -> "Layout":
+    def of(cls, x: Tensor) -> Self:
         return cls(x.shape, x.stride(), x.itemsize, x.device)
 
 
