@@ -131,6 +131,7 @@ def fork_all() -> None:
         if process := os.fork():
             return process
         _leave(descriptors)
+        forkserver._forkserver.__init__()  # forked inside its lock: children with loaders would wait for ever
         try:
             exec(arguments[-1])
         finally:
