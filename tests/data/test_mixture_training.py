@@ -198,6 +198,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys, overrides: list[str], sa
         source["max_epochs"] = 2
     (folder / "limited.yaml").write_text(yaml.safe_dump(recipe))
     overrides = [text.replace("FOLDER", str(folder)) for text in overrides]
+    prepare_data(load_recipe(folder / "tiny.yaml"), progress=False)  # or this may be the first test that does
     assert exit_code("train", str(folder / "limited.yaml"), f"train.runs_dir={tmp_path}", *overrides) == 2
     errors = capsys.readouterr().err.strip()
     assert re.search(said, errors), errors
