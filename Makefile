@@ -28,7 +28,7 @@ demo: install
 
 # Three processes for two cores (tests/conftest.py), four at most: a process holds up to 1 GB. Those that are done
 # take tests from the others.
-PYTEST := $(BIN)/python -m pytest -p tests.early --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 test: install
 	$(PYTEST) -m "not slow"
 

@@ -8,22 +8,19 @@
 For what a start-up itself does (locale, variables that a library reads as it is imported), start a process.
 """
 
-import gc
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from multiprocessing import forkserver, util
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import TextIO
 from unittest.mock import patch
 
 TESTS = Path(__file__).parent
@@ -36,7 +33,7 @@ def server() -> ForkServerContext:
     """The warm server of this process."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([] if "warm" in sys.modules else ["warm"])
+    context.set_forkserver_preload(["warm"])
     with patch.dict(os.environ, PYTHONPATH=PATH):
         forkserver.ensure_running()
     return context
@@ -63,97 +60,33 @@ class Server:
 
     def __init__(self, first: str):
         self._first = first
-        self._orders: TextIO | None = None
-        self._answers: TextIO | None = None
-
-    def fork(self) -> None:
-        """Start it from this process, which runs its code, too, and has imported no more until now."""
-        exec(self._first, {})
-        ours, theirs = socket.socketpair()
-        if os.fork():
-            theirs.close()
-            self._orders, self._answers = ours.makefile("w"), ours.makefile("r")
-            return
-        os.dup2(theirs.fileno(), 0)
-        os.dup2(theirs.fileno(), 1)
-        _leave([])
-        sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
-        serve()
-        os._exit(0)
+        self._process: subprocess.Popen[str] | None = None
 
     def run(self, code: str, *words: object, **options) -> subprocess.CompletedProcess[str]:
         """Python text with these arguments, in a child."""
-        if self._orders is None:
+        if self._process is None:
             quiet, frozen = "import gc; gc.disable()", "gc.freeze(); gc.enable()"  # as in conftest.py
             lines = [quiet, self._first, frozen, "import forks; forks.serve()"]
             command = [sys.executable, "-c", "\n".join(lines)]
             env = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            server = subprocess.Popen(
+            self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
             )
-            self._orders, self._answers = server.stdin, server.stdout
         with _order(code, words, **options) as order:
-            print(json.dumps(order), file=self._orders, flush=True)
-            return _completed(order, int(self._answers.readline()))
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            return _completed(order, int(self._process.stdout.readline()))
 
 
-# Torch's compiler would import Triton.
-WITHOUT_TRITON = """
+# Also what a first model imports, which takes three seconds. Torch's compiler would import Triton with it.
+LIBRARIES = Server("""
 import sys
 sys.modules["triton"] = None
-{}
+import transformers.generation.utils, transformers.modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from torch.utils._triton import has_triton_package
 del sys.modules["triton"]
 has_triton_package.cache_clear()
-"""
-TORCH = Server(WITHOUT_TRITON.format("import torch._dynamo"))  # a half of what transformers imports
-# Also what a first model imports, which takes three seconds.
-LIBRARIES = Server(
-    WITHOUT_TRITON.format("""
-import transformers.generation.utils, transformers.modeling_utils
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 """)
-)
-
-
-def fork_all() -> None:
-    """Start the servers from this process, between the imports that it needs itself (tests/early.py)."""
-    os.environ |= {"OMP_NUM_THREADS": "1"}
-    TORCH.fork()
-    LIBRARIES.fork()
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # as in conftest.py
-    import warm  # noqa: F401
-
-    def fork(program: str, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
-        if process := os.fork():
-            return process
-        _leave(descriptors)
-        forkserver._forkserver.__init__()  # forked inside its lock: children with loaders would wait for ever
-        try:
-            exec(arguments[-1])
-        finally:
-            os._exit(0)
-
-    with patch.object(util, "spawnv_passfds", fork):
-        server()
-
-
-def _leave(descriptors: Sequence[int]) -> None:
-    """In a fork of a process of tests: no network is asked, and its files but these are dropped, so that who
-    reads its output sees its end."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for name in ("huggingface_hub.constants", "datasets.config"):  # as they read it when they were imported
-        if name in sys.modules:
-            sys.modules[name].HF_HUB_OFFLINE = True
-    for descriptor in map(int, os.listdir("/dev/fd")):
-        if descriptor > 2 and descriptor not in descriptors:
-            with suppress(OSError):  # of the listing itself
-                os.close(descriptor)
-    gc.freeze()
-    gc.enable()
 
 
 @contextmanager
