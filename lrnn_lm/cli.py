@@ -356,7 +356,7 @@ def report(
 
     for run in map(RunFolder, runs):
         # Training wrote it; now there may be a curve to show. Not if the weights are gone, or another's run.
-        if run.card.is_file() and latest_checkpoint(run.checkpoints) and os.access(run.card, os.W_OK):
+        if run.card.is_file() and latest_checkpoint(run.checkpoints) and os.access(run.path, os.W_OK):
             write_run_card(run.path)
 
 

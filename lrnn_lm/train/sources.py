@@ -199,11 +199,12 @@ def check_epochs(recipe: Recipe, prepared: PreparedData | MixedData) -> None:
     worst = max(over, key=lambda use: use.epochs / use.max_epochs)
     others = f", and {len(over) - 1} more such" if len(over) > 1 else ""
     steps = bisect.bisect(range(recipe.total_steps + 1), False, key=lambda n: bool(over_at(n))) - 1
-    most = f"lower the weight, or train at most train.tokens={recipe.tokens_at(steps)}"
+    remedies = ["raise max_epochs"] + ["lower the weight"] * (len(all_uses) > 1)
+    remedies += [f"train at most train.tokens={recipe.tokens_at(steps)}"] if steps else []
     raise DataError(
         f"{worst.name or 'data.source'} has {worst.rows:,} rows of {recipe.data.sequence_length} tokens, and "
         f"the budget reads {worst.needed:,}: {worst.epochs:.2f} epochs where max_epochs is "
-        f"{worst.max_epochs:g}{others}. Raise max_epochs, {most if steps else 'or lower the weight'}"
+        f"{worst.max_epochs:g}{others}: {', or '.join(remedies)}"
     )
 
 

@@ -218,7 +218,9 @@ def test_what_fits_is_told(folder: Path, tmp_path: Path, capsys) -> None:
     assert exit_code(*command, f"train.tokens={tokens + 512}") == 2
     capsys.readouterr()
     assert exit_code(*(word.replace("0.5", "0.0001") for word in command)) == 2
-    assert capsys.readouterr().err.endswith("Raise max_epochs, or lower the weight\n")  # no budget is enough
+    assert capsys.readouterr().err.endswith(
+        ": raise max_epochs, or lower the weight\n"
+    )  # no budget is enough
 
 
 @pytest.mark.parametrize("in_order", [None, 5, 12])
