@@ -300,9 +300,12 @@ def tokenizer_hash(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def spells(tokenizer: "Tokenizer", ids: list[int], text: str) -> bool:
-    """Whether ids decode to the text that they are of; a space that a tokenizer puts before it aside."""
-    return tokenizer.decode(ids, skip_special_tokens=False).lstrip(" ") == text.lstrip(" ")
+def spells(tokenizer: Any, ids: list[int], text: str, **options: bool) -> bool:
+    """Whether ids decode to the text that they are of; a space that a tokenizer puts before it aside.
+
+    By the Rust tokenizer or transformers' around it; `options` of its `decode`.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=False, **options).lstrip(" ") == text.lstrip(" ")
 
 
 def load_backend(folder: Path) -> "Tokenizer":

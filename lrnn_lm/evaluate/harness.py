@@ -164,13 +164,12 @@ def score_model(
     window = max_length or widest_window(model, info.run, widest)
     check_window(model, window)
     unlimited = max_length is None and not has_window(model)
-    results, truncated, changed = score_tasks(
+    results, reading = score_tasks(
         model, tokenizer, manager, names, max_length=window, unlimited=unlimited, **options
     )
-    _check_whole(names, truncated, window)
+    _check_whole(names, reading["truncated_requests"], window)
     if results and "offline_blimp" in results["results"]:
         _add_error_of_the_mean(results["results"]["offline_blimp"])
-    reading = {"truncated_requests": truncated, "changed_texts": changed}
     return results, {"max_length": window, "unlimited": unlimited, **reading}
 
 
@@ -300,11 +299,10 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
     console = table_console()
     scores = {(task, metric): value for task, metric, value, _ in flatten(results)}
     for (task, metric), gzip in scores.items():
-        if metric == "gzip_bits_per_byte":
+        if metric == "gzip_bits_per_byte" and not settings["changed_texts"]:
             bits = scores[task, "bits_per_byte"]
             verdict = f"{1 - bits / gzip:.1%} below" if bits < gzip else "not below"
-            if not settings["changed_texts"]:
-                console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
+            console.print(f"bits per byte {bits:.4f}, {verdict} gzip -9 on the same bytes ({gzip:.4f})")
     if settings["changed_texts"]:
         console.print(
             f"{settings['changed_texts']} texts are not what their tokens decode to (unknown tokens, case, "

@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenize import spells
 from ..model import prefill
 from ..model.cache import CACHE
 from .team import ALONE, Team
@@ -31,10 +32,12 @@ class LiveLM(HFLM):
         unlimited: read requests of any length whole, except rolling ones. For models without attention, whose
             memory does not grow with the length.
         start: the token before every context (BOS); None: the tokenizer adds it. A rolling log-likelihood
-            always starts at BOS, exactly once. `changed` counts rolling texts that their tokens do not spell,
-            as they are lower-cased or hold an unknown token: what the model need not predict.
+            always starts at BOS, exactly once.
         prompt_twice: read each context twice, a line break between.
         team: the processes that share the requests; to lm-eval each looks like a single process.
+
+    `changed` counts the rolling texts that their tokens do not spell, as they are lower-cased or hold an
+    unknown token: what the model need not predict.
     """
 
     def __init__(
@@ -149,10 +152,9 @@ class LiveLM(HFLM):
             return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
 
     def _changes(self, text: str) -> bool:
-        """Whether a text's tokens spell another one; a space that a tokenizer puts before it aside."""
+        """Whether a text's tokens spell another one."""
         ids = self.tok_encode(text)
-        again = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return again.lstrip(" ") != text.lstrip(" ")
+        return not spells(self.tokenizer, ids, text, clean_up_tokenization_spaces=False)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of each context.

@@ -37,9 +37,9 @@ def score_tasks(
     team: Team,
     prompt_twice: bool = False,
     bootstrap: int = BOOTSTRAP,
-) -> tuple[dict[str, Any], int, int]:
-    """lm-eval's results, the number of requests that lost the beginning of their context, and that of rolling
-    texts that their tokens do not spell.
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """lm-eval's results; and how many requests lost the beginning of their context, how many rolling texts
+    their tokens do not spell, as the results' settings name them.
 
     max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
     Raises ValueError for what lm-eval refuses.
@@ -78,8 +78,9 @@ def score_tasks(
             )
     finally:
         model.train(training)
+    reading = {"truncated_requests": lm.truncated, "changed_texts": lm.changed}
     # The results hold functions and tensors; as text, so that the caller gets what is written.
-    return json.loads(json.dumps(results, default=str)), lm.truncated, lm.changed
+    return json.loads(json.dumps(results, default=str)), reading
 
 
 @contextlib.contextmanager
