@@ -14,7 +14,7 @@ from lrnn_lm.mixers.fla_layer import FlaMixer
 
 @pytest.fixture(autouse=True)
 def few_configurations(monkeypatch):
-    """Two launch configurations a kernel: to compile and time all of them takes minutes, and fla chooses them."""
+    """Two launch configurations a kernel: to compile and time all takes minutes, and the choice is fla's."""
     autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
     run = autotuner.run
 
