@@ -45,22 +45,16 @@ def _scan_obstacle(gates: Tensor, values: Tensor) -> str | None:
     return None
 
 
-def _triton_block_diagonal(*inputs) -> tuple[Tensor, Tensor]:
-    from .scan.triton_scans import block_diagonal_scan  # triton is imported only where it runs
+def _triton_scan(*inputs) -> tuple[Tensor, Tensor]:
+    from .scan.triton_scans import triton_scan  # triton is imported only where it runs
 
-    return block_diagonal_scan(*inputs)
-
-
-def _triton_higher_order(*inputs) -> tuple[Tensor, Tensor]:
-    from .scan.triton_scans import higher_order_scan
-
-    return higher_order_scan(*inputs)
+    return triton_scan(*inputs)
 
 
 BACKENDS: dict[str, tuple[Scan, Scan]] = {  # of BD-LRU and of H-LRU
     "reference": (reference.block_diagonal_scan, reference.higher_order_scan),
     "torch": (torch_scan.block_diagonal_scan, torch_scan.higher_order_scan),
-    "triton": (_triton_block_diagonal, _triton_higher_order),
+    "triton": (_triton_scan, _triton_scan),
 }
 
 

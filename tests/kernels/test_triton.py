@@ -337,13 +337,13 @@ def test_two_runs_same_bits(scan, monkeypatch):
 
 
 def test_operators_keep_torch_library_rules():
-    """Schema, fake shapes and strides, and autograd registration of both ops."""
+    """Schema, fake shapes and strides, and autograd registration of the op, for both scans."""
     from lrnn_lm.kernels.scan import triton_scans  # noqa: F401 registers them
 
-    for scan, op in ((block_diagonal_scan, "bd_scan_triton"), (higher_order_scan, "h_scan_triton")):
+    operator = torch.ops.lrnn_lm.scan_triton.default
+    for scan in SCANS:
         gates, values, h0, reset = to_device(make_inputs(scan, B=1, T=2, N=2, M=2))
         gates = gates.movedim(-1, 2).contiguous().movedim(2, -1).requires_grad_()
-        operator = getattr(torch.ops.lrnn_lm, op).default
         torch.library.opcheck(
             operator,
             (gates, values.requires_grad_(), h0.requires_grad_(), reset, "softmax"),

@@ -3,9 +3,9 @@
 The kernels are in `block_diagonal_kernels.py` and `higher_order_kernels.py`. The number of axes says which
 scan it is: gates (B, T, N, M, M+1) and values (B, T, N, M) of BD-LRU, (B, T, N, M+1) and (B, T, N) of H-LRU.
 
-Each scan is two custom ops, which are what autograd and torch.compile see. One takes gates and values. The
-packed one takes the planes of a single projection and returns their gradient as one tensor, so that nothing
-is split, copied or padded around it.
+Custom ops are what autograd and torch.compile see. One takes gates and values, of either scan. The packed
+ones, one a scan, take the planes of a single projection and return their gradient as one tensor, so that
+nothing is split, copied or padded around it.
 
 Legend: B batch, T time, N blocks or channels, M block size or order.
 """
@@ -30,7 +30,6 @@ from .triton_launch import PLANS, Layout, in_order, launch_options, reset_flags,
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped tensors
 
-Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
 PackedScan = Callable[
     [Tensor, int, int, Tensor | None, Tensor | None, str, Tensor | None], tuple[Tensor, Tensor]
 ]
@@ -237,56 +236,61 @@ def _runs_directly(*tensors: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _register(name: str) -> Scan:
-    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op."""
+@torch.library.custom_op("lrnn_lm::scan_triton", mutates_args=())
+def _scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    return _forward(gates, values, h0, reset, gate)
 
-    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
-    def scan(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(gates, values, h0, reset, gate)
 
-    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
-    def scan_backward(
-        grad_h: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
-        reset: Tensor | None, gate: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
-        d_h0, _ = _backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
-        return d_gates, d_values, d_h0
+@torch.library.custom_op("lrnn_lm::scan_triton_backward", mutates_args=())
+def _scan_backward(
+    grad_h: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
+    reset: Tensor | None, gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
+    d_h0, _ = _backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
+    return d_gates, d_values, d_h0
 
-    @scan.register_fake
-    def _(gates, values, h0, reset, gate):
-        return values.new_empty(values.shape), _state_like(values, _size(gates, values))
 
-    @scan_backward.register_fake
-    def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
-        state = _state_like(values, _size(gates, values))
-        return torch.empty_like(gates), values.new_empty(values.shape), state
+@_scan.register_fake
+def _(gates, values, h0, reset, gate):
+    return values.new_empty(values.shape), _state_like(values, _size(gates, values))
 
-    def setup_context(ctx, inputs, output):
-        gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
-        ctx.save_for_backward(gates, values, h0, output[0], reset)
 
-    def run_backward(ctx, grad_h, grad_last):
-        gates, values, h0, h, reset = ctx.saved_tensors
-        d_gates, d_values, d_h0 = scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
-        return d_gates, d_values, d_h0 if h0 is not None else None, None, None
+@_scan_backward.register_fake
+def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
+    state = _state_like(values, _size(gates, values))
+    return torch.empty_like(gates), values.new_empty(values.shape), state
 
-    scan.register_autograd(run_backward, setup_context=setup_context)
-    differentiable_once(scan_backward)
 
-    def public(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        run = _forward if _runs_directly(gates, values) else scan
-        return run(gates, values, _in_fp32(h0), reset, gate)
+def _setup_context(ctx, inputs, output):
+    gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
+    ctx.save_for_backward(gates, values, h0, output[0], reset)
 
-    return public
+
+def _run_backward(ctx, grad_h, grad_last):
+    gates, values, h0, h, reset = ctx.saved_tensors
+    d_gates, d_values, d_h0 = _scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
+    return d_gates, d_values, d_h0 if h0 is not None else None, None, None
+
+
+_scan.register_autograd(_run_backward, setup_context=_setup_context)
+differentiable_once(_scan_backward)
+
+
+def triton_scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    """`reference.block_diagonal_scan` or `reference.higher_order_scan`, by the number of axes."""
+    run = _forward if _runs_directly(gates, values) else _scan
+    return run(gates, values, _in_fp32(h0), reset, gate)
 
 
 def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]) -> PackedScan:
-    """`_register` for planes (B, T, M + 2, columns), which split(planes, N, M) takes apart: gates, values.
+    """The same of planes (B, T, M + 2, columns), which split(planes, N, M) takes apart: gates, values.
+
+    name: of the custom op, differentiable and opaque to torch.compile.
 
     bias (M+1, rows) fp32 is in the planes already. Its gradient comes out of the kernel that writes the
     planes' gradient, which would otherwise have to be read once more.
@@ -358,6 +362,5 @@ def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor
     return public
 
 
-block_diagonal_scan, higher_order_scan = _register("bd_scan_triton"), _register("h_scan_triton")
 packed_block_diagonal_scan = _register_packed("bd_packed_triton", _split_blocks)
 packed_higher_order_scan = _register_packed("h_packed_triton", _split_channels)
