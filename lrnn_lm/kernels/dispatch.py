@@ -4,6 +4,7 @@ A new backend is one line in BACKENDS.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -171,11 +172,9 @@ def block_diagonal_scan_packed(
         h (B, T, N, M), a view of (B, T, columns), and h_last (B, N, M). The gradient of the planes is one
         tensor, zero beyond the rows.
     """
-    gates = block_size + 1, block_size if gate == "softmax" else block_size + 1
-    _check_packed(planes, gates, num_blocks * block_size, (num_blocks, block_size), h0, reset, gate, bias)
-    from .scan.triton_scans import packed_block_diagonal_scan
-
-    return packed_block_diagonal_scan(planes, num_blocks, block_size, h0, reset, gate, bias)
+    N, M = num_blocks, block_size
+    counts = (M + 1, M) if gate == "softmax" else (M + 1,)
+    return _packed(planes, (N, M), counts, (N, M), h0, reset, gate, bias)
 
 
 def higher_order_scan_packed(
@@ -192,28 +191,29 @@ def higher_order_scan_packed(
     As `block_diagonal_scan_packed`, with planes a_1 .. a_M, a_0, then the values, columns >= N and bias
     (M+1, N); returns h (B, T, N) and h_last (B, N, M).
     """
-    _check_packed(planes, (order + 1,), num_blocks, (num_blocks, order), h0, reset, gate, bias)
-    from .scan.triton_scans import packed_higher_order_scan
-
-    return packed_higher_order_scan(planes, num_blocks, order, h0, reset, gate, bias)
+    return _packed(planes, (num_blocks,), (order + 1,), (num_blocks, order), h0, reset, gate, bias)
 
 
-def _check_packed(
-    planes: Tensor, gates: tuple[int, ...], rows: int, state: tuple[int, int], h0: Tensor | None,
-    reset: Tensor | None, gate: str, bias: Tensor | None,
-) -> None:  # fmt: skip
-    """Raise ValueError for arguments of a packed scan. gates: how many planes of them there may be."""
+def _packed(
+    planes: Tensor, rows: tuple[int, ...], counts: tuple[int, ...], state: tuple[int, int],
+    h0: Tensor | None, reset: Tensor | None, gate: str, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rows, state: shapes of a step's values and of a sequence's state; counts: of gates, the usual first."""
     B, T, count, columns = _shape("planes", planes, 4)
-    if count - 1 not in gates or columns < rows:
+    used = math.prod(rows)
+    if count - 1 not in counts or columns < used:
         raise ValueError(
-            f"planes has shape {tuple(planes.shape)}; expected (B, T, {gates[0] + 1}, at least {rows})"
+            f"planes has shape {tuple(planes.shape)}; expected (B, T, {counts[0] + 1}, at least {used})"
         )
     if bias is not None:
-        expect_shape("bias", bias, (count - 1, rows))
+        expect_shape("bias", bias, (count - 1, used))
     check_gate(gate)
     check_state(h0, reset, (B, *state), (B, T))
     expect_floats(planes=planes)
     choose_backend("triton", planes, partial(_scan_obstacle, state[1], planes))
+    from .scan.triton_scans import triton_scan_packed
+
+    return triton_scan_packed(planes, rows, h0, reset, gate, bias)
 
 
 def plane_width(rows: int, block_size: int = 1) -> int:
