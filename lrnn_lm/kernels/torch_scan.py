@@ -183,7 +183,7 @@ def _h_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, dtype = h0.shape[-1], h0.dtype
     keep = _keep_mask(reset, dtype)
-    age = None if keep is None else _age(reset)
+    age = None if keep is None else document_age(reset).t()
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     owed = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i]
     for part in reversed(_slabs(gates)):
@@ -204,12 +204,11 @@ def _h_scan_backward(
     return d_gates, d_values, owed.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
-def _age(reset: Tensor) -> Tensor:
-    """(T, B) steps since the document began; in h0's document, before the first start, beyond any order."""
-    T = reset.shape[1]
-    steps = torch.arange(T, device=reset.device)
-    start = torch.where(reset, steps, torch.iinfo(steps.dtype).min // 2).cummax(dim=1).values
-    return (steps - start).t()
+def document_age(reset: Tensor) -> Tensor:
+    """(B, T) steps since the document began; in h0's document, before the first start, beyond any order."""
+    steps = torch.arange(reset.shape[1], device=reset.device)
+    start = torch.where(reset, steps, -(1 << 20)).cummax(dim=1).values
+    return steps - start
 
 
 def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..derivatives import differentiable_once
+from ..torch_scan import document_age
 from ..triton_device import next_power_of_2, on_device
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
@@ -132,13 +133,6 @@ def _chunk_starts(maps: Tensor, initial: Tensor | None) -> Tensor:
     return torch.cat([first, after[:, :-1]], dim=1)
 
 
-def _ages(reset: Tensor) -> Tensor:
-    """(B, T) int32: steps since the document began; before the first start, older than any order."""
-    steps = torch.arange(reset.shape[1], device=reset.device)
-    start = torch.where(reset, steps, -(1 << 20)).cummax(dim=1).values
-    return (steps - start).to(torch.int32)
-
-
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
     reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
@@ -157,7 +151,7 @@ def _backward(
     if summed:  # a row for each sequence and chunk, not atomics: two runs give the same bits
         sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
     if reset is not None:  # an H-LRU's taps reach back M steps, so they need to know the document's age
-        reset = reset_flags(reset) if kind is _BLOCKS else _ages(reset)
+        reset = reset_flags(reset) if kind is _BLOCKS else document_age(reset).to(torch.int32)
     inputs = tuple(map(Layout.of, (gates, values, grad, d_gates)))
     grid, planned, options = plan_launch(
         inputs, n_chunks, columns, chunk=chunk, GATE=gate, H_T=h.stride(1), E_T=d_values.stride(1),
