@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..derivatives import differentiable_once
-from ..torch_scan import document_age
+from ..torch_scan import document_age, register_scan
 from ..triton_device import next_power_of_2, on_device
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
@@ -239,30 +239,16 @@ def _scan_backward(
     return d_gates, d_values, d_h0
 
 
-@_scan.register_fake
-def _(gates, values, h0, reset, gate):
+def _fake(gates, values, h0, reset, gate):
     return values.new_empty(values.shape), _state_like(values, _size(gates, values))
 
 
-@_scan_backward.register_fake
-def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
+def _fake_backward(grad_h, grad_last, gates, values, h0, h, reset, gate):
     state = _state_like(values, _size(gates, values))
     return torch.empty_like(gates), values.new_empty(values.shape), state
 
 
-def _setup_context(ctx, inputs, output):
-    gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
-    ctx.save_for_backward(gates, values, h0, output[0], reset)
-
-
-def _run_backward(ctx, grad_h, grad_last):
-    gates, values, h0, h, reset = ctx.saved_tensors
-    d_gates, d_values, d_h0 = _scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
-    return d_gates, d_values, d_h0 if h0 is not None else None, None, None
-
-
-_scan.register_autograd(_run_backward, setup_context=_setup_context)
-differentiable_once(_scan_backward)
+register_scan(_scan, _scan_backward, _fake, _fake_backward)
 
 
 def triton_scan(
