@@ -121,9 +121,8 @@ def scan_backward(shape: Shape, planes: Tensor, h: Tensor, grad: Tensor) -> Call
     """The backward op by itself, with the bias's gradient, so that a CUDA graph can hold it and Python costs
     nothing."""
     last = torch.zeros(planes.shape[0], shape.N, shape.M, device=planes.device)
-    name = "bd_packed_triton_backward" if shape.family == "bd_lru" else "h_packed_triton_backward"
-    operator = getattr(torch.ops.lrnn_lm, name)
-    return lambda: operator(grad, last, planes, shape.N, shape.M, None, h, None, "softmax", True)
+    rows, operator = shape.values_shape(1, 1)[2:], torch.ops.lrnn_lm.packed_triton_backward
+    return lambda: operator(grad, last, planes, rows, None, h, None, "softmax", True)
 
 
 def bench_scan(shape: Shape, B: int, T: int, limits: dict[str, float], device: torch.device) -> Row:

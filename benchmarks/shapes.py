@@ -44,7 +44,7 @@ class Shape:
 
     def scan_planes(self, planes: Tensor, bias: Tensor | None = None) -> Tensor:
         run = block_diagonal_scan_packed if self.family == "bd_lru" else higher_order_scan_packed
-        return run(planes, self.N, self.M, backend="triton", bias=bias)[0]
+        return run(planes, self.N, self.M, bias=bias)[0]
 
     def moved_bytes(self, B: int, T: int, itemsize: int) -> tuple[int, int]:
         """Least bytes of a forward pass (gates, values, h) and of a backward one (these, dh, dgates,

@@ -16,6 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
+LAST = f"checkpoints/step-{STEPS:08d}"
 TOKENS_PER_STEP = 512
 TEXT = (
     "the state of a linear recurrence mixes what it has read with what it reads now and so the block keeps "
@@ -114,3 +115,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def validations(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["validation_loss"]) for line in metrics(run) if "validation_loss" in line]
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    """The same lines and the same bits as the undisturbed run."""
+    assert losses(run) == losses(straight)
+    assert validations(run) == validations(straight)
+    assert fingerprint(run / LAST) == fingerprint(straight / LAST)

@@ -53,6 +53,11 @@ def no_second_derivatives(what: str) -> NoReturn:
     )
 
 
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The `setup_context` of an operator whose backward pass needs its input tensors and nothing else."""
+    ctx.save_for_backward(*(x for x in inputs if x is None or isinstance(x, torch.Tensor)))
+
+
 def differentiable_once(backward: Any) -> None:
     """Make the operator that is a scan's backward pass say so when it is differentiated itself."""
 

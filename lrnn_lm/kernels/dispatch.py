@@ -4,6 +4,7 @@ A new backend is one line in BACKENDS.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -37,30 +38,23 @@ def triton_obstacle(*inputs: Tensor) -> str | None:
     return None
 
 
-def _scan_obstacle(gates: Tensor, values: Tensor) -> str | None:
-    if reason := triton_obstacle(gates, values):
-        return reason
-    if (M := values.shape[3] if values.ndim == 4 else gates.shape[-1] - 1) > TRITON_MOST:
-        return f"block size or order {M} is above {TRITON_MOST}"
-    return None
+def _scan_obstacle(M: int, *inputs: Tensor) -> str | None:
+    reason = triton_obstacle(*inputs)
+    if reason is None and M > TRITON_MOST:
+        reason = f"block size or order {M} is above {TRITON_MOST}"
+    return reason
 
 
-def _triton_block_diagonal(*inputs) -> tuple[Tensor, Tensor]:
-    from .scan.triton_scans import block_diagonal_scan  # triton is imported only where it runs
+def _triton_scan(*inputs) -> tuple[Tensor, Tensor]:
+    from .scan.triton_scans import triton_scan  # triton is imported only where it runs
 
-    return block_diagonal_scan(*inputs)
-
-
-def _triton_higher_order(*inputs) -> tuple[Tensor, Tensor]:
-    from .scan.triton_scans import higher_order_scan
-
-    return higher_order_scan(*inputs)
+    return triton_scan(*inputs)
 
 
 BACKENDS: dict[str, tuple[Scan, Scan]] = {  # of BD-LRU and of H-LRU
     "reference": (reference.block_diagonal_scan, reference.higher_order_scan),
     "torch": (torch_scan.block_diagonal_scan, torch_scan.higher_order_scan),
-    "triton": (_triton_block_diagonal, _triton_higher_order),
+    "triton": (_triton_scan, _triton_scan),
 }
 
 
@@ -106,7 +100,7 @@ def block_diagonal_scan(
     check_state(h0, reset, (B, N, M), (B, T))
     fixed = gate == "softmax" and gates.shape[-1] == M
     expect_shape("gates", gates, (B, T, N, M, M if fixed else M + 1))
-    chosen = _choose(backend, gates, values)
+    chosen = _choose(backend, M, gates, values)
     if fixed and chosen != "triton":  # whose kernels read no logits of the input gate
         planes = torch.nn.functional.pad(gates.permute(0, 1, 4, 2, 3), (0, 0, 0, 0, 0, 1))
         gates = planes.permute(0, 1, 3, 4, 2)  # laid out as a mixer's, plane after plane
@@ -152,7 +146,7 @@ def higher_order_scan(
         raise ValueError("gates need at least two entries a row: one tap and the input gate")
     check_gate(gate)
     check_state(h0, reset, (B, N, M), (B, T))
-    return BACKENDS[_choose(backend, gates, values)][1](gates, values, h0, reset, gate)
+    return BACKENDS[_choose(backend, M, gates, values)][1](gates, values, h0, reset, gate)
 
 
 def block_diagonal_scan_packed(
@@ -162,36 +156,25 @@ def block_diagonal_scan_packed(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
     gate: str = "softmax",
-    backend: str = "auto",
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_diagonal_scan` of gates and values that one projection has written side by side.
+    """`block_diagonal_scan`, by Triton, of gates and values that one projection has written side by side.
 
     Args:
         planes: (B, T, M+2, columns), columns >= N M, see `plane_width`. Plane k holds gate k of every row (n,
             i), at n M + i, the last plane the values. Columns beyond the rows must be finite and change
             nothing. (B, T, M+1, columns) without the input gate's plane, whose logits are then 0.
         num_blocks, block_size: N, M.
-        h0, reset, gate, backend: as in `block_diagonal_scan`.
+        h0, reset, gate: as in `block_diagonal_scan`.
         bias: (gates, N M), already added to the gates' planes, outside of autograd. It is given only for its
             gradient, which the scan computes on the way.
     Returns:
-        h (B, T, N, M), a view of (B, T, columns) on a GPU, and h_last (B, N, M). The gradient of the planes
-        is one tensor, zero beyond the rows.
+        h (B, T, N, M), a view of (B, T, columns), and h_last (B, N, M). The gradient of the planes is one
+        tensor, zero beyond the rows.
     """
-    gates, values = _split(planes, num_blocks * block_size, block_size, gate == "softmax")
-    _check_bias(bias, planes, num_blocks * block_size)
-    gates = gates.unflatten(-2, (num_blocks, block_size))
-    values = values.unflatten(-1, (num_blocks, block_size))
-    if _choose(backend, gates, values) != "triton":  # only Triton has a packed form
-        gates = _with_gradient_to(bias, gates, (num_blocks, block_size))
-        return block_diagonal_scan(gates, values, h0, reset, gate, backend)
-    B, T, N, M = values.shape
-    check_gate(gate)
-    check_state(h0, reset, (B, N, M), (B, T))
-    from .scan.triton_scans import packed_block_diagonal_scan
-
-    return packed_block_diagonal_scan(planes, N, M, h0, reset, gate, bias)
+    N, M = num_blocks, block_size
+    counts = (M + 1, M) if gate == "softmax" else (M + 1,)
+    return _packed(planes, (N, M), counts, (N, M), h0, reset, gate, bias)
 
 
 def higher_order_scan_packed(
@@ -201,25 +184,36 @@ def higher_order_scan_packed(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
     gate: str = "softmax",
-    backend: str = "auto",
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`higher_order_scan` of gates and values that one projection has written side by side.
+    """`higher_order_scan`, by Triton, of gates and values that one projection has written side by side.
 
     As `block_diagonal_scan_packed`, with planes a_1 .. a_M, a_0, then the values, columns >= N and bias
     (M+1, N); returns h (B, T, N) and h_last (B, N, M).
     """
-    gates, values = _split(planes, num_blocks, order, may_be_fixed=False)
-    _check_bias(bias, planes, num_blocks)
-    if _choose(backend, gates, values) != "triton":
-        gates = _with_gradient_to(bias, gates, (num_blocks,))
-        return higher_order_scan(gates, values, h0, reset, gate, backend)
-    B, T, N = values.shape
-    check_gate(gate)
-    check_state(h0, reset, (B, N, order), (B, T))
-    from .scan.triton_scans import packed_higher_order_scan
+    return _packed(planes, (num_blocks,), (order + 1,), (num_blocks, order), h0, reset, gate, bias)
 
-    return packed_higher_order_scan(planes, N, order, h0, reset, gate, bias)
+
+def _packed(
+    planes: Tensor, rows: tuple[int, ...], counts: tuple[int, ...], state: tuple[int, int],
+    h0: Tensor | None, reset: Tensor | None, gate: str, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rows, state: shapes of a step's values and of a sequence's state; counts: of gates, the usual first."""
+    B, T, count, columns = _shape("planes", planes, 4)
+    used = math.prod(rows)
+    if count - 1 not in counts or columns < used:
+        raise ValueError(
+            f"planes has shape {tuple(planes.shape)}; expected (B, T, {counts[0] + 1}, at least {used})"
+        )
+    if bias is not None:
+        expect_shape("bias", bias, (count - 1, used))
+    check_gate(gate)
+    check_state(h0, reset, (B, *state), (B, T))
+    expect_floats(planes=planes)
+    choose_backend("triton", planes, partial(_scan_obstacle, state[1], planes))
+    from .scan.triton_scans import triton_scan_packed
+
+    return triton_scan_packed(planes, rows, h0, reset, gate, bias)
 
 
 def plane_width(rows: int, block_size: int = 1) -> int:
@@ -232,34 +226,12 @@ def plane_width(rows: int, block_size: int = 1) -> int:
 
 def runs_fused(x: Tensor, M: int) -> bool:
     """Whether `auto` would choose the fused kernels for tensors like x and rows of M + 1 gates."""
-    gates = torch.empty(0, M + 1, device="meta", dtype=x.dtype)  # only its last axis and dtype are read
-    return x.is_cuda and not is_written_out() and _scan_obstacle(gates, x) is None
+    return x.is_cuda and not is_written_out() and _scan_obstacle(M, x) is None
 
 
-def _split(planes: Tensor, rows: int, M: int, may_be_fixed: bool) -> tuple[Tensor, Tensor]:
-    """Gates (B, T, rows, M+1) and values (B, T, rows); M gates where the input gate's logit is fixed."""
-    _shape("planes", planes, 4)
-    if planes.shape[2] not in ((M + 1, M + 2) if may_be_fixed else (M + 2,)) or planes.shape[3] < rows:
-        raise ValueError(f"planes has shape {tuple(planes.shape)}; expected (B, T, {M + 2}, at least {rows})")
-    return planes[:, :, :-1, :rows].transpose(2, 3), planes[:, :, -1, :rows]
-
-
-def _check_bias(bias: Tensor | None, planes: Tensor, rows: int) -> None:
-    if bias is not None:
-        expect_shape("bias", bias, (planes.shape[2] - 1, rows))
-
-
-def _with_gradient_to(bias: Tensor | None, gates: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The same gates (B, T, *rows, K), through which a gradient reaches bias (K, rows)."""
-    if bias is None:
-        return gates
-    # bias - bias is zero, so the numbers stay; its gradient is that of the gates, summed over (B, T).
-    return gates + (bias - bias.detach()).to(gates.dtype).t().unflatten(0, rows)
-
-
-def _choose(backend: str, gates: Tensor, values: Tensor) -> str:
+def _choose(backend: str, M: int, gates: Tensor, values: Tensor) -> str:
     expect_floats(gates=gates, values=values)
-    return choose_backend(backend, values, partial(_scan_obstacle, gates, values))
+    return choose_backend(backend, values, partial(_scan_obstacle, M, gates, values))
 
 
 def choose_backend(backend: str, x: Tensor, obstacle: Callable[[], str | None]) -> str:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .derivatives import differentiable_once
+from .derivatives import differentiable_once, save_inputs
 from .triton_device import INTERPRETED, cdiv, on_device
 
 TILE = (64, 64) if INTERPRETED else (4, 512)  # rows, columns
@@ -84,6 +84,6 @@ def _swiglu_backward(d_h: Tensor, joint: Tensor) -> Tensor:
 
 swiglu.register_autograd(
     lambda ctx, d_h: _swiglu_backward(d_h, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    setup_context=save_inputs,
 )
 differentiable_once(_swiglu_backward)

@@ -183,7 +183,7 @@ def _h_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, dtype = h0.shape[-1], h0.dtype
     keep = _keep_mask(reset, dtype)
-    age = None if keep is None else _age(reset)
+    age = None if keep is None else document_age(reset).t()
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     owed = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i]
     for part in reversed(_slabs(gates)):
@@ -204,12 +204,11 @@ def _h_scan_backward(
     return d_gates, d_values, owed.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
-def _age(reset: Tensor) -> Tensor:
-    """(T, B) steps since the document began; in h0's document, before the first start, beyond any order."""
-    T = reset.shape[1]
-    steps = torch.arange(T, device=reset.device)
-    start = torch.where(reset, steps, torch.iinfo(steps.dtype).min // 2).cummax(dim=1).values
-    return (steps - start).t()
+def document_age(reset: Tensor) -> Tensor:
+    """(B, T) steps since the document began; in h0's document, before the first start, beyond any order."""
+    steps = torch.arange(reset.shape[1], device=reset.device)
+    start = torch.where(reset, steps, -(1 << 20)).cummax(dim=1).values
+    return steps - start
 
 
 def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:
@@ -238,25 +237,26 @@ def _fake_backward(grad_h, grad_last, gates, values, h0, h, reset, gate):
     return torch.empty_like(gates), torch.empty_like(values), d_h0
 
 
-def _setup_context(ctx, inputs, output):
-    gates, values, h0, reset, gate = inputs
-    ctx.save_for_backward(gates, values, h0, output[0], reset)
-    ctx.gate = gate
+def register_scan(scan, backward, fake=_fake, fake_backward=_fake_backward) -> None:
+    """Shapes and autograd of an operator (gates, values, h0, reset, gate) and of its backward pass."""
 
+    def setup_context(ctx, inputs, output):
+        gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
+        ctx.save_for_backward(gates, values, h0, output[0], reset)
 
-def _register(scan, backward) -> None:
     def run_backward(ctx, grad_h, grad_last):
         gates, values, h0, h, reset = ctx.saved_tensors
-        return (*backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate), None, None)
+        d_gates, d_values, d_h0 = backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
+        return d_gates, d_values, None if h0 is None else d_h0, None, None
 
-    scan.register_fake(_fake)
-    backward.register_fake(_fake_backward)
-    scan.register_autograd(run_backward, setup_context=_setup_context)
+    scan.register_fake(fake)
+    backward.register_fake(fake_backward)
+    scan.register_autograd(run_backward, setup_context=setup_context)
     differentiable_once(backward)
 
 
-_register(_bd_scan, _bd_scan_backward)
-_register(_h_scan, _h_scan_backward)
+register_scan(_bd_scan, _bd_scan_backward)
+register_scan(_h_scan, _h_scan_backward)
 
 
 def _initial(h0: Tensor | None, gates: Tensor, values: Tensor, M: int) -> Tensor:

@@ -84,7 +84,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             h, new_state = higher_order_scan_packed(
-                planes, N, M, state, context.reset, self.gate, self.backend, gate_bias(self.gate_proj, N)
+                planes, N, M, state, context.reset, self.gate, gate_bias(self.gate_proj, N)
             )
         else:
             gates, values = self.project(x, context.joint)

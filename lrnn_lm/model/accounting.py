@@ -9,13 +9,12 @@ Legend: B rows, T time, D model width, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_utils import local_torch_dtype
 
 from ..mixers.base import MixerCost, SequenceContext
 from .autoencoder import LRNNForReconstruction
@@ -203,7 +202,7 @@ def saved_bytes(config: LRNNConfig, layer_idx: int, rows: int, length: int, dtyp
         saved[storage._cdata] = storage
         return x
 
-    with FakeTensorMode(), _default_dtype(dtype):
+    with FakeTensorMode(), local_torch_dtype(dtype):
         layer = LRNNBlock(config, layer_idx)
         weights = {p.untyped_storage()._cdata for p in layer.parameters()}
         x = torch.empty(rows, length, config.hidden_size, requires_grad=True)
@@ -211,13 +210,3 @@ def saved_bytes(config: LRNNConfig, layer_idx: int, rows: int, length: int, dtyp
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             layer(x, context)
     return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -20,6 +20,8 @@ from .config import LRNNConfig
 
 # What transformers calls a cache in arguments and outputs; the latter before 5.24. Our models take both.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+# The arguments of a pass that `generate` makes up itself; with others it is not its usual pass.
+GENERATED = {CACHE, "use_cache", "attention_mask", "position_ids", "cache_position", "logits_to_keep"}
 _REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
 # What an attention layer keeps of each row beside keys and values, (B,): where its last document began, and
 # how far its positions are ahead of the count of its tokens.
@@ -39,26 +41,26 @@ class _Rows:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make of each row `repeats` rows, next to each other."""
-        for layer in self.layers:
-            if is_recurrent(layer):
-                layer.recurrent_states = _each(layer, lambda s: s.repeat_interleave(repeats, dim=0))
-            else:
-                layer.batch_repeat_interleave(repeats)
-        self._move_notes(lambda note: note.repeat_interleave(repeats))
+        self._move("batch_repeat_interleave", repeats, lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        for layer in self.layers:
-            if is_recurrent(layer):
-                layer.recurrent_states = _each(layer, lambda s: s[indices.to(s.device)])
-            else:
-                layer.batch_select_indices(indices)
-        self._move_notes(lambda note: note[indices.to(note.device)])
+        self._move("batch_select_indices", indices, lambda x: x[indices.to(x.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same for beam search."""
         self._move_notes(lambda note: note[beam_idx.to(note.device)])
         super().reorder_cache(beam_idx)
+
+    def _move(self, method: str, rows: Any, move: Any) -> None:
+        """Move rows of states and notes with `move`, of keys and values by their layer's method."""
+        for layer in self.layers:
+            if is_recurrent(layer):
+                states = layer.recurrent_states.items()
+                layer.recurrent_states = {i: None if s is None else move(s) for i, s in states}
+            else:
+                getattr(layer, method)(rows)
+        self._move_notes(move)
 
     def _move_notes(self, move: Any) -> None:
         for layer in self.layers:
@@ -298,7 +300,3 @@ def _kind(layer: Any) -> str:
     if is_recurrent(layer):
         return "linear_attention"
     return "sliding_attention" if layer.is_sliding else "full_attention"
-
-
-def _each(layer: Any, change: Any) -> dict[int, Tensor | None]:
-    return {i: None if s is None else change(s) for i, s in layer.recurrent_states.items()}

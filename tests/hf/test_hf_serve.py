@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import run_code, run_lrnn
+from rank_runs import free_port
 from small_models import small_model
 
 PROMPTS = [f"The river was {2**i}" for i in range(8)]
@@ -55,12 +56,6 @@ def folder(checkpoint, tmp_path_factory):
     config = json.loads((served / "config.json").read_text())
     (served / "config.json").write_text(json.dumps({**config, "prefix_cache_bytes": 2**24}))
     return str(served)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def a_server(folder, **options):

@@ -124,8 +124,8 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64,
     values, queries = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H, K, dtype=dtype)
     h0 = torch.zeros(B, H, K, V) if states else None
     reset = torch.zeros(B, T, dtype=torch.bool) if states else None
-    y, last = matrix._forward(transitions, writes, values, queries, h0, reset)
-    matrix._backward(y, last, transitions, writes, values, queries, h0, reset)
+    y, last = matrix._scan(transitions, writes, values, queries, h0, reset)
+    matrix._scan_backward(y, last, transitions, writes, values, queries, h0, reset)
 
 
 def launch_erase(M: int, dtype: torch.dtype, V: int = 64) -> None:

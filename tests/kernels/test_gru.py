@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from scans import relative_error
+from scans import assert_close, drawing, in_fp64, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import DEVICE, TOLERANCES, cut_time, inside, poison  # noqa: F401
+from triton_cases import TOLERANCES, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import gru_scan, reference, slstm_scan
 
@@ -16,11 +16,7 @@ def make_inputs(
     B=2, T=19, N=3, M=4, dtype=torch.float32, reset_probability=0.1, scale=0.6, planes=(3,)
 ) -> list:
     G, *kept = planes
-    generator = torch.Generator().manual_seed(1000 * B + 10 * T + M)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    generator, draw = drawing(1000 * B + 10 * T + M)
     weight = scale * draw(G, N, M, M) / M**0.5
     reset = torch.rand(B, T, generator=generator) < reset_probability if reset_probability else None
     state = torch.float64 if dtype == torch.float64 else torch.float32
@@ -33,25 +29,15 @@ def make_inputs(
 
 def run(inputs: list, function=gru_scan, **options) -> list[torch.Tensor]:
     """Both outputs, and gradients of a random weighing of them."""
-    *tensors, reset = inputs
-    tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    h, last = function(*tensors, reset, **options)[:2]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (h, last)]
-    ((h * weights[0]).sum() + (last * weights[1]).sum()).backward()
-    return [h.detach(), last.detach(), *(x.grad for x in tensors)]
+    *numbers, reset = inputs
+    return with_gradients(lambda *given: function(*given, reset, **options)[:2], numbers)
 
 
 def compare(inputs: list, tolerance: float, **options) -> None:
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
     of_slstm = inputs[0].shape[2] == 4
-    wanted = run(exact, reference.slstm_scan if of_slstm else reference.gru_scan)
-    device = DEVICE if options["backend"] == "triton" else "cpu"
-    function = slstm_scan if of_slstm else gru_scan
-    got = run([x if x is None else x.to(device) for x in inputs], function, **options)
-    for name, x, want in zip(NAMES, got, wanted, strict=True):
-        assert x.shape == want.shape
-        assert relative_error(x.cpu(), want) <= tolerance, name
+    wanted = run(in_fp64(inputs), reference.slstm_scan if of_slstm else reference.gru_scan)
+    given = to_device(inputs) if options["backend"] == "triton" else inputs
+    assert_close(NAMES, run(given, slstm_scan if of_slstm else gru_scan, **options), wanted, tolerance)
 
 
 def test_one_block_is_torchs_gru():
@@ -224,4 +210,4 @@ def test_mistakes(change, message):
 ])  # fmt: skip
 def test_triton_says_why_not(dtype, M, message):
     with pytest.raises(ValueError, match=message):
-        gru_scan(*(x if x is None else x.to(DEVICE) for x in make_inputs(dtype=dtype, M=M)), backend="triton")
+        gru_scan(*to_device(make_inputs(dtype=dtype, M=M)), backend="triton")

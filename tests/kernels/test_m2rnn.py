@@ -4,8 +4,8 @@ from math import tanh
 
 import pytest
 import torch
-from scans import relative_error
-from triton_cases import DEVICE, TOLERANCES, inside, poison  # noqa: F401
+from scans import assert_close, drawing, in_fp64, with_gradients
+from triton_cases import TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import m2rnn_scan, reference
 from lrnn_lm.kernels.scan import m2rnn
@@ -20,11 +20,7 @@ def short_chunks(monkeypatch):
 
 
 def make_inputs(B=2, T=19, H=2, K=5, V=3, dtype=torch.float32, resets=0.15) -> list:
-    generator = torch.Generator().manual_seed(1000 * B + 10 * T + K)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    generator, draw = drawing(1000 * B + 10 * T + K)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     given = [draw(B, T, H, size).to(dtype) for size in (K, K, V)]
     given += [x.to(exact) for x in (draw(H, V, V) / V**0.5, draw(B, T, H).sigmoid(), draw(B, H, K, V))]
@@ -33,23 +29,13 @@ def make_inputs(B=2, T=19, H=2, K=5, V=3, dtype=torch.float32, resets=0.15) -> l
 
 def run(inputs: list, function=m2rnn_scan, **options) -> list[torch.Tensor]:
     """Both outputs, and gradients of a random weighing of them."""
-    *tensors, reset = inputs
-    tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    outputs = function(*tensors, reset, **options)
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
-    sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)).backward()
-    return [*(x.detach() for x in outputs), *(x.grad for x in tensors)]
+    *numbers, reset = inputs
+    return with_gradients(lambda *given: function(*given, reset, **options), numbers)
 
 
 def compare(inputs: list, tolerance: float, **options) -> None:
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-    wanted = run(exact, reference.m2rnn_scan)
-    device = DEVICE if options["backend"] == "triton" else "cpu"
-    got = run([x if x is None else x.to(device) for x in inputs], **options)
-    for name, x, want in zip(NAMES, got, wanted, strict=True):
-        assert x.shape == want.shape
-        assert relative_error(x.cpu(), want) <= tolerance, name
+    given = to_device(inputs) if options["backend"] == "triton" else inputs
+    assert_close(NAMES, run(given, **options), run(in_fp64(inputs), reference.m2rnn_scan), tolerance)
 
 
 def test_two_steps_by_hand():
@@ -126,4 +112,4 @@ def test_mistakes(change, message):
 def test_triton_says_why_not(dtype, K, V, message):
     inputs = make_inputs(T=1, dtype=dtype, K=K, V=V, resets=0.0)
     with pytest.raises(ValueError, match=message):
-        m2rnn_scan(*(x if x is None else x.to(DEVICE) for x in inputs), backend="triton")
+        m2rnn_scan(*to_device(inputs), backend="triton")

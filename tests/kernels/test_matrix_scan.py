@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scans import TOLERANCE, relative_error
+from scans import TOLERANCE, assert_close, drawing, in_fp64, with_gradients
 from triton_cases import DEVICE, TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
 from lrnn_lm.kernels import BACKENDS, matrix_scan
@@ -19,11 +19,7 @@ PLAIN = [name for name in BACKENDS if name != "triton"]
 
 def make_inputs(B=2, T=9, H=2, K=4, M=2, V=4, dtype=torch.float32, reset_probability=0.1):
     """Gates as the mixer lays them out, M + 1 planes in fp32 or more; the first half of the slots is slow."""
-    generator = torch.Generator().manual_seed(B * 1000 + T * 100 + K * 10 + M)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    generator, draw = drawing(B * 1000 + T * 100 + K * 10 + M)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     z = draw(B, T, M + 1, H, K)
     z[:, :, M, :, : K // 2] -= 4
@@ -46,25 +42,16 @@ def erasing(inputs):
 def run(inputs, backend):
     """y, h_last and the gradients of a random weighing of both."""
     *numbers, reset = inputs
-    numbers = [x.detach().requires_grad_() if x is not None else None for x in numbers]
-    outputs = matrix_scan(*numbers[:5], reset, backend, *numbers[5:])
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
-    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
-    gradients = torch.autograd.grad(loss, [x for x in numbers if x is not None])
-    return [*(x.detach() for x in outputs), *gradients]
+    return with_gradients(lambda *given: matrix_scan(*given[:5], reset, backend, *given[5:]), numbers)
 
 
 def compare(backend, dtype=torch.float32, inputs=None, **shape):
     inputs = make_inputs(dtype=dtype, **shape) if inputs is None else inputs
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
     tolerance = TOLERANCES[dtype] if backend == "triton" else TOLERANCE[dtype]
     if dtype in (torch.bfloat16, torch.float16) and backend == "triton":
         tolerance *= 2.5  # what passes between its kernels is in that dtype, too
     given = to_device(inputs) if backend == "triton" else inputs
-    for name, got, want in zip(NAMES, run(given, backend), run(exact, "reference"), strict=False):
-        error = relative_error(got.cpu(), want)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+    assert_close(NAMES, run(given, backend), run(in_fp64(inputs), "reference"), tolerance)
 
 
 def test_the_state_is_a_sum_of_products():

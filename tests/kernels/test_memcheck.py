@@ -96,9 +96,8 @@ def test_planes_with_padding(N, M, chunk, monkeypatch):
     bias = torch.zeros(M + 1, N * M, requires_grad=True)
     with memcheck.checked() as launched:
         h, last = block_diagonal_scan_packed(
-            planes, N, M, torch.zeros(2, N, M), torch.zeros(2, 11, dtype=torch.bool), backend="triton",
-            bias=bias,
-        )  # fmt: skip
+            planes, N, M, torch.zeros(2, N, M), torch.zeros(2, 11, dtype=torch.bool), bias=bias
+        )
         (h.square().sum() + last.sum()).backward()
     assert {"forward_kernel", "backward_kernel"} <= set(launched)
     assert ("block_transfer_kernel" in launched) == (chunk == 8)

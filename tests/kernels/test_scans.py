@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scans import LENGTHS, SCANS, SIZES, TOLERANCE, make_inputs, relative_error, run
+from scans import LENGTHS, NAMES, SCANS, SIZES, TOLERANCE, assert_close, in_fp64, make_inputs, run
 
 from lrnn_lm.kernels import BACKENDS, GATES, block_diagonal_scan, higher_order_scan, normalise, torch_scan
 
@@ -13,12 +13,8 @@ FAST = [name for name in BACKENDS if name not in ("reference", "triton")]  # tri
 
 def compare(scan, backend, dtype, gate="softmax", **shape):
     inputs = make_inputs(scan, dtype=dtype, **shape)
-    wanted = run(scan, [x.double() if x.is_floating_point() else x for x in inputs], gate, "reference")
-    for name, got, want in zip(
-        ("h", "h_last", "gates", "values", "h0"), run(scan, inputs, gate, backend), wanted, strict=True
-    ):
-        error = relative_error(got, want)
-        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e} at {shape}"
+    wanted = run(scan, in_fp64(inputs), gate, "reference")
+    assert_close(NAMES, run(scan, inputs, gate, backend), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -96,10 +92,7 @@ def test_documents_that_start_where_a_slab_does(scan, steps, offset, monkeypatch
     monkeypatch.setattr(torch_scan, "SLAB_BYTES", steps * 4 * inputs[0][:, 0].numel())
     assert [part.start for part in torch_scan._slabs(inputs[0])] == list(range(0, 20, steps))
     want = run(scan, inputs, "softmax", "reference")
-    for name, a, b in zip(
-        ("h", "last", "gates", "values", "h0"), run(scan, inputs, "softmax", "torch"), want, strict=True
-    ):
-        assert relative_error(a, b) <= TOLERANCE[torch.float64], name
+    assert_close(NAMES, run(scan, inputs, "softmax", "torch"), want, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -129,13 +129,12 @@ def test_lanes_that_share_a_row(scan, most, T, N, M, rule):
     compare(scan, T=T, N=N, M=M, B=1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("scan", "M", "fixed"),
     [*((scan, M, False) for scan in SCANS for M in (1, 3, 12)),
      (block_diagonal_scan, 2, True), (block_diagonal_scan, 12, True)],
 )  # fmt: skip
-def test_packed_planes(scan, M, fixed, backend):
+def test_packed_planes(scan, M, fixed):
     """The same bits as from gates and values; padding changes nothing, and its gradient is zero.
 
     `fixed`: without the input gate's plane.
@@ -143,7 +142,7 @@ def test_packed_planes(scan, M, fixed, backend):
     gates, values, h0, reset = to_device(make_inputs(scan, B=2, T=5, N=3, M=M))
     K = M if fixed else M + 1
     gates = gates[..., :K].contiguous()
-    wanted = run(scan, [gates, values, h0, reset], "softmax", backend)
+    wanted = run(scan, [gates, values, h0, reset], "softmax", "triton")
     rows = values[0, 0].numel()
     planes = torch.full((2, 5, K + 1, rows + 5), 1e4, device=DEVICE)
     planes[:, :, :K, :rows] = gates.flatten(2, -2).transpose(2, 3)
@@ -153,9 +152,9 @@ def test_packed_planes(scan, M, fixed, backend):
     bias = torch.zeros(K, rows, device=DEVICE)  # in the planes already, whatever it is
 
     def from_planes(planes, bias, h0, reset, gate, backend):
-        return packed(planes, 3, M, h0, reset, gate, backend=backend, bias=bias)
+        return packed(planes, 3, M, h0, reset, gate, bias)
 
-    h, last, d_planes, d_bias, d_h0 = run(from_planes, [planes, bias, h0, reset], "softmax", backend)
+    h, last, d_planes, d_bias, d_h0 = run(from_planes, [planes, bias, h0, reset], "softmax", "triton")
     d_gates = d_planes[:, :, :K, :rows].transpose(2, 3).view(gates.shape)
     d_values = d_planes[:, :, K, :rows].view(values.shape)
     for x, want in zip((h, last, d_gates, d_values, d_h0), wanted, strict=True):
@@ -175,7 +174,7 @@ def test_gradients_of_a_bias_over_chunks(scan, M, monkeypatch):
     rows = (2 * M if scan is block_diagonal_scan else 2) + 3
     planes = torch.randn(2, 13, M + 2, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     bias = torch.zeros(M + 1, rows - 3, device=DEVICE, requires_grad=True)
-    h, _ = packed(planes.requires_grad_(), 2, M, backend="triton", bias=bias)
+    h, _ = packed(planes.requires_grad_(), 2, M, bias=bias)
     d_planes, d_bias = torch.autograd.grad(h.square().sum(), [planes, bias])
     wanted = d_planes[:, :, :-1, :-3].sum(dim=(0, 1))
     torch.testing.assert_close(d_bias, wanted, rtol=1e-5, atol=1e-5)
@@ -187,9 +186,11 @@ def test_packed_planes_of_one_step(scan, M):
     """A lone step's rows lie as far apart as any."""
     planes = torch.randn(3, 1, M + 2, 4 * M + 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
-    for x, want in zip(
-        packed(planes, 4, M, backend="triton"), packed(planes, 4, M, backend="torch"), strict=True
-    ):
+    rows = 4 * M if scan is block_diagonal_scan else 4
+    shape = (4, M) if scan is block_diagonal_scan else (4,)
+    gates = planes[:, :, :-1, :rows].transpose(2, 3).unflatten(2, shape)
+    wanted = scan(gates, planes[:, :, -1, :rows].unflatten(2, shape), backend="torch")
+    for x, want in zip(packed(planes, 4, M), wanted, strict=True):
         torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-5)
 
 
@@ -207,10 +208,10 @@ def test_packed_planes_whose_state_was_kept_without_its_padding(scan):
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 2 else x
 
     for M in (2, 3):  # blocks of three are not read as one run
-        (want,) = torch.autograd.grad(packed(planes[:, :, : M + 2], 3, M, backend="triton")[0].sum(), planes)
+        (want,) = torch.autograd.grad(packed(planes[:, :, : M + 2], 3, M)[0].sum(), planes)
         for other in (amid_nan, time_first):
             with torch.autograd.graph.saved_tensors_hooks(lambda x: x, other):
-                h = packed(planes[:, :, : M + 2], 3, M, backend="triton")[0]
+                h = packed(planes[:, :, : M + 2], 3, M)[0]
             assert torch.equal(torch.autograd.grad(h.sum(), planes)[0], want)
 
 
@@ -337,13 +338,13 @@ def test_two_runs_same_bits(scan, monkeypatch):
 
 
 def test_operators_keep_torch_library_rules():
-    """Schema, fake shapes and strides, and autograd registration of both ops."""
+    """Schema, fake shapes and strides, and autograd registration of the op, for both scans."""
     from lrnn_lm.kernels.scan import triton_scans  # noqa: F401 registers them
 
-    for scan, op in ((block_diagonal_scan, "bd_scan_triton"), (higher_order_scan, "h_scan_triton")):
+    operator = torch.ops.lrnn_lm.scan_triton.default
+    for scan in SCANS:
         gates, values, h0, reset = to_device(make_inputs(scan, B=1, T=2, N=2, M=2))
         gates = gates.movedim(-1, 2).contiguous().movedim(2, -1).requires_grad_()
-        operator = getattr(torch.ops.lrnn_lm, op).default
         torch.library.opcheck(
             operator,
             (gates, values.requires_grad_(), h0.requires_grad_(), reset, "softmax"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from scans import TOLERANCE, make_inputs, relative_error, run
+from scans import NAMES, TOLERANCE, assert_close, in_fp64, make_inputs, run
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -48,9 +48,5 @@ def to_device(inputs):
 
 def compare(scan, dtype=torch.float32, gate="softmax", inputs=None, baseline="reference", **shape):
     inputs = make_inputs(scan, dtype=dtype, **shape) if inputs is None else inputs
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-    wanted = run(scan, exact, gate, baseline)
-    got = run(scan, to_device(inputs), gate, "triton")
-    for name, x, want in zip(("h", "h_last", "gates", "values", "h0"), got, wanted, strict=True):
-        error = relative_error(x.cpu(), want)
-        assert error <= TOLERANCES[dtype], f"{name}: relative error {error:.1e}"
+    wanted = run(scan, in_fp64(inputs), gate, baseline)
+    assert_close(NAMES, run(scan, to_device(inputs), gate, "triton"), wanted, TOLERANCES[dtype])

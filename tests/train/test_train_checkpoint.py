@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from rank_runs import Forked
-from tiny_run import STEPS, fingerprint, losses
+from tiny_run import LAST, fingerprint, losses
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.runs import checkpoint
 from lrnn_lm.runs.checkpoint import CheckpointError
 from lrnn_lm.train.stop import Stopped
-
-LAST = f"checkpoints/step-{STEPS:08d}"
 
 
 def flip_byte(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from tiny_run import STEPS, fingerprint, losses, metrics, validations
+from tiny_run import STEPS, assert_same_run, metrics
 from trainers import Build, main_exits, refused_before_data, send_at
 
 from lrnn_lm.recipe import load_recipe
@@ -174,12 +174,6 @@ def _killed(run: Path, place: str, after: int) -> bool:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     return tmp_path / "there"
-
-
-def assert_same_run(run: Path, straight: Path) -> None:
-    assert losses(run) == losses(straight)
-    assert validations(run) == validations(straight)
-    assert fingerprint(run / "checkpoints" / NEW) == fingerprint(straight / "checkpoints" / NEW)
 
 
 def test_another_machine_goes_on_bit_for_bit(

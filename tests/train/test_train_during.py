@@ -10,7 +10,7 @@ import pytest
 import torch
 from rank_runs import Prank, Ranks
 from rich.console import Console
-from tiny_run import STEPS, TEXT, fingerprint, losses, metrics, sha256, validations, write_recipe
+from tiny_run import LAST, STEPS, TEXT, fingerprint, losses, metrics, sha256, validations, write_recipe
 from trainers import main_exits
 
 from lrnn_lm.api import task_scorer
@@ -22,7 +22,6 @@ from lrnn_lm.train.stop import Stopped
 
 TASKS = ("heldout_cloze", "heldout_bits_per_byte")
 ON = f"eval.during={{tasks: [{', '.join(TASKS)}], every: 4 steps, limit: 9}}"
-LAST = f"checkpoints/step-{STEPS:08d}"
 
 
 @pytest.fixture(scope="module")

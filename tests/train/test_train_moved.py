@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_run import STEPS, fingerprint, losses, metrics
+from tiny_run import LAST, STEPS, fingerprint, losses, metrics
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.evaluate.reporting.runs import read_run
@@ -22,7 +22,6 @@ from lrnn_lm.runs.load import describe
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.stop import Stopped
 
-LAST = f"checkpoints/step-{STEPS:08d}"
 LINKS = ("latest", "best")
 
 

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-from tiny_run import STEPS, fingerprint, losses
+from tiny_run import LAST, fingerprint, losses
 from trainers import Build
-
-LAST = f"checkpoints/step-{STEPS:08d}"
 
 
 def test_steps_are_profiled_and_no_bit_changes(build: Build, straight: Path) -> None:

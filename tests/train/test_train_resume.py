@@ -17,15 +17,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rank_runs import Forked
 from rich.console import Console
-from tiny_run import STEPS, fingerprint, losses, metrics, validations, write_recipe
+from tiny_run import LAST, STEPS, assert_same_run, fingerprint, losses, metrics, validations, write_recipe
 from trainers import Build, main_exits, send_at
 
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer, prepare_data
 from lrnn_lm.train.loop import Trainer
 from lrnn_lm.train.stop import Stopped, StopSignal
-
-LAST = f"checkpoints/step-{STEPS:08d}"
 
 
 def record_tokens(trainer: Trainer, seen: dict[int, str]) -> None:
@@ -41,12 +39,6 @@ def record_tokens(trainer: Trainer, seen: dict[int, str]) -> None:
 
 def digest(batches: list[dict[str, torch.Tensor]]) -> str:
     return hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches)).hexdigest()
-
-
-def assert_same_run(run: Path, straight: Path) -> None:
-    assert losses(run) == losses(straight)
-    assert validations(run) == validations(straight)
-    assert fingerprint(run / LAST) == fingerprint(straight / LAST)
 
 
 def test_the_undisturbed_run(straight: Path) -> None:

@@ -31,7 +31,7 @@ from ..show import check_at_least, decimal, print_table, print_written, table_co
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
 from ..text import documents_of, in_name, other_text
-from .recall import PIECE_LOGITS, text_rows
+from .recall import PIECE_LOGITS, doublings, text_rows
 from .transitions import mixer_inputs, transitions
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def _rows(
 def bin_edges(N: int, trained: int | None = None) -> list[int]:
     """Edges from 0 to N, about BINS an octave, with the training length and its doublings among them."""
     grid = {min(N, round(2 ** (i / BINS))) for i in range(BINS * math.ceil(math.log2(N)) + 1)}
-    doublings = {trained * 2**i for i in range(64) if trained * 2**i < N} if trained else set()
-    return [0, *sorted(grid | doublings | {N})]
+    return [0, *sorted(grid.union([N], doublings(trained, N) if trained else []))]
 
 
 def _by_position(
@@ -229,9 +228,8 @@ def _last_distribution(model: "PreTrainedModel", inputs: Tensor, cache: Any) -> 
 def by_multiple(facts: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
     """(positions, loss, accuracy) between successive doublings of the training length."""
     N, trained = facts["settings"]["length"], facts["settings"]["trained"]
-    edges = [0, *(trained * 2**i for i in range(64) if trained * 2**i < N), N]
     rows = []
-    for low, high in pairwise(edges):
+    for low, high in pairwise([0, *doublings(trained, N), N]):
         inside = [bin for bin in facts["by_position"] if low < bin["to"] <= high and bin["targets"]]
         count = sum(bin["targets"] for bin in inside)
         if count:

@@ -234,8 +234,12 @@ def _mean(losses: Tensor, chosen: Tensor) -> dict[str, Any]:
 
 
 def _octaves(end: int) -> list[tuple[int, int]]:
-    edges = [0, *(2**i for i in range(64) if 2**i < end), end]
-    return list(pairwise(edges))
+    return list(pairwise([0, *doublings(1, end), end]))
+
+
+def doublings(first: int, end: int) -> list[int]:
+    """`first` times 1, 2, 4, .. below `end`."""
+    return [first * 2**i for i in range(64) if first * 2**i < end]
 
 
 def _show(found: list[dict[str, Any]]) -> None:

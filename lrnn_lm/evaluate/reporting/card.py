@@ -17,7 +17,7 @@ from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table, model_configuration
 from ..show import markdown_table
 from .report import to_markdown
-from .runs import read_run
+from .runs import mixer_in_words, read_run
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word; the licence depends on the training data, so assume nothing
 _PAPER = "https://arxiv.org/abs/2602.12021"
@@ -124,19 +124,13 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
     rows = [
         ("layers", f"{config.num_hidden_layers}" + f", applied {config.repeat} times" * (config.repeat > 1)),
         ("width", f"{config.hidden_size}, SwiGLU {config.intermediate_size}"),
-        ("mixer", "; ".join(map(_mixer_options, mixers))),
+        ("mixer", "; ".join(map(mixer_in_words, mixers))),
         ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
         ("trained at", f"{config.max_position_embeddings:,} tokens"),
         ("operations a token, forward", f"{costs.flops_per_token:,}"),
         ("recurrent state of a sequence", f"{costs.recurrent_state_bytes:,} bytes, the same at any length"),
     ]
     return text + markdown_table(["", ""], rows)
-
-
-def _mixer_options(mixer: dict[str, Any]) -> str:
-    """`bd_lru (block_size 4, gate softmax, ..)`."""
-    options = ", ".join(f"{key} {value}" for key, value in mixer.items() if key != "type")
-    return mixer["type"] + (f" ({options})" if options else "")
 
 
 def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) -> str:

@@ -148,5 +148,11 @@ def _count_parameters(checkpoint: Path) -> int | None:
     return total if files else None
 
 
+def mixer_in_words(mixer: dict[str, Any]) -> str:
+    """A mixer and the options that have a value: `bd_lru (block_size 4, gate softmax)`."""
+    options = [f"{key} {value}" for key, value in mixer.items() if key != "type" and value is not None]
+    return mixer["type"] + (f" ({', '.join(options)})" if options else "")
+
+
 def _number(line: dict[str, Any], key: str) -> bool:
     return isinstance(line.get(key), int | float)

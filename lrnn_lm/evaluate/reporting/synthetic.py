@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ...runs.layout import RunFolder
-from .runs import Run
+from .runs import Run, mixer_in_words
 
 # Keys of `train` that say how a run is carried out, and do not change what a step computes.
 _HOW = frozenset({
@@ -89,11 +89,7 @@ def _model(recipe: dict[str, Any]) -> str:
     section = recipe["model"]
     config = LRNNConfig(mixer=section["mixer"], layer_pattern=section["layer_pattern"])
     mixers = config.layer_pattern or [config.mixer]
-    names = []
-    for mixer in mixers:
-        shown = [f"{key} {value}" for key, value in mixer.items() if key != "type" and value is not None]
-        names.append(f"{mixer['type']} ({', '.join(shown)})" if shown else mixer["type"])
     size = f"{section['num_hidden_layers']} x {section['hidden_size']}, SwiGLU {section['intermediate_size']}"
     more = [f"repeat {section['repeat']}"] if section.get("repeat", 1) > 1 else []
     more += [key.replace("_", " ") for key in _SHOWN if section.get(key)]
-    return ", ".join([" + ".join(dict.fromkeys(names)), size, *more])
+    return ", ".join([" + ".join(dict.fromkeys(map(mixer_in_words, mixers))), size, *more])

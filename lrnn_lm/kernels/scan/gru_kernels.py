@@ -95,6 +95,16 @@ def _planes(x_at, t, mask, G: tl.constexpr, NM: tl.constexpr, STEPS: tl.constexp
 
 
 @triton.jit
+def _store_planes(
+    at, planes, t, mask, G: tl.constexpr, NM: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Stores G planes of STEPS steps from t, STEPS lane blocks each."""
+    for g in tl.static_range(G):
+        tile = stack(planes[g], at.dtype.element_ty, STEPS, WIDTH, 1)
+        tl.store(at + t * (G * NM) + g * NM, tile, mask=mask)
+
+
+@triton.jit
 def _states_before(
     h_at, h_start, flags_at, t, mask, S_T: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
     HAS_RESET: tl.constexpr,
@@ -148,21 +158,9 @@ def walk_kernel(
     x_many, h_many = tile_of(x_at, 3 * NM, STEPS), tile_of(h_at, NM, STEPS)
     for t_group in tl.range(0, full, STEPS, num_stages=STAGES):
         h = _forward_group(
-            h,
-            x_many,
-            h_many,
-            flags_at,
-            as_int64(t_group),
-            mask,
-            first,
-            u,
-            biases,
-            N,
-            M,
-            STEPS,
-            WIDTH,
+            h, x_many, h_many, flags_at, as_int64(t_group), mask, first, u, biases, N, M, STEPS, WIDTH,
             HAS_RESET,
-        )
+        )  # fmt: skip
     for t_one in range(full, T):
         h = _forward_group(
             h, x_at[None, :], h_at[None, :], flags_at, as_int64(t_one), mask, first, u, biases, N, M, 1,
@@ -192,13 +190,10 @@ def _backward_group(
         dz = total * (h - n) * z * (1.0 - z)
         dq = dn * r
         dr = dq * q * (1.0 - r)
-        after = ()  # the matrices' gradient, rows of U_r, U_z, U_n, then the biases'
-        for k in tl.static_range(M):
-            after = after + (sums[k] + dr * x[k],)
-        for k in tl.static_range(M):
-            after = after + (sums[M + k] + dz * x[k],)
-        for k in tl.static_range(M):
-            after = after + (sums[2 * M + k] + dq * x[k],)
+        d, after = (dr, dz, dq), ()  # the matrices' gradient, rows of U_r, U_z, U_n, then the biases'
+        for p in tl.static_range(3):
+            for k in tl.static_range(M):
+                after = after + (sums[p * M + k] + d[p] * x[k],)
         sums = after + (sums[3 * M] + dr, sums[3 * M + 1] + dz, sums[3 * M + 2] + dn, sums[3 * M + 3] + dq)
         if CHAIN:
             owed = total * z
@@ -208,10 +203,7 @@ def _backward_group(
             if HAS_RESET:
                 owed = tl.where(flags[s] != 0, 0.0, owed)
         d_r, d_z, d_n = (dr,) + d_r, (dz,) + d_z, (dn,) + d_n
-    at = d_at + t * (3 * NM)
-    tl.store(at, stack(d_r, d_at.dtype.element_ty, STEPS, WIDTH, 1), mask=mask)
-    tl.store(at + NM, stack(d_z, d_at.dtype.element_ty, STEPS, WIDTH, 1), mask=mask)
-    tl.store(at + 2 * NM, stack(d_n, d_at.dtype.element_ty, STEPS, WIDTH, 1), mask=mask)
+    _store_planes(d_at, (d_r, d_z, d_n), t, mask, 3, NM, STEPS, WIDTH)
     return owed, sums
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..derivatives import differentiable_once
+from ..derivatives import differentiable_once, save_inputs
 from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, on_device
 from .matrix_backward_kernels import chunk_backward_kernel
 from .matrix_kernels import chunk_forward_kernel
@@ -174,7 +174,8 @@ def _summaries_backward(
     return d_a, d_k, d_q, *d_e
 
 
-def _forward(
+@torch.library.custom_op("lrnn_lm::matrix_scan_triton", mutates_args=())
+def _scan(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -184,10 +185,11 @@ def _forward(
         return _outputs(chunks, _summaries(chunks, inputs, values.dtype), values, None, h0)
 
 
-def _backward(
+@torch.library.custom_op("lrnn_lm::matrix_scan_triton_backward", mutates_args=())
+def _scan_backward(
     grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
     h0: Tensor | None, reset: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dL/d of transitions, writes, values, queries, and h0 in fp32."""
     chunks = _chunks(transitions, values.shape[-1], reset)
     with on_device(values):
@@ -196,22 +198,6 @@ def _backward(
         d_summaries, d_v, _, d_h0 = _outputs_backward(chunks, summaries, values, None, h0, grad, grad_last)
         d_a, d_k, d_q = _summaries_backward(chunks, inputs, d_summaries)
     return d_a, d_k, d_v, d_q, d_h0
-
-
-@torch.library.custom_op("lrnn_lm::matrix_scan_triton", mutates_args=())
-def _scan(
-    transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(transitions, writes, values, queries, h0, reset)
-
-
-@torch.library.custom_op("lrnn_lm::matrix_scan_triton_backward", mutates_args=())
-def _scan_backward(
-    grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
-    h0: Tensor | None, reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(grad, grad_last, transitions, writes, values, queries, h0, reset)
 
 
 @_scan.register_fake
@@ -229,17 +215,13 @@ def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
     return d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _run_backward(ctx, grad, grad_last):
     *inputs, h0, reset = ctx.saved_tensors
     *gradients, d_h0 = _scan_backward(grad, grad_last, *inputs, h0, reset)
     return *gradients, None if h0 is None else d_h0, None
 
 
-_scan.register_autograd(_run_backward, setup_context=_setup_context)
+_scan.register_autograd(_run_backward, setup_context=save_inputs)
 differentiable_once(_scan_backward)
 
 

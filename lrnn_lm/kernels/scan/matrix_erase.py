@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..derivatives import differentiable_once
+from ..derivatives import differentiable_once, save_inputs
 from ..triton_device import on_device
 from .matrix import CHUNK, _chunks, _outputs, _outputs_backward, _summaries, _summaries_backward, _within
 from .triton_launch import reset_flags
@@ -110,16 +110,8 @@ def _(grad, grad_last, scores, reads, keys, whole, values, erase, h0):
     return *made, values.new_empty(values.shape), torch.empty_like(erase), torch.empty_like(grad_last)
 
 
-def _save_within(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-1])
-
-
 def _gradients_within(ctx, *grads):
     return *_within_chunks_backward(*grads, *ctx.saved_tensors), None, None
-
-
-def _save_outputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def _gradients_of_outputs(ctx, grad, grad_last):
@@ -127,8 +119,8 @@ def _gradients_of_outputs(ctx, grad, grad_last):
     return *gradients, None if ctx.saved_tensors[-1] is None else d_h0
 
 
-_within_chunks.register_autograd(_gradients_within, setup_context=_save_within)
-_from_chunk_to_chunk.register_autograd(_gradients_of_outputs, setup_context=_save_outputs)
+_within_chunks.register_autograd(_gradients_within, setup_context=save_inputs)
+_from_chunk_to_chunk.register_autograd(_gradients_of_outputs, setup_context=save_inputs)
 differentiable_once(_within_chunks_backward)
 differentiable_once(_from_chunk_to_chunk_backward)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import reference
-from ..derivatives import differentiable_once
+from ..derivatives import differentiable_once, save_inputs
 from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
 from ..reference import compute_dtype
 
@@ -266,15 +266,11 @@ def _(grad, grad_last, transitions, writes, values, queries, h0, reset, erase):
     return [x.new_empty(x.shape) for x in given if x is not None]
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _run_backward(ctx, grad, grad_last):
     with own_dtypes(grad):
         *gradients, d_h0, d_erase = (*_scan_backward(grad, grad_last, *ctx.saved_tensors), None)[:6]
     return *gradients, d_h0, None, d_erase
 
 
-_scan.register_autograd(_run_backward, setup_context=_setup_context)
+_scan.register_autograd(_run_backward, setup_context=save_inputs)
 differentiable_once(_scan_backward)

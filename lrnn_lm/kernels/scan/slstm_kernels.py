@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_device import LOG2E, settle_cache_keys
-from .gru_kernels import _biases, _matrices, _of_block, _place, _planes, _states_before
+from .gru_kernels import _biases, _matrices, _of_block, _place, _planes, _states_before, _store_planes
 from .gru_triton import _flags, _launch, gradients_of_sums
 from .triton_gates import gate_value
-from .triton_rows import as_int64, stack, step_flags, tile_of
+from .triton_rows import as_int64, step_flags, tile_of
 
 
 @triton.jit
@@ -44,16 +44,6 @@ def _cell(x, L, z, i, f, o, u, bias, M: tl.constexpr):
         o += u[3 * M + k] * x[k]
     kept = L - _soft_sum(f * 0.0, -f)  # log sigmoid(f) = -log(1 + e^-f)
     return gate_value(z, "tanh"), gate_value(o, "sigmoid"), gate_value(i - kept, "sigmoid"), i, f, kept
-
-
-@triton.jit
-def _store_planes(
-    at, planes, t, mask, G: tl.constexpr, NM: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Stores G planes of STEPS steps from t, STEPS lane blocks each."""
-    for g in tl.static_range(G):
-        tile = stack(planes[g], at.dtype.element_ty, STEPS, WIDTH, 1)
-        tl.store(at + t * (G * NM) + g * NM, tile, mask=mask)
 
 
 @triton.jit

@@ -3,14 +3,15 @@
 The kernels are in `block_diagonal_kernels.py` and `higher_order_kernels.py`. The number of axes says which
 scan it is: gates (B, T, N, M, M+1) and values (B, T, N, M) of BD-LRU, (B, T, N, M+1) and (B, T, N) of H-LRU.
 
-Each scan is two custom ops, which are what autograd and torch.compile see. One takes gates and values. The
-packed one takes the planes of a single projection and returns their gradient as one tensor, so that nothing
-is split, copied or padded around it.
+Custom ops are what autograd and torch.compile see, one for both scans. The packed one takes the planes of a
+single projection and returns their gradient as one tensor, so that nothing is split, copied or padded around
+it.
 
 Legend: B batch, T time, N blocks or channels, M block size or order.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..derivatives import differentiable_once
+from ..torch_scan import document_age, register_scan
 from ..triton_device import next_power_of_2, on_device
 from .block_diagonal_kernels import backward_kernel as block_backward_kernel
 from .block_diagonal_kernels import forward_kernel as block_forward_kernel
@@ -29,11 +31,6 @@ from .triton_gates import INPUT_AT_ZERO
 from .triton_launch import PLANS, Layout, in_order, launch_options, reset_flags, stride_arguments, time_chunks
 
 PLAIN = (Tensor, torch.nn.Parameter)  # not fake, distributed or otherwise wrapped tensors
-
-Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, str], tuple[Tensor, Tensor]]
-PackedScan = Callable[
-    [Tensor, int, int, Tensor | None, Tensor | None, str, Tensor | None], tuple[Tensor, Tensor]
-]
 
 
 class _Kind(NamedTuple):
@@ -136,13 +133,6 @@ def _chunk_starts(maps: Tensor, initial: Tensor | None) -> Tensor:
     return torch.cat([first, after[:, :-1]], dim=1)
 
 
-def _ages(reset: Tensor) -> Tensor:
-    """(B, T) int32: steps since the document began; before the first start, older than any order."""
-    steps = torch.arange(reset.shape[1], device=reset.device)
-    start = torch.where(reset, steps, -(1 << 20)).cummax(dim=1).values
-    return (steps - start).to(torch.int32)
-
-
 def _backward(
     grad: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
     reset: Tensor | None, gate: str, d_gates: Tensor, d_values: Tensor, columns: int | None = None,
@@ -161,7 +151,7 @@ def _backward(
     if summed:  # a row for each sequence and chunk, not atomics: two runs give the same bits
         sums = values.new_empty(B * n_chunks, M + 1, columns, dtype=torch.float32)
     if reset is not None:  # an H-LRU's taps reach back M steps, so they need to know the document's age
-        reset = reset_flags(reset) if kind is _BLOCKS else _ages(reset)
+        reset = reset_flags(reset) if kind is _BLOCKS else document_age(reset).to(torch.int32)
     inputs = tuple(map(Layout.of, (gates, values, grad, d_gates)))
     grid, planned, options = plan_launch(
         inputs, n_chunks, columns, chunk=chunk, GATE=gate, H_T=h.stride(1), E_T=d_values.stride(1),
@@ -179,15 +169,10 @@ def _fills_columns(values: Tensor) -> bool:
     return values.ndim == 3 or next_power_of_2(values.shape[3]) == values.shape[3]
 
 
-def _split_blocks(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
-    """Gates (B, T, N, M, K) and values (B, T, N, M) of planes (B, T, K+1, columns)."""
-    rows = planes[..., : N * M].unflatten(-1, (N, M))  # (B, T, K+1, N, M), a view
-    return rows[:, :, :-1].permute(0, 1, 3, 4, 2), rows[:, :, -1]
-
-
-def _split_channels(planes: Tensor, N: int, M: int) -> tuple[Tensor, Tensor]:
-    """Gates (B, T, N, M+1) and values (B, T, N) of planes (B, T, M+2, columns)."""
-    return planes[:, :, : M + 1, :N].transpose(2, 3), planes[:, :, M + 1, :N]
+def _split(planes: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gates (B, T, *rows, K) and values (B, T, *rows) of planes (B, T, K+1, columns): views."""
+    found = planes[..., : math.prod(rows)].view(*planes.shape[:-1], *rows)
+    return found[:, :, :-1].movedim(2, -1), found[:, :, -1]
 
 
 # The custom ops ---------------------------------------------------------------------------------------
@@ -237,127 +222,113 @@ def _runs_directly(*tensors: Tensor) -> bool:
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _register(name: str) -> Scan:
-    """The differentiable custom op `lrnn_lm::name`, opaque to torch.compile, and its backward op."""
-
-    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
-    def scan(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(gates, values, h0, reset, gate)
-
-    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=())
-    def scan_backward(
-        grad_h: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
-        reset: Tensor | None, gate: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
-        d_h0, _ = _backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
-        return d_gates, d_values, d_h0
-
-    @scan.register_fake
-    def _(gates, values, h0, reset, gate):
-        return values.new_empty(values.shape), _state_like(values, _size(gates, values))
-
-    @scan_backward.register_fake
-    def _(grad_h, grad_last, gates, values, h0, h, reset, gate):
-        state = _state_like(values, _size(gates, values))
-        return torch.empty_like(gates), values.new_empty(values.shape), state
-
-    def setup_context(ctx, inputs, output):
-        gates, values, h0, reset, ctx.gate = inputs  # with h, all that is kept: A is computed again
-        ctx.save_for_backward(gates, values, h0, output[0], reset)
-
-    def run_backward(ctx, grad_h, grad_last):
-        gates, values, h0, h, reset = ctx.saved_tensors
-        d_gates, d_values, d_h0 = scan_backward(grad_h, grad_last, gates, values, h0, h, reset, ctx.gate)
-        return d_gates, d_values, d_h0 if h0 is not None else None, None, None
-
-    scan.register_autograd(run_backward, setup_context=setup_context)
-    differentiable_once(scan_backward)
-
-    def public(
-        gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-    ) -> tuple[Tensor, Tensor]:
-        run = _forward if _runs_directly(gates, values) else scan
-        return run(gates, values, _in_fp32(h0), reset, gate)
-
-    return public
+@torch.library.custom_op("lrnn_lm::scan_triton", mutates_args=())
+def _scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    return _forward(gates, values, h0, reset, gate)
 
 
-def _register_packed(name: str, split: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]) -> PackedScan:
-    """`_register` for planes (B, T, M + 2, columns), which split(planes, N, M) takes apart: gates, values.
+@torch.library.custom_op("lrnn_lm::scan_triton_backward", mutates_args=())
+def _scan_backward(
+    grad_h: Tensor, grad_last: Tensor, gates: Tensor, values: Tensor, h0: Tensor | None, h: Tensor,
+    reset: Tensor | None, gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_gates, d_values = torch.empty_like(gates), values.new_empty(values.shape)
+    d_h0, _ = _backward(grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values)
+    return d_gates, d_values, d_h0
 
-    bias (M+1, rows) fp32 is in the planes already. Its gradient comes out of the kernel that writes the
-    planes' gradient, which would otherwise have to be read once more.
+
+def _fake(gates, values, h0, reset, gate):
+    return values.new_empty(values.shape), _state_like(values, _size(gates, values))
+
+
+def _fake_backward(grad_h, grad_last, gates, values, h0, h, reset, gate):
+    state = _state_like(values, _size(gates, values))
+    return torch.empty_like(gates), values.new_empty(values.shape), state
+
+
+register_scan(_scan, _scan_backward, _fake, _fake_backward)
+
+
+def triton_scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    """`reference.block_diagonal_scan` or `reference.higher_order_scan`, by the number of axes."""
+    run = _forward if _runs_directly(gates, values) else _scan
+    return run(gates, values, _in_fp32(h0), reset, gate)
+
+
+@torch.library.custom_op("lrnn_lm::packed_triton", mutates_args=())
+def _packed(
+    planes: Tensor, rows: Sequence[int], h0: Tensor | None, reset: Tensor | None, gate: str,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(*_split(planes, rows), h0, reset, gate, planes.shape[-1])
+
+
+# Inductor pads rows of products to whole lines of 128 bytes. Without this tag it would copy them back to the
+# strides that it saw when it traced.
+@torch.library.custom_op(
+    "lrnn_lm::packed_triton_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,)
+)
+def _packed_backward(
+    grad_h: Tensor, grad_last: Tensor, planes: Tensor, rows: Sequence[int], h0: Tensor | None, h: Tensor,
+    reset: Tensor | None, gate: str, summed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_planes = planes.new_empty(planes.shape)
+    (gates, values), (d_gates, d_values) = _split(planes, rows), _split(d_planes, rows)
+    columns, used, filled = planes.shape[-1], math.prod(rows), _fills_columns(values)
+    if columns > used and not filled:  # the gradient of padding is zero, and weights read it
+        d_planes[..., used:].zero_()
+    h = _as_written(h, columns, filled)
+    d_h0, sums = _backward(
+        grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
+        columns if filled else None, summed,
+    )  # fmt: skip
+    return d_planes, d_h0, _no_bias(planes) if sums is None else sums[:, :used].contiguous()
+
+
+@_packed.register_fake
+def _(planes, rows, h0, reset, gate, bias):
+    gates, values = _split(planes, rows)
+    return rows_like(values, planes.shape[-1]), _state_like(values, _size(gates, values))
+
+
+@_packed_backward.register_fake
+def _(grad_h, grad_last, planes, rows, h0, h, reset, gate, summed):
+    gates, values = _split(planes, rows)
+    d_bias = _no_bias(planes)
+    if summed:
+        d_bias = d_bias.new_empty(gates.shape[-1], math.prod(rows))
+    return planes.new_empty(planes.shape), _state_like(values, _size(gates, values)), d_bias
+
+
+def _setup_packed_context(ctx, inputs, output):
+    planes, ctx.rows, h0, reset, ctx.gate, _ = inputs
+    ctx.save_for_backward(planes, h0, output[0], reset)
+
+
+def _run_packed_backward(ctx, grad_h, grad_last):
+    planes, h0, h, reset = ctx.saved_tensors
+    summed = ctx.needs_input_grad[-1]  # not for a frozen bias
+    d_planes, d_h0, d_bias = _packed_backward(
+        grad_h, grad_last, planes, ctx.rows, h0, h, reset, ctx.gate, summed
+    )
+    return d_planes, None, None if h0 is None else d_h0, None, None, d_bias if summed else None
+
+
+_packed.register_autograd(_run_packed_backward, setup_context=_setup_packed_context)
+differentiable_once(_packed_backward)
+
+
+def triton_scan_packed(
+    planes: Tensor, rows: Sequence[int], h0: Tensor | None, reset: Tensor | None, gate: str,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`triton_scan` of planes (B, T, K+1, columns): K of gates, then the values.
+
+    rows: (N, M) of BD-LRU, (N,) of H-LRU. bias (K, rows) is in the planes already. Its gradient comes out of
+    the kernel that writes the planes' gradient, which would otherwise have to be read once more.
     """
-
-    @torch.library.custom_op(f"lrnn_lm::{name}", mutates_args=())
-    def scan(
-        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,
-        bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return _forward(*split(planes, N, M), h0, reset, gate, planes.shape[-1])
-
-    # Inductor pads rows of products to whole lines of 128 bytes. Without this tag it would copy them back to
-    # the strides that it saw when it traced.
-    @torch.library.custom_op(f"lrnn_lm::{name}_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-    def scan_backward(
-        grad_h: Tensor, grad_last: Tensor, planes: Tensor, N: int, M: int, h0: Tensor | None, h: Tensor,
-        reset: Tensor | None, gate: str, summed: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        d_planes = planes.new_empty(planes.shape)
-        (gates, values), (d_gates, d_values) = split(planes, N, M), split(d_planes, N, M)
-        columns, rows = planes.shape[-1], values[0, 0].numel()
-        filled = _fills_columns(values)
-        if columns > rows and not filled:  # the gradient of padding is zero, and weights read it
-            d_planes[..., rows:].zero_()
-        h = _as_written(h, columns, filled)
-        d_h0, sums = _backward(
-            grad_h, grad_last, gates, values, h0, h, reset, gate, d_gates, d_values,
-            columns if filled else None, summed,
-        )  # fmt: skip
-        d_bias = _no_bias(planes) if sums is None else sums[:, :rows].contiguous()
-        return d_planes, d_h0, d_bias
-
-    @scan.register_fake
-    def _(planes, N, M, h0, reset, gate, bias):
-        values = split(planes, N, M)[1]
-        return rows_like(values, planes.shape[-1]), _state_like(values, M)
-
-    @scan_backward.register_fake
-    def _(grad_h, grad_last, planes, N, M, h0, h, reset, gate, summed):
-        values = split(planes, N, M)[1]
-        rows = values.shape[2:].numel()
-        gates = planes.shape[2] - 1
-        d_bias = values.new_empty(gates, rows, dtype=torch.float32) if summed else _no_bias(planes)
-        return planes.new_empty(planes.shape), _state_like(values, M), d_bias
-
-    def setup_context(ctx, inputs, output):
-        planes, ctx.N, ctx.M, h0, reset, ctx.gate, _ = inputs
-        ctx.save_for_backward(planes, h0, output[0], reset)
-
-    def run_backward(ctx, grad_h, grad_last):
-        planes, h0, h, reset = ctx.saved_tensors
-        summed = ctx.needs_input_grad[-1]  # not for a frozen bias
-        d_planes, d_h0, d_bias = scan_backward(
-            grad_h, grad_last, planes, ctx.N, ctx.M, h0, h, reset, ctx.gate, summed
-        )
-        d_h0, d_bias = d_h0 if h0 is not None else None, d_bias if summed else None
-        return d_planes, None, None, d_h0, None, None, d_bias
-
-    scan.register_autograd(run_backward, setup_context=setup_context)
-    differentiable_once(scan_backward)
-
-    def public(
-        planes: Tensor, N: int, M: int, h0: Tensor | None, reset: Tensor | None, gate: str,
-        bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return scan(planes, N, M, _in_fp32(h0), reset, gate, _in_fp32(bias))
-
-    return public
-
-
-block_diagonal_scan, higher_order_scan = _register("bd_scan_triton"), _register("h_scan_triton")
-packed_block_diagonal_scan = _register_packed("bd_packed_triton", _split_blocks)
-packed_higher_order_scan = _register_packed("h_packed_triton", _split_channels)
+    return _packed(planes, rows, _in_fp32(h0), reset, gate, _in_fp32(bias))

@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from ..cache import CACHE, tokens_seen
+from ..cache import CACHE, GENERATED, tokens_seen
 from ..states import cache_of, tensors_of
 from .built import all_modules, as_written
 from .long_input import DEFAULT_SEGMENT, prefill
 from .step import what_modules_hold
 
 _NEAREST = 64  # tokens between the end of a prompt and the state kept nearest before it
-_READS = {CACHE, "use_cache", "attention_mask", "position_ids", "cache_position",
-          "logits_to_keep"}  # fmt: skip
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _lock = threading.Lock()  # guards `_caches`
 _caches: "weakref.WeakKeyDictionary[nn.Module, PrefixCache]" = weakref.WeakKeyDictionary()
@@ -175,7 +173,7 @@ def _depends_on_tokens_only(ids: Tensor, arguments: dict[str, Any]) -> bool:
         ids.shape[0] == 1
         and ids.shape[1] > 1
         and arguments.get("use_cache") is True
-        and {key for key, value in arguments.items() if value is not None} <= _READS
+        and {key for key, value in arguments.items() if value is not None} <= GENERATED
         and isinstance(cache, Cache)
         and all(type(layer) in kinds for layer in cache.layers)
         and tokens_seen(cache) == 0

@@ -32,19 +32,11 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import CACHE, RecurrentCache, tokens_seen
+from ..cache import CACHE, GENERATED, RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
 from .step import turns
 
 LOOK_AT_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-_ARGUMENTS = {
-    CACHE,
-    "use_cache",
-    "attention_mask",
-    "position_ids",
-    "cache_position",
-    "logits_to_keep",
-}
 
 
 def is_usual(
@@ -63,7 +55,7 @@ def is_usual(
         and all(type(processor) in LOOK_AT_SCORES for processor in processors)
         and all(type(criterion) in (EosTokenCriteria, MaxLengthCriteria) for criterion in criteria)
         and arguments.get("use_cache") is True
-        and {key for key, value in arguments.items() if value is not None} <= _ARGUMENTS
+        and {key for key, value in arguments.items() if value is not None} <= GENERATED
         and isinstance(cache, RecurrentCache)
         and cache.private
     )
