@@ -1,10 +1,12 @@
-"""Libraries that may be missing (those of the extras) or too old or new (transformers, for its caches)."""
+"""Libraries that may be missing (those of the extras) or too old or new (transformers, lm-eval)."""
 
 import re
 from importlib.util import find_spec
 
 TRANSFORMERS = ((5, 17), (5, 25))  # from, and before: minor versions change caches
 TRANSFORMERS_TEXT = ">={}.{},<{}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
+LM_EVAL = (0, 4, 12)  # older ones have no TaskManager.load; 0.4.9 does not import with transformers 5
+LM_EVAL_TEXT = ">={}.{}.{}".format(*LM_EVAL)
 
 
 class UnmetRequirementError(ImportError):
@@ -13,16 +15,27 @@ class UnmetRequirementError(ImportError):
 
 def check_transformers() -> None:
     """Raise UnmetRequirementError if the installed transformers is too old or too new; imports nothing."""
+    _check_version("transformers", TRANSFORMERS_TEXT, *TRANSFORMERS)
+
+
+def check_lm_eval() -> None:
+    """Raise UnmetRequirementError if lm-eval is missing or too old; imports nothing."""
+    check_extra("eval", "lm_eval")
+    _check_version("lm_eval", LM_EVAL_TEXT, LM_EVAL)
+
+
+def _check_version(
+    package: str, text: str, first: tuple[int, ...], before: tuple[int, ...] | None = None
+) -> None:
     import importlib.metadata  # not above: `lrnn --help` should not wait for it
 
-    needs = f"lrnn-lm needs transformers {TRANSFORMERS_TEXT}"
-    remedy = f"pip install 'transformers{TRANSFORMERS_TEXT}'"
+    needs, remedy = f"lrnn-lm needs {package} {text}", f"pip install '{package}{text}'"
     try:
-        found = importlib.metadata.version("transformers")
+        found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UnmetRequirementError(f"{needs}: {remedy}") from None
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if not TRANSFORMERS[0] <= numbers < TRANSFORMERS[1]:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(first)])
+    if numbers < first or (before is not None and numbers >= before):
         raise UnmetRequirementError(f"{needs}, {found} is installed: {remedy}")
 
 
