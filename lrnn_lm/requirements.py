@@ -5,8 +5,9 @@ from importlib.util import find_spec
 
 TRANSFORMERS = ((5, 17), (5, 25))  # from, and before: minor versions change caches
 TRANSFORMERS_TEXT = ">={}.{},<{}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
-LM_EVAL = (0, 4, 12)  # older ones have no TaskManager.load; 0.4.9 does not import with transformers 5
-LM_EVAL_TEXT = ">={}.{}.{}".format(*LM_EVAL)
+# Of libraries of the extras, as pyproject.toml asks for them. Older ones of lm-eval have no TaskManager.load,
+# and 0.4.9 does not import with transformers 5. torchao 0.17 writes int8 weights that cannot be saved.
+LEAST = {"lm_eval": (0, 4, 12), "torchao": (0, 18)}
 
 
 class UnmetRequirementError(ImportError):
@@ -16,12 +17,6 @@ class UnmetRequirementError(ImportError):
 def check_transformers() -> None:
     """Raise UnmetRequirementError if the installed transformers is too old or too new; imports nothing."""
     _check_version("transformers", TRANSFORMERS_TEXT, *TRANSFORMERS)
-
-
-def check_lm_eval() -> None:
-    """Raise UnmetRequirementError if lm-eval is missing or too old; imports nothing."""
-    check_extra("eval", "lm_eval")
-    _check_version("lm_eval", LM_EVAL_TEXT, LM_EVAL)
 
 
 def _check_version(
@@ -40,10 +35,12 @@ def _check_version(
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raise UnmetRequirementError if one of these modules, which an extra brings, is not installed."""
+    """Raise UnmetRequirementError if one of these modules, which an extra brings, is missing or too old."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UnmetRequirementError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
             f"pip install 'lrnn-lm[{extra}]'"
         )
+    for module in LEAST.keys() & modules:
+        _check_version(module, f">={'.'.join(map(str, LEAST[module]))}", LEAST[module])

@@ -13,7 +13,7 @@ import pytest
 
 from lrnn_lm import __version__
 from lrnn_lm.cli import main
-from lrnn_lm.requirements import LM_EVAL_TEXT, TRANSFORMERS_TEXT
+from lrnn_lm.requirements import LEAST, TRANSFORMERS_TEXT
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,13 +114,25 @@ def checked(folder: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_an_lm_eval_too_old(with_version, make_checkpoint, tmp_path):
-    folder, checkpoint = with_version("lm_eval", "0.4.11"), make_checkpoint("bd_lru")
-    done = python("-m", "lrnn_lm.cli", "eval", str(checkpoint), "--tasks", "heldout_cloze", first=folder)
-    told = f"lrnn-lm needs lm_eval {LM_EVAL_TEXT}, 0.4.11 is installed: pip install 'lm_eval{LM_EVAL_TEXT}'"
+@pytest.mark.parametrize(
+    ("module", "version", "extra", "command"),
+    [
+        ("lm_eval", "0.4.11", "eval", ["eval", "MODEL", "--tasks", "heldout_cloze"]),
+        ("torchao", "0.17.0", "torchao", ["export", "MODEL", "out", "--dtype", "int8"]),
+    ],
+)
+def test_a_library_of_an_extra_that_is_too_old(
+    module, version, extra, command, with_version, make_checkpoint, tmp_path
+):
+    folder = with_version(module, version)
+    (tmp_path / f"{module}.py").write_text("raise AssertionError('imported')")
+    model = str(make_checkpoint("bd_lru"))
+    done = python("-m", "lrnn_lm.cli", *(model if w == "MODEL" else w for w in command), first=folder)
+    least = f"{module}>={'.'.join(map(str, LEAST[module]))}"
+    told = f"lrnn-lm needs {least.replace('>', ' >')}, {version} is installed: pip install '{least}'"
     assert (done.returncode, done.stderr) == (2, f"lrnn: {told}\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"lm-eval{LM_EVAL_TEXT}" in project["optional-dependencies"]["eval"]
+    assert least.replace("_", "-") in project["optional-dependencies"][extra]
 
 
 def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lrnn_lm.recipe import explain, read_yaml, resolve_path, shipped
 
 from ...files import hub_is_reachable
-from ...requirements import check_lm_eval
+from ...requirements import check_extra
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -64,7 +64,7 @@ def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager
     A name is a task, a group or a tag, with `*` as a wildcard. Raises ValueError for an unknown one, naming
     the nearest. lm-eval's own index of thousands of files is read only if a name is not the project's.
     """
-    check_lm_eval()
+    check_extra("eval", "lm_eval")
     from lm_eval.tasks import TaskManager
 
     own = TaskManager(include_path=str(own_tasks_path()), include_defaults=False, metadata=metadata)
