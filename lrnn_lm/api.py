@@ -132,8 +132,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
 
     averaged = RunFolder(trainer.folder).average
     try:
-        trained_now = trainer.first_step < recipe.total_steps
-        if has_average(checkpoint) and (trained_now or not averaged.exists()):
+        if has_average(checkpoint):
             shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
             if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder cannot be exported
                 export_checkpoint(checkpoint, averaged, average=True)
