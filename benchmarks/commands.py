@@ -173,8 +173,9 @@ def frontier(
     small: Annotated[bool, typer.Option("--small", help="tiny models and budgets: minutes on a CPU")] = False,
     budget_seconds: Budget = None,
 ) -> None:
-    """Draw speed against what each mixer can track, recall and model, at equal parameters.
+    """Draw speed against expressivity.
 
+    Expressivity is what each mixer can track, recall and model; all have equal parameters.
     Resumable: the same command with the same --output goes on where it was stopped.
     """
     from .frontier import SMALL, FrontierSettings, run

@@ -218,7 +218,7 @@ class Recipe(Section):
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "
-                f"(train.tokens_per_step {self.train.tokens_per_step})"
+                f"(train.tokens_per_step {self.train.tokens_per_step}); raise it, or take smaller steps"
             )
         if (short := sum(stage.steps for stage in self.data.curriculum)) >= self.total_steps:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The training loop: steps of the token budget, validation, checkpoints, and a clean stop when asked.
 
-Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
+Legend: a step is one optimizer update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
 What ranks tell one another in a step is in `exchange.py`.
 """
 

@@ -375,7 +375,7 @@ def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, list[int]]]:
 
 
 def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: OptimSection) -> float:
-    """The learning rate of optimiser step `step`, counted from 0.
+    """The learning rate of optimizer step `step`, counted from 0.
 
     Linear warm-up to `lr`; then a cosine down to `final_lr` at the last step (cosine), a plateau and a linear
     decay to `final_lr` over the last `decay` (wsd), or `lr` for ever (constant).

@@ -1,4 +1,4 @@
-"""Learning rates at points where they are known in closed form, and the optimiser's groups."""
+"""Learning rates at points where they are known in closed form, and the optimizer's groups."""
 
 import itertools
 import math

@@ -88,7 +88,7 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
         stopped.run()
     options = ("name=two", short, f"train.runs_dir={tmp_path}", "train.micro_batch=2")
     said = Ranks(recipe, 2, *options, "checkpoint.every=0.0005 min").expect()
-    assert said.count("going on from step 2 of 6") == 1
+    assert said.count("resuming from step 2 of 6") == 1
     assert "(2 ranks)" in said
     one = build("name=one", short)
     one.run()
