@@ -176,7 +176,7 @@ def frontier(
     """Draw speed against expressivity.
 
     Expressivity is what each mixer can track, recall and model; all have equal parameters.
-    Resumable: the same command with the same --output goes on where it was stopped.
+    Resumable: the same command with the same --output continues where it stopped.
     """
     from .frontier import SMALL, FrontierSettings, run
     from .results import numbers

@@ -20,7 +20,7 @@ from .config import LRNNConfig
 
 # What transformers calls a cache in arguments and outputs; the latter before 5.24. Our models take both.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-_REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
+_REMEDY = "use DynamicCache(config=model.config), or no cache to start from the beginning"
 # What an attention layer keeps of each row beside keys and values, (B,): where its last document began, and
 # how far its positions are ahead of the count of its tokens.
 NOTES = ("document_start", "position_shift")

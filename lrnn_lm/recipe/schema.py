@@ -126,7 +126,7 @@ class CheckpointSection(Section):
     copy_to: str | None = Field(
         None,
         description="where to keep a copy of the run, as in s3://bucket/runs: a URL, or a folder of another "
-        "disk; a machine that lacks the run folder goes on from there",
+        "disk; a machine that lacks the run folder resumes from there",
     )
 
     @field_validator("copy_to")

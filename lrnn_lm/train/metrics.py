@@ -1,8 +1,8 @@
 """metrics.jsonl, the trackers beside it, and when something is due.
 
 A line is flushed when it is written and on disk before the next checkpoint is. A resumed run first drops the
-lines after its checkpoint, so that every step has one line. A run that begins anew renames an old file to
-metrics-1.jsonl, metrics-2.jsonl and so on.
+lines after its checkpoint, so that every step has one line. A run that starts again without a checkpoint
+renames the old file to metrics-1.jsonl, metrics-2.jsonl and so on.
 """
 
 import json

@@ -213,7 +213,7 @@ class AdamW8bit(Optimizer):
                 packed["step"] = state["step"]
                 packed["exp_avg"] = self._pack(parameter, "exp_avg", signed=True)
                 packed["exp_avg_sq"] = self._pack(parameter, "exp_avg_sq", signed=False)
-        # torchao takes a tensor for the rate, lest it compile anew for every number.
+        # torchao takes a tensor for the rate, or it would compile for every number.
         groups = [{**group, "lr": torch.tensor(group["lr"])} for group in self.param_groups]
         self._packed.param_groups = groups
         self._packed.step()

@@ -206,7 +206,7 @@ class Saver:
         raise CheckpointError(
             f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {reason}; "
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
-            "Free some space and run the same command again to go on from it."
+            "Free some space and run the same command again to resume from it."
         )
 
     def _copied(self) -> dict[str, Tensor]:
