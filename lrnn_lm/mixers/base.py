@@ -298,8 +298,8 @@ def _plane_weights(
     """(weight, bias) of one projection that computes gates and values: planes of `columns`, the gates' first.
 
     A plane holds one number for each of the layer's `rows`, padded with zeros to `columns`. The bias is
-    detached: the scan computes its gradient, see `gate_bias`. In autocast's dtype, so that the copies are small.
-    None where a projection is not plain.
+    detached: the scan computes its gradient, see `gate_bias`. In autocast's dtype, so that the copies are
+    small. None where a projection is not plain.
     """
     weights, bias = [plain_weight(gates), plain_weight(values)], gates.bias
     if weights[0] is None or weights[1] is None or bias is None:

@@ -2,9 +2,9 @@
 
     v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = A_t h_{t-1} + a0_t * v_t      y_t = W_o vec(h_t)
 
-Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state. The state has
-N M rows, each with K gates: M for its block's entries of the state, and the input gate. A plane is one of the K
-gates of all rows: the projection writes (B, T, K, N M), and the kernels read it.
+Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state. The state
+has N M rows, each with K gates: M for its block's entries of the state, and the input gate. A plane is one of
+the K gates of all rows: the projection writes (B, T, K, N M), and the kernels read it.
 """
 
 import torch
