@@ -206,11 +206,12 @@ def test_mamba2_starts_with_its_authors_step_sizes():
     close(mixer.A_log.exp().detach(), torch.arange(1.0, 5.0), 1e-5)
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", NAMES)
-def test_builds_on_meta(name):
-    with torch.device("meta"):
+def test_builds_where_it_is_told(name, device):
+    with torch.device(device):
         model = LRNNForCausalLM(small_config(name))
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.device.type == device for p in model.parameters())
 
 
 @pytest.mark.parametrize(("stream", "weight", "result"), [
