@@ -31,7 +31,7 @@ FORMATS = ("transformers", "onnx", "executorch", "torch-export")  # of `lrnn exp
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
-    """Train a recipe, or go on with its run where that stopped; then score it on its `eval.tasks`.
+    """Train a recipe, or resume its run; then score it on its `eval.tasks`.
 
     What `lrnn train` does. Under `accelerate launch`, all processes call it.
 

@@ -139,7 +139,7 @@ def test_rows_of_several_programs(monkeypatch, M, N):
 def test_no_rows_at_all(planes, backend):
     *tensors, reset = make_inputs(planes=planes, B=0)
     function = slstm_scan if planes == SLSTM else gru_scan
-    h, last, *gradients = run([x.to(DEVICE) for x in (*tensors, reset)], function, backend=backend)
+    h, last, *gradients = run(to_device([*tensors, reset]), function, backend=backend)
     assert len(h) == len(last) == 0
     assert all(x.shape == g.shape and not g.any() for x, g in zip(tensors, gradients, strict=True))
 

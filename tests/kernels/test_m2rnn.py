@@ -79,7 +79,7 @@ def test_autocast_rounds_no_state():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_at_all(backend):
     *tensors, reset = make_inputs(B=0)
-    y, last, *gradients = run([x.to(DEVICE) for x in (*tensors, reset)], backend=backend)
+    y, last, *gradients = run(to_device([*tensors, reset]), backend=backend)
     assert len(y) == len(last) == 0
     assert all(x.shape == g.shape and not g.any() for x, g in zip(tensors, gradients, strict=True))
 
