@@ -266,16 +266,6 @@ def test_nothing_to_scan(scan, T, empty):
     assert outputs[2].shape == inputs[0].shape
 
 
-@pytest.mark.parametrize("M", [1, 4])
-def test_nothing_to_scan_in_packed_planes(M):
-    for packed in (block_diagonal_scan_packed, higher_order_scan_packed):
-        planes = torch.zeros(0, 5, M + 2, 64, device=DEVICE, requires_grad=True)
-        h, last = packed(planes, 3, M, backend="triton")
-        (h.sum() + last.sum()).backward()
-        assert len(h) == len(last) == 0
-        assert planes.grad.shape == planes.shape
-
-
 @pytest.mark.parametrize("scan", SCANS)
 def test_resets_everywhere_and_nowhere(scan, monkeypatch):
     cut_time(monkeypatch, 5)

@@ -32,11 +32,12 @@ def test_it_needs_no_state_and_no_context(name):
     torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-6)  # some states are fp32
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", MIXER_ROWS)
-def test_no_rows_at_all(name):
+def test_no_rows_at_all(name, device):
     """An expert that no token was sent to, the last part of a batch: empty outputs, gradients of zero."""
-    layer = build_mixer(MIXER_ROWS[name], WIDTH)
-    y, *_ = layer(torch.empty(0, 5, WIDTH))
+    layer = build_mixer(MIXER_ROWS[name], WIDTH).to(device)
+    y, *_ = layer(torch.empty(0, 5, WIDTH, device=device))
     y.sum().backward()
     assert y.shape == (0, 5, WIDTH)
     assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
