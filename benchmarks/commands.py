@@ -173,9 +173,10 @@ def frontier(
     small: Annotated[bool, typer.Option("--small", help="tiny models and budgets: minutes on a CPU")] = False,
     budget_seconds: Budget = None,
 ) -> None:
-    """Draw speed against what each mixer can track, recall and model, at equal parameters.
+    """Draw speed against expressivity.
 
-    Resumable: the same command with the same --output goes on where it was stopped.
+    Expressivity is what each mixer can track, recall and model; all have equal parameters.
+    Resumable: the same command with the same --output continues where it stopped.
     """
     from .frontier import SMALL, FrontierSettings, run
     from .results import numbers

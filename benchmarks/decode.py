@@ -304,7 +304,7 @@ def _print(rows: list[Row], output: Path | None) -> None:
             show(row.get("tokens_per_second")),
             show(row.get("limit_seconds"), ".3f", 1e3),
             show(row.get("share_of_limit"), ".2f"),
-            row.get("reason", _note(row))[:60],
+            row.get("reason", _note(row))[:80],
         ]
         for row in rows
     ]

@@ -2,8 +2,8 @@
 
 For each contender, rows of three kinds: its speed in training and decoding, and its state; the longest rows
 on which it holds a synthetic task after a fixed budget; its loss on a corpus after a fixed budget. Rows are
-appended as they are known, and those that are there are not measured again, so the same command goes on where
-it was stopped. A row with a `reason` is of what could not be measured; delete its line to try again. The
+appended as they are known, and those that are there are not measured again, so the same command continues
+where it stopped. A row with a `reason` is of what could not be measured; delete its line to try again. The
 picture has the Pareto front of speed against each of the others.
 
 Legend: B rows, T tokens a row.
@@ -162,7 +162,7 @@ def measure_rows(
     for name in names:
         for wave in _waves(missing(settings, name, kinds, rows), device):
             if budget.refusal():
-                print("the budget is spent; the same command goes on")
+                print("the budget is spent; the same command continues")
                 return rows
             made = budget.run(lambda wave=wave: {"rows": _measure(settings, fit, wave, device, output)})
             for row, rest in zip(wave, made.get("rows", [made] * len(wave)), strict=True):

@@ -70,7 +70,7 @@ def _run_kinds(
             for row in _missing(settings, one.name, kinds, output) if said != "cut" else ():
                 frontier.append(output, {**row, "reason": said})
     if time.monotonic() >= ends:
-        print(f"the time of {' and '.join(kinds)} is spent; the same command goes on")
+        print(f"the time of {' and '.join(kinds)} is spent; the same command continues")
 
 
 def _missing(

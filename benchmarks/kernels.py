@@ -338,15 +338,18 @@ def _print(rows: list[Row]) -> None:
     cells = []
     for row in rows:
         speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-        times = [milliseconds(x) for x in (row.forward, row.backward, row.floor)]
+        together = row.note == TOGETHER
+        alone, both = (None, row.forward) if together else (row.forward, None)
+        times = [milliseconds(x) for x in (alone, row.backward, both, row.floor)]
         shares = [share(x) for x in (row.forward_share, row.backward_share, row.ratio)]
-        cells.append([row.what, str(row.B), str(row.T), *times, *shares, speed, row.note])
+        cells.append([row.what, str(row.B), str(row.T), *times, *shares, speed, "" if together else row.note])
     titles = [
         "",
         "B",
         "T",
         "fwd ms",
         "bwd ms",
+        "fwd + bwd ms",
         "floor ms",
         "fwd/copy",
         "bwd/copy",

@@ -37,7 +37,8 @@ def attempt(measure: Callable[[], Row]) -> Row:
         row = measure()
     except failures() as error:
         said = " ".join(str(error).split()) or "no message"
-        row = {"reason": f"{type(error).__name__}: {said[:200]}"}
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # a ValueError's text says it
+        row = {"reason": f"{kind}{said[:200]}"}
     release()  # here the traceback, which holds the model, is gone
     return row
 

@@ -23,6 +23,7 @@ from lrnn_lm.files import pick_device
 from lrnn_lm.model import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.model.accounting import account, saved_bytes
 from lrnn_lm.recipe.optim import OptimSection
+from lrnn_lm.train.build import compile_block
 from lrnn_lm.train.optim import make_optimizer
 from lrnn_lm.train.runtime import peak_flops
 
@@ -100,7 +101,7 @@ class TrainingStep:
         for block in self.model.model.layers:
             if not mixers:
                 block.mixer.forward = torch.compiler.disable(block.mixer.forward)
-            block.compile(dynamic=False)
+            compile_block(block)
 
     def __call__(self) -> Tensor:
         """The loss before the update, still on the device: nothing here waits for it."""

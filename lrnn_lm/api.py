@@ -31,7 +31,7 @@ FORMATS = ("transformers", "onnx", "executorch", "torch-export")  # of `lrnn exp
 
 
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
-    """Train a recipe, or go on with its run where that stopped; then score it on its `eval.tasks`.
+    """Train a recipe, or resume its run; then score it on its `eval.tasks`.
 
     What `lrnn train` does. Under `accelerate launch`, all processes call it.
 
@@ -132,8 +132,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
 
     averaged = RunFolder(trainer.folder).average
     try:
-        trained_now = trainer.first_step < recipe.total_steps
-        if has_average(checkpoint) and (trained_now or not averaged.exists()):
+        if has_average(checkpoint):
             shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
             if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder cannot be exported
                 export_checkpoint(checkpoint, averaged, average=True)

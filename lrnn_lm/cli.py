@@ -45,20 +45,20 @@ EvalData = Annotated[
     Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
 ]
 Length = Annotated[
-    str | None, typer.Option(help="probe rows of this length: 16x the training length, or tokens")
+    str | None, typer.Option(help="probe: loss by position, up to so many tokens or 16x the training length")
 ]
 Lengths = Annotated[
     str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
 ]
 Recall = Annotated[
-    bool, typer.Option("--recall", help="probe the loss on n-grams that already occurred in the row")
+    bool, typer.Option("--recall", help="probe: loss on n-grams that already occurred in the row")
 ]
 Rows = Annotated[int | None, typer.Option(help="rows of a probe; default: 16 for --length, 64 for --recall")]
 PromptTwice = Annotated[
     bool, typer.Option("--prompt-twice", help="read each context of a task twice before its answer")
 ]
 Certify = Annotated[
-    str | None, typer.Option(metavar="TASK", help="is it right on this state task at every length?")
+    str | None, typer.Option(metavar="TASK", help="probe: is this state task solved at every length?")
 ]
 Harden = Annotated[
     Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
@@ -190,8 +190,8 @@ def evaluate_checkpoint(
 ) -> None:
     """Score checkpoints on lm-eval tasks, or probe them.
 
-    Tasks are lm-eval's, and those in eval/tasks, which need no network. --length, --recall and --certify are
-    probes: no task is scored then, unless --tasks or --suite is given too. eval/README.md explains them.
+    Tasks are lm-eval's, and those in eval/tasks, which need no network. With a probe (--length, --recall,
+    --certify) no task is scored, unless --tasks or --suite is given too. eval/README.md explains them.
     """
     check_extra("eval", "matplotlib")
     from .evaluate.show import check_output, check_probes, check_used
@@ -311,13 +311,13 @@ def export(
         str | None,
         typer.Option(help="licence named in the model card, as in apache-2.0; default: the recipe's"),
     ] = None,
-    format: Annotated[str, typer.Option(help="or onnx, executorch, torch-export")] = "transformers",
+    format: Annotated[str, typer.Option(help="or a graph: onnx, executorch, torch-export")] = "transformers",
 ) -> None:
     """Write a folder that loads without lrnn-lm.
 
     It holds weights, tokenizer, model code and model card, and loads with torch and transformers alone
-    (trust_remote_code=True). With another --format it holds one graph in fp32 for a token and one for 16,
-    which onnxruntime, ExecuTorch or torch.export.load run.
+    (trust_remote_code=True). The other formats hold two graphs in fp32, for 1 and for 16 tokens, which
+    onnxruntime, ExecuTorch or torch.export.load run.
     """
     from .api import export_checkpoint
 

@@ -298,7 +298,7 @@ def main(given: list[str] | None = None) -> None:
     (options.output / f"{options.study}.md").write_text(text, "utf-8")
     draw_states(jobs, found, options.output / f"{options.study}.png")
     print(text)
-    print("complete" if whole else "the minutes are over; the same command goes on")
+    print("complete" if whole else "the minutes are over; the same command continues")
 
 
 if __name__ == "__main__":

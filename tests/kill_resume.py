@@ -3,7 +3,7 @@
     python tests/kill_resume.py [--kills 50] [--ranks 2] [--parallel fsdp2] [--seed 0] [--folder DIR]
 
 What may happen: SIGKILL to one rank or to all, SIGTERM to one rank or to all, a disk that is full (where a
-small file system can be mounted). Exits with 0 if the final weights, optimiser, random states, position and
+small file system can be mounted). Exits with 0 if the final weights, optimizer, random states, position and
 losses are equal, bit for bit, and a whole checkpoint was there to go on from each time.
 """
 

@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class TrainLoader:
-    """Endless steps of training rows. Each item is one optimiser step of this rank: a list of micro-batches.
+    """Endless steps of training rows. Each item is one optimizer step of this rank: a list of micro-batches.
 
     A micro-batch is a dict of `input_ids`, `labels` (b, T) int64 and `reset` (b, T) bool, b <= micro_batch.
 

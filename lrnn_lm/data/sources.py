@@ -30,6 +30,7 @@ FILE_TYPES = {  # and how the files that they read in a folder end
     "megatron": (".idx",),
     "tokens": (".npy", ".bin"),
 }
+_TYPE_BY_NAME = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 
 
 def documents(spec: SourceSpec) -> Iterator[str]:
@@ -122,7 +123,16 @@ def files(spec: SourceSpec) -> list[File]:
     if not files:
         what = "the file is empty" if len(found) == 1 else f"all of its {len(found)} files are empty"
         raise DataError(f"{spec.path}: {what}")
+    if spec.type == "text" and all(_type_by_name(file.name) == "jsonl" for file in files):
+        raise DataError(f"{spec.path}: holds JSON lines, not plain text; set data.source.type=jsonl")
     return files
+
+
+def _type_by_name(name: str) -> str | None:
+    """The type of source that files of this name usually have: `a.jsonl.zst` -> jsonl; None if unknown."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    plain = suffixes[:-1] if suffixes and suffixes[-1] in PACKED else suffixes
+    return _TYPE_BY_NAME.get(plain[-1]) if plain else None
 
 
 def _read_texts(files: list[File]) -> Iterator[str]:
@@ -171,7 +181,13 @@ def _read_jsonl(path: File, field: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8)
             if line and not line.isspace():
-                yield _parse_line(line, f"{path}:{number}", field)
+                try:
+                    yield _parse_line(line, f"{path}:{number}", field)
+                except DataError as error:
+                    other = _type_by_name(path.name)
+                    if number > 1 or other in (None, "jsonl"):
+                        raise
+                    raise DataError(f"{error}; is it of data.source.type={other}?") from None
 
 
 def _parse_line(line: bytes, where: str, field: str) -> str:

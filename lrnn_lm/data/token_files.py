@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from . import sources
 from .encode import encode_documents
+from .files import PACKED
 from .progress import Progress
 from .shards import HELDOUT, STARTS_DTYPE, HashedFile
 from .specs import DataError, DataSpec, SourceSpec
@@ -33,6 +34,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequenc
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _ODD = 0.1  # part of the held-out documents that may be left out
 _CHUNK = 1 << 24  # tokens checked at once
+_TELLING = 256  # bytes from which zeros in every second number are no chance
 
 
 @dataclass(frozen=True)
@@ -132,22 +134,38 @@ def _megatron(index: Path) -> tuple[Ints, Ints]:
 def _flat(path: Path, spec: SourceSpec, facts: TokenizerFacts) -> Ints:
     """Ids of an .npy file, or of a .bin whose dtype is given or found out."""
     if path.suffix.lower() == ".npy":
-        try:
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path}: truncated or no .npy file ({error})") from None
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise DataError(f"{path}: a row of whole numbers is expected, not {ids.dtype} {ids.shape}")
-        return ids
+        return _npy(path)
+    if path.suffix.lower() in (*PACKED, ".npz"):
+        raise DataError(f"{path}: is packed, and token files are mapped as they are; unpack it first")
     if path.with_suffix(".idx").exists():
         raise DataError(f"{path}: beside its .idx this is Megatron's pair; set data.source.type=megatron")
     size = path.stat().st_size
     dtype = np.dtype(spec.dtype or _found_dtype(path, size, facts.vocab_size)).newbyteorder("<")
+    wider = _found_dtype(path, size, 256**dtype.itemsize)
+    if np.dtype(wider).itemsize > dtype.itemsize and size >= _TELLING:
+        raise DataError(
+            f"{path}: read as {dtype} every second number is 0, as in a file of {wider}; "
+            "leave data.source.dtype out"
+        )
     if size % dtype.itemsize:
         raise DataError(
             f"{path}: {size:,} bytes are no whole number of {dtype} ids; truncated, or set data.source.dtype"
         )
     return np.memmap(path, dtype, "r")
+
+
+def _npy(path: Path) -> Ints:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: truncated or no .npy file ({error})") from None
+    if not isinstance(ids, np.ndarray):
+        raise DataError(f"{path}: several arrays in an archive (.npz); save each as an .npy file")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DataError(f"{path}: a row of whole numbers is expected, not {ids.dtype} {ids.shape}")
+    if len(ids) and (more := path.stat().st_size - ids.offset - ids.nbytes):
+        raise DataError(f"{path}: {more:,} bytes follow its array; save one array in a file")
+    return ids
 
 
 def _found_dtype(path: Path, size: int, vocab_size: int) -> str:

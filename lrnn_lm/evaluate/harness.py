@@ -23,7 +23,7 @@ from .show import check_at_least, check_output, decimal, print_table, print_writ
 from .tasks.heldout import cloze_dataset
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window
 from .team import ALONE, Team
-from .text import documents_of, in_name, other_text
+from .text import documents_of, in_name, other_text, stem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -271,8 +271,7 @@ def _write(
 ) -> Path | None:
     """Write JSON; the path, None outside a run without `output`.
 
-    The file is named after checkpoint, tasks and settings, so that only a repeat replaces it. In a folder
-    other than the run's own the name begins with the run's: results of other runs may be there.
+    The file is named after checkpoint, tasks and settings, so that only a repeat replaces it.
     """
     if (folder := info.results(output)) is None:
         return None
@@ -284,8 +283,7 @@ def _write(
     what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
     what += in_name(*variant(settings))
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
-    where = f"{info.run.name}-" if output is not None and info.run is not None else ""
-    path = folder / f"{where}{info.name}-{what}.json"
+    path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
     return path
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_data(names: list[str], folder: Path) -> None:
-    """Load the tasks' data before the first step. Raises ValueError for data that is not to be had."""
+    """Load the tasks' data before the first step. Raises ValueError for data that cannot be loaded."""
     with quiet_lm_eval():
         manager, names, hub = _find(names, _info(folder))
         with hub_data(hub), refusals(names):

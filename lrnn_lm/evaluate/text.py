@@ -1,7 +1,14 @@
-"""Which text a checkpoint is scored on, and what results of another text than its run's are called."""
+"""Which text a checkpoint is scored on, and the names of results.
+
+Those of another text or checkpoint are never replaced.
+"""
 
 import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..files import user_path
 from ..runs.layout import RunFolder
@@ -39,6 +46,36 @@ def other_text(info: CheckpointInfo, data: str | None) -> str | None:
     if own is not None and own.is_file() and path.is_file() and digest == _digest(own):
         return None
     return f"{path.resolve().stem} {digest}"
+
+
+def stem_of(info: CheckpointInfo, output: Path | None, what: str) -> str:
+    """The name, without its ending, of a file with results of a checkpoint in its folder.
+
+    In a folder other than the run's own it begins with the run's: results of other runs may be there.
+    """
+    stem = f"{info.name}-{what}"
+    if output is None:
+        return stem
+    where = f"{info.run.name}-" if info.run is not None else ""
+    return free_stem(user_path(output), f"{where}{stem}", [info])
+
+
+def free_stem(folder: Path, stem: str, infos: Sequence[CheckpointInfo]) -> str:
+    """`stem`, or where folder/stem.json is of other checkpoints, that with a digest of where these lie."""
+    paths = [str(info.path) for info in infos]
+    file = folder / f"{stem}.json"
+    if not file.is_file() or _paths_of(file) == paths:
+        return stem
+    return f"{stem}-{hashlib.sha256(' '.join(paths).encode()).hexdigest()[:8]}"
+
+
+def _paths_of(file: Path) -> list[Any]:
+    """The checkpoints that results are of."""
+    with suppress(ValueError, AttributeError):  # another program's JSON
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        results = stored if isinstance(stored, list) else [stored]
+        return [each.get("checkpoint", {}).get("path") for each in results]
+    return []
 
 
 def in_name(*words: str | None) -> str:

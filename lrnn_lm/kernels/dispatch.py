@@ -242,13 +242,15 @@ def choose_backend(backend: str, x: Tensor, obstacle: Callable[[], str | None]) 
     if backend == "auto" and is_written_out():
         return "reference"  # the others have few derivatives, and no counterpart in ONNX
     if backend == "auto":
-        return "triton" if x.is_cuda and obstacle() is None else "torch"
-    if backend not in BACKENDS:
+        backend = "triton" if x.is_cuda and obstacle() is None else "torch"
+    elif backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if backend != "reference":
+    elif backend != "reference":
         check_transforms(backend)
-    if backend == "triton" and (reason := obstacle()):
-        raise ValueError(f"backend 'triton' cannot run here: {reason}")
+        if backend == "triton" and (reason := obstacle()):
+            raise ValueError(f"backend 'triton' cannot run here: {reason}")
+    if backend == "triton" and x.numel() == 0:  # no rows to launch a kernel for
+        return "torch"
     return backend
 
 

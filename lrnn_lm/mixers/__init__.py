@@ -57,6 +57,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "fixed_point": FixedPoint,
     "pd_ssm": PermutationDiagonal,
 }
+OTHERS = ""  # what to do for another type: the code beside a checkpoint, which holds few, has it filled in
 
 
 def mixer_class(name: str) -> type[Mixer]:
@@ -64,7 +65,7 @@ def mixer_class(name: str) -> type[Mixer]:
     if not isinstance(name, str) or name not in MIXERS:
         near = difflib.get_close_matches(str(name), MIXERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MIXERS)}"
-        raise ValueError(f"unknown mixer type {name!r}; {hint}")
+        raise ValueError(f"unknown mixer type {name!r}; {hint}{OTHERS}")
     return MIXERS[name]
 
 
@@ -74,13 +75,13 @@ def mixer_options(spec: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown type, or an option of no type; the message names the nearest.
     """
+    cls = mixer_class(spec.get("type", "bd_lru"))
     known = {option: None for mixer in MIXERS.values() for option in mixer.options}
     for key in spec:
         if key != "type" and key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"unknown mixer option {key!r}; {hint}")
-    cls = mixer_class(spec.get("type", "bd_lru"))
     return {"type": spec.get("type", "bd_lru"), **{key: spec[key] for key in cls.options if key in spec}}
 
 

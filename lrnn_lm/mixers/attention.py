@@ -109,7 +109,7 @@ class Attention(Mixer):
         B, T, D = x.shape
         context = context or self._context_after(x, state)
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, H, d), and keys and values (B, T, G, d)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -2,7 +2,9 @@
 
     v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = A_t h_{t-1} + a0_t * v_t      y_t = W_o vec(h_t)
 
-Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state.
+Legend: B batch, T time, D model width, N blocks, M block size; z gate logits, v values, h state. The state
+has N M rows, each with K gates: M for its block's entries of the state, and the input gate. A plane is one of
+the K gates of all rows: the projection writes (B, T, K, N M), and the kernels read it.
 """
 
 import torch
@@ -45,8 +47,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         norm_groups: number of groups of neighbouring rows whose states are divided by their root mean square
             before the output projection; None for no norm.
         input_logit: whether the input gate has logits of its own; None for yes. Without, they are 0, and a
-            softmax gives the same functions of x by M planes of weights for M + 1, as only differences of
-            logits matter to it.
+            softmax gives the same functions of x with M planes of weights in place of M + 1, because only
+            differences of logits matter to it.
     Raises:
         ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have, or
             `input_logit: false` with a gate other than softmax.
@@ -109,8 +111,10 @@ class BlockDiagonalLRU(JointProjections, Mixer):
     def forward(
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32, with a convolution (B, N M + (W-1) D), its
-        inputs after the recurrence's state."""
+        """x (B, T, D) -> y (B, T, D) and the state (B, N, M) in fp32.
+
+        With a convolution of reach W the state is (B, N M + (W-1) D): the recurrence's, then its last inputs.
+        """
         context = context or SequenceContext()
         if self.conv is None:
             h, state = self._scan(x, state, context)
@@ -136,12 +140,11 @@ class BlockDiagonalLRU(JointProjections, Mixer):
         N, M = self.num_blocks, self.block_size
         if self.diagonal_only:
             gates, values = self.project(x, context.joint)
-            p = normalise(self.logits(gates).float(), self.gate)
-            own = torch.eye(M, M + 1, device=p.device)  # (M, M+1): the diagonal, and the input gates
-            own[:, M] = 1.0
-            p = p * own
+            kept = torch.eye(M, M + 1, device=x.device)  # (M, M+1): the diagonal, and the input gates
+            kept[:, M] = 1.0
+            coefficients = normalise(self.logits(gates).float(), self.gate) * kept
             h, state = block_diagonal_scan(
-                p, values.unflatten(-1, (N, M)).float(), state, context.reset, "none", self.backend
+                coefficients, values.unflatten(-1, (N, M)).float(), state, context.reset, "none", self.backend
             )
             return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
@@ -156,8 +159,8 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
     def _planes(self, gates: Tensor) -> Tensor:
         """Projected gate logits (B, T, K N M) as (B, T, N, M, K), K = M + 1, or M without `input_logit`."""
-        # Memory holds K planes, each laid out like the values, so that neighbouring lanes of the kernel,
-        # a row each, read neighbouring addresses.
+        # Each plane is laid out like the values, so that neighbouring lanes of the kernel, a row each, read
+        # neighbouring addresses.
         planes = gates.unflatten(-1, (-1, self.num_blocks, self.block_size))
         return planes.permute(0, 1, 3, 4, 2)
 

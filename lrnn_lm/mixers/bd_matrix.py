@@ -231,7 +231,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
             taps[0] = -1.0  # the convolution adds to its input
             for head in range(H):
                 compared = head % self.shift_keys + 1
-                for lag, share in enumerate(torch.arange(K).tensor_split(compared)):
+                for lag, share in enumerate(torch.arange(K, device="cpu").tensor_split(compared)):
                     taps[lag, 0, head, share] += 1.0
                     taps[lag + 1, 1, head, share] += 1.0
         return values

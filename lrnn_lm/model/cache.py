@@ -22,7 +22,7 @@ from .config import LRNNConfig
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 # The arguments of a pass that `generate` makes up itself; with others it is not its usual pass.
 GENERATED = {CACHE, "use_cache", "attention_mask", "position_ids", "cache_position", "logits_to_keep"}
-_REMEDY = "use DynamicCache(config=model.config), or no cache to start anew"
+_REMEDY = "use DynamicCache(config=model.config), or no cache to start from the beginning"
 # What an attention layer keeps of each row beside keys and values, (B,): where its last document began, and
 # how far its positions are ahead of the count of its tokens.
 NOTES = ("document_start", "position_shift")

@@ -202,7 +202,7 @@ def _from_offsets(name: str, offsets: Tensor, longest: Any, tokens: Tensor) -> T
             told = f"{places[0]} .. {places[-1]}" if len(places) > 8 else places
             raise ValueError(f"{name} must grow from 0 to the {B * T} tokens of the batch, not {told}")
         if set(range(0, B * T, T)) - set(places):
-            raise ValueError(f"{name} lets a document go on from one row of the batch to the next")
+            raise ValueError(f"{name} lets a document continue from one row of the batch to the next")
         if longest is not None and int(longest) < max(lengths):
             raise ValueError(
                 f"a document of {name} has {max(lengths)} tokens, more than its max_length of {longest}"

@@ -1,6 +1,7 @@
 """Reads recipes from YAML: `extends`, dotted overrides, errors that name the key and the nearest one."""
 
 import copy
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,19 @@ def is_text(key: str) -> bool:
     return takes_text(field_type(Recipe, *key.split(".")))
 
 
+def _nearest(path: Path) -> str:
+    """`; did you mean recipes/demo.yaml?` for a name close to that of a shipped recipe, else nothing."""
+    recipes = shipped("recipes")
+    known = {found.stem: found.relative_to(recipes.parent) for found in sorted(recipes.rglob("*.yaml"))}
+    near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.75)
+    return f"; did you mean {known[near[0]].as_posix()}?" if near else ""
+
+
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     found = resolve_path(str(path))
     found = found if found.exists() else resolve_path(f"recipes/{path}")
     if found.is_dir() or not found.exists():
-        raise RecipeError(f"{path}: no such recipe file")
+        raise RecipeError(f"{path}: no such recipe file{_nearest(path)}")
     if found.resolve() in chain:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
     data = read_yaml(found, path)

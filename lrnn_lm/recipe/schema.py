@@ -126,7 +126,7 @@ class CheckpointSection(Section):
     copy_to: str | None = Field(
         None,
         description="where to keep a copy of the run, as in s3://bucket/runs: a URL, or a folder of another "
-        "disk; a machine that lacks the run folder goes on from there",
+        "disk; a machine that lacks the run folder resumes from there",
     )
 
     @field_validator("copy_to")
@@ -218,7 +218,7 @@ class Recipe(Section):
         if self.train.tokens < self.train.tokens_per_step:
             raise ValueError(
                 f"train.tokens {self.train.tokens} is less than one step "
-                f"(train.tokens_per_step {self.train.tokens_per_step})"
+                f"(train.tokens_per_step {self.train.tokens_per_step}); raise it, or take smaller steps"
             )
         if (short := sum(stage.steps for stage in self.data.curriculum)) >= self.total_steps:
             raise ValueError(

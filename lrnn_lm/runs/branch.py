@@ -116,7 +116,7 @@ def _check_parent(recipe: Recipe, parent: dict[str, Any]) -> None:
         )
     if differing := differences(old, recipe, parent["step"], branch=True):
         raise ValueError(
-            f"--from: {path} is of a run that this recipe cannot go on from ({'; '.join(differing)})"
+            f"--from: {path} is of a run that this recipe cannot continue ({'; '.join(differing)})"
         )
     if parent["step"] >= recipe.total_steps:
         raise ValueError(

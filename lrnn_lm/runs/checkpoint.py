@@ -6,7 +6,7 @@
         trainer/                 state.json, rng-00000.json/.safetensors (a rank each; random states, and
                                  the states that its next rows begin with, see train/carry.py),
                                  optimizer.safetensors, or shards/*.safetensors (a rank each: its part of
-                                 weights and optimiser), average.safetensors (or in the shards),
+                                 weights and optimizer), average.safetensors (or in the shards),
                                  manifest.json (size and sha256 of every other file)
     checkpoints/latest, best     links, where there are any: the newest, that of lowest validation loss
 
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 class Position:
     """Where a run stands."""
 
-    step: int = 0  # optimiser steps done
+    step: int = 0  # optimizer steps done
     samples: int = 0  # rows read, over all ranks and epochs
     skipped: int = 0  # steps without an update: loss or gradient was not finite, or an outlier
     outliers: int = 0  # those of them that `train.guard` skipped

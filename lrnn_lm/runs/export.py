@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 QUANTISED = ("int8", "int4")
-_GROUP = 32  # weights of a row that share a scale, in int4
+_GROUP, _LEAST = 32, 8  # weights of a row that share a scale in int4: most and fewest
 _LEFT_OUT = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "config.json", "README.md")
 
 
@@ -63,7 +63,7 @@ def export(
     with new_folder(target) as aside:
         path, model, _ = _load(checkpoint, weights)
         if dtype in QUANTISED:
-            model = _quantised(path, model, dtype)
+            model = _quantised(model, dtype)
         elif dtype is not None:
             model.to(getattr(torch, DTYPES[dtype]))
         model.save_pretrained(aside)
@@ -102,22 +102,24 @@ def export_graphs(
     return user_path(target)
 
 
-def _quantised(path: Path, model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":
-    """The model with integers for the weights of its layers, and a scale a row (int8) or group (int4)."""
+def _quantised(model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":
+    """The model with integers for the weights of its layers, and a scale a row (int8) or group (int4).
+
+    int4: rows that do not split into groups of 8 are int8.
+    """
     import torch
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
     from transformers import TorchAoConfig
 
     settings = Int8WeightOnlyConfig()
     if dtype == "int4":
-        layers = model.model.layers.modules()
-        group = gcd(_GROUP, *(m.in_features for m in layers if isinstance(m, torch.nn.Linear)))
-        if group < 8:
-            raise ValueError(
-                f"{path}: int4 shares a scale among 8 to 32 weights of a row, and a width of this model is "
-                "no multiple of 8: use int8"
-            )
-        settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+        found = {}
+        for name, module in model.named_modules():
+            if name.startswith("model.layers.") and isinstance(module, torch.nn.Linear):
+                group = gcd(_GROUP, module.in_features)
+                narrow = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+                found[f"{name}.weight"] = narrow if group >= _LEAST else settings
+        settings = FqnToConfig(found)
     return type(model).from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), dtype="auto",
         quantization_config=TorchAoConfig(settings),

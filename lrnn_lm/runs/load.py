@@ -132,7 +132,7 @@ def load_checkpoint(
         ) from error
     if missing := sorted(told["missing_keys"]):  # which transformers draws at random
         untied = missing == ["lm_head.weight"]
-        remedy = "set tie_word_embeddings to true in its config.json" if untied else "copy the folder anew"
+        remedy = "set tie_word_embeddings to true in its config.json" if untied else "copy the folder again"
         raise ValueError(f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; {remedy}")
     return model.to(target).eval(), tokenizer
 
@@ -147,7 +147,7 @@ def model_configuration(folder: Path) -> "LRNNConfig":
         raise
     except _DAMAGED as error:  # a value that was changed by hand
         raise ValueError(
-            f"{folder}/config.json: {' '.join(str(error).split())[:200]}; copy it anew"
+            f"{folder}/config.json: {' '.join(str(error).split())[:200]}; copy it again"
         ) from error
 
 
@@ -160,7 +160,7 @@ def json_table(file: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: not a JSON object; copy the folder anew")
+        raise ValueError(f"{file}: not a JSON object; copy the folder again")
     return found
 
 
@@ -178,9 +178,9 @@ def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
             continue
         if what == "model.safetensors" and CheckpointFolder(path).shards.is_dir():
             raise ValueError(
-                f"{checkpoint}: sharded, as training goes on from it; first: lrnn export {checkpoint} DIR"
+                f"{checkpoint}: sharded, so only training reads it; first: lrnn export {checkpoint} DIR"
             )
-        raise ValueError(f"{checkpoint}: {what} is missing; copy the folder anew, or export it again")
+        raise ValueError(f"{checkpoint}: {what} is missing; copy the folder again, or export it again")
 
 
 def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -242,6 +242,6 @@ def _run_recipe(run: Path | None) -> dict[str, Any]:
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{file}: not valid YAML; copy it anew") from None
+        raise ValueError(f"{file}: not valid YAML; copy it again") from None
     sections = sections if isinstance(sections, dict) else {}
     return {key: section for key, section in sections.items() if isinstance(section, dict)}

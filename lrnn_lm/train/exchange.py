@@ -1,4 +1,4 @@
-"""What ranks agree on in each step: one sum over them beyond the gradients, and one transfer to the host."""
+"""What ranks exchange in each step, beside gradients: one all-reduce, and one transfer to the host."""
 
 import math
 import time
@@ -26,8 +26,8 @@ class StepResult:
     stop: bool = False  # whether any rank was asked to stop
     written: int = 0  # ranks that have written their part of the checkpoint in progress
     unwritten: bool = False  # whether any rank could not write its metrics
-    # Due by the main rank's clock: saving, validation, tasks.
-    clocks: tuple[bool, bool, bool] = (False, False, False)
+    # Whether the minutes between savings, validations, scorings have passed on the main rank.
+    timers: tuple[bool, bool, bool] = (False, False, False)
     seconds: tuple[float, ...] = ()  # each rank's first forward pass, to find slow ranks
     z_loss: float = 0.0  # its part of what was minimised
     waited: float = 0.0  # seconds that the host waited for the device
@@ -76,7 +76,7 @@ def exchange(
     """Sum over ranks what the update and the next steps depend on.
 
     losses: (2,) this rank's part of the loss, and of the z-loss in it. grad_norm: () of all
-    ranks. flags: this rank's stop, written, unwritten and three clocks, as in StepResult. seconds: of this
+    ranks. flags: this rank's stop, written, unwritten and three timers, as in StepResult. seconds: of this
     rank's forward pass; None on all or on none.
     """
     ranks = accelerator.num_processes
@@ -101,7 +101,7 @@ def exchange(
         stop=stop > 0,
         written=int(written),
         unwritten=unwritten > 0,
-        clocks=(save > 0, evaluate > 0, score > 0),
+        timers=(save > 0, evaluate > 0, score > 0),
         seconds=tuple(slots),
         waited=time.perf_counter() - began,
     )

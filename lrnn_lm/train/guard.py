@@ -35,10 +35,10 @@ def _above(value: float, values: Sequence[float]) -> float:
 
 
 def after_bad_steps(position: Position, guarded: bool, last: str) -> str:
-    """Why a run ends after too many steps without an update; `last`: the checkpoint that it goes on from."""
+    """Why a run ends after too many steps without an update; `last`: the checkpoint that it resumes from."""
     beyond = ", or beyond train.guard," if guarded else ""
     advice = " or raise train.guard.deviations" if guarded else ""
     return (
         f"the loss or its gradient was not finite{beyond} for {position.bad_in_a_row} steps in a "
-        f"row, up to step {position.step}; lower optim.lr{advice}, then run again to go on from {last}"
+        f"row, up to step {position.step}; lower optim.lr{advice}, then run again to resume from {last}"
     )

@@ -124,7 +124,7 @@ def _parameters(name: str, costs: Account) -> Table:
 
 def _work(costs: Account) -> Table:
     """Rows that are zero are left out: no attention term where there is no attention."""
-    table = _table("\nfloating-point operations a token, forward")
+    table = _table("\nFLOPs a token")
     work = costs.work
     for label, count, note in (
         ("matrix products", work.products, "head included"),
@@ -165,7 +165,7 @@ def _memory(memory: TrainingMemory, recipe: Recipe, dtype: torch.dtype) -> Table
     table.add_row("weights", _bytes(memory.weights), "fp32, and their average" if averaged else "fp32")
     table.add_row("gradients", _bytes(memory.gradients), "fp32")
     each = memory.optimizer / (memory.gradients / 4)
-    table.add_row("optimiser", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
+    table.add_row("optimizer", _bytes(memory.optimizer), f"{recipe.optim.name}, {each:.3g} bytes a parameter")
     table.add_row("activations", _bytes(memory.activations), shape)
     chunk = min(recipe.train.loss_chunk, recipe.train.micro_batch * at_once)
     table.add_row("loss", _bytes(memory.loss), f"logits of {chunk:,} tokens at once")
@@ -177,12 +177,12 @@ def _budget(recipe: Recipe, costs: Account) -> Table:
     table = _table("\nbudget")
     tokens = recipe.tokens_at(recipe.total_steps)
     left = recipe.train.tokens - tokens
-    table.add_row("tokens", f"{tokens:,}", f"{left:,} of the budget are less than a step" if left else "")
+    table.add_row("tokens", f"{tokens:,}", f"{left:,} more do not fill a step" if left else "")
     table.add_row("steps", f"{recipe.total_steps:,}")
     table.add_row("tokens a step", f"{recipe.train.tokens_per_step:,}")
     table.add_row("rows a step", f"{recipe.rows_per_step:,}", f"of {recipe.data.sequence_length:,} tokens")
     table.add_row("tokens a parameter", f"{tokens / costs.total_parameters:.1f}")
-    table.add_row("operations in all", f"{tokens * costs.flops_per_token_training:.2e}")
+    table.add_row("FLOPs in all", f"{tokens * costs.flops_per_token_training:.2e}")
     return table
 
 

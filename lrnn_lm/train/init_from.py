@@ -69,7 +69,7 @@ def _from_hub(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         why = textwrap.shorten(str(error), 120, placeholder=" ..")
         raise ValueError(
-            f"model.init_from: {name}: no such folder, and not to be had from the hub ({why}); "
+            f"model.init_from: {name}: no such folder, and it cannot be fetched from the hub ({why}); "
             "give a folder, or a hub name as in owner/model"
         ) from None
 

@@ -1,7 +1,7 @@
 """The training loop: steps of the token budget, validation, checkpoints, and a clean stop when asked.
 
-Legend: a step is one optimiser update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
-What ranks tell one another in a step is in `exchange.py`.
+Legend: a step is one optimizer update over `tokens_per_step` tokens of all ranks, taken in micro-batches.
+What ranks exchange in a step, beside gradients, is in `exchange.py`.
 """
 
 import gc
@@ -79,11 +79,11 @@ class Trainer:
         self.average, self.scorer = average, scorer
         self.sequence = sequence_parallel(recipe, bare_model.config, accelerator)
         self.rows = Rows(recipe, prepared, accelerator, position, self.sequence)
-        during = recipe.eval.during or recipe.eval  # without tasks it asks for nothing
-        self.cadences = [  # of saving, validation, tasks
+        during = recipe.eval.during or recipe.eval  # without a scorer it is not used
+        self.save_cadence, self.validation_cadence, self.task_cadence = (
             Cadence(each.every, recipe.tokens_at, accelerator.is_main_process)
             for each in (recipe.checkpoint, recipe.eval, during)
-        ]
+        )
         self.throughput = Throughput(recipe, bare_model.config, is_sharded(bare_model), accelerator)
         self.saver = Saver(
             self.checkpoints, accelerator, bare_model, optimizer, prepared.tokenizer_dir, recipe,
@@ -126,10 +126,10 @@ class Trainer:
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
             self.metrics = Metrics(self.folder, self.accelerator, self.position)
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
-            if self.metrics.put_away is not None:
+            if self.metrics.renamed is not None:
                 self.line.say(
-                    f"[yellow]begins anew: no checkpoint was written yet, or they were removed; the lines of "
-                    f"the steps before are in {escape(str(self.metrics.put_away))}"
+                    "[yellow]starting again: this run has no checkpoint; metrics of its earlier start are "
+                    f"in {escape(str(self.metrics.renamed))}"
                 )
             try:
                 start_trackers(self.accelerator, self.recipe)
@@ -158,15 +158,15 @@ class Trainer:
         self.rows.start()
         settle_buckets(self.model, self._empty_pass)
         while not self.finished:
-            save_rang, eval_rang, task_rang = self._train_step().clocks
+            save_timer, validation_timer, task_timer = self._train_step().timers
             if self.position.step == self.first_step + 1 and self.accelerator.device.type == "cuda":
                 # Freeze long-lived objects: a full garbage collection pauses this rank for 0.2 s.
                 gc.collect()
                 gc.freeze()
-            self._validate_if_due(eval_rang)
-            self._score_if_due(task_rang)
+            self._validate_if_due(validation_timer)
+            self._score_if_due(task_timer)
             bad = self.position.bad_in_a_row > 0  # its weights may be the cause: save after a good step
-            if self.cadences[0].due(self.position.step, save_rang, wait=bad) or self.finished:
+            if self.save_cadence.due(self.position.step, save_timer, wait=bad) or self.finished:
                 self._save()
             self.beat("training")
         if self.metrics.problem is not None:
@@ -214,21 +214,21 @@ class Trainer:
         return result
 
     def step(self, micro_batches: list[Batch], meanwhile: Callable[[], None] | None = None) -> StepResult:
-        """Forward, backward and update over one global step; every rank skips the update if it is not finite.
+        """Forward, backward and update; all ranks skip the update if loss or gradient norm is not finite.
 
-        `meanwhile` is called once the device has all its work: the host would only wait.
+        `meanwhile` is called once all work is launched: the host would only wait for the device.
         """
         self.model.train()
-        share = targets_per_rank(micro_batches, self.accelerator)
-        loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # all of it; the z-loss in it
+        num_items = targets_per_rank(micro_batches, self.accelerator)
+        loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # the sum includes the z-loss
         for i, batch in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
             if self.sequence.by_pieces or self.carry is not None:
-                loss += self._backward_by_segments(batch, share, last, self.carry)
+                loss += self._backward_by_segments(batch, num_items, last, self.carry)
                 continue
             with accumulating(self.model, last, self.plan):
                 with self.stopwatch.timing() if i == 0 else nullcontext():
-                    part = self._loss(batch, share)
+                    part = self._loss(batch, num_items)
                 part.backward()
             loss += part.detach()
         drop_frozen_gradients(self.optimizer)
@@ -244,13 +244,14 @@ class Trainer:
         return result
 
     def _exchange(self, losses: Tensor, grad_norm: Tensor) -> StepResult:
-        """What ranks must agree on before the update."""
+        """Sum over ranks what all must know before the update: losses, norm, flags, times."""
         # Under FSDP2 a forward pass waits for other ranks' parameters: its time says nothing of this rank.
         timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
         seconds = self._forward_seconds if timed else None
         unwritten = self.metrics is not None and self.metrics.problem is not None
-        clocks = [cadence.rang() for cadence in self.cadences]
-        flags = [self.stop.asked, self.saver.written, unwritten, *clocks]
+        every = (self.save_cadence, self.validation_cadence, self.task_cadence)
+        timers = [cadence.timer_expired() for cadence in every]
+        flags = [self.stop.asked, self.saver.written, unwritten, *timers]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
@@ -311,8 +312,8 @@ class Trainer:
 
     # Validation, logging, saving, stopping -----------------------------------------------------------
 
-    def _validate_if_due(self, rang: bool = False) -> None:
-        if not self._is_due(self.cadences[1], rang, self.position.validated):
+    def _validate_if_due(self, timer: bool = False) -> None:
+        if not self._is_due(self.validation_cadence, timer, self.position.validated):
             return
         self.beat("validating", now=True)
         try:
@@ -322,10 +323,10 @@ class Trainer:
         self.position.validated, self.position.validation_loss = self.position.step, found.loss
         self._write(line, f"validation {found}")
 
-    def _is_due(self, cadence: Cadence, rang: bool, done: int) -> bool:
+    def _is_due(self, cadence: Cadence, timer: bool, done: int) -> bool:
         """Whether to do now, at its interval or at the run's end, what was last done after step `done`."""
         step = self.position.step
-        return step > max(0, done) and (cadence.due(step, rang) or self.finished)
+        return step > max(0, done) and (cadence.due(step, timer) or self.finished)
 
     def _write(self, fields: dict[str, Any], words: str) -> None:
         """Write a line of metrics.jsonl beside those of the steps, and say what it holds."""
@@ -334,16 +335,16 @@ class Trainer:
         self.line.say(f"step {step}: {escape(words)}")
 
     def _meet(self, doing: str, working: bool = False) -> bool:
-        """Whether any rank is working; raises if any was asked to stop. All ranks call it."""
+        """Whether any rank still works; AskedToStopError if any was asked to stop. All ranks call it."""
         self.beat(doing)
         asked, working = on_any_rank(self.accelerator, self.stop.asked, working)
         if asked:
             raise AskedToStopError  # not saved here: the model may have the averages for weights
         return working
 
-    def _score_if_due(self, rang: bool = False) -> None:
+    def _score_if_due(self, timer: bool = False) -> None:
         """Score the tasks of `eval.during` at their interval and at the end of the run."""
-        if self.scorer is None or not self._is_due(self.cadences[2], rang, self.position.scored):
+        if self.scorer is None or not self._is_due(self.task_cadence, timer, self.position.scored):
             return
         began = time.perf_counter()
         self.beat("scoring", now=True)

@@ -1,8 +1,8 @@
 """metrics.jsonl, the trackers beside it, and when something is due.
 
 A line is flushed when it is written and on disk before the next checkpoint is. A resumed run first drops the
-lines after its checkpoint, so that every step has one line. A run that begins anew renames an old file to
-metrics-1.jsonl, metrics-2.jsonl and so on.
+lines after its checkpoint, so that every step has one line. A run that starts again without a checkpoint
+renames the old file to metrics-1.jsonl, metrics-2.jsonl and so on.
 """
 
 import json
@@ -30,10 +30,10 @@ class Metrics:
         self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
-        self.put_away: Path | None = None  # the renamed file of an earlier run in this folder
+        self.renamed: Path | None = None  # the file of an earlier start without a checkpoint
         if accelerator.is_main_process:
             if latest_checkpoint(RunFolder(folder).checkpoints) is None:
-                self.put_away = _put_away(self._path)
+                self.renamed = _rename_old(self._path)
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -49,7 +49,7 @@ class Metrics:
             except OSError as error:
                 self.problem = (
                     f"could not write {self._path}: {error.strerror}. Free some space and run the same "
-                    "command again to go on from the last checkpoint."
+                    "command again to resume from the last checkpoint."
                 )
         if self._accelerator.trackers:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
@@ -81,7 +81,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
         accelerator.init_trackers(recipe.tracking.project, config=settings)
 
 
-def _put_away(path: Path) -> Path | None:
+def _rename_old(path: Path) -> Path | None:
     """Rename the metrics of steps that no checkpoint leads to; the new path, None if there are none."""
     if not path.exists() or not path.read_bytes().strip():
         return None
@@ -115,27 +115,28 @@ class Cadence:
     """Says after which steps something is due, by tokens, steps or minutes."""
 
     def __init__(self, every: Every, tokens_at: Callable[[int], int], main: bool = True):
-        """tokens_at: tokens of so many steps. main: whether this is the main rank, whose clock decides."""
+        """tokens_at: tokens of the first n steps. main: whether this is the main rank: its timer decides."""
         self._every, self._tokens_at, self._main = every, tokens_at, main
         self._last = time.monotonic()
         self._pending = False
 
-    def rang(self) -> bool:
-        """Whether the minutes have passed on the main rank's clock; if so it restarts."""
-        by_clock = self._main and self._every.unit == "minutes"
-        if not by_clock or time.monotonic() - self._last < 60 * self._every.amount:
+    def timer_expired(self) -> bool:
+        """Whether the interval, if in minutes, has passed on the main rank; if so the timer restarts."""
+        is_timed = self._main and self._every.unit == "minutes"
+        if not is_timed or time.monotonic() - self._last < 60 * self._every.amount:
             return False
         self._last = time.monotonic()
         return True
 
-    def due(self, step: int, rang: bool = False, wait: bool = False) -> bool:
-        """Whether it is due after `step` steps; by minutes, `rang` says so: the main rank's clock.
+    def due(self, step: int, timer: bool = False, wait: bool = False) -> bool:
+        """Whether it is due after `step` steps.
 
-        With `wait` it is not, and is due at the next call without.
+        timer: the main rank's `timer_expired`, which decides if the interval is in minutes. wait: put it off
+        to the next call without `wait`.
         """
         amount = int(self._every.amount)
         if self._every.unit == "minutes":
-            due = rang
+            due = timer
         elif self._every.unit == "steps":
             due = step % amount == 0
         else:

@@ -213,7 +213,7 @@ class AdamW8bit(Optimizer):
                 packed["step"] = state["step"]
                 packed["exp_avg"] = self._pack(parameter, "exp_avg", signed=True)
                 packed["exp_avg_sq"] = self._pack(parameter, "exp_avg_sq", signed=False)
-        # torchao takes a tensor for the rate, lest it compile anew for every number.
+        # torchao takes a tensor for the rate, or it would compile for every number.
         groups = [{**group, "lr": torch.tensor(group["lr"])} for group in self.param_groups]
         self._packed.param_groups = groups
         self._packed.step()
@@ -375,7 +375,7 @@ def layer_matrices(model: nn.Module) -> list[tuple[nn.Parameter, list[int]]]:
 
 
 def learning_rate(step: int, total_steps: int, tokens_per_step: int, optim: OptimSection) -> float:
-    """The learning rate of optimiser step `step`, counted from 0.
+    """The learning rate of optimizer step `step`, counted from 0.
 
     Linear warm-up to `lr`; then a cosine down to `final_lr` at the last step (cosine), a plateau and a linear
     decay to `final_lr` over the last `decay` (wsd), or `lr` for ever (constant).

@@ -39,7 +39,7 @@ class ProgressLine:
 
     def __enter__(self) -> "ProgressLine":
         if self._speaks and 0 < self._first < self._total:
-            self._console.print(f"going on from step {self._first} of {self._total}{self._ranks}")
+            self._console.print(f"resuming from step {self._first} of {self._total}{self._ranks}")
         self._bar.start()
         return self
 

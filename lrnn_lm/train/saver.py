@@ -1,4 +1,4 @@
-"""Saving while training goes on: copy tensors at a step boundary, write them in a thread, publish later.
+"""Checkpoints during training: copy tensors at a step boundary, write them in a thread, publish later.
 
 begin    every rank copies its tensors to the CPU; a thread writes, flushes and hashes its files aside
 written  whether this rank's part is on disk; each step sums it over ranks with what it sends anyway
@@ -66,8 +66,9 @@ class Saver:
         group: Group = None,
         average: Average | None = None,
     ):
-        """`model` is the bare model. tokenizer: its folder, which is put beside the weights. step: where the
-        run goes on. group: a gloo group of all ranks, as threads write shards while training uses NCCL."""
+        """`model` is the bare model. tokenizer: its folder, which is copied beside the weights. step: where
+        the run resumes. group: a gloo group of all ranks: threads write shards while training uses NCCL.
+        """
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, recipe.checkpoint
         self._tokenizer, self._group, self._average = tokenizer, group, average
@@ -76,11 +77,11 @@ class Saver:
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self._step = step or -1  # of the checkpoint last begun or gone on from
-        self.stalled = 0.0  # seconds that training waited here; the trainer logs them and begins anew
+        self._step = step or -1  # of the checkpoint last begun or resumed from
+        self.stalled = 0.0  # seconds that training waited here; the trainer logs them and sets 0
         self.carried: Callable[[], dict[str, Tensor]] = dict  # states of this rank's rows, by name
-        self._good = checkpoint.step_name(step) if step else None  # the one last published or gone on from
-        self._patience = 30 * recipe.train.timeout_minutes  # seconds: half of it
+        self._good = checkpoint.step_name(step) if step else None  # the one last published or resumed from
+        self._patience = 30 * recipe.train.timeout_minutes  # seconds to wait for the copy: half the timeout
         self._copier: Copier | None = None
         if recipe.checkpoint.copy_to is not None and accelerator.is_main_process:
             self._copier = Copier(
@@ -124,7 +125,7 @@ class Saver:
         self._on_main(make_room)
         tensors = self._copied()
         weights = self._whole_weights() if last and is_sharded(self._model) else None
-        state = replace(position)  # training goes on while it is written
+        state = replace(position)  # a copy: training moves the position while this is written
         plain, own = random_state()
         random = plain, own | self.carried()
         self._writing = self._pool.submit(self._write, aside, state, tensors, weights, random, last)
@@ -173,9 +174,10 @@ class Saver:
             )
 
     def complete(self, position: Position) -> None:
-        """Save the run's last checkpoint again, as its last, unless it was saved as such.
+        """Save the run's last checkpoint again, with code and whole weights, unless it has them.
 
-        It was not if the run's budget was larger then. Raises CheckpointError as `begin` and `finish`.
+        It lacks them if it was saved on the way to a larger budget. Raises CheckpointError as `begin` and
+        `finish`.
         """
         folder = CheckpointFolder(self.checkpoints / checkpoint.step_name(position.step))
         has_code = not self._has_code or "auto_map" in json.loads(folder.config.read_text())
@@ -206,7 +208,7 @@ class Saver:
         raise CheckpointError(
             f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {reason}; "
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
-            "Free some space and run the same command again to go on from it."
+            "Free some space and run the same command again to resume from it."
         )
 
     def _copied(self) -> dict[str, Tensor]:

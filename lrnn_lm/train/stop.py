@@ -89,7 +89,7 @@ class StopSignal:
     def leave_if_asked(self) -> None:
         """Raise Stopped, unless held, if a signal came and was not acted on, as during the last save."""
         if self._name is not None and not self._held:
-            raise Stopped(f"stopped by {self._name}; run the same command again to go on")
+            raise Stopped(f"stopped by {self._name}; run the same command again to resume")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

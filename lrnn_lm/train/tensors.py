@@ -1,4 +1,4 @@
-"""Model and optimiser to a checkpoint's files and back, whole or sharded.
+"""Model and optimizer to a checkpoint's files and back, whole or sharded.
 
 Whole: model.safetensors and trainer/optimizer.safetensors, written by one rank. Sharded: trainer/shards,
 written by torch.distributed.checkpoint, each rank its own part. Both load on any number of ranks, with DDP or
@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"
 def training_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
 ) -> dict[str, Tensor]:
-    """Every parameter, its optimiser state and its average, not copied; a tied weight once."""
+    """Every parameter, its optimizer state and its average, not copied; a tied weight once."""
     values = average.values if average is not None else {}
     tensors: dict[str, Tensor] = {f"average/{name}": value for name, value in values.items()}
     for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def write_whole(tensors: Mapping[str, Tensor], aside: Path, model: nn.Module) -> None:
-    """Weights, configuration, optimiser and average, from whole tensors on the CPU."""
+    """Weights, configuration, optimizer and average, from whole tensors on the CPU."""
     model.save_pretrained(aside, state_dict=part(tensors, "model"))
     save_file(part(tensors, "optimizer"), CheckpointFolder(aside).optimizer)
     if average := part(tensors, "average"):
@@ -92,7 +92,7 @@ def load(
     group: Group,
     average: Average | None = None,
 ) -> Position:
-    """Load a checkpoint that passed `verify` into model, optimiser and random generators; its position.
+    """Load a checkpoint that passed `verify` into model, optimizer and random generators; its position.
 
     Every rank calls it. The checkpoint may come from another number of ranks, or from DDP instead of FSDP2.
     An average that it does not have begins at its weights. Raises CheckpointError if its tensors are not

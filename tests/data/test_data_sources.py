@@ -33,6 +33,26 @@ def test_text_folder_glob_and_file(tmp_path: Path) -> None:
     assert read("text", tmp_path / "one.txt") == ["one"]
 
 
+@pytest.mark.parametrize(
+    ("type", "name", "told"),
+    [
+        ("text", "a.jsonl", r"type=jsonl"),
+        ("text", "a.ndjson", r"type=jsonl"),
+        ("jsonl", "a.txt", r"a\.txt:1: not valid JSON.*is it of data\.source\.type=text\?"),
+        ("jsonl", "a.md", r"type=text\?"),
+        ("jsonl", "a.parquet", r"type=parquet\?"),
+    ],
+)
+def test_the_type_of_a_file_of_another_type_is_told(tmp_path: Path, type: str, name: str, told: str):
+    (tmp_path / name).write_text('{"text": "fine"}\n' if type == "text" else "A plain text.\n")
+    for path in (tmp_path / name, tmp_path / "a.*"):
+        with pytest.raises(DataError, match=told):
+            read(type, path)
+    if type == "text":  # beside other text it is one more text
+        (tmp_path / "b.txt").write_text("text")
+        assert len(read("text", tmp_path)) == 2
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_jsonl(tmp_path: Path, suffix: str) -> None:
     plain = write_jsonl(tmp_path / "part.jsonl", TEXTS, field="content").read_bytes()

@@ -66,6 +66,9 @@ def make(folder: Path, form: str, documents: list[list[int]]) -> tuple[str, Path
         return "megatron", megatron(folder / "s", documents, "int32", parts=3).with_suffix(".bin"), {}
     if form == "npy":
         return "tokens", flat(folder / "a.npy", documents, "int64"), {}
+    if form == "big-endian":
+        np.save(folder / "e.npy", np.load(flat(folder / "a.npy", documents)).astype(">u2"))
+        return "tokens", folder / "e.npy", {}
     if form == "bos":
         return "tokens", flat(folder / "b.bin", [[BOS, *ids] for ids in documents]), {}
     if form == "leading":  # the separator begins each document
@@ -80,7 +83,7 @@ def make(folder: Path, form: str, documents: list[list[int]]) -> tuple[str, Path
     return "tokens", flat(folder / "w.bin", documents, form), {}
 
 
-FORMS = ["megatron", "sentences", "npy", "bos", "leading", "named", "files"]
+FORMS = ["megatron", "sentences", "npy", "big-endian", "bos", "leading", "named", "files"]
 FORMS += ["uint16", "int32", "uint32", "int64"]
 
 
@@ -230,6 +233,21 @@ def test_mistakes(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -
     fails(r"bad\.npy: truncated or no \.npy file", "tokens", tmp_path / "bad.npy")
     np.save(tmp_path / "float.npy", np.ones(9))
     fails(r"float\.npy: a row of whole numbers is expected, not float64", "tokens", tmp_path / "float.npy")
+    for dtype, given in (("uint32", "uint16"), ("int64", "int32"), ("int64", "uint16")):
+        wide = flat(tmp_path / f"{dtype}.bin", documents, dtype)
+        fails(
+            f"read as {given} every second number is 0, as in a file of {dtype}", "tokens", wide, dtype=given
+        )
+    np.savez(tmp_path / "a.npz", np.arange(9))
+    fails(r"a\.npz: is packed, .* unpack it", "tokens", tmp_path / "a.npz")
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    fails(r"a\.npy: several arrays in an archive", "tokens", tmp_path / "a.npy")
+    (tmp_path / "a.bin.gz").write_bytes(b"\0" * 9)
+    fails(r"a\.bin\.gz: is packed, .* unpack it", "tokens", tmp_path / "a.bin.gz")
+    with (tmp_path / "two.npy").open("wb") as file:  # of which numpy reads the first
+        for _ in range(2):
+            np.save(file, np.arange(9))
+    fails(r"two\.npy: 200 bytes follow its array; save one", "tokens", tmp_path / "two.npy")
     np.save(tmp_path / "none.npy", np.zeros(0, np.uint16))
     fails(r"none\.npy is empty: it holds no document", "tokens", tmp_path / "none.npy")
     (tmp_path / "empty.bin").write_bytes(b"")

@@ -300,7 +300,7 @@ def test_a_missing_file_is_named(checkpoint, tmp_path, missing):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     for file in copy.glob(f"{missing}*"):
         file.unlink()
-    with pytest.raises(ValueError, match=rf"copy: {missing}.* is missing; copy the folder anew"):
+    with pytest.raises(ValueError, match=rf"copy: {missing}.* is missing; copy the folder again"):
         load_checkpoint(copy, "cpu")
 
 

@@ -191,6 +191,26 @@ def test_offline_scores_on_two_folders_are_told_apart(checkpoint, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("of_runs", [True, False], ids=["in runs of one name", "folders of one name"])
+def test_results_of_checkpoints_of_one_name_in_one_folder(checkpoint, tmp_path, of_runs):
+    """Those of one replace none of the other; a repeat replaces its own."""
+    places = []
+    for place in ("a", "b"):
+        run = shutil.copytree(checkpoint.parents[1], tmp_path / place / "tiny", symlinks=True)
+        places.append(run / "checkpoints/latest")
+        if not of_runs:
+            places[-1] = shutil.copytree(places[-1], tmp_path / place / "model")
+    given = {"data": checkpoint.parents[1] / "heldout.jsonl", "device": "cpu", "output": tmp_path / "out"}
+    for place in (*places, *places):
+        evaluate(place, ["heldout_bits_per_byte"], limit=2, **given)
+        probe_length(place, "24", rows=2, **given)
+        probe_recall([place], rows=2, **given)
+    files = list((tmp_path / "out").glob("*.json"))
+    assert len(files) == 3 * len(places)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2 * len(places)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_probes_of_another_text_leave_those_of_the_runs(checkpoint, tmp_path, write_documents):
     run = shutil.copytree(checkpoint.parents[1], tmp_path / "tiny", symlinks=True)
     shutil.rmtree(run / "eval", ignore_errors=True)

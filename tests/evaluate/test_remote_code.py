@@ -191,7 +191,7 @@ def test_no_weight_is_made_up_or_run(checkpoint, tmp_path, marker, lrnn):
     code, said = lrnn("generate", str(folder), "--max-new-tokens", "1")
     assert code == 2
     assert said.endswith(
-        "1 weights are missing, such as model.layers.1.mlp.up_proj.weight; copy the folder anew\n"
+        "1 weights are missing, such as model.layers.1.mlp.up_proj.weight; copy the folder again\n"
     )
     (folder / "model.safetensors").unlink()
 

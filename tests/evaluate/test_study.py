@@ -222,7 +222,7 @@ def test_study_goes_on_where_it_stopped(tmp_path, capsys):
     )
     synthetic.main([*given, "--minutes", "0"])
     assert not (tmp_path / "results.jsonl").exists()
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     synthetic.main(given)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * (

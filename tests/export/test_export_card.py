@@ -56,6 +56,7 @@ def test_card_of_a_run(run):
     ):  # fmt: skip
         assert told in text, told
     assert "loss.png" not in text
+    assert "None" not in text, "options that were not given are left out"
 
 
 def test_the_licence_is_the_recipes_unless_one_is_passed(run):

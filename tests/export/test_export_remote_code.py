@@ -72,6 +72,11 @@ for _ in range(2):
 batch = model.generate_batch([row[:n] for row in arguments["rows"] for n in (3, 9)], max_new_tokens=3)
 result["batch"] = [out.generated_tokens for out in batch.values()]
 result["tokens"] = AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids
+for mixer in ({"type": "h_lru", "order": 2}, {"type": "slice"}, {"type": "bd_gru", "num_blocks": 2}):
+    try:
+        type(config)(mixer=mixer)
+    except ValueError as error:
+        result.setdefault("others", []).append(str(error))
 os.remove(arguments["incomplete"] + "/configuration_lrnn.py")
 try:
     AutoModelForCausalLM.from_pretrained(arguments["incomplete"], trust_remote_code=True)
@@ -120,6 +125,13 @@ def test_reads_the_same_without_the_package(name, exported, elsewhere):
 
 def test_a_missing_code_file_is_named_by_the_loader(elsewhere):
     assert "configuration_lrnn.py" in elsewhere["incomplete"]
+
+
+def test_another_mixer_than_the_code_has_is_told_so(elsewhere):
+    assert len(elsewhere["others"]) == 3
+    for message in elsewhere["others"]:
+        assert message.startswith("unknown mixer type")
+        assert message.endswith("for others, pip install lrnn-lm)")
 
 
 def test_a_reader_reads_a_text_once(elsewhere):

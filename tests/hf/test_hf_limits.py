@@ -1,17 +1,19 @@
-"""What importing and `--help` may cost, and how a transformers that is too old is told."""
+"""What importing and `--help` may cost, and how libraries that are too old are told."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lrnn_lm import __version__
 from lrnn_lm.cli import main
-from lrnn_lm.requirements import TRANSFORMERS_TEXT
+from lrnn_lm.requirements import LEAST, TRANSFORMERS_TEXT
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,16 +60,21 @@ def test_help_imports_no_libraries(arguments):
 
 
 @pytest.fixture
-def with_transformers(tmp_path):
-    """A function from a version to a folder where just the record of such a transformers is installed."""
+def with_version(tmp_path):
+    """A function from a package and a version to a folder where just the record of these is installed."""
 
-    def install(version: str) -> str:
-        record = tmp_path / f"transformers-{version}.dist-info"
+    def install(package: str, version: str) -> str:
+        record = tmp_path / f"{package}-{version}.dist-info"
         record.mkdir()
-        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         return str(tmp_path)
 
     return install
+
+
+@pytest.fixture
+def with_transformers(with_version):
+    return partial(with_version, "transformers")
 
 
 def test_a_transformers_too_old(with_transformers):
@@ -105,6 +112,27 @@ def checked(folder: str) -> subprocess.CompletedProcess:
     return python(
         "-c", "from lrnn_lm.requirements import check_transformers; check_transformers()", first=folder
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "version", "extra", "command"),
+    [
+        ("lm_eval", "0.4.11", "eval", ["eval", "MODEL", "--tasks", "heldout_cloze"]),
+        ("torchao", "0.17.0", "torchao", ["export", "MODEL", "out", "--dtype", "int8"]),
+    ],
+)
+def test_a_library_of_an_extra_that_is_too_old(
+    module, version, extra, command, with_version, make_checkpoint, tmp_path
+):
+    folder = with_version(module, version)
+    (tmp_path / f"{module}.py").write_text("raise AssertionError('imported')")
+    model = str(make_checkpoint("bd_lru"))
+    done = python("-m", "lrnn_lm.cli", *(model if w == "MODEL" else w for w in command), first=folder)
+    least = f"{module}>={'.'.join(map(str, LEAST[module]))}"
+    told = f"lrnn-lm needs {least.replace('>', ' >')}, {version} is installed: pip install '{least}'"
+    assert (done.returncode, done.stderr) == (2, f"lrnn: {told}\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert least.replace("_", "-") in project["optional-dependencies"][extra]
 
 
 def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):

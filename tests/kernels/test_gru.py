@@ -6,7 +6,7 @@ from scans import assert_close, drawing, in_fp64, with_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import TOLERANCES, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
-from lrnn_lm.kernels import gru_scan, reference, slstm_scan
+from lrnn_lm.kernels import BACKENDS, gru_scan, reference, slstm_scan
 
 NAMES = ("h", "h_last", "inputs", "weight", "bias", "h0")
 SLSTM = (4, 3)  # planes of the inputs and of the state
@@ -132,6 +132,16 @@ def test_rows_of_several_programs(monkeypatch, M, N):
 
     monkeypatch.setattr(gru_triton, "INTERPRETED", False)
     compare(make_inputs(T=5, N=N, M=M), 3e-6, backend="triton")
+
+
+@pytest.mark.parametrize("planes", [(3,), SLSTM])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_at_all(planes, backend):
+    *tensors, reset = make_inputs(planes=planes, B=0)
+    function = slstm_scan if planes == SLSTM else gru_scan
+    h, last, *gradients = run(to_device([*tensors, reset]), function, backend=backend)
+    assert len(h) == len(last) == 0
+    assert all(x.shape == g.shape and not g.any() for x, g in zip(tensors, gradients, strict=True))
 
 
 def test_newton_tells_its_iterations():

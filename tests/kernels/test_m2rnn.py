@@ -7,7 +7,7 @@ import torch
 from scans import assert_close, drawing, in_fp64, with_gradients
 from triton_cases import TOLERANCES, inside, poison, to_device  # noqa: F401  (fixtures)
 
-from lrnn_lm.kernels import m2rnn_scan, reference
+from lrnn_lm.kernels import BACKENDS, m2rnn_scan, reference
 from lrnn_lm.kernels.scan import m2rnn
 
 NAMES = ("y", "last", "queries", "keys", "values", "weight", "keep", "h0")
@@ -74,6 +74,14 @@ def test_autocast_rounds_no_state():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = m2rnn_scan(*inputs)
     assert all(map(torch.equal, got, m2rnn_scan(*inputs)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_at_all(backend):
+    *tensors, reset = make_inputs(B=0)
+    y, last, *gradients = run(to_device([*tensors, reset]), backend=backend)
+    assert len(y) == len(last) == 0
+    assert all(x.shape == g.shape and not g.any() for x, g in zip(tensors, gradients, strict=True))
 
 
 def test_scanning_in_two_parts():

@@ -188,6 +188,15 @@ def test_triton_programs_take_several_chunks(monkeypatch):
     compare("triton", T=33, K=8, M=2, V=4, B=1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [list, erasing])
+def test_no_rows_at_all(backend, kind):
+    *tensors, reset = kind(make_inputs(B=0))
+    y, last, *gradients = run(to_device([*tensors, reset]), backend)
+    assert len(y) == len(last) == 0
+    assert all(x.shape == g.shape for x, g in zip(tensors, gradients, strict=True))
+
+
 def test_triton_reads_any_strides():
     """And gradients that are expanded, as those of a sum are."""
     pytest.importorskip("triton")

@@ -257,6 +257,26 @@ def test_half_precision(scan, dtype):
 
 
 @pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("T", [5, 2000])  # 2000: where time may be cut
+@pytest.mark.parametrize("empty", ["B", "N"])
+def test_nothing_to_scan(scan, T, empty):
+    inputs = make_inputs(scan, **{"B": 2, "N": 3, empty: 0}, T=T, M=2)
+    outputs = run(scan, to_device(inputs), "softmax", "triton")
+    assert outputs[0].shape == inputs[1].shape
+    assert outputs[2].shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_nothing_to_scan_in_packed_planes(M):
+    for packed in (block_diagonal_scan_packed, higher_order_scan_packed):
+        planes = torch.zeros(0, 5, M + 2, 64, device=DEVICE, requires_grad=True)
+        h, last = packed(planes, 3, M, backend="triton")
+        (h.sum() + last.sum()).backward()
+        assert len(h) == len(last) == 0
+        assert planes.grad.shape == planes.shape
+
+
+@pytest.mark.parametrize("scan", SCANS)
 def test_resets_everywhere_and_nowhere(scan, monkeypatch):
     cut_time(monkeypatch, 5)
     for probability in (0.0, 1.0):

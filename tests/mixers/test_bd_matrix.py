@@ -118,6 +118,9 @@ def test_heads_convolve_their_streams():
     """A new convolution is the identity; keys that start shifted are the queries of the tokens before, in a
     second head those of one token in half of the slots, and of another in the rest."""
     mixer, x = made(ERASES | {"head_conv": 3, "shift_keys": 2}), torch.randn(2, 5, 16)
+    with torch.device("meta"):  # whatever device is the default
+        taps = mixer.initial_values(0.02)["head_conv.weight"]
+    assert torch.equal(taps, mixer.head_conv.weight)
     y, state = mixer(x, None, SequenceContext())
     assert state.shape == (2, mixer.state_elements(9)) == (2, 2 * 8 * 4 + 2 * 2 * (4 + 8 + 8))
     projected = [p(x) for p in mixer.joint_projections()[1:]]

@@ -12,6 +12,19 @@ from lrnn_lm.mixers import SequenceContext
 from lrnn_lm.mixers.fla_layer import FlaMixer
 
 
+@pytest.fixture(autouse=True)
+def few_configurations(monkeypatch):
+    """Two launch configurations a kernel: to compile and time all takes minutes, and the choice is fla's."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    run = autotuner.run
+
+    def run_few(self, *args, **kwargs):
+        self.configs = sorted(self.configs, key=lambda c: (abs(c.num_warps - 4), abs(c.num_stages - 2)))[:2]
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(autotuner, "run", run_few)
+
+
 @installed
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SPECS)

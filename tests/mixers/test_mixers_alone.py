@@ -33,6 +33,16 @@ def test_it_needs_no_state_and_no_context(name):
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)
+def test_no_rows_at_all(name):
+    """An expert that no token was sent to, the last part of a batch: empty outputs, gradients of zero."""
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    y, *_ = layer(torch.empty(0, 5, WIDTH))
+    y.sum().backward()
+    assert y.shape == (0, 5, WIDTH)
+    assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
 def test_it_starts_as_in_a_model(name):
     """The same draws, bit for bit, where the random state is the same."""
     model = LRNNForCausalLM(small_config(name, initializer_range=0.05))

@@ -276,7 +276,7 @@ def test_arguments_that_are_wrong(arguments, words, body):
 
 
 def test_a_document_does_not_go_on_in_the_next_row():
-    with pytest.raises(ValueError, match="go on from one row of the batch to the next"):
+    with pytest.raises(ValueError, match="continue from one row of the batch to the next"):
         small_model("bd_lru")(tokens(rows=2, length=9), cu_seq_lens_q=torch.tensor([0, 4, 12, 18]))
 
 

@@ -165,6 +165,19 @@ def test_exported_on_request_and_at_the_end(averaged: Path, straight: Path, tmp_
     assert not (tmp_path / "none").exists()
 
 
+def test_a_longer_run_that_was_stopped_in_its_last_step_replaces_that_of_the_shorter(recipe: Path) -> None:
+    """What a job does that is requeued between the end of training and its export."""
+    options = ("name=longer", "train.average={decay: 0.9}")
+    Ranks(recipe, 1, *options, "train.tokens=1024").expect()
+    options = (*options, "train.tokens=2048")
+    Ranks(recipe, 1, *options, prank=Prank(step=4, signal=signal.SIGTERM)).expect(85)
+    Ranks(recipe, 1, *options).expect()
+    run = recipe.parent / "runs/longer"
+    stored = load_file(run / "checkpoints/step-00000004/trainer/average.safetensors")
+    exported = load_file(run / "average/model.safetensors")
+    assert all(torch.equal(stored[name], exported[name]) for name in exported)
+
+
 def test_turned_on_for_a_run_that_is_trained(recipe: Path, straight: Path, tmp_path: Path) -> None:
     shutil.copytree(straight, tmp_path / "tiny", symlinks=True)
     main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}", ON)

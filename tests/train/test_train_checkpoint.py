@@ -66,7 +66,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     main_exits(0, "train", recipe, f"train.runs_dir={stopped.parent}")
     said = " ".join(capsys.readouterr().err.split())
     assert f"step-00000010 is damaged ({what}); trying the one before" in said
-    assert "going on from step 8 of 12" in said
+    assert "resuming from step 8 of 12" in said
     assert fingerprint(stopped / LAST) == fingerprint(straight / LAST)
     assert losses(stopped) == losses(straight)
     left = sorted(p.name for p in (stopped / "checkpoints").iterdir())

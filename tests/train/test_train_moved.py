@@ -79,7 +79,7 @@ def test_the_case_as_it_was_reported(
     assert not (run / "checkpoints/latest").is_symlink()
     more = ("train.tokens=7168", f"train.runs_dir={run.parent}")
     main_exits(0, "train", recipe, *more)
-    assert "going on from step 12 of 14" in capsys.readouterr().err
+    assert "resuming from step 12 of 14" in capsys.readouterr().err
     assert os.readlink(run / "checkpoints/latest") == "step-00000014"
 
 

@@ -124,7 +124,7 @@ def flipped(folder: Path) -> None:
         (integers, (), "are integers; take the checkpoint that it was made of"),
         (without_a_weight, (), "model.norm.weight does not fit"),
         (flipped, (), "model.safetensors is not as its checksum says"),
-        (shutil.rmtree, (), "no such folder, and not to be had from the hub"),
+        (shutil.rmtree, (), "it cannot be fetched from the hub"),
     ],
 )
 def test_weights_that_do_not_fit(

@@ -142,7 +142,7 @@ def test_resumed_is_straight_through_bit_for_bit(
     ranks, rows, options = LAYOUTS[parallel]
     sizes = (f"train.micro_batch={rows}", short(), *options, "eval.tasks=[]")
     said = Ranks(recipe, ranks, *sizes, f"name={parts.name}", parallel=parallel).expect()
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert losses(parts) == losses(straight)
     assert validations(parts) == validations(straight)
     ends = [tensors_of(run / LAST) for run in (straight, parts)]
@@ -163,7 +163,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimiser of a checkpoint, by `model/NAME` and `optimizer/NAME/KEY`."""
+    """Weights and optimizer of a checkpoint, by `model/NAME` and `optimizer/NAME/KEY`."""
     if is_sharded_folder(checkpoint):
         parts = {kind: read_shards(checkpoint, kind) for kind in ("model", "optimizer")}
     else:
@@ -173,7 +173,7 @@ def trained(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_other_ranks_go_on(recipe: Path, one: Callable[..., Path], tmp_path: Path) -> None:
-    """2 ranks, then 3, 4 and 1, shared in each way: weights and optimiser come back bit for bit; every row
+    """2 ranks, then 3, 4 and 1, shared in each way: weights and optimizer come back bit for bit; every row
     is read once, in the order of one process; its losses."""
     seen, begin = tmp_path / "seen", 0
     stages = [("ddp", 2, 2), ("fsdp2", 3, 4), ("hsdp", 4, 6), ("ddp", 1, None)]

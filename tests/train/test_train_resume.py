@@ -227,7 +227,7 @@ def test_a_signal_in_data_preparation_leaves_nothing_half_made(
     process.send_signal(number)
     code, errors = process.finish()
     assert code == 85, errors
-    assert errors.splitlines()[-1] == f"stopped by {number.name}; run the same command again to go on"
+    assert errors.splitlines()[-1] == f"stopped by {number.name}; run the same command again to resume"
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob(".building-*"))
 

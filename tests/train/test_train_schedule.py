@@ -1,4 +1,4 @@
-"""Learning rates at points where they are known in closed form, and the optimiser's groups."""
+"""Learning rates at points where they are known in closed form, and the optimizer's groups."""
 
 import itertools
 import math
@@ -134,6 +134,6 @@ def test_a_cadence_in_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     due = []
     for step in range(1, 10):
         clock[0] += 25
-        if cadence.due(step, cadence.rang()):
+        if cadence.due(step, cadence.timer_expired()):
             due.append(step)
     assert due == [3, 6, 9]

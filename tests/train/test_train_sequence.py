@@ -76,7 +76,7 @@ def test_a_run_goes_on_bit_for_bit(recipe: Path, alone: Path) -> None:
     assert_agree(straight, alone)
     parts = Path(shutil.copytree(straight, recipe.parent / "runs/parts-2", symlinks=True))
     shutil.rmtree(parts / last)
-    assert "going on from step 2" in Ranks(recipe, 2, "name=parts-2", *options).expect()
+    assert "resuming from step 2" in Ranks(recipe, 2, "name=parts-2", *options).expect()
     assert losses(parts) == losses(straight)
     assert validations(parts) == validations(straight)
     assert torch.equal(weights(parts / last), weights(straight / last))

@@ -88,7 +88,7 @@ def test_two_ranks_are_one(build: Build, recipe: Path, tmp_path: Path) -> None:
         stopped.run()
     options = ("name=two", short, f"train.runs_dir={tmp_path}", "train.micro_batch=2")
     said = Ranks(recipe, 2, *options, "checkpoint.every=0.0005 min").expect()
-    assert said.count("going on from step 2 of 6") == 1
+    assert said.count("resuming from step 2 of 6") == 1
     assert "(2 ranks)" in said
     one = build("name=one", short)
     one.run()
@@ -160,10 +160,10 @@ def test_a_stop_amid_poisoned_steps_is_saved_and_gone_on_from(build: Build) -> N
     assert metrics(resumed.folder)[-1]["step"] == 12
 
 
-def test_a_clock_that_rang_amid_poisoned_steps(build: Build) -> None:
+def test_a_save_due_among_poisoned_steps_is_put_off(build: Build) -> None:
     trainer = build("checkpoint.every=60 min", "checkpoint.keep_last=9")
     poison(trainer, [4, 5])
-    trainer.cadences[0].rang = lambda: trainer.position.step + 1 == 4
+    trainer.save_cadence.timer_expired = lambda: trainer.position.step + 1 == 4
     trainer.run()
     assert saved(trainer) == [6, 12]
 

@@ -17,6 +17,7 @@ from ...data import SYNTHETIC_TASKS, SyntheticTask
 from ...runs.load import CheckpointInfo, describe, load_checkpoint
 from ..show import print_table, print_written, table_console, write_json
 from ..tasks.synthetic import run_source
+from ..text import stem_of
 from .harden import harden
 from .state_boxes import FAR, Maps, affine_maps, certified_length
 
@@ -198,7 +199,7 @@ def _write_and_show(facts: dict[str, Any], info: CheckpointInfo, output: Path | 
     print_table(header, rows, left=0, title=info.name)
     table_console().print(verdict(facts), highlight=False)
     if folder is not None:
-        path = folder / f"{info.name}-certify-{task}.json"
+        path = folder / f"{stem_of(info, output, f'certify-{task}')}.json"
         write_json(facts, path)
         print_written([path])
 

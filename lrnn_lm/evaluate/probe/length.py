@@ -30,7 +30,7 @@ from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoi
 from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
-from ..text import documents_of, in_name, other_text
+from ..text import documents_of, in_name, other_text, stem_of
 from .recall import PIECE_LOGITS, doublings, text_rows
 from .transitions import mixer_inputs, transitions
 
@@ -89,7 +89,8 @@ def probe_length(
     written = []
     if (folder := info.results(output)) is not None:
         plots = folder if output is not None else RunFolder(info.run).plots
-        name = f"{info.name}-length-{N}{in_name(other_text(info, documents_of(info, data)))}"
+        text = in_name(other_text(info, documents_of(info, data)))
+        name = stem_of(info, output, f"length-{N}{text}")
         written = [folder / f"{name}.json", plots / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])

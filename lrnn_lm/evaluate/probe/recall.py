@@ -29,7 +29,7 @@ from ..compare import checkpoint_names
 from ..reporting.plot import colour, picture, tidy
 from ..show import check_at_least, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
-from ..text import in_name, other_text
+from ..text import free_stem, in_name, other_text
 from .transitions import mixer_inputs
 
 if TYPE_CHECKING:
@@ -70,10 +70,12 @@ def probe_recall(
         model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
         inputs, targets = text_rows(model, tokenizer, text, rows, context_length(model, info.run))
         size = {"rows": len(inputs), "length": inputs.shape[1]}
-        found.append({"name": name, **size, **split(model, inputs, targets)})
+        place = {"path": str(info.path), "step": info.step}
+        found.append({"name": name, "checkpoint": place, **size, **split(model, inputs, targets)})
     written = []
     if (folder := first.results(output)) is not None:
-        name = f"recall{in_name(other_text(first, str(text)))}"
+        stem = f"recall{in_name(other_text(first, str(text)))}"
+        name = free_stem(folder, stem, [describe(checkpoint) for checkpoint in checkpoints])
         written = [folder / f"{name}.json", folder / f"{name}.png"]
         write_json(found, written[0])
         _draw(found, written[1])

@@ -127,7 +127,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
         ("mixer", "; ".join(map(mixer_in_words, mixers))),
         ("vocabulary", f"{config.vocab_size:,}" + (", tied head" if config.tie_word_embeddings else "")),
         ("trained at", f"{config.max_position_embeddings:,} tokens"),
-        ("operations a token, forward", f"{costs.flops_per_token:,}"),
+        ("FLOPs a token, forward", f"{costs.flops_per_token:,}"),
         ("recurrent state of a sequence", f"{costs.recurrent_state_bytes:,} bytes, the same at any length"),
     ]
     return text + markdown_table(["", ""], rows)
@@ -141,7 +141,7 @@ def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) 
     steps = f", this is step {step:,}" if step is not None else ""
     rows = [
         ("budget", f"{train['tokens']} tokens, {train['tokens_per_step']} a step{steps}"),
-        ("optimiser", f"{optim['name']}, betas {optim['betas']}, weight decay {optim['weight_decay']}"),
+        ("optimizer", f"{optim['name']}, betas {optim['betas']}, weight decay {optim['weight_decay']}"),
         ("learning rate", f"{optim['lr']}, {optim['schedule']}, warm-up {optim['warmup']}"),
         ("gradient clipping", f"{optim['grad_clip']}"),
         ("precision", f"{train['precision']}"),

@@ -132,6 +132,6 @@ def hub_data(needed: bool, cached: bool = False) -> Iterator[None]:
             "run once with a network to fill the cache, or use tasks that need none: "
             "heldout_bits_per_byte, heldout_cloze, or --suite offline --data DIR"
         )
-        raise ValueError(f"a task's data set is not to be had: {reason}\n{advice}") from error
+        raise ValueError(f"a task's data set cannot be loaded: {reason}\n{advice}") from error
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before

@@ -60,7 +60,7 @@ def prefill(
         past_key_values = getattr(output, CACHE)
         if past_key_values is None:
             raise ValueError(
-                "the model gave no cache back, so the next segment would begin anew: call it so "
+                "the model gave no cache back, so the next segment would start from nothing: call it so "
                 "that its forward pass returns past_key_values"
             )
     if output is None:

@@ -45,6 +45,7 @@ _NAMESPACE = """
 # Torch knows operators by name, for the whole process: each copy of this file keeps its own.
 NAMESPACE = "lrnn_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 """
+_OTHERS = " (a checkpoint's code holds its own mixers; for others, pip install lrnn-lm)"
 _PACKAGE = Path(__file__).parents[2]
 _REGISTRY: Module = ("mixers",)
 
@@ -102,7 +103,7 @@ def _rows(kept: frozenset[str]) -> str:
             edits.append(line_edit(node, source.text))
         elif names & gone:
             edits.append(edit(node, f"from .{node.module} import {', '.join(sorted(names - gone))}"))
-    return apply(source.text, edits)
+    return apply(source.text, edits).replace('OTHERS = ""', f"OTHERS = {_OTHERS!r}", 1)
 
 
 def _write(bundle: Bundle, file: str) -> str:
