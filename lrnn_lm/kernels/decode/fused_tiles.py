@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..scan.matrix_state_kernels import _product
-from ..scan.triton_rows import unstack
+from ..scan.triton_rows import product, unstack
 from ..triton_device import cdiv, multiprocessors, next_power_of_2, on_device, settle_cache_keys, starts_early
 from .fused_step import new_state, write_state
 
@@ -70,10 +69,10 @@ def _products(
         inside = k >= 0 if D % BLOCK == 0 and D % LENGTH == 0 else k < D
         piece = tl.load(x + b[:, None] * D + k[None, :], mask=(b < B)[:, None] & inside[None, :], other=0.0)
         w = tl.load(at[:, None] + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        more = (_product(piece, tl.trans(w), sums[0], "ieee"),)
+        more = (product(piece, tl.trans(w), sums[0], "ieee"),)
         if REST > 0:
             w = tl.load(at_rest[:, None] + k[None, :], mask=there_rest[:, None] & inside[None, :], other=0.0)
-            more = more + (_product(piece, tl.trans(w), sums[1], "ieee"),)
+            more = more + (product(piece, tl.trans(w), sums[1], "ieee"),)
         sums = more
     return sums
 

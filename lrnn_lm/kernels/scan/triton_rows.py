@@ -12,16 +12,25 @@ row] or a part of that.
 import triton
 import triton.language as tl
 
-from ..triton_device import LOG2E, settle_cache_keys
+from ..triton_device import INTERPRETED, LOG2E, settle_cache_keys
 from .triton_gates import EPS, FIXED, gate_value, logit_gradient, reciprocal
 
 WARP = tl.constexpr(32)
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 
 
 @triton.jit
 def as_int64(t):
     """t as int64, as offsets may pass 2^31 elements; a loop variable is a plain int in the interpreter."""
     return t + tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def product(x, y, sums, FP32: tl.constexpr):
+    """sums + x y in fp32; x [m, k], y [k, n], sums [m, n]."""
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sums, input_precision=FP32)
 
 
 @triton.jit
