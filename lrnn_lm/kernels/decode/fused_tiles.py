@@ -24,19 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..scan.triton_rows import unstack
-from ..triton_device import (
-    INTERPRETED,
-    cdiv,
-    multiprocessors,
-    next_power_of_2,
-    on_device,
-    settle_cache_keys,
-    starts_early,
-)
+from ..scan.triton_rows import product, unstack
+from ..triton_device import cdiv, multiprocessors, next_power_of_2, on_device, settle_cache_keys, starts_early
 from .fused_step import new_state, write_state
 
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 ROWS = (16, 64)  # sequences a program: the least and the most that a tensor core's instruction takes
 WIDEST = 128  # outputs times planes of a program with 64 sequences; wider ones have 16
 SHARED_MEMORY = 227 * 1024  # bytes a program, an H100's; used where there is no device to ask
@@ -53,15 +44,6 @@ def _rows(
     place, p = first + e // PADDED, plane + e % PADDED
     row = place // MP * M + place % MP
     return p * count + row, (p < PLANES) & (row < count) & (place % MP < M)
-
-
-@triton.jit
-def _dot(x, w, sums):
-    """sums [BP, rows] + x [BP, BLOCK] times w [rows, BLOCK] transposed, in fp32."""
-    if WIDEN:
-        return tl.dot(x.to(tl.float32), tl.trans(w).to(tl.float32), sums, input_precision="ieee")
-    else:
-        return tl.dot(x, tl.trans(w), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -87,10 +69,10 @@ def _products(
         inside = k >= 0 if D % BLOCK == 0 and D % LENGTH == 0 else k < D
         piece = tl.load(x + b[:, None] * D + k[None, :], mask=(b < B)[:, None] & inside[None, :], other=0.0)
         w = tl.load(at[:, None] + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        more = (_dot(piece, w, sums[0]),)
+        more = (product(piece, tl.trans(w), sums[0], "ieee"),)
         if REST > 0:
             w = tl.load(at_rest[:, None] + k[None, :], mask=there_rest[:, None] & inside[None, :], other=0.0)
-            more = more + (_dot(piece, w, sums[1]),)
+            more = more + (product(piece, tl.trans(w), sums[1], "ieee"),)
         sums = more
     return sums
 

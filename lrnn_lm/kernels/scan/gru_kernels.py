@@ -232,9 +232,7 @@ def walk_backward_kernel(
     x_at, d_at = inputs + b * T * (3 * NM) + spot, d_inputs + b * T * (3 * NM) + spot
     h_at, g_at, flags_at = h_in + b * T * NM + spot - NM, grad + b * T * NM + spot, flags + b * T
     h_start = tl.load(start + b * NM + spot, mask=valid, other=0.0)[None, :]
-    sums = ()
-    for _ in tl.static_range(3 * M + 4):
-        sums = sums + (tl.zeros([WIDTH], tl.float32),)
+    sums = (tl.zeros([WIDTH], tl.float32),) * (3 * M + 4)
     groups = (end - begin) // STEPS
     x_many, d_many = tile_of(x_at, 3 * NM, STEPS), tile_of(d_at, 3 * NM, STEPS)
     h_many, g_many = tile_of(h_at, NM, STEPS), tile_of(g_at, NM, STEPS)

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_device import multiprocessors, next_power_of_2, on_device, settle_cache_keys
-from .matrix_state_kernels import _matrix, _product, _store_matrix, _transposed
+from .matrix_state_kernels import _matrix, _store_matrix, _transposed
 from .triton_gates import gate_value
 from .triton_launch import reset_flags
-from .triton_rows import as_int64
+from .triton_rows import as_int64, product
 
 # Numbers of the state a warp, by whether it is the backward pass: 32 and 16 a lane, so that registers hold a
 # step of 64 x 16.
@@ -44,7 +44,7 @@ def _entering(S, flag, HAS_RESET: tl.constexpr):
 @triton.jit
 def _candidate(S, k, v, W, FP32: tl.constexpr):
     """Z = tanh(S W + k v^T)."""
-    return gate_value(_product(S, W, k[:, None] * v[None, :], FP32), "tanh")
+    return gate_value(product(S, W, k[:, None] * v[None, :], FP32), "tanh")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -123,9 +123,9 @@ def m2rnn_backward_kernel(
             tl.store(d_queries + at * K + rows, dq.to(d_queries.dtype.element_ty), mask=rows < K)
             tl.store(d_keys + at * K + rows, dk.to(d_keys.dtype.element_ty), mask=rows < K)
             tl.store(d_values + at * V + cols, dv.to(d_values.dtype.element_ty), mask=cols < V)
-            s = _entering(_product(dX, WT, f * s, FP32), flags + b * T + t, HAS_RESET)
+            s = _entering(product(dX, WT, f * s, FP32), flags + b * T + t, HAS_RESET)
             # Last, when little else is live: each warp holds all of its factors, 128 registers at 64 x 16.
-            dW = _product(tl.trans(S), dX, dW, FP32)
+            dW = product(tl.trans(S), dX, dW, FP32)
         tl.debug_barrier()  # before the next chunk's states are written over these
     _store_matrix(d_weight + item * (V * V), dW, cols, cols, V, V, V)
     _store_matrix(d_start + item * (K * V), s, rows, cols, V, K, V)

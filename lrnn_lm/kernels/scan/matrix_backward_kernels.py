@@ -23,22 +23,16 @@ from .matrix_kernels import (
     store_tiles,
     whole_span,
 )
-from .triton_rows import as_int64, sum_of_lanes, zero_at_reset
+from .triton_rows import as_int64, halve, sum_of_lanes, zero_at_reset
 
 
 @triton.jit
 def _scattered(x, lane, g, M: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr):
     """Group g receives the sums over all groups of x[g M / G ..], M / G of them."""
-    # Recursive halving: each exchange halves what is left to send.
     for level in tl.static_range(4):
         if (G >> level) > 1:
             upper = (g & (G >> (level + 1))) != 0
-            left = ()
-            for j in tl.static_range(M >> (level + 1)):
-                sent = tl.where(upper, x[j], x[j + (M >> (level + 1))])
-                kept = tl.where(upper, x[j + (M >> (level + 1))], x[j])
-                left = left + (kept + tl.gather(sent, lane ^ (FIRST * (G >> (level + 1))), 0),)
-            x = left
+            x = halve(x, lane, upper, M >> (level + 1), FIRST * (G >> (level + 1)))
     return x
 
 

@@ -20,19 +20,9 @@ and VP are K and V, at least 16; P the dense matrix of `whole`. Columns of score
 import triton
 import triton.language as tl
 
-from ..triton_device import INTERPRETED, settle_cache_keys
+from ..triton_device import settle_cache_keys
 from .matrix_kernels import step_of_column
-from .triton_rows import as_int64
-
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
-
-
-@triton.jit
-def _product(x, y, sums, FP32: tl.constexpr):
-    """sums + x y in fp32; x [m, k], y [k, n], sums [m, n]."""
-    if WIDEN:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, sums, input_precision=FP32)
+from .triton_rows import as_int64, product
 
 
 @triton.jit
@@ -75,7 +65,7 @@ def _steps_of(at, base, steps, T, columns, S_T: tl.constexpr, S_V: tl.constexpr,
 def _remaining(v, erase, written, rows, S, K: tl.constexpr, L: tl.constexpr, FP32: tl.constexpr):
     """v - erase S [L, VP], in the order of the columns."""
     erased = _matrix(erase, written, rows, K, L, K)  # [L, KP]
-    return (v.to(tl.float32) - _product(erased, S.to(v.dtype), tl.zeros(v.shape, tl.float32), FP32)).to(
+    return (v.to(tl.float32) - product(erased, S.to(v.dtype), tl.zeros(v.shape, tl.float32), FP32)).to(
         v.dtype
     )
 
@@ -113,8 +103,8 @@ def state_forward_kernel(
         else:
             read = _matrix(reads + item * (L * K), steps, rows, K, L, K)  # [L, KP]
             score = _matrix(scores + item * (L * L), steps, steps, L, L, L)  # [L, L]
-            out = _product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
-            out = _product(score, v, out, FP32)
+            out = product(read, S.to(dtype), tl.zeros([L, VP], tl.float32), FP32)
+            out = product(score, v, out, FP32)
             y_at = y + ((b * T + as_int64(chunk * L)) * H + head) * V
             _store_matrix(y_at, out, steps, cols, H * V, tl.minimum(T - chunk * L, L), V)
         key = _transposed(keys + item * (L * K), steps, rows, K, L, K)  # [KP, L]
@@ -124,8 +114,8 @@ def state_forward_kernel(
             at = whole + item * (K * M) + rows[:, None] * M + rows[None, :] % M
             # A dense [KP, KP] with zeros off the blocks: tensor cores take no product below 16 x 16.
             P = tl.load(at, mask=_own_block(rows, rows, M, K), other=0.0)
-            S = _product(P, S, tl.zeros_like(S), FP32)
-        S = _product(key, v, S, FP32)
+            S = product(P, S, tl.zeros_like(S), FP32)
+        S = product(key, v, S, FP32)
     if not KEEP:
         _store_matrix(last + (b * H + head) * (K * V), S, rows, cols, V, K, V)
 
@@ -160,22 +150,22 @@ def state_backward_kernel(
         owed = dS.to(dtype)  # after the chunk
         if ERASES:
             v = _remaining(v, erase + item * (L * K), written, rows, S, K, L, FP32)
-        d_score = _product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
+        d_score = product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
         d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)  # values reach no earlier output
         _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
-        d_read = _product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
+        d_read = product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
         _store_matrix(d_reads + item * (L * K), d_read, steps, rows, K, L, K)
-        d_key = _product(v, tl.trans(owed), tl.zeros([L, KP], tl.float32), FP32)
+        d_key = product(v, tl.trans(owed), tl.zeros([L, KP], tl.float32), FP32)
         _store_matrix(d_keys + item * (L * K), d_key, steps, rows, K, L, K)
         score = _transposed(scores + item * (L * L), steps, steps, L, L, L)
-        dv = _product(score, g, tl.zeros([L, VP], tl.float32), FP32)
+        dv = product(score, g, tl.zeros([L, VP], tl.float32), FP32)
         key = _matrix(keys + item * (L * K), steps, rows, K, L, K)
-        dv = _product(key, owed, dv, FP32)
+        dv = product(key, owed, dv, FP32)
         dv_at = d_values + ((b * T + as_int64(chunk * L)) * H + head) * V
         _store_matrix(dv_at, dv, written, cols, H * V, tl.minimum(T - chunk * L, L), V)
         if ERASES:
             removed = (-dv).to(dtype)
-            d_erased = _product(removed, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
+            d_erased = product(removed, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
             _store_matrix(d_erase + item * (L * K), d_erased, written, rows, K, L, K)
         if M == 1:
             d_decay = tl.sum(dS * S.to(tl.float32), axis=1)  # [KP], the diagonal of dP
@@ -183,16 +173,16 @@ def state_backward_kernel(
             dS = dS * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
         else:
             # The dense [KP, KP] product, of which only the blocks are stored.
-            dP = _product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
+            dP = product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
             at = rows[:, None] * M + rows[None, :] % M
             tl.store(d_whole + item * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))
             at = rows[None, :] * M + rows[:, None] % M  # of the transposed
             P = tl.load(whole + item * (K * M) + at, mask=_own_block(rows, rows, M, K), other=0.0)
-            dS = _product(P, dS, tl.zeros_like(dS), FP32)
+            dS = product(P, dS, tl.zeros_like(dS), FP32)
         read = _transposed(reads + item * (L * K), steps, rows, K, L, K)
-        dS = _product(read, g, dS, FP32)
+        dS = product(read, g, dS, FP32)
         if ERASES:
-            dS = _product(_transposed(erase + item * (L * K), written, rows, K, L, K), removed, dS, FP32)
+            dS = product(_transposed(erase + item * (L * K), written, rows, K, L, K), removed, dS, FP32)
     _store_matrix(d_start + (b * H + head) * (K * V), dS, rows, cols, V, K, V)
 
 

@@ -23,7 +23,7 @@ from ..triton_device import LOG2E, settle_cache_keys
 from .gru_kernels import _biases, _matrices, _of_block, _place, _planes, _states_before, _store_planes
 from .gru_triton import _flags, _launch, gradients_of_sums
 from .triton_gates import gate_value
-from .triton_rows import as_int64, step_flags, tile_of
+from .triton_rows import as_int64, step_flags, tile_of, zero_at_reset
 
 
 @triton.jit
@@ -62,15 +62,6 @@ def _store_state(at, state, valid, NM: tl.constexpr):
 
 
 @triton.jit
-def _fresh(state, flag):
-    """A state, or its gradient, that is zero where a document starts."""
-    found = ()
-    for p in tl.static_range(3):
-        found = found + (tl.where(flag != 0, 0.0, state[p]),)
-    return found
-
-
-@triton.jit
 def _forward_group(
     state, x_at, h_at, c_at, flags_at, t, mask, first, u, bias, N: tl.constexpr, M: tl.constexpr,
     STEPS: tl.constexpr, WIDTH: tl.constexpr, HAS_RESET: tl.constexpr,
@@ -82,7 +73,7 @@ def _forward_group(
     hs, rs, Ls = (), (), ()
     for s in tl.static_range(STEPS):
         if HAS_RESET:
-            state = _fresh(state, flags[s])
+            state = zero_at_reset(state, flags[s], 3)
         h, r, L = state
         of_block = _of_block(h, first, M)
         z, o, a, i, _, kept = _cell(of_block, L, x[0][s], x[1][s], x[2][s], x[3][s], u, bias, M)
@@ -169,7 +160,7 @@ def _backward_group(
                 s_h += ut[p * M + k] * of_block[k]
         owed = (s_h, s_r, s_L)
         if HAS_RESET:
-            owed = _fresh(owed, flags[s])
+            owed = zero_at_reset(owed, flags[s], 3)
         d_z, d_i, d_f, d_o = (dz,) + d_z, (di,) + d_i, (df,) + d_f, (do,) + d_o
     _store_planes(d_at, (d_z, d_i, d_f, d_o), t, mask, 4, NM, STEPS, WIDTH)
     return owed, sums
@@ -194,9 +185,7 @@ def slstm_backward_kernel(
     x_at, d_at = inputs + b * T * (4 * NM) + spot, d_inputs + b * T * (4 * NM) + spot
     h_at, c_at, g_at = h_in + b * T * NM + spot, c_in + b * T * (2 * NM) + spot, grad + b * T * NM + spot
     flags_at, starts, owed = flags + b * T, _state(start + at, valid, NM), _state(stop + at, valid, NM)
-    sums = ()
-    for _ in tl.static_range(4 * M + 4):
-        sums = sums + (tl.zeros([WIDTH], tl.float32),)
+    sums = (tl.zeros([WIDTH], tl.float32),) * (4 * M + 4)
     x_many, d_many = tile_of(x_at, 4 * NM, STEPS), tile_of(d_at, 4 * NM, STEPS)
     h_many, g_many = tile_of(h_at, NM, STEPS), tile_of(g_at, NM, STEPS)
     c_many = tile_of(c_at, 2 * NM, STEPS)

@@ -12,16 +12,25 @@ row] or a part of that.
 import triton
 import triton.language as tl
 
-from ..triton_device import LOG2E, settle_cache_keys
+from ..triton_device import INTERPRETED, LOG2E, settle_cache_keys
 from .triton_gates import EPS, FIXED, gate_value, logit_gradient, reciprocal
 
 WARP = tl.constexpr(32)
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bf16 as the integers that hold it
 
 
 @triton.jit
 def as_int64(t):
     """t as int64, as offsets may pass 2^31 elements; a loop variable is a plain int in the interpreter."""
     return t + tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def product(x, y, sums, FP32: tl.constexpr):
+    """sums + x y in fp32; x [m, k], y [k, n], sums [m, n]."""
+    if WIDEN:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, sums, input_precision=FP32)
 
 
 @triton.jit
@@ -310,15 +319,16 @@ def store_sums(
 
 
 @triton.jit
-def _halve(q, lane, HALF: tl.constexpr, P: tl.constexpr):
-    """One exchange of recursive halving: q, 2 HALF values, becomes HALF sums with the partner's."""
-    # Bit HALF / P of the lane says which half it keeps; the partner keeps the other.
-    upper = (lane & (HALF // P)) != 0
+def halve(q, lane, upper, HALF: tl.constexpr, AWAY: tl.constexpr):
+    """One exchange of recursive halving: q, 2 HALF values, becomes HALF sums with the lane AWAY lanes off.
+
+    upper: whether a lane keeps the second half; its partner keeps the first.
+    """
     left = ()
     for j in tl.static_range(HALF):
         sent = tl.where(upper, q[j], q[j + HALF])
         kept = tl.where(upper, q[j + HALF], q[j])
-        left = left + (kept + tl.gather(sent, lane ^ (HALF // P), 0),)
+        left = left + (kept + tl.gather(sent, lane ^ AWAY, 0),)
     return left
 
 
@@ -334,7 +344,8 @@ def sum_over_rows(q, lane, TAPS: tl.constexpr, MP: tl.constexpr, P: tl.constexpr
     q = q + (tl.zeros_like(q[0]),) * (TP - TAPS)
     for stage in tl.static_range(4):
         if (TP >> stage) > P:
-            q = _halve(q, lane, TP >> (stage + 1), P)
+            upper = (lane & ((TP >> (stage + 1)) // P)) != 0
+            q = halve(q, lane, upper, TP >> (stage + 1), (TP >> (stage + 1)) // P)
     return (sum_of_lanes(q[0], lane, TP, MP // TP),) if TP < MP else q
 
 
