@@ -13,6 +13,7 @@ from ..files import user_path
 from .data import FILE_KEYS, SOURCE_KEYS
 from .explain import REMOVED, explain
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
+from .optim import UNREAD
 from .reading import TwiceError, field_type, load_override, load_yaml, takes_text
 from .schema import Recipe
 
@@ -42,27 +43,48 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             _apply(data, text)
         return data
 
-    data = _on_top(_read(Path(path), ()), override)
+    own, below = _read(Path(path), ())
+    data = _on_top(below, override)
     data.setdefault("name", Path(path).stem)
     recipe = recipe_from_dict(data, where=str(path))
-    for text in overrides or []:
-        _check_reach(recipe, text)
+    given = override({})
+    if "layer_pattern" not in _section(own, "model"):  # else it may repeat `mixer` by an anchor
+        _check_reach(own, data, f"{path}: ")
+    _check_reach(given, data, "override ")
+    if "schedule" not in _section(given, "optim"):
+        _check_schedule(own, recipe, f"{path}: ")
+    _check_schedule(given, recipe, "override ")
     return recipe
 
 
-def _check_reach(recipe: Recipe, override: str) -> None:
-    """Raise RecipeError for an override of a mixer's option that every layer of the pattern sets itself."""
-    key = override.partition("=")[0].strip()
-    option = key.removeprefix("model.mixer.")
-    pattern = recipe.model.layer_pattern
-    if pattern is None or option in (key, "type"):
-        return
-    having = [entry for entry in pattern if option in MIXER_OPTIONS[entry.type]]
-    if having and all(option in entry.model_fields_set for entry in having):
+def _check_schedule(given: dict[str, Any], recipe: Recipe, where: str) -> None:
+    """Raise RecipeError for a key of `optim` in `given` that the recipe's schedule does not read."""
+    schedule = recipe.optim.schedule
+    for key in _section(given, "optim").keys() & UNREAD[schedule]:
         raise RecipeError(
-            f"override {override!r} changes nothing: the layers of model.layer_pattern that have {option} "
-            "set it themselves; override model.layer_pattern"
+            f"{where}optim.{key} changes nothing: schedule {schedule} does not read it; leave it out, or "
+            "change optim.schedule"
         )
+
+
+def _check_reach(given: dict[str, Any], whole: dict[str, Any], where: str) -> None:
+    """Raise RecipeError for a type or option of `mixer` in `given` that no layer of the pattern takes."""
+    pattern = _section(whole, "model").get("layer_pattern")
+    if not isinstance(pattern, list):
+        return
+    entries = [entry if isinstance(entry, dict) else {"type": entry} for entry in pattern]
+    for key, value in _section(given, "model", "mixer").items():
+        if key == "type":
+            reaches = any(entry.get(key, value) == value for entry in entries)
+            why, what = f"no layer of model.layer_pattern is a {value}", f" (null: {value} in all layers)"
+        else:
+            having = [e for e in entries if key in MIXER_OPTIONS.get(str(e.get("type", DEFAULT_TYPE)), ())]
+            reaches = not having or any(key not in entry for entry in having)
+            why, what = f"the layers of model.layer_pattern that have {key} set it themselves", ""
+        if not reaches:
+            raise RecipeError(
+                f"{where}model.mixer.{key} changes nothing: {why}; change model.layer_pattern{what}"
+            )
 
 
 def recipe_from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -159,7 +181,8 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {known[near[0]].as_posix()}?" if near else ""
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe file holds beyond the one that it extends, and both together."""
     found = resolve_path(str(path))
     found = found if found.exists() else resolve_path(f"recipes/{path}")
     if found.is_dir() or not found.exists():
@@ -175,12 +198,12 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         if source.keys() >= _STORED_SOURCE:  # a version that stored it may have kept keys without a use
             data["data"][name] = _read_by_type(source, source.get("type"))
     if parent is None:
-        return data
+        return {}, data
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends takes one file name, not {parent!r}")
     beside = found.parent / parent
-    below = _read(beside if beside.exists() else Path(parent), (*chain, found.resolve()))
-    return _on_top(below, lambda below: _merge(below, data))
+    _, below = _read(beside if beside.exists() else Path(parent), (*chain, found.resolve()))
+    return data, _on_top(below, lambda below: _merge(below, data))
 
 
 def _section(data: Any, *keys: str) -> dict[str, Any]:

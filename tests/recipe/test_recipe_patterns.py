@@ -39,12 +39,15 @@ def test_a_stored_recipe_takes_overrides_as_the_first(base: Path, pattern: str, 
     stored.write_text(dump_recipe(load_recipe(first)))
     assert load_recipe(stored) == load_recipe(first)
     assert dump_recipe(load_recipe(stored)) == stored.read_text()
-    then = [flatten(load_recipe(path, [*changes, "name=x"])) for path in (first, stored)]
-    layers = [
-        then_.get("model.layer_pattern") or {k: v for k, v in then_.items() if ".mixer." in k}
-        for then_ in then
-    ]
-    assert layers[0] == layers[1]
+
+    def layers(path: Path) -> object:
+        try:
+            then = flatten(load_recipe(path, [*changes, "name=x"]))
+        except RecipeError as error:
+            return str(error)
+        return then.get("model.layer_pattern") or {k: v for k, v in then.items() if ".mixer." in k}
+
+    assert layers(first) == layers(stored)
 
 
 @pytest.mark.parametrize("kind", MIXER_OPTIONS)
@@ -79,10 +82,40 @@ def test_an_option_that_only_other_types_may_leave_without_a_value(
 def test_an_override_that_reaches_no_layer_is_refused(base: Path) -> None:
     """Every layer that has the option sets it itself."""
     path = top(base, "model: {layer_pattern: [bd_lru, {type: bd_matrix, head_conv: 3, block_size: 2}]}\n")
-    with pytest.raises(RecipeError, match=r"head_conv=5' changes nothing: .* have head_conv set"):
+    with pytest.raises(
+        RecipeError, match=r"^override model.mixer.head_conv changes nothing: .* have head_conv set"
+    ):
         load_recipe(path, ["model.mixer.head_conv=5"])
+    for given in ("model.mixer.type=lstm", "model.mixer={type: lstm, width: 8}"):
+        with pytest.raises(
+            RecipeError, match=r"^override model.mixer.type changes nothing: no layer .* is a lstm"
+        ):
+            load_recipe(path, [given])
+    for mixer in ("{head_conv: 5}", "{type: h_lru, order: 2}"):
+        last = base.with_name("last.yaml")
+        last.write_text(f"extends: top.yaml\nmodel: {{mixer: {mixer}}}\n")
+        with pytest.raises(RecipeError, match=r"last.yaml: model.mixer.\w+ changes nothing"):
+            load_recipe(last)
+        assert load_recipe(last, ["model.layer_pattern=null"]).model.layer_pattern is None
     recipe = load_recipe(path, ["model.mixer.block_size=16", "model.mixer.keys=true"])
     assert [(entry.block_size, entry.keys) for entry in recipe.model.layer_pattern] == [(16, None), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key"), [("cosine", "decay=20%"), ("constant", "decay=20%"), ("constant", "final_lr=1e-4")]
+)
+def test_a_key_that_the_schedule_does_not_read_is_refused(base: Path, schedule: str, key: str) -> None:
+    name, _, value = key.partition("=")
+    words = f"optim.{name} changes nothing: schedule {schedule} does not read it"
+    with pytest.raises(RecipeError, match=f"^override {words}"):
+        load_recipe(base, [f"optim.schedule={schedule}", f"optim.{key}"])
+    path = top(base, f"optim: {{schedule: {schedule}, {name}: {value}}}\n")
+    with pytest.raises(RecipeError, match=f"top.yaml: {words}"):
+        load_recipe(path)
+    assert load_recipe(path, ["optim.schedule=wsd"]).optim.schedule == "wsd"
+    stored = base.with_name("stored.yaml")  # which holds all keys
+    stored.write_text(dump_recipe(load_recipe(base, [f"optim.schedule={schedule}"])))
+    assert load_recipe(stored).optim.schedule == schedule
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -149,4 +182,5 @@ def test_what_fits_has_no_jump_and_reaches_the_rate(base: Path, total: int, warm
 
 
 def test_other_schedules_have_no_decay_to_check(base: Path) -> None:
-    assert load_recipe(base, ["optim.warmup=90%", "optim.decay=90%"]).optim.warmup.amount == 0.9
+    path = top(base, "optim: {schedule: wsd, decay: 90%}\n")
+    assert load_recipe(path, ["optim.schedule=cosine", "optim.warmup=90%"]).optim.warmup.amount == 0.9

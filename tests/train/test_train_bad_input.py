@@ -171,6 +171,7 @@ RAMP = "train.ramp={start: 128, tokens: 1152}"
 SECTIONS = [
     ("train.average={decay: 1.0}", "train.average.decay"),
     ("train.average={every: 0}", "train.average.every"),
+    ("train.average={every: 13}", "pays for 12: the average would be the initial weights; lower it"),
     ("train.average={start: 12 steps}", "train.average.start takes 12 steps and train.tokens pays for 12"),
     ("train.average={deccay: 0.9}", "did you mean 'decay'"),
     ("eval.during={tasks: []}", "eval.during.tasks"),
