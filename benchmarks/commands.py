@@ -25,7 +25,7 @@ Precision = Annotated[str, typer.Option(help="auto, bf16 or fp32")]
 def bench(
     context: typer.Context,
     compare: Annotated[
-        Path | None, typer.Option(help="result file of an earlier run: run it again and compare")
+        Path | None, typer.Option(help="file of an earlier train or decode run: run it again and compare")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="compare with this file instead of running")] = None,
     tolerance: Annotated[float, typer.Option(help="allowed slowdown, as a fraction")] = 0.05,

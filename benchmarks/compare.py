@@ -53,7 +53,10 @@ def _run_again(about: dict[str, Any], old: Path, device: str) -> list[Row]:
     benchmark = about.get("benchmark")
     here = measure.describe(pick_device(device)).get("device")
     if benchmark not in ("train", "decode"):
-        raise ValueError(f"{old} does not say how it was made: run that again, pass its file as --against")
+        raise ValueError(
+            f"{old} is not of lrnn bench train or decode, which alone --compare runs again: run its command "
+            f"with --output NEW, then lrnn bench --compare {old} --against NEW"
+        )
     if here != about.get("device"):
         raise ValueError(f"{old} was measured on {about.get('device')}, here is {here}")
     from . import decode, train

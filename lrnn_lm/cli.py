@@ -345,7 +345,7 @@ def info(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, as in runs/demo")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, as in runs/*")],
     output: Annotated[Path | None, typer.Option(help="plot (.png, ..), report (.md) or folder")] = None,
 ) -> None:
     """Plot loss curves and print a table of runs and scores."""

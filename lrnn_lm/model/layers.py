@@ -106,10 +106,13 @@ class LRNNBlock(GradientCheckpointingLayer):
         carried: Carried | None = None,
         cache_idx: int | None = None,
     ) -> Tensor | tuple[Tensor, Carried]:
-        """hidden_states (B, T, D); token_mask (B, T, 1), false on padding; order (B, T) where each token lies
-        once the padding is in front of its row, None if it is; cache_idx: the cache layer of this
-        application, None for the layer's own. Returns (B, T, D); of a segment, which takes what the layer
-        carries instead of a cache, also what it carries on."""
+        """hidden_states (B, T, D) -> (B, T, D).
+
+        token_mask: (B, T, 1), false on padding. order: (B, T) the permutation that moves a row's padding to
+        its front; None if it is there. cache_idx: the cache layer of this application, None for the layer's
+        own. carried: in training by segments, what the segment before left in place of a cache; then returns
+        (hidden_states, what this segment leaves).
+        """
         x = self.mixer_norm(hidden_states)
         if token_mask is not None:
             x = x.masked_fill(~token_mask, 0)  # not a product: padding may hold anything, NaN too

@@ -113,7 +113,7 @@ class LRNNModel(LRNNPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of sequences.
+        """Hidden states (B, T, D) of sequences, after the final norm.
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, D) instead.
@@ -142,10 +142,11 @@ class LRNNModel(LRNNPreTrainedModel):
             use_cache = self.config.use_cache and not (recomputed and past_key_values is None)
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
-        given = (past_key_values, attention_mask, position_ids, reset)
-        batch = _layout(self.config, hidden_states, *given, kwargs)
+        masks = (attention_mask, position_ids, reset)
+        batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
-        token_mask, order = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1), None
+        token_mask = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1)  # (B, T, 1)
+        order = None
         if token_mask is not None and "linear_attention" in self.config.layer_types:
             order = tokens_last(batch.token_mask, keep_state=past_key_values is not None)
         if isinstance(past_key_values, CarriedStates):
@@ -166,7 +167,7 @@ class LRNNModel(LRNNPreTrainedModel):
     ) -> SequenceContext:
         """What the mixers need to know of the tokens; masks and positions only if there is attention."""
         reset = batch.starts
-        if batch.first is not None:  # it starts a document, so the padding before it leaves no trace
+        if batch.first is not None:  # behind padding a document starts, so that padding leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state, given = cache is not None, batch.attention_mask
         attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
@@ -318,9 +319,9 @@ def _layout(
     check_room(cache, past, tokens.shape[1])
     check_cache_position(kwargs.get("cache_position"), tokens.shape[1], past)
     if isinstance(attention_mask, dict):  # as `create_masks_for_generate` makes it
-        alone = position_ids is None or reset is not None
+        unplaced = position_ids is None or reset is not None
         kinds = {*config.layer_types} - {"linear_attention"}
-        if not kinds or set(attention_mask) != kinds or tokens.shape[1] > 1 or alone:
+        if not kinds or set(attention_mask) != kinds or tokens.shape[1] > 1 or unplaced:
             raise ValueError(
                 "masks by kind of layer are for one token after a static cache, beside position_ids, as in "
                 "generate; pass one attention_mask (rows, tokens so far), 0 on padding"

@@ -97,8 +97,10 @@ def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"] and schema is Recipe:  # two keys that do not agree: the message names both
         return message
+    message = message.split(", unable to parse")[0]
     got = repr(detail["input"]) if isinstance(detail["input"], str | int | float | None) else ""
-    return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if 0 < len(got) < 200 else "")
+    is_new = 0 < len(got) < 200 and got not in message
+    return f"{where}: {message[0].lower() + message[1:]}" + (f" (got {got})" if is_new else "")
 
 
 def _meant(loc: tuple[str | int, ...], value: Any, schema: type[BaseModel]) -> str:

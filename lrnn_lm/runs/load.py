@@ -56,8 +56,9 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
     if not path.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint folder")
     if not CheckpointFolder(path).config.is_file():
-        inner = RunFolder(path).latest
-        hint = f"; did you mean {inner}?" if inner.exists() else " (there is no config.json in it)"
+        inside = (RunFolder(path).latest, RunFolder(path.parent).latest)  # of a run, or of its checkpoints/
+        near = next((link for link in inside if link.exists() and path in link.parents), None)
+        hint = f"; did you mean {near}?" if near else " (there is no config.json in it)"
         raise ValueError(f"{checkpoint}: not a checkpoint folder{hint}")
     path = path.resolve()
     run = folder.path if (folder := CheckpointFolder(path).run) else None

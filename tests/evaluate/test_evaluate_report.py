@@ -264,12 +264,33 @@ def test_a_run_whose_weights_were_removed_is_reported(tmp_path, capsys):
     assert (run / "README.md").read_text() == "card"
 
 
+def test_what_lies_beside_runs_is_left_out(tmp_path, capsys):
+    """`lrnn report runs/*`, beside its own picture, a sweep, and a run that waits for its first step."""
+    for name in ("a", "b"):
+        _write_run(tmp_path / name)
+    (tmp_path / "all.sweep").mkdir()
+    (tmp_path / "queued" / "launch").mkdir(parents=True)
+    for _ in range(2):
+        report(sorted(tmp_path.iterdir()))
+        assert (tmp_path / "comparison.png").is_file()
+    said = capsys.readouterr()
+    assert said.err.count("left out") == 2
+    assert said.err.splitlines()[0].endswith("queued")
+    for alone in ("comparison.png", "all.sweep", "queued"):
+        with pytest.raises(ValueError, match=r"no such run|not a run"):
+            report([tmp_path / alone])
+
+
 def test_what_is_not_a_run_is_told(tmp_path):
-    run = _write_run(tmp_path / "fine")
+    run, nothing = _write_run(tmp_path / "fine"), tmp_path / "nothing"
+    for folder in (nothing, run / "checkpoints" / "latest"):
+        folder.mkdir(parents=True, exist_ok=True)
     for runs, message in [
         ([], "no runs"),
         ([tmp_path / "gone"], "no such run"),
-        ([run, tmp_path], "not a run"),
+        ([run, tmp_path], r"not a run; did you mean the runs in it, .*\*\?"),
+        ([run / "checkpoints" / "latest"], r"not a run; did you mean its run, .*fine\?"),
+        ([nothing], r"not a run \(there is no metrics"),
         ([_empty(tmp_path / "empty")], "holds no step"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -227,7 +227,11 @@ def test_pattern_entries_take_the_mixers_options():
             {"model": {"mixer": {"block_size": 0}}},
             "model.mixer.block_size: input should be greater than or equal",
         ),
-        ({"model": {"hidden_size": "wide"}}, "model.hidden_size: input should be a valid integer"),
+        (
+            {"model": {"hidden_size": "wide"}},
+            "model.hidden_size: input should be a valid integer (got",
+        ),
+        ({"train": {"tokens": "10X"}}, "train.tokens: expected a count such as 2M or 524288, not '10X'"),
         ({"model": {"mixer": {"type": "attention"}, "hidden_size": 20}}, "20 does not split into 8 heads"),
         (
             {"model": {"mixer": {"type": "mamba2"}, "hidden_size": 20}},

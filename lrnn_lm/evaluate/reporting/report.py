@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.markup import escape
+
 from ...files import user_path
+from ...output import error_console
 from ...runs.layout import RunFolder
 from ..show import decimal, markdown_table, print_table, print_written, value_with_error
 from .runs import Run, Score, read_run
@@ -25,7 +28,7 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
     """
     if not runs:
         raise ValueError("no runs to report on")
-    once = {user_path(folder).resolve(): folder for folder in runs}
+    once = {user_path(folder).resolve(): folder for folder in _begun(runs)}
     found = _told_apart([read_run(folder) for folder in once.values()])
     picture, markdown = _targets(found, output)
     from .plot import draw
@@ -42,6 +45,24 @@ def report(runs: Sequence[str | Path], output: Path | None = None) -> None:
     for header, rows in _tables(found):
         print_table(header, rows, left=2 if header[0] == "task" else 1)
     print_written([picture, *([markdown] if markdown else [])])
+
+
+def _begun(folders: Sequence[str | Path]) -> Sequence[str | Path]:
+    """Without what lies beside runs where `runs/*` names them, unless it is all that there is.
+
+    That is: pictures and tables of earlier reports, folders of sweeps, and runs that wait for their first
+    step, which a line names.
+    """
+    paths = {folder: user_path(folder) for folder in folders}
+    folders = [each for each, path in paths.items() if not path.is_file() and path.suffix != ".sweep"]
+    begun = [each for each in folders if not _waits(RunFolder(paths[each]))]
+    if begun and (waiting := [str(each) for each in folders if each not in begun]):
+        error_console().print(f"without a step yet, left out: {escape(', '.join(waiting))}", soft_wrap=True)
+    return begun or list(paths)
+
+
+def _waits(run: RunFolder) -> bool:
+    return (run.launch.is_dir() or run.recipe.is_file()) and not run.metrics.is_file()
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:

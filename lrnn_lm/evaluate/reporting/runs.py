@@ -73,7 +73,13 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}: no such run")
     file = RunFolder(path).metrics
     if not file.is_file():
-        raise ValueError(f"{folder}: not a run (there is no metrics.jsonl in it)")
+        above = next((run for run in path.parents if RunFolder(run).metrics.is_file()), None)
+        hint = " (there is no metrics.jsonl in it)"
+        if any(RunFolder(run).metrics.is_file() for run in path.iterdir()):
+            hint = f"; did you mean the runs in it, {folder}/*?"
+        elif above is not None:
+            hint = f"; did you mean its run, {above}?"
+        raise ValueError(f"{folder}: not a run{hint}")
     training, validation, tasks = _read_metrics(file)
     if not training and not validation:
         raise ValueError(f"{folder}: metrics.jsonl holds no step yet")
