@@ -226,7 +226,7 @@ def plane_width(rows: int, block_size: int = 1) -> int:
 
 def runs_fused(x: Tensor, M: int) -> bool:
     """Whether `auto` would choose the fused kernels for tensors like x and rows of M + 1 gates."""
-    return x.is_cuda and x.numel() > 0 and not is_written_out() and _scan_obstacle(M, x) is None
+    return x.is_cuda and not is_written_out() and _scan_obstacle(M, x) is None
 
 
 def _choose(backend: str, M: int, gates: Tensor, values: Tensor) -> str:

@@ -315,11 +315,11 @@ def _plane_weights(
 def packed_planes(mixer: "JointProjections", x: Tensor, M: int, rows: int, columns: int) -> Tensor | None:
     """A mixer's gates and values by one product, planes (B, T, M+2, columns), for the fused scan.
 
-    M+1 planes if the mixer's input gate has no logits. None for other scans, for a step of decoding, and
-    where a projection is not plain.
+    M+1 planes if the mixer's input gate has no logits. None for other scans, for a step of decoding, for no
+    tokens, and where a projection is not plain.
     """
     fused = mixer.backend == "triton" or (mixer.backend == "auto" and runs_fused(x, M))
-    if not fused or x.shape[1] == 1:
+    if not fused or x.shape[1] == 1 or x.numel() == 0:
         return None
     weights = _plane_weights(mixer.gate_proj, mixer.value_proj, rows, columns)
     return None if weights is None else functional.linear(x, *weights).unflatten(-1, (-1, columns))

@@ -43,6 +43,15 @@ def test_no_rows_at_all(name, device):
     assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", ["bd_lru", "h_lru"])
+def test_no_rows_for_a_backend_that_was_asked_for(name):
+    pytest.importorskip("triton")
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    layer.backend = "triton"
+    layer(torch.empty(0, 5, WIDTH))[0].sum().backward()
+    assert not layer.gate_proj.weight.grad.any()
+
+
 @pytest.mark.parametrize("name", MIXER_ROWS)
 def test_it_starts_as_in_a_model(name):
     """The same draws, bit for bit, where the random state is the same."""
