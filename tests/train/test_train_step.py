@@ -181,7 +181,7 @@ def test_too_many_poisoned_steps_end_the_run(
     main_exits(2, "train", recipe, f"train.runs_dir={tmp_path}", "train.max_bad_steps=3")
     errors = capsys.readouterr().err
     assert "not finite for 3 steps in a row, up to step 8" in errors
-    assert f"go on from {tmp_path}/tiny/checkpoints/step-00000004" in errors
+    assert f"resume from {tmp_path}/tiny/checkpoints/step-00000004" in errors
     assert "Traceback" not in errors
 
 
