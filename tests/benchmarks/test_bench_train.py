@@ -137,7 +137,7 @@ def test_other_packages_mixers_are_not_compiled(mixers, monkeypatch):
     graphs = []
     monkeypatch.setitem(CONTENDERS, "bd-m4", dataclasses.replace(CONTENDERS["bd-m4"], foreign=not mixers))
 
-    def look(module, examples):
+    def look(module, examples, **_):
         graphs.append(module)
         return module.forward
 
