@@ -241,11 +241,6 @@ class Recipe(Section):
                     f"train.average.start takes {steps} steps and train.tokens pays for {self.total_steps}; "
                     "shorten it"
                 )
-            if steps == 0 and average.every > self.total_steps:
-                raise ValueError(
-                    f"train.average.every is {average.every} steps and train.tokens pays for "
-                    f"{self.total_steps}: the average would be the initial weights; lower it"
-                )
         return self
 
     def _check_stages(self) -> None:
