@@ -126,6 +126,7 @@ def test_a_key_that_the_schedule_does_not_read_is_refused(base: Path, schedule: 
     with pytest.raises(RecipeError, match=f"top.yaml: {words}"):
         load_recipe(path)
     assert load_recipe(path, ["optim.schedule=wsd"]).optim.schedule == "wsd"
+    load_recipe(base, ["optim.schedule=constant", "optim.lr=1e-6"])  # below the default of what it leaves out
     stored = base.with_name("stored.yaml")  # which holds all keys
     stored.write_text(dump_recipe(load_recipe(base, [f"optim.schedule={schedule}"])))
     assert load_recipe(stored).optim.schedule == schedule
