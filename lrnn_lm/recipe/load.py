@@ -48,10 +48,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     data.setdefault("name", Path(path).stem)
     recipe = recipe_from_dict(data, where=str(path))
     given = override({})
-    patterns = (_section(own, "model"), _section(given, "model"))
-    if not any("layer_pattern" in model for model in patterns):  # it may repeat `mixer` by an anchor
-        _check_reach(own, data, f"{path}: ")
-    _check_reach(given, data, "override ")
+    if "layer_pattern" not in _section(given, "model"):  # else entries may well repeat what `mixer` says
+        if "layer_pattern" not in _section(own, "model"):
+            _check_reach(own, data, f"{path}: ")
+        _check_reach(given, data, "override ")
     if "schedule" not in _section(given, "optim"):
         _check_schedule(own, recipe, f"{path}: ")
     _check_schedule(given, recipe, "override ")
