@@ -13,7 +13,6 @@ from ..files import user_path
 from .data import FILE_KEYS, SOURCE_KEYS
 from .explain import REMOVED, explain
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
-from .optim import UNREAD
 from .reading import TwiceError, field_type, load_override, load_yaml, takes_text
 from .schema import Recipe
 
@@ -59,12 +58,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def _check_schedule(given: dict[str, Any], recipe: Recipe, where: str) -> None:
-    """Raise RecipeError for a key of `optim` in `given` that the recipe's schedule does not read."""
-    schedule = recipe.optim.schedule
-    for key in _section(given, "optim").keys() & UNREAD[schedule]:
+    """Raise RecipeError for an `optim.decay` in `given` that the recipe's schedule does not read.
+
+    A `final_lr` beside a constant rate is let be: rates below its default needed one in older versions.
+    """
+    if recipe.optim.schedule != "wsd" and "decay" in _section(given, "optim"):
         raise RecipeError(
-            f"{where}optim.{key} changes nothing: schedule {schedule} does not read it; leave it out, or "
-            "change optim.schedule"
+            f"{where}optim.decay changes nothing: schedule {recipe.optim.schedule} does not read it; leave "
+            "it out, or set optim.schedule=wsd"
         )
 
 
