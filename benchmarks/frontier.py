@@ -327,8 +327,8 @@ def loss(settings: FrontierSettings, name: str, device: torch.device, output: Pa
     folder = (output.parent if output is not None else Path("runs")) / "frontier"
     recipe = load_recipe(settings.corpus, [
         f"name={name}", f"model.mixer={json.dumps(job.mixer)}", f"model.intermediate_size={job.intermediate}",
-        "model.parameters=null", f"train.tokens={settings.corpus_tokens}", f"train.runs_dir={folder}",
-        f"train.device={device.type}",
+        "model.layer_pattern=null", "model.parameters=null", f"train.tokens={settings.corpus_tokens}",
+        f"train.runs_dir={folder}", f"train.device={device.type}",
     ])  # fmt: skip
     trainer = build_trainer(recipe, Console(quiet=True))
     trainer.run()

@@ -28,6 +28,8 @@ def _check_version(
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        if find_spec(package) is not None:  # a checkout on the path, whose version is not known
+            return
         raise UnmetRequirementError(f"{needs}: {remedy}") from None
     numbers = tuple(int(number) for number in re.findall(r"\d+", found)[: len(first)])
     if numbers < first or (before is not None and numbers >= before):

@@ -95,7 +95,7 @@ def _is_local(spec: SourceSpec) -> bool:
 def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
     readers = {
         "python-docs": python_docs.documents,
-        "text": lambda: _read_texts(files(spec)),
+        "text": lambda: _read_texts(_text_files(spec)),
         "jsonl": lambda: itertools.chain.from_iterable(_read_jsonl(f, spec.text_field) for f in files(spec)),
         "parquet": lambda: itertools.chain.from_iterable(
             _read_parquet(f, spec.text_field) for f in files(spec)
@@ -123,9 +123,18 @@ def files(spec: SourceSpec) -> list[File]:
     if not files:
         what = "the file is empty" if len(found) == 1 else f"all of its {len(found)} files are empty"
         raise DataError(f"{spec.path}: {what}")
-    if spec.type == "text" and all(_type_by_name(file.name) == "jsonl" for file in files):
-        raise DataError(f"{spec.path}: holds JSON lines, not plain text; set data.source.type=jsonl")
     return files
+
+
+def _text_files(spec: SourceSpec) -> list[File]:
+    """`files` of a source that is read as plain text. Raises DataError if all are JSON lines.
+
+    Not in `files`, which also looks up prepared data: a run that was trained on such text goes on with it.
+    """
+    found = files(spec)
+    if all(_type_by_name(file.name) == "jsonl" for file in found):
+        raise DataError(f"{spec.path}: holds JSON lines, not plain text; set data.source.type=jsonl")
+    return found
 
 
 def _type_by_name(name: str) -> str | None:

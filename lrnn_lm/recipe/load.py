@@ -48,9 +48,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     data.setdefault("name", Path(path).stem)
     recipe = recipe_from_dict(data, where=str(path))
     given = override({})
-    if "layer_pattern" not in _section(own, "model"):  # else it may repeat `mixer` by an anchor
-        _check_reach(own, data, f"{path}: ")
-    _check_reach(given, data, "override ")
+    if "layer_pattern" not in _section(given, "model"):  # else entries may well repeat what `mixer` says
+        if "layer_pattern" not in _section(own, "model"):
+            _check_reach(own, data, f"{path}: ")
+        _check_reach(given, data, "override ")
     if "schedule" not in _section(given, "optim"):
         _check_schedule(own, recipe, f"{path}: ")
     _check_schedule(given, recipe, "override ")
@@ -72,13 +73,14 @@ def _check_reach(given: dict[str, Any], whole: dict[str, Any], where: str) -> No
     pattern = _section(whole, "model").get("layer_pattern")
     if not isinstance(pattern, list):
         return
-    entries = [entry if isinstance(entry, dict) else {"type": entry} for entry in pattern]
+    default = _section(whole, "model", "mixer").get("type", DEFAULT_TYPE)
+    entries = [{"type": default} | e if isinstance(e, dict) else {"type": e} for e in pattern]
     for key, value in _section(given, "model", "mixer").items():
         if key == "type":
-            reaches = any(entry.get(key, value) == value for entry in entries)
+            reaches = any(entry[key] == value for entry in entries)
             why, what = f"no layer of model.layer_pattern is a {value}", f" (null: {value} in all layers)"
         else:
-            having = [e for e in entries if key in MIXER_OPTIONS.get(str(e.get("type", DEFAULT_TYPE)), ())]
+            having = [entry for entry in entries if key in MIXER_OPTIONS.get(str(entry["type"]), ())]
             reaches = not having or any(key not in entry for entry in having)
             why, what = f"the layers of model.layer_pattern that have {key} set it themselves", ""
         if not reaches:

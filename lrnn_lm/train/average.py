@@ -15,6 +15,21 @@ from ..recipe import Recipe
 from .parallel import reshard
 
 
+def check_updated(recipe: Recipe) -> None:
+    """Raise ValueError if a run from its first step on would end with its initial weights as the average.
+
+    Not of the schema: runs of older versions stored such recipes, and go on with more tokens.
+    """
+    average, total = recipe.train.average, recipe.total_steps
+    if average is None or average.every <= total:
+        return
+    if average.start.steps(total, recipe.train.tokens_per_step) == 0:
+        raise ValueError(
+            f"train.average.every is {average.every} steps and train.tokens pays for {total}: the average "
+            "would be the initial weights; lower it"
+        )
+
+
 class Average:
     """The averages of all parameters, sharded like them; of a recipe that asks for them."""
 

@@ -28,7 +28,7 @@ from ..runs import checkpoint
 from ..runs.branch import differences, find_parent
 from ..runs.layout import CheckpointFolder, RunFolder, latest_checkpoint, step_of
 from ..runs.remote_copy import RunCopy
-from .average import Average
+from .average import Average, check_updated
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
@@ -174,7 +174,10 @@ def _origin(
 ) -> tuple[dict[str, Any] | None, bool]:
     """On the main rank: the parent of a branch that has no checkpoint yet; whether the run begins anew."""
     parent = find_parent(recipe, folder, given) if main else None
-    return parent, parent is None and latest_checkpoint(RunFolder(folder).checkpoints) is None
+    begins = parent is None and latest_checkpoint(RunFolder(folder).checkpoints) is None
+    if begins:
+        check_updated(recipe)
+    return parent, begins
 
 
 def _find_checkpoint(folder: Path, parent: dict[str, Any] | None, console: Console) -> Path | None:

@@ -25,7 +25,9 @@ TINY = {
 
 def test_rows_table_and_picture(tmp_path, capsys):
     output = tmp_path / "frontier.jsonl"
-    settings = FrontierSettings(**TINY, corpus=str(write_recipe(tmp_path / "corpus")), corpus_tokens=1024)
+    corpus = tmp_path / "hybrid.yaml"
+    corpus.write_text(f"extends: {write_recipe(tmp_path / 'corpus')}\nmodel: {{layer_pattern: [bd_lru]}}\n")
+    settings = FrontierSettings(**TINY, corpus=str(corpus), corpus_tokens=1024)
     rows = run(settings, "cpu", output)
     assert read_results(output)[1] == json.loads(json.dumps(rows))
     assert len(rows) == 2 * (1 + 2 + 1)

@@ -13,7 +13,7 @@ import pytest
 
 from lrnn_lm import __version__
 from lrnn_lm.cli import main
-from lrnn_lm.requirements import LEAST, TRANSFORMERS_TEXT
+from lrnn_lm.requirements import LEAST, TRANSFORMERS_TEXT, check_extra
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +133,13 @@ def test_a_library_of_an_extra_that_is_too_old(
     assert (done.returncode, done.stderr) == (2, f"lrnn: {told}\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert least.replace("_", "-") in project["optional-dependencies"][extra]
+
+
+def test_a_checkout_on_the_path_has_no_version_to_check(tmp_path, monkeypatch):
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao/__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    check_extra("torchao", "torchao")
 
 
 def test_an_unknown_mixer_in_config_json(make_checkpoint, tmp_path, capsys):

@@ -101,6 +101,19 @@ def test_an_override_that_reaches_no_layer_is_refused(base: Path) -> None:
     assert [(entry.block_size, entry.keys) for entry in recipe.model.layer_pattern] == [(16, None), (2, True)]
 
 
+def test_what_reaches_a_layer_is_not_refused(base: Path) -> None:
+    """Layers without a type of their own have that of `mixer`; an override's pattern is not the file's."""
+    path = top(base, "model: {mixer: {type: h_lru}, layer_pattern: [h_lru, {order: 2}, {}]}\n")
+    last = base.with_name("last.yaml")
+    last.write_text("extends: top.yaml\nmodel: {mixer: {type: h_lru, order: 4}}\n")
+    assert [entry.order for entry in load_recipe(last).model.layer_pattern] == [4, 2, 4]
+    path.write_text(path.read_text().replace("[h_lru, {order: 2}, {}]", "[{type: h_lru, order: 2}, {}]"))
+    assert [entry.order for entry in load_recipe(last).model.layer_pattern] == [2, 4]
+    for pattern in ("[bd_lru, {type: h_lru, order: 2}]", "[bd_lru, attention]", "[{type: h_lru, order: 3}]"):
+        recipe = load_recipe(last, [f"model.layer_pattern={pattern}"])
+        assert len(recipe.model.layer_pattern) == pattern.count(",") + 1 - pattern.count("order")
+
+
 @pytest.mark.parametrize(
     ("schedule", "key"), [("cosine", "decay=20%"), ("constant", "decay=20%"), ("constant", "final_lr=1e-4")]
 )
@@ -113,6 +126,7 @@ def test_a_key_that_the_schedule_does_not_read_is_refused(base: Path, schedule: 
     with pytest.raises(RecipeError, match=f"top.yaml: {words}"):
         load_recipe(path)
     assert load_recipe(path, ["optim.schedule=wsd"]).optim.schedule == "wsd"
+    load_recipe(base, ["optim.schedule=constant", "optim.lr=1e-6"])  # below the default of what it leaves out
     stored = base.with_name("stored.yaml")  # which holds all keys
     stored.write_text(dump_recipe(load_recipe(base, [f"optim.schedule={schedule}"])))
     assert load_recipe(stored).optim.schedule == schedule

@@ -206,3 +206,13 @@ def test_turned_on_and_off_by_a_run_that_resumes(build: Build) -> None:
     off = build("train.tokens=3072", "optim.schedule=constant")
     off.run()
     assert not (off.folder / "checkpoints/step-00000006/trainer/average.safetensors").exists()
+
+
+def test_a_run_of_an_older_version_without_an_update_goes_on(build: Build, monkeypatch) -> None:
+    """What ends with its initial weights as the average is refused only where a run begins."""
+    with monkeypatch.context() as older:
+        older.setattr("lrnn_lm.train.build.check_updated", lambda recipe: None)
+        build("train.average={every: 3}", "train.tokens=1024", "optim.schedule=constant").run()
+    assert build("train.average={every: 3}", "train.tokens=1024", "optim.schedule=constant").finished
+    more = build("train.average={every: 3}", "train.tokens=2048", "optim.schedule=constant")
+    assert (more.first_step, more.recipe.total_steps) == (2, 4)
