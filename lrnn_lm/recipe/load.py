@@ -13,7 +13,6 @@ from ..files import user_path
 from .data import FILE_KEYS, SOURCE_KEYS
 from .explain import REMOVED, explain
 from .mixer import DEFAULT_TYPE, MIXER_OPTIONS
-from .optim import UNREAD
 from .reading import TwiceError, field_type, load_override, load_yaml, takes_text
 from .schema import Recipe
 
@@ -52,20 +51,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if "layer_pattern" not in _section(own, "model"):
             _check_reach(own, data, f"{path}: ")
         _check_reach(given, data, "override ")
-    if "schedule" not in _section(given, "optim"):
-        _check_schedule(own, recipe, f"{path}: ")
-    _check_schedule(given, recipe, "override ")
     return recipe
-
-
-def _check_schedule(given: dict[str, Any], recipe: Recipe, where: str) -> None:
-    """Raise RecipeError for a key of `optim` in `given` that the recipe's schedule does not read."""
-    schedule = recipe.optim.schedule
-    for key in _section(given, "optim").keys() & UNREAD[schedule]:
-        raise RecipeError(
-            f"{where}optim.{key} changes nothing: schedule {schedule} does not read it; leave it out, or "
-            "change optim.schedule"
-        )
 
 
 def _check_reach(given: dict[str, Any], whole: dict[str, Any], where: str) -> None:

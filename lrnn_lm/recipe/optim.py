@@ -11,9 +11,6 @@ from pydantic import Field, field_validator
 from .quantities import Span
 from .section import Section
 
-# Keys that a schedule does not read.
-UNREAD: dict[str, set[str]] = {"cosine": {"decay"}, "wsd": set(), "constant": {"decay", "final_lr"}}
-
 
 class GroupSection(Section):
     """Parameters with a learning rate or weight decay of their own."""
@@ -64,7 +61,7 @@ class OptimSection(Section):
     def check_spans(self, total: int, step: int) -> None:
         """Raise ValueError unless warm-up and decay fit, one after the other, into `total` steps."""
         spans = {"warmup": self.warmup}
-        if "decay" not in UNREAD[self.schedule]:
+        if self.schedule == "wsd":
             spans["decay"] = self.decay
         for key, span in spans.items():
             if span.unit == "tokens" and 0 < span.amount < step:

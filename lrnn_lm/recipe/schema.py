@@ -13,7 +13,7 @@ from ..remote import url_of
 from .data import DataSection
 from .launch import LaunchSection
 from .mixer import MixerSection, check_options
-from .optim import UNREAD, OptimSection
+from .optim import OptimSection
 from .quantities import Every, TokenCount, format_count
 from .section import Section
 from .train import RampSection, TrainSection
@@ -226,7 +226,7 @@ class Recipe(Section):
                 "would train on whole rows; shorten it, or pass data.curriculum=[]"
             )
         self._check_stages()
-        if "final_lr" not in UNREAD[self.optim.schedule] and self.optim.final_lr > self.optim.lr:
+        if self.optim.schedule != "constant" and self.optim.final_lr > self.optim.lr:
             raise ValueError(f"optim.final_lr {self.optim.final_lr} is above optim.lr {self.optim.lr}")
         self.optim.check_spans(self.total_steps, self.train.tokens_per_step)
         if (profile := self.train.profile) and profile.at + profile.steps - 1 > self.total_steps:
