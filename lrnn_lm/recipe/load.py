@@ -51,22 +51,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if "layer_pattern" not in _section(own, "model"):
             _check_reach(own, data, f"{path}: ")
         _check_reach(given, data, "override ")
-    if "schedule" not in _section(given, "optim"):
-        _check_schedule(own, recipe, f"{path}: ")
-    _check_schedule(given, recipe, "override ")
     return recipe
-
-
-def _check_schedule(given: dict[str, Any], recipe: Recipe, where: str) -> None:
-    """Raise RecipeError for an `optim.decay` in `given` that the recipe's schedule does not read.
-
-    A `final_lr` beside a constant rate is let be: rates below its default needed one in older versions.
-    """
-    if recipe.optim.schedule != "wsd" and "decay" in _section(given, "optim"):
-        raise RecipeError(
-            f"{where}optim.decay changes nothing: schedule {recipe.optim.schedule} does not read it; leave "
-            "it out, or set optim.schedule=wsd"
-        )
 
 
 def _check_reach(given: dict[str, Any], whole: dict[str, Any], where: str) -> None:

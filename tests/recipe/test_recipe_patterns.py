@@ -120,20 +120,6 @@ def test_what_reaches_a_layer_is_not_refused(base: Path) -> None:
         assert len(recipe.model.layer_pattern) == pattern.count(",") + 1 - pattern.count("order")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_a_decay_that_the_schedule_does_not_read_is_refused(base: Path, schedule: str) -> None:
-    words = f"optim.decay changes nothing: schedule {schedule} does not read it"
-    with pytest.raises(RecipeError, match=f"^override {words}"):
-        load_recipe(base, [f"optim.schedule={schedule}", "optim.decay=20%"])
-    path = top(base, f"optim: {{schedule: {schedule}, decay: 20%}}\n")
-    with pytest.raises(RecipeError, match=f"top.yaml: {words}"):
-        load_recipe(path)
-    assert load_recipe(path, ["optim.schedule=wsd"]).optim.schedule == "wsd"
-    stored = base.with_name("stored.yaml")  # which holds all keys
-    stored.write_text(dump_recipe(load_recipe(base, [f"optim.schedule={schedule}"])))
-    assert load_recipe(stored).optim.schedule == schedule
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_older_versions_stored_is_read(base: Path, pattern: str) -> None:
     """Every option of every type, in `mixer` and in each entry."""
@@ -198,5 +184,6 @@ def test_what_fits_has_no_jump_and_reaches_the_rate(base: Path, total: int, warm
 
 
 def test_other_schedules_have_no_decay_to_check(base: Path) -> None:
-    path = top(base, "optim: {schedule: wsd, decay: 90%}\n")
-    assert load_recipe(path, ["optim.schedule=cosine", "optim.warmup=90%"]).optim.warmup.amount == 0.9
+    """A sweep over schedules gives all of them the same keys."""
+    assert load_recipe(base, ["optim.warmup=90%", "optim.decay=90%"]).optim.warmup.amount == 0.9
+    load_recipe(base, ["optim.schedule=constant", "optim.lr=1e-6"])  # below the default final_lr
