@@ -186,4 +186,3 @@ def test_what_fits_has_no_jump_and_reaches_the_rate(base: Path, total: int, warm
 def test_other_schedules_have_no_decay_to_check(base: Path) -> None:
     """A sweep over schedules gives all of them the same keys."""
     assert load_recipe(base, ["optim.warmup=90%", "optim.decay=90%"]).optim.warmup.amount == 0.9
-    load_recipe(base, ["optim.schedule=constant", "optim.lr=1e-6"])  # below the default final_lr
