@@ -141,9 +141,9 @@ def _flat(path: Path, spec: SourceSpec, facts: TokenizerFacts) -> Ints:
         raise DataError(f"{path}: beside its .idx this is Megatron's pair; set data.source.type=megatron")
     size = path.stat().st_size
     dtype = np.dtype(spec.dtype or _found_dtype(path, size, facts.vocab_size)).newbyteorder("<")
-    wider = _found_dtype(path, size, 256**dtype.itemsize)
-    if np.dtype(wider).itemsize > dtype.itemsize and size >= _TELLING:
-        raise DataError(
+    wider = np.dtype(_found_dtype(path, size, 256**dtype.itemsize))
+    if wider.itemsize > dtype.itemsize and size >= _TELLING and not np.memmap(path, dtype, "r")[1::2].any():
+        raise DataError(  # all of the file: its beginning may be padding
             f"{path}: read as {dtype} every second number is 0, as in a file of {wider}; "
             "leave data.source.dtype out"
         )

@@ -11,6 +11,7 @@ from corpora import make_texts, write_jsonl
 
 from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare
 from lrnn_lm.data.encode import Encoder
+from lrnn_lm.data.token_files import read_token_files
 from lrnn_lm.data.tokenize import load_backend, read_facts
 
 BOS, EOS = 1, 2
@@ -196,6 +197,18 @@ def test_a_file_of_no_ids_is_left_out(tmp_path: Path, tokenizer: Path, documents
     beside = prepare(spec_of(tmp_path, tokenizer, "tokens", folder), progress=False)
     assert beside.folder != alone.folder
     assert beside.manifest["content_hash"] == alone.manifest["content_hash"]
+
+
+def test_a_given_dtype_is_taken_where_only_the_beginning_is_zeros(
+    tmp_path: Path, tokenizer: Path, documents: list[list[int]]
+) -> None:
+    ids = np.concatenate([np.zeros(2 << 20), *documents, [EOS, 1]]).astype(
+        "<u2"
+    )  # more than a dtype is found from
+    ids.tofile(tmp_path / "a.bin")
+    source = spec_of(tmp_path, tokenizer, "tokens", tmp_path / "a.bin", dtype="uint16").source
+    (found,) = read_token_files(source, tokenizer, read_facts(tokenizer))
+    assert np.array_equal(found.ids, ids)
 
 
 def test_mistakes(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -> None:
