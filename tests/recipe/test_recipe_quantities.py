@@ -1,0 +1,84 @@
+"""Quantities of a recipe: counts of tokens, cadences, spans of a schedule."""
+
+import pytest
+
+from lrnn_lm.recipe import Every, Span, format_count, parse_count
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("2M", 2_000_000), ("1.5B", 1_500_000_000), ("524_288", 524_288), ("524,288", 524_288), (4096, 4096),
+     (1e6, 1_000_000), ("10k", 10_000), ("0", 0), ("2T", 2 * 10**12), ("64.1K", 64_100), ("8.04k", 8040)],
+)  # fmt: skip
+def test_counts(written, number):
+    assert parse_count(written) == number
+    assert parse_count(format_count(number)) == number
+
+
+@pytest.mark.parametrize(
+    "number", [1, 999, 1000, 1100, 524_288, 9_882_828_800, 1_234_567_000, 10**13, 12_300, 64_100, 2**53 + 1]
+)
+def test_counts_are_written_exactly(number):
+    assert parse_count(format_count(number)) == number
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "many", "-2M", "2.5", "1.0001K", True, None, [1], float("inf"), float("nan")]
+)
+def test_wrong_counts(wrong):
+    with pytest.raises(ValueError, match="count"):
+        parse_count(wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "amount", "unit"),
+    [("100K", 100_000, "tokens"), ("200 steps", 200, "steps"), ("1 step", 1, "steps"),
+     ("30 min", 30, "minutes"), ("2.5 minutes", 2.5, "minutes"),
+     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens")],
+)  # fmt: skip
+def test_cadences(written, amount, unit):
+    every = Every.model_validate(written)
+    assert (every.amount, every.unit) == (amount, unit)
+    assert Every.model_validate(str(every)) == every
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "soon",
+        "0 steps",
+        "-5 steps",
+        "x5 min",
+        "0 min",
+        True,
+        None,
+        "1.5 steps",
+        {"amount": -1, "unit": "steps"},
+        {"amount": 0, "unit": "steps"},
+    ],
+)
+def test_wrong_cadences(wrong):
+    with pytest.raises(ValueError, match=r"cadence|count|valid"):
+        Every.model_validate(wrong)
+
+
+@pytest.mark.parametrize("amount", [-5, float("nan"), float("inf")])
+def test_wrong_spans(amount):
+    with pytest.raises(ValueError, match="amount"):
+        Span.model_validate({"amount": amount, "unit": "steps"})
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"),
+    [("10%", 100), (0.1, 100), ("0.1", 100), ("409600", 100), ("200 steps", 200), (0, 0), ("100%", 1000)],
+)
+def test_spans(written, steps):
+    span = Span.model_validate(written)
+    assert span.steps(total_steps=1000, tokens_per_step=4096) == steps
+    assert Span.model_validate(str(span)) == span
+
+
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.07, 0.123456789, 1e-6])
+def test_shares_are_written_exactly(share):
+    span = Span(amount=share, unit="fraction")
+    assert Span.model_validate(str(span)).amount == pytest.approx(share, rel=1e-6)
