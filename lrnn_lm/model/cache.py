@@ -185,7 +185,7 @@ def check_state(state: Any, batch_size: int, elements: int) -> None:
     if state is None:
         return
     if isinstance(state, Tensor):
-        rows, size = state.shape[0], state[0].numel()
+        rows, size = state.shape[0], state.shape[1:].numel()
     elif state.is_initialized and isinstance(state.keys, Tensor) and state.keys.ndim == 4:
         rows, size = state.keys.shape[0], 2 * state.keys.shape[1] * state.keys.shape[3]
     else:

@@ -49,6 +49,15 @@ def test_segments_are_the_whole(name):
         assert (whole[:, 3] - model(ids[:, 3:4]).logits[:, 0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", OF_EACH_STATE)
+def test_no_rows_in_segments(name):
+    """As the last shard of a data set may leave a rank none."""
+    model, ids = small_model(name), tokens(rows=0)
+    assert (
+        in_segments(model, ids, [1, 10]).shape == model(ids).logits.shape == (0, 21, model.config.vocab_size)
+    )
+
+
 @pytest.mark.parametrize(("name", "cuts"), in_turn([[1, 2, 3, 4, 5], [2, 10], [20]], OF_EACH_STATE))
 def test_left_padding_in_segments(name, cuts):
     """The first token may come in a later segment than its padding, alone or not."""
