@@ -281,6 +281,9 @@ def keep_layer_state(
     if all(map(is_recurrent, cache.layers)):  # else attention counts, and a count here would change a graph
         layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
     layer.mixer_type = mixer_type
+    old = layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    if old is not None and not is_traced() and old.is_inference() and not torch.is_inference_mode_enabled():
+        layer.recurrent_states[0] = old.clone()  # torch lets nobody write to the other outside of that mode
     cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True
 
