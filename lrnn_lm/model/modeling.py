@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers.attention import AttentionWeights
-from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
+from ..mixers.base import Mixer, SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
 from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
 from .carried import CarriedStates
@@ -162,6 +162,18 @@ class LRNNModel(LRNNPreTrainedModel):
                 hidden_states = layer(hidden_states, context, token_mask, order, *cached)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
+    def _mixers(self) -> list[Mixer]:
+        """The mixer of each layer. ValueError if one is of another kind than the config says, by which masks
+        and caches go: layers were taken out (pruning) or repeated (PEFT's `layer_replication`)."""
+        mixers = [layer.own_mixer for layer in self.applied_layers]
+        for i, (mixer, kind) in enumerate(zip(mixers, self.config.layer_types, strict=False)):
+            if mixer.layer_type != kind:
+                raise ValueError(
+                    f"layer {i} is of {mixer.layer_type}, and by the config of {kind}: where layers were "
+                    "taken out or repeated, set config.layer_pattern to the mixers that there are"
+                )
+        return mixers
+
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
     ) -> SequenceContext:
@@ -170,8 +182,8 @@ class LRNNModel(LRNNPreTrainedModel):
         if batch.first is not None:  # behind padding a document starts, so that padding leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state, given = cache is not None, batch.attention_mask
+        mixers = self._mixers()
         # By the kind, not the class: PEFT (`modules_to_save`) and torch.compile put another class around it.
-        mixers = [layer.own_mixer for layer in self.layers]
         attention = [mixer for mixer in mixers if mixer.layer_type != "linear_attention"]
         if not attention:
             return SequenceContext(reset=reset, keep_state=keep_state)
