@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers.attention import AttentionWeights
-from ..mixers.base import Mixer, SequenceContext, compute_dtype, initialise, plain_weight
+from ..mixers.base import Mixer, SequenceContext, compute_dtype, initialise
 from ..mixers.spans import takes_blocks
 from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
 from .carried import CarriedStates
@@ -36,7 +36,7 @@ from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments, check_cache_position, check_tokens
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
-from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
+from .loss import check_labels, counted_targets, head_loss, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
@@ -279,7 +279,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         hidden = outputs.last_hidden_state
         loss = z_part = logits = None
         if targets is not None:
-            loss, z_part = self._loss(hidden, targets, num_items_in_batch, z_loss)
+            chunk = self.config.loss_chunk
+            loss, z_part = head_loss(self.lm_head, hidden, targets, num_items_in_batch, chunk, z_loss)
         if return_logits or (return_logits is None and (targets is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
@@ -291,17 +292,6 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss(
-        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, z_loss: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean cross-entropy with the z-loss, and the latter; in chunks where the head is a plain matrix."""
-        weight = plain_weight(self.lm_head)
-        if weight is not None and self.lm_head.bias is None:
-            return loss_and_z(hidden, weight, targets, num_items, self.config.loss_chunk, z_loss)
-        if z_loss:
-            raise ValueError("z_loss needs a head that is a plain matrix: leave it out for another head")
-        return cross_entropy(self.lm_head(hidden), targets, num_items), None
 
 
 def _targets(
