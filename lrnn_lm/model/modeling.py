@@ -245,6 +245,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         cache: Cache | None = None,
+        reset: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean loss in nats if labels are given; what is not named: see LRNNModel.
@@ -255,16 +257,18 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             num_items_in_batch: number of targets to average the loss over; None for those in this batch.
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
             return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
+            reset, seq_idx: see LRNNModel. The Trainer drops columns of a data set that are not named here.
             shift_labels: (B, T) targets aligned with the positions that predict them; `labels` beside them
                 are not read. In the kwargs: the Trainer expects data for what is named like a label.
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
         past_key_values = one_cache(past_key_values, cache)
+        kwargs |= {"reset": reset, "seq_idx": seq_idx}
         targets = kwargs.pop("shift_labels", None)
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
         if targets is None and labels is not None:
-            masks = (attention_mask, position_ids, kwargs.get("reset"))
+            masks = (attention_mask, position_ids, reset)
             batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
             targets, num_items_in_batch = _targets(labels, tokens, batch, num_items_in_batch)
         outputs = self.model(

@@ -324,3 +324,28 @@ def test_padding_free_training_by_the_trainer(name, tmp_path):
         weights.append(dict(model.named_parameters()))
     for key, weight in weights[0].items():
         close(weights[1][key], weight, SUMS)
+
+
+@pytest.mark.parametrize("argument", ["reset", "seq_idx", "position_ids"])
+def test_documents_in_a_data_set_reach_the_model_by_the_trainer(argument, tmp_path):
+    """The Trainer drops columns that `forward` does not name, without a word."""
+    ids = tokens(rows=4, length=12)
+    starts = torch.zeros(4, 12, dtype=torch.bool)
+    starts[:, 5] = starts[2:, 9] = True
+    steps, documents = torch.arange(12).expand(4, 12), starts.long().cumsum(dim=1)
+    first = torch.where(starts, steps, 0).cummax(dim=1).values
+    column = {"reset": starts, "seq_idx": documents, "position_ids": steps - first}[argument]
+    rows = [
+        {"input_ids": row, "labels": row, argument: its}
+        for row, its in zip(ids.tolist(), column.tolist(), strict=True)
+    ]
+    model = small_model("hybrid")
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=0.0, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    got = trainer.state.log_history[0]["loss"]
+    close(torch.tensor(got), model(ids, labels=ids, **{argument: column}).loss.detach(), 1e-3)
+    assert abs(got - float(model(ids, labels=ids).loss)) > 1e-2
