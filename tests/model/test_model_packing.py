@@ -185,6 +185,9 @@ def test_generation_after_a_packed_prompt(name):
     want = model.generate(ids[:, 4:], **options)[0, 5:]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     assert torch.equal(model.generate(ids, position_ids=positions, **options)[0, 9:], want)
+    for other in ("reset", "seq_idx"):
+        with pytest.raises(ValueError, match=f"generate does not take {other}: .* position_ids"):
+            model.generate(ids, **options, **{other: positions == 0})
 
 
 @pytest.mark.parametrize("name", OF_EACH_STATE)

@@ -83,6 +83,9 @@ class LRNNGenerationMixin(GenerationMixin):
                 "assisted decoding cuts its assistant's cache back, which a recurrent state or a window "
                 "cannot be; take an assistant whose layers are all attention without a window"
             )
+        for name in ("reset", "seq_idx"):  # arguments of a pass, for which the Trainer has to find them
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"generate does not take {name}: give documents of a prompt as position_ids")
         given = model_kwargs.get(CACHE) is not None
         if given:
             check_cache(self.config, model_kwargs[CACHE])
