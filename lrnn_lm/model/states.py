@@ -184,7 +184,13 @@ def _digest(model: PreTrainedModel) -> str:
         if name.endswith("lm_head.weight") or type(weight) is not torch.nn.Parameter:
             continue
         flat = weight.detach().flatten()
-        chosen = torch.linspace(0, flat.numel() - 1, min(_DIGEST_ENTRIES, flat.numel())).long()
-        entries = flat[chosen.to(flat.device)].to("cpu", torch.bfloat16)
+        entries = flat[spread(flat.numel(), _DIGEST_ENTRIES).to(flat.device)].to("cpu", torch.bfloat16)
         digest.update(entries.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def spread(n: int, most: int) -> Tensor:
+    """Of n indices `most`, or all if there are fewer, at even distances."""
+    # fp32 has no odd numbers beyond 2^24: there the last may come out as n. Digests in files are of these.
+    places = torch.linspace(0, n - 1, min(most, n), dtype=torch.float32, device="cpu")
+    return places.long().clamp(max=n - 1)

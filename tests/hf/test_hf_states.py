@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import MIXER_ROWS, NAMES, OF_EACH_STATE, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from lrnn_lm.model import copy_states, drop_states, load_states, prefill, save_states
+from lrnn_lm.model.states import spread
 
 SUMS = TOLERANCE["other order of sums"]
 
@@ -122,6 +124,20 @@ def test_states_of_other_weights_are_refused(tmp_path):
     model.model.layers[1].mixer.out_proj.weight.mul_(1.1)
     with pytest.raises(ValueError, match="other weights"):
         load_states(tmp_path / "states", model)
+
+
+@pytest.mark.parametrize("rows", [32_000, 50_280, 128_256])
+def test_weights_of_more_numbers_than_fp32_counts(rows, tmp_path):
+    """Embeddings of common vocabularies have more than 2^24 entries, the last of which the digest reads."""
+    model, ids = small_model("bd_lru"), tokens()
+    cache = prefill(model, ids).past_key_values
+    model.model.embed_tokens.weight = nn.Parameter(torch.zeros(1).expand(rows, 768))
+    save_states(cache, tmp_path / "states", model)
+    assert load_states(tmp_path / "states", model).get_seq_length() == ids.shape[1]
+    for n in (1, 5, 64, 2**24, 2**24 + 2, rows * 768):
+        places = spread(n, 64)
+        assert len(places.unique()) == min(n, 64)
+        assert int(places.max()) in (n - 1, n - 2)
 
 
 def test_files_that_hold_no_states(tmp_path):

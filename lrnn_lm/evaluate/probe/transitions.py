@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...model.states import spread
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -51,7 +53,7 @@ def transitions(model: "PreTrainedModel", seen: dict[int, list[Tensor]]) -> list
         if A is None:
             continue
         A = A.flatten(0, 2).cpu()  # (tokens x N, M, M)
-        A = A[torch.linspace(0, len(A) - 1, min(len(A), MATRICES)).long()]
+        A = A[spread(len(A), MATRICES)]
         whole = A.isfinite().all(dim=-1).all(dim=-1)
         about = {"layer": layer, "block_size": A.shape[-1], "finite": float(whole.float().mean())}
         A = A[whole]
@@ -64,7 +66,7 @@ def _statistics(A: Tensor, companion: bool) -> dict[str, Any]:
     each = torch.linalg.eigvals(A)  # (matrices, M)
     eigenvalues = each.flatten()
     gated = A[:, :1] if companion else A
-    kept = torch.linspace(0, len(eigenvalues) - 1, min(len(eigenvalues), DRAWN)).long()
+    kept = spread(len(eigenvalues), DRAWN)
     return {
         "eigenvalue_magnitude": _quantiles(eigenvalues.abs()),
         "spectral_radius": _quantiles(each.abs().amax(dim=-1)),
