@@ -1,6 +1,7 @@
 """lm-eval's evaluator on a model in memory, without its log, its random seeds and its overflows."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import io
@@ -61,8 +62,9 @@ def score_tasks(
             if encodes(model):
                 lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
             else:
+                own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token, EOS for the most part
                 lm = LiveLM(
-                    model, tokenizer, batch_size=batch_size, max_length=max_length,
+                    model, own, batch_size=batch_size, max_length=max_length,
                     start=document_start(model, tokenizer), unlimited=unlimited, team=team,
                     prompt_twice=prompt_twice,
                 )  # fmt: skip

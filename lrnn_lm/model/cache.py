@@ -185,7 +185,7 @@ def check_state(state: Any, batch_size: int, elements: int) -> None:
     if state is None:
         return
     if isinstance(state, Tensor):
-        rows, size = state.shape[0], state[0].numel()
+        rows, size = state.shape[0], state.shape[1:].numel()
     elif state.is_initialized and isinstance(state.keys, Tensor) and state.keys.ndim == 4:
         rows, size = state.keys.shape[0], 2 * state.keys.shape[1] * state.keys.shape[3]
     else:
@@ -281,6 +281,9 @@ def keep_layer_state(
     if all(map(is_recurrent, cache.layers)):  # else attention counts, and a count here would change a graph
         layer.seen_tokens = new_tokens + (layer.seen_tokens if layer.has_previous_state[0] else 0)
     layer.mixer_type = mixer_type
+    old = layer.recurrent_states[0] if layer.has_previous_state[0] else None
+    if old is not None and not is_traced() and old.is_inference() and not torch.is_inference_mode_enabled():
+        layer.recurrent_states[0] = old.clone()  # torch lets nobody write to the other outside of that mode
     cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True
 

@@ -170,7 +170,10 @@ class LRNNConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, and the numbers of heads, which PEFT looks for there."""
-        return {**super().to_dict(), **{name: getattr(self, name) for name in _HEADS}}
+        found = {**super().to_dict(), **{name: getattr(self, name) for name in _HEADS}}
+        if self._auto_class is None and "--" not in str(found.get("auto_map")):
+            found.pop("auto_map", None)  # files beside the folder it came from, which nobody copies
+        return found
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:

@@ -96,6 +96,11 @@ class LRNNBlock(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
+    @property
+    def own_mixer(self) -> Mixer:
+        """The mixer without what is around it where PEFT adapts its parameters (`target_parameters`)."""
+        return self.mixer.get_base_layer() if hasattr(self.mixer, "get_base_layer") else self.mixer
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -122,8 +127,8 @@ class LRNNBlock(GradientCheckpointingLayer):
             return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         state = layer_state(past_key_values, cache_idx)
-        check_state(state, x.shape[0], self.mixer.state_elements(1))
-        if token_mask is not None and self.mixer.layer_type == "linear_attention":
+        check_state(state, x.shape[0], self.own_mixer.state_elements(1))
+        if token_mask is not None and self.own_mixer.layer_type == "linear_attention":
             y, state = _mix_around_padding(
                 self.mixer, x, state, context, token_mask, order, self.initial_state
             )

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers.attention import Attention, AttentionWeights
+from ..mixers.attention import AttentionWeights
 from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
 from ..mixers.spans import takes_blocks
 from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
@@ -170,7 +170,9 @@ class LRNNModel(LRNNPreTrainedModel):
         if batch.first is not None:  # behind padding a document starts, so that padding leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state, given = cache is not None, batch.attention_mask
-        attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention)]
+        # By the kind, not the class: PEFT (`modules_to_save`) and torch.compile put another class around it.
+        mixers = [layer.own_mixer for layer in self.layers]
+        attention = [mixer for mixer in mixers if mixer.layer_type != "linear_attention"]
         if not attention:
             return SequenceContext(reset=reset, keep_state=keep_state)
         order = None

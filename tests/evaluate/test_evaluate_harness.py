@@ -135,6 +135,15 @@ def test_scores_repeat_exactly_and_leave_the_random_state_alone(results, checkpo
     assert again["results"] == results["results"]
 
 
+def test_the_callers_tokenizer_stays_as_it_was(checkpoint, loaded, tmp_path):
+    """A padding token that is EOS would take EOS out of the labels of who trains on with this tokenizer."""
+    model, tokenizer = loaded
+    before = tokenizer.special_tokens_map, len(tokenizer)
+    assert tokenizer.pad_token is None
+    evaluate(checkpoint, BOTH[:1], limit=1, model=model, tokenizer=tokenizer, output=tmp_path)
+    assert (tokenizer.special_tokens_map, len(tokenizer)) == before
+
+
 def test_documents_start_at_bos_for_our_models_only(checkpoint, loaded):
     from lrnn_lm.evaluate.lm import LiveLM
     from lrnn_lm.runs.load import document_start

@@ -13,7 +13,9 @@ from symtable import symtable
 import pytest
 import torch
 from small_models import MIXER_ROWS, RECURRENT, tokens
+from transformers import AutoModelForCausalLM
 
+from lrnn_lm import LRNNConfig
 from lrnn_lm.mixers import MIXERS
 from lrnn_lm.model.export import write_remote_code
 from lrnn_lm.model.export.remote_code import AUTO_MAP, remote_code
@@ -121,6 +123,14 @@ def test_reads_the_same_without_the_package(name, exported, elsewhere):
     here, there = ask(model, tokens(2, PROMPT).tolist()), elsewhere[name]
     assert here["logits"] == there["logits"]  # bit for bit
     assert here["text"] == there["text"]
+
+
+def test_what_is_saved_without_the_code_names_no_code(exported, tmp_path):
+    """As of an export that was trained further with this package: its files are not there."""
+    AutoModelForCausalLM.from_pretrained(exported["bd_lru"]).save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    config = LRNNConfig(auto_map={"AutoModel": "somebody/small--modeling_lrnn.LRNNModel"})  # on the hub
+    assert config.to_dict()["auto_map"] == config.auto_map
 
 
 def test_a_missing_code_file_is_named_by_the_loader(elsewhere):

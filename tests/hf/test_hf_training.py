@@ -101,6 +101,36 @@ def test_lora_on_every_projection(name, tmp_path):
         close(model.merge_and_unload()(ids).logits, adapted, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "adapted"),
+    [(name, {"modules_to_save": ["mixer"]}) for name in (*HYBRIDS, "attention-grouped", "bd_gru")]
+    + [(name, {"target_parameters": ["recurrent_weight"]}) for name in ("bd_gru", "m2rnn")],
+)
+def test_mixers_that_peft_wraps(name, adapted):
+    """Around a mixer that is trained as a whole, or whose own matrices are adapted, PEFT puts its modules."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
+    model, ids, mask = small_model(name), tokens(), torch.ones(2, 21, dtype=torch.long)
+    mask[1, :6] = 0
+    before = model(ids, attention_mask=mask).logits[mask.bool()]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["down_proj"], **adapted)).eval()
+    close(model(input_ids=ids, attention_mask=mask).logits[mask.bool()], before, SUMS)
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1
+                )
+        cached = model.generate(input_ids=ids, **options)
+        assert torch.equal(cached, model.generate(input_ids=ids, **options, use_cache=False))
+        text = model.generate(input_ids=ids[1:, 6:], **options | {"attention_mask": mask[1:, 6:]})
+        assert torch.equal(cached[1:, 21:], text[:, 15:])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(
+        p.grad.abs().max() > 0 for key, p in model.named_parameters() if ".mixer." in key and p.requires_grad
+    )
+
+
 def test_lora_on_the_head_is_in_the_loss():
     peft = pytest.importorskip("peft", reason="PEFT is not installed (extra `dev`)")
     model, ids = small_model("bd_lru"), tokens()

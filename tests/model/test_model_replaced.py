@@ -192,6 +192,27 @@ def test_a_module_in_the_place_of_another(wrap):
         assert torch.equal(model.generate(ids, **OPTIONS), want)
 
 
+@pytest.mark.parametrize("name", ["bd_gru", "attention-grouped", "attention-window", "hybrid"])
+def test_a_mixer_inside_of_another_module(name):
+    """Masks and documents reach attention by its kind: a wrapper, as torch.compile's, is of another class."""
+    torch.compiler.reset()
+    model, ids = small_model(name), tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    documents = {"seq_idx": (torch.arange(9) >= 5).long().expand(2, 9)}
+
+    def found() -> list[torch.Tensor]:
+        text = model.generate(ids, attention_mask=mask, **OPTIONS)
+        return [model(ids, attention_mask=mask).logits[mask.bool()], model(ids, **documents).logits, text]
+
+    with torch.no_grad():
+        want = found()
+        for block in model.model.layers:
+            block.mixer = torch.compile(block.mixer, backend="eager")
+        for got, its in zip(found(), want, strict=True):
+            torch.testing.assert_close(got, its, rtol=0, atol=1e-5)
+
+
 def test_a_compiled_model_writes_the_same():
     torch.compiler.reset()
     model, ids = small_model("bd_lru"), tokens(length=5)

@@ -49,6 +49,26 @@ def test_segments_are_the_whole(name):
         assert (whole[:, 3] - model(ids[:, 3:4]).logits[:, 0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", OF_EACH_STATE)
+def test_a_cache_made_in_inference_mode_goes_on_outside_of_it(name):
+    model, ids = small_model(name), tokens()
+    with torch.inference_mode():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+    other = copy_states(cache)
+    close(in_segments(model, ids[:, 9:], [1, 5], cache), model(ids).logits[:, 9:], SUMS)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, past_key_values=other, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", OF_EACH_STATE)
+def test_no_rows_in_segments(name):
+    """As the last shard of a data set may leave a rank none."""
+    model, ids = small_model(name), tokens(rows=0)
+    assert (
+        in_segments(model, ids, [1, 10]).shape == model(ids).logits.shape == (0, 21, model.config.vocab_size)
+    )
+
+
 @pytest.mark.parametrize(("name", "cuts"), in_turn([[1, 2, 3, 4, 5], [2, 10], [20]], OF_EACH_STATE))
 def test_left_padding_in_segments(name, cuts):
     """The first token may come in a later segment than its padding, alone or not."""
