@@ -66,9 +66,12 @@ def find_parent(recipe: Recipe, folder: Path, given: Path | None) -> dict[str, A
     stored = json_table(RunFolder(folder).parent)
     wanted = str(user_path(given).absolute()) if given is not None else None
     if stored and wanted not in (None, stored["given"], stored["checkpoint"]):
-        raise ValueError(
-            f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."
-        )
+        found = _describe_parent(given, wanted)
+        if found["manifest_sha256"] != stored["manifest_sha256"]:  # else it is the same, and has been moved
+            raise ValueError(
+                f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."
+            )
+        stored = found
     if latest_checkpoint(RunFolder(folder).checkpoints) is not None:
         if given is not None and not stored:
             raise ValueError(f"{folder} has begun without --from; give this run another name=..")
