@@ -69,7 +69,8 @@ def find_parent(recipe: Recipe, folder: Path, given: Path | None) -> dict[str, A
         found = _describe_parent(given, wanted)
         if found["manifest_sha256"] != stored["manifest_sha256"]:  # else it is the same, and has been moved
             raise ValueError(
-                f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."
+                f"{folder} is a branch of {stored['checkpoint']}, not of {given}; "
+                "give this run another name=.."
             )
         stored = found
     if latest_checkpoint(RunFolder(folder).checkpoints) is not None:
