@@ -1,13 +1,16 @@
 """What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, the trackers' files."""
 
+import io
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny_run import STEPS, TOKENS_PER_STEP, metrics
 from trainers import Build
 
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
 
 
 def test_the_stored_recipe_is_the_recipe(recipe: Path, straight: Path) -> None:
@@ -21,6 +24,24 @@ def test_a_finished_run_keeps_its_recipe(build: Build) -> None:
     assert load_recipe(folder / "recipe.yaml").optim.lr == 0.01
     build("train.tokens=1024", "optim.lr=0.5")
     assert load_recipe(folder / "recipe.yaml").optim.lr == 0.5
+
+
+def test_settings_that_a_run_did_not_have_before_are_told(recipe: Path, tmp_path: Path) -> None:
+    """Someone who forgets `name=` would mix two runs unnoticed; what does not change numbers is not told."""
+
+    def said(*overrides: str) -> str:
+        console = Console(file=io.StringIO(), width=500)
+        trainer = build_trainer(load_recipe(recipe, [f"train.runs_dir={tmp_path}", *overrides]), console)
+        trainer.run()
+        return console.file.getvalue()
+
+    assert "settings" not in said("train.tokens=512", "optim.lr=0.02")
+    assert "settings" not in said("train.tokens=512"), "it is trained already, and keeps its recipe"
+    told = said("train.tokens=1024", "train.micro_batch=4", "train.average.decay=0.9")
+    line = next(line for line in told.splitlines() if "resuming with other settings" in line)
+    assert "optim.lr: was 0.02, is 0.01; train.average.decay: was None, is 0.9" in line
+    assert "micro_batch" not in line
+    assert "settings" not in said("train.tokens=1024", "train.average.decay=0.9")
 
 
 def test_the_held_out_text_is_there(build: Build, straight: Path) -> None:
