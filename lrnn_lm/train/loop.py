@@ -98,7 +98,7 @@ class Trainer:
         self.stopwatch = Stopwatch(accelerator.device)
         self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator)
         self.validator = Validator(
-            prepared, recipe, accelerator, model, self.sequence, lambda *given: self.forward(*given), average,
+            prepared, recipe, accelerator, model, self.rows, lambda *given: self.forward(*given), average,
         )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
@@ -251,7 +251,7 @@ class Trainer:
         unwritten = self.metrics is not None and self.metrics.problem is not None
         every = (self.save_cadence, self.validation_cadence, self.task_cadence)
         timers = [cadence.timer_expired() for cadence in every]
-        flags = [self.stop.asked, self.saver.written, unwritten, *timers]
+        flags = [self.stop.asked or self.rows.unread, self.saver.written, unwritten, *timers]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
@@ -337,7 +337,7 @@ class Trainer:
     def _meet(self, doing: str, working: bool = False) -> bool:
         """Whether any rank still works; AskedToStopError if any was asked to stop. All ranks call it."""
         self.beat(doing)
-        asked, working = on_any_rank(self.accelerator, self.stop.asked, working)
+        asked, working = on_any_rank(self.accelerator, self.stop.asked or self.rows.unread, working)
         if asked:
             raise AskedToStopError  # not saved here: the model may have the averages for weights
         return working
@@ -387,6 +387,7 @@ class Trainer:
     def _save_and_stop(self) -> None:
         reshard(self.model)
         self._save(wait=True)
+        self.rows.check()
         self.beat("stopped", now=True)
         raise Stopped(
             f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
