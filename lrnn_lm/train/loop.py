@@ -102,7 +102,7 @@ class Trainer:
         )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
-        self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
+        self.lock: TextIO | None = None  # of the run folder, held until the run is scored
         self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
         self.first_step = position.step  # where this process began
         # An argument of the model's; it reads it in training only, so validation is without it.
@@ -143,7 +143,7 @@ class Trainer:
                 self.profile.close()
                 self.saver.close()
                 self.metrics.close()
-                if self.lock is not None:
+                if self.lock is not None and not self.finished:
                     self.lock.close()
         return self.checkpoints / checkpoint.step_name(self.position.step)
 
