@@ -29,7 +29,7 @@ from .carry import Carry
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .guard import after_bad_steps, guarded
 from .inspect_layers import inspect, shortened
-from .metrics import Cadence, Metrics, start_trackers
+from .metrics import Cadence, Metrics
 from .optim import drop_frozen_gradients, learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .profile import StepProfile
@@ -124,15 +124,15 @@ class Trainer:
             CheckpointError, ValueError: it could not be saved, or the loss stayed non-finite.
         """
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
-            self.metrics = Metrics(self.folder, self.accelerator, self.position)
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
+            self.metrics = Metrics(self.folder, self.accelerator, self.position, self.line.warn)
             if self.metrics.renamed is not None:
-                self.line.say(
-                    "[yellow]starting again: this run has no checkpoint; metrics of its earlier start are "
-                    f"in {escape(str(self.metrics.renamed))}"
+                self.line.warn(
+                    "starting again: this run has no checkpoint; metrics of its earlier start are in "
+                    f"{self.metrics.renamed}"
                 )
             try:
-                start_trackers(self.accelerator, self.recipe)
+                self.metrics.start_trackers(self.recipe, resumed=self.first_step > 0)
                 with self.line:
                     self._train()
                 self.saver.finish()
