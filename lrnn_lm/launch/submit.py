@@ -21,7 +21,7 @@ from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .script import job_script
-from .sweep import read_sweep
+from .sweep import base_name, read_sweep
 
 
 def submit(
@@ -65,7 +65,7 @@ def submit(
         run = RunFolder(runs[0])
         name, folder, output = recipes[0].name, run.launch, run.logs / "slurm-%j.out"
     else:
-        name = load_recipe(recipe, overrides).name
+        name = base_name(sweep, recipe, overrides or [])
         folder = runs[0].parent / f"{name}.sweep"
         output = folder / "slurm-%A_%a.out"
     script = job_script(recipes[0].launch, name, runs, output, todo if sweep else None)

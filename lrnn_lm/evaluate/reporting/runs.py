@@ -28,7 +28,7 @@ class Run:
 
     name: str
     path: Path
-    training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step, in order
+    training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step with a finite loss, in order
     validation: list[dict[str, Any]]
     tasks: list[dict[str, Any]]  # lines of `eval.during`
     parameters: int | None  # None without a checkpoint
@@ -97,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
 def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
     """Lines of training, validation and tasks by step. Of several of a step the last counts (a resumed run).
 
-    A line torn by a crash is skipped.
+    A line torn by a crash is skipped. What a validation or a task has as null was not finite: NaN.
     """
     kinds: dict[str, dict[int, dict[str, Any]]] = {"loss": {}, "validation_loss": {}, "tasks_seconds": {}}
     with file.open(encoding="utf-8", errors="replace") as lines:
@@ -108,9 +108,11 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
                 continue
             if not isinstance(line, dict) or not (_number(line, "step") and _number(line, "tokens")):
                 continue
-            for key, lines_of in kinds.items():
-                if _number(line, key):
-                    lines_of[line["step"]] = line
+            if _number(line, "loss"):  # not of a skipped step
+                kinds["loss"][line["step"]] = line
+            for key in ("validation_loss", "tasks_seconds"):
+                if key in line:
+                    kinds[key][line["step"]] = {k: math.nan if v is None else v for k, v in line.items()}
     return tuple([found[step] for step in sorted(found)] for found in kinds.values())
 
 
