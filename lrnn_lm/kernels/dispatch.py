@@ -53,7 +53,7 @@ def _triton_scan(*inputs) -> tuple[Tensor, Tensor]:
 
 BACKENDS: dict[str, tuple[Scan, Scan]] = {  # of BD-LRU and of H-LRU
     "reference": (reference.block_diagonal_scan, reference.higher_order_scan),
-    "torch": (torch_scan.block_diagonal_scan, torch_scan.higher_order_scan),
+    "torch": (torch_scan.scan, torch_scan.scan),
     "triton": (_triton_scan, _triton_scan),
 }
 
