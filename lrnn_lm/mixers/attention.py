@@ -126,7 +126,7 @@ class Attention(Mixer):
         if context.window_order is not None and self.window is not None:
             where = context.window_order[:, None, :, None].expand_as(k)
             kept = k.gather(2, where), v.gather(2, where)
-            state.keys, state.values = (each[:, :, 1 - self.window :] for each in kept)
+            state.keys, state.values = (each[:, :, 1 - state.sliding_window :] for each in kept)
             k, v = (k, v) if by_blocks else kept
         if by_blocks:
             y = attend_by_blocks(q, k, v, mask)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import LRNNConfig
 from .layers import RMSNorm
-from .loss import loss_and_z
+from .loss import head_loss
 from .modeling import LRNNModel, LRNNPreTrainedModel
 
 
@@ -65,7 +65,7 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
         written = self.decoder(hidden[:, -1:] + code)  # (B, T, D)
         loss = None
         if shift_labels is not None:
-            weight, chunk = self.lm_head.weight, self.config.loss_chunk
-            loss, _ = loss_and_z(written, weight, shift_labels, num_items_in_batch, chunk)
+            chunk = self.config.loss_chunk
+            loss, _ = head_loss(self.lm_head, written, shift_labels, num_items_in_batch, chunk, 0.0)
         wanted = return_logits if return_logits is not None else shift_labels is None or not self.training
         return CausalLMOutputWithPast(loss=loss, logits=self.lm_head(written) if wanted else None)

@@ -7,12 +7,12 @@ Legend: B batch, T time, D model width, V vocabulary.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import is_written_out, no_second_derivatives
 from ..kernels.dispatch import has_triton
-from ..mixers.base import compute_dtype, is_traced
+from ..mixers.base import compute_dtype, is_traced, plain_weight
 
 IGNORE = -100  # label of a position without a target
 
@@ -164,11 +164,29 @@ def loss_and_z(
     return total / num_items, z_total / num_items
 
 
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None,
+    chunk: int,
+    z_loss: float,
+) -> tuple[Tensor, Tensor | None]:
+    """`loss_and_z` of a model's head; in chunks where it is a plain matrix, else of its logits, without z."""
+    weight = plain_weight(head)
+    if weight is not None and head.bias is None:
+        return loss_and_z(hidden, weight, labels, num_items, chunk, z_loss)
+    if z_loss:
+        raise ValueError("z_loss needs a head that is a plain matrix: leave it out for another head")
+    return cross_entropy(head(hidden), labels, num_items), None
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | None = None) -> Tensor:
     """The same from logits (B, T, V), where the head is no plain matrix (adapted, quantised)."""
     check_labels(labels, logits)
     labels = labels.reshape(-1).long()
-    logits = logits.reshape(labels.shape[0], -1).float()
+    logits = logits.reshape(labels.shape[0], -1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
 

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..mixers.attention import AttentionWeights
-from ..mixers.base import SequenceContext, compute_dtype, initialise, plain_weight
+from ..mixers.base import Mixer, SequenceContext, compute_dtype, initialise
 from ..mixers.spans import takes_blocks
 from .cache import CACHE, adopt, check_cache, check_room, is_recurrent, make_cache, one_cache, tokens_seen
 from .carried import CarriedStates
@@ -36,7 +36,7 @@ from .decoding.built import remember
 from .decoding.generation import LRNNGenerationMixin
 from .documents import PACKING, check_arguments, check_cache_position, check_tokens
 from .layers import LRNNBlock, RMSNorm, checkpoint_without_cache
-from .loss import check_labels, counted_targets, cross_entropy, loss_and_z, shift_labels
+from .loss import check_labels, counted_targets, head_loss, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
@@ -162,6 +162,18 @@ class LRNNModel(LRNNPreTrainedModel):
                 hidden_states = layer(hidden_states, context, token_mask, order, *cached)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
+    def _mixers(self) -> list[Mixer]:
+        """The mixer of each layer. ValueError if one is of another kind than the config says, by which masks
+        and caches go: layers were taken out (pruning) or repeated (PEFT's `layer_replication`)."""
+        mixers = [layer.own_mixer for layer in self.applied_layers]
+        for i, (mixer, kind) in enumerate(zip(mixers, self.config.layer_types, strict=False)):
+            if mixer.layer_type != kind:
+                raise ValueError(
+                    f"layer {i} is of {mixer.layer_type}, and by the config of {kind}: where layers were "
+                    "taken out or repeated, set config.layer_pattern to the mixers that there are"
+                )
+        return mixers
+
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
     ) -> SequenceContext:
@@ -170,8 +182,8 @@ class LRNNModel(LRNNPreTrainedModel):
         if batch.first is not None:  # behind padding a document starts, so that padding leaves no trace
             reset = batch.first if reset is None else reset | batch.first
         keep_state, given = cache is not None, batch.attention_mask
+        mixers = self._mixers()
         # By the kind, not the class: PEFT (`modules_to_save`) and torch.compile put another class around it.
-        mixers = [layer.own_mixer for layer in self.layers]
         attention = [mixer for mixer in mixers if mixer.layer_type != "linear_attention"]
         if not attention:
             return SequenceContext(reset=reset, keep_state=keep_state)
@@ -267,7 +279,8 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         hidden = outputs.last_hidden_state
         loss = z_part = logits = None
         if targets is not None:
-            loss, z_part = self._loss(hidden, targets, num_items_in_batch, z_loss)
+            chunk = self.config.loss_chunk
+            loss, z_part = head_loss(self.lm_head, hidden, targets, num_items_in_batch, chunk, z_loss)
         if return_logits or (return_logits is None and (targets is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
@@ -279,17 +292,6 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _loss(
-        self, hidden: Tensor, targets: Tensor, num_items: Tensor | int | None, z_loss: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean cross-entropy with the z-loss, and the latter; in chunks where the head is a plain matrix."""
-        weight = plain_weight(self.lm_head)
-        if weight is not None and self.lm_head.bias is None:
-            return loss_and_z(hidden, weight, targets, num_items, self.config.loss_chunk, z_loss)
-        if z_loss:
-            raise ValueError("z_loss needs a head that is a plain matrix: leave it out for another head")
-        return cross_entropy(self.lm_head(hidden), targets, num_items), None
 
 
 def _targets(

@@ -126,11 +126,6 @@ class Trainer:
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
             self.metrics = Metrics(self.folder, self.accelerator, self.position, self.line.warn)
-            if self.metrics.renamed is not None:
-                self.line.warn(
-                    "starting again: this run has no checkpoint; metrics of its earlier start are in "
-                    f"{self.metrics.renamed}"
-                )
             try:
                 self.metrics.start_trackers(self.recipe, resumed=self.first_step > 0)
                 with self.line:
@@ -354,9 +349,13 @@ class Trainer:
             )
         except AskedToStopError:
             self._save_and_stop()
-        except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
-            self._save(wait=True)
-            raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+        except Exception as error:  # lm-eval's own, or no room on the GPU: it must not cost the steps
+            is_mistake = isinstance(error, ValueError)  # all ranks have it; only the task's requests show it
+            if is_mistake or self.accelerator.num_processes == 1:
+                self._save(wait=True)
+            if is_mistake:
+                raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+            raise
         self.position.scored = self.position.step
         self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))
 

@@ -30,17 +30,26 @@ class Metrics:
     def __init__(
         self, folder: Path, accelerator: Accelerator, resumed: Position, tell: Callable[[str], None]
     ):
-        """tell: gets a line a tracker that fails."""
+        """tell: gets a line of what does not end the run."""
         self._accelerator, self._tell = accelerator, tell
         self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
-        self.renamed: Path | None = None  # the file of an earlier start without a checkpoint
         if accelerator.is_main_process:
             if latest_checkpoint(RunFolder(folder).checkpoints) is None:
-                self.renamed = _rename_old(self._path)
+                self._put_away()
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
+
+    def _put_away(self) -> None:
+        """Rename the metrics of steps that no checkpoint leads to, and say so."""
+        path = self._path
+        if not path.exists() or not path.read_bytes().strip():
+            return
+        taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
+        number = 1 + max((int(word) for word in taken if word.isdecimal()), default=0)
+        put = path.rename(path.with_stem(f"{path.stem}-{number}"))
+        self._tell(f"starting again: this run has no checkpoint; metrics of its earlier start are in {put}")
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line; numbers that are not finite become null, which JSON lacks otherwise.
@@ -113,15 +122,6 @@ class Metrics:
 
 def _in_words(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-
-
-def _rename_old(path: Path) -> Path | None:
-    """Rename the metrics of steps that no checkpoint leads to; the new path, None if there are none."""
-    if not path.exists() or not path.read_bytes().strip():
-        return None
-    taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
-    number = 1 + max((int(word) for word in taken if word.isdecimal()), default=0)
-    return path.rename(path.with_stem(f"{path.stem}-{number}"))
 
 
 def _cut_after(path: Path, resumed: Position) -> None:

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import NAMES, VOCAB, close, small_model, tokens
+from small_models import NAMES, VOCAB, close, small_config, small_model, tokens
 from tolerances import TOLERANCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lrnn_lm.model import loss
+from lrnn_lm.model import LRNNForCausalLM, LRNNForReconstruction, loss
 from lrnn_lm.model.loss import (
     IGNORE,
     counted_targets,
@@ -243,6 +243,19 @@ def test_a_head_that_is_no_plain_matrix_has_the_same_loss(ignored, dtype):
     got = cross_entropy(logits, labels)
     assert got.dtype == torch.float32
     close(got, cross_entropy(logits.float(), labels), 0)
+
+
+@pytest.mark.parametrize("kind", [LRNNForCausalLM, LRNNForReconstruction])
+def test_another_head_in_fp64(kind):
+    """A head that was replaced is called for the loss, whose precision is that of a plain one."""
+    torch.manual_seed(0)
+    model, ids = kind(small_config("bd_lru")).double().train(), tokens()
+    want = model(ids, shift_labels=ids).loss
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert want.dtype == torch.float64
+    close(model(ids, shift_labels=ids).loss, want, 1e-12)
+    model.lm_head.append(torch.nn.Softplus())
+    assert (model(ids, shift_labels=ids).loss - want).abs() > 1e-3
 
 
 def test_a_single_target_counts_once():

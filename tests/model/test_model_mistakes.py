@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from small_models import small_model, tokens
+from torch import nn
 from transformers import StaticCache
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
@@ -161,3 +162,22 @@ def test_a_static_cache_that_is_too_short(name):
         with pytest.raises(ValueError, match="places for 9 tokens, not for the 8 in it and 2 new ones"):
             model(ids[:, :2], past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("hybrid", [1]), ("hybrid", [0, 1, 1, 2]), ("bd_lru", [0, 2])])
+@torch.no_grad()
+def test_layers_that_the_config_does_not_say(name, kept):
+    """Taken out or repeated by hand: attention got no mask where the config told of none."""
+    model, ids, mask = small_model(name), tokens(length=9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    specs = model.config.layer_mixers
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
+    model.config.num_hidden_layers = len(kept)
+    if name == "hybrid":
+        with pytest.raises(ValueError, match=r"by the config of .* set config\.layer_pattern"):
+            model(ids, attention_mask=mask)
+        model.config.layer_pattern = [specs[i] for i in kept]
+    padded, alone = model(ids, attention_mask=mask).logits[:1, 4:], model(ids[:1, 4:]).logits
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-4)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))

@@ -7,6 +7,7 @@ from tolerances import TOLERANCE
 from torch.nn.attention import flex_attention
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.model import copy_states, modeling
 
 SUMS, GRADIENT = TOLERANCE["other order of sums"], TOLERANCE["gradient"]
@@ -123,3 +124,20 @@ def test_training_by_blocks_leaves_the_cache_of_a_mask(name, kind, monkeypatch):
         found.append((first.logits[mask.bool()], after, gradient))
     for got, want in zip(found[1], found[0], strict=True):
         close(got, want, GRADIENT * want.abs().max().item())
+
+
+@pytest.mark.parametrize("window", [2, 3, 8])
+@torch.no_grad()
+def test_a_window_set_on_a_model_that_exists(window):
+    """As to try another at evaluation: with a cache and padding inside of rows, too."""
+    model, ids = small_model("attention-window"), tokens()
+    model.config.sliding_window = window
+    built = LRNNForCausalLM(model.config).eval()
+    built.load_state_dict(model.state_dict())
+    mask = torch.ones_like(ids)
+    mask[0, 6:9] = mask[1, :2] = 0
+    found = []
+    for each in (model, built):
+        cache = each(ids[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
+        found.append(each(ids[:, 10:], attention_mask=mask, past_key_values=cache).logits)
+    close(*found, SUMS)
