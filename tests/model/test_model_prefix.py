@@ -104,6 +104,20 @@ def test_other_weights_begin_anew(fed):
         model.config.prefix_cache_bytes = 2**24
 
 
+@pytest.mark.parametrize(
+    ("name", "change"), [("attention-window", {"sliding_window": 8}), ("bd_lru", {"num_hidden_layers": 2})]
+)
+def test_other_layers_begin_anew(name, change):
+    """What the config says of layers is read at each pass."""
+    model, ids = with_cache(name), DOCUMENT[:, :200]
+    asked(model, ids)
+    for key, value in change.items():
+        setattr(model.config, key, value)
+    text = asked(model, ids)
+    model.config.prefix_cache_bytes = 0
+    assert torch.equal(text, asked(model, ids))
+
+
 def test_bytes_are_bounded_and_the_least_used_goes():
     model, cache = small_model("hybrid"), PrefixCache(0)
     texts = [tokens(rows=1, length=200, seed=seed) for seed in (1, 2, 3)]

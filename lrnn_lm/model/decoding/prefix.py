@@ -195,10 +195,12 @@ def _tensors(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _weights(model: PreTrainedModel) -> Any:
-    """What is another for other weights, however they were written: places, versions and sums of all bits."""
+    """What is another for other weights, however they were written: places, versions and sums of all bits;
+    and for other layers or windows, which the config can be told later."""
     tensors = [t.detach() for t in _tensors(model)]
     versions = [None if t.is_inference() else t._version for t in tensors]
-    return what_modules_hold(model), versions, torch.stack([_sum_of_bits(t) for t in tensors]).tolist()
+    sums = torch.stack([_sum_of_bits(t) for t in tensors]).tolist()
+    return what_modules_hold(model), str(model.config.layer_mixers), versions, sums
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:

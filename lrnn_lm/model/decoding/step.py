@@ -149,18 +149,21 @@ class DecodeStep:
             return step(model, x).unsqueeze(1)
         x = model.model.embed_tokens(self.memory.ids)  # (B, 1, D)
         blocks = model.model.applied_layers
-        joints = (self.memory.joint or [()] * len(model.model.layers)) * model.config.repeat
-        for block, state, joint in zip(blocks, self.memory.states, joints, strict=True):
+        for block, state, joint in zip(blocks, self.memory.states, self._joints(model), strict=True):
             x, after = block.step(x, state, *joint)
             state.copy_(after)
         return model.lm_head(model.model.norm(x))
 
+    def _joints(self, model: PreTrainedModel) -> list[Any]:
+        """The joint weights of each of `applied_layers`; () for none."""
+        joints = self.memory.joint or [()] * len(model.model.layers)
+        return joints[: model.config.num_hidden_layers] * model.config.repeat
+
     def _step_of_few(self, model: PreTrainedModel, x: Tensor) -> Tensor:
         from ...kernels.decode.fused_step import linear_step
 
-        memory = self.memory
-        blocks, joints = model.model.applied_layers, memory.joint * model.config.repeat
-        for block, state, joint in zip(blocks, memory.states, joints, strict=True):
+        blocks, states = model.model.applied_layers, self.memory.states
+        for block, state, joint in zip(blocks, states, self._joints(model), strict=True):
             x = block.fused_step(x, state, *joint)
         norm = model.model.norm
         return linear_step(x, model.lm_head.weight, norm.weight, norm.eps)
@@ -172,7 +175,7 @@ class DecodeStep:
         if memory.workspace is None:
             memory.workspace = Workspace(x.device)
         blocks, last = model.model.applied_layers, model.model.norm
-        joints = memory.joint * model.config.repeat
+        joints = self._joints(model)
         norms = [*(block.mixer_norm.weight for block in blocks), last.weight]
         stream = begin(x, norms[0])
         for block, state, joint, norm in zip(blocks, memory.states, joints, norms[1:], strict=True):
