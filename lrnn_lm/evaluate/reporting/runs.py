@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import user_path
-from ...runs.layout import RunFolder, checkpoint_folder
+from ...runs.layout import RunFolder, checkpoint_folder, latest_checkpoint, step_of
 from ..harness import WHOLE_ROWS, flatten, variant
 
 
@@ -32,6 +32,7 @@ class Run:
     validation: list[dict[str, Any]]
     tasks: list[dict[str, Any]]  # lines of `eval.during`
     parameters: int | None  # None without a checkpoint
+    step: int | None = None  # of the newest checkpoint
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, metric)
 
     @property
@@ -83,6 +84,7 @@ def read_run(folder: str | Path, at: int | None = None) -> Run:
         elif above is not None:
             hint = f"; did you mean its run, {above}?"
         raise ValueError(f"{folder}: not a run{hint}")
+    newest = latest_checkpoint(RunFolder(path).checkpoints)
     training, validation, tasks = (
         [line for line in lines if at is None or line["step"] <= at] for lines in _read_metrics(file)
     )
@@ -95,6 +97,7 @@ def read_run(folder: str | Path, at: int | None = None) -> Run:
         validation=validation,
         tasks=tasks,
         parameters=_count_parameters(checkpoint_folder(RunFolder(path).latest)),
+        step=step_of(newest) if newest is not None else None,
         scores=_read_scores(RunFolder(path).scores, at),
     )
 
