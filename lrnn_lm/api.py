@@ -183,4 +183,8 @@ def export_checkpoint(
     if graphs:
         export_graphs(checkpoint, folder, format, weights)
         return
-    export(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license), weights)
+
+    def write_card(aside: Path) -> None:
+        write_export_card(checkpoint, aside, license, average)
+
+    export(checkpoint, folder, dtype, write_card, weights)

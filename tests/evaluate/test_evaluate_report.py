@@ -143,6 +143,8 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     other = _write_run(tmp_path / "unscored")
     text = to_markdown([read_run(folder), read_run(other)])
     assert "| heldout_cloze | acc | 0.3000 ± 0.0100 |  |" in text
+    (folder / "checkpoints/step-00000200").mkdir(parents=True)  # it went on, and was not scored again
+    assert "| heldout_cloze | acc | 0.3000 ± 0.0100 (step 100) |" in to_markdown([read_run(folder)])
 
 
 def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_documents):
