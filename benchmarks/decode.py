@@ -292,20 +292,12 @@ def _print(rows: list[Row], output: Path | None) -> None:
                "tokens/s", "limit ms", "of the limit", "note"]  # fmt: skip
     cells = [
         [
-            row["contender"],
-            show(row.get("parameters")),
-            str(row["B"]),
-            row["mode"],
-            show(row["context"]),
-            show(row.get("prefill_seconds"), ".1f", 1e3),
-            show(row.get("token_seconds"), ".3f", 1e3),
-            show(row.get("spread"), ".1%"),
-            show(row.get("processes")),
-            show(row.get("tokens_per_second")),
-            show(row.get("limit_seconds"), ".3f", 1e3),
-            show(row.get("share_of_limit"), ".2f"),
+            row["contender"], show(row.get("parameters")), str(row["B"]), row["mode"], show(row["context"]),
+            show(row.get("prefill_seconds"), ".1f", 1e3), show(row.get("token_seconds"), ".3f", 1e3),
+            show(row.get("spread"), ".1%"), show(row.get("processes")), show(row.get("tokens_per_second")),
+            show(row.get("limit_seconds"), ".3f", 1e3), show(row.get("share_of_limit"), ".2f"),
             row.get("reason", _note(row))[:80],
         ]
         for row in rows
-    ]
+    ]  # fmt: skip
     tabulate("decoding", columns, cells, output)

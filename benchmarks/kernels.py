@@ -27,7 +27,7 @@ from lrnn_lm.mixers import SequenceContext, build_mixer
 
 from . import measure
 from .kernel_peers import Peer, associative_peer, fla_obstacle, fla_peers
-from .results import tabulate
+from .results import show, tabulate
 from .shapes import CPU_SHAPES, PAPER_SHAPES, Shape
 
 WIDTH = 768  # D of the paper's language models
@@ -329,32 +329,14 @@ def peer_rows(limits: dict[str, float], device: torch.device) -> Iterator[Row]:
 
 
 def _print(rows: list[Row]) -> None:
-    def milliseconds(x: float | None) -> str:
-        return "" if x is None else f"{1e3 * x:.3f}"
-
-    def share(x: float | None) -> str:
-        return "" if x is None else f"{x:.2f}"
-
+    columns = ["", "B", "T", "fwd ms", "bwd ms", "fwd + bwd ms", "floor ms", "fwd/copy", "bwd/copy", "ratio",
+               "tokens/s", "note"]  # fmt: skip
     cells = []
     for row in rows:
-        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         together = row.note == TOGETHER
         alone, both = (None, row.forward) if together else (row.forward, None)
-        times = [milliseconds(x) for x in (alone, row.backward, both, row.floor)]
-        shares = [share(x) for x in (row.forward_share, row.backward_share, row.ratio)]
-        cells.append([row.what, str(row.B), str(row.T), *times, *shares, speed, "" if together else row.note])
-    titles = [
-        "",
-        "B",
-        "T",
-        "fwd ms",
-        "bwd ms",
-        "fwd + bwd ms",
-        "floor ms",
-        "fwd/copy",
-        "bwd/copy",
-        "ratio",
-        "tokens/s",
-        "note",
-    ]
-    tabulate("kernels", titles, cells, None)
+        times = [show(x, ".3f", 1e3) for x in (alone, row.backward, both, row.floor)]
+        shares = [show(x, ".2f") for x in (row.forward_share, row.backward_share, row.ratio)]
+        speed, note = show(row.tokens_per_second), "" if together else row.note
+        cells.append([row.what, str(row.B), str(row.T), *times, *shares, speed, note])
+    tabulate("kernels", columns, cells, None)

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnn_lm.kernels import (
-    block_diagonal_scan,
-    block_diagonal_scan_packed,
-    higher_order_scan,
-    higher_order_scan_packed,
-    plane_width,
-)
+from lrnn_lm.kernels import block_diagonal_scan, higher_order_scan, plane_width, scan_packed
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class Shape:
         return torch.randn(B, T, self.M + 2, columns, device=device, dtype=dtype)
 
     def scan_planes(self, planes: Tensor, bias: Tensor | None = None) -> Tensor:
-        run = block_diagonal_scan_packed if self.family == "bd_lru" else higher_order_scan_packed
-        return run(planes, self.N, self.M, bias=bias)[0]
+        rows = (self.N, self.M) if self.family == "bd_lru" else (self.N,)
+        return scan_packed(planes, rows, bias=bias)[0]
 
     def moved_bytes(self, B: int, T: int, itemsize: int) -> tuple[int, int]:
         """Least bytes of a forward pass (gates, values, h) and of a backward one (these, dh, dgates,

@@ -132,10 +132,12 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
 
     averaged = RunFolder(trainer.folder).average
     try:
-        if has_average(checkpoint):
-            shutil.rmtree(averaged, ignore_errors=True)  # of a smaller budget
-            if isinstance(trainer.bare_model, LRNNForCausalLM):  # an auto-encoder cannot be exported
-                export_checkpoint(checkpoint, averaged, average=True)
+        # Of a smaller budget, and what an export left that was killed.
+        for old in (averaged, *averaged.parent.glob(f".{averaged.name}.*.tmp")):
+            shutil.rmtree(old, ignore_errors=True)
+        # An auto-encoder cannot be exported.
+        if has_average(checkpoint) and isinstance(trainer.bare_model, LRNNForCausalLM):
+            export_checkpoint(checkpoint, averaged, average=True)
         if recipe.eval.tasks:
             stop.leave_if_asked()
             live = (trainer.bare_model, trainer.tokenizer)  # what is sharded is read from the checkpoint
@@ -144,6 +146,8 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     finally:  # the run is trained, whatever became of its scores
         write_run_card(trainer.folder)
         trainer.saver.copy_rest()
+        if trainer.lock is not None:
+            trainer.lock.close()
     return checkpoint
 
 
@@ -179,4 +183,8 @@ def export_checkpoint(
     if graphs:
         export_graphs(checkpoint, folder, format, weights)
         return
-    export(checkpoint, folder, dtype, lambda aside: write_export_card(checkpoint, aside, license), weights)
+
+    def write_card(aside: Path) -> None:
+        write_export_card(checkpoint, aside, license, average)
+
+    export(checkpoint, folder, dtype, write_card, weights)

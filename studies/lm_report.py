@@ -15,6 +15,7 @@ from typing import Any
 FINAL = {
     "hybrid-final-tied": "hybrid of BD-LRU M = 2",
     "mamba2-hybrid-final-tied": "hybrid of Mamba-2",
+    "gdn-hybrid-final-tied": "hybrid of Gated DeltaNet",
     "transformer-final-tied": "Transformer",
     "mixed-final-tied": "recurrence alone",
 }

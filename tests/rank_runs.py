@@ -52,8 +52,8 @@ class Forked:
 @dataclass(frozen=True)
 class Prank:
     """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
-    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, or finds
-    no room on its GPU if `full`."""
+    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
+    room on its GPU if `full`, or if `lost` does not find the text of the next step."""
 
     rank: int = 0
     step: int = 0
@@ -63,6 +63,7 @@ class Prank:
     nan_samples: tuple[int, ...] = ()
     sleep: float = 0.0
     full: bool = False
+    lost: bool = False
 
 
 class Ranks:
@@ -192,6 +193,10 @@ def _disturb(rank: int, prank: Prank | None) -> None:
                 os.kill(os.getpid(), prank.signal)
             if prank.full:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
+            if prank.lost:
+                shards = trainer.rows.loader.rows[0].shards
+                shards.folder = shards.folder / "gone"
+                shards._maps.clear()
         if trainer.position.samples not in prank.nan_samples:
             return original(trainer, batches, *rest)
         loss = trainer._loss

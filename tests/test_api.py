@@ -4,6 +4,7 @@ import doctest
 import inspect
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_examples_of_docstrings(name: str, place: Path, monkeypatch: pytest.Monk
     report: list[str] = []
     results = doctest.DocTestRunner(IfAnythingIsExpected()).run(example, out=report.append)
     assert results.failed == 0, "".join(report)
+
+
+def test_in_a_thread(place: Path) -> None:
+    """As of a server: signals are the program's there, and nothing else is missing."""
+
+    def work() -> Path:
+        checkpoint = train(place / "recipes/demo.yaml", ["name=thread", "train.tokens=2K"])
+        evaluate(checkpoint, ["heldout_bits_per_byte"])
+        return checkpoint
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result().is_dir()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_examples_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

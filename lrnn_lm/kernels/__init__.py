@@ -4,11 +4,10 @@ from .derivatives import is_written_out, no_second_derivatives, written_out
 from .dispatch import (
     BACKENDS,
     block_diagonal_scan,
-    block_diagonal_scan_packed,
     higher_order_scan,
-    higher_order_scan_packed,
     plane_width,
     runs_fused,
+    scan_packed,
 )
 from .gates import GATES, check_gate, normalise
 from .scan.gru import gru_scan, slstm_scan
@@ -19,11 +18,9 @@ __all__ = [
     "BACKENDS",
     "GATES",
     "block_diagonal_scan",
-    "block_diagonal_scan_packed",
     "check_gate",
     "gru_scan",
     "higher_order_scan",
-    "higher_order_scan_packed",
     "is_written_out",
     "m2rnn_scan",
     "matrix_scan",
@@ -31,6 +28,7 @@ __all__ = [
     "normalise",
     "plane_width",
     "runs_fused",
+    "scan_packed",
     "slstm_scan",
     "written_out",
 ]

@@ -53,7 +53,7 @@ def _triton_scan(*inputs) -> tuple[Tensor, Tensor]:
 
 BACKENDS: dict[str, tuple[Scan, Scan]] = {  # of BD-LRU and of H-LRU
     "reference": (reference.block_diagonal_scan, reference.higher_order_scan),
-    "torch": (torch_scan.block_diagonal_scan, torch_scan.higher_order_scan),
+    "torch": (torch_scan.scan, torch_scan.scan),
     "triton": (_triton_scan, _triton_scan),
 }
 
@@ -149,68 +149,42 @@ def higher_order_scan(
     return BACKENDS[_choose(backend, M, gates, values)][1](gates, values, h0, reset, gate)
 
 
-def block_diagonal_scan_packed(
+def scan_packed(
     planes: Tensor,
-    num_blocks: int,
-    block_size: int,
+    rows: tuple[int, ...],
     h0: Tensor | None = None,
     reset: Tensor | None = None,
     gate: str = "softmax",
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_diagonal_scan`, by Triton, of gates and values that one projection has written side by side.
+    """Either scan, by Triton, of gates and values that one projection has written side by side.
 
     Args:
-        planes: (B, T, M+2, columns), columns >= N M, see `plane_width`. Plane k holds gate k of every row (n,
-            i), at n M + i, the last plane the values. Columns beyond the rows must be finite and change
-            nothing. (B, T, M+1, columns) without the input gate's plane, whose logits are then 0.
-        num_blocks, block_size: N, M.
+        planes: (B, T, M+2, columns), columns >= N M (BD-LRU) or N (H-LRU), see `plane_width`. Plane k holds
+            gate k of every row, row (n, i) at n M + i, the last plane the values. Columns beyond the rows
+            must be finite and change nothing. Of a BD-LRU also (B, T, M+1, columns) without the input gate's
+            plane, whose logits are then 0.
+        rows: shape of a step's values: (N, M) of BD-LRU, (N,) of H-LRU.
         h0, reset, gate: as in `block_diagonal_scan`.
-        bias: (gates, N M), already added to the gates' planes, outside of autograd. It is given only for its
-            gradient, which the scan computes on the way.
+        bias: (gates, N M or N), already added to the gates' planes, outside of autograd. It is given only for
+            its gradient, which the scan computes on the way.
     Returns:
-        h (B, T, N, M), a view of (B, T, columns), and h_last (B, N, M). The gradient of the planes is one
+        h (B, T, *rows), a view of (B, T, columns), and h_last (B, N, M). The gradient of the planes is one
         tensor, zero beyond the rows.
     """
-    N, M = num_blocks, block_size
-    counts = (M + 1, M) if gate == "softmax" else (M + 1,)
-    return _packed(planes, (N, M), counts, (N, M), h0, reset, gate, bias)
-
-
-def higher_order_scan_packed(
-    planes: Tensor,
-    num_blocks: int,
-    order: int,
-    h0: Tensor | None = None,
-    reset: Tensor | None = None,
-    gate: str = "softmax",
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`higher_order_scan`, by Triton, of gates and values that one projection has written side by side.
-
-    As `block_diagonal_scan_packed`, with planes a_1 .. a_M, a_0, then the values, columns >= N and bias
-    (M+1, N); returns h (B, T, N) and h_last (B, N, M).
-    """
-    return _packed(planes, (num_blocks,), (order + 1,), (num_blocks, order), h0, reset, gate, bias)
-
-
-def _packed(
-    planes: Tensor, rows: tuple[int, ...], counts: tuple[int, ...], state: tuple[int, int],
-    h0: Tensor | None, reset: Tensor | None, gate: str, bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """rows, state: shapes of a step's values and of a sequence's state; counts: of gates, the usual first."""
     B, T, count, columns = _shape("planes", planes, 4)
-    used = math.prod(rows)
-    if count - 1 not in counts or columns < used:
+    M, used = rows[1] if len(rows) == 2 else count - 2, math.prod(rows)
+    fixed = len(rows) == 2 and gate == "softmax" and count == M + 1
+    if M < 1 or (count != M + 2 and not fixed) or columns < used:
         raise ValueError(
-            f"planes has shape {tuple(planes.shape)}; expected (B, T, {counts[0] + 1}, at least {used})"
+            f"planes has shape {tuple(planes.shape)}; expected (B, T, {max(M, 1) + 2}, at least {used})"
         )
     if bias is not None:
         expect_shape("bias", bias, (count - 1, used))
     check_gate(gate)
-    check_state(h0, reset, (B, *state), (B, T))
+    check_state(h0, reset, (B, rows[0], M), (B, T))
     expect_floats(planes=planes)
-    choose_backend("triton", planes, partial(_scan_obstacle, state[1], planes))
+    choose_backend("triton", planes, partial(_scan_obstacle, M, planes))
     from .scan.triton_scans import triton_scan_packed
 
     return triton_scan_packed(planes, rows, h0, reset, gate, bias)

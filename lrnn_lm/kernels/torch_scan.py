@@ -225,7 +225,7 @@ def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:
     return windows * (age[part].view(-1, 1, h.shape[0], 1) >= lag)
 
 
-# Shapes for the compiler, autograd, and the public functions -----------------------------------------------
+# Shapes for the compiler, autograd, and the public function ------------------------------------------------
 
 
 def _fake(gates, values, h0, reset, gate):
@@ -259,23 +259,12 @@ register_scan(_bd_scan, _bd_scan_backward)
 register_scan(_h_scan, _h_scan_backward)
 
 
-def _initial(h0: Tensor | None, gates: Tensor, values: Tensor, M: int) -> Tensor:
-    """(B, N, M) in the compute dtype."""
+def scan(
+    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
+) -> tuple[Tensor, Tensor]:
+    """`reference.block_diagonal_scan` or `higher_order_scan`, by the number of axes: the same to rounding."""
+    run, M = (_bd_scan, values.shape[3]) if values.ndim == 4 else (_h_scan, gates.shape[-1] - 1)
     dtype = compute_dtype(gates, values)
     if h0 is None:
-        return torch.zeros(values.shape[0], values.shape[2], M, dtype=dtype, device=values.device)
-    return h0.to(dtype)
-
-
-def block_diagonal_scan(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-) -> tuple[Tensor, Tensor]:
-    """`reference.block_diagonal_scan`, fast: same shapes, same results to rounding."""
-    return _bd_scan(gates, values, _initial(h0, gates, values, values.shape[-1]), reset, gate)
-
-
-def higher_order_scan(
-    gates: Tensor, values: Tensor, h0: Tensor | None, reset: Tensor | None, gate: str
-) -> tuple[Tensor, Tensor]:
-    """`reference.higher_order_scan`, fast: same shapes, same results to rounding."""
-    return _h_scan(gates, values, _initial(h0, gates, values, gates.shape[-1] - 1), reset, gate)
+        h0 = torch.zeros(values.shape[0], values.shape[2], M, dtype=dtype, device=values.device)
+    return run(gates, values, h0.to(dtype), reset, gate)

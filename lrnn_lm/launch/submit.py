@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
 from .script import job_script
-from .sweep import read_sweep
+from .sweep import base_name, read_sweep
 
 
 def submit(
@@ -65,7 +66,7 @@ def submit(
         run = RunFolder(runs[0])
         name, folder, output = recipes[0].name, run.launch, run.logs / "slurm-%j.out"
     else:
-        name = load_recipe(recipe, overrides).name
+        name = base_name(sweep, recipe, overrides or [])
         folder = runs[0].parent / f"{name}.sweep"
         output = folder / "slurm-%A_%a.out"
     script = job_script(recipes[0].launch, name, runs, output, todo if sweep else None)
@@ -126,21 +127,25 @@ def _queued(run: Path) -> str | None:
 
 
 def _finished(recipe: Recipe, run: Path) -> bool:
-    """Whether the newest checkpoint is the last of the budget, and scored if the recipe has tasks."""
+    """Whether the newest checkpoint is the last of the budget, and scored on the recipe's tasks."""
     newest = latest_checkpoint(RunFolder(run).checkpoints)
     step = step_of(newest) if newest is not None else None
     if step is None or step < recipe.total_steps:
         return False
-    scores = RunFolder(run).scores.glob("*.json")
-    return not recipe.eval.tasks or any(_scored_step(file) == step for file in scores)
+    files = RunFolder(run).scores.glob("*.json")
+    scored = [name for file in files for name in _scored(file, step, recipe.eval.limit)]
+    return all(any(fnmatchcase(name, task) for name in scored) for task in recipe.eval.tasks)
 
 
-def _scored_step(file: Path) -> int | None:
-    """The step of the checkpoint that was scored; None for a file of another program."""
+def _scored(file: Path, step: int, limit: int | None) -> list[str]:
+    """The tasks that a step was scored on, by at least as many documents; of a probe's file none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("checkpoint", {}).get("step")
-    except (ValueError, AttributeError):
-        return None
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        settings = facts["settings"]
+        whole = settings["limit"] is None or (limit is not None and settings["limit"] >= limit)
+        return settings["tasks"] if whole and facts["checkpoint"]["step"] == step else []
+    except (ValueError, KeyError, TypeError):  # of another program
+        return []
 
 
 def _write(path: Path, text: str) -> None:

@@ -28,7 +28,6 @@ def read_sweep(sweep: Path, recipe: Path, overrides: list[str]) -> list[Recipe]:
     Raises RecipeError, naming the sweep, for a malformed file, a key that is unknown or of the whole job, an
     invalid combination, or two runs of one name.
     """
-    base = load_recipe(recipe, overrides)
     combinations = _combinations(sweep)
     keys = list(dict.fromkeys(key for run in combinations for key in run))
     for key in keys:
@@ -36,21 +35,35 @@ def read_sweep(sweep: Path, recipe: Path, overrides: list[str]) -> list[Recipe]:
             raise RecipeError(
                 f"{sweep}: {key} is one for the whole array; give it to the recipe or the command"
             )
-    labels = _labels(keys)
+    base, labels = base_name(sweep, recipe, overrides), _labels(keys)
     recipes: dict[str, Recipe] = {}
     for number, run in enumerate(combinations, 1):
-        name = run.get("name") or _name(sweep, base.name, run, labels)
-        changes = [f"{key}={_as_yaml(value)}" for key, value in run.items() if key != "name"]
-        try:
-            made = load_recipe(recipe, [*overrides, *changes, f"name={_as_yaml(name)}"])
-        except RecipeError as error:
-            raise RecipeError(f"{sweep}, run {number}: {error}") from None
+        name = run.get("name") or _name(sweep, base, run, labels)
+        made = _load(sweep, number, recipe, [*overrides, *_changes(run), f"name={_as_yaml(name)}"])
         if made.name in recipes:
             raise RecipeError(
                 f"{sweep}: two runs have the name {made.name}; list them with a name: of their own"
             )
         recipes[made.name] = made
     return list(recipes.values())
+
+
+def base_name(sweep: Path, recipe: Path, overrides: list[str]) -> str:
+    """Name of the recipe that a sweep is over: read with the keys of the first run, as it may be no valid
+    recipe without them."""
+    return _load(sweep, 1, recipe, [*overrides, *_changes(_combinations(sweep)[0])]).name
+
+
+def _load(sweep: Path, number: int, recipe: Path, overrides: list[str]) -> Recipe:
+    try:
+        return load_recipe(recipe, overrides)
+    except RecipeError as error:
+        raise RecipeError(f"{sweep}, run {number}: {error}") from None
+
+
+def _changes(run: dict[str, Any]) -> list[str]:
+    """A run's keys as overrides, without its name."""
+    return [f"{key}={_as_yaml(value)}" for key, value in run.items() if key != "name"]
 
 
 def _combinations(sweep: Path) -> list[dict[str, Any]]:

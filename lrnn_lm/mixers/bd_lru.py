@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..kernels import block_diagonal_scan, block_diagonal_scan_packed, plane_width
+from ..kernels import block_diagonal_scan, plane_width, scan_packed
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -149,7 +149,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             return h.to(values.dtype), state
         if (planes := packed_planes(self, x, M, N * M, plane_width(N * M, M))) is not None:
             bias = gate_bias(self.gate_proj, N * M)
-            return block_diagonal_scan_packed(planes, N, M, state, context.reset, self.gate, bias)
+            return scan_packed(planes, (N, M), state, context.reset, self.gate, bias)
         gates, values = self.project(x, context.joint)
         values = values.unflatten(-1, (N, M))
         return block_diagonal_scan(self._planes(gates), values, state, context.reset, self.gate, self.backend)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..kernels import higher_order_scan, higher_order_scan_packed, is_written_out, plane_width
+from ..kernels import higher_order_scan, is_written_out, plane_width, scan_packed
 from ..kernels.gates import normalise
 from .base import (
     BlockSize,
@@ -83,9 +83,8 @@ class HigherOrderLRU(JointProjections, Mixer):
         context = context or SequenceContext()
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
-            h, new_state = higher_order_scan_packed(
-                planes, N, M, state, context.reset, self.gate, gate_bias(self.gate_proj, N)
-            )
+            bias = gate_bias(self.gate_proj, N)
+            h, new_state = scan_packed(planes, (N,), state, context.reset, self.gate, bias)
         else:
             gates, values = self.project(x, context.joint)
             h, new_state = higher_order_scan(

@@ -19,6 +19,11 @@ from .load import describe, json_table
 _FIXED = ("seed", "model", "data", "train.tokens_per_step", "train.ramp")
 # Parts of the above that change neither. Not data.shard_tokens: prepared text is known by its files' hashes.
 _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "model.parameters")
+# What changes the numbers of a run that goes on with another value of it. Not how ranks share the work.
+_TOLD = (
+    "optim", "data.sources", "data.stages", "train.tokens", "train.precision", "train.residual_in_fp32",
+    "train.start_from_other", "train.z_loss", "train.average", "train.guard",
+)  # fmt: skip
 _STATE = ("optim.name", "optim.betas", "optim.eps")  # which give the optimizer's state its meaning
 
 
@@ -34,10 +39,21 @@ def differences(old: Recipe, new: Recipe, step: int, branch: bool = False) -> li
         free += ("data.stages", *(key for key in now if key.endswith(".weight")))
     if was.get("model.mixer.type") != now.get("model.mixer.type"):  # told once, without its options
         free += tuple(key for key in {*was, *now} if key.startswith("model.mixer.") and key[12:] != "type")
+    return _lines(was, now, fixed, free)
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """The same for keys that may differ, and change what the rest of the run computes."""
+    return _lines(flatten(old), flatten(new), _TOLD, ())
+
+
+def _lines(
+    was: dict[str, Any], now: dict[str, Any], sections: tuple[str, ...], free: tuple[str, ...]
+) -> list[str]:
     return [
         line
         for key in sorted({*was, *now})
-        if was.get(key) != now.get(key) and _within(key, fixed) and not _within(key, free)
+        if was.get(key) != now.get(key) and _within(key, sections) and not _within(key, free)
         for line in _told(key, was.get(key), now.get(key))
     ]
 
@@ -66,9 +82,13 @@ def find_parent(recipe: Recipe, folder: Path, given: Path | None) -> dict[str, A
     stored = json_table(RunFolder(folder).parent)
     wanted = str(user_path(given).absolute()) if given is not None else None
     if stored and wanted not in (None, stored["given"], stored["checkpoint"]):
-        raise ValueError(
-            f"{folder} is a branch of {stored['checkpoint']}, not of {given}; give this run another name=.."
-        )
+        found = _describe_parent(given, wanted)
+        if found["manifest_sha256"] != stored["manifest_sha256"]:  # else it is the same, and has been moved
+            raise ValueError(
+                f"{folder} is a branch of {stored['checkpoint']}, not of {given}; "
+                "give this run another name=.."
+            )
+        stored = found
     if latest_checkpoint(RunFolder(folder).checkpoints) is not None:
         if given is not None and not stored:
             raise ValueError(f"{folder} has begun without --from; give this run another name=..")

@@ -18,6 +18,7 @@ person may still repair. Folders appear and disappear by one rename, so nobody s
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -153,7 +154,7 @@ def _best(folders: Sequence[Path]) -> Path | None:
     found = [
         (at.validation_loss, -at.step, folder)
         for at, folder in known
-        if at.validated == at.step and at.validation_loss is not None
+        if at.validated == at.step and at.validation_loss is not None and not math.isnan(at.validation_loss)
     ]
     return min(found)[2] if found else None
 

@@ -25,7 +25,7 @@ from ..model.accounting import check_parameters, model_class
 from ..output import error_console
 from ..recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from ..runs import checkpoint
-from ..runs.branch import differences, find_parent
+from ..runs.branch import changes, differences, find_parent
 from ..runs.layout import CheckpointFolder, RunFolder, latest_checkpoint, step_of
 from ..runs.remote_copy import RunCopy
 from .average import Average, check_updated
@@ -114,7 +114,7 @@ def build_trainer(
             group, plan, average, scorer,
         )
     )  # fmt: skip
-    facts = (recipe, prepared, parent, trainer.finished, check, device)
+    facts = (recipe, prepared, parent, trainer.finished, check, device, console)
     together.all(lambda: _write_run_folder(folder, *facts) if main else None)
     if newest is not None and trainer.carry is not None:
         together.all(lambda: trainer.carry.load(CheckpointFolder(newest).trainer))
@@ -312,6 +312,15 @@ def _load_stored(path: Path) -> Recipe:
         ) from None
 
 
+def _tell_changes(run: RunFolder, recipe: Recipe, console: Console) -> None:
+    """Say what a run goes on with and did not have before: a forgotten `name=` would mix two runs."""
+    if latest_checkpoint(run.checkpoints) is None or not run.recipe.exists():
+        return
+    if changed := changes(_load_stored(run.recipe), recipe):
+        told = "; ".join([*changed[:8], *([f"and {len(changed) - 8} more"] if changed[8:] else [])])
+        console.print(f"[yellow]resuming with other settings: {escape(told)}", soft_wrap=True)
+
+
 def _write_run_folder(
     folder: Path,
     recipe: Recipe,
@@ -320,6 +329,7 @@ def _write_run_folder(
     finished: bool,
     check: Callable[[Path], None] | None,
     device: torch.device,
+    console: Console,
 ) -> None:
     """Write recipe.yaml, a branch's parent, the data's manifest, and the held-out documents; then check.
 
@@ -337,6 +347,8 @@ def _write_run_folder(
         contents[run.heldout] = held_out
     if finished and run.recipe.exists():
         del contents[run.recipe]
+    else:
+        _tell_changes(run, recipe, console)
     for path, content in contents.items():
         replace_file(path, content)
     if check is not None:

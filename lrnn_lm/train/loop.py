@@ -29,7 +29,7 @@ from .carry import Carry
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
 from .guard import after_bad_steps, guarded
 from .inspect_layers import inspect, shortened
-from .metrics import Cadence, Metrics, start_trackers
+from .metrics import Cadence, Metrics
 from .optim import drop_frozen_gradients, learning_rate
 from .parallel import Plan, accumulating, clip_gradients, is_sharded, reshard, settle_buckets
 from .profile import StepProfile
@@ -98,11 +98,11 @@ class Trainer:
         self.stopwatch = Stopwatch(accelerator.device)
         self.profile = StepProfile(recipe.train.profile, RunFolder(folder), accelerator)
         self.validator = Validator(
-            prepared, recipe, accelerator, model, self.sequence, lambda *given: self.forward(*given), average,
+            prepared, recipe, accelerator, model, self.rows, lambda *given: self.forward(*given), average,
         )  # fmt: skip
         self.stop = StopSignal()
         self.metrics: Metrics | None = None  # while it runs
-        self.lock: TextIO | None = None  # of the run folder, held to the end of `run`
+        self.lock: TextIO | None = None  # of the run folder, held until the run is scored
         self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
         self.first_step = position.step  # where this process began
         # An argument of the model's; it reads it in training only, so validation is without it.
@@ -124,15 +124,10 @@ class Trainer:
             CheckpointError, ValueError: it could not be saved, or the loss stayed non-finite.
         """
         with nullcontext(stop) if stop else StopSignal() as self.stop, self.stop.held():
-            self.metrics = Metrics(self.folder, self.accelerator, self.position)
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
-            if self.metrics.renamed is not None:
-                self.line.say(
-                    "[yellow]starting again: this run has no checkpoint; metrics of its earlier start are "
-                    f"in {escape(str(self.metrics.renamed))}"
-                )
+            self.metrics = Metrics(self.folder, self.accelerator, self.position, self.line.warn)
             try:
-                start_trackers(self.accelerator, self.recipe)
+                self.metrics.start_trackers(self.recipe, resumed=self.first_step > 0)
                 with self.line:
                     self._train()
                 self.saver.finish()
@@ -143,7 +138,7 @@ class Trainer:
                 self.profile.close()
                 self.saver.close()
                 self.metrics.close()
-                if self.lock is not None:
+                if self.lock is not None and not self.finished:
                     self.lock.close()
         return self.checkpoints / checkpoint.step_name(self.position.step)
 
@@ -251,7 +246,7 @@ class Trainer:
         unwritten = self.metrics is not None and self.metrics.problem is not None
         every = (self.save_cadence, self.validation_cadence, self.task_cadence)
         timers = [cadence.timer_expired() for cadence in every]
-        flags = [self.stop.asked, self.saver.written, unwritten, *timers]
+        flags = [self.stop.asked or self.rows.unread, self.saver.written, unwritten, *timers]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
@@ -337,7 +332,7 @@ class Trainer:
     def _meet(self, doing: str, working: bool = False) -> bool:
         """Whether any rank still works; AskedToStopError if any was asked to stop. All ranks call it."""
         self.beat(doing)
-        asked, working = on_any_rank(self.accelerator, self.stop.asked, working)
+        asked, working = on_any_rank(self.accelerator, self.stop.asked or self.rows.unread, working)
         if asked:
             raise AskedToStopError  # not saved here: the model may have the averages for weights
         return working
@@ -354,9 +349,13 @@ class Trainer:
             )
         except AskedToStopError:
             self._save_and_stop()
-        except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
-            self._save(wait=True)
-            raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+        except Exception as error:  # lm-eval's own, or no room on the GPU: it must not cost the steps
+            is_mistake = isinstance(error, ValueError)  # all ranks have it; only the task's requests show it
+            if is_mistake or self.accelerator.num_processes == 1:
+                self._save(wait=True)
+            if is_mistake:
+                raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+            raise
         self.position.scored = self.position.step
         self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))
 
@@ -387,6 +386,7 @@ class Trainer:
     def _save_and_stop(self) -> None:
         reshard(self.model)
         self._save(wait=True)
+        self.rows.check()
         self.beat("stopped", now=True)
         raise Stopped(
             f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "

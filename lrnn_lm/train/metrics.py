@@ -7,6 +7,7 @@ renames the old file to metrics-1.jsonl, metrics-2.jsonl and so on.
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,22 +21,35 @@ from ..recipe import Recipe, flatten
 from ..recipe.quantities import Every
 from ..runs.checkpoint import Position
 from ..runs.layout import RunFolder, latest_checkpoint
+from .exchange import on_any_rank
 
 
 class Metrics:
     """Appends one JSON object a line to metrics.jsonl on the main rank; numbers go on to the trackers."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, resumed: Position):
-        self._accelerator = accelerator
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, resumed: Position, tell: Callable[[str], None]
+    ):
+        """tell: gets a line of what does not end the run."""
+        self._accelerator, self._tell = accelerator, tell
         self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
-        self.renamed: Path | None = None  # the file of an earlier start without a checkpoint
         if accelerator.is_main_process:
             if latest_checkpoint(RunFolder(folder).checkpoints) is None:
-                self.renamed = _rename_old(self._path)
+                self._put_away()
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
+
+    def _put_away(self) -> None:
+        """Rename the metrics of steps that no checkpoint leads to, and say so."""
+        path = self._path
+        if not path.exists() or not path.read_bytes().strip():
+            return
+        taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
+        number = 1 + max((int(word) for word in taken if word.isdecimal()), default=0)
+        put = path.rename(path.with_stem(f"{path.stem}-{number}"))
+        self._tell(f"starting again: this run has no checkpoint; metrics of its earlier start are in {put}")
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line; numbers that are not finite become null, which JSON lacks otherwise.
@@ -53,7 +67,7 @@ class Metrics:
                 )
         if self._accelerator.trackers:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-            self._accelerator.log(numbers, step=line["step"])
+            self._each_tracker(lambda tracker: tracker.log(numbers, step=line["step"]))
 
     def check(self) -> None:
         """Raise ValueError with the `problem`; without a message on ranks that write nothing."""
@@ -69,25 +83,45 @@ class Metrics:
         if self._file is not None:
             with suppress(OSError):  # `write` has reported a full disk
                 self._file.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        self._each_tracker(lambda tracker: tracker.finish())
 
+    def start_trackers(self, recipe: Recipe, resumed: bool) -> None:
+        """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else.
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else."""
-    if recipe.tracking.trackers:
+        Raises ValueError, on all ranks, if one cannot start; a resumed run, as of a job at night, goes on
+        without.
+        """
+        if not recipe.tracking.trackers:
+            return
         flat = flatten(recipe).items()
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat}
-        accelerator.init_trackers(recipe.tracking.project, config=settings)
+        problem = None
+        try:
+            self._accelerator.init_trackers(recipe.tracking.project, config=settings)
+        except Exception as error:  # as in `_each_tracker`
+            self._accelerator.trackers = []
+            problem = (
+                f"tracking.trackers: {', '.join(recipe.tracking.trackers)} cannot start ({_in_words(error)})"
+            )
+        (failed,) = on_any_rank(self._accelerator, problem is not None)
+        if failed and not resumed:
+            raise ValueError(f"{problem}: mend that, or set tracking.trackers=[]" if problem else "")
+        if problem:
+            self._tell(f"{problem}: going on without")
+
+    def _each_tracker(self, work: Callable[[Any], None]) -> None:
+        """A server that is down must not end a run, nor what comes after its last step: metrics.jsonl has the
+        numbers too. Such a tracker is left out from then on, as each attempt may take minutes."""
+        for tracker in [*self._accelerator.trackers]:
+            try:
+                work(tracker)
+            except Exception as error:  # trackers raise errors of their own, with no class in common
+                self._accelerator.trackers.remove(tracker)
+                self._tell(f"tracker {tracker.name} failed ({_in_words(error)}): going on without")
 
 
-def _rename_old(path: Path) -> Path | None:
-    """Rename the metrics of steps that no checkpoint leads to; the new path, None if there are none."""
-    if not path.exists() or not path.read_bytes().strip():
-        return None
-    taken = [old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*.jsonl")]
-    number = 1 + max((int(word) for word in taken if word.isdecimal()), default=0)
-    return path.rename(path.with_stem(f"{path.stem}-{number}"))
+def _in_words(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def _cut_after(path: Path, resumed: Position) -> None:

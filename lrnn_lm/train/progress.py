@@ -5,6 +5,7 @@ import time
 
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..recipe import Recipe, format_count
@@ -65,6 +66,10 @@ class ProgressLine:
                 f"step {step}/{self._total}  {tokens} tokens  loss {self._loss:.3f}  "
                 f"{self._speed:,.0f} tokens/s  {left:.0f} s left"
             )
+
+    def warn(self, words: str) -> None:
+        """Print a line of what went wrong without ending the run."""
+        self.say(f"[yellow]{escape(words)}")
 
     def say(self, words: str) -> None:
         """Print a line, such as what a validation found."""

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data import TrainLoader
+from ..files import words_of
 from ..recipe import Recipe
 from ..runs.checkpoint import Position
 from .sequence import SequenceParallel
@@ -26,11 +27,12 @@ class Rows:
         position: Position,
         sequence: SequenceParallel,
     ):
-        self._step, self._sequence = position.step, sequence  # the step whose rows are read next
+        self._step, self.sequence = position.step, sequence  # the step whose rows are read next
         self._recipe, self._accelerator = recipe, accelerator
         self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
         self._waited = 0.0
+        self._problem: str | None = None  # why text cannot be read
         self.loader = TrainLoader(
             [part.train for part in parts_of(prepared).values()],
             recipe.data.sequence_length,
@@ -55,11 +57,14 @@ class Rows:
         """The next step's micro-batches."""
         if self._ahead is None:
             self.fetch()
+        self.check()
         taken, self._ahead = self._ahead, None
         return taken
 
     def fetch(self) -> None:
         """Read the next step's rows ahead; called while the device is busy with the step before.
+
+        If they cannot be read, see `lost`.
 
         The time counts as waiting only if the device ran out of work meanwhile; on a CPU it always counts.
         """
@@ -69,10 +74,31 @@ class Rows:
             event = torch.cuda.Event()
             event.record()
         steps = self._recipe.rows_at(self._step) // self._recipe.rows_at(0)
-        self._ahead = [self._sequence.own(batch) for _ in range(steps) for batch in next(self._batches)]
+        try:
+            self._ahead = [self.sequence.own(batch) for _ in range(steps) for batch in next(self._batches)]
+        except (OSError, ValueError) as error:
+            self.lost(f"the rows of step {self._step + 1}", error)
         self._step += 1
         if event is None or event.query():  # the device has done all that it was given before
             self._waited += time.perf_counter() - began
+
+    def lost(self, what: str, error: Exception) -> None:
+        """Note that text is gone, or its disk. All ranks learn of it where they would of a signal: they save,
+        and `check` ends the run."""
+        *_, words = words_of(error).splitlines() or [repr(error)]  # a worker's error ends with the words
+        self._problem = f"could not read {what}: {words}"
+
+    @property
+    def unread(self) -> bool:
+        """Whether there is text that could not be read."""
+        return self._problem is not None
+
+    def check(self) -> None:
+        """Raise ValueError if there is text that could not be read."""
+        if self._problem is not None:
+            raise ValueError(
+                f"{self._problem}. The steps before are saved: run the same command again to resume"
+            )
 
     def waited(self) -> float:
         """Seconds since this was last asked."""
@@ -80,10 +106,10 @@ class Rows:
         return seconds
 
     def empty(self) -> Batch:
-        """A micro-batch of token 0 without resets, in the shape of a step's first pass."""
+        """This rank's part of a batch of token 0 without resets, in the shape of a step's first pass."""
         rows = min(self._recipe.train.micro_batch, self.loader.share)
-        nothing = torch.zeros(rows, self._sequence.piece * self._sequence.size, dtype=torch.long)
-        return self._sequence.own({"input_ids": nothing, "labels": nothing, "reset": nothing.bool()})
+        nothing = torch.zeros(rows, self.sequence.piece * self.sequence.size, dtype=torch.long)
+        return self.sequence.own({"input_ids": nothing, "labels": nothing, "reset": nothing.bool()})
 
     def close(self) -> None:
         """End the loader's workers: they ignore signals, so the process would wait for them when it exits."""

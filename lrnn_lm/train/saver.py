@@ -66,12 +66,16 @@ class Saver:
         group: Group = None,
         average: Average | None = None,
     ):
-        """`model` is the bare model. tokenizer: its folder, which is copied beside the weights. step: where
+        """`model` is the bare model. tokenizer: its folder, whose files go beside the weights. step: where
         the run resumes. group: a gloo group of all ranks: threads write shards while training uses NCCL.
         """
         self.checkpoints, self._accelerator = checkpoints, accelerator
         self._model, self._optimizer, self._section = model, optimizer, recipe.checkpoint
-        self._tokenizer, self._group, self._average = tokenizer, group, average
+        self._group, self._average = group, average
+        # In memory: a scheduled cleaning of the cache must not cost the run its next checkpoints.
+        self._tokenizer = {
+            p.relative_to(tokenizer): p.read_bytes() for p in tokenizer.rglob("*") if p.is_file()
+        }
         self._has_code = isinstance(model, LRNNForCausalLM)  # the auto-encoder loads with this package only
         # The private class: in torch 2.11 the public DefaultStager can be used once and keeps no buffers.
         self._stager = StateDictStager(pin_memory=accelerator.device.type == "cuda")
@@ -258,7 +262,9 @@ class Saver:
                 self._model.save_pretrained(aside, state_dict=weights)
             else:
                 write_config(aside, self._model)
-            shutil.copytree(self._tokenizer, aside, dirs_exist_ok=True)
+            for name, content in self._tokenizer.items():
+                (aside / name).parent.mkdir(exist_ok=True)
+                (aside / name).write_bytes(content)
             if last and self._has_code:
                 write_remote_code(aside)
             folder.state.write_text(json.dumps(asdict(position), indent=1) + "\n")

@@ -5,6 +5,7 @@ Only the standard library is imported here, so that the handlers are installed b
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -40,7 +41,7 @@ class StopSignal:
     A signal raises Stopped at once during start-up, data preparation and scoring, where half-made files are
     removed on the way out. Inside `held()` it only sets `asked`, on which the ranks agree at step boundaries.
     A second SIGINT ends the process at once. SIGHUP means that the terminal was closed; under `nohup` it
-    stays ignored.
+    stays ignored. In another thread than the main one, signals are left to the program.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [number for number in _SIGNALS if not (ignored and number == signal.SIGHUP)]
+        main = threading.current_thread() is threading.main_thread()  # elsewhere Python installs none
+        numbers = [n for n in _SIGNALS if main and not (ignored and n == signal.SIGHUP)]
         self._old = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,8 +20,8 @@ from ..model.loss import IGNORE
 from ..recipe import Recipe
 from .average import Average
 from .parallel import reshard
+from .rows import Batch, Rows
 from .segments import split
-from .sequence import SequenceParallel
 from .sources import MixedData, Prepared, parts_of
 
 
@@ -58,6 +58,7 @@ class Validator:
     Each source of a mixture gives an equal part of them; the whole is the mean over the targets of all.
 
     Args:
+        rows: of the training; is told of text that cannot be read.
         forward: (batch, num_items, return_logits[, carried states]) -> the outputs of `model`.
         average: is validated too, if there is one.
     """
@@ -68,12 +69,13 @@ class Validator:
         recipe: Recipe,
         accelerator: Accelerator,
         model: nn.Module,
-        sequence: SequenceParallel,
+        rows: Rows,
         forward: Callable[..., Any],
         average: Average | None = None,
     ):
         self._prepared, self._recipe, self._accelerator = prepared, recipe, accelerator
-        self._model, self._sequence, self._forward, self._average = model, sequence, forward, average
+        self._model, self._rows, self._forward, self._average = model, rows, forward, average
+        self._sequence = rows.sequence
 
     def measure(self, between: Callable[[], None]) -> tuple[Validation, dict[str, float]]:
         """What it found, and as fields of metrics.jsonl. Every rank calls it.
@@ -108,6 +110,21 @@ class Validator:
             return_logits,
         )
 
+    def _batches(self, part: PreparedData | SyntheticData, tokens: int) -> Iterator[Batch]:
+        """This rank's parts of the batches of a source; in place of what cannot be read an empty one, after
+        which `between` ends the validation."""
+        recipe, sequence = self._recipe, self._sequence
+        length, rows = recipe.data.sequence_length, recipe.train.micro_batch
+        try:
+            _ = self._bytes  # reads the documents
+            for batch in validation_batches(
+                part.validation, length, rows, tokens, sequence.group, sequence.groups
+            ):
+                yield sequence.own(batch)
+        except (OSError, ValueError) as error:
+            self._rows.lost("the held-out text", error)
+            yield self._rows.empty()
+
     @torch.no_grad()
     def _measure(self, between: Callable[[], None]) -> Validation:
         parts, accelerator, recipe = parts_of(self._prepared), self._accelerator, self._recipe
@@ -116,15 +133,7 @@ class Validator:
         # nats, targets, hits of each source
         total = torch.zeros(len(parts), 3, dtype=torch.float64, device=accelerator.device)
         for own, part in zip(total, parts.values(), strict=True):
-            for batch in validation_batches(
-                part.validation,
-                recipe.data.sequence_length,
-                recipe.train.micro_batch,
-                recipe.eval.tokens // len(parts),
-                self._sequence.group,
-                self._sequence.groups,
-            ):
-                batch = self._sequence.own(batch)
+            for batch in self._batches(part, recipe.eval.tokens // len(parts)):
                 labels = batch["labels"].to(accelerator.device)
                 targets, outputs = (labels != IGNORE).sum(), self._outputs(batch, synthetic)
                 hits = (outputs.logits.argmax(dim=-1) == labels).sum() if synthetic else targets * 0

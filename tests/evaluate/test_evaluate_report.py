@@ -143,6 +143,8 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     other = _write_run(tmp_path / "unscored")
     text = to_markdown([read_run(folder), read_run(other)])
     assert "| heldout_cloze | acc | 0.3000 ± 0.0100 |  |" in text
+    (folder / "checkpoints/step-00000200").mkdir(parents=True)  # it went on, and was not scored again
+    assert "| heldout_cloze | acc | 0.3000 ± 0.0100 (step 100) |" in to_markdown([read_run(folder)])
 
 
 def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_documents):
@@ -252,6 +254,18 @@ def test_a_run_of_one_step_or_with_bad_losses_still_draws(tmp_path):
     (only / "metrics.jsonl").write_text('{"step": 5, "tokens": 50, "validation_loss": 3.5}\n')
     report([only])
     assert _is_png(only / "plots" / "loss.png")
+
+
+def test_a_last_value_that_was_not_finite_is_told(tmp_path, capsys):
+    """Not the finite one before it, as of a run that did not diverge."""
+    tail = '{"step": 120, "tokens": 491520, "validation_loss": null, "bits_per_byte": null}\n'
+    tail += '{"step": 120, "tokens": 491520, "tasks_seconds": 1.0, "cloze/acc": null}\n'
+    run = read_run(_write_run(tmp_path / "a", tail=tail))
+    assert math.isnan(run.last("validation_loss"))
+    assert math.isnan(run.tasks[-1]["cloze/acc"])
+    report([tmp_path / "a", _write_run(tmp_path / "b")])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ a "))
+    assert row.count("nan") == 2
 
 
 def test_a_run_whose_weights_were_removed_is_reported(tmp_path, capsys):

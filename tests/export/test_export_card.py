@@ -79,6 +79,27 @@ def test_card_shows_the_curve_where_it_lies(run, tmp_path):
     assert (target / "loss.png").read_bytes() == b"picture"
 
 
+def test_results_are_those_of_the_weights(run, tmp_path):
+    """Of an earlier checkpoint not what came later, and of the average not what the live weights had."""
+    lines = [
+        {"step": 6, "tokens": 384, "validation_loss": 3.5, "average_validation_loss": 3.25},
+        {"step": 8, "tokens": 512, "loss": 2.125, "tokens_per_second": 100.0},
+        {"step": 8, "tokens": 512, "validation_loss": 2.375},
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    scores = {"results": {"heldout_cloze": {"acc,none": 0.9375}}, "checkpoint": {"step": 8}}
+    (run / "eval/step-00000008-heldout_cloze.json").write_text(json.dumps(scores))
+    live, average = (tmp_path / name for name in ("live", "average"))
+    for folder in (live, average):
+        folder.mkdir()
+        write_export_card(run / "checkpoints/latest", folder, average=folder is average)
+    texts = [(folder / "README.md").read_text() for folder in (live, average)]
+    told = [[number in text for number in ("3.2500", "3.5000", "0.4375", "moving average")] for text in texts]
+    assert told == [[True, True, True, False], [True, False, False, True]]
+    assert not any(later in text for text in texts for later in ("2.1250", "2.3750", "0.9375"))
+
+
 def test_card_of_a_checkpoint_without_a_run(make_checkpoint, tmp_path):
     folder = make_checkpoint("bd_lru").rename(tmp_path / "model")
     text = model_card(folder)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forks import LIBRARIES, LRNN
 
 from lrnn_lm import __version__
 from lrnn_lm.cli import main
@@ -127,7 +128,8 @@ def test_a_library_of_an_extra_that_is_too_old(
     folder = with_version(module, version)
     (tmp_path / f"{module}.py").write_text("raise AssertionError('imported')")
     model = str(make_checkpoint("bd_lru"))
-    done = python("-m", "lrnn_lm.cli", *(model if w == "MODEL" else w for w in command), first=folder)
+    code = f"import sys; sys.path.insert(0, {folder!r}); {LRNN}"
+    done = LIBRARIES.run(code, *(model if w == "MODEL" else w for w in command))
     least = f"{module}>={'.'.join(map(str, LEAST[module]))}"
     told = f"lrnn-lm needs {least.replace('>', ' >')}, {version} is installed: pip install '{least}'"
     assert (done.returncode, done.stderr) == (2, f"lrnn: {told}\n")

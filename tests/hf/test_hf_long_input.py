@@ -6,8 +6,9 @@ from forks import run_code
 from small_models import OF_EACH_STATE, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
 
-from benchmarks.prefill import make_checkpoint
+from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.data import windows
+from lrnn_lm.data.synthetic.prepare import write_symbols
 from lrnn_lm.evaluate import prompt as prompts
 from lrnn_lm.evaluate.generate import generate
 from lrnn_lm.model import prefill
@@ -105,10 +106,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def test_memory_does_not_grow_with_the_prompt(tmp_path):
     """By less than 6 MB for 12288 tokens more, the least of two processes each; in one piece it is 26 MB."""
-    make_checkpoint(tmp_path)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    LRNNForCausalLM(LRNNConfig(**sizes)).save_pretrained(tmp_path)
+    write_symbols(256, tmp_path)
     peaks = []
     for length in (4096, 16384):
-        (tmp_path / "prompt.txt").write_text("".join(f"w{i * 7919 % 254} " for i in range(length)))
+        (tmp_path / "prompt.txt").write_text("".join(f"{i * 7919 % 256} " for i in range(length)))
         words = ("generate", tmp_path, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", "4")
         both = [run_code(GENERATE, *words, "--greedy", "--device", "cpu") for _ in range(2)]
         assert [done.returncode for done in both] == [0, 0], both[0].stderr

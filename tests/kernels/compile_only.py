@@ -2,8 +2,8 @@
 
 The interpreter never sees what a compiler may refuse (a constexpr assigned twice, an argument that is None)
 or how arguments bind to a launch. Here the driver is one that knows its target and launches nothing. Run as a
-script, `compile_only.py scans | steps | everything`, in a process where TRITON_INTERPRET is not set; it
-prints the names of the kernels that it compiled.
+script, `compile_only.py smallest | everything`, in a process where TRITON_INTERPRET is not set; it prints the
+names of the kernels that it compiled.
 """
 
 import re
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 COMPILED: list[str] = []
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
-SPILLED: list[int] = []  # bytes of memory that a lane of each took for what its registers do not hold
+CUBINS: list[bytes] = []  # of each
 
 
 class CompileOnly:
@@ -44,7 +44,7 @@ def compile_instead(kernel: JITFunction, grid):
         compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
         if sum(len(cache[0]) for cache in kernel.device_caches.values()) > before:
             COMPILED.append(f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}")
-            SPILLED.append(stack_bytes(compiled.asm["cubin"]))
+            CUBINS.append(compiled.asm["cubin"])
             assert compiled.metadata.shared <= SHARED_MEMORY, (COMPILED[-1], compiled.metadata.shared)
 
     return call
@@ -57,6 +57,12 @@ def stack_bytes(cubin: bytes) -> int:
         file.flush()
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     return int(re.search(r"STACK:(\d+)", said.stdout)[1])
+
+
+def check_spilled(first: int, most: int) -> None:
+    """Lanes of the kernels from `first` on take at most so many bytes for what registers do not hold."""
+    spilled = [*zip(COMPILED[first:], map(stack_bytes, CUBINS[first:]), strict=True)]
+    assert max(size for _, size in spilled) <= most, spilled
 
 
 def launch_step(D: int, inner: int, M: int, dtype: torch.dtype, N: int = 64) -> None:
@@ -202,17 +208,13 @@ def launch_swiglu(F: int) -> None:
     swiglu(torch.zeros(8, 2 * F, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
 
 
-def some_scans() -> None:
-    """Every kernel of a scan in chunks of time, at the smallest size."""
+def smallest() -> None:
+    """Every kernel, at the smallest sizes: scans in chunks of time, steps of decoding, loss, SwiGLU."""
     launch_all(1, 40, "softmax", states=True, chunk=16)
     launch_wide_transfer(16)
     launch_gru(2, torch.bfloat16, T=1, resets=True)
     launch_slstm(2, torch.bfloat16, T=1, resets=True)
     launch_m2rnn(16, 16, torch.bfloat16)
-
-
-def some_steps() -> None:
-    """Every kernel of a step of decoding, the loss, SwiGLU, and the matrix-valued scan."""
     launch_matrix(1, torch.bfloat16, 33, states=False, V=16, K=16)
     launch_loss(50_280)
     launch_swiglu(2464)
@@ -229,39 +231,39 @@ def everything() -> None:
     launch_all(3, 40, "tanh", states=True, chunk=16)
     launch_all(2, 40, "softmax", states=True, chunk=16, fixed=True)
     launch_all(2, 1, "silu", states=True)  # of one step
-    some_steps()
+    smallest()
     launch_matrix(1, torch.bfloat16, 33, states=False)
-    first = len(SPILLED)
+    first = len(COMPILED)
     launch_matrix(4, torch.bfloat16, 64, states=False)
     launch_matrix(1, torch.float32, 33, states=True)
     assert len(COMPILED) == first + 10, COMPILED[first:]
     launch_matrix(4, torch.bfloat16, 96, states=False)
     assert len(COMPILED) == first + 10, "another T compiled again"
     # The most: the backward pass from chunk to chunk in fp32, two 64 x 64 states in four warps' registers.
-    assert max(SPILLED[first:]) < 128, list(zip(COMPILED, SPILLED, strict=True))[first:]
+    check_spilled(first, 127)
     launch_matrix(4, torch.float32, 33, states=True)  # these spill: the largest states that fit
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     launch_erase(1, torch.bfloat16)
     launch_erase(4, torch.float32)
-    first = len(SPILLED)
+    first = len(COMPILED)
     launch_gru(8, torch.bfloat16, resets=True)
     launch_slstm(8, torch.bfloat16, resets=True)
     launch_m2rnn(64, 16, torch.bfloat16, resets=True)  # four warps a state, then one and two
     launch_m2rnn(64, 16, torch.bfloat16, B=96)
     launch_m2rnn(64, 16, torch.float32, B=96)
-    assert max(SPILLED[first:]) == 0, list(zip(COMPILED, SPILLED, strict=True))[first:]
-    first = len(SPILLED)
+    check_spilled(first, 0)
+    first = len(COMPILED)
     launch_step(2048, 5504, 16, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.bfloat16)
     launch_step(4096, 11_008, 1, torch.float32)
     launch_tiles(64, 768, 2048, 4)
     launch_tiles(64, 2048, 5504, 16)
-    assert max(SPILLED[first:]) < 64, list(zip(COMPILED, SPILLED, strict=True))[first:]
+    check_spilled(first, 63)
 
 
 if __name__ == "__main__":
     driver.set_active(CompileOnly())
     JITFunction.__getitem__ = compile_instead
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    {"scans": some_scans, "steps": some_steps, "everything": everything}[sys.argv[1]]()
+    {"smallest": smallest, "everything": everything}[sys.argv[1]]()
     print(*sorted(set(COMPILED)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_cases import GPU, cut_time
 
-from lrnn_lm.kernels import block_diagonal_scan_packed
+from lrnn_lm.kernels import scan_packed
 from lrnn_lm.kernels.dispatch import plane_width
 
 triton = pytest.importorskip("triton")
@@ -95,9 +95,8 @@ def test_planes_with_padding(N, M, chunk, monkeypatch):
     planes = torch.randn(2, 11, M + 2, plane_width(N * M, M)).requires_grad_()
     bias = torch.zeros(M + 1, N * M, requires_grad=True)
     with memcheck.checked() as launched:
-        h, last = block_diagonal_scan_packed(
-            planes, N, M, torch.zeros(2, N, M), torch.zeros(2, 11, dtype=torch.bool), bias=bias
-        )
+        reset = torch.zeros(2, 11, dtype=torch.bool)
+        h, last = scan_packed(planes, (N, M), torch.zeros(2, N, M), reset, bias=bias)
         (h.square().sum() + last.sum()).backward()
     assert {"forward_kernel", "backward_kernel"} <= set(launched)
     assert ("block_transfer_kernel" in launched) == (chunk == 8)

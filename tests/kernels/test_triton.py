@@ -4,6 +4,7 @@ which `test_triton_grid.py` has the full grid.
 Outputs are NaN-poisoned throughout: an element that a kernel leaves unwritten fails its comparison.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -11,14 +12,7 @@ import torch
 from scans import SCANS, TOLERANCE, make_inputs, relative_error, run
 from triton_cases import DEVICE, GPU, compare, cut_time, inside, poison, to_device  # noqa: F401  (fixtures)
 
-from lrnn_lm.kernels import (
-    GATES,
-    block_diagonal_scan,
-    block_diagonal_scan_packed,
-    higher_order_scan,
-    higher_order_scan_packed,
-    plane_width,
-)
+from lrnn_lm.kernels import GATES, block_diagonal_scan, higher_order_scan, plane_width, scan_packed
 
 pytest.importorskip("triton")
 
@@ -147,12 +141,11 @@ def test_packed_planes(scan, M, fixed):
     planes = torch.full((2, 5, K + 1, rows + 5), 1e4, device=DEVICE)
     planes[:, :, :K, :rows] = gates.flatten(2, -2).transpose(2, 3)
     planes[:, :, K, :rows] = values.flatten(2)
-    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
 
     bias = torch.zeros(K, rows, device=DEVICE)  # in the planes already, whatever it is
 
     def from_planes(planes, bias, h0, reset, gate, backend):
-        return packed(planes, 3, M, h0, reset, gate, bias)
+        return scan_packed(planes, values.shape[2:], h0, reset, gate, bias)
 
     h, last, d_planes, d_bias, d_h0 = run(from_planes, [planes, bias, h0, reset], "softmax", "triton")
     d_gates = d_planes[:, :, :K, :rows].transpose(2, 3).view(gates.shape)
@@ -170,11 +163,11 @@ def test_packed_planes(scan, M, fixed):
 def test_gradients_of_a_bias_over_chunks(scan, M, monkeypatch):
     """Summed in each chunk of time, then over them; for lanes that share a row as well."""
     cut_time(monkeypatch, 5)
-    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
-    rows = (2 * M if scan is block_diagonal_scan else 2) + 3
-    planes = torch.randn(2, 13, M + 2, rows, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    bias = torch.zeros(M + 1, rows - 3, device=DEVICE, requires_grad=True)
-    h, _ = packed(planes.requires_grad_(), 2, M, bias=bias)
+    rows = (2, M) if scan is block_diagonal_scan else (2,)
+    used = math.prod(rows)
+    planes = torch.randn(2, 13, M + 2, used + 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bias = torch.zeros(M + 1, used, device=DEVICE, requires_grad=True)
+    h, _ = scan_packed(planes.requires_grad_(), rows, bias=bias)
     d_planes, d_bias = torch.autograd.grad(h.square().sum(), [planes, bias])
     wanted = d_planes[:, :, :-1, :-3].sum(dim=(0, 1))
     torch.testing.assert_close(d_bias, wanted, rtol=1e-5, atol=1e-5)
@@ -185,12 +178,11 @@ def test_gradients_of_a_bias_over_chunks(scan, M, monkeypatch):
 def test_packed_planes_of_one_step(scan, M):
     """A lone step's rows lie as far apart as any."""
     planes = torch.randn(3, 1, M + 2, 4 * M + 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
-    rows = 4 * M if scan is block_diagonal_scan else 4
-    shape = (4, M) if scan is block_diagonal_scan else (4,)
-    gates = planes[:, :, :-1, :rows].transpose(2, 3).unflatten(2, shape)
-    wanted = scan(gates, planes[:, :, -1, :rows].unflatten(2, shape), backend="torch")
-    for x, want in zip(packed(planes, 4, M), wanted, strict=True):
+    rows = (4, M) if scan is block_diagonal_scan else (4,)
+    used = planes[..., : math.prod(rows)]
+    gates = used[:, :, :-1].transpose(2, 3).unflatten(2, rows)
+    wanted = scan(gates, used[:, :, -1].unflatten(2, rows), backend="torch")
+    for x, want in zip(scan_packed(planes, rows), wanted, strict=True):
         torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-5)
 
 
@@ -198,7 +190,6 @@ def test_packed_planes_of_one_step(scan, M):
 def test_packed_planes_whose_state_was_kept_without_its_padding(scan):
     """As `save_on_cpu` keeps it: what lies behind in memory is not read."""
     planes = torch.randn(2, 5, 5, 15, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
-    packed = block_diagonal_scan_packed if scan is block_diagonal_scan else higher_order_scan_packed
 
     def amid_nan(x):
         memory = torch.full((x.numel() + 99,), torch.nan, device=DEVICE)
@@ -208,10 +199,11 @@ def test_packed_planes_whose_state_was_kept_without_its_padding(scan):
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 2 else x
 
     for M in (2, 3):  # blocks of three are not read as one run
-        (want,) = torch.autograd.grad(packed(planes[:, :, : M + 2], 3, M)[0].sum(), planes)
+        rows = (3, M) if scan is block_diagonal_scan else (3,)
+        (want,) = torch.autograd.grad(scan_packed(planes[:, :, : M + 2], rows)[0].sum(), planes)
         for other in (amid_nan, time_first):
             with torch.autograd.graph.saved_tensors_hooks(lambda x: x, other):
-                h = packed(planes[:, :, : M + 2], 3, M)[0]
+                h = scan_packed(planes[:, :, : M + 2], rows)[0]
             assert torch.equal(torch.autograd.grad(h.sum(), planes)[0], want)
 
 
@@ -225,10 +217,12 @@ def test_widths_of_planes():
 
 def test_planes_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"at least 6"):
-        block_diagonal_scan_packed(torch.zeros(1, 2, 4, 5), 3, 2)
+        scan_packed(torch.zeros(1, 2, 4, 5), (3, 2))
     for gate, planes in (("softmax", 2), ("tanh", 3)):  # only a softmax may leave out the input gate's
         with pytest.raises(ValueError, match=r"expected \(B, T, 4"):
-            block_diagonal_scan_packed(torch.zeros(1, 2, planes, 6), 3, 2, gate=gate)
+            scan_packed(torch.zeros(1, 2, planes, 6), (3, 2), gate=gate)
+    with pytest.raises(ValueError, match=r"expected \(B, T, 3, at least 6"):  # no tap
+        scan_packed(torch.zeros(1, 2, 2, 6), (6,))
     with pytest.raises(ValueError, match=r"expected \(1, 2, 3, 2, 3\)"):
         block_diagonal_scan(torch.zeros(1, 2, 3, 2, 2), torch.zeros(1, 2, 3, 2), gate="tanh")
 

@@ -26,14 +26,17 @@ def options(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-def finish_run(folder: Path, name: str, step: int = 10, scored: int | None = None) -> None:
-    """Leave what a run of `step` steps leaves."""
+def finish_run(
+    folder: Path, name: str, step: int = 10, scored: int | None = None, **settings: object
+) -> None:
+    """Leave what a run of `step` steps leaves; settings: of its scores."""
     checkpoints = folder / "runs" / name / "checkpoints"
     (checkpoints / f"step-{step:08d}").mkdir(parents=True)
     (checkpoints / "latest").symlink_to(f"step-{step:08d}")
     if scored is not None:
         (folder / "runs" / name / "eval").mkdir()
-        text = json.dumps({"checkpoint": {"step": scored}})
+        settings = {"tasks": ["heldout_cloze"], "limit": None} | settings
+        text = json.dumps({"checkpoint": {"step": scored}, "settings": settings})
         (folder / "runs" / name / "eval/scores.json").write_text(text)
 
 
@@ -178,16 +181,29 @@ def test_an_array(folder, program, capsys):
 @pytest.mark.parametrize(
     ("step", "tasks", "scored", "needed"),
     [(10, "[]", None, False), (9, "[]", None, True), (10, "[heldout_cloze]", None, True),
-     (10, "[heldout_cloze]", 10, False), (10, "[heldout_cloze]", 5, True)],
+     (10, "[heldout_cloze]", 10, False), (10, "['heldout_c*']", 10, False), (10, "[heldout_cloze]", 5, True),
+     (10, "[heldout_cloze, heldout_bits_per_byte]", 10, True)],
 )  # fmt: skip
 def test_finished_runs(folder, program, capsys, step, tasks, scored, needed):
     program("sbatch", "echo 7")
     finish_run(folder, "base", step, scored)
     (folder / "runs/base/eval").mkdir(exist_ok=True)
     (folder / "runs/base/eval/other.json").write_text("[1]")
+    (folder / "runs/base/eval/length.json").write_text(json.dumps({"checkpoint": {"step": step}}))  # a probe
     assert lrnn_submit("base.yaml", f"eval.tasks={tasks}") == 0
     assert (folder / "runs/base/launch/job").exists() == needed
     assert ("is trained already" in capsys.readouterr().out) != needed
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "needed"), [("null", 9, True), (9, 5, True), (9, 9, False), (9, None, False)]
+)
+def test_scores_of_a_few_documents_do_not_finish_a_run(folder, program, asked, limit, needed):
+    """As of a quick look by hand."""
+    program("sbatch", "echo 7")
+    finish_run(folder, "base", scored=10, limit=limit)
+    assert lrnn_submit("base.yaml", "eval.tasks=[heldout_cloze]", f"eval.limit={asked}") == 0
+    assert (folder / "runs/base/launch/job").exists() == needed
 
 
 MISTAKES = [

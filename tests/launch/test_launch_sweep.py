@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lrnn_lm.launch.sweep import read_sweep
+from lrnn_lm.launch.sweep import base_name, read_sweep
 from lrnn_lm.recipe import Recipe, RecipeError
 
 
@@ -28,6 +28,13 @@ def test_listed_runs(folder):
     )
     assert [run.name for run in runs] == ["wide", "x-lr_0.001-seed_1", "x"]
     assert runs[0].model.hidden_size == 64
+
+
+def test_the_recipe_alone_need_not_be_valid(folder):
+    """A sweep may give what it lacks, or change what does not go together."""
+    runs = sweep(folder, "model.mixer.block_size: [3, 4]\ntrain.tokens: [4M]\n", "train.tokens=1")
+    assert [run.name for run in runs] == [f"base-block_size_{size}-tokens_4M" for size in (3, 4)]
+    assert base_name(folder / "sweep.yaml", Path("base.yaml"), ["train.tokens=1"]) == "base"
 
 
 def test_names_tell_keys_and_values_apart(folder):
@@ -63,7 +70,7 @@ MISTAKES = [
     ("a: [", "sweep.yaml: not valid YAML"),
     ("", "sweep.yaml: is empty"),
     ("\n".join(f"k{i}: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" for i in range(9)), "more than 10,000 combinations"),
-    (f"data.source.path: [{'x' * 60}]", "data.source.path makes too long a name"),
+    (f"data.cache_dir: [{'x' * 60}]", "data.cache_dir makes too long a name"),
 ]  # fmt: skip
 
 

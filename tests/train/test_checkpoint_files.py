@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -88,6 +89,12 @@ def test_the_best_stays_the_later_of_equals(tmp_path: Path) -> None:
     save(tmp_path, 8, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [8]
     assert link(tmp_path, "best") is None, "a link that leads nowhere goes"
+
+
+def test_a_loss_that_is_not_a_number_is_not_the_best(tmp_path: Path) -> None:
+    for step, loss in {1: math.nan, 2: 3.0, 3: math.inf, 4: math.nan}.items():
+        save(tmp_path, step, validated=step, validation_loss=loss)
+    assert link(tmp_path, "best") == "step-00000002"
 
 
 def test_the_last_good_one_stays_behind_those_amid_bad_steps(tmp_path: Path) -> None:

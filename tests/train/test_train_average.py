@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import Prank, Ranks
+from rank_runs import Forked, Prank, Ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from test_train_resume import LAST, assert_same_run
@@ -15,6 +15,7 @@ from torch import Tensor
 from trainers import Build, main_exits, send_at
 from transformers import AutoModelForCausalLM
 
+from lrnn_lm import api
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.loop import Trainer
@@ -176,6 +177,31 @@ def test_a_longer_run_that_was_stopped_in_its_last_step_replaces_that_of_the_sho
     stored = load_file(run / "checkpoints/step-00000004/trainer/average.safetensors")
     exported = load_file(run / "average/model.safetensors")
     assert all(torch.equal(stored[name], exported[name]) for name in exported)
+
+
+def test_a_longer_run_without_it_keeps_nothing_of_the_shorter(recipe: Path, tmp_path: Path) -> None:
+    """Nor what an export left that was killed."""
+    options = (f"train.runs_dir={tmp_path}", "eval.tasks=[]")
+    main_exits(0, "train", recipe, *options, "train.average={decay: 0.9}", "train.tokens=512")
+    assert (tmp_path / "tiny/average/model.safetensors").exists()
+    (tmp_path / "tiny/.average.4711.tmp").mkdir()
+    main_exits(0, "train", recipe, *options, "train.tokens=1024")
+    assert [path for path in (tmp_path / "tiny").iterdir() if "average" in path.name] == []
+
+
+def test_no_other_process_trains_a_run_that_is_being_exported(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or scored: it might remove the checkpoint under it."""
+    options = (f"train.runs_dir={tmp_path}", "train.average={decay: 0.9}", "train.tokens=512")
+    others = []
+    monkeypatch.setattr(
+        api, "export_checkpoint", lambda *_, **__: others.append(Forked(recipe, *options).finish())
+    )
+    main_exits(0, "train", recipe, *options)
+    ((code, said),) = others
+    assert (code, "another process is training" in said) == (2, True)
+    assert Forked(recipe, *options).finish()[0] == 0
 
 
 def test_turned_on_for_a_run_that_is_trained(recipe: Path, straight: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trainers import main_exits
 from lrnn_lm.api import task_scorer
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.runs.layout import latest_checkpoint
 from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.loop import Trainer
 from lrnn_lm.train.stop import Stopped
@@ -164,3 +165,17 @@ def test_a_mistake_that_only_scoring_shows(sentences: Path, tmp_path: Path, caps
     assert "task mad_compression asks an auto-encoder" in said
     assert "Traceback" not in said
     assert (tmp_path / "tiny/checkpoints/step-00000004").is_dir()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("acc")])
+def test_a_scoring_that_fails_costs_no_step(error: Exception, sentences: Path, tmp_path: Path) -> None:
+    """No room on the GPU for a long request, say."""
+
+    def scorer(*_: object) -> dict[str, float]:
+        raise error
+
+    overrides = [f"train.runs_dir={tmp_path}", ON, "checkpoint.every=100 steps"]
+    trainer = build_trainer(load_recipe(sentences, overrides), Console(quiet=True), scorer=scorer)
+    with pytest.raises(type(error)):
+        trainer.run()
+    assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == f"step-{trainer.position.step:08d}"

@@ -1,6 +1,8 @@
 """Of several ranks one is asked to stop, dies, computes nonsense or finds a mistake: all end alike."""
 
 import os
+import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,10 @@ from rank_runs import Forked, Prank, Ranks, free_port
 from safetensors.torch import load_file
 from tiny_run import environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
+
+from lrnn_lm.runs import checkpoint
+from lrnn_lm.train.exchange import StepResult
+from lrnn_lm.train.loop import Trainer
 
 ROWS, FSDP2 = 8, {"parallel": "fsdp2"}
 
@@ -42,6 +48,43 @@ def same(run: Path, straight: Path) -> None:
     last = "checkpoints/step-00000006/model.safetensors"
     ours, theirs = load_file(run / last), load_file(straight / last)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])  # with one the validation is the first to miss it
+def test_text_that_is_lost_costs_no_step(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cleaned cache, say: the steps are saved whose rows were read, and the tokenizer with them."""
+    recipe = write_recipe(tmp_path, data={"shard_tokens": 500})
+    options = (f"data.num_workers={workers}", "checkpoint.every=100 steps")
+
+    def cleaned(trainer: Trainer, *arguments: object) -> StepResult:
+        if trainer.position.step == 4:
+            shutil.rmtree(tmp_path / "cache")
+        return step(trainer, *arguments)
+
+    step = Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", cleaned)
+        main_exits(2, "train", recipe, *options)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lrnn: ")]
+    assert re.search(
+        r"could not read the (rows of step \d+|held-out text): .*No such file or directory", said
+    )
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "runs/tiny/checkpoints")
+    assert checkpoint.read_position(saved).step == losses(tmp_path / "runs/tiny")[-1][0] >= 5
+    main_exits(0, "train", recipe, *options)
+    main_exits(0, "train", recipe, *options, "name=straight")
+    assert losses(tmp_path / "runs/tiny") == losses(tmp_path / "runs/straight")
+
+
+def test_text_that_one_rank_lost(recipe: Path, straight: Path) -> None:
+    ranks = Ranks(recipe, 2, "name=lost", prank=Prank(rank=1, step=3, lost=True), **FSDP2)
+    assert ranks.wait() == [85, 2]
+    assert "could not read the rows of step 4" in ranks.errors
+    assert "Traceback" not in ranks.errors
+    Ranks(recipe, 2, "name=lost", **FSDP2).expect()
+    same(recipe.parent / "runs/lost", straight)
 
 
 # Stopping -------------------------------------------------------------------------------------------

@@ -233,6 +233,22 @@ def test_a_branch_of_a_checkpoint_that_a_link_names(recipe: Path, tmp_path: Path
     assert branch(recipe, tmp_path, latest).position.step == 9
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_branch_goes_on_where_it_was_moved_with_its_parent(
+    saved: bool, recipe: Path, tmp_path: Path, straight: Path
+) -> None:
+    """To another folder or machine, where `--from` names the parent by another path."""
+    (tmp_path / "old").mkdir()
+    parent = shutil.copytree(straight, tmp_path / "old/tiny") / "checkpoints/step-00000008"
+    begun = branch(recipe, tmp_path / "old", parent, "train.tokens=4608")
+    if saved:
+        begun.run()
+    begun.lock.close()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = tmp_path / "new/tiny/checkpoints/step-00000008"
+    assert branch(recipe, tmp_path / "new", moved, "train.tokens=4608").position.step == 8 + saved
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -1,13 +1,17 @@
 """What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, the trackers' files."""
 
+import io
 from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import STEPS, TOKENS_PER_STEP, metrics
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from rich.console import Console
+from tiny_run import STEPS, TOKENS_PER_STEP, losses, metrics
 from trainers import Build
 
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
 
 
 def test_the_stored_recipe_is_the_recipe(recipe: Path, straight: Path) -> None:
@@ -21,6 +25,24 @@ def test_a_finished_run_keeps_its_recipe(build: Build) -> None:
     assert load_recipe(folder / "recipe.yaml").optim.lr == 0.01
     build("train.tokens=1024", "optim.lr=0.5")
     assert load_recipe(folder / "recipe.yaml").optim.lr == 0.5
+
+
+def test_settings_that_a_run_did_not_have_before_are_told(recipe: Path, tmp_path: Path) -> None:
+    """Someone who forgets `name=` would mix two runs unnoticed; what does not change numbers is not told."""
+
+    def said(*overrides: str) -> str:
+        console = Console(file=io.StringIO(), width=500)
+        trainer = build_trainer(load_recipe(recipe, [f"train.runs_dir={tmp_path}", *overrides]), console)
+        trainer.run()
+        return console.file.getvalue()
+
+    assert "settings" not in said("train.tokens=512", "optim.lr=0.02")
+    assert "settings" not in said("train.tokens=512"), "it is trained already, and keeps its recipe"
+    told = said("train.tokens=1024", "train.micro_batch=4", "train.average.decay=0.9")
+    line = next(line for line in told.splitlines() if "resuming with other settings" in line)
+    assert "optim.lr: was 0.02, is 0.01; train.average.decay: was None, is 0.9" in line
+    assert "micro_batch" not in line
+    assert "settings" not in said("train.tokens=1024", "train.average.decay=0.9")
 
 
 def test_the_held_out_text_is_there(build: Build, straight: Path) -> None:
@@ -55,3 +77,79 @@ def test_tensorboard_takes_the_recipe_and_the_numbers(build: Build) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert events.Scalars("validation_loss")
+
+
+class Moody(GeneralTracker):
+    """A tracker whose server is down: it fails in the methods that `fails` names."""
+
+    name, requires_logging_directory = "moody", False
+    fails: tuple[str, ...] = ()
+    tracker = None
+
+    def __init__(self, run_name: str):
+        self.logged: list[int] = []
+
+    def _call(self, method: str) -> None:
+        if method in self.fails:
+            raise ServerError("connection refused")
+
+    def start(self) -> None:
+        self._call("start")
+
+    def store_init_configuration(self, values: dict) -> None:
+        self._call("store")
+
+    def log(self, values: dict, step: int, **_: object) -> None:
+        self._call("log")
+        self.logged.append(step)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+
+class ServerError(Exception):
+    """As trackers have: no OSError."""
+
+
+@pytest.fixture
+def moody(monkeypatch: pytest.MonkeyPatch) -> type[Moody]:
+    monkeypatch.setattr(Moody, "fails", ())
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Moody)
+    return Moody
+
+
+def run(recipe: Path, runs: Path, tokens: int) -> str:
+    """What a run with a tracker says."""
+    console = Console(file=io.StringIO(), width=500)
+    options = [f"train.runs_dir={runs}", f"train.tokens={tokens}", "tracking.trackers=[tensorboard]"]
+    build_trainer(load_recipe(recipe, options), console).run()
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_tracker_that_fails_does_not_end_a_run(
+    fails: str, recipe: Path, tmp_path: Path, moody: type[Moody], straight: Path
+) -> None:
+    moody.fails = (fails,)
+    said = run(recipe, tmp_path, 4 * TOKENS_PER_STEP)
+    assert said.count("tracker moody failed (ServerError: connection refused): going on without") == 1
+    assert losses(tmp_path / "tiny")[0] == losses(straight)[0]
+    assert len(losses(tmp_path / "tiny")) == 4
+
+
+def test_a_tracker_that_cannot_start(recipe: Path, tmp_path: Path, moody: type[Moody]) -> None:
+    """Told before the first step of a run. Where a job resumes at night, the run goes on."""
+    for fails in ("start", "store"):
+        moody.fails = (fails,)
+        with pytest.raises(
+            ValueError, match=r"tracking\.trackers: tensorboard cannot start \(ServerError: conn"
+        ):
+            run(recipe, tmp_path, TOKENS_PER_STEP)
+        assert not list((tmp_path / "tiny").glob("checkpoints/*"))
+    moody.fails = ()
+    run(recipe, tmp_path, TOKENS_PER_STEP)
+    moody.fails = ("start",)
+    assert "cannot start (ServerError: connection refused): going on without" in run(
+        recipe, tmp_path, 2 * TOKENS_PER_STEP
+    )
+    assert len(losses(tmp_path / "tiny")) == 2

@@ -7,6 +7,7 @@ manifest), parent.json, metrics.jsonl, eval/*.json and plots/loss.png. What is m
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .report import to_markdown
 from .runs import mixer_in_words, read_run
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word; the licence depends on the training data, so assume nothing
+_AVERAGE = "average_"  # before what a validation measures of the moving average
 _PAPER = "https://arxiv.org/abs/2602.12021"
 _KINDS = {
     "bd_lru": f"a block-diagonal linear recurrent unit (BD-LRU, {_PAPER})",
@@ -53,15 +55,20 @@ def write_run_card(run: str | Path) -> Path:
     return folder.card
 
 
-def write_export_card(checkpoint: str | Path, target: Path, licence: str | None = None) -> Path:
-    """Write TARGET/README.md, and the picture of the curve beside it, for an exported checkpoint."""
+def write_export_card(
+    checkpoint: str | Path, target: Path, licence: str | None = None, average: bool = False
+) -> Path:
+    """Write TARGET/README.md, and the picture of the curve beside it, for an exported checkpoint.
+
+    average: the exported weights are the moving average.
+    """
     run = describe(checkpoint).run
     curve = RunFolder(run).loss_plot if run is not None else None
     picture = None
     if curve is not None and curve.is_file():
         picture = shutil.copyfile(curve, target / "loss.png").name
     file = target / "README.md"
-    file.write_text(model_card(checkpoint, licence, picture), encoding="utf-8")
+    file.write_text(model_card(checkpoint, licence, picture, average=average), encoding="utf-8")
     return file
 
 
@@ -70,6 +77,7 @@ def model_card(
     licence: str | None = None,
     picture: str | None = None,
     folder: str = ".",
+    average: bool = False,
 ) -> str:
     """The card's text.
 
@@ -78,6 +86,7 @@ def model_card(
         licence: the model's licence, as the hub abbreviates it (`apache-2.0`); None for the recipe's.
         picture: path of the loss curve, relative to the card.
         folder: path of the model, relative to the card.
+        average: the weights are the moving average of the checkpoint's run.
     Raises ValueError if there is no checkpoint.
     """
     info = describe(checkpoint)
@@ -91,9 +100,9 @@ def model_card(
         _front_matter(licence or recipe.get("license") or UNKNOWN_LICENCE, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
-        _training(recipe, info.step, json_table(run.parent) if run is not None else {}),
+        _training(recipe, info.step, json_table(run.parent) if run is not None else {}, average),
         _data(run.data) if run is not None else "",
-        _results(run.path, picture) if run is not None else "",
+        _results(run.path, info.step, average, picture) if run is not None else "",
         "" if is_autoencoder else _loading(folder),
         f"## Recipe\n\n```yaml\n{stored.strip()}\n```\n" if stored else "",
     ]
@@ -133,7 +142,7 @@ def _model(checkpoint: Path, mixers: list[dict[str, Any]], kind: str) -> str:
     return text + markdown_table(["", ""], rows)
 
 
-def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) -> str:
+def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any], average: bool) -> str:
     """parent: what a branch stored of the checkpoint that it began from; empty for other runs."""
     if not recipe:
         return ""
@@ -147,6 +156,8 @@ def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any]) 
         ("precision", f"{train['precision']}"),
         ("seed", f"{recipe['seed']}"),
     ]
+    if average:
+        rows.append(("weights", f"the moving average ({train.get('average')})"))
     if source := recipe["model"].get("init_from"):
         rows.append(("initial weights", source))
     if parent:
@@ -175,10 +186,18 @@ def _data(manifest: Path) -> str:
     return "## Data\n\n" + markdown_table(["", ""], rows)
 
 
-def _results(run: Path, picture: str | None) -> str:
-    """The run's losses and scores; empty if it has no step yet."""
+def _results(run: Path, step: int | None, average: bool, picture: str | None) -> str:
+    """The run's losses and scores at a step; empty if it has none there. Scores are not of the average."""
     with suppress(ValueError):
-        text = f"## Results\n\n{to_markdown([read_run(run)])}"
+        found = read_run(run, step)
+        if average:
+            lines = [
+                {"step": line["step"], "tokens": line["tokens"]}
+                | {key.removeprefix(_AVERAGE): line[key] for key in line if key.startswith(_AVERAGE)}
+                for line in found.validation
+            ]
+            found = replace(found, validation=lines, scores={})
+        text = f"## Results\n\n{to_markdown([found])}"
         return text + (f"\n![Loss against tokens]({picture})\n" if picture else "")
     return ""
 

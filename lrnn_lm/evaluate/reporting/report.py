@@ -85,7 +85,7 @@ def _tables(runs: list[Run]) -> list[Table]:
     if synthetic := synthetic_table(runs):
         tables.append(synthetic)
     if keys := dict.fromkeys(key for run in runs for key in run.scores):
-        rows = [[*key, *(_score(run.scores.get(key)) for run in runs)] for key in keys]
+        rows = [[*key, *(_score(run.scores.get(key), run.step) for run in runs)] for key in keys]
         tables.append((["task", "metric", *(run.name for run in runs)], rows))
     return tables
 
@@ -137,11 +137,13 @@ def _run_table(runs: list[Run]) -> Table:
     return header, rows
 
 
-def _score(score: Score | None) -> str:
+def _score(score: Score | None, newest: int | None) -> str:
+    """newest: step of the run's newest checkpoint. A score of an older one says so."""
     if score is None:
         return ""
     limit = f" (first {score.limit})" if score.limit is not None else ""
-    return value_with_error(score.value, score.error) + limit
+    is_older = None not in (score.step, newest) and score.step < newest
+    return value_with_error(score.value, score.error) + limit + f" (step {score.step})" * is_older
 
 
 def _count(number: float | None) -> str:

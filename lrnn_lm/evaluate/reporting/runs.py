@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import user_path
-from ...runs.layout import RunFolder, checkpoint_folder
+from ...runs.layout import RunFolder, checkpoint_folder, latest_checkpoint, step_of
 from ..harness import WHOLE_ROWS, flatten, variant
 
 
@@ -28,10 +28,11 @@ class Run:
 
     name: str
     path: Path
-    training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step, in order
+    training: list[dict[str, Any]]  # lines of metrics.jsonl, one a step with a finite loss, in order
     validation: list[dict[str, Any]]
     tasks: list[dict[str, Any]]  # lines of `eval.during`
     parameters: int | None  # None without a checkpoint
+    step: int | None = None  # of the newest checkpoint
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)  # (task, metric)
 
     @property
@@ -66,8 +67,11 @@ class Run:
         return next((line[key] for line in reversed(self.validation) if _number(line, key)), None)
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read a run. Raises ValueError if there is no such folder, or it has no step yet."""
+def read_run(folder: str | Path, at: int | None = None) -> Run:
+    """Read a run, as it was at step `at`; None: all of it. Scores of several steps: the newest.
+
+    Raises ValueError if there is no such folder, or it has no step yet.
+    """
     path = user_path(folder)
     if not path.is_dir():
         raise ValueError(f"{folder}: no such run")
@@ -80,7 +84,10 @@ def read_run(folder: str | Path) -> Run:
         elif above is not None:
             hint = f"; did you mean its run, {above}?"
         raise ValueError(f"{folder}: not a run{hint}")
-    training, validation, tasks = _read_metrics(file)
+    newest = latest_checkpoint(RunFolder(path).checkpoints)
+    training, validation, tasks = (
+        [line for line in lines if at is None or line["step"] <= at] for lines in _read_metrics(file)
+    )
     if not training and not validation:
         raise ValueError(f"{folder}: metrics.jsonl holds no step yet")
     return Run(
@@ -90,14 +97,15 @@ def read_run(folder: str | Path) -> Run:
         validation=validation,
         tasks=tasks,
         parameters=_count_parameters(checkpoint_folder(RunFolder(path).latest)),
-        scores=_read_scores(RunFolder(path).scores),
+        step=step_of(newest) if newest is not None else None,
+        scores=_read_scores(RunFolder(path).scores, at),
     )
 
 
 def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
     """Lines of training, validation and tasks by step. Of several of a step the last counts (a resumed run).
 
-    A line torn by a crash is skipped.
+    A line torn by a crash is skipped. What a validation or a task has as null was not finite: NaN.
     """
     kinds: dict[str, dict[int, dict[str, Any]]] = {"loss": {}, "validation_loss": {}, "tasks_seconds": {}}
     with file.open(encoding="utf-8", errors="replace") as lines:
@@ -108,14 +116,19 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
                 continue
             if not isinstance(line, dict) or not (_number(line, "step") and _number(line, "tokens")):
                 continue
-            for key, lines_of in kinds.items():
-                if _number(line, key):
-                    lines_of[line["step"]] = line
+            if _number(line, "loss"):  # not of a skipped step
+                kinds["loss"][line["step"]] = line
+            for key in ("validation_loss", "tasks_seconds"):
+                if key in line:
+                    kinds[key][line["step"]] = {k: math.nan if v is None else v for k, v in line.items()}
     return tuple([found[step] for step in sorted(found)] for found in kinds.values())
 
 
-def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
-    """Every metric of every task, each from one file: highest step first, then unlimited, then newest."""
+def _read_scores(folder: Path, at: int | None) -> dict[tuple[str, str], Score]:
+    """Every metric of every task, each from one file: highest step first, then unlimited, then newest.
+
+    at: a step; only of this one, and of files that do not tell theirs.
+    """
     found: dict[tuple[str, str], tuple[tuple[int, bool, float], Score]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
@@ -124,6 +137,8 @@ def _read_scores(folder: Path) -> dict[tuple[str, str], Score]:
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             continue  # another program's JSON
         step = results.get("checkpoint", {}).get("step")
+        if at is not None and step not in (at, None):
+            continue
         settings = results.get("settings", {})
         limit = settings.get("limit")
         rank = (step or 0, limit is None, file.stat().st_mtime)

@@ -85,13 +85,12 @@ class Bundle:
         """A module's part of its file; empty if it only passes on names."""
         source = self.sources[module]
         at_top = {*source.external, *source.top}
-        statements = [n for n in ast.walk(source.tree) if isinstance(n, ast.stmt)]
-        gone = {n for n in statements if n in at_top or _is_all(n) or self._left_out(n)}
+        gone = {n for n in source.statements if n in at_top or _is_all(n) or self._left_out(n)}
         rest = [n for n in source.tree.body if n not in gone]
         if all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in rest):
             return ""
         edits = [*self._name_edits(source, gone), *(line_edit(node, source.text) for node in gone)]
-        for node in statements:
+        for node in source.statements:
             if isinstance(node, ast.ImportFrom) and node.level and node not in at_top:
                 edits.append(edit(node, self._inner_import(module, node)))
             elif isinstance(node, ast.Import | ast.ImportFrom) and node not in at_top:

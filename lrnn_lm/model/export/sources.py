@@ -2,6 +2,7 @@
 
 import ast
 import symtable
+from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[2]
@@ -27,7 +28,8 @@ class Source:
         imports = [n for n in self.tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
         self.external = [n for n in imports if isinstance(n, ast.Import) or not n.level]
         self.top = [n for n in imports if n not in self.external]  # of modules of the package
-        self.relative = [n for n in ast.walk(self.tree) if isinstance(n, ast.ImportFrom) and n.level]
+        self.statements = [n for n in ast.walk(self.tree) if isinstance(n, ast.stmt)]
+        self.relative = [n for n in self.statements if isinstance(n, ast.ImportFrom) and n.level]
         table = symtable.symtable(self.text, str(self.path), "exec")
         self.own = _bound(table) - {"_", "__all__"}
         self.inner = _bound_inside(table)  # by functions, classes and comprehensions, arguments included
@@ -47,6 +49,11 @@ def _bound_inside(scope: symtable.SymbolTable) -> set[str]:
     return set().union(*(_bound(inner) | _bound_inside(inner) for inner in scope.get_children()))
 
 
+@cache  # a process may write the code of several checkpoints
+def _source_of(module: Module, path: Path) -> Source:
+    return Source(module)
+
+
 class Sources(dict[Module, Source]):
     """All modules that an entry module needs, by name. `texts` stand for the files of some of them."""
 
@@ -62,7 +69,7 @@ class Sources(dict[Module, Source]):
 
     def _source(self, module: Module) -> Source:
         if module not in self._read:
-            self._read[module] = Source(module)
+            self._read[module] = _source_of(module, path_of(module))
         return self._read[module]
 
     def _needed(self, module: Module, node: ast.ImportFrom) -> list[Module]:
@@ -118,7 +125,7 @@ class Sources(dict[Module, Source]):
             if isinstance(node, ast.Global):
                 raise ValueError(f"{where}: `global` cannot be bundled")
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                inner = [n for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and n.level]
+                inner = [n for n in source.relative if node.lineno <= n.lineno <= node.end_lineno]
                 names = names | self._imported(module, inner, at_top=False)
             owner = names.get(node.value.id) if _is_attribute_of_name(node) else None
             if owner is not None and owner[0][1] is None:
