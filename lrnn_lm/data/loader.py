@@ -105,7 +105,7 @@ class TrainLoader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
             # torch's handler raises where a worker dies, amid an update; without it `next` does, in seconds.
-            if threading.current_thread() is threading.main_thread():
+            if child is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child)
         while True:
             step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
