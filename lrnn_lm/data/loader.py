@@ -6,6 +6,7 @@ takes the r-th of W equal parts of them, in micro-batches.
 
 import itertools
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
@@ -98,11 +99,14 @@ class TrainLoader:
             generator=torch.Generator().manual_seed(0),  # otherwise torch draws from the global generator
         )
         # Block signals while the workers start: none must get one before it ignores them.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        old, child = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), signal.getsignal(signal.SIGCHLD)
         try:
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
+            # torch's handler raises where a worker dies, amid an update; without it `next` does, in seconds.
+            if child is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, child)
         while True:
             step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
             learnt = self._learnt_length(self.position // self.rows_per_step)

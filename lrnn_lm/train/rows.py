@@ -12,6 +12,7 @@ from ..recipe import Recipe
 from ..runs.checkpoint import Position
 from .sequence import SequenceParallel
 from .sources import Prepared, mixture, parts_of
+from .stop import Stopped
 
 Batch = dict[str, torch.Tensor]
 
@@ -32,7 +33,7 @@ class Rows:
         self._batches: Generator[list[Batch], None, None] | None = None
         self._ahead: list[Batch] | None = None
         self._waited = 0.0
-        self._problem: str | None = None  # why text cannot be read
+        self._problem: Stopped | ValueError | None = None  # why text cannot be read
         self.loader = TrainLoader(
             [part.train for part in parts_of(prepared).values()],
             recipe.data.sequence_length,
@@ -76,17 +77,22 @@ class Rows:
         steps = self._recipe.rows_at(self._step) // self._recipe.rows_at(0)
         try:
             self._ahead = [self.sequence.own(batch) for _ in range(steps) for batch in next(self._batches)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
             self.lost(f"the rows of step {self._step + 1}", error)
         self._step += 1
         if event is None or event.query():  # the device has done all that it was given before
             self._waited += time.perf_counter() - began
 
     def lost(self, what: str, error: Exception) -> None:
-        """Note that text is gone, or its disk. All ranks learn of it where they would of a signal: they save,
-        and `check` ends the run."""
+        """Note that text is gone, or its disk, or a worker. All ranks learn of it where they would of a
+        signal: they save, and `check` ends the run."""
         *_, words = words_of(error).splitlines() or [repr(error)]  # a worker's error ends with the words
-        self._problem = f"could not read {what}: {words}"
+        saved = "The steps before are saved: run the same command again to resume"
+        self._problem = ValueError(f"could not read {what}: {words}. {saved}")
+        if isinstance(error, RuntimeError):  # a killed worker, which may well not happen again
+            self._problem = Stopped(f"{self._problem}; with fewer data.num_workers if memory was short")
 
     @property
     def unread(self) -> bool:
@@ -94,11 +100,9 @@ class Rows:
         return self._problem is not None
 
     def check(self) -> None:
-        """Raise ValueError if there is text that could not be read."""
+        """Raise ValueError if there is text that could not be read, Stopped if a worker was killed."""
         if self._problem is not None:
-            raise ValueError(
-                f"{self._problem}. The steps before are saved: run the same command again to resume"
-            )
+            raise self._problem
 
     def waited(self) -> float:
         """Seconds since this was last asked."""

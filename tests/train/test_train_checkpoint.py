@@ -236,7 +236,7 @@ def test_whichever_write_finds_no_room(
                 trainer.bare_model, "save_pretrained", fail_later(trainer.bare_model.save_pretrained)
             )
         elif failing == "tokenizer":
-            patch.setattr(shutil, "copytree", fail_later(shutil.copytree))
+            patch.setattr(Path, "write_bytes", fail_later(Path.write_bytes))
         else:
             patch.setattr(checkpoint, "fsync", fail_later(checkpoint.fsync))
         with pytest.raises(

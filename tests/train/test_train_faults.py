@@ -1,5 +1,6 @@
 """Of several ranks one is asked to stop, dies, computes nonsense or finds a mistake: all end alike."""
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -76,6 +77,29 @@ def test_text_that_is_lost_costs_no_step(
     main_exits(0, "train", recipe, *options)
     main_exits(0, "train", recipe, *options, "name=straight")
     assert losses(tmp_path / "runs/tiny") == losses(tmp_path / "runs/straight")
+
+
+def test_a_killed_worker_costs_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the system does where memory is short: it ends as a stopped run, which a scheduler starts again."""
+    recipe = write_recipe(tmp_path)
+    options = ("data.num_workers=1", "checkpoint.every=100 steps")
+
+    def killed(trainer: Trainer, *arguments: object) -> StepResult:
+        if trainer.position.step == 6:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return step(trainer, *arguments)
+
+    step = Trainer.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        main_exits(85, "train", recipe, *options)
+    said = capsys.readouterr().err
+    assert "DataLoader worker" in said
+    assert "Traceback" not in said
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "runs/tiny/checkpoints")
+    assert checkpoint.read_position(saved).step == losses(tmp_path / "runs/tiny")[-1][0] >= 7
+    main_exits(0, "train", recipe, *options)
 
 
 def test_text_that_one_rank_lost(recipe: Path, straight: Path) -> None:

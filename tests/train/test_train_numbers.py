@@ -18,6 +18,7 @@ from tiny_run import fingerprint, losses, metrics
 from trainers import Build, send_at
 
 from lrnn_lm import LRNNConfig
+from lrnn_lm.api import score_run
 from lrnn_lm.data.pack import PackedRows
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
@@ -27,7 +28,7 @@ from lrnn_lm.train import metrics as metrics_module
 from lrnn_lm.train import runtime, throughput
 from lrnn_lm.train.build import model_config
 from lrnn_lm.train.inspect_layers import shortened, summary, watched
-from lrnn_lm.train.stop import Stopped
+from lrnn_lm.train.stop import Stopped, StopSignal
 from lrnn_lm.train.tensors import fill_state
 from lrnn_lm.train.throughput import Spent, Throughput
 from lrnn_lm.train.validate import Validation
@@ -213,14 +214,14 @@ def test_no_room_for_a_line_ends_the_run(
 
 
 def test_nothing_of_a_run_is_left_at_work(build: Build) -> None:
-    """Its threads, its loader's processes, its lock and its file are gone, however it ends."""
+    """Its threads, its loader's processes, its file and, once it is scored, its lock, however it ends."""
     before = set(threading.enumerate())
     for name, step in (("done", None), ("stopped", 2)):
         trainer = build(f"name={name}", "train.tokens=2048", "data.num_workers=1")
         if step is not None:
             send_at(trainer, step, signal.SIGTERM)
         with pytest.raises(Stopped) if step is not None else nullcontext():
-            trainer.run()
+            score_run(trainer, trainer.run(), StopSignal())
         for thread in set(threading.enumerate()) - before:
             thread.join(10)
         assert set(threading.enumerate()) <= before

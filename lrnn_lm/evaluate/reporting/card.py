@@ -190,13 +190,14 @@ def _results(run: Path, step: int | None, average: bool, picture: str | None) ->
     """The run's losses and scores at a step; empty if it has none there. Scores are not of the average."""
     with suppress(ValueError):
         found = read_run(run, step)
+        lines = [line for line in found.validation if step in (None, line["step"])]  # not of weights before
         if average:
             lines = [
                 {"step": line["step"], "tokens": line["tokens"]}
                 | {key.removeprefix(_AVERAGE): line[key] for key in line if key.startswith(_AVERAGE)}
-                for line in found.validation
+                for line in lines
             ]
-            found = replace(found, validation=lines, scores={})
+        found = replace(found, validation=lines, scores={} if average else found.scores)
         text = f"## Results\n\n{to_markdown([found])}"
         return text + (f"\n![Loss against tokens]({picture})\n" if picture else "")
     return ""
