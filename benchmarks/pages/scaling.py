@@ -1,10 +1,5 @@
-"""Makes the tables of docs/scaling.md: measured ones from scaling.json, calculated ones by scaling_model.py.
+"""The tables of docs/scaling.md: measured ones from scaling.json, calculated ones by scaling_model.py."""
 
-python -m benchmarks.pages.scaling            print the tables
-python -m benchmarks.pages.scaling --write    put them into docs/scaling.md, between the marks
-"""
-
-import argparse
 import json
 import textwrap
 
@@ -168,26 +163,3 @@ TABLES = {
     "checkpoints": checkpoint_table,
     "data": data_table,
 }
-
-
-def filled(page: str) -> str:
-    """The page with each table between its marks."""
-    for name, table in TABLES.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = page.split(start)
-        page = f"{before}{start}\n{table()}\n{end}{rest.split(end)[1]}"
-    return page
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
-    if parser.parse_args().write:
-        page = DOCS / "scaling.md"
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print("\n\n".join(table() for table in TABLES.values()))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 from ..pictures import draw_decoding, draw_training
 from ..results import Row, read_results
-from . import speed
+from . import scaling, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 MAD = ("in_context_recall", "noisy_in_context_recall", "selective_copying", "compression", "memorisation")
@@ -114,6 +114,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/performance.md": speed.TABLES,
     "docs/results/synthetic.md": {"states": states, "mad": mad},
     "docs/certificate.md": {"certificate": certificate},
+    "docs/scaling.md": scaling.TABLES,
 }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from .triton_rows import (
     as_int64,
     gate_rows,
     input_terms,
-    row_of,
+    offsets_of,
+    place_of_rows,
     stack,
     step_flags,
     store_gradients,
@@ -35,32 +36,6 @@ from .triton_rows import (
     unstack,
     zero_at_reset,
 )
-
-
-@triton.jit
-def _place(
-    tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
-    WIDTH: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """The rows of this program: (b, chunk, n, i, q, spot = n M + i, valid), the last five [WIDTH * P]."""
-    # Programs of neighbouring rows come first, so that those of one chunk read neighbouring memory.
-    pid = tl.program_id(0)
-    row, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
-    outer = pid // tiles
-    b, chunk = as_int64(outer // n_chunks), outer % n_chunks
-    n, i = row // MP, row % MP  # a block has MP lanes' rows, so that it never straddles two warps
-    if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
-        spot, valid = row, row < N * M
-    else:
-        spot, valid = n * M + i, (n < N) & (i < M)
-    return b, chunk, n, i, q, spot, valid
-
-
-@triton.jit
-def _offsets(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
-    """[WIDTH * P] offsets of rows in a tensor with strides S_N, S_I of blocks and rows."""
-    # spot * S_I is the same number where rows are contiguous, but only that form shows it to the compiler.
-    return spot * S_I if S_N == S_I * M else n * S_N + i * S_I
 
 
 @triton.jit
@@ -129,15 +104,15 @@ def forward_kernel(
     last (B, N, M) fp32, contiguous. If M = MP, columns up to COLUMNS are read and written.
     """
     NM: tl.constexpr = N * M
-    b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    b, c, n, i, q, spot, valid = place_of_rows(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
     # [WIDTH * P] pointers. Only the batch's offset is not a compile-time constant: without `multiple_of`
     # loads would be one element wide and not prefetched.
-    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (offsets_of(n, i, spot, G_N, G_I, M) + M * G_K)
     z_at = a_at + (q * (M // SHARE) - M) * G_K  # this lane's taps
-    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + offsets_of(n, i, spot, V_N, V_I, M)
     h_at = h_out + b * T * H_T + spot
     flags_at = flags + b * T if HAS_RESET else flags
     # Columns of padding are read and written too: a mask that ends inside a copy of 16 bytes makes all copies
@@ -266,15 +241,15 @@ def backward_kernel(
     n_chunks, M+1, COLUMNS) fp32 is dz summed over a chunk's steps, the gradient of the gates' bias.
     """
     NM: tl.constexpr = N * M
-    b, c, n, i, q, spot, valid = _place(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
+    b, c, n, i, q, spot, valid = place_of_rows(tiles, n_chunks, N, M, MP, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (_offsets(n, i, spot, G_N, G_I, M) + M * G_K)
+    a_at = gates + tl.multiple_of(b * g_b, ALIGN) + (offsets_of(n, i, spot, G_N, G_I, M) + M * G_K)
     z_at = a_at + (q * (M // SHARE) - M) * G_K
-    v_at = values + tl.multiple_of(b * v_b, ALIGN) + _offsets(n, i, spot, V_N, V_I, M)
-    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + _offsets(n, i, spot, O_N, O_I, M)
-    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (_offsets(n, i, spot, D_N, D_I, M) + M * D_K)
+    v_at = values + tl.multiple_of(b * v_b, ALIGN) + offsets_of(n, i, spot, V_N, V_I, M)
+    o_at = grad + tl.multiple_of(b * o_b, ALIGN) + offsets_of(n, i, spot, O_N, O_I, M)
+    da_at = d_gates + tl.multiple_of(b * d_b, ALIGN) + (offsets_of(n, i, spot, D_N, D_I, M) + M * D_K)
     dz_at = da_at + (q * (M // SHARE) - M) * D_K
     h_at, dv_at = h_in + b * T * H_T + spot, d_values + b * T * E_T + spot
     flags_at = flags + b * T if HAS_RESET else flags

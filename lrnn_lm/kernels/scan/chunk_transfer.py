@@ -43,6 +43,8 @@ from .triton_launch import (
 from .triton_rows import (
     as_int64,
     gate_rows,
+    offsets_of,
+    place_of_rows,
     renewed,
     step_flags,
     tile_of,
@@ -102,21 +104,14 @@ def block_transfer_kernel(
 
     REVERSE writes the chunks last first and P transposed: what a scan over `out` in order needs.
     """
-    pid = tl.program_id(0)
-    place = (pid % tiles) * (WIDTH * MP) + tl.arange(0, WIDTH * MP)  # rows, MP a block
-    lane = tl.arange(0, WIDTH)
-    b, c = as_int64(pid // tiles // n_chunks), pid // tiles % n_chunks
-    n, i = place // MP, place % MP
-    if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
-        spot, valid = place, (place < N * M)[None, :]
-    else:
-        spot, valid = n * M + i, ((n < N) & (i < M))[None, :]
+    b, c, n, i, _, spot, valid = place_of_rows(tiles, n_chunks, N, M, MP, 1, WIDTH, MP)
+    lane, valid = tl.arange(0, WIDTH), valid[None, :]
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
     # [WIDTH * MP] pointers; the alignment of the batch's offset lets loads be wide and prefetched.
-    z_at = gates + tl.multiple_of(b * g_b, ALIGN) + (spot * G_I if G_N == G_I * M else n * G_N + i * G_I)
+    z_at = gates + tl.multiple_of(b * g_b, ALIGN) + offsets_of(n, i, spot, G_N, G_I, M)
     a_at = z_at + M * G_K
-    x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + (spot * X_I if X_N == X_I * M else n * X_N + i * X_I)
+    x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + offsets_of(n, i, spot, X_N, X_I, M)
     flags_at = flags + b * T if HAS_RESET else flags
     pq = ()  # the identity, and q = 0
     for j in tl.static_range(M * M + M):
@@ -133,7 +128,7 @@ def block_transfer_kernel(
             pq, z_at[None, :], a_at[None, :], x_at[None, :], flags_at, as_int64(t), valid, lane,
             G_T, G_K, X_T, M, MP, 1, WIDTH, GATE, REVERSE, HAS_RESET,
         )  # fmt: skip
-    block = (pid % tiles) * WIDTH + lane
+    block = (tl.program_id(0) % tiles) * WIDTH + lane
     # Planes (K, N, M), as the scan over chunks reads them like any projection's gates.
     to = n_chunks - 1 - c if REVERSE else c
     out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + block * M)
@@ -260,15 +255,10 @@ def channel_transfer_kernel(
     the window of the last M values, newest first. q is one more scan forward, and sum_t g_t h_t of each
     column backward. Program axis 1 runs over groups of columns.
     """
-    pid = tl.program_id(0)
-    lane = tl.arange(0, WIDTH)
-    n = (pid % tiles) * WIDTH + lane
-    b, c = as_int64(pid // tiles // n_chunks), pid // tiles % n_chunks
-    group = tl.program_id(1)
+    b, c, n, _, _, _, inside = place_of_rows(tiles, n_chunks, N, 1, 1, 1, WIDTH, 1)
+    lane, group, valid = tl.arange(0, WIDTH), tl.program_id(1), inside[None, :]
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)
-    inside = n < N
-    valid = inside[None, :]
     z_at = gates + tl.multiple_of(b * g_b, ALIGN) + n * G_N
     a_at = z_at + M * G_K
     x_at = x_in + tl.multiple_of(b * x_b, ALIGN) + n * X_N
@@ -296,7 +286,7 @@ def channel_transfer_kernel(
     out_at = out + ((b * n_chunks + to) * ((M + 1) * N * M) + n * M)
     for k in tl.static_range(COLUMNS):
         column = group * COLUMNS + k
-        own = (n < N) & (lane * 0 + column < M)  # [WIDTH]; the last group of columns may be short
+        own = inside & (lane * 0 + column < M)  # [WIDTH]; the last group of columns may be short
         if REVERSE:
             tl.store(out_at + M * (N * M) + column, q[k], mask=own)
         for i in tl.static_range(M):

@@ -23,21 +23,14 @@ import triton.language as tl
 
 from ..triton_device import settle_cache_keys
 from .triton_gates import gate_value
-from .triton_rows import as_int64, stack, step_flags, tile_of, unstack
+from .triton_rows import as_int64, place_of_rows, stack, step_flags, tile_of, unstack
 
 
 @triton.jit
 def _place(tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, WIDTH: tl.constexpr):
-    """The rows of this program: (b, chunk, n, i, spot = n M + i, valid, first lane of the block)."""
-    pid = tl.program_id(0)
+    """`place_of_rows` with a row a lane, and the first lane of each one's block."""
+    b, chunk, n, i, _, spot, valid = place_of_rows(tiles, n_chunks, N, M, MP, 1, WIDTH, 1)
     lane = tl.arange(0, WIDTH)
-    row = (pid % tiles) * WIDTH + lane
-    b, chunk = as_int64(pid // tiles // n_chunks), pid // tiles % n_chunks
-    n, i = row // MP, row % MP
-    if MP == M:  # rows are contiguous and the compiler sees it
-        spot, valid = row, row < N * M
-    else:
-        spot, valid = n * M + i, (n < N) & (i < M)
     return b, chunk, n, i, spot, valid, lane - lane % MP
 
 

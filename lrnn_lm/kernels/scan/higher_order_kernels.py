@@ -23,8 +23,8 @@ from .triton_rows import (
     as_int64,
     gate_rows,
     input_terms,
+    place_of_rows,
     renewed,
-    row_of,
     stack,
     step_flags,
     store_gradients,
@@ -34,16 +34,6 @@ from .triton_rows import (
     unstack,
     zero_at_reset,
 )
-
-
-@triton.jit
-def _place(tiles, n_chunks, N: tl.constexpr, SHARE: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
-    """The channels of this program: (b, chunk, n, q, valid), the last three [WIDTH * P]."""
-    pid = tl.program_id(0)
-    n, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
-    outer = pid // tiles
-    b, chunk = as_int64(outer // n_chunks), outer % n_chunks
-    return b, chunk, n, q, n < N
 
 
 @triton.jit
@@ -133,7 +123,7 @@ def forward_kernel(
     newest first, contiguous. Columns up to COLUMNS are read and written.
     """
     M: tl.constexpr = TAPS * SHARE
-    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    b, c, n, _, q, _, valid = place_of_rows(tiles, n_chunks, N, 1, 1, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     t = c * chunk
     end = tl.minimum(t + chunk, T)
@@ -264,7 +254,7 @@ def backward_kernel(
     is dz summed over a chunk's steps, the gradient of the gates' bias.
     """
     M: tl.constexpr = TAPS * SHARE
-    b, c, n, q, valid = _place(tiles, n_chunks, N, SHARE, WIDTH, P)
+    b, c, n, _, q, _, valid = place_of_rows(tiles, n_chunks, N, 1, 1, SHARE, WIDTH, P)
     lane = tl.arange(0, WIDTH)
     begin = c * chunk
     end = tl.minimum(begin + chunk, T)

@@ -119,6 +119,35 @@ def row_of(place, SHARE: tl.constexpr):
 
 
 @triton.jit
+def place_of_rows(
+    tiles, n_chunks, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SHARE: tl.constexpr,
+    WIDTH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The rows of this program: (b, chunk, n, i, q, spot = n M + i, valid), the last five [WIDTH * P].
+
+    MP = M rounded up to a power of two; M = MP = 1 where a row is a channel.
+    """
+    # Programs of neighbouring rows come first, so that those of one chunk read neighbouring memory.
+    pid = tl.program_id(0)
+    row, q = row_of((pid % tiles) * (WIDTH * P) + tl.arange(0, WIDTH * P), SHARE)
+    outer = pid // tiles
+    b, chunk = as_int64(outer // n_chunks), outer % n_chunks
+    n, i = row // MP, row % MP  # a block has MP lanes' rows, so that it never straddles two warps
+    if MP == M:  # rows are contiguous and the compiler sees it: loads are 16 bytes wide
+        spot, valid = row, row < N * M
+    else:
+        spot, valid = n * M + i, (n < N) & (i < M)
+    return b, chunk, n, i, q, spot, valid
+
+
+@triton.jit
+def offsets_of(n, i, spot, S_N: tl.constexpr, S_I: tl.constexpr, M: tl.constexpr):
+    """[WIDTH * P] offsets of rows in a tensor with strides S_N, S_I of blocks and rows."""
+    # spot * S_I is the same number where rows are contiguous, but only that form shows it to the compiler.
+    return spot * S_I if S_N == S_I * M else n * S_N + i * S_I
+
+
+@triton.jit
 def sum_of_lanes(x, lane, SPAN: tl.constexpr, COUNT: tl.constexpr):
     """The sum of x over COUNT lanes that lie SPAN apart, in each of them."""
     # A butterfly: both partners add the same two numbers, so all lanes end with the same bits.
