@@ -317,6 +317,19 @@ class Recipe(Section):
         left = self.train.tokens - self._ramp_tokens
         return sum(steps for _, steps in self._ramp) + left // self.train.tokens_per_step
 
+    def notes(self) -> list[str]:
+        """What a recipe says and its writer may not have meant: intervals in tokens that are below a step."""
+        intervals = {"checkpoint.every": self.checkpoint.every, "eval.every": self.eval.every}
+        if self.eval.during is not None:
+            intervals["eval.during.every"] = self.eval.during.every
+        step = self.rows_at(0) * self.data.sequence_length
+        return [
+            f"{key} is {every} tokens, less than a step's {step:,}: it comes after every step; "
+            f"write '{every} steps' if steps were meant"
+            for key, every in intervals.items()
+            if every.unit == "tokens" and every.amount < step
+        ]
+
     @property
     def _ramp(self) -> list[tuple[int, int]]:
         """(tokens a step, number of steps) of each size below the full one, in order."""

@@ -91,7 +91,7 @@ def build_trainer(
     source = recipe.model.init_from if begins else None
     weights = together.main_first(lambda: find_weights(source, main)) if source else None
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
-    for line in notes(prepared) if main else ():
+    for line in [*recipe.notes(), *notes(prepared)] if main else ():
         console.print(escape(line), soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))

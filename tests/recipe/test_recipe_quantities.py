@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrnn_lm.recipe import Every, Span, format_count, parse_count
+from lrnn_lm.recipe import Every, Span, format_count, load_recipe, parse_count
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,14 @@ def test_spans(written, steps):
 def test_shares_are_written_exactly(share):
     span = Span(amount=share, unit="fraction")
     assert Span.model_validate(str(span)).amount == pytest.approx(share, rel=1e-6)
+
+
+def test_intervals_below_a_step_are_told():
+    """500 without a unit are tokens; writers of `eval_steps: 500` elsewhere mean steps."""
+    wrong = ("checkpoint.every=500", "eval.every=2K", "eval.during={tasks: [heldout_cloze], every: 30}")
+    lines = load_recipe("recipes/demo.yaml", wrong).notes()
+    assert [line.split()[0] for line in lines] == ["checkpoint.every", "eval.every", "eval.during.every"]
+    assert "500 tokens" in lines[0]
+    assert "'500 steps'" in lines[0]
+    right = ("checkpoint.every=500 steps", "eval.every=1 min", "eval.during={tasks: [heldout_cloze]}")
+    assert load_recipe("recipes/demo.yaml", right).notes() == []
