@@ -4,6 +4,7 @@ Legend: B batch, T time, S keys (cached and new), D model width, H heads, G head
 width.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,11 +104,13 @@ class Attention(Mixer):
         """x (B, T, D), state a cache layer or None -> y (B, T, D), the same cache layer, longer by T.
 
         A cache layer is transformers': for a new one `DynamicLayer()`, or with a window
-        `DynamicSlidingWindowLayer(window)`. Without a context the tokens come first, or right after those in
-        the cache.
+        `DynamicSlidingWindowLayer(window)`. Without positions in the context the tokens come first, or right
+        after those in the cache.
         """
         B, T, D = x.shape
-        context = context or self._context_after(x, state)
+        context = context or SequenceContext()
+        if context.positions is None:  # without a context, or with a caller's own; a model has them
+            context = self._context_after(x, state, context)
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, H, d), and keys and values (B, T, G, d)
@@ -162,20 +165,29 @@ class Attention(Mixer):
         tokens = context_length if self.window is None else min(context_length, self.window - 1)
         return 2 * self.num_kv_heads * self.head_dim * tokens
 
-    def _context_after(self, x: Tensor, state: Any) -> SequenceContext:
-        """The context of tokens x (B, T, D) that follow those in a cache layer, or begin a sequence."""
+    def _context_after(self, x: Tensor, state: Any, context: SequenceContext) -> SequenceContext:
+        """The context of tokens x (B, T, D) that follow those in a cache layer, or begin a sequence; with the
+        documents and masks of the given one. The cache layer keeps where its last document began."""
         T, past = x.shape[1], 0 if state is None else state.get_seq_length()
         positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
-        if past + T <= (self.window or past + T) and (not past or T == 1):
-            return SequenceContext(positions=positions)
+        begun = state.document_start.unsqueeze(1) if past and hasattr(state, "document_start") else None
+        if context.reset is not None:
+            newest = torch.where(context.reset, positions, 0).cummax(dim=1).values  # (B, T)
+            begun = newest if begun is None else torch.maximum(newest, begun)
+            if state is not None:
+                state.document_start = begun[:, -1]
+        alone = begun is None and past + T <= (self.window or past + T) and (not past or T == 1)
+        if alone or context.attention_mask is not None or context.window_mask is not None:
+            return replace(context, positions=positions)
         starts = torch.zeros_like(positions) if self.window is None else positions - self.window + 1
+        starts = starts if begun is None else torch.maximum(starts, begun)
         if state is None and takes_blocks(x, self.head_dim):
             mask = blocks_of_spans(positions, starts, x.shape[0])
         else:
             length, offset = (T, 0) if state is None else state.get_mask_sizes(T)
             keys = torch.arange(offset, offset + length, device=x.device).unsqueeze(0)
             mask = mask_of_spans(keys, positions, starts)
-        return SequenceContext(attention_mask=mask, window_mask=mask, positions=positions)
+        return replace(context, attention_mask=mask, window_mask=mask, positions=positions)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from lrnn_lm import LRNNForCausalLM
 from lrnn_lm.mixers import build_mixer
-from lrnn_lm.mixers.base import drawn_by_model
+from lrnn_lm.mixers.base import SequenceContext, drawn_by_model
 
 WIDTH = 16
 
@@ -30,6 +30,27 @@ def test_it_needs_no_state_and_no_context(name):
             parts.append(out)
     assert y.shape == x.shape
     torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-6)  # some states are fp32
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+@torch.no_grad()
+def test_documents_of_a_callers_own_context(name):
+    """Told by `reset` alone, each document is as by itself; the last one goes on in the next part."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH).double()
+    layer.reset_parameters(0.5)
+    x, reset = torch.randn(2, 12, WIDTH, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.bool)
+    reset[0, 3] = reset[1, 5] = True
+    want = torch.stack([
+        torch.cat([layer(row[None, :cut])[0], layer(row[None, cut:])[0]], dim=1)[0]
+        for row, cut in zip(x, (3, 5), strict=True)
+    ])  # fmt: skip
+    kind = DYNAMIC_LAYER_TYPE_MAPPING[layer.layer_type]
+    state = None if layer.layer_type == "linear_attention" else kind(sliding_window=4)
+    first, state = layer(x[:, :7], state, SequenceContext(reset=reset[:, :7]))
+    parts = torch.cat([first, layer(x[:, 7:8], state)[0]], dim=1)
+    torch.testing.assert_close(parts, want[:, :8], rtol=1e-4, atol=1e-5)  # some states are fp32
+    torch.testing.assert_close(layer(x, None, SequenceContext(reset=reset))[0], want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
