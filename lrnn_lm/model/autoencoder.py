@@ -65,7 +65,6 @@ class LRNNForReconstruction(LRNNPreTrainedModel):
         written = self.decoder(hidden[:, -1:] + code)  # (B, T, D)
         loss = None
         if shift_labels is not None:
-            chunk = self.config.loss_chunk
-            loss, _ = head_loss(self.lm_head, written, shift_labels, num_items_in_batch, chunk, 0.0)
+            loss, _ = head_loss(self, written, shift_labels, num_items_in_batch)
         wanted = return_logits if return_logits is not None else shift_labels is None or not self.training
         return CausalLMOutputWithPast(loss=loss, logits=self.lm_head(written) if wanted else None)

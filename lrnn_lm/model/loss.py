@@ -165,17 +165,12 @@ def loss_and_z(
 
 
 def head_loss(
-    head: nn.Module,
-    hidden: Tensor,
-    labels: Tensor,
-    num_items: Tensor | float | None,
-    chunk: int,
-    z_loss: float,
+    model: nn.Module, hidden: Tensor, labels: Tensor, num_items: Tensor | float | None, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """`loss_and_z` of a model's head; in chunks where it is a plain matrix, else of its logits, without z."""
-    weight = plain_weight(head)
+    head, weight = model.lm_head, plain_weight(model.lm_head)
     if weight is not None and head.bias is None:
-        return loss_and_z(hidden, weight, labels, num_items, chunk, z_loss)
+        return loss_and_z(hidden, weight, labels, num_items, model.config.loss_chunk, z_loss)
     if z_loss:
         raise ValueError("z_loss needs a head that is a plain matrix: leave it out for another head")
     return cross_entropy(head(hidden), labels, num_items), None

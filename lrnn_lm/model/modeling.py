@@ -258,14 +258,13 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             logits_to_keep: compute logits of the last N positions only (0: all), or of the given positions.
             return_logits: None: except in training with labels, whose loss is computed in chunks of logits.
             reset, seq_idx: see LRNNModel. The Trainer drops columns of a data set that are not named here.
-            shift_labels: (B, T) targets aligned with the positions that predict them; `labels` beside them
-                are not read. In the kwargs: the Trainer expects data for what is named like a label.
+            shift_labels: (B, T) targets where they are predicted; `labels` beside them are not read.
             z_loss: in training, adds this times the mean of log^2 Z to the loss; the outputs tell that part.
         """
         tokens = check_tokens(input_ids, inputs_embeds)
         past_key_values = one_cache(past_key_values, cache)
         kwargs |= {"reset": reset, "seq_idx": seq_idx}
-        targets = kwargs.pop("shift_labels", None)
+        targets = kwargs.pop("shift_labels", None)  # not named: the Trainer wants data for names of labels
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
         if targets is None and labels is not None:
             masks = (attention_mask, position_ids, reset)
@@ -283,8 +282,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         hidden = outputs.last_hidden_state
         loss = z_part = logits = None
         if targets is not None:
-            chunk = self.config.loss_chunk
-            loss, z_part = head_loss(self.lm_head, hidden, targets, num_items_in_batch, chunk, z_loss)
+            loss, z_part = head_loss(self, hidden, targets, num_items_in_batch, z_loss)
         if return_logits or (return_logits is None and (targets is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, keep])
@@ -292,9 +290,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
             loss=loss,
             z_loss=z_part if z_loss else None,
             logits=logits,
-            **{CACHE: getattr(outputs, CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **{key: getattr(outputs, key) for key in (CACHE, "hidden_states", "attentions")},
         )
 
 
