@@ -127,7 +127,7 @@ class Trainer:
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
             self.metrics = Metrics(self.folder, self.accelerator, self.position, self.line.warn)
             try:
-                self.metrics.start_trackers(self.recipe, resumed=self.first_step > 0)
+                self.metrics.start_trackers(self.recipe)
                 with self.line:
                     self._train()
                 self.saver.finish()
