@@ -385,14 +385,14 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         reshard(self.model)
+        (unread,) = on_any_rank(self.accelerator, self.rows.unread)
         self._save(wait=True)
         self.rows.check()
         self.beat("stopped", now=True)
-        raise Stopped(
-            f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
-            f"saved {checkpoint.resumes_from(self.checkpoints)}",
-            tell=self.accelerator.is_main_process,
-        )
+        by = "text that another rank could not read" if unread else self.stop.name
+        by += f" after step {self.position.step} of {self.recipe.total_steps}"
+        saved = checkpoint.resumes_from(self.checkpoints)
+        raise Stopped(f"stopped by {by}; saved {saved}", tell=self.accelerator.is_main_process)
 
     def beat(self, doing: str, now: bool = False) -> None:
         step = self.position.step
