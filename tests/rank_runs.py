@@ -57,7 +57,8 @@ class Forked:
 class Prank:
     """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
     loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
-    room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch)."""
+    room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch; step 0: the
+    first)."""
 
     rank: int = 0
     step: int = 0
@@ -191,6 +192,16 @@ def _disturb(rank: int, prank: Prank | None) -> None:
         return
     if prank.validating:
         Trainer.forward = validating
+        return
+
+    if prank.lost and not prank.step:
+        train = Trainer._train
+
+        def begins(trainer: Trainer) -> None:
+            _lose(trainer.rows.loader.rows[0].shards)
+            train(trainer)
+
+        Trainer._train = begins
         return
 
     def step(trainer: Trainer, batches: list, *rest: object) -> object:

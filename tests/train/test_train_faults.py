@@ -102,6 +102,13 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path, capsys: pytest.CaptureFix
     main_exits(0, "train", recipe, *options)
 
 
+def test_first_rows_that_one_rank_cannot_read(recipe: Path) -> None:
+    ranks = Ranks(recipe, 2, "name=first", prank=Prank(rank=1, lost=True))
+    assert ranks.wait() == [2, 2]
+    assert ranks.errors.count("could not read the rows of step 1") == 1
+    assert "Traceback" not in ranks.errors
+
+
 def test_text_that_one_rank_lost(recipe: Path, straight: Path) -> None:
     """In a step, then after a validation, which the next one finds."""
     for step, validating, text, last in ((2, False, "rows of step 3", 2), (3, True, "held-out text", 6)):
