@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from forks import server
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from lrnn_lm.data.shards import TokenShards
 
 
 class Forked:
@@ -53,7 +57,8 @@ class Forked:
 class Prank:
     """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
     loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
-    room on its GPU if `full`, or if `lost` does not find the text of the next step."""
+    room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch; step 0: the
+    first)."""
 
     rank: int = 0
     step: int = 0
@@ -169,7 +174,10 @@ def _disturb(rank: int, prank: Prank | None) -> None:
 
     def validating(trainer: Trainer, *arguments: object, **options: object) -> object:
         if trainer.position.step == prank.step and not trainer.model.training:
-            os.kill(os.getpid(), prank.signal)
+            if prank.lost:
+                _lose(trainer.prepared.validation)
+            else:
+                os.kill(os.getpid(), prank.signal)
         return forward(trainer, *arguments, **options)
 
     if prank.scoring:
@@ -186,6 +194,16 @@ def _disturb(rank: int, prank: Prank | None) -> None:
         Trainer.forward = validating
         return
 
+    if prank.lost and not prank.step:
+        train = Trainer._train
+
+        def begins(trainer: Trainer) -> None:
+            _lose(trainer.rows.loader.rows[0].shards)
+            train(trainer)
+
+        Trainer._train = begins
+        return
+
     def step(trainer: Trainer, batches: list, *rest: object) -> object:
         if trainer.position.step + 1 == prank.step:
             time.sleep(prank.sleep)
@@ -194,9 +212,7 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             if prank.full:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
             if prank.lost:
-                shards = trainer.rows.loader.rows[0].shards
-                shards.folder = shards.folder / "gone"
-                shards._maps.clear()
+                _lose(trainer.rows.loader.rows[0].shards)
         if trainer.position.samples not in prank.nan_samples:
             return original(trainer, batches, *rest)
         loss = trainer._loss
@@ -207,6 +223,11 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             del trainer._loss
 
     Trainer.step = step
+
+
+def _lose(shards: "TokenShards") -> None:
+    shards.folder = shards.folder / "gone"
+    shards._maps.clear()
 
 
 def _record(rank: int, folder: Path) -> None:

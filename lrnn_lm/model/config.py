@@ -6,6 +6,8 @@ kernels.
 
 import copy
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -170,10 +172,17 @@ class LRNNConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, and the numbers of heads, which PEFT looks for there."""
-        found = {**super().to_dict(), **{name: getattr(self, name) for name in _HEADS}}
-        if self._auto_class is None and "--" not in str(found.get("auto_map")):
-            found.pop("auto_map", None)  # files beside the folder it came from, which nobody copies
-        return found
+        return {**super().to_dict(), **{name: getattr(self, name) for name in _HEADS}}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """As transformers'. `auto_map` goes along where the code that it names does: in the folder that it
+        came from, on the hub (`--`), or copied by transformers, which then sets `_auto_class`."""
+        named, saved = vars(self).get("auto_map") or {}, self
+        files = [f"{value.partition('.')[0]}.py" for value in named.values() if "--" not in str(value)]
+        if self._auto_class is None and not all(Path(save_directory, file).is_file() for file in files):
+            saved = copy.copy(self)
+            del saved.auto_map
+        super(LRNNConfig, saved).save_pretrained(save_directory, **options)
 
 
 def _table(name: str, value: Any) -> dict[str, Any]:

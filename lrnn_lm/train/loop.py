@@ -127,7 +127,7 @@ class Trainer:
             self.line = ProgressLine(self.console, self.recipe, self.position.step, self.accelerator)
             self.metrics = Metrics(self.folder, self.accelerator, self.position, self.line.warn)
             try:
-                self.metrics.start_trackers(self.recipe, resumed=self.first_step > 0)
+                self.metrics.start_trackers(self.recipe)
                 with self.line:
                     self._train()
                 self.saver.finish()
@@ -385,14 +385,14 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         reshard(self.model)
+        (unread,) = on_any_rank(self.accelerator, self.rows.unread)
         self._save(wait=True)
         self.rows.check()
         self.beat("stopped", now=True)
-        raise Stopped(
-            f"stopped by {self.stop.name} after step {self.position.step} of {self.recipe.total_steps}; "
-            f"saved {checkpoint.resumes_from(self.checkpoints)}",
-            tell=self.accelerator.is_main_process,
-        )
+        by = "text that another rank could not read" if unread else self.stop.name
+        by += f" after step {self.position.step} of {self.recipe.total_steps}"
+        saved = checkpoint.resumes_from(self.checkpoints)
+        raise Stopped(f"stopped by {by}; saved {saved}", tell=self.accelerator.is_main_process)
 
     def beat(self, doing: str, now: bool = False) -> None:
         step = self.position.step

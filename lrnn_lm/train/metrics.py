@@ -35,8 +35,10 @@ class Metrics:
         self._path = RunFolder(folder).metrics
         self._file = None
         self.problem: str | None = None
+        self._begins = False  # on the main rank: whether the run has no checkpoint of its own
         if accelerator.is_main_process:
-            if latest_checkpoint(RunFolder(folder).checkpoints) is None:
+            self._begins = latest_checkpoint(RunFolder(folder).checkpoints) is None
+            if self._begins:
                 self._put_away()
             _cut_after(self._path, resumed)
             self._file = self._path.open("a", encoding="utf-8")
@@ -85,7 +87,7 @@ class Metrics:
                 self._file.close()
         self._each_tracker(lambda tracker: tracker.finish())
 
-    def start_trackers(self, recipe: Recipe, resumed: bool) -> None:
+    def start_trackers(self, recipe: Recipe) -> None:
         """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else.
 
         Raises ValueError, on all ranks, if one cannot start; a resumed run, as of a job at night, goes on
@@ -103,8 +105,8 @@ class Metrics:
             problem = (
                 f"tracking.trackers: {', '.join(recipe.tracking.trackers)} cannot start ({_in_words(error)})"
             )
-        (failed,) = on_any_rank(self._accelerator, problem is not None)
-        if failed and not resumed:
+        failed, begins = on_any_rank(self._accelerator, problem is not None, self._begins)
+        if failed and begins:
             raise ValueError(f"{problem}: mend that, or set tracking.trackers=[]" if problem else "")
         if problem:
             self._tell(f"{problem}: going on without")

@@ -10,6 +10,7 @@ from ..data import TrainLoader
 from ..files import words_of
 from ..recipe import Recipe
 from ..runs.checkpoint import Position
+from .exchange import on_any_rank
 from .sequence import SequenceParallel
 from .sources import Prepared, mixture, parts_of
 from .stop import Stopped
@@ -51,14 +52,18 @@ class Rows:
         )
 
     def start(self) -> None:
-        """Begin to read: workers start here."""
+        """Begin to read: workers start here. All ranks call it, and end if one cannot read its first rows."""
         self._batches = iter(self.loader)
+        self.fetch()
+        (unread,) = on_any_rank(self._accelerator, self.unread)
+        self.check()
+        if unread:
+            raise ValueError("")  # told by that rank
+        self._waited = 0.0  # before the first step
 
     def take(self) -> list[Batch]:
-        """The next step's micro-batches."""
-        if self._ahead is None:
-            self.fetch()
-        self.check()
+        """The next step's micro-batches, which were read ahead."""
+        assert self._ahead is not None
         taken, self._ahead = self._ahead, None
         return taken
 

@@ -130,7 +130,15 @@ def test_what_is_saved_without_the_code_names_no_code(exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported["bd_lru"]).save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     config = LRNNConfig(auto_map={"AutoModel": "somebody/small--modeling_lrnn.LRNNModel"})  # on the hub
-    assert config.to_dict()["auto_map"] == config.auto_map
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == config.auto_map
+
+
+def test_what_is_saved_where_it_came_from_names_its_code(exported, tmp_path):
+    folder = shutil.copytree(exported["bd_lru"], tmp_path / "export")
+    before = json.loads((folder / "config.json").read_text())["auto_map"]
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == before
 
 
 def test_a_missing_code_file_is_named_by_the_loader(elsewhere):

@@ -181,3 +181,14 @@ def test_layers_that_the_config_does_not_say(name, kept):
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-4)
     options = {"max_new_tokens": 3, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
+
+
+@pytest.mark.parametrize(("name", "window"), [("attention", 4), ("attention-window", None)])
+def test_a_window_that_the_layers_were_not_built_with(name, window, tmp_path):
+    """Set or taken off: a window was ignored, and one that was taken off tore the cache."""
+    model, ids = small_model(name), tokens()
+    model.config.sliding_window = window
+    with pytest.raises(ValueError, match="a window was set or taken off, load the model with that config"):
+        model(ids)
+    model.save_pretrained(tmp_path)
+    assert LRNNForCausalLM.from_pretrained(tmp_path)(ids).logits.isfinite().all()

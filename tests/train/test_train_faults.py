@@ -102,11 +102,24 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path, capsys: pytest.CaptureFix
     main_exits(0, "train", recipe, *options)
 
 
-def test_text_that_one_rank_lost(recipe: Path, straight: Path) -> None:
-    ranks = Ranks(recipe, 2, "name=lost", prank=Prank(rank=1, step=3, lost=True), **FSDP2)
-    assert ranks.wait() == [85, 2]
-    assert "could not read the rows of step 4" in ranks.errors
+def test_first_rows_that_one_rank_cannot_read(recipe: Path) -> None:
+    ranks = Ranks(recipe, 2, "name=first", prank=Prank(rank=1, lost=True))
+    assert ranks.wait() == [2, 2]
+    assert ranks.errors.count("could not read the rows of step 1") == 1
     assert "Traceback" not in ranks.errors
+
+
+def test_text_that_one_rank_lost(recipe: Path, straight: Path) -> None:
+    """In a step, then after a validation, which the next one finds."""
+    for step, validating, text, last in ((2, False, "rows of step 3", 2), (3, True, "held-out text", 6)):
+        prank = Prank(rank=1, step=step, validating=validating, lost=True)
+        ranks = Ranks(recipe, 2, "name=lost", prank=prank, **FSDP2)
+        assert ranks.wait() == [85, 2]
+        assert f"could not read the {text}" in ranks.errors
+        assert (
+            f"stopped by text that another rank could not read after step {last} of 6; saved" in ranks.errors
+        )
+        assert "Traceback" not in ranks.errors
     Ranks(recipe, 2, "name=lost", **FSDP2).expect()
     same(recipe.parent / "runs/lost", straight)
 

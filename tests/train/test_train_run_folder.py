@@ -118,11 +118,11 @@ def moody(monkeypatch: pytest.MonkeyPatch) -> type[Moody]:
     return Moody
 
 
-def run(recipe: Path, runs: Path, tokens: int) -> str:
+def run(recipe: Path, runs: Path, tokens: int, *overrides: str, parent: Path | None = None) -> str:
     """What a run with a tracker says."""
     console = Console(file=io.StringIO(), width=500)
     options = [f"train.runs_dir={runs}", f"train.tokens={tokens}", "tracking.trackers=[tensorboard]"]
-    build_trainer(load_recipe(recipe, options), console).run()
+    build_trainer(load_recipe(recipe, [*options, *overrides]), console, from_checkpoint=parent).run()
     return console.file.getvalue()
 
 
@@ -149,6 +149,9 @@ def test_a_tracker_that_cannot_start(recipe: Path, tmp_path: Path, moody: type[M
     moody.fails = ()
     run(recipe, tmp_path, TOKENS_PER_STEP)
     moody.fails = ("start",)
+    parent = tmp_path / "tiny/checkpoints/step-00000001"
+    with pytest.raises(ValueError, match="cannot start"):  # a branch begins, though not at step 0
+        run(recipe, tmp_path, 2 * TOKENS_PER_STEP, "name=branch", parent=parent)
     assert "cannot start (ServerError: connection refused): going on without" in run(
         recipe, tmp_path, 2 * TOKENS_PER_STEP
     )
