@@ -137,12 +137,17 @@ def _finished(recipe: Recipe, run: Path) -> bool:
     return all(any(fnmatchcase(name, task) for name in scored) for task in recipe.eval.tasks)
 
 
+# Settings of `lrnn eval` that a run's own scoring does not have.
+_BY_HAND = ("num_fewshot", "given_length", "prompt_twice", "other_text", "lengths")
+
+
 def _scored(file: Path, step: int, limit: int | None) -> list[str]:
     """The tasks that a step was scored on, by at least as many documents; of a probe's file none."""
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         settings = facts["settings"]
         whole = settings["limit"] is None or (limit is not None and settings["limit"] >= limit)
+        whole = whole and not any(settings.get(key) for key in _BY_HAND)
         return settings["tasks"] if whole and facts["checkpoint"]["step"] == step else []
     except (ValueError, KeyError, TypeError):  # of another program
         return []

@@ -195,13 +195,21 @@ def test_finished_runs(folder, program, capsys, step, tasks, scored, needed):
     assert ("is trained already" in capsys.readouterr().out) != needed
 
 
+@pytest.mark.parametrize("setting", [{"given_length": 512}, {"prompt_twice": True}, {"other_text": "in x"}])
+def test_scores_taken_another_way_do_not_finish_a_run(folder, program, setting):
+    program("sbatch", "echo 7")
+    finish_run(folder, "base", scored=10, **setting)
+    assert lrnn_submit("base.yaml", "eval.tasks=[heldout_cloze]") == 0
+    assert (folder / "runs/base/launch/job").exists()
+
+
 @pytest.mark.parametrize(
     ("asked", "limit", "needed"), [("null", 9, True), (9, 5, True), (9, 9, False), (9, None, False)]
 )
 def test_scores_of_a_few_documents_do_not_finish_a_run(folder, program, asked, limit, needed):
     """As of a quick look by hand."""
     program("sbatch", "echo 7")
-    finish_run(folder, "base", scored=10, limit=limit)
+    finish_run(folder, "base", scored=10, limit=limit, given_length=None, prompt_twice=False)
     assert lrnn_submit("base.yaml", "eval.tasks=[heldout_cloze]", f"eval.limit={asked}") == 0
     assert (folder / "runs/base/launch/job").exists() == needed
 
