@@ -104,7 +104,8 @@ class TrainLoader:
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-            # torch's handler raises where a worker dies, amid an update; without it `next` does, in seconds.
+            # torch's handler raises as soon as a worker dies, which may be in the middle of an update.
+            # Without the handler, `next` raises some seconds later, between updates.
             if child is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child)
         while True:

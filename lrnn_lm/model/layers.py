@@ -130,8 +130,9 @@ class LRNNBlock(GradientCheckpointingLayer):
             return hidden_states + self.mlp(self.mlp_norm(hidden_states)), carried
         cache_idx = self.layer_idx if cache_idx is None else cache_idx
         state = layer_state(past_key_values, cache_idx)
-        check_state(state, x.shape[0], self.own_mixer.state_elements(1))
-        if token_mask is not None and self.own_mixer.layer_type == "linear_attention":
+        own = self.own_mixer
+        check_state(state, x.shape[0], own.state_elements(1))
+        if token_mask is not None and own.layer_type == "linear_attention":
             y, state = _mix_around_padding(
                 self.mixer, x, state, context, token_mask, order, self.initial_state
             )

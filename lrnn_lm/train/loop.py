@@ -349,12 +349,12 @@ class Trainer:
             )
         except AskedToStopError:
             self._save_and_stop()
-        except Exception as error:  # lm-eval's own, or no room on the GPU: it must not cost the steps
-            is_mistake = isinstance(error, ValueError)  # all ranks have it; only the task's requests show it
-            if is_mistake or self.accelerator.num_processes == 1:
+        except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
+            self._save(wait=True)
+            raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
+        except Exception:  # such as no memory; with several ranks the others would not join the saving
+            if self.accelerator.num_processes == 1:
                 self._save(wait=True)
-            if is_mistake:
-                raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
             raise
         self.position.scored = self.position.step
         self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))

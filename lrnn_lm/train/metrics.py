@@ -100,7 +100,7 @@ class Metrics:
         problem = None
         try:
             self._accelerator.init_trackers(recipe.tracking.project, config=settings)
-        except Exception as error:  # as in `_each_tracker`
+        except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
             self._accelerator.trackers = []
             problem = (
                 f"tracking.trackers: {', '.join(recipe.tracking.trackers)} cannot start ({_in_words(error)})"
@@ -117,7 +117,7 @@ class Metrics:
         for tracker in [*self._accelerator.trackers]:
             try:
                 work(tracker)
-            except Exception as error:  # trackers raise errors of their own, with no class in common
+            except Exception as error:  # each tracker raises errors of its own
                 self._accelerator.trackers.remove(tracker)
                 self._tell(f"tracker {tracker.name} failed ({_in_words(error)}): going on without")
 

@@ -58,7 +58,7 @@ class Validator:
     Each source of a mixture gives an equal part of them; the whole is the mean over the targets of all.
 
     Args:
-        rows: of the training; is told of text that cannot be read.
+        rows: the training's reader of rows. It is told if held-out text cannot be read.
         forward: (batch, num_items, return_logits[, carried states]) -> the outputs of `model`.
         average: is validated too, if there is one.
     """
