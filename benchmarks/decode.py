@@ -163,12 +163,10 @@ def bench_one(
         taken = _generate_times(model, torch.cat(list(text()), dim=1), settings.tokens)
     else:
         if recurrent:
-            token, captured = _recurrent_token(model, output, context, mode)
+            token = _recurrent_token(model, output, context, mode)
         else:
             del output  # keys and values of the whole context
-            token, captured = _attention_token(model, text(), context + settings.tokens, mode)
-        if device.type == "cuda":
-            row["captured"] = captured
+            token = _attention_token(model, text(), context + settings.tokens, mode)
         for _ in range(2):
             token()
         taken, _ = time_calls(token, settings.tokens, device)
@@ -195,14 +193,11 @@ def _prefill(model: LRNNForCausalLM, text: Iterator[Tensor], cache: Any) -> Any:
     return prefill(model, text, SEGMENT, cache)
 
 
-def _recurrent_token(
-    model: LRNNForCausalLM, output: Any, context: int, mode: str
-) -> tuple[Callable[[], Any], bool]:
-    """A decoding step after a prefill's output, `context` tokens by the cache's count; whether it is a CUDA
-    graph."""
+def _recurrent_token(model: LRNNForCausalLM, output: Any, context: int, mode: str) -> Callable[[], Any]:
+    """A decoding step after a prefill's output, `context` tokens by the cache's count."""
     if mode == "compiled":
         raise ValueError("a recurrent model's step is not compiled: see the modes graph and fused")
-    cache, on_gpu = output.past_key_values, output.logits.is_cuda
+    cache = output.past_key_values
     for layer in cache.layers:
         layer.seen_tokens = context  # more than were read where the context is emulated
     step = decode_step(model, cache, fused=mode == "fused")
@@ -211,7 +206,7 @@ def _recurrent_token(
     def token() -> Tensor:
         return newest.copy_(step(model, newest, cache)[:, -1].argmax(dim=-1, keepdim=True))
 
-    return token, on_gpu
+    return token
 
 
 # Products of one row become sums that fuse with what is around them.
@@ -220,8 +215,8 @@ _INDUCTOR = {"coordinate_descent_tuning": True}
 
 def _attention_token(
     model: LRNNForCausalLM, text: Iterator[Tensor], longest: int, mode: str
-) -> tuple[Callable[[], Any], bool]:
-    """A forward pass on a static cache for `longest` tokens, after the text; whether it is a CUDA graph."""
+) -> Callable[[], Any]:
+    """A forward pass on a static cache for `longest` tokens, after the text."""
     if mode == "fused":
         raise ValueError("attention has no fused step")
     cache = StaticCache(config=model.config, max_cache_len=longest + 8)
@@ -234,8 +229,7 @@ def _attention_token(
         logits = model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return newest.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
 
-    replay = measure.captured(token) if newest.is_cuda else None
-    return replay or token, replay is not None
+    return measure.captured(token) if newest.is_cuda else token
 
 
 class _Clock(BaseStreamer):
@@ -281,12 +275,6 @@ def _summary(row: Row) -> str:
     )
 
 
-def _note(row: Row) -> str:
-    """What a time must not be read without."""
-    notes = ["context emulated"] if row.get("emulated") else []
-    return ", ".join(notes + ([] if row.get("captured", True) else ["no CUDA graph"]))
-
-
 def _print(rows: list[Row], output: Path | None) -> None:
     columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "processes",
                "tokens/s", "limit ms", "of the limit", "note"]  # fmt: skip
@@ -296,7 +284,7 @@ def _print(rows: list[Row], output: Path | None) -> None:
             show(row.get("prefill_seconds"), ".1f", 1e3), show(row.get("token_seconds"), ".3f", 1e3),
             show(row.get("spread"), ".1%"), show(row.get("processes")), show(row.get("tokens_per_second")),
             show(row.get("limit_seconds"), ".3f", 1e3), show(row.get("share_of_limit"), ".2f"),
-            row.get("reason", _note(row))[:80],
+            row.get("reason", "context emulated" if row.get("emulated") else "")[:80],
         ]
         for row in rows
     ]  # fmt: skip

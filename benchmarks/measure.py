@@ -11,12 +11,15 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from lrnn_lm.model.decoding.step import nothing_left_behind
 
 Work = Callable[[], Any]
 
@@ -74,8 +77,10 @@ def gpu_seconds(work: Work, repeats: int = 30, graph: bool = True) -> float:
     With `graph` the call is captured once and replayed, so that launching from Python costs nothing; what
     cannot be captured is timed as it is launched.
     """
-    replay = captured(work) if graph else None
-    call = replay or work
+    call = work
+    if graph:
+        with suppress(RuntimeError):
+            call = captured(work)
     for _ in range(3):
         call()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -87,8 +92,8 @@ def gpu_seconds(work: Work, repeats: int = 30, graph: bool = True) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in pairs) / 1e3
 
 
-def captured(work: Work) -> Work | None:
-    """The call as a CUDA graph to replay; None where it synchronises or allocates outside the pool."""
+def captured(work: Work) -> Work:
+    """The call as a CUDA graph. RuntimeError where it synchronises, or allocates outside the pool."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -97,12 +102,8 @@ def captured(work: Work) -> Work | None:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            kept = work()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    with nothing_left_behind(stream.device), torch.cuda.graph(graph, stream=stream):
+        kept = work()
 
     def replay() -> Any:
         graph.replay()

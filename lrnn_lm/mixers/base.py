@@ -221,8 +221,10 @@ def drawn_by_model() -> Iterator[None]:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, export or trace makes a graph, which must not depend on values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether torch.compile, export, trace or a CUDA graph records this, which must not depend on values."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def is_exported() -> bool:

@@ -112,7 +112,7 @@ def test_a_token_is_the_models_next_token():
             :, 8:
         ]
         if name == "bd-m4":
-            token, _ = decode._recurrent_token(model, decode._prefill(model, [ids], None), 7, "graph")
+            token = decode._recurrent_token(model, decode._prefill(model, [ids], None), 7, "graph")
         else:
-            token, _ = decode._attention_token(model, [ids], 7 + 4, "graph")
+            token = decode._attention_token(model, [ids], 7 + 4, "graph")
         assert torch.equal(torch.cat([token().clone() for _ in range(4)], dim=1), want), name

@@ -6,6 +6,8 @@ from small_models import HYBRIDS, OF_EACH_KIND, close, shallow_model, small_mode
 from tolerances import TOLERANCE
 from torch import Tensor
 from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, StaticCache
 
 # One of each code that a graph is made of, exported or, in a third of the time, traced: that of complex_lru,
@@ -118,6 +120,48 @@ def test_a_step_on_a_static_cache_is_one_graph(name, dynamic):
         got = model.generate(**given, cache_implementation="static", compile_config=config, **options)
         assert torch.equal(got, model.generate(**given, **options))
     assert len(graphs) == len(shapes) == 1
+
+
+class Tape(TorchDispatchMode):
+    """Records operations and repeats them on the same memory, as a CUDA graph; asking for a value fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "a value was asked for"
+        made = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, made))
+        return made
+
+    def replay(self) -> None:
+        for operation, args, kwargs, made in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention", "bd_lru", "hybrid"])
+def test_a_step_on_a_static_cache_can_be_recorded(name, monkeypatch):
+    """As a CUDA graph of the caller's: no value is asked for, and what follows is that of a growing cache."""
+    model, ids = small_model(name), tokens(2, 12)
+    static = StaticCache(config=model.config, max_cache_len=16)
+    for cut in (slice(0, 5), slice(5, 6)):  # the prompt, and a step to warm up
+        model(ids[:, cut], past_key_values=static, use_cache=True)
+    new, tape = ids[:, 6:7].clone(), Tape()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with tape:
+        logits = model(new, past_key_values=static, use_cache=True).logits
+    monkeypatch.undo()
+    for t in range(6, 12):
+        new.copy_(ids[:, t : t + 1])
+        if t > 6:
+            tape.replay()
+        close(logits[:, -1], model(ids[:, : t + 1]).logits[:, -1], ROUNDING)
 
 
 @torch.no_grad()

@@ -103,6 +103,30 @@ def test_nobody_else_has_the_stream_of_captures():
 
 
 @pytest.mark.gpu
+def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch):
+    """The text is right, the stream is the caller's again, and random numbers are drawn."""
+    model, device = on("cuda", "bd_lru"), torch.device("cuda")
+    want = model.generate(tokens(1, 5).cuda(), max_new_tokens=9, do_sample=False)
+    forward = step.DecodeStep.forward
+
+    def asks(self, model):
+        logits = forward(self, model)
+        assert bool(logits.isfinite().all())
+        return logits
+
+    monkeypatch.setattr(step.DecodeStep, "forward", asks)
+    stream, model = torch.cuda.current_stream(), on("cuda", "bd_lru")
+    torch.manual_seed(1)
+    drawn = torch.rand(4, device=device)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        assert torch.equal(model.generate(tokens(1, 5).cuda(), max_new_tokens=9, do_sample=False), want)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.rand(4, device=device), drawn)
+    assert model.generate(tokens(1, 5).cuda(), max_new_tokens=9, do_sample=True).shape[1] == want.shape[1]
+
+
+@pytest.mark.gpu
 def test_threads_that_draw_while_others_capture():
     """A capture forbids other threads to draw random numbers: the two take turns."""
     model = on("cuda", "bd_lru")

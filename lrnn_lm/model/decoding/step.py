@@ -14,8 +14,8 @@ import ctypes
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -210,7 +210,10 @@ class DecodeStep:
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 # thread_local: other threads go on launching and allocating meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                with (
+                    nothing_left_behind(device),
+                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                ):
                     memory.logits = self.forward(model)
             memory.graph = graph
         except (RuntimeError, ValueError, OSError) as error:
@@ -242,6 +245,19 @@ def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
 def _take_turn(device: torch.device) -> None:
     """Make the current stream wait for the last capture or replay. `turns` must be held."""
     _turn[device] = after(_turn.get(device), device)
+
+
+@contextmanager
+def nothing_left_behind(device: torch.device) -> Iterator[None]:
+    """If a capture fails: torch would keep its stream as the current one, and draw no random numbers."""
+    stream = torch.cuda.current_stream(device)
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
 
 
 @cache
