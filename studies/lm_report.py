@@ -1,11 +1,16 @@
 """Writes the tables of the language-model study into docs/results/lm.md and draws the plot.
 
 python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
+
+Most runs shared a device. So seconds are tokens divided by the speed of the model alone, from
+`lm-speed.jsonl` beside the rows. They leave out what comes before the first step:
+compiling, and choosing kernels.
 """
 
 import json
 import sys
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
@@ -30,10 +35,11 @@ HEADLINE = {
     "bd-m2": "BD-LRU M = 2",
 }
 LARGE = {"hybrid-large-tied": "hybrid of BD-LRU M = 2", "transformer-large-tied": "Transformer"}
-PANELS = (  # of the plot: size, title, contenders
-    ("68m", "68M parameters, as shipped", FINAL | {"hybrid-final-m1": "hybrid of BD-LRU M = 1"}),
-    ("68m", "68M, older setting", HEADLINE),
-    ("212m", "212M, as shipped, two passes over the text", LARGE),
+TOKENS, SECONDS = "training tokens, millions", "seconds of training on one H200"
+PANELS = (  # of the plot: size, title, contenders, what the curves go against
+    ("68m", "68M parameters, as shipped", FINAL | {"hybrid-final-m1": "hybrid of BD-LRU M = 1"}, TOKENS),
+    ("68m", "68M parameters, as shipped", FINAL, SECONDS),
+    ("212m", "212M, as shipped, two passes over the text", LARGE, TOKENS),
 )
 # Settings of a contender's own. All runs of 212M before them took 131,072 tokens a step.
 TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step=32768")
@@ -119,32 +125,67 @@ def results_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def read_speeds(path: Path) -> dict[str, int]:
+    """Tokens a second of each contender, alone on a device."""
+    return {row["contender"]: row["tokens_per_second_shared"] for row in read_rows(path)}
+
+
+def seconds_table(rows: list[Row], speeds: dict[str, int]) -> str:
+    """What is shipped and its rivals, fastest first: first seeds at their end, and when the fastest ends."""
+    chosen = best_rates([row for row in rows if row["size"] == "68m" and row["contender"] in FINAL])
+    names = sorted(FINAL, key=lambda name: -speeds[name])
+    tokens = chosen[names[0]][0]["tokens"]
+    end = tokens / speeds[names[0]]
+    head = ("model", "tokens/s", "seconds", "bits per byte", f"after {end:.0f} seconds")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name in names:
+        taken, bits = curve(chosen[name][0], speeds[name])
+        after = f"{bits_at(end, taken, bits):.3f}"
+        cells = FINAL[name], f"{speeds[name]:,}", f"{taken[-1]:.0f}", f"{bits[-1]:.3f}", after
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def curve(row: Row, speed: float = 1e6) -> tuple[list[float], list[float]]:
+    """A run's validations: seconds at a speed in tokens/s (without one, millions of tokens), and bits."""
+    steps = row["curve"][-1][0]
+    return [step / steps * row["tokens"] / speed for step, _ in row["curve"]], [b for _, b in row["curve"]]
+
+
+def bits_at(end: float, taken: list[float], bits: list[float]) -> float:
+    """Bits per byte at a time, on a line between the two validations around it."""
+    for (a, x), (b, y) in pairwise(zip(taken, bits, strict=True)):
+        if a <= end <= b:
+            return x + (y - x) * (end - a) / (b - a)
+    raise ValueError(f"there is no validation on both sides of {end:.0f} seconds")
+
+
 def by_seed(rows: list[Row]) -> list[float]:
     """Bits per byte of each seed; a run that was repeated counts once, by its mean."""
     seeds = dict.fromkeys(row["seed"] for row in rows)
     return [mean(row["bits_per_byte"] for row in rows if row["seed"] == seed) for seed in seeds]
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Held-out bits per byte against tokens under Muon, of each contender's first seed: PANELS."""
+def draw(rows: list[Row], speeds: dict[str, int], path: Path) -> None:
+    """Held-out bits per byte under Muon against tokens or seconds, of each contender's first seed: PANELS."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if optimizer(row) != "AdamW"]
+    labels = dict.fromkeys(label for _, _, names, _ in PANELS for label in names.values())
+    colours = {label: f"C{i}" for i, label in enumerate(labels)}
     with matplotlib.rc_context({"font.size": 10}):
         figure = Figure(figsize=(6.5 * len(PANELS), 4.6), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (size, title, names) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for axis, (size, title, names, against) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             chosen = best_rates([row for row in rows if row["size"] == size and row["contender"] in names])
             for name in sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"]):
-                row = chosen[name][0]
-                steps = row["curve"][-1][0]
-                tokens = [step / steps * row["tokens"] / 1e6 for step, _ in row["curve"]]
-                bits = [value for _, value in row["curve"]]
-                axis.plot(tokens, bits, "o-", markersize=3, label=f"{names[name]} {bits[-1]:.3f}")
+                taken, bits = curve(chosen[name][0], *([speeds[name]] if against == SECONDS else []))
+                label = f"{names[name]} {bits[-1]:.3f}"
+                axis.plot(taken, bits, "o-", color=colours[names[name]], markersize=3, label=label)
             axis.set_title(title, loc="left")
-            axis.set_xlabel("training tokens, millions")
+            axis.set_xlabel(against)
             axis.set_ylabel("held-out bits per byte")
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
@@ -156,9 +197,15 @@ def main(rows_path: str, page_path: str) -> None:
     rows, page = read_rows(Path(rows_path)), Path(page_path)
     before, _, rest = page.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    tables = "\n".join(["", "### Results", "", results_table(rows), "### Rates", "", rates_table(rows)])
+    speeds = read_speeds(Path(rows_path).with_name("lm-speed.jsonl"))
+    parts = {
+        "Seconds": seconds_table(rows, speeds),
+        "Results": results_table(rows),
+        "Rates": rates_table(rows),
+    }
+    tables = "".join(f"\n### {name}\n\n{table}" for name, table in parts.items())
     page.write_text(before + MARKS[0] + tables + MARKS[1] + after)
-    draw(rows, page.with_suffix(".png"))
+    draw(rows, speeds, page.with_suffix(".png"))
 
 
 if __name__ == "__main__":
