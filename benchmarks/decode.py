@@ -204,7 +204,10 @@ def _recurrent_token(model: LRNNForCausalLM, output: Any, context: int, mode: st
     newest = output.logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
 
     def token() -> Tensor:
-        return newest.copy_(step(model, newest, cache)[:, -1].argmax(dim=-1, keepdim=True))
+        newest.copy_(step(model, newest, cache)[:, -1].argmax(dim=-1, keepdim=True))
+        if newest.is_cuda and step.memory.graph is None:
+            raise RuntimeError("the step could not be captured as a CUDA graph")
+        return newest
 
     return token
 

@@ -2,9 +2,8 @@
 
 python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
 
-Most runs shared a device. So seconds are tokens divided by the speed of the model alone, from
-`lm-speed.jsonl` beside the rows. They leave out what comes before the first step:
-compiling, and choosing kernels.
+Most runs shared a device. So seconds are tokens divided by the speed of the model alone (`lm-speed.jsonl`).
+They leave out what comes before the first step: compiling, and choosing kernels.
 """
 
 import json
@@ -146,8 +145,8 @@ def seconds_table(rows: list[Row], speeds: dict[str, int]) -> str:
     return "\n".join([*lines, ""])
 
 
-def curve(row: Row, speed: float = 1e6) -> tuple[list[float], list[float]]:
-    """A run's validations: seconds at a speed in tokens/s (without one, millions of tokens), and bits."""
+def curve(row: Row, speed: float) -> tuple[list[float], list[float]]:
+    """A run's validations: seconds at a speed in tokens/s, and bits per byte."""
     steps = row["curve"][-1][0]
     return [step / steps * row["tokens"] / speed for step, _ in row["curve"]], [b for _, b in row["curve"]]
 
@@ -181,7 +180,7 @@ def draw(rows: list[Row], speeds: dict[str, int], path: Path) -> None:
         for axis, (size, title, names, against) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             chosen = best_rates([row for row in rows if row["size"] == size and row["contender"] in names])
             for name in sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"]):
-                taken, bits = curve(chosen[name][0], *([speeds[name]] if against == SECONDS else []))
+                taken, bits = curve(chosen[name][0], speeds[name] if against == SECONDS else 1e6)
                 label = f"{names[name]} {bits[-1]:.3f}"
                 axis.plot(taken, bits, "o-", color=colours[names[name]], markersize=3, label=label)
             axis.set_title(title, loc="left")

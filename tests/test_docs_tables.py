@@ -16,7 +16,17 @@ from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
 from lrnn_lm.recipe import load_recipe
-from studies.lm_report import FINAL, HEADLINE, best_rates, by_seed, rates_table, read_rows, results_table
+from studies.lm_report import (
+    FINAL,
+    HEADLINE,
+    best_rates,
+    by_seed,
+    rates_table,
+    read_rows,
+    read_speeds,
+    results_table,
+    seconds_table,
+)
 from studies.width import BASE, WIDTHS, best_rate
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -164,10 +174,9 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
     for i, names in enumerate((FINAL, HEADLINE), start=1):
         assert [row[i] for row in cells if row[i]] == [found[name] for name in names]
     page = (RESULTS / "lm.md").read_text()
-    for table in (
-        results_table(read_rows(RESULTS / "lm.jsonl")),
-        rates_table(read_rows(RESULTS / "lm.jsonl")),
-    ):
+    rows = read_rows(RESULTS / "lm.jsonl")
+    speeds = read_speeds(RESULTS / "lm-speed.jsonl")
+    for table in (results_table(rows), rates_table(rows), seconds_table(rows, speeds)):
         assert table in page
 
 

@@ -81,6 +81,11 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
         if spec.split not in loaded:
             raise DataError(f"dataset {name}: no split {spec.split!r}; there are: {', '.join(loaded)}")
         loaded = loaded[spec.split]
+    elif {"[", "+"} & {*spec.split} and str(loaded.split) != spec.split:
+        raise DataError(
+            f"dataset {name}: a folder of save_to_disk with one split is read whole, not as {spec.split!r}; "
+            "save the part that you want (data.source.split)"
+        )
     return loaded, None
 
 

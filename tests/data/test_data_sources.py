@@ -94,6 +94,9 @@ def test_hf_saved_and_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert read("hf", tmp_path / name) == TEXTS, name
     with pytest.raises(DataError, match=r"no split 'test'.*train"):
         read("hf", tmp_path / "splits", split="test")
+    for split in ("train[:1]", "train+test"):
+        with pytest.raises(DataError, match="with one split is read whole"):
+            read("hf", tmp_path / "single", split=split)
     with pytest.raises(DataError, match=r"no field 'body'.*one of: text"):
         read("hf", tmp_path / "single", text_field="body")
     with pytest.raises(DataError, match="no such file or folder"):
