@@ -8,6 +8,10 @@ import itertools
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -100,6 +104,7 @@ class TrainLoader:
         )
         # Block signals while the workers start: none must get one before it ignores them.
         old, child = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), signal.getsignal(signal.SIGCHLD)
+        others = active_children()
         try:
             batches = iter(loader)
         finally:
@@ -108,8 +113,13 @@ class TrainLoader:
             # Without the handler, `next` raises some seconds later, between updates.
             if child is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, child)
+        workers = [worker for worker in active_children() if worker not in others]
         while True:
-            step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
+            try:
+                step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
+            except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+                _check_alive(workers, error)
+                raise
             learnt = self._learnt_length(self.position // self.rows_per_step)
             if learnt < self.sequence_length:
                 for batch in step:
@@ -157,6 +167,17 @@ def _leave_signals_to_trainer(worker: int) -> None:
     """Ignore signals in a worker: a scheduler sends them to the whole process group."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _check_alive(workers: Sequence[BaseProcess], error: Exception) -> None:
+    """Raise RuntimeError instead of `error` if a worker died.
+
+    What reading from a dead process gives depends on the moment: torch's own words only if it already sees
+    that the process is gone, otherwise any error of a pipe.
+    """
+    # A killed process may take a moment to end. The errors of a living worker's rows wait this long in vain.
+    if workers and wait([worker.sentinel for worker in workers], timeout=1):
+        raise RuntimeError(f"a DataLoader worker was killed: {str(error) or type(error).__name__}") from error
 
 
 def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tuple[int, int]]) -> None:

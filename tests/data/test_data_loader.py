@@ -3,14 +3,17 @@ restarts.
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
+import time
+from pickle import UnpicklingError
 
 import numpy as np
 import pytest
 import torch
 
-from lrnn_lm.data import DataError, PreparedData, TrainLoader, validation_batches
+from lrnn_lm.data import DataError, PreparedData, TrainLoader, loader, validation_batches
 from lrnn_lm.data.order import rows_of_samples
 from lrnn_lm.data.pack import PackedRows
 
@@ -201,6 +204,41 @@ def test_workers_survive_preemption_signals(prepared: PreparedData) -> None:
             signal.signal(number, handler)
     assert_equal(got, global_steps(prepared, steps=21))
     assert received == [], "and none reached this process"
+
+
+class OneWorker:
+    """In place of a DataLoader: an iterator with a process, which is killed or not and then raises."""
+
+    def __init__(self, error: Exception, killed: bool):
+        self.error, self.killed = error, killed
+
+    def __iter__(self) -> "OneWorker":
+        self.worker = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+        self.worker.start()
+        return self
+
+    def __next__(self) -> None:
+        if self.killed:
+            self.worker.kill()
+        raise self.error
+
+
+ERRORS = (ConnectionResetError(104, "Connection reset"), EOFError(), FileNotFoundError(2, "no socket"))
+ERRORS += (UnpicklingError("truncated"), RuntimeError("Pin memory thread exited unexpectedly"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_killed_worker_is_told_whatever_its_pipe_gives(
+    prepared: PreparedData, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says so itself only if it already sees that the process is gone."""
+    for killed in (True, False):
+        made = OneWorker(error, killed)
+        monkeypatch.setattr(loader, "DataLoader", lambda *_, made=made, **__: made)
+        with pytest.raises(RuntimeError if killed else type(error)) as raised:
+            next(iter(TrainLoader(prepared.train, T, 5, R, R, num_workers=1)))
+        assert ("a DataLoader worker was killed" in str(raised.value)) == killed
+        assert killed or raised.value is error
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
