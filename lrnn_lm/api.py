@@ -42,7 +42,8 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
         The run's last checkpoint: a Hugging Face folder with the model's code. Its run is two folders up.
     Raises:
         ImportError: the extra `train` is not installed.
-        ValueError: a mistake in the recipe, or what it asks for cannot be done here; one or two lines.
+        ValueError: a mistake in the recipe, or what it asks for cannot be done here, such as training within
+            torch.autocast; one or two lines.
         KeyboardInterrupt: a signal (Ctrl-C, SIGTERM) asked it to stop. The run is saved; the same call goes
             on with it.
 
@@ -54,13 +55,14 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
     """
     check_extra("train", "matplotlib")  # which is imported at the end only
     from .recipe import Recipe, load_recipe
+    from .train.runtime import own_settings
     from .train.stop import Stopped, StopSignal
 
     if isinstance(recipe, Recipe) and overrides:
         raise ValueError("overrides go with a recipe file; give them to load_recipe, or pass the file's path")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     try:
-        with StopSignal() as stop:
+        with own_settings(), StopSignal() as stop:
             stop.hold()  # within an import it would come out as that import's error
             trainer = trainer_of(loaded, stop)
             return score_run(trainer, trainer.run(stop), stop)

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from tiny_run import write_recipe
+from tiny_run import losses, write_recipe
 
 import lrnn_lm
 from lrnn_lm import evaluate, generate, load_recipe, train
@@ -61,6 +62,29 @@ def test_in_a_thread(place: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(work).result().is_dir()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
+    """As in a notebook that set them for a model of its own."""
+    recipe = place / "recipes/demo.yaml"
+
+    def trained(name: str) -> list[tuple[int, float]]:
+        train(recipe, [f"name={name}", "train.tokens=2K", "eval.tasks=[]"])
+        return losses(place / "runs" / name)
+
+    straight = trained("straight")
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert trained(f"in_{dtype}".replace(".", "_")) == straight
+            assert torch.get_default_dtype() == dtype, "and it is the caller's again"
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, mode in (("no_grad", torch.no_grad()), ("inference", torch.inference_mode())):
+        with mode:
+            assert trained(name) == straight
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of torch"):
+        trained("autocast")
 
 
 def test_examples_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ _FREE = ("data.cache_dir", "data.num_proc", "data.num_workers", "model.parameter
 # What changes the numbers of a run that goes on with another value of it. Not how ranks share the work.
 _TOLD = (
     "optim", "data.sources", "data.stages", "train.tokens", "train.precision", "train.residual_in_fp32",
-    "train.start_from_other", "train.z_loss", "train.average", "train.guard",
+    "train.start_from_other", "train.z_loss", "train.average", "train.guard", "eval.tokens",
 )  # fmt: skip
 _STATE = ("optim.name", "optim.betas", "optim.eps")  # which give the optimizer's state its meaning
 

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,9 +111,14 @@ def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
 
 
 def read_position(folder: Path) -> Position:
-    """The position that a checkpoint resumes from."""
+    """The position that a checkpoint resumes from. CheckpointError if a newer version wrote it."""
     state = json.loads(CheckpointFolder(folder).state.read_text())
     state.pop("skips", None)  # of older versions; a run that has any is refused by its skips.json
+    if unknown := sorted(state.keys() - {known.name for known in fields(Position)}):
+        raise CheckpointError(
+            f"{folder} counts what this version of lrnn-lm does not know ({', '.join(unknown)}); "
+            "use the version that wrote it"
+        )
     return Position(**state)
 
 

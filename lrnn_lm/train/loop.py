@@ -194,7 +194,8 @@ class Trainer:
         if result.applied and self.average is not None:
             self.average.update(position.step)
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
-        if position.step % recipe.train.log_every == 0 or not result.applied:
+        logged = (recipe.train.log_every, recipe.train.inspect_every or recipe.train.log_every)
+        if not (result.applied and all(position.step % every for every in logged)):
             self._log(result, lr, spent, batches[0])
         if result.written == self.accelerator.num_processes:
             self.saver.finish()

@@ -4,6 +4,8 @@ import os
 import random
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -70,6 +72,25 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
             DistributedDataParallelKwargs(bucket_cap_mb=_BUCKET_MB, gradient_as_bucket_view=True),
         ],
     )
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """torch's default dtype and gradients as a new process has them, whatever the caller has set.
+
+    Raises ValueError within torch.autocast, which casts each weight once and keeps that copy until its end.
+    """
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise ValueError(
+            "call train() outside of torch.autocast: a run takes its precision from train.precision"
+        )
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def seed_everything(seed: int) -> None:

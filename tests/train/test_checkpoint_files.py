@@ -12,6 +12,7 @@ import pytest
 
 from lrnn_lm.runs import checkpoint
 from lrnn_lm.runs.checkpoint import CheckpointError, Position
+from lrnn_lm.runs.layout import CheckpointFolder
 
 FILES = (*checkpoint._EXPECTED, *checkpoint._WHOLE)
 
@@ -178,6 +179,22 @@ def test_formats(tmp_path: Path, number: int, reads: bool) -> None:
         assert checkpoint.verify(folder) is None
         return
     with pytest.raises(CheckpointError, match=rf"\(format {number}; this one reads 1 and 2\)"):
+        newest(tmp_path)
+
+
+def test_a_position_of_a_newer_version(tmp_path: Path) -> None:
+    """Whose count would be lost if it were left out. A key of older ones is dropped."""
+    folder = save(tmp_path, 1)
+    state, manifest = CheckpointFolder(folder).state, CheckpointFolder(folder).manifest
+    stored = json.loads(state.read_text())
+    for key in ("skips", "rewinds"):
+        state.write_text(json.dumps(stored | {key: 2}))
+        facts = json.loads(manifest.read_text())
+        facts["files"][str(state.relative_to(folder))] = checkpoint._facts(state)
+        manifest.write_text(json.dumps(facts))
+        if key == "skips":
+            assert checkpoint.read_position(newest(tmp_path)).step == 1
+    with pytest.raises(CheckpointError, match=r"does not know \(rewinds\); use the version that wrote it"):
         newest(tmp_path)
 
 

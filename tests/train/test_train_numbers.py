@@ -158,6 +158,16 @@ def test_looking_changes_nothing(build: Build, straight: Path) -> None:
     assert all(len(line["state_norm"]) == len(line["gate_saturation"]) == 2 for line in lines)
 
 
+@pytest.mark.parametrize(("log", "look", "lines"), [(4, 6, [4, 6, 8, 12]), (12, 5, [5, 10, 12])])
+def test_each_interval_is_kept(build: Build, log: int, look: int, lines: list[int]) -> None:
+    """A look between two lines of the log is a line more: it came at multiples of both only."""
+    trainer = build(f"train.log_every={log}", f"train.inspect_every={look}")
+    trainer.run()
+    found = {line["step"]: "state_norm" in line for line in metrics(trainer.folder) if "loss" in line}
+    assert list(found) == lines
+    assert [step for step, looked in found.items() if looked] == [n for n in lines if n % look == 0]
+
+
 def test_the_pulse(build: Build) -> None:
     """Told at once where a long wait begins, and at the end."""
     trainer, told = build("checkpoint.background=false"), {}

@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints: the recipe, the held-out text, metrics, the trackers' files."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,12 @@ def test_settings_that_a_run_did_not_have_before_are_told(recipe: Path, tmp_path
 
     assert "settings" not in said("train.tokens=512", "optim.lr=0.02")
     assert "settings" not in said("train.tokens=512"), "it is trained already, and keeps its recipe"
-    told = said("train.tokens=1024", "train.micro_batch=4", "train.average.decay=0.9")
+    told = said("train.tokens=1024", "train.micro_batch=4", "train.average.decay=0.9", "eval.tokens=256")
     line = next(line for line in told.splitlines() if "resuming with other settings" in line)
-    assert "optim.lr: was 0.02, is 0.01; train.average.decay: was None, is 0.9" in line
+    assert "; optim.lr: was 0.02, is 0.01; train.average.decay: was None, is 0.9" in line
+    assert re.search(r"eval\.tokens: was \d+, is 256;", line), "the validation loss is of other text"
     assert "micro_batch" not in line
-    assert "settings" not in said("train.tokens=1024", "train.average.decay=0.9")
+    assert "settings" not in said("train.tokens=1024", "train.average.decay=0.9", "eval.tokens=256")
 
 
 def test_the_held_out_text_is_there(build: Build, straight: Path) -> None:
