@@ -97,15 +97,18 @@ class Metrics:
             return
         flat = flatten(recipe).items()
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat}
-        problem = None
-        try:
-            self._accelerator.init_trackers(recipe.tracking.project, config=settings)
-        except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
-            self._accelerator.trackers = []
-            problem = (
-                f"tracking.trackers: {', '.join(recipe.tracking.trackers)} cannot start ({_in_words(error)})"
-            )
-        failed, begins = on_any_rank(self._accelerator, problem is not None, self._begins)
+        accelerator, started, failures = self._accelerator, [], []
+        named = accelerator.log_with
+        for tracker in named:  # one at a time: one that cannot start must not take the others with it
+            accelerator.log_with, accelerator.trackers = [tracker], []
+            try:
+                accelerator.init_trackers(recipe.tracking.project, config=settings)
+                started += accelerator.trackers
+            except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
+                failures.append(f"{tracker} cannot start ({_in_words(error)})")
+        problem = f"tracking.trackers: {', '.join(failures)}" if failures else None
+        accelerator.log_with, accelerator.trackers = named, started
+        failed, begins = on_any_rank(accelerator, problem is not None, self._begins)
         if failed and begins:
             raise ValueError(f"{problem}: mend that, or set tracking.trackers=[]" if problem else "")
         if problem:

@@ -193,7 +193,7 @@ def test_a_position_of_a_newer_version(tmp_path: Path) -> None:
         facts["files"][str(state.relative_to(folder))] = checkpoint._facts(state)
         manifest.write_text(json.dumps(facts))
         if key == "skips":
-            assert checkpoint.read_position(newest(tmp_path)).step == 1
+            assert newest(tmp_path)[0] == folder.name
     with pytest.raises(CheckpointError, match=r"does not know \(rewinds\); use the version that wrote it"):
         newest(tmp_path)
 

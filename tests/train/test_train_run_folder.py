@@ -3,15 +3,18 @@
 import io
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
+from accelerate import accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from rich.console import Console
 from tiny_run import STEPS, TOKENS_PER_STEP, losses, metrics
 from trainers import Build
 
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train import runtime
 from lrnn_lm.train.build import build_trainer
 
 
@@ -158,3 +161,30 @@ def test_a_tracker_that_cannot_start(recipe: Path, tmp_path: Path, moody: type[M
         recipe, tmp_path, 2 * TOKENS_PER_STEP
     )
     assert len(losses(tmp_path / "tiny")) == 2
+
+
+def test_a_tracker_that_cannot_start_takes_no_other_with_it(
+    recipe: Path, tmp_path: Path, moody: type[Moody], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sound(Moody):
+        name, begun = "sound", 0
+        logged_by_all: ClassVar[list[int]] = []
+
+        def _call(self, method: str) -> None:
+            Sound.begun += method == "start"
+
+        def log(self, values: dict, step: int, **_: object) -> None:
+            self.logged_by_all.append(step)
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Sound)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name)
+    monkeypatch.setattr(accelerator, "filter_trackers", lambda named, *_: named)
+    run(recipe, tmp_path, TOKENS_PER_STEP)
+    moody.fails = ("start",)
+    for number, order in enumerate(("[tensorboard,wandb]", "[wandb,tensorboard]"), 1):
+        steps = number + 1
+        said = run(recipe, tmp_path, steps * TOKENS_PER_STEP, f"tracking.trackers={order}")
+        assert (
+            "trackers: tensorboard cannot start (ServerError: connection refused): going on without" in said
+        )
+        assert (Sound.begun, {*Sound.logged_by_all}) == (number, {*range(2, steps + 1)})
