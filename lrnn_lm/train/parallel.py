@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..recipe.train import TrainSection
+
 _DISTRIBUTED = "set distributed_type: MULTI_GPU or FSDP in it, as in recipes/accelerate/"
 # What Accelerate would do to the model by itself, by the variable that its launcher sets.
 _NOT_OURS = {
@@ -62,6 +64,24 @@ def launch_plan(asked: str, shard_size: int | None = None, shares_rows: bool = F
         reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     kind = ("fsdp2" if launched else "ddp") if asked == "auto" else asked
     return Plan(kind, reshard and not shares_rows, shard_size, not shares_rows)
+
+
+def unheeded(train: TrainSection, accelerator: Accelerator) -> list[str]:
+    """What Accelerate's config file or environment asks for and the recipe decides otherwise, a line each."""
+
+    def asked(key: str) -> str:
+        return os.environ.get(key, "").lower()
+
+    lines = []
+    if asked("ACCELERATE_MIXED_PRECISION") not in ("", "no", accelerator.mixed_precision):
+        lines.append(("mixed_precision", "ACCELERATE_MIXED_PRECISION", "train.precision decides"))
+    if asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") not in ("", "1", "auto"):
+        decides = "train.tokens_per_step and train.micro_batch decide"
+        lines.append(("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", decides))
+    if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true" and not train.activation_checkpointing:
+        decides = "train.activation_checkpointing decides"
+        lines.append(("fsdp_activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", decides))
+    return [f"the Accelerate config's {name}: {asked(key)} is not used: {why}" for name, key, why in lines]
 
 
 def share(model: nn.Module, accelerator: Accelerator, plan: Plan) -> nn.Module:

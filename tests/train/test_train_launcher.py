@@ -1,5 +1,6 @@
 """The launcher (`accelerate launch`): signals, exit codes, and what its file asks of a run."""
 
+import io
 import os
 import pty
 import signal
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 from forks import run_code
 from rank_runs import Ranks
+from rich.console import Console
 from tiny_run import ROOT, environment, losses
 from trainers import refused_before_data
 
+from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import build_trainer
 from lrnn_lm.train.parallel import Plan, launch_plan
 
 FSDP2_FILE = ROOT / "recipes/accelerate/fsdp2.yaml"
@@ -183,3 +187,30 @@ def test_what_accelerate_would_do_by_itself(
     refused_before_data(recipe, (), (key, words), capsys)
     monkeypatch.setenv(key, "false" if value == "true" else "NO")  # the launcher's, where nothing is asked
     assert launch_plan("auto") == Plan("ddp")
+
+
+@pytest.mark.parametrize(
+    ("key", "others", "value", "decides", "settled"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", ("", "no"), "fp16", "train.precision", None),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "4", "train.tokens_per_step", None),
+        ("FSDP_ACTIVATION_CHECKPOINTING", ("false",), "true", "activation_checkpointing", "true"),
+    ],
+)
+def test_what_accelerate_is_told_in_vain(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    key: str, others: tuple[str, ...], value: str, decides: str, settled: str | None,
+) -> None:  # fmt: skip
+    """Each was ignored without a word. Not told: what the launcher sets by itself, what is done anyway."""
+
+    def said(asked: str, *overrides: str) -> bool:
+        monkeypatch.setenv(key, asked)
+        console = Console(file=io.StringIO(), width=500)
+        build_trainer(load_recipe(recipe, [f"train.runs_dir={tmp_path}", *overrides]), console)
+        lines = [line for line in console.file.getvalue().splitlines() if "is not used" in line]
+        assert all(f": {asked} is not used: " in line and decides in line for line in lines)
+        return len(lines) == 1
+
+    assert said(value)
+    assert not any(said(other) for other in others)
+    assert settled is None or not said(value, f"train.activation_checkpointing={settled}")
