@@ -29,6 +29,7 @@ class DeltaNet(FlaMixer):
     """
 
     layer = "DeltaNet"
+    miscompiled = True
     operations = 6  # recall (2), write (2), read (2)
     chunk_takes_fp32 = False
     output_gate = None
@@ -67,6 +68,7 @@ class GatedDeltaNet(FlaMixer):
     operations = 7  # decay, and the delta rule
     value_first = True
     gated_rule = True
+    miscompiled = True
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class KimiDeltaAttention(GatedDeltaNet):
     gates = ("f_proj", "b_proj")
     slowest_rate = 1.0
     gated_rule = False
+    miscompiled = False
 
 
 class GatedDeltaNet2(KimiDeltaAttention):
@@ -214,6 +217,7 @@ class RWKV7(FlaMixer):
     """
 
     layer = "RWKV7Attention"
+    miscompiled = True
     operations = 7  # decay, recall (2), write (2), read (2)
     streams = ("r", "k", "v")
     convolved = False

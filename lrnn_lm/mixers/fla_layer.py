@@ -7,6 +7,7 @@ Legend: B batch, T time, D model width, H heads, K key width of a head, V its va
 convolution, W its kernel, N sequences of a ragged batch.
 """
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -38,6 +39,7 @@ class FlaMixer(Mixer):
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
     chunk_takes_fp32: ClassVar[bool] = True
     gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
+    miscompiled: ClassVar[bool] = False  # whether its native tests failed on Hopper, see `_warn_of_ptxas`
     updates: int = 1  # of the state, a token
 
     def __init__(self, hidden_size: int, keys: int, values: int, num_heads: int, **settings: Any):
@@ -129,6 +131,9 @@ class FlaMixer(Mixer):
                 "gradients of it on Hopper; install triton >= 3.7.1 or tilelang"
             )
 
+        if utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_7_1 and self.miscompiled:
+            _warn_of_ptxas(self.layer)
+
     def _choose_kernel(self, x: Tensor) -> None:
         """The chunked kernel; in fp32, where that takes half precision only, the kernel of single steps."""
         needs_steps = not self.chunk_takes_fp32 and compute_dtype(x) == torch.float32
@@ -180,6 +185,22 @@ class FlaMixer(Mixer):
 
     def state_elements(self, context_length: int) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
+
+
+@functools.cache
+def _warn_of_ptxas(layer: str) -> None:
+    """Once: this layer's kernels gave wrong numbers on an H200, by all we know for the assembler they had.
+
+    May go when its native tests pass with a newer ptxas: then refuse the older ones.
+    """
+    ptxas = importlib.import_module("triton.knobs").nvidia.ptxas
+    if tuple(map(int, ptxas.version.split(".")[:2])) < (13, 1):
+        warnings.warn(
+            f"numbers of {layer} (flash-linear-attention) may be wrong here: its tests failed on an H200 "
+            f"with Triton 3.7.1 and ptxas 12.8, and here is ptxas {ptxas.version}. Set TRITON_PTXAS_PATH to "
+            "one of CUDA 13.1 or newer and run tests/mixers/test_fla_native.py; see docs/baselines.md",
+            stacklevel=2,
+        )
 
 
 class _LayerCache:

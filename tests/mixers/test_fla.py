@@ -5,7 +5,9 @@ kernels on tiny shapes. `test_fla_native.py` runs them on a GPU.
 """
 
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fla_cases import HALF_CHUNKS, KEEP, SPECS, TYPES, D, installed, make, model
 from fla_reference import interpreted_kernels, reference
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
-from lrnn_lm.mixers import MIXERS, SequenceContext, build_mixer
+from lrnn_lm.mixers import MIXERS, SequenceContext, build_mixer, fla_layer, mixer_class
 from lrnn_lm.mixers.fla_layer import FlaMixer
 from lrnn_lm.model.accounting import account, check_parameters, training_memory
 from lrnn_lm.recipe import load_recipe
@@ -153,6 +155,38 @@ def test_an_output_projection_that_is_never_called_is_refused(monkeypatch):
     mixer.inner.o_proj.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(ValueError, match="does not call the output projection"):
         mixer(noise(1, 3, D), None, KEEP)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_was_wrong_on_hopper_is_told_once_a_layer(kind, monkeypatch):
+    """With the assembler that it was wrong with, not with a newer one, nor of layers whose tests passed."""
+    found = {"device_name": "cuda", "IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True}
+    utils = SimpleNamespace(**found, TRITON_ABOVE_3_7_1=True)
+    monkeypatch.setitem(sys.modules, "fla.utils", utils)
+    mixer = object.__new__(mixer_class(kind))  # without fla's layer
+    torch.nn.Module.__init__(mixer)
+    ptxas = SimpleNamespace(version="13.1")
+    nvidia = SimpleNamespace(nvidia=SimpleNamespace(ptxas=ptxas))
+    monkeypatch.setitem(sys.modules, "triton.knobs", nvidia)
+
+    def told() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mixer.check_device(torch.device("cuda"))
+            mixer.check_device(torch.device("cuda"))
+        return [str(warning.message) for warning in caught]
+
+    cases = {"13.1": 0, "12.8": 1, "13.0": 1, "13.2": 0}
+    for version, times in cases.items():
+        fla_layer._warn_of_ptxas.cache_clear()
+        ptxas.version = version
+        lines = told()
+        wrong = kind in ("deltanet", "gated_deltanet", "gated_deltaproduct", "rwkv7")
+        assert len(lines) == (times if wrong else 0)
+        assert all(mixer.layer in line and f"here is ptxas {version}." in line for line in lines)
+    fla_layer._warn_of_ptxas.cache_clear()
+    utils.IS_NVIDIA_HOPPER, ptxas.version = False, "12.8"
+    assert told() == []
 
 
 # fla's kernels in Triton's interpreter.
