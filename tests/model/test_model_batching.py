@@ -190,6 +190,20 @@ def test_refused(name, options, match):
         small_model(name).generate_batch([[3, 4], [5]], GenerationConfig(**options), max_new_tokens=2)
 
 
+def test_lengths_are_those_of_generate(manager):
+    """`max_length` counts the prompt; it was ignored, for 20 tokens."""
+    model, prompts = small_model("bd_lru"), [[3, 4, 5], [6]]
+    for options in ({"max_length": 7}, {"max_length": 7, "max_new_tokens": 2}, {"max_length": 30}):
+        config = GenerationConfig(eos_token_id=None, do_sample=False, **options)
+        got = [out.generated_tokens for out in model.generate_batch(prompts, config).values()]
+        assert got == [alone(model, torch.tensor([ids]), generation_config=config) for ids in prompts]
+    batch = manager(model, max_length=3)
+    with pytest.raises(
+        ValueError, match="the prompt has 3 tokens and max_length is 3, which counts them too"
+    ):
+        batch.add_request([3, 4, 5])
+
+
 @pytest.mark.parametrize(("prompt", "match"), [([], "has no token"), ([3, 53], "outside of the model's 53")])
 def test_a_prompt_that_is_none(manager, prompt, match):
     with pytest.raises(ValueError, match=match):

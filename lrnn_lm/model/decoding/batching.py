@@ -88,11 +88,19 @@ class StateBatching:
             )
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        most = max_new_tokens or self._config.max_new_tokens
+        if most is None and self._config.max_length is not None:  # of the prompt and the answer
+            most = self._config.max_length - len(input_ids)
+            if most < 1:
+                raise ValueError(
+                    f"the prompt has {len(input_ids)} tokens and max_length is {self._config.max_length}, "
+                    "which counts them too: give max_new_tokens instead"
+                )
         ends = self._config.eos_token_id if eos_token_id is None else eos_token_id
         request = Request(
             request_id or f"req_{next(self._numbers)}",
             list(input_ids),
-            max_new_tokens or self._config.max_new_tokens or 20,  # 20, as `generate`
+            most or 20,  # as `generate`
             {*ends} if isinstance(ends, list) else {ends},
             streaming,
         )
