@@ -101,9 +101,9 @@ class RemoteFolder:
         # Paths of stores without folders begin with a bucket.
         self._has_folders = self._path.startswith("/") and self._fs.protocol != "memory"
 
-    def is_folder(self, path: Path) -> bool:
-        """Whether this is that folder of this machine."""
-        return "file" in self._fs.protocol and Path(self._path).absolute() == path.absolute()
+    def lies_in(self, path: Path) -> bool:
+        """Whether this is that folder of this machine, or inside of it."""
+        return "file" in self._fs.protocol and Path(self._path).resolve().is_relative_to(path.resolve())
 
     def check_writable(self) -> None:
         """Write a file and remove it."""

@@ -33,7 +33,7 @@ class RunCopy:
         """copy_to: the folder of runs there, a URL or a folder of another disk."""
         self.run, self.url = run, f"{copy_to.rstrip('/')}/{run.name}"
         self._store = RemoteFolder(self.url)
-        if self._store.is_folder(run):
+        if self._store.lies_in(run):
             raise ValueError(f"checkpoint.copy_to {copy_to} is where the run is written: give another place")
 
     def check(self) -> None:

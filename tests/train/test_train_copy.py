@@ -287,8 +287,14 @@ def test_a_place_without_rights(
     refused_before_data(recipe, (f"checkpoint.copy_to={place}",), words, capsys)
 
 
-def test_the_place_of_the_run_itself(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    overrides = (f"train.runs_dir={tmp_path}", f"checkpoint.copy_to=file://{tmp_path}")
+@pytest.mark.parametrize("inside", ["", "/tiny/backup", "/elsewhere"])
+def test_the_place_of_the_run_itself(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, inside: str
+) -> None:
+    """Within it, and through a link, each copy would hold the copies before."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "tiny")
+    overrides = (f"train.runs_dir={tmp_path}", f"checkpoint.copy_to=file://{tmp_path}{inside}")
     refused_before_data(recipe, overrides, ("is where the run is written",), capsys)
 
 
