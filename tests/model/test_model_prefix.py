@@ -90,11 +90,15 @@ def test_with_transformers_loop(name, fed):
 def test_other_weights_begin_anew(fed):
     model = with_cache()
     asked(model, DOCUMENT)
-    for change in ("data", "rows", "plain", "inference"):
+    for change in ("data", "rows", "columns", "within rows", "signs", "plain", "inference"):
         with torch.inference_mode(change == "inference"), torch.no_grad():
             weight = model.model.layers[1].mlp.up_proj.weight
             if change == "rows":
                 weight.data.copy_(weight.data.flip(0))
+            elif change in ("columns", "within rows"):  # in a sum, all numbers or all pairs of them are there
+                weight.data.copy_(weight.data.roll(1 if change == "columns" else 2, 1))
+            elif change == "signs":  # each adds 2^63 to a sum of pairs, and four of them 0
+                weight.data[:, 1:8:2].neg_()
             else:
                 (weight.data if change == "data" else weight)[0, 0] += 1
         text, cost = fed(asked, model, DOCUMENT)

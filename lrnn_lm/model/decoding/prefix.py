@@ -30,6 +30,7 @@ from .step import what_modules_hold
 
 _NEAREST = 64  # tokens between the end of a prompt and the state kept nearest before it
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_GOLDEN = 0x1E3779B97F4A7C15  # odd, with bits all over: a product's upper half depends on every bit
 _lock = threading.Lock()  # guards `_caches`
 _caches: "weakref.WeakKeyDictionary[nn.Module, PrefixCache]" = weakref.WeakKeyDictionary()
 
@@ -204,11 +205,17 @@ def _weights(model: PreTrainedModel) -> Any:
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
-    """Of rows times an odd number each, so that rows that change places tell; numbers within a row do not."""
+    """Another for numbers that change places or signs: each is multiplied by an odd number of its column,
+    and each row's sum by one of its row."""
     rows = (t.flatten(1) if t.ndim > 1 else t.reshape(-1, 1)).contiguous()
     size = t.element_size()
     by_eight = (rows.shape[1] | rows.storage_offset()) * size % 8 == 0  # 28 times as fast in fp32 on a CPU
-    sums = rows.view(_INTEGERS[8 if by_eight else size]).sum(1, dtype=torch.int64)
+    bits = rows.view(_INTEGERS[8 if by_eight else size])
+    columns = torch.arange(1, 2 * bits.shape[1], 2, device=t.device) * _GOLDEN
+    # In parts that stay in a CPU's cache (5 times as fast). The products' upper halves: in a whole product a
+    # sign stays the highest bit, and two of those cancel out.
+    parts = bits.split(max(1, (2**26 if t.is_cuda else 2**17) // max(1, bits.shape[1])))
+    sums = torch.cat([(part * columns).bitwise_right_shift_(32).sum(1) for part in parts])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=t.device)).sum()
 
 
