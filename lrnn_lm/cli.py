@@ -323,8 +323,10 @@ def export(
 
     export_checkpoint(checkpoint, folder, dtype, license, average, format)
     integers = "torchao, " if (dtype or "").startswith("int") else ""
-    needs = {"transformers": f"{integers}torch and transformers", "onnx": "onnxruntime"}.get(format, format)
-    print(f"exported to {url_of(folder) or folder}; it loads with {needs} alone")
+    needs = {"onnx": "onnxruntime", "torch-export": "torch"} | {
+        "transformers": f"{integers}torch and transformers"
+    }
+    print(f"exported to {url_of(folder) or folder}; it loads with {needs.get(format, format)} alone")
 
 
 @app.command()
