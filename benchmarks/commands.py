@@ -170,7 +170,9 @@ def frontier(
     seconds_each: Annotated[
         float | None, typer.Option(help="most seconds of such a process; the rows then say so")
     ] = None,
-    small: Annotated[bool, typer.Option("--small", help="tiny models and budgets: minutes on a CPU")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="tiny models; minutes on a CPU with few --steps")
+    ] = False,
     budget_seconds: Budget = None,
 ) -> None:
     """Draw speed against expressivity.

@@ -322,9 +322,9 @@ def export(
     from .api import export_checkpoint
 
     export_checkpoint(checkpoint, folder, dtype, license, average, format)
-    integers = "torchao, " if (dtype or "").startswith("int") else ""
-    needs = {"transformers": f"{integers}torch and transformers", "onnx": "onnxruntime"}.get(format, format)
-    print(f"exported to {url_of(folder) or folder}; it loads with {needs} alone")
+    ints = "torchao, " if (dtype or "").startswith("int") else ""
+    known = {"transformers": f"{ints}torch and transformers", "onnx": "onnxruntime", "torch-export": "torch"}
+    print(f"exported to {url_of(folder) or folder}; it loads with {known.get(format, format)} alone")
 
 
 @app.command()

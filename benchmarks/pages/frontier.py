@@ -62,13 +62,17 @@ def _summary(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
 
 
 def _missing(rows: list[Row], names: list[str]) -> str:
-    """Why what has no row is missing; fewer rows at once, where memory ran out."""
+    """Why what is missing has no number, or that it was not measured; fewer rows where memory ran out."""
     lines = []
+    all_measured = dict.fromkeys(row.get("task", row["kind"]) for row in rows)
     for name in names:
         own = [row for row in rows if row["contender"] == name]
         for reason in dict.fromkeys(row["reason"] for row in own if "reason" in row):
             what = [row.get("task", row["kind"]) for row in own if row.get("reason") == reason]
             lines.append(f"- `{name}`, {', '.join(dict.fromkeys(what))}: {reason}")
+        there = {row.get("task", row["kind"]) for row in own}
+        if absent := [what for what in all_measured if what not in there]:
+            lines.append(f"- `{name}`, {', '.join(absent)}: not measured")
     full = max((row["B"] for row in rows if "B" in row), default=0)
     small = [f"`{row['contender']}` {row['B']}" for row in rows if row.get("B", full) < full]
     if small:

@@ -87,6 +87,20 @@ def test_the_example_writes_the_models_text_without_pytorch(exported):
     assert told.stdout.strip() == tokenizer.decode(want, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize(
+    ("format", "needs"),
+    [("transformers", "torch and transformers"), ("onnx", "onnxruntime"), ("torch-export", "torch"),
+     ("executorch", "executorch")],
+)  # fmt: skip
+def test_it_says_what_loads_the_folder(format, needs, monkeypatch, capsys, tmp_path):
+    """A package to install, not the name of a format."""
+    monkeypatch.setattr("lrnn_lm.api.export_checkpoint", lambda *given: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", "checkpoint", str(tmp_path / "out"), "--format", format])
+    assert not end.value.code
+    assert f"it loads with {needs} alone" in capsys.readouterr().out
+
+
 def test_what_has_no_graph_is_refused(make_checkpoint, tmp_path, capsys):
     folder = make_checkpoint("hybrid")
     for words, message in (
