@@ -161,8 +161,10 @@ def frontier(
         Path | None, typer.Option(help="recipe whose mixer is replaced, for the loss; default: no loss")
     ] = None,
     corpus_tokens: Annotated[str, typer.Option(help="tokens that the corpus is trained on")] = "20M",
-    lrs: Annotated[str, typer.Option(help="rates tried on each task, separated by commas")] = "0.003,0.01",
-    steps: Annotated[int, typer.Option(help="training steps on a task")] = 3600,
+    lrs: Annotated[
+        str, typer.Option(help="rates tried on each task, separated by commas; default: 0.003,0.01")
+    ] = "",
+    steps: Annotated[int | None, typer.Option(help="training steps on a task; default: 3600")] = None,
     longest: Annotated[int, typer.Option(help="longest rows of the state tasks, in tokens")] = 2048,
     processes: Annotated[
         int, typer.Option(help="processes on each GPU, a contender in each; 0: all in this one")
@@ -171,7 +173,7 @@ def frontier(
         float | None, typer.Option(help="most seconds of such a process; the rows then say so")
     ] = None,
     small: Annotated[
-        bool, typer.Option("--small", help="tiny models; minutes on a CPU with few --steps")
+        bool, typer.Option("--small", help="tiny models, and other defaults: half a minute on a CPU")
     ] = False,
     budget_seconds: Budget = None,
 ) -> None:
@@ -180,14 +182,14 @@ def frontier(
     Expressivity is what each mixer can track, recall and model; all have equal parameters.
     Resumable: the same command with the same --output continues where it stopped.
     """
-    from .frontier import SMALL, FrontierSettings, run
+    from .frontier import SMALL, SMALL_BUDGET, FrontierSettings, run
     from .results import numbers
 
     (tokens,) = numbers(corpus_tokens, "--corpus-tokens")
-    given = {"contenders": contenders, "tasks": tasks, "corpus": None if corpus is None else str(corpus)}
+    given = {"contenders": contenders, "tasks": tasks, "lrs": lrs, "steps": steps}
+    chosen = (SMALL | SMALL_BUDGET if small else {}) | {k: v for k, v in given.items() if v not in ("", None)}
     settings = FrontierSettings(
-        **{key: value for key, value in given.items() if value}, corpus_tokens=tokens, lrs=lrs, steps=steps,
-        longest=longest, budget_seconds=budget_seconds, processes=processes, seconds_each=seconds_each,
-        **(SMALL if small else {}),
+        corpus=None if corpus is None else str(corpus), corpus_tokens=tokens, longest=longest,
+        budget_seconds=budget_seconds, processes=processes, seconds_each=seconds_each, **chosen,
     )  # fmt: skip
     run(settings, device, output)

@@ -1,14 +1,14 @@
 """`lrnn bench frontier` on a CPU: rows of each kind, going on where it was stopped, the front, mistakes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from forks import server
 from tiny_run import write_recipe
 
-from benchmarks.frontier import KINDS, Fitter, FrontierSettings, _waves, missing, run
+from benchmarks.frontier import KINDS, SMALL, SMALL_BUDGET, Fitter, FrontierSettings, _waves, missing, run
 from benchmarks.frontier_results import front, summarise
 from benchmarks.pages.frontier import contents, write
 from benchmarks.pages.speed import RESULTS
@@ -150,6 +150,23 @@ def test_the_page_of_rows(tmp_path):
 
 def test_the_front():
     assert front([(1, 5), (2, 3), (3, 3), (2, 4), (1, 5)]) == [0, 2, 3, 4]
+
+
+def test_what_is_not_given(monkeypatch):
+    """`--small` alone ends in a minute; it kept 3,600 steps of every contender."""
+    chosen = []
+    monkeypatch.setattr("benchmarks.frontier.run", lambda settings, *_: chosen.append(settings))
+    small = FrontierSettings(**SMALL, **SMALL_BUDGET)
+    for arguments, settings in (
+        ([], FrontierSettings()),
+        (["--small"], small),
+        (["--small", "--steps", "3600", "--lrs", "0.1"], replace(small, steps=3600, lrs="0.1")),
+        (["--contenders", "lstm", "--tasks", "a5"], FrontierSettings(contenders="lstm", tasks="a5")),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["bench", "frontier", *arguments])
+        assert (left.value.code or 0, chosen.pop()) == (0, settings)
+    assert small.steps * len(small.contenders.split(",")) <= 150
 
 
 def test_mistakes_leave_with_2(capsys, tmp_path):
