@@ -212,8 +212,8 @@ def _sum_of_bits(t: Tensor) -> Tensor:
     by_eight = (rows.shape[1] | rows.storage_offset()) * size % 8 == 0  # 28 times as fast in fp32 on a CPU
     bits = rows.view(_INTEGERS[8 if by_eight else size])
     columns = torch.arange(1, 2 * bits.shape[1], 2, device=t.device) * _GOLDEN
-    # In parts of 8 MB, which stay in a CPU's cache. The products' upper halves: in a whole product a sign stays
-    # the highest bit, and two of those cancel out.
+    # In parts of 8 MB, which stay in a CPU's cache. Upper halves of the products: in a whole product a sign
+    # stays the highest bit, and two of those cancel out.
     parts = bits.split(max(1, 2**20 // max(1, bits.shape[1])))
     sums = torch.cat([(part * columns).bitwise_right_shift_(32).sum(1) for part in parts])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=t.device)).sum()
