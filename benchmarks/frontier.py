@@ -76,7 +76,7 @@ SMALL = {
     "hidden": 32, "rows": 64, "width": 64, "depth": 2, "tokens": 2048, "context": 256, "vocab": 64,
     "speed_vocab": 256,
 }  # fmt: skip
-# With them, what is not asked for otherwise: 20 s on two CPU cores.
+# Defaults of --small for options that are not given: half a minute on two CPU cores.
 SMALL_BUDGET = {"contenders": "bd_lru-m5,lstm,min_gru", "tasks": "s5,parity", "lrs": "0.01", "steps": 50}
 
 

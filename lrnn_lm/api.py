@@ -33,7 +33,8 @@ FORMATS = ("transformers", "onnx", "executorch", "torch-export")  # of `lrnn exp
 def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> Path:
     """Train a recipe, or resume its run; then score it on its `eval.tasks`.
 
-    What `lrnn train` does. Under `accelerate launch`, all processes call it.
+    What `lrnn train` does. Under `accelerate launch`, all processes call it. One run at a time: meanwhile
+    torch's default dtype is float32 in all threads of the process.
 
     Args:
         recipe: a recipe file, or what `load_recipe` made of one.

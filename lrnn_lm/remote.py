@@ -4,6 +4,7 @@ What is mapped into memory, locked or renamed stays on disks: prepared data, and
 """
 
 import atexit
+import os
 import posixpath
 import re
 import shutil
@@ -103,7 +104,8 @@ class RemoteFolder:
 
     def lies_in(self, path: Path) -> bool:
         """Whether this is that folder of this machine, or inside of it."""
-        return "file" in self._fs.protocol and Path(self._path).resolve().is_relative_to(path.resolve())
+        here, there = (Path(os.path.realpath(each)) for each in (path, self._path))
+        return "file" in self._fs.protocol and there.is_relative_to(here)
 
     def check_writable(self) -> None:
         """Write a file and remove it."""

@@ -64,7 +64,7 @@ def test_in_a_thread(place: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
+def test_a_run_is_its_recipes_whatever_dtype_and_gradient_mode_torch_is_set_to(place: Path) -> None:
     """As in a notebook that set them for a model of its own."""
     recipe = place / "recipes/demo.yaml"
 

@@ -62,7 +62,7 @@ def _summary(rows: list[Row]) -> tuple[list[Row], list[str], list[str]]:
 
 
 def _missing(rows: list[Row], names: list[str]) -> str:
-    """Why what is missing has no number, or that it was not measured; fewer rows where memory ran out."""
+    """A line for each empty cell: its reason, or "not measured"; and who ran with fewer rows."""
     lines = []
     all_measured = dict.fromkeys(row.get("task", row["kind"]) for row in rows)
     for name in names:

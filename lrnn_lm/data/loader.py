@@ -177,7 +177,8 @@ def _check_alive(workers: Sequence[BaseProcess], error: Exception) -> None:
     """
     # A killed process may take a moment to end. The errors of a living worker's rows wait this long in vain.
     if workers and wait([worker.sentinel for worker in workers], timeout=1):
-        raise RuntimeError(f"a DataLoader worker was killed: {str(error) or type(error).__name__}") from error
+        *_, words = (str(error) or type(error).__name__).splitlines()
+        raise RuntimeError(f"a DataLoader worker was killed ({words})") from error
 
 
 def _check_curriculum(rows: PackedRows | SyntheticRows, curriculum: Sequence[tuple[int, int]]) -> None:

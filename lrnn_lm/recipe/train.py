@@ -110,7 +110,9 @@ class TrainSection(Section):
         10, gt=0, le=1e6, description="time a rank waits for the others before the run ends with an error"
     )
     stall_minutes: float = Field(5, gt=0, le=1e6, description="a longer step prints its stack traces")
-    log_every: int = Field(1, ge=1, description="steps between lines in metrics.jsonl")
+    log_every: int = Field(
+        1, ge=1, description="steps between lines in metrics.jsonl, beside those skipped or inspected"
+    )
     inspect_every: int | None = Field(
         100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
     )

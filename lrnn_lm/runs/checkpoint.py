@@ -116,7 +116,7 @@ def read_position(folder: Path) -> Position:
     state.pop("skips", None)  # of older versions; a run that has any is refused by its skips.json
     if unknown := sorted(state.keys() - {known.name for known in fields(Position)}):
         raise CheckpointError(
-            f"{folder} counts what this version of lrnn-lm does not know ({', '.join(unknown)}); "
+            f"{folder} has fields that this version of lrnn-lm does not know ({', '.join(unknown)}); "
             "use the version that wrote it"
         )
     return Position(**state)

@@ -32,7 +32,7 @@ from .average import Average, check_updated
 from .init_from import find_weights, load_weights
 from .loop import Trainer
 from .optim import make_optimizer, optimizer_class, scale_for_width
-from .parallel import Plan, launch_plan, share, unheeded
+from .parallel import Plan, ignored, launch_plan, share
 from .runtime import make_accelerator, seed_everything
 from .segments import allow_graphs, check_segments
 from .sources import Prepared, held_out_documents, notes, prepare_data, synthetic_task, verify_shards
@@ -91,7 +91,7 @@ def build_trainer(
     source = recipe.model.init_from if begins else None
     weights = together.main_first(lambda: find_weights(source, main)) if source else None
     prepared = together.main_first(lambda: _get_data(recipe, folder, main, stop))
-    for line in [*recipe.notes(), *unheeded(recipe.train, accelerator), *notes(prepared)] if main else ():
+    for line in [*recipe.notes(), *ignored(recipe.train, accelerator), *notes(prepared)] if main else ():
         console.print(escape(line), soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_dir, trust_remote_code=False)
     bare_model = together.all(lambda: _make_model(recipe, prepared, tokenizer, weights).to(device))

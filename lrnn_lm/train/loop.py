@@ -194,8 +194,8 @@ class Trainer:
         if result.applied and self.average is not None:
             self.average.update(position.step)
         spent = Spent(time.perf_counter() - started, self.rows.waited(), result.waited)
-        logged = (recipe.train.log_every, recipe.train.inspect_every or recipe.train.log_every)
-        if not (result.applied and all(position.step % every for every in logged)):
+        every = (recipe.train.log_every, recipe.train.inspect_every)
+        if not result.applied or any(n and position.step % n == 0 for n in every):
             self._log(result, lr, spent, batches[0])
         if result.written == self.accelerator.num_processes:
             self.saver.finish()

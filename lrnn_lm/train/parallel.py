@@ -66,7 +66,7 @@ def launch_plan(asked: str, shard_size: int | None = None, shares_rows: bool = F
     return Plan(kind, reshard and not shares_rows, shard_size, not shares_rows)
 
 
-def unheeded(train: TrainSection, accelerator: Accelerator) -> list[str]:
+def ignored(train: TrainSection, accelerator: Accelerator) -> list[str]:
     """What Accelerate's config file or environment asks for and the recipe decides otherwise, a line each."""
 
     def asked(key: str) -> str:
@@ -75,9 +75,6 @@ def unheeded(train: TrainSection, accelerator: Accelerator) -> list[str]:
     lines = []
     if asked("ACCELERATE_MIXED_PRECISION") not in ("", "no", accelerator.mixed_precision):
         lines.append(("mixed_precision", "ACCELERATE_MIXED_PRECISION", "train.precision decides"))
-    if asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") not in ("", "1", "auto"):
-        decides = "train.tokens_per_step and train.micro_batch decide"
-        lines.append(("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", decides))
     if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true" and not train.activation_checkpointing:
         decides = "train.activation_checkpointing decides"
         lines.append(("fsdp_activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", decides))

@@ -87,7 +87,7 @@ def own_settings() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False):  # which turns gradients on within no_grad too
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -235,8 +235,12 @@ def test_a_killed_worker_is_told_whatever_its_pipe_gives(
     for killed in (True, False):
         made = OneWorker(error, killed)
         monkeypatch.setattr(loader, "DataLoader", lambda *_, made=made, **__: made)
-        with pytest.raises(RuntimeError if killed else type(error)) as raised:
-            next(iter(TrainLoader(prepared.train, T, 5, R, R, num_workers=1)))
+        try:
+            with pytest.raises(RuntimeError if killed else type(error)) as raised:
+                next(iter(TrainLoader(prepared.train, T, 5, R, R, num_workers=1)))
+        finally:  # another test counts the processes that are left
+            made.worker.kill()
+            made.worker.join()
         assert ("a DataLoader worker was killed" in str(raised.value)) == killed
         assert killed or raised.value is error
 

@@ -1,6 +1,7 @@
 """The prefix cache: what was read before costs nothing again, answers are the same, its bytes are bounded."""
 
 import copy
+import random
 import threading
 
 import pytest
@@ -106,6 +107,18 @@ def test_other_weights_begin_anew(fed):
         model.config.prefix_cache_bytes = 0
         assert torch.equal(text, asked(model, DOCUMENT))
         model.config.prefix_cache_bytes = 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_two_signs_of_a_row_tell(dtype):
+    """In whichever columns: a sum without factors, or with one each, had half of them in common."""
+    weight, draw = torch.randn(8, 64).to(dtype), random.Random(0)
+    before = prefix._sum_of_bits(weight)
+    for _ in range(100):
+        other, places = weight.clone(), draw.sample(range(64), 2)
+        other[draw.randrange(8), places] *= -1
+        assert prefix._sum_of_bits(other) != before, places
+    assert prefix._sum_of_bits(weight[:0]) == 0
 
 
 @pytest.mark.parametrize(

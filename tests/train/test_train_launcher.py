@@ -193,7 +193,6 @@ def test_what_accelerate_would_do_by_itself(
     ("key", "others", "value", "decides", "settled"),
     [
         ("ACCELERATE_MIXED_PRECISION", ("", "no"), "fp16", "train.precision", None),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "4", "train.tokens_per_step", None),
         ("FSDP_ACTIVATION_CHECKPOINTING", ("false",), "true", "activation_checkpointing", "true"),
     ],
 )

@@ -205,17 +205,20 @@ def _weights(model: PreTrainedModel) -> Any:
 
 
 def _sum_of_bits(t: Tensor) -> Tensor:
-    """Another for numbers that change places or signs: each is multiplied by an odd number of its column,
-    and each row's sum by one of its row."""
+    """A checksum of all bits. It also changes where numbers change places or signs: each is multiplied by odd
+    numbers of its column, and each row's sum by one of its row."""
+    if not t.numel():
+        return torch.zeros((), dtype=torch.int64, device=t.device)
     rows = (t.flatten(1) if t.ndim > 1 else t.reshape(-1, 1)).contiguous()
     size = t.element_size()
     by_eight = (rows.shape[1] | rows.storage_offset()) * size % 8 == 0  # 28 times as fast in fp32 on a CPU
     bits = rows.view(_INTEGERS[8 if by_eight else size])
     columns = torch.arange(1, 2 * bits.shape[1], 2, device=t.device) * _GOLDEN
-    # In parts of 8 MB, which stay in a CPU's cache. Upper halves of the products: in a whole product a sign
-    # stays the highest bit, and two of those cancel out.
-    parts = bits.split(max(1, 2**20 // max(1, bits.shape[1])))
-    sums = torch.cat([(part * columns).bitwise_right_shift_(32).sum(1) for part in parts])
+    # In parts of 8 MB, which stay in a CPU's cache. A sign is the highest bit of a product too, and two of
+    # those cancel out: so the upper halves are multiplied again.
+    parts = bits.split(max(1, 2**20 // bits.shape[1]))
+    again = columns * columns
+    sums = torch.cat([(part * columns).bitwise_right_shift_(32).mul_(again).sum(1) for part in parts])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=t.device)).sum()
 
 
