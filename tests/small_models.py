@@ -139,12 +139,16 @@ def _pickled(name: str) -> tuple[bytes, list[Tensor]]:
 
 
 def _copy(text: bytes, tensors: list[Tensor]) -> LRNNForCausalLM:
-    reader, copies = pickle.Unpickler(io.BytesIO(text)), [tensor.detach().clone() for tensor in tensors]
+    copies = [tensor.detach().clone() for tensor in tensors]
     for place, tensor in enumerate(tensors):
         if isinstance(tensor, nn.Parameter):
             copies[place] = nn.Parameter(copies[place], requires_grad=tensor.requires_grad)
-    reader.persistent_load = copies.__getitem__
-    return reader.load()
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, place: int) -> Tensor:
+            return copies[place]
+
+    return Unpickler(io.BytesIO(text)).load()
 
 
 def shallow_model(name: str) -> LRNNForCausalLM:
