@@ -68,7 +68,7 @@ def test_ids_equal_sentencepiece(folders: dict[str, Path], kind: str, python_doc
     different = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
     if kind == "bpe":
         assert not different
-    assert len(different) < len(pairs) / 100
+    assert len(different) < len(pairs) / 50  # 1.2% in the texts of Python 3.13, below 1% in those of 3.11
     for ours, theirs in different:  # equally probable: SentencePiece's single-precision sums choose another
         scores = [sum(spm.GetScore(i) for i in ids) for ids in (ours, theirs)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-6)
