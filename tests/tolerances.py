@@ -1,7 +1,6 @@
 """The one table of tolerances of the model's tests; the scans have theirs in kernels/scans.py.
 
-Each is the largest difference allowed between two ways to compute the same fp32 numbers: absolute up to 1,
-then relative to the largest (`small_models.close`).
+Each is the largest absolute difference allowed between two ways to compute the same fp32 numbers of order 1.
 """
 
 TOLERANCE = {

@@ -1,6 +1,7 @@
 """Tokenizers: lossless, the same ids as SentencePiece's own, deterministic, clear about what cannot be."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_ids_equal_sentencepiece(folders: dict[str, Path], kind: str, python_doc
     different = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
     if kind == "bpe":
         assert not different
-    assert len(different) < len(pairs) / 50  # 1.2% in the texts of Python 3.13, below 1% in those of 3.11
+    percent = 1 if sys.version_info < (3, 13) else 2  # 1.2 in the texts of Python 3.13
+    assert len(different) < len(pairs) * percent / 100
     for ours, theirs in different:  # equally probable: SentencePiece's single-precision sums choose another
         scores = [sum(spm.GetScore(i) for i in ids) for ids in (ours, theirs)]
         assert scores[0] == pytest.approx(scores[1], rel=1e-6)

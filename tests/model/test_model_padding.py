@@ -108,7 +108,8 @@ def test_documents_among_padding(name, kind):
             inside = kept & (reset[row].cumsum(0) == place)
             if inside.any():
                 alone = model(ids[row : row + 1, inside], labels=ids[row : row + 1, inside])
-                close(out.logits[row, inside], alone.logits[0], SUMS)
+                size = alone.logits.abs().max().clamp(min=1)  # 4.4 at most: fp32 rounds more there
+                close(out.logits[row, inside] / size, alone.logits[0] / size, SUMS)
                 targets = int(inside.sum()) - 1
                 nats, count = nats + alone.loss * targets, count + targets
     close(out.loss, nats / count, SUMS)
