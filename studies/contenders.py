@@ -17,6 +17,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba2": {"type": "mamba2", "expand": 2, "head_dim": 32, "state_size": 16, "chunk_size": 32},
     "deltanet": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": False},
     "deltanet-negative": {"type": "deltanet", "num_heads": 4, "allow_neg_eigval": True},
+    "gated_deltanet": {"type": "gated_deltanet", "num_heads": 2, "head_dim": 32, "allow_neg_eigval": True},
     "gated_deltaproduct": {"type": "gated_deltaproduct", "num_heads": 2, "head_dim": 32},
     "kda": {"type": "kda", "allow_neg_eigval": True},
     "gated_deltanet2": {"type": "gated_deltanet2", "allow_neg_eigval": True},
@@ -37,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 GATED = ("bd_lru", "h_lru")
 # Whose kernels train in half precision only, or are made for it.
-HALF = ("deltanet", "gated_deltaproduct", "kda", "gated_deltanet2", "rwkv7")
+HALF = ("deltanet", "gated_deltanet", "gated_deltaproduct", "kda", "gated_deltanet2", "rwkv7")
 FITTED = {  # else the SwiGLU
     "bd_lru": "num_blocks", "h_lru": "num_blocks", "complex_lru": "num_blocks", "slice": "num_blocks",
     "bd_gru": "num_blocks", "bd_slstm": "num_blocks", "pd_ssm": "num_blocks",
