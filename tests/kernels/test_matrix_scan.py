@@ -300,7 +300,7 @@ def test_what_triton_cannot_run_is_told(monkeypatch):
 
     def told(message, **shape):
         with pytest.raises(ValueError, match=f"backend 'triton' cannot run here: .*{message}"):
-            matrix_scan(*make_inputs(**shape), backend="triton")
+            matrix_scan(*to_device(make_inputs(**shape)), backend="triton")
 
     told("block size 3", K=6, M=3)
     told("128 x 4 is above 64 x 64", K=128, M=4)
