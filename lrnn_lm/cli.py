@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .mistakes import is_users, tell
+from .mistakes import is_users, tell, tell_replaced
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder, latest_checkpoint
@@ -31,7 +31,10 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of the recipe")
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...", help="override keys of the recipe", callback=tell_replaced
+    ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, or its URL")]
 Branch = Annotated[
@@ -263,20 +266,10 @@ def generate(
     from .evaluate import generate as stream
 
     stream(
-        checkpoint,
-        prompt,
-        prompt_file=prompt_file,
-        prompt_twice=prompt_twice,
-        segment=segment,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        greedy=greedy,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+        checkpoint, prompt, prompt_file=prompt_file, prompt_twice=prompt_twice, segment=segment,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        greedy=greedy, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()

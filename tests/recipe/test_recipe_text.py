@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lrnn_lm import mixers
+from lrnn_lm.cli import main
 from lrnn_lm.launch.sweep import read_sweep
 from lrnn_lm.mixers import MIXERS
 from lrnn_lm.recipe import RecipeError, dump_recipe, flatten, load_recipe, recipe_from_dict
@@ -310,3 +311,26 @@ def test_a_change_of_type_leaves_out_what_the_new_one_does_not_read(base: Path) 
 def test_an_unknown_type_is_told_as_such(base: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'bd_lru'"):
         load_recipe(base, ["model.mixer.type=bdlru"])
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "submit", "info"])
+def test_an_override_that_a_later_one_replaces_is_told(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one counted without a word."""
+    twice = ["optim.lr=1e-3", "train.tokens=2M", "optim.lr=2e-3", "seed=1", "seed=1"]
+
+    def said(*overrides: str) -> str:
+        with pytest.raises(SystemExit) as ended:  # after the note, as there is no such recipe
+            main([command, str(tmp_path / "none.yaml"), *overrides])
+        assert ended.value.code == 2
+        note, mistake = capsys.readouterr().err.split("lrnn: " + str(tmp_path))
+        assert "no such recipe" in mistake
+        return note
+
+    assert said(*twice) == "lrnn: optim.lr is given 2 times; the last counts: optim.lr=2e-3\n"
+    assert said(*twice[:2], "seed=1", "optim.eps=1e-9") == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):  # another rank tells it
+        main([command, "none.yaml", *twice])
+    assert capsys.readouterr().err == ""
