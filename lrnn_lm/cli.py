@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .mistakes import is_users, tell
+from .mistakes import is_users, tell, tell_replaced
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder, latest_checkpoint
@@ -22,16 +22,16 @@ from .version import __version__
 EXIT_USER_ERROR = 2
 
 app = typer.Typer(
-    name="lrnn",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+    name="lrnn", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
     rich_markup_mode=None,
-)
+)  # fmt: skip
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="override keys of the recipe")
+    list[str] | None,
+    typer.Argument(
+        metavar="[section.key=value]...", help="override keys of the recipe", callback=tell_replaced
+    ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, or its URL")]
 Branch = Annotated[
@@ -71,6 +71,14 @@ TrustRemoteCode = Annotated[
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"lrnn-lm {__version__}")
+        raise typer.Exit
+
+
+def _print_keys(asked: bool) -> None:
+    if asked:
+        from .recipe.keys import key_lines
+
+        print("\n".join(key_lines()))
         raise typer.Exit
 
 
@@ -263,20 +271,10 @@ def generate(
     from .evaluate import generate as stream
 
     stream(
-        checkpoint,
-        prompt,
-        prompt_file=prompt_file,
-        prompt_twice=prompt_twice,
-        segment=segment,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        greedy=greedy,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+        checkpoint, prompt, prompt_file=prompt_file, prompt_twice=prompt_twice, segment=segment,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        greedy=greedy, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 @app.command()
@@ -333,6 +331,9 @@ def info(
         str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="recipe file or checkpoint folder")
     ],
     overrides: Overrides = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", callback=_print_keys, is_eager=True, help="list every key of a recipe")
+    ] = False,
 ) -> None:
     """Show the cost of a recipe or checkpoint, without training.
 
@@ -363,11 +364,9 @@ def report(
 @app.command(
     add_help_option=False,
     context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
+        "allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False,
     },
-)
+)  # fmt: skip
 def bench(context: typer.Context) -> None:
     """Measure speed: kernels, train, decode (from a clone only)."""
     root = Path(__file__).resolve().parents[1]

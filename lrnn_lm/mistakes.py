@@ -39,6 +39,23 @@ def tell(mistake: Exception, command: str) -> None:
         print(f"lrnn: {message}", file=sys.stderr)
 
 
+def tell_replaced(overrides: list[str] | None) -> list[str] | None:
+    """Say which overrides a later one of the same key replaces, as where a script adds to its own.
+
+    No error: the last one counts, as with options of a command line. Returns them all.
+    """
+    given: dict[str, list[str]] = {}
+    for text in overrides or []:
+        given.setdefault(text.partition("=")[0].strip(), []).append(text)
+    for key, texts in given.items():
+        if len({*texts}) > 1 and _is_told_here():
+            print(
+                f"lrnn: {key} is given {len(texts)} times; the last counts: {texts[-1].strip()}",
+                file=sys.stderr,
+            )
+    return overrides
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # only what is imported can have raised it
     return torch is not None and isinstance(error, torch.OutOfMemoryError)

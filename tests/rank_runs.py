@@ -183,10 +183,17 @@ def _disturb(rank: int, prank: Prank | None) -> None:
     if prank.scoring:
         meet = Trainer._meet
 
-        def meets(trainer: Trainer, doing: str, working: bool = False) -> bool:
-            if doing == "scoring" and trainer.position.step == prank.step:
+        def meets(trainer: Trainer, doing: str, *flags: bool, **more: bool) -> bool:
+            here = doing == "scoring" and trainer.position.step == prank.step
+            if here and prank.signal:
                 os.kill(os.getpid(), prank.signal)
-            return meet(trainer, doing, working)
+            any_works = meet(trainer, doing, *flags, **more)
+            if here and prank.full and not more:  # after the meeting: in the pass
+                trainer.bare_model.register_forward_pre_hook(no_room)
+            return any_works
+
+        def no_room(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
 
         Trainer._meet = meets
         return

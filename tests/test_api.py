@@ -64,7 +64,7 @@ def test_in_a_thread(place: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_a_run_is_its_recipes_whatever_dtype_and_gradient_mode_torch_is_set_to(place: Path) -> None:
+def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
     """As in a notebook that set them for a model of its own."""
     recipe = place / "recipes/demo.yaml"
 
@@ -83,6 +83,16 @@ def test_a_run_is_its_recipes_whatever_dtype_and_gradient_mode_torch_is_set_to(p
     for name, mode in (("no_grad", torch.no_grad()), ("inference", torch.inference_mode())):
         with mode:
             assert trained(name) == straight
+    device = torch.device("cuda" if torch.cuda.is_available() else "meta")
+    torch.set_default_device(device)
+    try:
+        assert trained("device") == straight
+        assert torch.get_default_device().type == device.type, "and it is the caller's again"
+    finally:
+        torch.set_default_device(None)
+    with torch.device("meta"):
+        assert trained("in_a_context") == straight
+        assert torch.empty(0).is_meta
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of torch"):
         trained("autocast")
 

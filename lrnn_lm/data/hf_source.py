@@ -81,11 +81,17 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
         if spec.split not in loaded:
             raise DataError(f"dataset {name}: no split {spec.split!r}; there are: {', '.join(loaded)}")
         loaded = loaded[spec.split]
-    elif {"[", "+"} & {*spec.split} and str(loaded.split) != spec.split:
-        raise DataError(
-            f"dataset {name}: a folder of save_to_disk with one split is read whole, not as {spec.split!r}; "
-            "save the part that you want (data.source.split)"
-        )
+    elif spec.split != (there := str(loaded.split or "")):
+        if {"[", "+"} & {*spec.split}:
+            raise DataError(
+                f"dataset {name}: a folder of save_to_disk with one split is read whole, not as "
+                f"{spec.split!r}; save the part that you want (data.source.split)"
+            )
+        # "train" is the default and reads whatever was saved; a dataset that was not loaded has no split.
+        if there and spec.split != "train":
+            raise DataError(
+                f"dataset {name}: no split {spec.split!r}; the folder holds {there!r} (data.source.split)"
+            )
     return loaded, None
 
 

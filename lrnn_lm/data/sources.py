@@ -121,8 +121,9 @@ def files(spec: SourceSpec) -> list[File]:
     found = _found(spec)
     files = [f for f in found if f.stat().st_size]
     if not files:
-        what = "the file is empty" if len(found) == 1 else f"all of its {len(found)} files are empty"
-        raise DataError(f"{spec.path}: {what}")
+        if len(found) == 1:  # of a folder or a glob, too
+            raise DataError(f"{found[0]}: the file is empty")
+        raise DataError(f"{spec.path}: all of its {len(found)} files are empty")
     return files
 
 

@@ -21,7 +21,7 @@ from ..runs.load import (
 from .scoring import quiet_lm_eval, score_tasks
 from .show import check_at_least, check_output, decimal, print_table, print_written, table_console, write_json
 from .tasks.heldout import cloze_dataset
-from .tasks.names import find_tasks, hub_data, read_suite, usual_window
+from .tasks.names import find_tasks, hub_data, read_suite, usual_window, with_members
 from .team import ALONE, Team
 from .text import documents_of, in_name, other_text, stem_of
 
@@ -186,14 +186,14 @@ def _add_error_of_the_mean(scores: dict[str, Any]) -> None:
 
 
 def check_tasks(names: list[str], data: Path | None = None) -> list[str]:
-    """The names without wildcards.
+    """The names without wildcards and the project's tags.
 
     Raises ValueError for an unknown task, naming the nearest, or a cloze task that `data` cannot fill.
 
     data: the held-out documents that the tasks will read, if they exist already.
     """
     with quiet_lm_eval():
-        _, tasks, _ = find_tasks(names, {})
+        tasks = with_members(find_tasks(names, {})[1])
     if data is not None and "heldout_cloze" in tasks:
         cloze_dataset(data=str(data))
     return tasks

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import user_path
-from ..recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict
+from ..recipe import Recipe, dump_recipe, load_recipe, read_yaml, recipe_from_dict
 from ..recipe.optim import check_optimizer
 from ..runs.branch import find_parent
 from ..runs.layout import RunFolder, latest_checkpoint, step_of
@@ -116,9 +116,11 @@ def _unfinished(
 
 def _queued(run: Path) -> str | None:
     """The job that a run waits or trains in, if there is one."""
-    file = RunFolder(run).job
+    file, submitted = RunFolder(run).job, RunFolder(run).launch / "recipe.yaml"
     if not file.is_file():
         return None
+    if submitted.is_file() and read_yaml(submitted).get("name") != run.name:  # a copy, or a new name: the job
+        return None  # trains in the folder that it was submitted for
     job = file.read_text().strip()
     asked = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False

@@ -39,7 +39,7 @@ from .saver import Saver
 from .segments import split
 from .sequence import sequence_parallel
 from .sources import Prepared
-from .stop import AskedToStopError, Stopped, StopSignal
+from .stop import AskedToStopError, OtherRankError, Stopped, StopSignal
 from .tasks import Scorer, in_words, score_live
 from .tensors import Group
 from .throughput import Spent, Throughput
@@ -330,10 +330,14 @@ class Trainer:
         self.metrics.write({"step": step, "tokens": self.recipe.tokens_at(step), **fields})
         self.line.say(f"step {step}: {escape(words)}")
 
-    def _meet(self, doing: str, working: bool = False) -> bool:
-        """Whether any rank still works; AskedToStopError if any was asked to stop. All ranks call it."""
+    def _meet(self, doing: str, working: bool = False, failed: bool = False) -> bool:
+        """Whether any rank still works; OtherRankError if any has failed, AskedToStopError if any was asked.
+        All ranks call it."""
         self.beat(doing)
-        asked, working = on_any_rank(self.accelerator, self.stop.asked or self.rows.unread, working)
+        asked = self.stop.asked or self.rows.unread
+        asked, working, failed = on_any_rank(self.accelerator, asked, working, failed)
+        if failed:
+            raise OtherRankError
         if asked:
             raise AskedToStopError  # not saved here: the model may have the averages for weights
         return working
@@ -346,17 +350,13 @@ class Trainer:
         self.beat("scoring", now=True)
         try:
             found = score_live(
-                self.scorer, self.bare_model, self.tokenizer, self.accelerator, partial(self._meet, "scoring")
-            )
+                self.scorer, self.bare_model, self.tokenizer, self.accelerator,
+                partial(self._meet, "scoring"), partial(self._save, wait=True),
+            )  # fmt: skip
         except AskedToStopError:
             self._save_and_stop()
-        except ValueError as error:  # a mistake that only this task's requests show; all ranks have it
-            self._save(wait=True)
+        except ValueError as error:
             raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
-        except Exception:  # such as no memory; with several ranks the others would not join the saving
-            if self.accelerator.num_processes == 1:
-                self._save(wait=True)
-            raise
         self.position.scored = self.position.step
         self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))
 

@@ -34,6 +34,7 @@ class Metrics:
         self._accelerator, self._tell = accelerator, tell
         self._path = RunFolder(folder).metrics
         self._file = None
+        self._failed: list[Any] = []  # trackers that are left out, and still open
         self.problem: str | None = None
         self._begins = False  # on the main rank: whether the run has no checkpoint of its own
         if accelerator.is_main_process:
@@ -85,7 +86,9 @@ class Metrics:
         if self._file is not None:
             with suppress(OSError):  # `write` has reported a full disk
                 self._file.close()
+        failed = [*self._failed]  # one that fails in `finish` is not asked again
         self._each_tracker(lambda tracker: tracker.finish())
+        _finish(failed)
 
     def start_trackers(self, recipe: Recipe) -> None:
         """Give trackers the recipe, flat and as numbers or texts: TensorBoard takes nothing else.
@@ -106,6 +109,7 @@ class Metrics:
                 started += accelerator.trackers
             except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
                 failures.append(f"{tracker} cannot start ({_in_words(error)})")
+                _finish(accelerator.trackers)  # it may have started, and failed at the recipe
         problem = f"tracking.trackers: {', '.join(failures)}" if failures else None
         accelerator.log_with, accelerator.trackers = named, started
         failed, begins = on_any_rank(accelerator, problem is not None, self._begins)
@@ -122,7 +126,15 @@ class Metrics:
                 work(tracker)
             except Exception as error:  # each tracker raises errors of its own
                 self._accelerator.trackers.remove(tracker)
+                self._failed.append(tracker)
                 self._tell(f"tracker {tracker.name} failed ({_in_words(error)}): going on without")
+
+
+def _finish(trackers: list[Any]) -> None:
+    """Close trackers that failed: left open, a later run of this process would go on in the same one."""
+    for tracker in trackers:
+        with suppress(Exception):  # they have failed, and have been told of
+            tracker.finish()
 
 
 def _in_words(error: Exception) -> str:

@@ -78,6 +78,11 @@ def ignored(train: TrainSection, accelerator: Accelerator) -> list[str]:
     if asked("FSDP_ACTIVATION_CHECKPOINTING") == "true" and not train.activation_checkpointing:
         decides = "train.activation_checkpointing decides"
         lines.append(("fsdp_activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", decides))
+    # The launcher hands its --gradient_accumulation_steps to DeepSpeed only: the rest cannot be told.
+    key = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    if asked(key) not in ("", "1"):
+        decides = "train.tokens_per_step and train.micro_batch decide"
+        lines.append(("gradient_accumulation_steps", key, decides))
     return [f"the Accelerate config's {name}: {asked(key)} is not used: {why}" for name, key, why in lines]
 
 

@@ -5,7 +5,7 @@ import random
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -76,7 +76,7 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """torch's default dtype and gradients as a new process has them, whatever the caller has set.
+    """torch's default dtype, device and gradients as a new process has them, whatever the caller has set.
 
     Raises ValueError within torch.autocast, which casts each weight once and keeps that copy until its end.
     """
@@ -85,9 +85,11 @@ def own_settings() -> Iterator[None]:
             "call train() outside of torch.autocast: a run takes its precision from train.precision"
         )
     dtype = torch.get_default_dtype()
+    # A context of the default device makes every call of torch slower, so not where the default is a CPU.
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False):  # which turns gradients on within no_grad too
+        with on_cpu, torch.inference_mode(False):  # which turns gradients on within no_grad too
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -31,6 +31,10 @@ class Stopped(SystemExit):
         return self.message
 
 
+class OtherRankError(Exception):
+    """Another rank has failed in the scoring of tasks. It says why, and this one nothing."""
+
+
 class AskedToStopError(Exception):
     """A signal came during a validation or the scoring of tasks, on any rank."""
 

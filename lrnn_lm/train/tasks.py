@@ -6,7 +6,7 @@ and the ranks in step: each scores a share of the requests, in batches of its ow
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..files import random_state_kept
 from .parallel import is_sharded, reshard
+from .stop import AskedToStopError, OtherRankError
 
 _SHOWN = 8  # numbers in the progress line
 
@@ -27,12 +28,39 @@ it; the scorer calls it before ranks exchange answers.
 
 
 def score_live(
-    scorer: Scorer, model: nn.Module, tokenizer: Any, accelerator: Accelerator, meet: Callable[[bool], bool]
+    scorer: Scorer,
+    model: nn.Module,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    meet: Callable[..., bool],
+    save: Callable[[], None],
 ) -> dict[str, float]:
     """The scores of the model as it is; every rank calls it.
 
-    meet(working) says whether any rank works; all call it before each forward pass of any. It may raise.
+    meet(working, failed) says whether any rank works; all call it before each forward pass of any. It may
+    raise; OtherRankError on all if any has failed. save() is called before an error ends the run, wherever
+    all ranks can join it: not where one fails within a pass that others wait in (FSDP2).
     """
+    steps = _InStep(model, meet)
+    try:
+        return _scores(scorer, model, tokenizer, accelerator, steps)
+    except AskedToStopError:
+        raise
+    except ValueError:  # a mistake that only this task's requests show; all ranks have it
+        save()
+        raise
+    except OtherRankError:
+        save()
+        raise ValueError("") from None
+    except Exception:  # such as no memory
+        if accelerator.num_processes == 1 or steps.tell_failure():
+            save()
+        raise
+
+
+def _scores(
+    scorer: Scorer, model: nn.Module, tokenizer: Any, accelerator: Accelerator, steps: "_InStep"
+) -> dict[str, float]:
     frozen = gc.get_freeze_count() > 0
     try:
         # Eagerly: a compiled block would be compiled for every length of a batch, up to torch's limit, after
@@ -41,9 +69,9 @@ def score_live(
             random_state_kept(accelerator.device),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
-            _in_step(model, meet) as wait,
+            steps.hooked(),
         ):
-            return scorer(model, tokenizer, accelerator.process_index, accelerator.num_processes, wait)
+            return scorer(model, tokenizer, accelerator.process_index, accelerator.num_processes, steps.wait)
     finally:
         reshard(model)
         if frozen:  # lm-eval's modules and task lists stay: see Trainer._train
@@ -51,33 +79,48 @@ def score_live(
             gc.freeze()
 
 
-@contextmanager
-def _in_step(model: nn.Module, meet: Callable[[bool], bool]) -> Iterator[Callable[[], None]]:
-    """Inside, all ranks meet before each forward pass of any; what it gives is the scorer's `wait`.
+class _InStep:
+    """All ranks meet before each forward pass of any, until each has called `wait`.
 
     A rank that waits meets the others until none is working. Under FSDP2 it runs a pass of one token each
     time: a pass gathers parameters from all ranks.
     """
-    waiting = False
 
-    def before(*_: Any) -> None:
-        if not waiting:
-            meet(True)
+    def __init__(self, model: nn.Module, meet: Callable[..., bool]):
+        self._model, self._meet = model, meet
+        self._waiting = False
+        self._expected = True  # whether the others go on to a meeting, and not to exchange answers
 
-    def wait() -> None:
-        nonlocal waiting
-        waiting = True
-        while meet(False):
-            if is_sharded(model):
-                model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
-        waiting = False
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        # First of all hooks, before FSDP2's. Beside a hook, decoding calls no kernels of its own.
+        handle = self._model.register_forward_pre_hook(self._before, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
-    # First of all hooks, before FSDP2's. Decoding calls no kernels of its own beside a hook, only the model.
-    handle = model.register_forward_pre_hook(before, prepend=True)
-    try:
-        yield wait
-    finally:
-        handle.remove()
+    def _before(self, *_: Any) -> None:
+        if not self._waiting:
+            self._expected = False  # if this raises, they do not come to another one
+            self._meet(True)
+            self._expected = True
+
+    def wait(self) -> None:
+        """Return once all ranks have called it."""
+        self._waiting, self._expected = True, False
+        while self._meet(False):
+            if is_sharded(self._model):
+                self._model(torch.zeros(1, 1, dtype=torch.long, device=self._model.device))
+        self._waiting = False
+
+    def tell_failure(self) -> bool:
+        """Have the other ranks' next meeting raise OtherRankError; whether there is one."""
+        if self._expected and not is_sharded(self._model):
+            with suppress(OtherRankError):
+                self._meet(False, failed=True)
+            return True
+        return False
 
 
 def in_words(found: dict[str, float]) -> str:

@@ -175,8 +175,9 @@ def test_empty_files_are_left_out(tmp_path: Path, kind: str) -> None:
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"all of its 2 files are empty"):
         read(kind, tmp_path)
-    with pytest.raises(DataError, match=rf"y\.{suffix}: the file is empty"):
-        read(kind, tmp_path / f"y.{suffix}")
+    for path in (tmp_path / f"y.{suffix}", tmp_path / "y.*", tmp_path / "first"):  # a folder is no file
+        with pytest.raises(DataError, match=rf"[xy]\.{suffix}: the file is empty"):
+            read(kind, path)
     if kind == "parquet":
         import pyarrow
         import pyarrow.parquet

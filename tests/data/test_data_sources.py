@@ -103,6 +103,26 @@ def test_hf_saved_and_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read("hf", tmp_path / "absent")
 
 
+def test_another_split_than_the_one_saved_is_refused(tmp_path: Path) -> None:
+    """Its name was ignored, for the rows of the split that is there."""
+    import datasets
+
+    for there in (None, "train", "validation", "train[:10%]"):
+        folder = tmp_path / str(there)
+        saved = datasets.Dataset.from_dict({"text": TEXTS})
+        saved._split = there and datasets.NamedSplit(there)
+        saved.save_to_disk(str(folder))
+        assert read("hf", folder) == TEXTS, "the default takes what was saved"
+        for asked in ("train", "validation", "test", "train[:10%]"):
+            if asked in ("train", there) or (there is None and "[" not in asked):
+                assert read("hf", folder, split=asked) == TEXTS, (there, asked)
+                continue
+            with pytest.raises(DataError) as told:
+                read("hf", folder, split=asked)
+            assert repr(asked) in str(told.value)
+            assert "[" in asked or f"holds {there!r}" in str(told.value)
+
+
 def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -12,6 +12,7 @@ import pytest
 
 from lrnn_lm.evaluate import check_tasks
 from lrnn_lm.evaluate.tasks import heldout
+from lrnn_lm.evaluate.tasks.names import find_tasks
 from lrnn_lm.runs.layout import RunFolder
 
 
@@ -212,8 +213,22 @@ def test_a_cloze_that_the_documents_cannot_fill_is_told_before_training(tmp_path
     path = tmp_path / "heldout.jsonl"
     path.write_text(json.dumps({"text": "one two three four " * 50}) + "\n")
     check_tasks(["heldout_bits_per_byte"], path)
-    with pytest.raises(ValueError, match="leave heldout_cloze out"):
-        check_tasks(["heldout_bits_per_byte", "heldout_cloze"], path)
+    for names in (["heldout_bits_per_byte", "heldout_cloze"], ["heldout_cloze"], ["heldout"], ["heldout_*"]):
+        with pytest.raises(ValueError, match="ask for heldout_bits_per_byte alone") as told:
+            check_tasks(names, path)
+        for part in (str(path), "heldout_cloze, of the tag heldout", "30 to 100 words, and its 1 documents"):
+            assert part in str(told.value)
+
+
+def test_a_tag_is_checked_as_its_tasks_are():
+    """A run with `eval.tasks: [heldout]` trained to its end before the cloze was refused."""
+    manager = find_tasks(["heldout"], {})[0]
+    tags = sorted(manager.all_tags)
+    assert {"heldout", "mad", "state"} <= {*tags}
+    for tag in tags:
+        members = [task for task in manager.all_subtasks if tag in manager.task_index[task].tags]
+        assert sorted(check_tasks([tag])) == sorted(members)
+        assert members
 
 
 def test_the_file_stands_alone(tmp_path):

@@ -71,6 +71,24 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
     close(got, want, SUMS)
 
 
+def test_label_smoothing_of_packed_rows_takes_the_targets_that_labels_mark(tmp_path):
+    """The Trainer keeps labels to itself there, so the model cannot leave out what crosses documents."""
+    reset = torch.zeros(4, 12, dtype=torch.bool)
+    reset[:, 5] = reset[1, 9] = True
+    ids, model = tokens(rows=4, length=12), small_model("hybrid")
+    marked = ids.masked_fill(reset, -100)  # as DataCollatorWithFlattening has it
+    arguments = TrainingArguments(
+        output_dir=tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    with torch.no_grad():
+        logits = model(ids, reset=reset).logits[:, :-1].flatten(0, 1)
+        want = torch.nn.functional.cross_entropy(logits, marked[:, 1:].flatten(), label_smoothing=0.1)
+        batch = {"input_ids": ids, "reset": reset, "labels": marked}
+        close(Trainer(model=model, args=arguments).compute_loss(model, batch), want, SUMS)
+        own = [model(ids, reset=reset, labels=labels).loss for labels in (ids, marked)]
+    close(*own, SUMS)
+
+
 @pytest.mark.parametrize("name", [*OF_EACH_STATE, "mamba2", "mlstm", "m2rnn"])
 def test_lora_on_every_projection(name, tmp_path):
     """Every adapter is in the forward pass, cached or not, and learns; merged, it is the same model."""

@@ -1,6 +1,7 @@
 """`lrnn submit`: what it writes, what it tells sbatch, and every mistake that it can be told of."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -153,6 +154,21 @@ def test_not_twice(folder, program, capsys):
     assert lrnn_submit("base.yaml") == 0
     assert lrnn_submit("base.yaml") == 2
     assert "base is in the queue already, as job 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("array", [(), ("--array=sweep.yaml",)])
+def test_a_copy_of_a_run_is_not_in_its_queue(folder, program, capsys, array):
+    """The copy's job was that of the original: the copy could not be submitted before it was done."""
+    program("sbatch", "echo 7")
+    program("squeue", '[[ $2 == --jobs=7* ]] && echo "7 main base"')
+    (folder / "sweep.yaml").write_text("seed: [1]\n")
+    name = "base-seed_1" if array else "base"
+    assert lrnn_submit("base.yaml", *array) == 0
+    shutil.copytree(folder / "runs" / name, folder / "runs/copy")
+    assert lrnn_submit("base.yaml", "name=copy", "seed=1") == 0
+    assert "copy is job 7; logs in" in capsys.readouterr().out
+    assert lrnn_submit("base.yaml", "name=copy", "seed=1") == 2, "now it has a job of its own"
+    assert "copy is in the queue already, as job 7" in capsys.readouterr().err
 
 
 def test_an_array(folder, program, capsys):

@@ -204,6 +204,52 @@ def test_lengths_are_those_of_generate(manager):
         batch.add_request([3, 4, 5])
 
 
+def test_settings_are_those_of_generate():
+    """Keywords and the model's own settings, beside a config or not; all but max_new_tokens were ignored."""
+    model, prompts = small_model("bd_lru"), [[3, 4, 5], [6]]
+
+    def check(*given, **options):
+        got = [out.generated_tokens for out in model.generate_batch(prompts, *given, **options).values()]
+        as_config = {"generation_config": given[0]} if given else {}
+        want = [
+            model.generate(torch.tensor([ids]), **as_config, **options)[0, len(ids) :].tolist()
+            for ids in prompts
+        ]
+        assert got == want
+        return got
+
+    for given in ((), (GenerationConfig(do_sample=False),)):
+        assert [*map(len, check(*given, max_length=7))] == [4, 6]
+        (end, *_), _ = check(*given, max_new_tokens=1)
+        assert [end] in check(*given, eos_token_id=end, max_length=30)
+        model.generation_config.update(max_length=9, eos_token_id=end)
+        assert [end] in check(*given)
+        assert max(map(len, check(*given, eos_token_id=None))) <= 8
+        model.generation_config.update(max_length=None, eos_token_id=None)
+    assert model.generation_config.max_new_tokens is None, "a call leaves no setting behind"
+    model.generation_config.repetition_penalty = 2.0
+    with pytest.raises(ValueError, match="not RepetitionPenaltyLogitsProcessor"):
+        model.generate_batch(prompts, GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ([], "no token"),
+        ([3, 53], "tokens outside of the model's 53"),
+        ([3] * 7, "7 tokens and max_length is 7"),
+    ],
+)
+def test_a_prompt_that_is_none_is_named_before_any_is_answered(prompt, match, monkeypatch):
+    """transformers logged it, and the whole call returned {}."""
+    model = small_model("bd_lru")
+    monkeypatch.setattr(model, "init_continuous_batching", None)
+    with pytest.raises(ValueError, match=rf"^inputs\[1\]: the prompt has .*{match}"):
+        model.generate_batch([[3, 4], prompt, [5]], max_length=7)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate_batch([[3, 4]], max_new_tokens=0)
+
+
 @pytest.mark.parametrize(("prompt", "match"), [([], "has no token"), ([3, 53], "outside of the model's 53")])
 def test_a_prompt_that_is_none(manager, prompt, match):
     with pytest.raises(ValueError, match=match):

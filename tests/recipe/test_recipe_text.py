@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lrnn_lm import mixers
+from lrnn_lm.cli import main
 from lrnn_lm.launch.sweep import read_sweep
 from lrnn_lm.mixers import MIXERS
 from lrnn_lm.recipe import RecipeError, dump_recipe, flatten, load_recipe, recipe_from_dict
@@ -310,3 +311,49 @@ def test_a_change_of_type_leaves_out_what_the_new_one_does_not_read(base: Path) 
 def test_an_unknown_type_is_told_as_such(base: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'bd_lru'"):
         load_recipe(base, ["model.mixer.type=bdlru"])
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "submit", "info"])
+def test_an_override_that_a_later_one_replaces_is_told(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one counted without a word."""
+    twice = ["optim.lr=1e-3", "train.tokens=2M", "optim.lr=2e-3", "seed=1", "seed=1"]
+
+    def said(*overrides: str) -> str:
+        with pytest.raises(SystemExit) as ended:  # after the note, as there is no such recipe
+            main([command, str(tmp_path / "none.yaml"), *overrides])
+        assert ended.value.code == 2
+        note, mistake = capsys.readouterr().err.split("lrnn: " + str(tmp_path))
+        assert "no such recipe" in mistake
+        return note
+
+    assert said(*twice) == "lrnn: optim.lr is given 2 times; the last counts: optim.lr=2e-3\n"
+    assert said(*twice[:2], "seed=1", "optim.eps=1e-9") == ""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):  # another rank tells it
+        main([command, "none.yaml", *twice])
+    assert capsys.readouterr().err == ""
+
+
+def test_every_key_is_listed_with_its_default(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line begins as an override: all of them together are the recipe of the defaults."""
+    with pytest.raises(SystemExit) as ended:
+        main(["info", "--keys"])
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    told = {line.split(" (")[0]: line for line in lines}
+    keys = {text.partition("=")[0] for text in told}
+    plain = base.with_name("plain.yaml")
+    plain.write_text("name: plain\n")
+    default = flatten(load_recipe(plain))
+    assert default.keys() <= keys
+    given = [text for text in told if "=" in text and text.partition("=")[0] in default]
+    assert len(given) > 90
+    assert flatten(load_recipe(plain, given)) == default
+    for kind, options in MIXER_OPTIONS.items():
+        for option in options:
+            assert kind in told[f"model.mixer.{option}"]
+    assert told["train.micro_batch=8"] == ("train.micro_batch=8 (int): rows per rank in one forward pass")
+    assert "train.ramp.tokens" in keys
+    assert "data.sources[].weight" in keys

@@ -117,6 +117,17 @@ def test_two_sharded_ranks(sentences: Path, tmp_path: Path, scored: Path) -> Non
     assert losses(tmp_path / "on") == losses(tmp_path / "off")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_room_for_a_request_costs_no_step(rank: int, sentences: Path, tmp_path: Path) -> None:
+    """The others waited for its share until they were cut off, and nothing was saved; alone it saves."""
+    options = (f"train.runs_dir={tmp_path}", "checkpoint.every=100 steps", ON)
+    prank = Prank(rank=rank, step=4, full=True, scoring=True)
+    said = Ranks(sentences, 2, *options, prank=prank).expect(2)
+    assert said.count("no room on the GPU for 2.50 GiB more") == 1
+    assert "Traceback" not in said
+    assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"
+
+
 def test_state_around_the_scoring(sentences: Path, tmp_path: Path) -> None:
     """Random states, modes, hooks and parameters; and a signal in it stops within one batch and saves."""
     trainer = build(sentences, tmp_path, ON, "train.average={decay: 0.5}")

@@ -298,7 +298,7 @@ def test_a_mistake_that_only_the_first_rank_sees(recipe: Path, straight: Path) -
 def test_tasks_that_the_text_cannot_fill(recipe: Path) -> None:
     said = Ranks(recipe, 2, "name=tasks", "eval.tasks=[heldout_cloze]").expect(2)
     assert said.count("lrnn:") == 1
-    assert "leave heldout_cloze out" in said
+    assert "ask for heldout_bits_per_byte alone" in said
     assert "Traceback" not in said
 
 

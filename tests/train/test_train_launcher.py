@@ -194,6 +194,7 @@ def test_what_accelerate_would_do_by_itself(
     [
         ("ACCELERATE_MIXED_PRECISION", ("", "no"), "fp16", "train.precision", None),
         ("FSDP_ACTIVATION_CHECKPOINTING", ("false",), "true", "activation_checkpointing", "true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "4", "train.micro_batch", None),
     ],
 )
 def test_what_accelerate_is_told_in_vain(

@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -89,12 +90,14 @@ class Moody(GeneralTracker):
 
     name, requires_logging_directory = "moody", False
     fails: tuple[str, ...] = ()
+    calls: ClassVar[list[str]] = []
     tracker = None
 
     def __init__(self, run_name: str):
         self.logged: list[int] = []
 
     def _call(self, method: str) -> None:
+        self.calls.append(method)
         if method in self.fails:
             raise ServerError("connection refused")
 
@@ -119,6 +122,7 @@ class ServerError(Exception):
 @pytest.fixture
 def moody(monkeypatch: pytest.MonkeyPatch) -> type[Moody]:
     monkeypatch.setattr(Moody, "fails", ())
+    monkeypatch.setattr(Moody, "calls", [])
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Moody)
     return Moody
 
@@ -140,6 +144,16 @@ def test_a_tracker_that_fails_does_not_end_a_run(
     assert said.count("tracker moody failed (ServerError: connection refused): going on without") == 1
     assert losses(tmp_path / "tiny")[0] == losses(straight)[0]
     assert len(losses(tmp_path / "tiny")) == 4
+
+
+@pytest.mark.parametrize("fails", ["store", "log", "finish"])
+def test_a_tracker_that_fails_is_closed(fails: str, recipe: Path, tmp_path: Path, moody: type[Moody]) -> None:
+    """Once: it was left open unless `finish` itself failed, and a later run of the process went on in it."""
+    moody.fails = (fails,)
+    with pytest.raises(ValueError, match="cannot start") if fails == "store" else nullcontext():
+        run(recipe, tmp_path, 2 * TOKENS_PER_STEP)
+    assert moody.calls[-1] == "finish"
+    assert [moody.calls.count(method) for method in ("start", "finish")] == [1, 1]
 
 
 def test_a_tracker_that_cannot_start(recipe: Path, tmp_path: Path, moody: type[Moody]) -> None:

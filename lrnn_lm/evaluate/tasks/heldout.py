@@ -149,13 +149,19 @@ def cloze_dataset(
     sample for any n.
     """
     path = heldout_path(data, pretrained)
-    found = {row["context"]: row for text in read_documents(path) for row in _cloze_passages(text)}
+    documents = read_documents(path)
+    found = {row["context"]: row for text in documents for row in _cloze_passages(text)}
     rows = sorted(found.values(), key=lambda row: hashlib.sha256(row["context"].encode()).digest())
     repeated = [row for row in rows if row["repeated"]]
     others = [row for row in rows if not row["repeated"]]
     chosen = repeated[:CLOZE_PASSAGES] + others[: max(0, CLOZE_ENOUGH - len(repeated))]
     if not chosen:
-        raise ValueError(f"{path}: no passage of several sentences fits the cloze; leave heldout_cloze out")
+        few, many = CLOZE_WORDS
+        raise ValueError(
+            f"{path}: heldout_cloze, of the tag heldout, takes passages of {CLOZE_SENTENCES} sentences and "
+            f"{few} to {many} words, and its {len(documents)} documents have none\n"
+            "Hold out more or longer text, or ask for heldout_bits_per_byte alone"
+        )
     taken = {row["context"] for row in chosen}
     return _test_split([row for row in rows if row["context"] in taken])
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"""(?m)^[\s-]*(?:(?:task|group|tag)\s*:)?[\s"']*([\w.:+-]+)["']?\s*(?:#.*)?$""")
 
+_TAG = re.compile(r"(?m)^tag: *(\w+)")
+
 
 class Suite(BaseModel):
     """A named list of tasks and how to run them: one YAML file in eval/suites."""
@@ -56,6 +58,15 @@ def usual_window(names: list[str]) -> int | None:
 def own_tasks_path() -> Path:
     """The project's folder of lm-eval tasks, for `--include_path` of plain lm-eval."""
     return shipped("eval/tasks")
+
+
+def with_members(names: list[str]) -> list[str]:
+    """The names, with those of the project's tags replaced by their tasks'."""
+    members: dict[str, list[str]] = {}
+    for file in sorted(own_tasks_path().rglob("*.yaml")):
+        for tag in _TAG.findall(file.read_text("utf-8")):
+            members.setdefault(tag, []).append(file.stem)
+    return [task for name in names for task in members.get(name, [name])]
 
 
 def find_tasks(names: list[str], metadata: dict[str, Any]) -> "tuple[TaskManager, list[str], bool]":

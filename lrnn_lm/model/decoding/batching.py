@@ -80,27 +80,12 @@ class StateBatching:
         **_: Any,
     ) -> str:
         """Ask for what follows a prompt; the request's id. Streaming: an output for each token."""
-        if not input_ids:
-            raise ValueError("the prompt has no token: begin it with BOS")
-        if not 0 <= min(input_ids) <= max(input_ids) < (size := self._model.config.vocab_size):
-            raise ValueError(
-                f"the prompt has tokens outside of the model's {size}: is it another's tokenizer?"
-            )
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        most = max_new_tokens or self._config.max_new_tokens
-        if most is None and self._config.max_length is not None:  # of the prompt and the answer
-            most = self._config.max_length - len(input_ids)
-            if most < 1:
-                raise ValueError(
-                    f"the prompt has {len(input_ids)} tokens and max_length is {self._config.max_length}, "
-                    "which counts them too: give max_new_tokens instead"
-                )
+        most = check_prompt(input_ids, self._config, self._model.config.vocab_size, max_new_tokens)
         ends = self._config.eos_token_id if eos_token_id is None else eos_token_id
         request = Request(
             request_id or f"req_{next(self._numbers)}",
             list(input_ids),
-            most or 20,  # as `generate`
+            most,
             {*ends} if isinstance(ends, list) else {ends},
             streaming,
         )
@@ -213,6 +198,29 @@ class _Outputs:
 def _call(calls: list[tuple[Any, GenerationOutput]]) -> None:
     for handler, output in calls:
         handler(output)
+
+
+def check_prompt(
+    ids: list[int], config: GenerationConfig, vocab_size: int, max_new_tokens: int | None = None
+) -> int:
+    """How many tokens follow a prompt at most. Raises ValueError for a prompt that cannot be answered."""
+    if not ids:
+        raise ValueError("the prompt has no token: begin it with BOS")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(
+            f"the prompt has tokens outside of the model's {vocab_size}: is it another's tokenizer?"
+        )
+    most = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if most is not None and most < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {most}")
+    if most is None and config.max_length is not None:  # of the prompt and the answer
+        most = config.max_length - len(ids)
+        if most < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_length is {config.max_length}, "
+                "which counts them too: give max_new_tokens instead"
+            )
+    return most or 20  # as `generate`
 
 
 def check_recurrent(config: PreTrainedConfig) -> None:

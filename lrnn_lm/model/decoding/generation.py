@@ -3,6 +3,7 @@
 Legend: B batch, T new tokens, S tokens so far.
 """
 
+import copy
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache
 from ..cache import CACHE, adopt, check_cache, make_cache, tokens_seen
 from ..config import LRNNConfig
 from ..masks import attention_masks
-from .batching import StateBatching
+from .batching import StateBatching, check_prompt
 from .decode import Decoder, can_decode
 from .prefix import prefix_cache
 from .sample import is_usual, sample
@@ -150,3 +151,26 @@ class LRNNGenerationMixin(GenerationMixin):
         transformers' settings for pages of keys and values say nothing here.
         """
         return StateBatching(self, generation_config or self.generation_config)
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """transformers' call, with the settings of `generate`: keywords, of which transformers' own takes
+        max_new_tokens only, then those of `generation_config`, then the model's.
+
+        Raises ValueError for a prompt that cannot be answered, before any is: transformers would log it, and
+        return {} for all of them.
+        """
+        config = copy.deepcopy(generation_config or self.generation_config)
+        config.update(**self.generation_config.to_dict(), defaults_only=True)
+        others = config.update(**options)
+        for number, ids in enumerate(inputs):
+            try:
+                check_prompt(ids, config, self.config.vocab_size)
+            except ValueError as error:
+                raise ValueError(f"inputs[{number}]: {error}") from None
+        return super().generate_batch(inputs, config, *args, **others)
