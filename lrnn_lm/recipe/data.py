@@ -28,7 +28,7 @@ class SourceSection(Section):
         None,
         description="text, jsonl, parquet, megatron, tokens: a file, folder or glob (of the first three also "
         "a URL, as in s3://bucket/folder); hf: a dataset. Each text file is a document, but a single one is "
-        "cut into many",
+        "cut into about 50",
     )
     name: str | None = Field(None, description="hf: configuration of the dataset")
     split: str = Field("train", description="hf: split of the dataset")

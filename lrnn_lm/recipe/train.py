@@ -48,7 +48,11 @@ class ProfileSection(Section):
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
-    tokens: TokenCount = Field(10_000_000, ge=1, description="the budget: steps times tokens_per_step")
+    tokens: TokenCount = Field(
+        10_000_000,
+        ge=1,
+        description="the budget: steps times tokens_per_step; a remainder below one step is not trained",
+    )
     tokens_per_step: TokenCount = Field(
         524_288, ge=1, description="of all ranks together; gradients are accumulated over micro-batches"
     )

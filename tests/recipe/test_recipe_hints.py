@@ -24,7 +24,7 @@ def test_each_key_of_the_table_exists_and_each_other_name_stands_there_once():
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("max_steps", "train.tokens' (the budget: steps times tokens_per_step)"),
+        ("max_steps", "train.tokens' (the budget: steps times tokens_per_step"),
         ("num_train_epochs", "train.tokens"),
         ("learning_rate", "optim.lr"),
         ("per_device_train_batch_size", "train.micro_batch' (rows per rank in one forward pass)"),
