@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lrnn_lm.mixers import MIXERS
 from lrnn_lm.recipe import Recipe
 from lrnn_lm.recipe.data import MixtureSource, SourceSection
 from lrnn_lm.recipe.mixer import MIXER_OPTIONS, MixerSection
@@ -29,12 +30,11 @@ For whoever writes a recipe: every key with its default, made from the schema by
 
 A number of tokens reads `524288` or `2M`. A time between two events reads `100K` (tokens), `200 steps` or
 `30 min`, a part of the run `10%`, `2M` (tokens) or `200 steps`."""
-MIXERS = """
+OPTIONS = """
 ## model.mixer
 
 `model.mixer.type` (default `bd_lru`), and the options of that type, as `model.mixer.block_size`. An entry of
-`model.layer_pattern` is a type, or a type with its options. The class of each type describes its options:
-[lrnn_lm/mixers](../lrnn_lm/mixers).
+`model.layer_pattern` is a type, or a type with its options. The file of a type describes its options.
 
 | type | options and defaults |
 |---|---|"""
@@ -53,8 +53,9 @@ def page() -> str:
             sections += ["", f"## {name}", "", about, *COLUMNS, *rows(name, section)]
     for kind, options in MIXER_OPTIONS.items():
         told = [f"`{name}: {default(option.default)}`" for name, option in options.items()]
-        mixers.append(f"| `{kind}` | {', '.join(told)} |")
-    return "\n".join([HEAD, *COLUMNS, *top, *sections, MIXERS, *mixers]) + "\n"
+        file = MIXERS[kind].__module__.replace(".", "/")
+        mixers.append(f"| [`{kind}`](../{file}.py) | {', '.join(told)} |")
+    return "\n".join([HEAD, *COLUMNS, *top, *sections, OPTIONS, *mixers]) + "\n"
 
 
 def rows(name: str, section: type[BaseModel], known: frozenset[str] = frozenset()) -> Iterator[str]:
