@@ -27,7 +27,7 @@ class SourceSection(Section):
     path: str | None = Field(
         None,
         description="a file, folder or glob; text, jsonl and parquet also a URL, as in s3://bucket/folder; "
-        "hf: a dataset. Each file of type text is a document, but a single one is cut into about 50",
+        "hf: a dataset. Each file of type text is a document; a single one is cut into several",
     )
     name: str | None = Field(None, description="hf: configuration of the dataset")
     split: str = Field("train", description="hf: split of the dataset")
