@@ -13,7 +13,9 @@ SLOWER = 1  # exit code of a comparison that finds something slower
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 Output = Annotated[Path | None, typer.Option(help="write rows as JSON lines; plots go beside the file")]
 Contenders = Annotated[str, typer.Option(help="names or recipes in order of running, separated by commas")]
-Budget = Annotated[float | None, typer.Option(help="time budget: skip (and report) what would end later")]
+Budget = Annotated[
+    float | None, typer.Option(help="time budget: what would exceed it is skipped, and reported")
+]
 Width = Annotated[int | None, typer.Option(help="model width instead of the size's; the rest is scaled")]
 Layers = Annotated[int | None, typer.Option(help="layers of the reference model instead of the size's")]
 Vocab = Annotated[int | None, typer.Option(help="vocabulary size instead of the recipes'")]
@@ -56,10 +58,12 @@ def kernels(
     device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="write rows to this JSON file")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of a scan on a GPU: B * T")] = 65_536,
-    length: Annotated[int, typer.Option(help="tokens a row of a scan on a GPU: T")] = 2048,
+    length: Annotated[int, typer.Option(help="tokens per row of a scan on a GPU: T")] = 2048,
     peers: Annotated[bool, typer.Option(help="also measure other implementations")] = True,
     layers: Annotated[bool, typer.Option(help="also measure whole mixer layers")] = True,
-    only: Annotated[str, typer.Option(help='on a GPU: only sizes whose label holds this, or "peers"')] = "",
+    only: Annotated[
+        str, typer.Option(help='on a GPU: only sizes whose label contains this, or only "peers"')
+    ] = "",
 ) -> None:
     """Time the scans.
 
@@ -78,7 +82,7 @@ def train(
     lengths: Annotated[str, typer.Option(help="tokens per row, separated by commas")] = "2048",
     tokens: Annotated[str, typer.Option(help="tokens per step, separated by commas")] = "32768",
     sizes: Annotated[
-        str, typer.Option(help="of 50M, 125M, 212M, 350M, 760M, 1.3B, separated by commas")
+        str, typer.Option(help="some of 50M, 125M, 212M, 350M, 760M, 1.3B, separated by commas")
     ] = "212M",
     width: Width = None,
     layers: Layers = None,
@@ -86,7 +90,9 @@ def train(
     precision: Precision = "auto",
     compile: Annotated[bool, typer.Option(help="compile the blocks")] = True,
     steps: Annotated[int, typer.Option(help="timed steps")] = 10,
-    warmup: Annotated[int, typer.Option(help="untimed steps before them, the first not counted")] = 3,
+    warmup: Annotated[
+        int, typer.Option(help="untimed steps before them, beside the first, which compiles")
+    ] = 3,
     checkpointing: Annotated[bool, typer.Option(help="activation checkpointing")] = False,
     loss_chunk: Annotated[
         int | None, typer.Option(help="tokens whose logits exist at once in the loss")
@@ -155,22 +161,22 @@ def decode(
 def frontier(
     device: Device = "auto",
     output: Output = None,
-    contenders: Annotated[str, typer.Option(help="of studies/contenders.py, separated by commas")] = "",
+    contenders: Annotated[str, typer.Option(help="names in studies/contenders.py, separated by commas")] = "",
     tasks: Annotated[str, typer.Option(help="synthetic tasks, separated by commas")] = "",
     corpus: Annotated[
-        Path | None, typer.Option(help="recipe whose mixer is replaced, for the loss; default: no loss")
+        Path | None, typer.Option(help="recipe to train with each mixer, for its loss; default: none")
     ] = None,
     corpus_tokens: Annotated[str, typer.Option(help="tokens that the corpus is trained on")] = "20M",
     lrs: Annotated[
-        str, typer.Option(help="rates tried on each task, separated by commas; default: 0.003,0.01")
+        str, typer.Option(help="learning rates tried on each task, separated by commas; default: 0.003,0.01")
     ] = "",
     steps: Annotated[int | None, typer.Option(help="training steps on a task; default: 3600")] = None,
     longest: Annotated[int, typer.Option(help="longest rows of the state tasks, in tokens")] = 2048,
     processes: Annotated[
-        int, typer.Option(help="processes on each GPU, a contender in each; 0: all in this one")
+        int, typer.Option(help="processes per GPU, a contender in each; 0: all in this process")
     ] = 0,
     seconds_each: Annotated[
-        float | None, typer.Option(help="most seconds of such a process; the rows then say so")
+        float | None, typer.Option(help="time limit of such a process; its rows say that it was reached")
     ] = None,
     small: Annotated[
         bool, typer.Option("--small", help="tiny models, and other defaults: half a minute on a CPU")

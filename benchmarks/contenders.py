@@ -82,11 +82,12 @@ SIZES: dict[str, Size] = {
 PAPER_SIZE = "212M"
 
 
-def pick_contenders(names: list[str]) -> list[Contender]:
-    """Contenders by name, or by the path of a recipe, which is then taken as it stands.
+def pick_contenders(text: str) -> list[Contender]:
+    """Contenders by name, separated by commas, or by the path of a recipe, which is then taken as it stands.
 
     Raises ValueError naming those that there are.
     """
+    names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ValueError(f"no contenders; known: {', '.join(CONTENDERS)}, or a recipe's path")
     chosen = []

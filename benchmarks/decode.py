@@ -84,7 +84,7 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
         _show(rows, output, about)
         return rows
     where = pick_device(device)
-    contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
+    contenders = pick_contenders(settings.contenders)
     size = pick_size(settings.size, settings.width, settings.layers)
     batches, contexts = numbers(settings.batches, "--batches"), numbers(settings.contexts, "--contexts")
     modes = [mode.strip() for mode in settings.modes.split(",")]
@@ -112,13 +112,6 @@ def run(settings: DecodeSettings, device: str = "auto", output: Path | None = No
                     print(f"  {_summary(row)}", flush=True)
     _show(file.rows, output, about)
     return file.rows
-
-
-def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
-    _print(rows, output)
-    if output is not None:
-        print(f"written: {output}")
-        draw_decoding(rows, output.with_suffix(".png"), about)
 
 
 @torch.no_grad()
@@ -278,7 +271,7 @@ def _summary(row: Row) -> str:
     )
 
 
-def _print(rows: list[Row], output: Path | None) -> None:
+def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
     columns = ["", "parameters", "B", "mode", "context", "prefill ms", "ms a token", "spread", "processes",
                "tokens/s", "limit ms", "of the limit", "note"]  # fmt: skip
     cells = [
@@ -292,3 +285,6 @@ def _print(rows: list[Row], output: Path | None) -> None:
         for row in rows
     ]  # fmt: skip
     tabulate("decoding", columns, cells, output)
+    if output is not None:
+        print(f"written: {output}")
+        draw_decoding(rows, output.with_suffix(".png"), about)

@@ -142,7 +142,7 @@ def run(
         _show(rows, output, about)
         return rows
     where = pick_device(device)
-    contenders = pick_contenders([name.strip() for name in settings.contenders.split(",") if name.strip()])
+    contenders = pick_contenders(settings.contenders)
     sizes = {}
     for name in settings.sizes.split(","):
         size = pick_size(name.strip(), settings.width, settings.layers)
@@ -177,13 +177,6 @@ def run(
                     print(f"  {_summary(row)}", flush=True)
     _show(file.rows, output, about)
     return file.rows
-
-
-def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
-    _print(rows, output)
-    if output is not None:
-        print(f"written: {output}")
-        draw_training(rows, output.with_suffix(".png"), about)
 
 
 def bench_one(
@@ -321,7 +314,7 @@ def _summary(row: Row) -> str:
     )
 
 
-def _print(rows: list[Row], output: Path | None) -> None:
+def _show(rows: list[Row], output: Path | None, about: dict[str, Any]) -> None:
     columns = ["", "size", "parameters", "layers", "B", "T", "ms a step", "host ms", "spread", "processes",
                "tokens/s", "MFU", "least bytes/copy", "peak GB", "note"]  # fmt: skip
     cells = [
@@ -336,3 +329,6 @@ def _print(rows: list[Row], output: Path | None) -> None:
         for row in rows
     ]  # fmt: skip
     tabulate("training", columns, cells, output)
+    if output is not None:
+        print(f"written: {output}")
+        draw_training(rows, output.with_suffix(".png"), about)

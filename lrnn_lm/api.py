@@ -125,7 +125,8 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     if not trainer.accelerator.is_main_process:
         return checkpoint
     what = "was trained already" if trainer.first_step >= recipe.total_steps else "is trained"
-    print(f"{recipe.name} {what}: {trainer.position.step} steps, checkpoint {checkpoint}")
+    steps = trainer.position.step
+    print(f"{recipe.name} {what}: {steps} step{'s' if steps > 1 else ''}, checkpoint {checkpoint}")
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM

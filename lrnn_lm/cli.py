@@ -30,22 +30,20 @@ RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe f
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[section.key=value]...", help="override keys of the recipe", callback=tell_replaced
+        metavar="section.key=value", help="override keys of the recipe", callback=tell_replaced
     ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, or its URL")]
 Branch = Annotated[
     Path | None,
-    typer.Option(
-        "--from", metavar="CHECKPOINT", help="begin as a branch of this run: RUN/checkpoints/step-N"
-    ),
+    typer.Option("--from", metavar="CHECKPOINT", help="checkpoint to branch from: RUN/checkpoints/step-N"),
 ]
 # Options of `lrnn eval`, here so that its function can be read at one sitting.
 EvalData = Annotated[
     Path | None, typer.Option(help="held-out documents (JSONL), or the folder for offline tasks")
 ]
 Length = Annotated[
-    str | None, typer.Option(help="probe: loss by position, up to so many tokens or 16x the training length")
+    str | None, typer.Option(help="probe: loss by position in rows of N tokens, or 16x the training length")
 ]
 Lengths = Annotated[
     str, typer.Option(help="row lengths of the state, mad and long tasks, separated by commas")
@@ -61,7 +59,7 @@ Certify = Annotated[
     str | None, typer.Option(metavar="TASK", help="probe: is this state task solved at every length?")
 ]
 Harden = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="--certify: write a copy with gates rounded to 0 and 1")
+    Path | None, typer.Option(metavar="DIR", help="with --certify: a copy with gates rounded to 0 and 1")
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the Python code in the checkpoint's folder")
@@ -114,10 +112,10 @@ def prepare(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: Branch = None) -> None:
     """Train a recipe, or resume its run.
 
-    --from begins a branch of another run: a new run with that checkpoint's weights, optimizer, step and data
-    position, and this recipe's schedule and budget. Without it, resumes from the newest valid checkpoint of
-    runs/NAME. Scores the trained model on eval.tasks at the end. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
-    what was trained and exits with code 85. On several GPUs:
+    Resumes from the newest valid checkpoint of runs/NAME, if there is one. Scores the model on eval.tasks at
+    the end. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves what was trained and exits with code 85. --from begins a
+    branch of another run: a new run with that checkpoint's weights, optimizer, step and data position, and
+    this recipe's schedule and budget. On several GPUs:
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
     check_extra("train", "matplotlib")  # which is imported at the end only
@@ -148,7 +146,7 @@ def submit(
     time: Annotated[str | None, typer.Option(help="time limit of the job, as in 24:00:00")] = None,
     from_checkpoint: Branch = None,
     array: Annotated[Path | None, typer.Option(help="sweep file (YAML), one run per combination")] = None,
-    array_limit: Annotated[int | None, typer.Option(help="runs of the array at a time, at most")] = None,
+    array_limit: Annotated[int | None, typer.Option(help="maximum number of array runs at once")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM account to charge")] = None,
     qos: Annotated[str | None, typer.Option(help="SLURM quality of service")] = None,
@@ -177,7 +175,7 @@ def submit(
 
 @app.command(name="eval")
 def evaluate_checkpoint(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="checkpoint folders")],
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT", help="checkpoint folders")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas")] = "",
     suite: Annotated[Path | None, typer.Option(help="YAML file of tasks, or a name in eval/suites")] = None,
     limit: Annotated[int | None, typer.Option(help="score at most this many documents per task")] = None,
@@ -185,7 +183,7 @@ def evaluate_checkpoint(
     data: EvalData = None,
     num_fewshot: Annotated[int | None, typer.Option(help="solved examples before each question")] = None,
     batch_size: Annotated[int, typer.Option(help="requests scored at once")] = 8,
-    max_length: Annotated[int | None, typer.Option(help="longest window, in tokens")] = None,
+    max_length: Annotated[int | None, typer.Option(help="context window of all requests, in tokens")] = None,
     length: Length = None,
     lengths: Lengths = "",
     recall: Recall = False,
@@ -280,8 +278,8 @@ def generate(
 @app.command()
 def serve(
     checkpoint: Checkpoint,
-    host: Annotated[str, typer.Option(help="address to listen at")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen at")] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
     continuous_batching: Annotated[
         bool, typer.Option("--continuous-batching", help="decode requests together; recurrent layers only")
     ] = False,
@@ -290,7 +288,7 @@ def serve(
 ) -> None:
     """Answer completions and chats over HTTP.
 
-    By OpenAI's protocol, with transformers' server. docs/serving.md explains it.
+    Runs transformers' server, which speaks OpenAI's protocol. docs/serving.md explains it.
     """
     from .serve import serve as run
 
@@ -301,15 +299,17 @@ def serve(
 def export(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder to write, or a URL")],
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp32, int8 or int4; default: as it is")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp32, int8 or int4; default: unchanged")] = None,
     average: Annotated[
-        bool, typer.Option("--average", help="the moving average of the weights (train.average)")
+        bool, typer.Option("--average", help="export the moving average of the weights (train.average)")
     ] = False,
     license: Annotated[
         str | None,
         typer.Option(help="licence named in the model card, as in apache-2.0; default: the recipe's"),
     ] = None,
-    format: Annotated[str, typer.Option(help="or a graph: onnx, executorch, torch-export")] = "transformers",
+    format: Annotated[
+        str, typer.Option(help="transformers, onnx, executorch, torch-export")
+    ] = "transformers",
 ) -> None:
     """Write a folder that loads without lrnn-lm.
 
@@ -346,7 +346,7 @@ def info(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, as in runs/*")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, as in runs/*")],
     output: Annotated[Path | None, typer.Option(help="plot (.png, ..), report (.md) or folder")] = None,
 ) -> None:
     """Plot loss curves and print a table of runs and scores."""

@@ -100,7 +100,7 @@ def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
 def test_examples_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)

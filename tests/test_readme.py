@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import tree
+from benchmarks.pages import keys, tree
 from lrnn_lm.cli import main
 from lrnn_lm.recipe import load_recipe
 
@@ -110,4 +110,10 @@ def test_recipes_of_the_data_page(text, tmp_path):
 def test_the_tour_lists_every_file():
     page = tree.PAGE.read_text(encoding="utf-8")
     assert tree.filled(page) == page, "run python -m benchmarks.pages.tree --write"
+    rows = [row for row in tree.tree().splitlines() if row.startswith("| [")]
+    assert not [row for row in rows if row.count("`") % 2 or ".. |" in row], "a sentence is cut short"
     assert page.count("](../lrnn_lm/kernels/reference.py)") == 2
+
+
+def test_the_page_of_keys_is_that_of_the_schema():
+    assert keys.page() == keys.PAGE.read_text(encoding="utf-8"), "run python -m benchmarks.pages.keys --write"

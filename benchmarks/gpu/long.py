@@ -104,7 +104,7 @@ def case(asked: argparse.Namespace, T: int, segment: int | None) -> dict[str, An
 
 def built(asked: argparse.Namespace, kind: type[TrainingStep], device: torch.device, T: int) -> TrainingStep:
     size = pick_size(asked.size, asked.width, asked.layers)
-    config = build_config(pick_contenders([asked.contender])[0], size, asked.vocab, T)
+    config = build_config(pick_contenders(asked.contender)[0], size, asked.vocab, T)
     step = kind(config, device, TrainSettings(checkpointing=asked.checkpointing), 1, T)
     if not asked.no_compile:
         allow_graphs(config)

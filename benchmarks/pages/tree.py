@@ -20,7 +20,8 @@ def first_sentence(module: Path) -> str:
     text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8")))
     if not text:
         raise ValueError(f"{module}: a module begins with a docstring that says what it does")
-    return re.split(r"(?<=\.)\s", " ".join(text.partition("\n\n")[0].split()))[0]
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=[^.]\.)\s", paragraph)[0]  # not after `..`
 
 
 def section(folder: Path) -> list[str]:

@@ -83,7 +83,7 @@ def block_diagonal_scan(
     Raises:
         ValueError: shapes that do not fit, an unknown gate or backend, or a backend that cannot run here.
 
-    Source: Dubinin, Orvieto, Effenberger, arXiv 2602.12021; resets and gradients: docs/design.md section 2.
+    Source: Dubinin, Orvieto, Effenberger, arXiv 2602.12021; resets and gradients: docs/design.md, section 2.
 
     Example:
         >>> import torch

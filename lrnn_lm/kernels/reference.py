@@ -25,7 +25,7 @@ def block_diagonal_scan(
     reset: Tensor | None = None,
     gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """BD-LRU, design section 2: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])`."""
+    """BD-LRU: `h_t = A_t h_{t-1} + a0_t * v_t`, `[A_t[i], a0_t[i]] = normalise(z_t[i])` (docs/design.md)."""
     dtype = compute_dtype(gates, values)
     p = normalise(gates.to(dtype), gate)  # (B, T, N, M, M+1)
     transition, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M, M), (B, T, N, M)
@@ -47,7 +47,7 @@ def higher_order_scan(
     reset: Tensor | None = None,
     gate: str = "softmax",
 ) -> tuple[Tensor, Tensor]:
-    """H-LRU, design section 2: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t`.
+    """H-LRU: `h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t` (docs/design.md).
 
     Every coefficient of step t is taken at time t. Multiplying by the transposed companion matrix, as the
     paper's released scan does, is another recurrence.

@@ -5,7 +5,7 @@ each, and its coefficients are dropped; the backward pass walks the slabs from t
 What is saved for the backward is the inputs and h, so memory is linear in T and the only M^2 terms are the
 gates and their gradient.
 
-Backward (design section 2), s_t = dL/dh_t, x_k what gate k multiplies, f and S as in `gates.py`:
+Backward (docs/design.md, section 2), s_t = dL/dh_t, x_k what gate k multiplies, f and S as in `gates.py`:
 
     dL/dz_k = s f'(z_k) / S (x_k - sign(f_k) h_t)        softmax: s p_k (x_k - h_t)        none: s x_k
     dL/dv   = s a0

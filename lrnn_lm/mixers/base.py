@@ -44,7 +44,11 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """What a mixer may need to know of its tokens."""
+    """What a mixer may need to know of its tokens.
+
+    A layer in a model of your own needs `reset` at most; LRNNModel fills in the rest. Recurrent layers read
+    no masks: docs/api.md says how to pad.
+    """
 
     reset: Tensor | None = None  # (B, T) bool, true where a document starts; None if none does
     attention_mask: Any = None  # (B, 1, T, S), bool or added, as in SDPA; or a BlockMask; None: causal

@@ -1,4 +1,4 @@
-"""BD-LRU: a linear recurrence with block-diagonal, input-dependent transitions (design section 2).
+"""BD-LRU: a linear recurrence with block-diagonal, input-dependent transitions (docs/design.md, section 2).
 
     v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = A_t h_{t-1} + a0_t * v_t      y_t = W_o vec(h_t)
 
@@ -32,7 +32,10 @@ from .short_conv import ShortConvolution
 
 
 class BlockDiagonalLRU(JointProjections, Mixer):
-    """Block-diagonal linear recurrent unit.
+    """Block-diagonal linear recurrent unit: in each block, h_t = A_t h_{t-1} + a_t * v_t.
+
+    v_t and the logits of [A_t, a_t] are projections of x_t. The gate function normalises each row of
+    [A_t, a_t], so the state stays bounded (`none` does not).
 
     Args:
         hidden_size: D.
@@ -50,10 +53,10 @@ class BlockDiagonalLRU(JointProjections, Mixer):
             softmax gives the same functions of x with M planes of weights in place of M + 1, because only
             differences of logits matter to it.
     Raises:
-        ValueError: a size below 1, rows that do not split, an unknown gate, a start that it cannot have, or
-            `input_logit: false` with a gate other than softmax.
+        ValueError: a size below 1, a size that does not divide as needed, an unknown gate, initial gates that
+            the gate function cannot give, or `input_logit: false` with a gate other than softmax.
 
-    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+    Source: Dubinin, Orvieto, Effenberger, arXiv 2602.12021; docs/design.md, section 2.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""H-LRU: a linear recurrence that reads its last M states (design section 2).
+"""H-LRU: a linear recurrence that reads its last M states (docs/design.md, section 2).
 
     v_t = W_v x_t      z_t = W_z x_t + b_z      h_t = sum_i a_{i,t} h_{t-i} + a_{0,t} v_t
     y_t = W_o vec(h_t, h_{t-1}, .., h_{t-M+1})
@@ -31,7 +31,9 @@ from .initial_gates import check_gates, gate_matrix
 
 
 class HigherOrderLRU(JointProjections, Mixer):
-    """Higher-order linear recurrent unit.
+    """Higher-order linear recurrent unit: in each channel, h_t = a_1 h_{t-1} + .. + a_M h_{t-M} + a_0 v_t.
+
+    v_t and the logits of the gates a_0 .. a_M are projections of x_t.
 
     Args:
         hidden_size: D.
@@ -42,7 +44,7 @@ class HigherOrderLRU(JointProjections, Mixer):
     Raises:
         ValueError: a size below 1, an unknown gate, a gate_std that is not above 0.
 
-    The formula is that of design section 2, from Dubinin, Orvieto, Effenberger, arXiv 2602.12021.
+    Source: Dubinin, Orvieto, Effenberger, arXiv 2602.12021; docs/design.md, section 2.
 
     Example:
         >>> import torch

@@ -3,7 +3,7 @@
     h_t = (I + W(x_t)) h_{t-1} + W_v x_t      W(x) block-diagonal, each entry a linear function of x
 
 Nothing bounds the state. `scaled` divides each row of I + W(x) by its absolute sum where that is above 1, and
-then the bound of design section 2 holds for the homogeneous part.
+then the bound of docs/design.md, section 2, holds for the homogeneous part.
 """
 
 import torch

@@ -26,27 +26,28 @@ class SourceSection(Section):
     )
     path: str | None = Field(
         None,
-        description="text, jsonl, parquet, megatron, tokens: a file, folder or glob (of the first three also "
-        "a URL, as in s3://bucket/folder); hf: a dataset. Each text file is a document, but a single one is "
-        "cut into many",
+        description="a file, folder or glob; text, jsonl and parquet also a URL, as in s3://bucket/folder; "
+        "hf: a dataset. Each file of type text is a document; a single one is cut into several",
     )
     name: str | None = Field(None, description="hf: configuration of the dataset")
     split: str = Field("train", description="hf: split of the dataset")
-    text_field: str = "text"
+    text_field: str = Field("text", description="jsonl, parquet, hf: field of the text")
     separator: Annotated[str | None, BeforeValidator(_as_text)] = Field(
         None, description="megatron, tokens: id or token that ends a document; default: the end-of-text token"
     )
     dtype: Literal["uint16", "int32", "uint32", "int64"] | None = Field(
-        None, description="tokens: type of the ids in .bin files; default: found out"
+        None, description="tokens: type of the ids in .bin files; default: detected"
     )
     limit: int | None = Field(None, ge=1, lt=2**63, description="read at most this many documents")
     max_epochs: float | None = Field(
-        None, gt=0, description="how often the run may read the text at most; default: as often as it needs"
+        None, gt=0, description="maximum number of epochs that the run may read; default: no limit"
     )
     task: str | None = Field(None, description="synthetic: s5, parity, in_context_recall, ..")
     length: int | None = Field(None, ge=2, description="synthetic: tokens per row; default: sequence_length")
     examples: TokenCount | None = Field(
-        None, ge=1, description="synthetic: number of training rows; default: as published, or unlimited"
+        None,
+        ge=1,
+        description="synthetic: number of training rows; default: the published number, or unlimited",
     )
     validation_examples: TokenCount = Field(1280, ge=1, description="synthetic: number of held-out rows")
     options: dict[str, int | float] = Field(
@@ -101,10 +102,11 @@ class MixtureSource(SourceSection):
     """A source of a mixture. hf's configuration is `config` here, as `name` is the source's own."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9_-]+$", description="in metrics and stages; default: from the path, or the type"
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="name in metrics and stages; default: from the path, or the type",
     )
     config: str | None = Field(None, description="hf: configuration of the dataset")
-    weight: float = Field(1.0, ge=0, description="its part of the rows is this over the sum of all weights")
+    weight: float = Field(1.0, ge=0, description="its share of the rows is weight / sum of all weights")
     validation_source: SourceSection | None = Field(
         None, description="its held-out text; default: a fraction of the source"
     )
@@ -144,11 +146,13 @@ class StageSection(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # a source may be named 2024
 
-    tokens: TokenCount | None = Field(None, ge=1, description="default, of the last stage: all that are left")
+    tokens: TokenCount | None = Field(
+        None, ge=1, description="length of the stage; the last one may leave it out and takes the rest"
+    )
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
-        description="by name of the source, as in {web: 0.6, code: 0.4}; sources that are not named are not "
-        "read. Default: the sources' own weights",
+        description="weights by source, as in {web: 0.6, code: 0.4}; other sources are not read. Default: "
+        "the sources' own weights",
     )
 
 
@@ -164,10 +168,12 @@ class DataSection(Section):
 
     source: SourceSection = Field(default_factory=SourceSection)
     sources: list[MixtureSource] = Field(
-        default_factory=list, description="a mixture, in place of `source`; see docs/data.md"
+        default_factory=list,
+        description="a mixture in place of `source`, whose keys each has too; see docs/data.md",
     )
     stages: list[StageSection] = Field(
-        default_factory=list, description="weights of the sources by tokens; default: one stage"
+        default_factory=list,
+        description="other weights of the sources after numbers of tokens, as in docs/data.md",
     )
     validation_source: SourceSection | None = Field(
         None, description="held-out text; default: a fraction of `source`"
@@ -178,20 +184,20 @@ class DataSection(Section):
     tokenizer: str = Field(
         "tokenizers/bpe-4k.yaml", description="a folder, a hub name, or a recipe for SentencePiece (YAML)"
     )
-    sequence_length: int = Field(2048, ge=2)
+    sequence_length: int = Field(2048, ge=2, description="tokens per row")
     rows_in_order: int | None = Field(
         None,
         ge=2,
-        description="rows of the text that follow one another, a step each, from the state before; null: "
-        "each row is drawn by itself, and begins with zeros",
+        description="length in rows of the stretches of text that are read in order: a row of the next step "
+        "continues from the state at the end of this step's; null: shuffled rows, each from an empty state",
     )
     min_document: int | None = Field(
-        None, ge=2, description="training documents of fewer tokens are left out; held-out text stays whole"
+        None, ge=2, description="leave out training documents of fewer tokens; held-out text stays whole"
     )
     cache_dir: str = Field(
         "cache", description="folder of prepared tokenizers and shards, shared by runs with equal settings"
     )
-    shard_tokens: TokenCount = Field(100_000_000, ge=1)
+    shard_tokens: TokenCount = Field(100_000_000, ge=1, description="tokens per shard file")
     num_proc: int | None = Field(None, ge=1, description="tokenising processes; default: one per core")
     num_workers: int = Field(0, ge=0, description="data loader processes per rank")
     curriculum: list[CurriculumStage] = Field(

@@ -27,12 +27,14 @@ class LaunchSection(Section):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # an account may be a number
 
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, description="number of machines")
     gpus_per_node: int = Field(1, ge=0, description="one rank per GPU; 0: one rank per node, on its CPUs")
-    cpus_per_rank: int | None = Field(None, ge=1, description="default: what the site gives")
+    cpus_per_rank: int | None = Field(
+        None, ge=1, description="CPU cores per rank; default: what the site gives"
+    )
     time: TimeLimit = Field("24:00:00", description="time limit of the job, in SLURM's notation")
     grace: int = Field(
-        300, ge=1, le=65_535, description="seconds before the time limit at which the job is told to save"
+        300, ge=1, le=65_535, description="the job is told to save this many seconds before its time limit"
     )
     attempts: int = Field(
         3, ge=1, description="consecutive starts without a new checkpoint after which the job gives up"
@@ -40,14 +42,15 @@ class LaunchSection(Section):
     array_limit: int | None = Field(
         None, ge=1, description="maximum number of array runs at once; default: all"
     )
-    partition: _Word | None = None
-    account: _Word | None = None
-    qos: _Word | None = None
+    partition: _Word | None = Field(None, description="SLURM partition")
+    account: _Word | None = Field(None, description="SLURM account to charge")
+    qos: _Word | None = Field(None, description="SLURM quality of service")
     sbatch: list[str] = Field(default_factory=list, description="other sbatch options, as in --mem=0")
     modules: list[str] = Field(default_factory=list, description="environment modules to load")
     setup: list[str] = Field(default_factory=list, description="shell lines to run before the ranks start")
     python: str | None = Field(
-        None, description="default: the Python that runs `lrnn submit`, or `python` in a container"
+        None,
+        description="path of Python on the nodes; default: that of `lrnn submit`, or `python` in a container",
     )
     container: str | None = Field(None, description="container image for the ranks")
     container_runtime: Literal["apptainer", "pyxis"] = "apptainer"

@@ -148,7 +148,8 @@ def read_yaml(file: Path, called: Path | None = None) -> Any:
     except RecursionError:
         raise RecipeError(f"{called}: not valid YAML: it holds itself, or is too deep") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
-        raise RecipeError(f"{called}: not valid YAML: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).replace('in "<unicode string>",', "at").split()).rstrip(" ^:")
+        raise RecipeError(f"{called}: not valid YAML: {told}") from None
     except OSError as error:
         raise RecipeError(f"{called}: cannot be read: {error.strerror}") from None
     if data is None:
@@ -161,8 +162,16 @@ def is_text(key: str) -> bool:
     return takes_text(field_type(Recipe, *key.split(".")))
 
 
+_NO_TEXT = "; text to train on is given as data.source.path"
+
+
 def _nearest(path: Path) -> str:
-    """`; did you mean recipes/demo.yaml?` for a name close to that of a shipped recipe, else nothing."""
+    """`; did you mean recipes/demo.yaml?`: the recipe of a run's or checkpoint's folder, or a shipped one."""
+    if path.is_dir():
+        own = (folder / "recipe.yaml" for folder in (path, path.parent.parent))
+        return next(
+            (f"; did you mean {file}?" for file in own if file.is_file()), f", but a folder{_NO_TEXT}"
+        )
     recipes = shipped("recipes")
     known = {found.stem: found.relative_to(recipes.parent) for found in sorted(recipes.rglob("*.yaml"))}
     near = difflib.get_close_matches(path.stem, known, n=1, cutoff=0.75)
@@ -177,9 +186,13 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         raise RecipeError(f"{path}: no such recipe file{_nearest(path)}")
     if found.resolve() in chain:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in chain)}")
-    data = read_yaml(found, path)
+    other = "" if found.suffix in (".yaml", ".yml") else _NO_TEXT
+    try:
+        data = read_yaml(found, path)
+    except RecipeError as error:
+        raise RecipeError(f"{error}{other}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}{other}")
     parent = data.pop("extends", None)
     _upgrade(data.get("model"))
     for name, source in _sources(data).items():

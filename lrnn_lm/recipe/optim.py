@@ -16,8 +16,10 @@ class GroupSection(Section):
     """Parameters with a learning rate or weight decay of their own."""
 
     match: str = Field(min_length=1, description="pattern of parameter names, as in *gate_proj*")
-    lr_scale: float = Field(1.0, ge=0, description="times the schedule's learning rate")
-    weight_decay: float | None = Field(None, ge=0, description="default: what the optimizer gives them")
+    lr_scale: float = Field(1.0, ge=0, description="factor on the learning rate; 0 freezes")
+    weight_decay: float | None = Field(
+        None, ge=0, description="default: optim.weight_decay, where they have any"
+    )
 
 
 class OptimSection(Section):
@@ -28,28 +30,31 @@ class OptimSection(Section):
         description="a name in OPTIMIZERS of train/optim.py: adamw; muon (Muon for the layers' matrices, "
         "AdamW for the rest); adamw8bit (torchao; not under FSDP2)",
     )
-    lr: float = Field(3e-3, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), description="as in [0.9, 0.95]")
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="beta1 and beta2 of AdamW")
+    eps: float = Field(1e-8, gt=0, description="epsilon of AdamW")
     weight_decay: float = Field(
-        0.1, ge=0, description="of matrices, embeddings included; none on norms, biases, recurrent matrices"
+        0.1, ge=0, description="of matrices and embeddings; norms, biases and recurrent matrices have none"
     )
     groups: list[GroupSection] = Field(
-        default_factory=list, description="a parameter goes by the first group whose pattern it matches"
+        default_factory=list,
+        description="parameters with their own rate or decay; the first group that matches counts",
     )
     base_width: int | None = Field(
         None,
         ge=1,
-        description="hidden_size that lr and model.initializer_range were chosen at; both are carried over "
-        "to this recipe's width (muP: AdamW, untied head)",
+        description="hidden_size at which lr and model.initializer_range were tuned; muP scales both to this "
+        "recipe's width (AdamW, untied head)",
     )
     grad_clip: float | None = Field(1.0, gt=0, description="maximum global gradient norm; null: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then a linear decay"
+    )
     warmup: Span = Field(
         Span(amount=0.1, unit="fraction"), description="length of the warm-up: 10%, 2M (tokens) or 200 steps"
     )
     decay: Span = Field(Span(amount=0.2, unit="fraction"), description="length of wsd's final decay")
-    final_lr: float = Field(1e-5, ge=0)
+    final_lr: float = Field(1e-5, ge=0, description="learning rate at the end of cosine and wsd")
 
     @field_validator("betas")
     @classmethod

@@ -23,28 +23,30 @@ class ModelSection(Section):
     """The model, in Hugging Face's names. Hybrids: `layer_pattern`, mixers repeated over the depth."""
 
     # Below sizes whose product torch could not count in 64 bits.
-    hidden_size: int = Field(768, ge=1, lt=2**24)
+    hidden_size: int = Field(768, ge=1, lt=2**24, description="width of the residual stream")
     num_hidden_layers: int = Field(12, ge=1, lt=2**16)
-    intermediate_size: int = Field(2048, ge=1, lt=2**24)
-    vocab_size: int | None = Field(None, ge=2, lt=2**31, description="default: the tokenizer's")
-    tie_word_embeddings: bool = False
+    intermediate_size: int = Field(2048, ge=1, lt=2**24, description="width of the SwiGLU")
+    vocab_size: int | None = Field(
+        None, ge=2, lt=2**31, description="null: the tokenizer's; of a tokenizer to be trained, its size"
+    )
+    tie_word_embeddings: bool = Field(False, description="one matrix for embedding and output head")
     rms_norm_eps: float = Field(1e-6, gt=0)
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     mixer: MixerSection = Field(default_factory=MixerSection)
     layer_pattern: list[MixerSection] | None = Field(None, min_length=1)
     repeat: int = Field(
-        1, ge=1, lt=2**16, description="times that all layers are applied, with the same weights"
+        1, ge=1, lt=2**16, description="number of times all layers are applied, with the same weights"
     )
     learn_initial_state: bool = Field(
-        False, description="documents begin with a learnt state in the recurrent layers, in place of zeros"
+        False, description="recurrent layers begin each document with a learnt state instead of zeros"
     )
     init_from: str | None = Field(
         None,
-        description="weights that a new run begins with: a checkpoint, an exported folder, or a hub name; "
+        description="weights to start a new run from: a checkpoint, an exported folder, or a hub name; "
         "sizes, mixers and tokenizer must be the same",
     )
     parameters: int | None = Field(
-        None, ge=1, description="expected number of parameters; a model with another number is an error"
+        None, ge=1, description="expected number of parameters; any other number is an error"
     )
 
     @field_validator("layer_pattern", mode="before")
@@ -117,16 +119,16 @@ def _splits(m: MixerSection, width: int) -> list[tuple[str, float, int, str]]:
 class CheckpointSection(Section):
     """When to save a checkpoint, and which checkpoints to keep."""
 
-    every: Every = Field(Every(amount=1000, unit="steps"), description="100K (tokens), 200 steps or 30 min")
-    keep_last: int = Field(2, ge=1, description="number of newest checkpoints kept")
+    every: Every = Field(Every(amount=1000, unit="steps"), description="time between checkpoints")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_best: bool = Field(
         True, description="also keep the checkpoint with the lowest validation loss, if validated at its step"
     )
     background: bool = Field(True, description="write in the background while training continues")
     copy_to: str | None = Field(
         None,
-        description="where to keep a copy of the run, as in s3://bucket/runs: a URL, or a folder of another "
-        "disk; a machine that lacks the run folder resumes from there",
+        description="keep a copy of the run there, as in s3://bucket/runs or a folder on another disk; a "
+        "machine without the run folder resumes from it",
     )
 
     @field_validator("copy_to")
@@ -140,7 +142,7 @@ class CheckpointSection(Section):
 class DuringSection(Section):
     """lm-eval tasks scored on the live model while it trains."""
 
-    tasks: list[str] = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1, description="names of the tasks")
     every: Every = Field(Every(amount=1000, unit="steps"), description="time between scorings")
     limit: int | None = Field(200, ge=1, description="maximum number of documents per task; null: all")
 
@@ -148,14 +150,13 @@ class DuringSection(Section):
 class EvalSection(Section):
     """Validation and scores during training, and lm-eval tasks at the end."""
 
-    every: Every = Field(
-        Every(amount=500, unit="steps"), description="time between validations, as in 200 steps"
-    )
+    every: Every = Field(Every(amount=500, unit="steps"), description="time between validations")
     tokens: TokenCount = Field(500_000, ge=1, description="tokens per validation")
     tasks: list[str] = Field(default_factory=list, description="lm-eval tasks scored at the end of training")
-    limit: int | None = Field(None, ge=1, description="maximum number of documents per task")
+    limit: int | None = Field(None, ge=1, description="maximum number of documents per task; null: all")
     during: DuringSection | None = Field(
-        None, description="as in {tasks: [heldout_cloze], every: 1000 steps}; null: none"
+        None,
+        description="tasks scored during training, as in {tasks: [heldout_cloze], every: 1000 steps}",
     )
 
 
@@ -167,7 +168,7 @@ class TrackingSection(Section):
             "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
         ]  # Accelerate's
     ] = Field(default_factory=list)  # fmt: skip
-    project: str = "lrnn-lm"
+    project: str = Field("lrnn-lm", description="name of the project in the trackers")
 
 
 class Recipe(Section):
@@ -178,11 +179,11 @@ class Recipe(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         max_length=200,  # a folder's name, with room for suffixes
-        description="of the run's folder; lrnn train resumes a run that is there",
+        description="name of the run, and of its folder; lrnn train resumes a run of that name",
     )
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order of the data, synthetic rows")
     license: str = Field(
-        "unknown", min_length=1, description="of the trained model, in its card, as in apache-2.0"
+        "unknown", min_length=1, description="licence named in the model card, as in apache-2.0"
     )
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)

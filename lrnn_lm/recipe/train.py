@@ -13,46 +13,54 @@ from .section import Section
 class AverageSection(Section):
     """A moving average of the weights, kept beside them."""
 
-    decay: float = Field(0.999, gt=0, lt=1, description="share of the old average that each update keeps")
+    decay: float = Field(0.999, gt=0, lt=1, description="average = decay * average + (1 - decay) * weights")
     every: int = Field(1, ge=1, description="steps between updates")
     start: Span = Field(
-        Span(amount=0, unit="steps"), description="length of the run before it: 10%, 2M (tokens) or 200 steps"
+        Span(amount=0, unit="steps"), description="when averaging begins: 10%, 2M (tokens) or 200 steps"
     )
 
 
 class GuardSection(Section):
     """When a step is too far above the last ones to be trusted."""
 
-    deviations: float = Field(6.0, gt=0, description="standard deviations above the mean that are too many")
-    window: int = Field(128, ge=2, description="last good steps that mean and deviation are taken of")
+    deviations: float = Field(
+        6.0, gt=0, description="skip a step that is so many standard deviations above the mean"
+    )
+    window: int = Field(128, ge=2, description="number of last good steps that mean and deviation are of")
 
 
 class RampSection(Section):
     """A batch that grows: steps of `start` tokens, then of twice as many, and so on up to tokens_per_step."""
 
     start: TokenCount = Field(
-        ge=1, description="tokens of the first steps; tokens_per_step is a multiple of it"
+        ge=1, description="tokens per step at first; tokens_per_step is a multiple of it"
     )
-    tokens: TokenCount = Field(
-        ge=1, description="length of the ramp, each size for the same number of tokens"
-    )
+    tokens: TokenCount = Field(ge=1, description="length of the ramp, an equal part for each size of step")
 
 
 class ProfileSection(Section):
     """Steps that torch's profiler records."""
 
-    at: int = Field(ge=1, description="the first of them, counted from 1")
-    steps: int = Field(3, ge=1, description="how many")
+    at: int = Field(ge=1, description="the first step to record, counted from 1")
+    steps: int = Field(3, ge=1, description="number of steps to record")
 
 
 class TrainSection(Section):
     """The training budget, the step size, and how a step runs on the devices."""
 
-    tokens: TokenCount = Field(10_000_000, ge=1, description="the budget: steps times tokens_per_step")
-    tokens_per_step: TokenCount = Field(
-        524_288, ge=1, description="of all ranks together; gradients are accumulated over micro-batches"
+    tokens: TokenCount = Field(
+        10_000_000,
+        ge=1,
+        description="the budget: steps times tokens_per_step; a remainder below one step is not trained",
     )
-    ramp: RampSection | None = Field(None, description="as in {start: 65536, tokens: 500M}; null: none")
+    tokens_per_step: TokenCount = Field(
+        524_288,
+        ge=1,
+        description="batch size in tokens, over all ranks; gradients are accumulated over micro-batches",
+    )
+    ramp: RampSection | None = Field(
+        None, description="grow the batch at first, as in {start: 65536, tokens: 500M}; null: no"
+    )
     micro_batch: int = Field(8, ge=1, description="rows per rank in one forward pass")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -64,26 +72,28 @@ class TrainSection(Section):
     shard_size: int | None = Field(
         None,
         ge=2,
-        description="ranks that hold one copy of the model between them under FSDP2, as in 8, the GPUs of a "
-        "node (HSDP); null: all ranks",
+        description="number of ranks that share one copy of the model under FSDP2 (HSDP), as in 8, the GPUs "
+        "of a node; null: all ranks",
     )
     segment: int | None = Field(
         None,
         ge=1,
-        description="tokens of a row in one pass; the gradient is that of the whole row (docs/long.md); "
-        "null: all of them",
+        description="read a row in passes of so many tokens, with the gradient of the whole row "
+        "(docs/long.md); null: in one pass",
     )
     sequence_parallel: int = Field(
-        1, ge=1, description="ranks that share each row, a part each (docs/long.md); 1: a row is one rank's"
+        1, ge=1, description="number of ranks that share each row, a part each (docs/long.md)"
     )
     start_from_other: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="probability that a row begins with the end state of another one instead of zeros",
+        description="probability that a row begins with the final state of another row instead of zeros",
     )
-    compile: bool = False
-    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile each block")
+    activation_checkpointing: bool = Field(
+        False, description="recompute each block in the backward pass: less memory, more time"
+    )
     loss_chunk: int = Field(
         1024,
         ge=1,
@@ -98,8 +108,12 @@ class TrainSection(Section):
         True,
         description="keep the residual stream in fp32 under bf16 autocast (under FSDP2 it is always bf16)",
     )
-    profile: ProfileSection | None = Field(None, description="as in {at: 20, steps: 3}; null: none")
-    average: AverageSection | None = Field(None, description="as in {decay: 0.999}; null: none")
+    profile: ProfileSection | None = Field(
+        None, description="run torch's profiler, as in {at: 20, steps: 3}; null: no"
+    )
+    average: AverageSection | None = Field(
+        None, description="keep a moving average of the weights, as in {decay: 0.999}; null: no"
+    )
     guard: GuardSection | None = Field(
         None,
         description="skip steps whose loss or gradient norm is far above the last ones, as in "
@@ -109,14 +123,16 @@ class TrainSection(Section):
     timeout_minutes: float = Field(
         10, gt=0, le=1e6, description="time a rank waits for the others before the run ends with an error"
     )
-    stall_minutes: float = Field(5, gt=0, le=1e6, description="a longer step prints its stack traces")
+    stall_minutes: float = Field(5, gt=0, le=1e6, description="a step that takes longer prints stack traces")
     log_every: int = Field(
-        1, ge=1, description="steps between lines in metrics.jsonl, beside those skipped or inspected"
+        1,
+        ge=1,
+        description="steps between lines of metrics.jsonl; skipped and inspected steps always have one",
     )
     inspect_every: int | None = Field(
         100, ge=1, description="steps between measurements of each layer's state and gates; null: never"
     )
-    runs_dir: str = Field("runs", description="the run's folder is runs_dir/name")
+    runs_dir: str = Field("runs", description="folder of all runs; a run's own is runs_dir/name")
 
     @field_validator("runs_dir")
     @classmethod

@@ -144,8 +144,8 @@ def model_configuration(folder: Path) -> "LRNNConfig":
 
     try:
         return LRNNConfig.from_pretrained(folder, local_files_only=True)
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
     except _DAMAGED as error:  # a value that was changed by hand
         raise ValueError(
             f"{folder}/config.json: {' '.join(str(error).split())[:200]}; copy it again"

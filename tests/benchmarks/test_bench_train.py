@@ -89,7 +89,7 @@ def test_medians_of_processes():
 
 
 def test_a_recipe_is_taken_as_it_stands():
-    (contender,) = pick_contenders(["recipes/demo.yaml"])
+    (contender,) = pick_contenders("recipes/demo.yaml")
     config = build_config(contender, SIZES["1.3B"], 4096, 64)
     assert (contender.name, config.hidden_size, config.num_hidden_layers) == ("demo", 128, 4)
     with pytest.raises(ValueError, match="--vocab"):

@@ -1,7 +1,9 @@
 """A tiny random language model, its tokenizer and a made-up run to evaluate: nothing is downloaded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_models import byte_tokenizer
@@ -33,13 +35,27 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tokenizer, write_documents) -> Path:
-    """runs/tiny with held-out documents and one checkpoint; returns the checkpoint's folder."""
+def make_run(tmp_path_factory, tokenizer, write_documents) -> Callable[[str, int, Any], Path]:
+    """A run with held-out documents and one checkpoint, of this model; returns the checkpoint's folder."""
+
+    def make(name: str, step: int, model: Any) -> Path:
+        run = tmp_path_factory.mktemp("runs") / name
+        folder = run / "checkpoints" / f"step-{step:08d}"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (run / "checkpoints" / "latest").symlink_to(folder.name)
+        write_documents(run / "heldout.jsonl")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_run, tokenizer) -> Path:
+    """The checkpoint of runs/tiny, of another library's model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    folder = run / "checkpoints" / "step-00000020"
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -52,11 +68,7 @@ def checkpoint(tmp_path_factory, tokenizer, write_documents) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (run / "checkpoints" / "latest").symlink_to(folder.name)
-    write_documents(run / "heldout.jsonl")
-    return folder
+    return make_run("tiny", 20, LlamaForCausalLM(config))
 
 
 @pytest.fixture(scope="session")

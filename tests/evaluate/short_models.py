@@ -10,12 +10,12 @@ HYBRID = [RECURRENT, {"type": "attention", "num_heads": 2}]
 LONG = " she carried two buckets and a rope" * 12
 
 
-def build(tokenizer, **mixers):
+def build(tokenizer, **settings):
     torch.manual_seed(0)
     config = LRNNConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        max_position_embeddings=WINDOW, bos_token_id=tokenizer.bos_token_id, initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id, **mixers,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.3,
+        **{"max_position_embeddings": WINDOW, **settings},
     )  # fmt: skip
     return LRNNForCausalLM(config).eval()
 

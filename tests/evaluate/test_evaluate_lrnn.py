@@ -4,34 +4,16 @@ import math
 
 import pytest
 import torch
+from short_models import RECURRENT, build
 
 from lrnn_lm.evaluate import evaluate, generate
 from lrnn_lm.evaluate.tasks import heldout
 
 
 @pytest.fixture(scope="module")
-def lrnn(tmp_path_factory, tokenizer, write_documents):
-    """A run with one checkpoint of a tiny random LRNN; returns the checkpoint's folder."""
-    from lrnn_lm import LRNNConfig, LRNNForCausalLM
-
-    run = tmp_path_factory.mktemp("runs") / "lrnn"
-    folder = run / "checkpoints" / "step-00000003"
-    torch.manual_seed(0)
-    config = LRNNConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        mixer={"type": "bd_lru", "num_blocks": 4, "block_size": 2},
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.3,
-    )
-    LRNNForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_documents(run / "heldout.jsonl")
-    return folder
+def lrnn(make_run, tokenizer):
+    """The checkpoint of a run with a tiny random LRNN."""
+    return make_run("lrnn", 3, build(tokenizer, mixer=RECURRENT, max_position_embeddings=512))
 
 
 def test_scores_equal_direct_log_softmax_from_bos(lrnn, documents, tokenizer):

@@ -20,14 +20,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer, write_documents):
-    run = tmp_path_factory.mktemp("runs") / "told"
-    folder = run / "checkpoints" / "step-00000024"
-    build(tokenizer, mixer=RECURRENT).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (run / "checkpoints" / "latest").symlink_to(folder.name)
-    write_documents(run / "heldout.jsonl")
-    return run
+def run(make_run, tokenizer):
+    return make_run("told", 24, build(tokenizer, mixer=RECURRENT)).parents[1]
 
 
 @pytest.mark.parametrize("kind", ["keeps", "lower", "unknown"])

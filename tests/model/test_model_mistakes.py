@@ -78,12 +78,14 @@ def test_a_size_that_is_no_number(key, value):
 @pytest.mark.parametrize("change", [
     {"dtype": "x"}, {"hidden_size": True}, {"max_position_embeddings": "x"}, {"max_position_embeddings": {}},
     {"rms_norm_eps": "x"}, {"rms_norm_eps": -1}, {"rms_norm_eps": {}}, {"mixer": "x"},
+    {"mixer": {"type": "of a newer version"}}, {"hidden_size": 0},
 ], ids=str)  # fmt: skip
 def test_a_config_json_that_was_changed_by_hand(change, tmp_path):
+    """The message names the file."""
     file = tmp_path / "config.json"
     LRNNConfig(num_hidden_layers=1, mixer={"type": "bd_lru", "num_blocks": 4}).save_pretrained(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(ValueError, match=f"^{file}: "):
         model_configuration(tmp_path)
 
 

@@ -219,6 +219,21 @@ def test_files_that_are_no_recipes(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_text_or_a_run_where_a_recipe_is_expected(tmp_path):
+    """The message says where the text goes, or which file is the run's recipe."""
+    (tmp_path / "corpus").mkdir()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    recipe = write(tmp_path / "run", "recipe.yaml", "name: x")
+    texts = [write(tmp_path, "one.txt", "a word: b: c"), write(tmp_path, "two.jsonl", '{"text": ""}\n' * 2)]
+    for path in (*texts, tmp_path / "corpus"):
+        with pytest.raises(RecipeError, match=r"text to train on is given as data\.source\.path$"):
+            load_recipe(path)
+    for path in (tmp_path / "run", checkpoint):
+        with pytest.raises(RecipeError, match=f"did you mean {recipe}"):
+            load_recipe(path)
+
+
 def test_binary_missing_and_folder(tmp_path):
     binary = tmp_path / "b.yaml"
     binary.write_bytes(bytes(range(256)))

@@ -24,7 +24,7 @@ def test_each_key_of_the_table_exists_and_each_other_name_stands_there_once():
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("max_steps", "train.tokens' (the budget: steps times tokens_per_step)"),
+        ("max_steps", "train.tokens' (the budget: steps times tokens_per_step"),
         ("num_train_epochs", "train.tokens"),
         ("learning_rate", "optim.lr"),
         ("per_device_train_batch_size", "train.micro_batch' (rows per rank in one forward pass)"),
@@ -36,7 +36,7 @@ def test_each_key_of_the_table_exists_and_each_other_name_stands_there_once():
         ("hidden_dim", "model.hidden_size"),
         ("n_layers", "model.num_hidden_layers"),
         ("num_attention_heads", "model.mixer.num_heads"),
-        ("resume", "name' (of the run's folder; lrnn train resumes a run that is there)"),
+        ("resume", "name' (name of the run, and of its folder; lrnn train resumes a run of that name)"),
     ],
 )
 @pytest.mark.parametrize("section", ["", "train.", "model.", "optim."])
