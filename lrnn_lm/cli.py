@@ -22,9 +22,12 @@ from .version import __version__
 EXIT_USER_ERROR = 2
 
 app = typer.Typer(
-    name="lrnn", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    name="lrnn",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
-)  # fmt: skip
+)
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
@@ -69,14 +72,6 @@ TrustRemoteCode = Annotated[
 def _print_version(asked: bool) -> None:
     if asked:
         print(f"lrnn-lm {__version__}")
-        raise typer.Exit
-
-
-def _print_keys(asked: bool) -> None:
-    if asked:
-        from .recipe.keys import key_lines
-
-        print("\n".join(key_lines()))
         raise typer.Exit
 
 
@@ -331,9 +326,6 @@ def info(
         str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="recipe file or checkpoint folder")
     ],
     overrides: Overrides = None,
-    keys: Annotated[
-        bool, typer.Option("--keys", callback=_print_keys, is_eager=True, help="list every key of a recipe")
-    ] = False,
 ) -> None:
     """Show the cost of a recipe or checkpoint, without training.
 
@@ -364,9 +356,11 @@ def report(
 @app.command(
     add_help_option=False,
     context_settings={
-        "allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False,
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
     },
-)  # fmt: skip
+)
 def bench(context: typer.Context) -> None:
     """Measure speed: kernels, train, decode (from a clone only)."""
     root = Path(__file__).resolve().parents[1]

@@ -334,26 +334,3 @@ def test_an_override_that_a_later_one_replaces_is_told(
     with pytest.raises(SystemExit):  # another rank tells it
         main([command, "none.yaml", *twice])
     assert capsys.readouterr().err == ""
-
-
-def test_every_key_is_listed_with_its_default(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each line begins as an override: all of them together are the recipe of the defaults."""
-    with pytest.raises(SystemExit) as ended:
-        main(["info", "--keys"])
-    assert not ended.value.code
-    lines = capsys.readouterr().out.splitlines()
-    told = {line.split(" (")[0]: line for line in lines}
-    keys = {text.partition("=")[0] for text in told}
-    plain = base.with_name("plain.yaml")
-    plain.write_text("name: plain\n")
-    default = flatten(load_recipe(plain))
-    assert default.keys() <= keys
-    given = [text for text in told if "=" in text and text.partition("=")[0] in default]
-    assert len(given) > 90
-    assert flatten(load_recipe(plain, given)) == default
-    for kind, options in MIXER_OPTIONS.items():
-        for option in options:
-            assert kind in told[f"model.mixer.{option}"]
-    assert told["train.micro_batch=8"] == ("train.micro_batch=8 (int): rows per rank in one forward pass")
-    assert "train.ramp.tokens" in keys
-    assert "data.sources[].weight" in keys
