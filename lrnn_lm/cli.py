@@ -32,9 +32,7 @@ app = typer.Typer(
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe file (YAML)")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="section.key=value", help="override keys of the recipe", callback=tell_replaced
-    ),
+    typer.Argument(metavar="section.key=value", help="override keys of the recipe", callback=tell_replaced),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="checkpoint folder, or its URL")]
 Branch = Annotated[
