@@ -217,7 +217,6 @@ class RWKV7(FlaMixer):
     """
 
     layer = "RWKV7Attention"
-    miscompiled = True
     operations = 7  # decay, recall (2), write (2), read (2)
     streams = ("r", "k", "v")
     convolved = False

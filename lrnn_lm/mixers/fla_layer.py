@@ -7,6 +7,7 @@ Legend: B batch, T time, D model width, H heads, K key width of a head, V its va
 convolution, W its kernel, N sequences of a ragged batch.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dty
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 CHUNK = 64  # steps that the chunked kernels take at once
+_PTXAS = (13, 1)  # the first assembler that is right, see `_newer_ptxas`
 
 
 class FlaMixer(Mixer):
@@ -39,7 +41,9 @@ class FlaMixer(Mixer):
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
     chunk_takes_fp32: ClassVar[bool] = True
     gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
-    miscompiled: ClassVar[bool] = False  # whether its native tests failed on Hopper, see `_warn_of_ptxas`
+    miscompiled: ClassVar[bool] = (
+        False  # whether older assemblers compile it wrong for Hopper, see `_newer_ptxas`
+    )
     updates: int = 1  # of the state, a token
 
     def __init__(self, hidden_size: int, keys: int, values: int, num_heads: int, **settings: Any):
@@ -131,8 +135,9 @@ class FlaMixer(Mixer):
                 "gradients of it on Hopper; install triton >= 3.7.1 or tilelang"
             )
 
-        if utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_7_1 and self.miscompiled:
-            _warn_of_ptxas(self.layer)
+        old = self.miscompiled and utils.IS_NVIDIA_HOPPER and utils.TRITON_ABOVE_3_7_1
+        if old and (told := _newer_ptxas()):
+            raise ValueError(f"{self.layer} cannot run here: {told}")
 
     def _choose_kernel(self, x: Tensor) -> None:
         """The chunked kernel; in fp32, where that takes half precision only, the kernel of single steps."""
@@ -188,19 +193,27 @@ class FlaMixer(Mixer):
 
 
 @functools.cache
-def _warn_of_ptxas(layer: str) -> None:
-    """Once: this layer's kernels gave wrong numbers on an H200, by all we know for the assembler they had.
+def _newer_ptxas() -> str:
+    """Empty where the assembler compiles the delta rule's kernels for Hopper rightly; else what to do.
 
-    May go when its native tests pass with a newer ptxas: then refuse the older ones.
+    With Triton 3.7.1 on an H200, ptxas 12.8 gave outputs and gradients that were off by 0.09 to 7 times their
+    size, 13.1 right ones (docs/baselines.md). May go when PyTorch's Triton brings 13.1 for Hopper.
     """
-    ptxas = importlib.import_module("triton.knobs").nvidia.ptxas
-    if tuple(map(int, ptxas.version.split(".")[:2])) < (13, 1):
-        warnings.warn(
-            f"numbers of {layer} (flash-linear-attention) may be wrong here: its tests failed on an H200 "
-            f"with Triton 3.7.1 and ptxas 12.8, and here is ptxas {ptxas.version}. Set TRITON_PTXAS_PATH to "
-            "one of CUDA 13.1 or newer and run tests/mixers/test_fla_native.py; see docs/baselines.md",
-            stacklevel=2,
-        )
+    nvidia = importlib.import_module("triton.knobs").nvidia
+    if _version(nvidia.ptxas) >= _PTXAS:
+        return ""
+    path = "PATH/TO/ptxas"
+    with contextlib.suppress(RuntimeError):  # Triton's, where it has none
+        if _version(nvidia.ptxas_blackwell) >= _PTXAS:  # Triton 3.7.1 has 13.1 for newer GPUs
+            path = nvidia.ptxas_blackwell.path
+    return (
+        f"ptxas {nvidia.ptxas.version} compiles its kernels wrong on this GPU, 13.1 does not: "
+        f"export TRITON_PTXAS_PATH={path}"
+    )
+
+
+def _version(tool: Any) -> tuple[int, ...]:
+    return tuple(map(int, tool.version.split(".")[:2]))
 
 
 class _LayerCache:

@@ -42,7 +42,7 @@ installed = pytest.mark.skipif(
 )
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> FlaMixer:
+def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", std: float = 0.3) -> FlaMixer:
     """A mixer with weights large enough that every part of it matters."""
     torch.manual_seed(0)
     mixer = build_mixer(SPECS[name], D)
@@ -50,7 +50,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
         for key, value in mixer.initial_values(0.02).items():
             mixer.get_parameter(key).copy_(value)
         for linear in (m for m in mixer.modules() if isinstance(m, torch.nn.Linear)):
-            torch.nn.init.normal_(linear.weight, std=0.3)
+            torch.nn.init.normal_(linear.weight, std=std)
     return mixer.to(device, dtype).eval()
 
 

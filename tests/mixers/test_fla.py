@@ -5,7 +5,6 @@ kernels on tiny shapes. `test_fla_native.py` runs them on a GPU.
 """
 
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,35 +157,33 @@ def test_an_output_projection_that_is_never_called_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_was_wrong_on_hopper_is_told_once_a_layer(kind, monkeypatch):
-    """With the assembler that it was wrong with, not with a newer one, nor of layers whose tests passed."""
+@pytest.mark.parametrize("version", ["12.8", "13.0", "13.1", "14.0"])
+@pytest.mark.parametrize("other", ["13.1", None])
+def test_old_assemblers_are_refused_on_hopper(kind, version, other, monkeypatch):
+    """Where they were wrong, and nowhere else; with the path of a newer one that Triton brings."""
+
+    class Tools:
+        ptxas = SimpleNamespace(version=version, path="/old")
+
+        @property
+        def ptxas_blackwell(self):
+            if other is None:
+                raise RuntimeError("Cannot find ptxas-blackwell")
+            return SimpleNamespace(version=other, path="/new")
+
     found = {"device_name": "cuda", "IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True}
     utils = SimpleNamespace(**found, TRITON_ABOVE_3_7_1=True)
     monkeypatch.setitem(sys.modules, "fla.utils", utils)
+    monkeypatch.setitem(sys.modules, "triton.knobs", SimpleNamespace(nvidia=Tools()))
+    monkeypatch.setattr(fla_layer, "_newer_ptxas", fla_layer._newer_ptxas.__wrapped__)
     mixer = object.__new__(mixer_class(kind))  # without fla's layer
     torch.nn.Module.__init__(mixer)
-    ptxas = SimpleNamespace(version="13.1")
-    nvidia = SimpleNamespace(nvidia=SimpleNamespace(ptxas=ptxas))
-    monkeypatch.setitem(sys.modules, "triton.knobs", nvidia)
-
-    def told() -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    if kind in ("deltanet", "gated_deltanet", "gated_deltaproduct") and version in ("12.8", "13.0"):
+        path = "/new" if other == "13.1" else "PATH/TO/ptxas"
+        with pytest.raises(ValueError, match=f"{mixer.layer} .*ptxas {version} .*TRITON_PTXAS_PATH={path}$"):
             mixer.check_device(torch.device("cuda"))
-            mixer.check_device(torch.device("cuda"))
-        return [str(warning.message) for warning in caught]
-
-    cases = {"13.1": 0, "12.8": 1, "13.0": 1, "13.2": 0}
-    for version, times in cases.items():
-        fla_layer._warn_of_ptxas.cache_clear()
-        ptxas.version = version
-        lines = told()
-        wrong = kind in ("deltanet", "gated_deltanet", "gated_deltaproduct", "rwkv7")
-        assert len(lines) == (times if wrong else 0)
-        assert all(mixer.layer in line and f"here is ptxas {version}." in line for line in lines)
-    fla_layer._warn_of_ptxas.cache_clear()
-    utils.IS_NVIDIA_HOPPER, ptxas.version = False, "12.8"
-    assert told() == []
+        utils.IS_NVIDIA_HOPPER = False
+    mixer.check_device(torch.device("cuda"))
 
 
 # fla's kernels in Triton's interpreter.

@@ -58,7 +58,10 @@ def test_native_gradients(name, mixed):
     """Of two documents in a row, as in training: fp32 weights under bf16 autocast; or fp32 altogether."""
     if not mixed and SPECS[name]["type"] in HALF_CHUNKS:
         pytest.skip("its chunked kernels take half precision only")
-    mixer, plain = make(name, device="cuda").train(), make(name, device="cuda")
+    # At 0.3 RWKV-7's gradients are ill-conditioned: plain loops under bf16 autocast are off by 0.28, at
+    # 0.1 by 0.05; Gated DeltaNet's by 0.02 at both.
+    std = 0.1 if name == "rwkv7" else 0.3
+    mixer, plain = make(name, device="cuda", std=std).train(), make(name, device="cuda", std=std)
     skip_untrainable(mixer)
     x = noise(2, 150, D).cuda()
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -74,8 +77,7 @@ def test_native_gradients(name, mixed):
     pairs = zip(mixer.named_parameters(), plain.parameters(), strict=True)
     apart = {"x": off(ours.grad, theirs.grad)} | {key: off(p.grad, q.grad) for (key, p), q in pairs}
     limit = 0.1 if mixed else 0.02  # products of fp32 kernels are TF32's
-    # RWKV-7 normalises what its mixes x_r and others scale: most of their gradients cancels.
-    wrong = {key: value for key, value in apart.items() if value > limit * (5 if ".x_" in key else 1)}
+    wrong = {key: value for key, value in apart.items() if value > limit}
     assert not wrong, wrong
 
 
