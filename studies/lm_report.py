@@ -86,7 +86,7 @@ def rates_table(rows: list[Row]) -> str:
     for key in dict.fromkeys(setting(row) for row in rows):
         own = [row for row in rows if setting(row) == key and row["seed"] == 0]
         rates = sorted({row["lr"] for row in own})
-        tried = Counter(row["contender"] for row in own)
+        tried = Counter(name for name, _ in dict.fromkeys((row["contender"], row["lr"]) for row in own))
         names = [name for name, times in tried.items() if times > 1]
         if not names:
             continue
