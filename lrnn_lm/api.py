@@ -126,7 +126,7 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
         return checkpoint
     what = "was trained already" if trainer.first_step >= recipe.total_steps else "is trained"
     steps = trainer.position.step
-    print(f"{recipe.name} {what}: {steps} step{'s' if steps > 1 else ''}, checkpoint {checkpoint}")
+    print(f"{recipe.name} {what}: {steps} step{'' if steps == 1 else 's'}, checkpoint {checkpoint}")
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM
