@@ -15,7 +15,9 @@ from benchmarks.decode import DecodeSettings
 from benchmarks.results import read_results
 from benchmarks.train import TrainSettings
 from lrnn_lm.cli import main
+from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
+from lrnn_lm.train.build import model_config
 from studies.lm_report import (
     FINAL,
     HEADLINE,
@@ -113,6 +115,24 @@ def test_rows_can_be_made_again(path):
 COMMANDS = sorted(set(re.findall(r"`(lrnn bench (?:train|decode) [^`]*)`", PERFORMANCE)))
 
 
+WRITTEN = dict(re.findall(r"```yaml\n# ([\w-]+)\.yaml.*\n((?:.+\n)+)```", PERFORMANCE))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_contender_written_out_in_the_page_is_that_of_the_rows(name, tmp_path):
+    for other, text in WRITTEN.items():
+        text = text.replace("extends: recipes/", f"extends: {DOCS.parent}/recipes/")
+        (tmp_path / f"{other}.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / f"{name}.yaml")
+    counted = account(model_config(recipe, recipe.model.vocab_size), 2048).total_parameters
+    lines = "".join((RESULTS / f"train-{kind}-h200.jsonl").read_text() for kind in ("padding", "heads"))
+    measured = [row for row in map(json.loads, lines.splitlines()) if row.get("contender") == name]
+    assert measured
+    for row in measured:
+        assert row["parameters"] == counted
+        assert row["residual_in_fp32"] is recipe.train.residual_in_fp32
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_whole(command, monkeypatch):
     """The command line takes each as it stands; what it would run is left out."""
@@ -151,7 +171,7 @@ def test_every_ratio_says_what_it_is_read_with():
     for page in (README, PERFORMANCE):
         for line in page.splitlines():
             if line.startswith("|") and "ransformer" in line and "times as fast" in line:
-                assert "19 layers" in line, line
+                assert "19 layers" in line or "of equal depth and width" in line, line
     emulated = 0
     for path in (path for path in BENCH if path.name.startswith("decode")):
         rows = [row for row in read_results(path)[1] if row.get("emulated")]
@@ -197,7 +217,14 @@ def test_sentences_of_the_pages(tables):
         in text
     )
     assert f"the Transformer had {eight[1]['tokens_per_second']:,.0f}" in text
-    assert f"at {tables.speed.estimate_same_shape():.2f} times it" in text
+    ours, deep, shape, mamba = (
+        find("train-same-shape-h200.jsonl", contender=name)["tokens_per_second"]
+        for name in ("bd-m4", "transformer", "transformer-same-shape", "mamba2")
+    )
+    assert f"trains {shape:,.0f} tokens/s, bd-m4 {ours:,.0f}, so bd-m4 is at {ours / shape:.2f} of it" in text
+    assert f"{deep:,.0f} (bd-m4 {ours / deep:.2f} times as fast)" in text
+    assert f"{mamba:,.0f} ({ours / mamba:.2f} times)" in text
+    assert f"bd-m4 is {ours / mamba:.2f} times as fast" in text
     wide = find("decode-h100.jsonl", B=64, mode="fused", context=1024)
     assert f"Batch 64 misses its goal: {wide['share_of_limit']:.2f} of the limit" in text
     lines = [json.loads(line) for line in (RESULTS / "residual.jsonl").read_text().splitlines()]

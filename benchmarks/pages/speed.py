@@ -173,19 +173,6 @@ def train() -> str:
     return "\n".join(f"- {source(name)}" for name in files) + "\n\n" + text
 
 
-def estimate_same_shape() -> float:
-    """bd-m4 over a Transformer of 12 layers, from the profile of the one of 19: kernels that run a multiple
-    of 19 times a step are its layers', the optimizer's time goes by the parameters."""
-    ours = row_of("train-h100.jsonl", contender="bd-m4", T=2048)
-    peer = row_of("train-h100.jsonl", contender="transformer", T=2048)
-    deep, profile = peer["layers"], peer["profile"]
-    of_layers = sum(ms for _, calls, ms in profile["kernels"] if calls % deep == 0)
-    # 162,183,936: `parameters` of recipes/paper/transformer.yaml
-    optimizer = profile["kinds"]["optimizer"] * (1 - 162_183_936 / peer["parameters"])
-    busy = profile["busy_ms"] - of_layers * (1 - ours["layers"] / deep) - optimizer
-    return busy / ours["profile"]["busy_ms"]
-
-
 PEERS = [
     ("the paper's formulation", "train-paper-h100.jsonl", "not compiled, 4 steps"),
     (
@@ -284,24 +271,29 @@ def readme() -> str:
         [f"training, against {name}", f"{ratio(rows_of(file)[0], at['bd-m4', 2048])} times as fast", handicap]
         for name, file, handicap in PEERS
     ]
-    same = rows_of("train-h100.jsonl", contender="transformer-same-shape", T=2048)
-    same_shape = [
-        f"not measured; estimate: {estimate_same_shape():.2f} times as fast",
-        "estimated from the profile of 19 layers: BD-LRU is slower",
-    ]
-    if same:
-        same_shape = [f"{ratio(same[0], at['bd-m4', 2048])} times as fast", "it has 162M parameters"]
+    shape, m4 = (
+        row_of("train-same-shape-h200.jsonl", contender=c) for c in ("transformer-same-shape", "bd-m4")
+    )
+    same_shape = (
+        f"{shape['parameters'] / 1e6:.0f}M parameters; one H200, medians of {processes(shape)} processes"
+    )
     one = row_of("decode-h100.jsonl", B=1, mode="fused", context=1024)
     peer = row_of("decode-transformer-h100.jsonl", context=1024)
+    fair = [
+        1e3 * row_of("decode-compiled-h200.jsonl", contender=c, B=1, mode=mode)["token_seconds"]
+        for c, mode in (("transformer", "compiled"), ("bd-m4", "fused"))
+    ]
     lines = [
         ["scan kernels, M = 1 to 8, full batch", f"{min(shares):.2f} to {max(shares):.2f} of copy speed", ""],
         ["training, rows of 2,048 tokens", f"MFU {at['bd-m4', 2048]['mfu']:.3f}", "residual stream in fp32"],
         ["training, against a Transformer of equal parameters, rows of 2,048 / 8,192 / 32,768 tokens",
          " / ".join(deep) + " times as fast", "it has 19 layers, BD-LRU 12"],
-        ["training, against a Transformer of equal depth and width, rows of 2,048 tokens", *same_shape],
+        ["training, against a Transformer of equal depth and width, rows of 2,048 tokens",
+         f"{ratio(shape, m4)} times as fast", f"it has {same_shape}"],
         *others,
         ["decoding, batch 1, context of 1,024 tokens", f"{1e3 * one['token_seconds']:.3f} ms a token",
-         f"Transformer of 19 layers, not compiled: {1e3 * peer['token_seconds']:.2f} ms"],
+         f"Transformer of 19 layers: {1e3 * peer['token_seconds']:.2f} ms, not compiled; compiled, on an "
+         f"H200, {fair[0]:.2f} ms for BD-LRU's {fair[1]:.3f}"],
     ]  # fmt: skip
     least = min(processes(row) for row in (*at.values(), one, peer))
     head = [f"BD-LRU M = 4, 212M parameters, one H100, {least} process a row", "", "note"]

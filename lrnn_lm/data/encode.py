@@ -77,9 +77,14 @@ def _bytes_of(encoding: "Encoding", text: str, count: int) -> int:
         first -= 1
     if first == count:
         return len(text[: offsets[count - 1][1]].encode())
-    # A token that holds part of a character is `<0xE6>`, or byte-level: a letter for each of its bytes. Or it
-    # is the blank that Llama 2's tokenizer puts before a text, which shares the text's first character.
-    tokens = [token for token in encoding.tokens[first:count] if token != "\u2581"]
+    # A token that holds part of a character is `<0xE6>`, or byte-level: a letter for each of its bytes. What
+    # else shares a character is the blank that a tokenizer puts before a text: U+2581 in Llama 2's, U+0120 in
+    # byte-level ones, alone or with the first bytes.
+    tokens = [
+        token if text[start] == " " else token.removeprefix("\u0120")
+        for token, (start, _) in zip(encoding.tokens[first:count], offsets[first:count], strict=True)
+        if token != "\u2581"
+    ]
     sizes = [1 if _BYTE.fullmatch(token) else len(token) for token in tokens]
     return len(text[: offsets[first][0]].encode()) + sum(sizes)
 

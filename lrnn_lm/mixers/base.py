@@ -207,8 +207,22 @@ def initialise(
     elif isinstance(module, nn.RMSNorm):
         init.ones_(module.weight)
     elif isinstance(module, Mixer):
-        for name, value in module.initial_values(std).items():
+        with _computed_in_fp32():
+            values = module.initial_values(std)
+        for name, value in values.items():
             init.copy_(module.get_parameter(name), value)
+
+
+@contextmanager
+def _computed_in_fp32() -> Iterator[None]:
+    """Not in bf16 or fp16, which `from_config(dtype=..)` makes the default dtype: in bf16 0.998 is 1."""
+    dtype = torch.get_default_dtype()
+    if dtype.itemsize < 4:
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 _drawn_by_model: ContextVar[bool] = ContextVar("_drawn_by_model", default=False)

@@ -120,6 +120,11 @@ class LRNNConfig(PreTrainedConfig):
         return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)] * self.repeat
 
     @property
+    def num_applied_layers(self) -> int:
+        """Layers that a token passes: `num_hidden_layers`, `repeat` times."""
+        return self.num_hidden_layers * self.repeat
+
+    @property
     def layer_types(self) -> list[str]:
         """The kind of cache layer that each layer needs; transformers' caches read this."""
         from ..mixers import mixer_class

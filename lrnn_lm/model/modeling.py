@@ -40,6 +40,16 @@ from .loss import check_labels, counted_targets, head_loss, shift_labels
 from .masks import Layout, attention_masks, check_padding, layout, positions_of, tokens_last
 
 
+def _block_outputs() -> OutputRecorder:
+    """How transformers records hidden states: one for each application of a block.
+
+    With `repeat` more than layers: transformers 5.23 asks how many for `output_hidden_states=[-1]`.
+    """
+    recorder = OutputRecorder(LRNNBlock)
+    recorder.num_hidden_layers_key = "num_applied_layers"  # no argument of older versions
+    return recorder
+
+
 class LRNNPreTrainedModel(PreTrainedModel):
     """Initialisation, and what transformers needs to know about every LRNN model."""
 
@@ -52,7 +62,7 @@ class LRNNPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True  # a recurrent state cannot be cut back to an earlier token
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": LRNNBlock,
+        "hidden_states": _block_outputs(),
         "attentions": OutputRecorder(AttentionWeights),  # where attn_implementation="eager"
     }
 

@@ -22,7 +22,7 @@ from tolerances import TOLERANCE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
-from lrnn_lm.mixers.base import ResidualOutput
+from lrnn_lm.mixers.base import ResidualOutput, initialise
 from lrnn_lm.model.autoencoder import LRNNForReconstruction
 from lrnn_lm.model.layers import RMSNorm
 
@@ -206,6 +206,32 @@ def test_initialisation_has_the_right_spread(name):
             assert module.bias is None or id(module.bias) in own or not module.bias.any(), path
         elif isinstance(module, torch.nn.RMSNorm):
             assert (module.weight == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_initial_values_are_those_of_fp32_rounded(name, dtype):
+    """As `from_config(dtype=..)` builds a model; computed in bf16, gates of long half-lives were infinite."""
+    spec = dict(MIXER_ROWS[name])
+    if spec["type"] in ("bd_lru", "bd_matrix") and "gate" not in spec:  # softmax
+        spec["half_life"] = [2, 8192]
+
+    def drawn(default: torch.dtype) -> list[torch.Tensor]:
+        model = AutoModelForCausalLM.from_config(small_config(name, mixer=spec), dtype=default)
+        assert {parameter.dtype for parameter in model.parameters()} == {default}
+        model.to(torch.float32)
+        mixer = model.model.layers[1].mixer.to(default)
+        torch.manual_seed(1)
+        torch.set_default_dtype(default)
+        try:
+            initialise(mixer)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return [mixer.get_parameter(key) for key in mixer.initial_values(0.02)]
+
+    for found, exact in zip(drawn(dtype), drawn(torch.float32), strict=True):
+        assert found.isfinite().all()
+        assert torch.equal(found, exact.to(dtype))
 
 
 def test_lstm_starts_with_an_open_forget_gate_and_orthogonal_recurrence():

@@ -101,3 +101,16 @@ def test_mistakes():
     with pytest.raises(ValueError, match=r"model\.repeat"):
         load_recipe(DEMO, ["model.repeat=0"])
     assert load_recipe(DEMO, ["model.repeat=3"]).model.repeat == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_are_chosen_by_number(name):
+    """transformers counted the layers once: later passes were None, and -1 was the end of the first pass."""
+    model, deep = pair(name)
+    everything = deep(tokens(), output_hidden_states=True).hidden_states
+    for each in (model, model.model):
+        chosen = each(tokens(), output_hidden_states=[1, LAYERS + 1, LAYERS * REPEAT]).hidden_states
+        assert len(chosen) == LAYERS * REPEAT + 1
+        for i, state in enumerate(chosen):
+            assert (state is None) == (i not in (1, LAYERS + 1, LAYERS * REPEAT))
+            assert state is None or torch.equal(state, everything[i])

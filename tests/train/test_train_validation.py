@@ -87,14 +87,14 @@ def test_every_row_count_has_its_bytes(mixed: Path) -> None:
     )
 
 
-def byte_level(folder: Path, texts: list[str]) -> None:
-    """GPT-2's kind: bytes as letters, offsets without the blanks."""
+def byte_level(folder: Path, texts: list[str], blank: bool = False) -> None:
+    """GPT-2's kind: bytes as letters, offsets without the blanks; `blank`: one is put before a text."""
     from transformers import PreTrainedTokenizerFast
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
@@ -143,6 +143,28 @@ def test_a_blank_that_a_tokenizer_puts_before_a_text_spells_nothing(tmp_path: Pa
     }.items():
         counted = [encoder.bytes_of(text, count) for count in range(1, len(encoder(text)) + 1)]
         assert counted == [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_blank_that_a_byte_level_tokenizer_puts_before_a_text_spells_nothing(
+    tmp_path: Path, merged: bool
+) -> None:
+    """Also where it is one token with the first byte of the first character."""
+    text = "éa \u00e9"
+    byte_level(tmp_path, ["é"] * 9 if merged else [""], blank=True)
+    if merged:  # of the merges that "é" gives, the one of the blank alone
+        path = tmp_path / "tokenizer.json"
+        saved = json.loads(path.read_text())
+        saved["model"]["merges"] = [["\u0120", "\u00c3"]]
+        saved["model"]["vocab"].setdefault("\u0120\u00c3", max(saved["model"]["vocab"].values()) + 2)
+        path.write_text(json.dumps(saved))
+    encoder = Encoder(tmp_path, read_facts(tmp_path))
+    tokens = [encoder._tokenizer.id_to_token(i) for i in encoder(text)]
+    # With the merge the blank before the second character is in a token with its first byte, too.
+    sizes = [0, 1, 1, 1, 2, 1, 0] if merged else [0, 0, 1, 1, 1, 1, 1, 1, 0]
+    assert len(tokens) == len(sizes), tokens
+    counted = [encoder.bytes_of(text, count) for count in range(1, len(tokens) + 1)]
+    assert counted == [sum(sizes[:count]) for count in range(1, len(sizes) + 1)]
 
 
 def test_an_unknown_character_counts_for_what_it_is(tmp_path: Path) -> None:
