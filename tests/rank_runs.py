@@ -58,7 +58,7 @@ class Prank:
     """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
     loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
     room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch; step 0: the
-    first)."""
+    first; of scoring, a task's data set)."""
 
     rank: int = 0
     step: int = 0
@@ -188,11 +188,13 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             if here and prank.signal:
                 os.kill(os.getpid(), prank.signal)
             any_works = meet(trainer, doing, *flags, **more)
-            if here and prank.full and not more:  # after the meeting: in the pass
-                trainer.bare_model.register_forward_pre_hook(no_room)
+            if here and (prank.full or prank.lost) and not more:  # after the meeting: in the pass
+                trainer.bare_model.register_forward_pre_hook(fail)
             return any_works
 
-        def no_room(*_: object) -> None:
+        def fail(*_: object) -> None:
+            if prank.lost:
+                raise ValueError("a task's data set cannot be loaded")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
 
         Trainer._meet = meets
