@@ -53,12 +53,15 @@ class Forked:
         return self.process.exitcode, self._log.read_text()
 
 
+EVERY = -1
+
+
 @dataclass(frozen=True)
 class Prank:
-    """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
-    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
-    room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch; step 0: the
-    first; of scoring, a task's data set)."""
+    """What befalls a run: `rank`, or EVERY one, gets `signal` within step `step`, or the validation or
+    scoring after it; its loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep`
+    seconds longer, finds no room on its GPU if `full`, or if `lost` does not find the text of the next step
+    (or batch; step 0: the first; of scoring, a task's data set)."""
 
     rank: int = 0
     step: int = 0
@@ -168,7 +171,7 @@ def _speak_into(log: Path) -> None:
 def _disturb(rank: int, prank: Prank | None) -> None:
     from lrnn_lm.train.loop import Trainer
 
-    if prank is None or rank != prank.rank:
+    if prank is None or prank.rank not in (rank, EVERY):
         return
     original, forward = Trainer.step, Trainer.forward
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_runs import Prank, Ranks
+from rank_runs import EVERY, Prank, Ranks
 from rich.console import Console
 from tiny_run import LAST, STEPS, TEXT, fingerprint, losses, metrics, sha256, validations, write_recipe
 from trainers import main_exits
@@ -132,6 +132,13 @@ def test_a_rank_that_fails_at_a_request_costs_no_step(
     said = Ranks(sentences, 2, *options, prank=prank).expect(2)
     assert said.count(told) == 1
     assert "Traceback" not in said
+    assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"
+
+
+def test_a_mistake_of_all_ranks_in_a_scoring_is_told_once(sentences: Path, tmp_path: Path) -> None:
+    prank = Prank(rank=EVERY, step=4, scoring=True, lost=True)
+    said = Ranks(sentences, 2, f"train.runs_dir={tmp_path}", ON, prank=prank).expect(2)
+    assert said.count("data set cannot be loaded") == 1
     assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"
 
 
