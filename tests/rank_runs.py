@@ -53,12 +53,15 @@ class Forked:
         return self.process.exitcode, self._log.read_text()
 
 
+EVERY = -1
+
+
 @dataclass(frozen=True)
 class Prank:
-    """What befalls a run: `rank` gets `signal` within step `step`, or the validation or scoring after it; its
-    loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep` seconds longer, finds no
-    room on its GPU if `full`, or if `lost` does not find the text of the next step (or batch; step 0: the
-    first)."""
+    """What befalls a run: `rank`, or EVERY one, gets `signal` within step `step`, or the validation or
+    scoring after it; its loss is NaN in the steps that begin at `nan_samples`; step `step` takes `sleep`
+    seconds longer, finds no room on its GPU if `full`, or if `lost` does not find the text of the next step
+    (or batch; step 0: the first; of scoring, a task's data set)."""
 
     rank: int = 0
     step: int = 0
@@ -168,7 +171,7 @@ def _speak_into(log: Path) -> None:
 def _disturb(rank: int, prank: Prank | None) -> None:
     from lrnn_lm.train.loop import Trainer
 
-    if prank is None or rank != prank.rank:
+    if prank is None or prank.rank not in (rank, EVERY):
         return
     original, forward = Trainer.step, Trainer.forward
 
@@ -188,11 +191,13 @@ def _disturb(rank: int, prank: Prank | None) -> None:
             if here and prank.signal:
                 os.kill(os.getpid(), prank.signal)
             any_works = meet(trainer, doing, *flags, **more)
-            if here and prank.full and not more:  # after the meeting: in the pass
-                trainer.bare_model.register_forward_pre_hook(no_room)
+            if here and (prank.full or prank.lost) and not more:  # after the meeting: in the pass
+                trainer.bare_model.register_forward_pre_hook(fail)
             return any_works
 
-        def no_room(*_: object) -> None:
+        def fail(*_: object) -> None:
+            if prank.lost:
+                raise ValueError("a task's data set cannot be loaded")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ..")
 
         Trainer._meet = meets

@@ -2,9 +2,11 @@
 
 import doctest
 import inspect
+import itertools
 import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tiny_run import losses, write_recipe
 import lrnn_lm
 from lrnn_lm import evaluate, generate, load_recipe, train
 from lrnn_lm.api import HOMES
+from lrnn_lm.train.runtime import own_settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 WITH_EXAMPLES = [name for name in HOMES if not name.startswith("LRNN") and name != "load_recipe"]
@@ -95,6 +98,33 @@ def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
         assert torch.empty(0).is_meta
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of torch"):
         trained("autocast")
+
+
+def test_settings_of_torch_around_a_run() -> None:
+    """A default device breaks the graphs of torch.compile: within a run there is none, but for a `with`."""
+
+    def unflatten(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (2, 2)) + torch.ones(2, 2)  # torch's method cannot be compiled in a context
+
+    def device() -> tuple[str, str]:
+        return torch.empty(0).device.type, torch.get_default_device().type
+
+    try:
+        for set_to, context in itertools.product((None, "cpu", "meta"), repeat=2):
+            torch.set_default_device(set_to)
+            with torch.device(context) if context else nullcontext():
+                before = device()
+                with suppress(KeyError), own_settings(), own_settings():
+                    assert device() == ("cpu", "cpu")
+                    if not context:
+                        torch.compile(unflatten, fullgraph=True, backend="eager")(torch.ones(4))
+                    raise KeyError
+                assert device() == before
+            assert device() == (set_to or "cpu",) * 2
+            torch.set_default_device(None)
+            assert device() == ("cpu", "cpu"), "nothing is left"
+    finally:
+        torch.set_default_device(None)
 
 
 def test_examples_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

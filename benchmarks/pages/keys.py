@@ -26,7 +26,8 @@ HEAD = """# Recipe keys
 
 For whoever writes a recipe: every key with its default, made from the schema by
 `python -m benchmarks.pages.keys --write`. Keys that need more words are explained in
-[training.md](training.md#recipe-keys-for-training), [data.md](data.md) and [long.md](long.md).
+[training.md](training.md#recipe-keys-for-training), [data.md](data.md) and [long.md](long.md). Beside them,
+`extends: FILE` builds on another recipe.
 
 A number of tokens reads `524288` or `2M`. A time between two events reads `100K` (tokens), `200 steps` or
 `30 min`, a part of the run `10%`, `2M` (tokens) or `200 steps`."""

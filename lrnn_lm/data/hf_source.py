@@ -88,9 +88,11 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
                 f"{spec.split!r}; save the part that you want (data.source.split)"
             )
         # "train" is the default and reads whatever was saved; a dataset that was not loaded has no split.
-        if there and spec.split != "train":
+        # Both parts of train_test_split have the split of the whole, so the folder's name counts too.
+        if there and spec.split not in ("train", path.name):
             raise DataError(
-                f"dataset {name}: no split {spec.split!r}; the folder holds {there!r} (data.source.split)"
+                f"dataset {name}: no split {spec.split!r}; the folder holds {there!r}: leave "
+                "data.source.split out to read it"
             )
     return loaded, None
 

@@ -20,7 +20,7 @@ from .specs import DataError, SourceSpec
 
 File = Path | RemoteFile
 # A single text file is cut into parts of one to two 50ths of it, where a 50th is 200 to 5,000 characters:
-# about 25 parts, more above 500 KB, fewer below 20 KB.
+# about 25 parts, more above 250 KB, fewer below 10 KB.
 _PARTS, _PART_CHARS = 50, (200, 5000)
 FILE_TYPES = {  # and how the files that they read in a folder end
     "text": (),  # every file of a folder

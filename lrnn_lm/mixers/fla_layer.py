@@ -41,9 +41,7 @@ class FlaMixer(Mixer):
     value_first: ClassVar[bool] = False  # whether the layer keeps a head's state as (V, K) instead of (K, V)
     chunk_takes_fp32: ClassVar[bool] = True
     gated_rule: ClassVar[bool] = False  # whether the backward pass is the gated delta rule's
-    miscompiled: ClassVar[bool] = (
-        False  # whether older assemblers compile it wrong for Hopper, see `_newer_ptxas`
-    )
+    miscompiled: ClassVar[bool] = False  # whether an old assembler gets it wrong, see `_newer_ptxas`
     updates: int = 1  # of the state, a token
 
     def __init__(self, hidden_size: int, keys: int, values: int, num_heads: int, **settings: Any):

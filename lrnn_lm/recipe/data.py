@@ -108,7 +108,7 @@ class MixtureSource(SourceSection):
     config: str | None = Field(None, description="hf: configuration of the dataset")
     weight: float = Field(1.0, ge=0, description="its share of the rows is weight / sum of all weights")
     validation_source: SourceSection | None = Field(
-        None, description="its held-out text; default: a fraction of the source"
+        None, description="its held-out text, with the keys of `source`; default: a fraction of the source"
     )
     validation_fraction: float | None = Field(
         None, gt=0, lt=1, description="default: data.validation_fraction"
@@ -169,14 +169,14 @@ class DataSection(Section):
     source: SourceSection = Field(default_factory=SourceSection)
     sources: list[MixtureSource] = Field(
         default_factory=list,
-        description="a mixture in place of `source`, whose keys each has too; see docs/data.md",
+        description="a mixture, in place of `source`; each has the keys of `source` too; see docs/data.md",
     )
     stages: list[StageSection] = Field(
         default_factory=list,
-        description="other weights of the sources after numbers of tokens, as in docs/data.md",
+        description="weights of the sources that change after a number of tokens; see docs/data.md",
     )
     validation_source: SourceSection | None = Field(
-        None, description="held-out text; default: a fraction of `source`"
+        None, description="held-out text, with the keys of `source`; default: a fraction of `source`"
     )
     validation_fraction: float = Field(
         0.02, gt=0, lt=1, description="fraction of documents held out, chosen by hash"
@@ -188,8 +188,8 @@ class DataSection(Section):
     rows_in_order: int | None = Field(
         None,
         ge=2,
-        description="length in rows of the stretches of text that are read in order: a row of the next step "
-        "continues from the state at the end of this step's; null: shuffled rows, each from an empty state",
+        description="number of rows that follow one another in the text and are read so, one per step, each "
+        "from the last state of the row before; null: shuffled rows, each from an empty state",
     )
     min_document: int | None = Field(
         None, ge=2, description="leave out training documents of fewer tokens; held-out text stays whole"

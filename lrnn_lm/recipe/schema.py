@@ -27,7 +27,7 @@ class ModelSection(Section):
     num_hidden_layers: int = Field(12, ge=1, lt=2**16)
     intermediate_size: int = Field(2048, ge=1, lt=2**24, description="width of the SwiGLU")
     vocab_size: int | None = Field(
-        None, ge=2, lt=2**31, description="null: the tokenizer's; of a tokenizer to be trained, its size"
+        None, ge=2, lt=2**31, description="a tokenizer that is trained gets this size; null: the tokenizer's"
     )
     tie_word_embeddings: bool = Field(False, description="one matrix for embedding and output head")
     rms_norm_eps: float = Field(1e-6, gt=0)

@@ -24,9 +24,9 @@ class GuardSection(Section):
     """When a step is too far above the last ones to be trusted."""
 
     deviations: float = Field(
-        6.0, gt=0, description="skip a step that is so many standard deviations above the mean"
+        6.0, gt=0, description="skip a step that is this many standard deviations above the mean"
     )
-    window: int = Field(128, ge=2, description="number of last good steps that mean and deviation are of")
+    window: int = Field(128, ge=2, description="number of last good steps for mean and deviation")
 
 
 class RampSection(Section):
@@ -78,7 +78,7 @@ class TrainSection(Section):
     segment: int | None = Field(
         None,
         ge=1,
-        description="read a row in passes of so many tokens, with the gradient of the whole row "
+        description="read a row in passes of this many tokens, with the gradient of the whole row "
         "(docs/long.md); null: in one pass",
     )
     sequence_parallel: int = Field(

@@ -355,8 +355,6 @@ class Trainer:
             )  # fmt: skip
         except AskedToStopError:
             self._save_and_stop()
-        except ValueError as error:
-            raise ValueError(str(error) if self.accelerator.is_main_process else "") from None
         self.position.scored = self.position.step
         self._write({**found, "tasks_seconds": time.perf_counter() - began}, in_words(found))
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
+from torch.overrides import _get_current_function_mode_stack
 
 from ..recipe.train import TrainSection
 
@@ -84,14 +85,21 @@ def own_settings() -> Iterator[None]:
         raise ValueError(
             "call train() outside of torch.autocast: a run takes its precision from train.precision"
         )
-    dtype = torch.get_default_dtype()
-    # A context of the default device makes every call of torch slower, so not where the default is a CPU.
-    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    rest = device
+    if len(_get_current_function_mode_stack()) == 1:
+        # Taken away, where nothing is around it: any default device, "cpu" too, is a context of every call of
+        # torch, which makes them slower and breaks the graphs of torch.compile.
+        torch.set_default_device(None)
+        rest = torch.get_default_device()  # that of a `with torch.device(..)` stays
+    on_cpu = nullcontext() if rest.type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
         with on_cpu, torch.inference_mode(False):  # which turns gradients on within no_grad too
             yield
     finally:
+        if rest != device:
+            torch.set_default_device(device)
         torch.set_default_dtype(dtype)
 
 

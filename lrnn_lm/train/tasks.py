@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..files import random_state_kept
+from .exchange import on_any_rank
 from .parallel import is_sharded, reshard
 from .stop import AskedToStopError, OtherRankError
 
@@ -39,22 +40,27 @@ def score_live(
 
     meet(working, failed) says whether any rank works; all call it before each forward pass of any. It may
     raise; OtherRankError on all if any has failed. save() is called before an error ends the run, wherever
-    all ranks can join it: not where one fails within a pass that others wait in (FSDP2).
+    all ranks can join it: not where one fails within a pass that others wait in (FSDP2). Of ranks with the
+    same ValueError the main one tells it, the others raise it without words.
     """
     steps = _InStep(model, meet)
     try:
         return _scores(scorer, model, tokenizer, accelerator, steps)
     except AskedToStopError:
         raise
-    except ValueError:  # a mistake that only this task's requests show; all ranks have it
-        save()
-        raise
     except OtherRankError:
+        on_any_rank(accelerator, False)
         save()
         raise ValueError("") from None
-    except Exception:  # such as no memory
-        if accelerator.num_processes == 1 or steps.tell_failure():
+    except Exception as error:  # such as no memory, or on one machine no data set
+        told = accelerator.num_processes == 1 or steps.tell_failure()
+        is_mistake = isinstance(error, ValueError)
+        # One that was not told is seen where all look at the task's requests, so all ranks have it.
+        (main_has_it,) = on_any_rank(accelerator, accelerator.is_main_process) if told else [is_mistake]
+        if told or is_mistake:
             save()
+        if is_mistake and main_has_it and not accelerator.is_main_process:
+            raise ValueError("") from None
         raise
 
 

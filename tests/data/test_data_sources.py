@@ -123,6 +123,20 @@ def test_another_split_than_the_one_saved_is_refused(tmp_path: Path) -> None:
             assert "[" in asked or f"holds {there!r}" in str(told.value)
 
 
+def test_a_part_of_train_test_split_is_known_by_its_folder(tmp_path: Path) -> None:
+    """Both parts are called 'train' inside: `split: test` for the folder `test` was refused."""
+    import datasets
+
+    whole = datasets.Dataset.from_dict({"text": TEXTS})
+    whole._split = datasets.NamedSplit("train")
+    parts = whole.train_test_split(test_size=1, shuffle=False)
+    parts.save_to_disk(str(tmp_path))
+    assert read("hf", tmp_path / "test", split="test") == read("hf", tmp_path, split="test") == TEXTS[-1:]
+    assert read("hf", tmp_path / "train") == TEXTS[:-1]
+    with pytest.raises(DataError, match=r"leave data\.source\.split out"):
+        read("hf", tmp_path / "test", split="validation")
+
+
 def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -232,6 +232,21 @@ def test_settings_are_those_of_generate():
         model.generate_batch(prompts, GenerationConfig(max_new_tokens=2))
 
 
+def test_keywords_that_nothing_reads_are_refused():
+    """A typo was ignored, and so was a processor of scores; `generate` refuses both, or uses them."""
+    model, prompts = small_model("bd_lru"), [[3, 4, 5], [6, 7, 8]]
+    for name in ("max_new_token", "logits_processor"):
+        with pytest.raises(ValueError, match=f"not used by the model.*'{name}'"):
+            model.generate_batch(prompts, **{name: 3})
+    theirs = {"progress_bar": False, "warmup": False, "record_timestamps": False}
+    got = [out.generated_tokens for out in model.generate_batch(prompts, max_new_tokens=3, **theirs).values()]
+    ids = torch.tensor(prompts)
+    paged = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, cache_implementation="paged"
+    )  # which calls generate_batch with all its keywords
+    assert paged.reshape(2, -1)[:, 3:].tolist() == got
+
+
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [

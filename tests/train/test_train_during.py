@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_runs import Prank, Ranks
+from rank_runs import EVERY, Prank, Ranks
 from rich.console import Console
 from tiny_run import LAST, STEPS, TEXT, fingerprint, losses, metrics, sha256, validations, write_recipe
 from trainers import main_exits
@@ -118,13 +118,27 @@ def test_two_sharded_ranks(sentences: Path, tmp_path: Path, scored: Path) -> Non
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_without_room_for_a_request_costs_no_step(rank: int, sentences: Path, tmp_path: Path) -> None:
-    """The others waited for its share until they were cut off, and nothing was saved; alone it saves."""
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [("full", "no room on the GPU for 2.50 GiB more"), ("lost", "data set cannot be loaded")],
+)
+def test_a_rank_that_fails_at_a_request_costs_no_step(
+    rank: int, fault: str, told: str, sentences: Path, tmp_path: Path
+) -> None:
+    """The others waited for its share until they were cut off, and nothing was saved; alone it saves. The
+    one that has the fault says it, also where it is a mistake that all could have."""
     options = (f"train.runs_dir={tmp_path}", "checkpoint.every=100 steps", ON)
-    prank = Prank(rank=rank, step=4, full=True, scoring=True)
+    prank = Prank(rank=rank, step=4, scoring=True, **{fault: True})
     said = Ranks(sentences, 2, *options, prank=prank).expect(2)
-    assert said.count("no room on the GPU for 2.50 GiB more") == 1
+    assert said.count(told) == 1
     assert "Traceback" not in said
+    assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"
+
+
+def test_a_mistake_of_all_ranks_in_a_scoring_is_told_once(sentences: Path, tmp_path: Path) -> None:
+    prank = Prank(rank=EVERY, step=4, scoring=True, lost=True)
+    said = Ranks(sentences, 2, f"train.runs_dir={tmp_path}", ON, prank=prank).expect(2)
+    assert said.count("data set cannot be loaded") == 1
     assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"
 
 

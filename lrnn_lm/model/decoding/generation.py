@@ -4,6 +4,7 @@ Legend: B batch, T new tokens, S tokens so far.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -163,11 +164,13 @@ class LRNNGenerationMixin(GenerationMixin):
         max_new_tokens only, then those of `generation_config`, then the model's.
 
         Raises ValueError for a prompt that cannot be answered, before any is: transformers would log it, and
-        return {} for all of them.
+        return {} for all of them. As `generate`, for a keyword that nothing reads.
         """
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**self.generation_config.to_dict(), defaults_only=True)
         others = config.update(**options)
+        theirs = inspect.signature(super().generate_batch).parameters
+        self._validate_model_kwargs({key: value for key, value in others.items() if key not in theirs})
         for number, ids in enumerate(inputs):
             try:
                 check_prompt(ids, config, self.config.vocab_size)
