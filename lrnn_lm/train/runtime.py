@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
-from torch.overrides import _get_current_function_mode_stack
 
 from ..recipe.train import TrainSection
 
@@ -87,7 +86,8 @@ def own_settings() -> Iterator[None]:
         )
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     rest = device
-    if len(_get_current_function_mode_stack()) == 1:
+    contexts = getattr(torch.overrides, "_get_current_function_mode_stack", tuple)  # in torch 2.11 to 2.13
+    if len(contexts()) == 1:
         # Taken away, where nothing is around it: any default device, "cpu" too, is a context of every call of
         # torch, which makes them slower and breaks the graphs of torch.compile.
         torch.set_default_device(None)
