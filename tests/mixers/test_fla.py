@@ -186,6 +186,21 @@ def test_old_assemblers_are_refused_on_hopper(kind, version, other, monkeypatch)
     mixer.check_device(torch.device("cuda"))
 
 
+@installed
+@pytest.mark.parametrize(("std", "least", "most"), [(0.3, 0.15, 0.5), (0.1, 0.0, 0.08)])
+def test_how_far_bf16_alone_moves_gradients_of_rwkv7(std, least, most):
+    """Of plain loops: why the native test of its gradients has smaller weights than the others'."""
+    found = []
+    for mixed in (False, True):
+        mixer, x = make("rwkv7", std=std), noise(2, 90, D).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            y = reference(mixer, x)
+        (y.float() * noise(2, 90, D).flip(1)).sum().backward()
+        found.append([x.grad, *(p.grad for p in mixer.parameters())])
+    exact, rounded = found
+    assert least < max(off(b, a) for a, b in zip(exact, rounded, strict=True)) < most
+
+
 # fla's kernels in Triton's interpreter.
 
 
