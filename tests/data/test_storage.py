@@ -1,16 +1,19 @@
 """A prepared folder is whole or absent, whatever line a signal hits, and has the mode of any new folder."""
 
+import fcntl
 import os
+import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
-from lrnn_lm.data.storage import build_folder
+from lrnn_lm.data.storage import build_folder, clear_leftovers
 from lrnn_lm.runs.export import new_folder
 
 
@@ -95,3 +98,40 @@ def test_a_signal_between_any_two_lines_leaves_nothing_half_made(tmp_path: Path)
             assert (parent / "made/file").read_text() == "x"
         stopped += 1
     assert stopped > 10  # each line once, and the build that no line stopped
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that everybody may write to, as a user who is not root."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are one user's alone
+    folder.chmod(0o777)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_locks_of_another_user_keep_nobody_out(shared: Path) -> None:
+    """A cache that several people share: whoever built left a lock file that only he may write to."""
+    for name in ("same", "other"):
+        lock = shared / f".{name}.lock"
+        lock.touch()
+        lock.chmod(0o444)
+        with pytest.raises(PermissionError):
+            lock.open("w")
+    (shared / ".building-other-deadbeef").mkdir()  # what he was stopped at
+    clear_leftovers(shared)
+    assert not (shared / ".building-other-deadbeef").exists()
+    build_folder(shared / "same", fill)
+    assert (shared / "same/file").read_text() == "x"
+    with (shared / ".third.lock").open("w") as held:  # it is a lock still: what is being built stays
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (shared / ".third.lock").chmod(0o444)
+        (shared / ".building-third-deadbeef").mkdir()
+        clear_leftovers(shared)
+        assert (shared / ".building-third-deadbeef").exists()
