@@ -31,6 +31,7 @@ from .split import HASHES, HeldOut, Short, one_sided, text_hash, training_sample
 
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
+_TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")  # endings of what a tokenizer's folder holds
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,9 @@ def _tokenizer_fingerprint(name: str) -> list[object]:
     folder = user_path(name)
     if not folder.is_dir():
         return [name]
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".txt") and f.is_file())
-    return [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+    files = sorted(f for f in folder.iterdir() if f.suffix in _TOKENIZER_FILES and f.is_file())
+    files += sorted(f for f in folder.glob("*/*.jinja") if f.is_file())  # further chat templates
+    return [[str(f.relative_to(folder)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
 
 
 def _hash(key: object) -> str:
