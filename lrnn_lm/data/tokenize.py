@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from ..files import hub_is_reachable
+from ..output import error_console
 from ..requirements import check_extra
 from .specs import DataError
 
@@ -251,6 +252,15 @@ def import_tokenizer(name: str, folder: Path) -> None:
     # We pass this option where text is data. Saved, it would split the control tokens of chat templates.
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs.pop("split_special_tokens", None)
+    model = tokenizer.backend_tokenizer.model
+    if chance := getattr(model, "dropout", None):  # of BPE alone
+        model.dropout = None
+        error_console().print(
+            f"lrnn: tokenizer {name!r} leaves out merges at random (dropout {chance:g}), so that ids "
+            "differ each time; its copy here has no dropout",
+            markup=False,
+            soft_wrap=True,
+        )
     tokenizer.save_pretrained(folder)
 
 
@@ -297,6 +307,8 @@ def tokenizer_hash(folder: str | Path) -> str:
         raise DataError(f"{path}: not a fast tokenizer: {error}") from None
     for key in ("truncation", "padding", "version"):
         data.pop(key, None)
+    if isinstance(model := data.get("model"), dict) and model.get("dropout"):
+        model["dropout"] = None  # as `import_tokenizer` copies it
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
