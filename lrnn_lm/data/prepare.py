@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files import user_path
 from ..output import error_console
@@ -29,8 +29,10 @@ from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, t
 from .specs import DataError, DataSpec, SourceSpec
 from .split import HASHES, HeldOut, Short, one_sided, text_hash, training_sample
 
+T = TypeVar("T")
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
+_REBUILD = "remove the folder {} and run `lrnn prepare` again to rebuild it"
 _TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")  # endings of what a tokenizer's folder holds
 
 
@@ -103,11 +105,11 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     Raises DataError, with how to rebuild, for a damaged file or a tokenizer that did not make the shards.
     """
     folder = Path(folder)
-    rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
+    rebuild = _REBUILD.format(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing)") from None
+        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing); {rebuild}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: damaged ({error}); {rebuild}") from None
     if manifest.get("format") != FORMAT:
@@ -117,7 +119,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     token_files.check_unchanged(manifest)
     tokenizer_dir = folder / "tokenizer"
     expected = manifest["tokenizer"]["hash"]
-    if tokenize.tokenizer_hash(tokenizer_dir) != expected:
+    if _tokenizer_of_ours(tokenize.tokenizer_hash, tokenizer_dir, folder) != expected:
         raise DataError(f"{tokenizer_dir}: this tokenizer did not make the shards beside it; {rebuild}")
     return PreparedData(
         folder=folder,
@@ -129,6 +131,15 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
         heldout_path=folder / HELDOUT,
         manifest=manifest,
     )
+
+
+def _tokenizer_of_ours(read: Callable[[Path], T], tokenizer: Path, folder: Path) -> T:
+    """What `read` finds in a tokenizer that lies in `folder` of the cache. DataError, with how to rebuild, if
+    files are gone: some clusters remove what has not been read for weeks."""
+    try:
+        return read(tokenizer)
+    except DataError as error:
+        raise DataError(f"{error}; {_REBUILD.format(folder)}") from None
 
 
 def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> list[Path]:
@@ -256,7 +267,7 @@ def _build(
     with Progress(progress) as bar:
         bar.stage("tokenizer")
         storage.build_folder(tokenizer, make_tokenizer)
-        facts = tokenize.read_facts(tokenizer)
+        facts = _tokenizer_of_ours(tokenize.read_facts, tokenizer, tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
         bar.stage("tokenising")
         write = partial(_write_texts, aside, spec, tokenizer, facts, bar)

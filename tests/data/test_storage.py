@@ -8,11 +8,13 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from lrnn_lm.data import DataError, DataSpec, prepare
 from lrnn_lm.data.storage import build_folder, clear_leftovers
 from lrnn_lm.runs.export import new_folder
 
@@ -135,3 +137,16 @@ def test_locks_of_another_user_keep_nobody_out(shared: Path) -> None:
         (shared / ".building-third-deadbeef").mkdir()
         clear_leftovers(shared)
         assert (shared / ".building-third-deadbeef").exists()
+
+
+@pytest.mark.parametrize("gone", ["data/*/manifest.json", "data/*/tokenizer/*", "tokenizers/*/*"])
+def test_files_that_a_cleaning_took_can_be_made_again(spec: DataSpec, gone: str) -> None:
+    """As clusters do on scratch disks, whose folders stay. The message names the folder to remove."""
+    prepare(spec, progress=False)
+    for file in Path(spec.cache_dir).glob(gone):
+        file.unlink()
+    spec = replace(spec, shard_tokens=999) if gone.startswith("tok") else spec
+    with pytest.raises(DataError, match=r"remove the folder \S+ and run `lrnn prepare` again") as told:
+        prepare(spec, progress=False)
+    shutil.rmtree(str(told.value).split("remove the folder ")[1].split()[0])
+    prepare(spec, progress=False)
