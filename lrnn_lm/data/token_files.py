@@ -162,7 +162,7 @@ def _npy(path: Path) -> Ints:
         with path.open("rb") as file:
             why = str(error)
             if file.read(len(_NPY)) != _NPY:  # to numpy a pickle, which it advises to load
-                why = "NumPy's header is missing; if it holds ids alone, as dolma's and OLMo's do, name it .bin"
+                why = "NumPy's header is missing; if it holds ids alone, as dolma's does, name it .bin"
         raise DataError(f"{path}: truncated or no .npy file ({why})") from None
     if not isinstance(ids, np.ndarray):
         raise DataError(f"{path}: several arrays in an archive (.npz); save each as an .npy file")
