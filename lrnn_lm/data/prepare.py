@@ -33,7 +33,6 @@ T = TypeVar("T")
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
 _REBUILD = "remove the folder {} and run `lrnn prepare` again to rebuild it"
-_TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")  # endings of what a tokenizer's folder holds
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     name = specs[0].tokenizer
     tokenizer_key = [
         FORMAT,
-        *([tokenize.recipe_key(recipe), *text_keys] if recipe else _tokenizer_fingerprint(name)),
+        *([tokenize.recipe_key(recipe), *text_keys] if recipe else tokenize.fingerprint(name)),
     ]
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
@@ -170,10 +169,33 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     if recipe and any(split.threshold != _threshold(spec) for split, spec in zip(splits, specs, strict=True)):
         tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")  # it saw other train documents
     make_tokenizer = partial(_build_tokenizer, specs, recipe, splits)
+    if recipe:
+        make_tokenizer = partial(_unchanged, make_tokenizer, specs, dict(enumerate(text_keys)))
     named = [source for source in named if source not in texts]
-    for spec, split, folder in zip(specs, splits, folders, strict=True):
-        storage.build_folder(folder, partial(_build, spec, split, named, tokenizer, make_tokenizer, progress))
+    for number, (spec, split, folder) in enumerate(zip(specs, splits, folders, strict=True)):
+        fill = partial(_build, spec, split, named, tokenizer, make_tokenizer, progress)
+        storage.build_folder(folder, partial(_unchanged, fill, specs, {number: text_keys[number]}))
     return folders
+
+
+def _unchanged(
+    fill: Callable[[Path], None], specs: Sequence[DataSpec], keys: dict[int, list[Any]], aside: Path
+) -> None:
+    """`fill` a folder. DataError if a text is not what its key (of the spec of this number) says any more: no
+    later start would find the same, and whatever else `fill` complains of is a consequence."""
+    problem = None
+    try:
+        fill(aside)
+    except DataError as error:
+        problem = error
+    for number, key in keys.items():
+        if _text_key(specs[number], specs) != key:
+            what = (
+                "the files changed while they were read; run again once they are whole (is a copy under way?)"
+            )
+            raise DataError(f"{sources.describe(specs[number].source)}: {what}")
+    if problem is not None:
+        raise problem
 
 
 def _check_files(specs: Sequence[DataSpec]) -> None:
@@ -227,16 +249,6 @@ def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
             f"{spec.tokenizer}: data.tokenizer takes a folder, a hub name or a .yaml recipe, not this file"
         )
     return None
-
-
-def _tokenizer_fingerprint(name: str) -> list[object]:
-    """What identifies a ready tokenizer: hashes of its folder's files; or its hub name, without a network."""
-    folder = user_path(name)
-    if not folder.is_dir():
-        return [name]
-    files = sorted(f for f in folder.iterdir() if f.suffix in _TOKENIZER_FILES and f.is_file())
-    files += sorted(f for f in folder.glob("*/*.jinja") if f.is_file())  # further chat templates
-    return [[str(f.relative_to(folder)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
 
 
 def _hash(key: object) -> str:

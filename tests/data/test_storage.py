@@ -1,6 +1,7 @@
 """A prepared folder is whole or absent, whatever line a signal hits, and has the mode of any new folder."""
 
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -10,11 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import pytest
 
-from lrnn_lm.data import DataError, DataSpec, prepare
+from lrnn_lm.data import DataError, DataSpec, SourceSpec, prepare, prepare_all, tokenize
 from lrnn_lm.data.storage import build_folder, clear_leftovers
 from lrnn_lm.runs.export import new_folder
 
@@ -150,3 +151,36 @@ def test_files_that_a_cleaning_took_can_be_made_again(spec: DataSpec, gone: str)
         prepare(spec, progress=False)
     shutil.rmtree(str(told.value).split("remove the folder ")[1].split()[0])
     prepare(spec, progress=False)
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "ends", "of another source"])
+def test_text_that_changes_while_it_is_read_is_not_kept(
+    spec: DataSpec, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As while it is being copied: prepared, it would be of no text that a later start finds."""
+    path = Path(spec.source.path)
+    whole = path.read_text()
+    others = Path(shutil.copy(path, path.with_name("others.jsonl")))
+    texts = {"grows": whole + '{"text": "late"}\n', "shrinks": whole.splitlines()[0], "ends": whole[:-9]}
+
+    def changed(module: ModuleType, name: str) -> None:
+        old = getattr(module, name)
+
+        def then(*given: object) -> object:
+            (others if change == "of another source" else path).write_text(texts.get(change, whole[:999]))
+            return old(*given)
+
+        monkeypatch.setattr(module, name, then)
+
+    specs = [spec, replace(spec, source=SourceSpec(type="jsonl", path=str(others)))]
+    module = importlib.import_module("lrnn_lm.data.prepare")
+    for place, name in ((tokenize, "train"), (module, "_write_texts")):
+        changed(place, name)
+        with pytest.raises(DataError, match=r"jsonl: the files changed while they were read; run again once"):
+            prepare_all(specs, progress=False)
+        monkeypatch.undo()
+        kept = {kind: len([*Path(spec.cache_dir, kind).glob("[!.]*")]) for kind in ("tokenizers", "data")}
+        at_rows = name == "_write_texts"  # the tokenizer is made, and a source that has not changed
+        assert kept == {"tokenizers": at_rows, "data": at_rows and change == "of another source"}
+        path.write_text(whole)
+        others.write_text(whole)
