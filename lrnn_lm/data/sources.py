@@ -107,6 +107,10 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
         raise DataError(f"source type {spec.type!r} is unknown; known: {', '.join(readers)}")
     if spec.type != "python-docs" and not spec.path:
         raise DataError(f"source type {spec.type!r} needs a path")
+    if spec.type == "hf" and (file := user_path(spec.path)).is_file():
+        kind = _type_by_name(file.name)
+        what = f"set data.source.type={kind}" if kind else "give the folder that holds it"
+        raise DataError(f"{spec.path}: a file, and type 'hf' takes a folder or a hub name; {what}")
     return readers[spec.type]
 
 
