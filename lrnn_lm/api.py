@@ -98,7 +98,8 @@ def task_check(recipe: "Recipe") -> "Callable[[Path], None] | None":
     from .evaluate.tasks.synthetic import check_answerable
 
     source = recipe.data.source
-    check_answerable(check_tasks(names), source.task, source.options)
+    members = check_tasks(names)  # of a tag; what was asked for comes first, to be named in messages
+    check_answerable([*names, *members], source.task, source.options)
 
     def check(folder: Path) -> None:
         check_tasks(names, RunFolder(folder).heldout)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import hub_is_reachable, user_path
 from ..requirements import check_extra
-from .specs import DataError, SourceSpec
+from .specs import DataError, SourceSpec, missing_field
 
 
 def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,6 +39,11 @@ def _parts(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> Iterat
     If there are not as many files as shards, the name is the dataset's with the shard's number.
     """
     dataset, files = _load(spec, name, said)
+    if known := dataset.features:  # before a row is read
+        if spec.text_field not in known:
+            raise missing_field(f"dataset {name}", spec.text_field, known)
+        # Pictures and sound beside the text would be decoded, by packages that may be missing.
+        dataset = dataset.select_columns([spec.text_field])
     shards = dataset.num_shards if files is not None else 1
     if shards == 1:
         yield files[0] if files and len(files) == 1 else f"dataset {name}", dataset
@@ -94,7 +99,7 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
                 f"dataset {name}: no split {spec.split!r}; the folder holds {there!r}: leave "
                 "data.source.split out to read it"
             )
-    return loaded, None
+    return loaded.with_format(None), None  # one that was saved with it may hide columns
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files import user_path
 from ..output import error_console
@@ -29,8 +29,10 @@ from .shards import HELDOUT, HashedFile, ShardWriter, TokenShards, check_file, t
 from .specs import DataError, DataSpec, SourceSpec
 from .split import HASHES, HeldOut, Short, one_sided, text_hash, training_sample
 
+T = TypeVar("T")
 FORMAT = 3  # raise it when the same spec would give other bytes
 MANIFEST = "manifest.json"
+_REBUILD = "remove the folder {} and run `lrnn prepare` again to rebuild it"
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     Raises DataError, with how to rebuild, for a damaged file or a tokenizer that did not make the shards.
     """
     folder = Path(folder)
-    rebuild = f"remove the folder {folder} and run `lrnn prepare` again to rebuild it"
+    rebuild = _REBUILD.format(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing)") from None
+        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing); {rebuild}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: damaged ({error}); {rebuild}") from None
     if manifest.get("format") != FORMAT:
@@ -116,7 +118,7 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     token_files.check_unchanged(manifest)
     tokenizer_dir = folder / "tokenizer"
     expected = manifest["tokenizer"]["hash"]
-    if tokenize.tokenizer_hash(tokenizer_dir) != expected:
+    if _tokenizer_of_ours(tokenize.tokenizer_hash, tokenizer_dir, folder) != expected:
         raise DataError(f"{tokenizer_dir}: this tokenizer did not make the shards beside it; {rebuild}")
     return PreparedData(
         folder=folder,
@@ -130,6 +132,15 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     )
 
 
+def _tokenizer_of_ours(read: Callable[[Path], T], tokenizer: Path, folder: Path) -> T:
+    """What `read` finds in a tokenizer that lies in `folder` of the cache. DataError, with how to rebuild, if
+    files are gone: some clusters remove what has not been read for weeks."""
+    try:
+        return read(tokenizer)
+    except DataError as error:
+        raise DataError(f"{error}; {_REBUILD.format(folder)}") from None
+
+
 def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> list[Path]:
     """The folder of each source, made unless it exists."""
     recipe = _tokenizer_recipe(specs[0])
@@ -137,7 +148,7 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     name = specs[0].tokenizer
     tokenizer_key = [
         FORMAT,
-        *([tokenize.recipe_key(recipe), *text_keys] if recipe else _tokenizer_fingerprint(name)),
+        *([tokenize.recipe_key(recipe), *text_keys] if recipe else tokenize.fingerprint(name)),
     ]
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).stem).strip("-.") or "tokenizer"
     tokenizer = cache / "tokenizers" / f"{stem}-{_hash(tokenizer_key)}"
@@ -158,10 +169,33 @@ def _prepare_folders(specs: Sequence[DataSpec], cache: Path, progress: bool) -> 
     if recipe and any(split.threshold != _threshold(spec) for split, spec in zip(splits, specs, strict=True)):
         tokenizer = tokenizer.with_name(f"{tokenizer.name}-resplit")  # it saw other train documents
     make_tokenizer = partial(_build_tokenizer, specs, recipe, splits)
+    if recipe:
+        make_tokenizer = partial(_unchanged, make_tokenizer, specs, dict(enumerate(text_keys)))
     named = [source for source in named if source not in texts]
-    for spec, split, folder in zip(specs, splits, folders, strict=True):
-        storage.build_folder(folder, partial(_build, spec, split, named, tokenizer, make_tokenizer, progress))
+    for number, (spec, split, folder) in enumerate(zip(specs, splits, folders, strict=True)):
+        fill = partial(_build, spec, split, named, tokenizer, make_tokenizer, progress)
+        storage.build_folder(folder, partial(_unchanged, fill, specs, {number: text_keys[number]}))
     return folders
+
+
+def _unchanged(
+    fill: Callable[[Path], None], specs: Sequence[DataSpec], keys: dict[int, list[Any]], aside: Path
+) -> None:
+    """`fill` a folder. DataError if a text is not what its key (of the spec of this number) says any more: no
+    later start would find the same, and whatever else `fill` complains of is a consequence."""
+    problem = None
+    try:
+        fill(aside)
+    except DataError as error:
+        problem = error
+    for number, key in keys.items():
+        if _text_key(specs[number], specs) != key:
+            what = (
+                "the files changed while they were read; run again once they are whole (is a copy under way?)"
+            )
+            raise DataError(f"{sources.describe(specs[number].source)}: {what}")
+    if problem is not None:
+        raise problem
 
 
 def _check_files(specs: Sequence[DataSpec]) -> None:
@@ -217,15 +251,6 @@ def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
     return None
 
 
-def _tokenizer_fingerprint(name: str) -> list[object]:
-    """What identifies a ready tokenizer: hashes of its folder's files; or its hub name, without a network."""
-    folder = user_path(name)
-    if not folder.is_dir():
-        return [name]
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".model", ".txt") and f.is_file())
-    return [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
-
-
 def _hash(key: object) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -254,7 +279,7 @@ def _build(
     with Progress(progress) as bar:
         bar.stage("tokenizer")
         storage.build_folder(tokenizer, make_tokenizer)
-        facts = tokenize.read_facts(tokenizer)
+        facts = _tokenizer_of_ours(tokenize.read_facts, tokenizer, tokenizer)
         shutil.copytree(tokenizer, aside / "tokenizer")
         bar.stage("tokenising")
         write = partial(_write_texts, aside, spec, tokenizer, facts, bar)

@@ -16,7 +16,7 @@ from ..remote import RemoteFile
 from . import python_docs
 from .files import NOT_READ, PACKED, find_files, open_bytes
 from .hf_source import read_rows
-from .specs import DataError, SourceSpec
+from .specs import DataError, SourceSpec, missing_field
 
 File = Path | RemoteFile
 # A single text file is cut into parts of one to two 50ths of it, where a 50th is 200 to 5,000 characters:
@@ -107,6 +107,10 @@ def _reader(spec: SourceSpec) -> Callable[[], Iterator[str]]:
         raise DataError(f"source type {spec.type!r} is unknown; known: {', '.join(readers)}")
     if spec.type != "python-docs" and not spec.path:
         raise DataError(f"source type {spec.type!r} needs a path")
+    if spec.type == "hf" and (file := user_path(spec.path)).is_file():
+        kind = _type_by_name(file.name)
+        what = f"set data.source.type={kind}" if kind else "give the folder that holds it"
+        raise DataError(f"{spec.path}: a file, and type 'hf' takes a folder or a hub name; {what}")
     return readers[spec.type]
 
 
@@ -229,9 +233,7 @@ def _parse_line(line: bytes, where: str, field: str) -> str:
 
 def _field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
-        raise DataError(
-            f"{where}: no field {field!r}; set data.source.text_field to one of: {', '.join(record)}"
-        )
+        raise missing_field(where, field, record)
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} holds {_kind(text)}, not text")
@@ -257,9 +259,8 @@ def _read_parquet(path: File, field: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path.open("rb") if isinstance(path, RemoteFile) else path) as file:
             names = file.schema_arrow.names
             if (found := names.count(field)) != 1:
-                others = ", ".join(name for name in names if names.count(name) == 1)
-                what = f"{found} columns" if found else "no column"
-                raise DataError(f"{path}: {what} {field!r}; set data.source.text_field to one of: {others}")
+                others = [name for name in names if names.count(name) == 1]
+                raise missing_field(str(path), field, others, f"{found} columns" if found else "no column")
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in _values(batch.column(0)):
                     yield _field({field: text}, field, f"{path}: row {row}")

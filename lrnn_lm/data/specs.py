@@ -4,11 +4,22 @@ These hold less than the recipe's sections: a manifest stores a SourceSpec whole
 which text is read. `data/` does not import the recipe and also prepares text without one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+_NAMED = 20  # fields in a message
 
 
 class DataError(ValueError):
     """A user's mistake in the data or its recipe; the message says what, where and what to do."""
+
+
+def missing_field(where: str, field: str, others: Iterable[str], what: str = "no field") -> DataError:
+    """The error for a row or file at `where` without the text's field; `others` are those that it has."""
+    names = list(others)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    choice = f"set data.source.text_field to one of: {', '.join(names[:_NAMED])}{more}"
+    return DataError(f"{where}: {what} {field!r}; {choice if names else 'it has no field at all'}")
 
 
 @dataclass(frozen=True)

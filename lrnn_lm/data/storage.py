@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from ..files import fsync, signals_unwind
 
@@ -51,13 +52,24 @@ def clear_leftovers(parent: Path) -> None:
 @contextlib.contextmanager
 def _lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold an advisory lock; yields whether it is held: some network file systems have none."""
-    with path.open("w") as file:
+    with _lock_file(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             locked = True
         except OSError:
             locked = False
         yield locked
+
+
+def _lock_file(path: Path) -> IO[str]:
+    """A lock's file, made unless it is there. Another user's is opened to read, which is enough for `flock`:
+    in a cache that several share only its maker may write to it."""
+    try:
+        return path.open("a")
+    except PermissionError:
+        if not path.is_file():
+            raise
+        return path.open()
 
 
 def _rename_new(source: Path, target: Path) -> None:

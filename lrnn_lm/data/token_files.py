@@ -29,6 +29,7 @@ from .tokenize import TokenizerFacts, load_backend
 
 Ints = npt.NDArray[np.integer[Any]]
 TYPES = ("megatron", "tokens")
+_NPY = b"\x93NUMPY"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents + 1
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -158,7 +159,11 @@ def _npy(path: Path) -> Ints:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: truncated or no .npy file ({error})") from None
+        with path.open("rb") as file:
+            why = str(error)
+            if file.read(len(_NPY)) != _NPY:  # to numpy a pickle, which it advises to load
+                why = "NumPy's header is missing; if it holds ids alone, as dolma's does, name it .bin"
+        raise DataError(f"{path}: truncated or no .npy file ({why})") from None
     if not isinstance(ids, np.ndarray):
         raise DataError(f"{path}: several arrays in an archive (.npz); save each as an .npy file")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -18,7 +18,8 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from ..files import hub_is_reachable
+from ..files import hub_is_reachable, user_path
+from ..output import error_console
 from ..requirements import check_extra
 from .specs import DataError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SPACE = "\u2581"  # how SentencePiece writes a space
 MODEL_FILE = "sentencepiece.model"  # kept beside the fast tokenizer made from it
+_FILES = (".json", ".model", ".txt", ".jinja")  # endings of what a tokenizer's folder holds
 _NEVER = -1000.0  # a log-probability so low that no segmentation uses the piece
 _CHUNK = 4000  # characters of training text given to SentencePiece at once; it drops longer "sentences"
 _UNTRAINABLE = re.compile("[\0\t\u2581\u2585]+")  # SentencePiece reserves these; they become bytes
@@ -251,7 +253,26 @@ def import_tokenizer(name: str, folder: Path) -> None:
     # We pass this option where text is data. Saved, it would split the control tokens of chat templates.
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs.pop("split_special_tokens", None)
+    model = tokenizer.backend_tokenizer.model
+    if chance := getattr(model, "dropout", None):  # of BPE alone
+        model.dropout = None
+        error_console().print(
+            f"lrnn: tokenizer {name!r} leaves out merges at random (dropout {chance:g}), so that ids "
+            "differ each time; its copy here has no dropout",
+            markup=False,
+            soft_wrap=True,
+        )
     tokenizer.save_pretrained(folder)
+
+
+def fingerprint(name: str) -> list[object]:
+    """What identifies a ready tokenizer: hashes of its folder's files; or its hub name, without a network."""
+    folder = user_path(name)
+    if not folder.is_dir():
+        return [name]
+    files = sorted(f for f in folder.iterdir() if f.suffix in _FILES and f.is_file())
+    files += sorted(f for f in folder.glob("*/*.jinja") if f.is_file())  # further chat templates
+    return [[str(f.relative_to(folder)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
 
 
 @dataclass(frozen=True)
@@ -297,6 +318,8 @@ def tokenizer_hash(folder: str | Path) -> str:
         raise DataError(f"{path}: not a fast tokenizer: {error}") from None
     for key in ("truncation", "padding", "version"):
         data.pop(key, None)
+    if isinstance(model := data.get("model"), dict) and model.get("dropout"):
+        model["dropout"] = None  # as `import_tokenizer` copies it
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..files import random_state_kept
-from ..runs.load import document_start
+from ..runs.load import document_start, without_dropout
 from .team import Team
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def score_tasks(
             if encodes(model):
                 lm = Reconstruction(model, tokenizer, batch_size=batch_size, team=team)
             else:
-                own = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token, EOS for the most part
+                # lm-eval gives it a padding token, EOS for the most part.
+                own = without_dropout(copy.deepcopy(tokenizer))
                 lm = LiveLM(
                     model, own, batch_size=batch_size, max_length=max_length,
                     start=document_start(model, tokenizer), unlimited=unlimited, team=team,

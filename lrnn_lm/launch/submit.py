@@ -9,6 +9,7 @@ runs/NAME.sweep/                of an array: job.sh, and the output of each elem
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -160,10 +161,29 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+# sbatch's variables whose names are not those of their options.
+_VARIABLES = {
+    "time": ["TIMELIMIT"], "mem": ["MEM_PER_NODE"], "requeue": ["REQUEUE", "NO_REQUEUE"],
+}  # fmt: skip
+
+
+def _environment(script: str) -> dict[str, str]:
+    """What sbatch gets: without the settings of a job around us, which it would give to the new one, and
+    without the variables that would win over the script's own options, as SBATCH_TIMELIMIT over --time."""
+    given = re.findall(r"(?m)^#SBATCH --([a-z-]+)", script)
+    names = {name for option in given for name in _VARIABLES.get(option, [option.replace("-", "_").upper()])}
+    over = {f"SBATCH_{name}" for name in (*names, "ARRAY_INX")}
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which SLURM to ask
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in kept or not (key.startswith("SLURM_") or key in over)
+    }
+
+
 def _sbatch(script: Path) -> str:
     """Submit; returns the job's id. ValueError with sbatch's message if it refuses."""
-    # If this runs inside a job, sbatch would give that job's settings to the new one.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    environment = _environment(script.read_text(encoding="utf-8"))
     done = subprocess.run(
         ["sbatch", "--parsable", str(script)], capture_output=True, text=True, env=environment, check=False
     )

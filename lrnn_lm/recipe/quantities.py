@@ -121,6 +121,14 @@ class Every(_Quantity):
     amount: float = Field(gt=0, allow_inf_nan=False)
     unit: Literal["tokens", "steps", "minutes"]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_clear(cls, value: object) -> object:
+        if isinstance(value, str) and re.fullmatch(r"[\d.]+m", value.strip()):  # elsewhere minutes
+            number = value.strip()[:-1]
+            raise ValueError(f"{number}m is millions or minutes: write {number}M (tokens) or '{number} min'")
+        return value
+
     @classmethod
     def _read(cls, text: str) -> tuple[float, str]:
         match = re.fullmatch(r"(.*?\d[kmbt]?)\s*(steps?|min(?:utes?)?|tokens?|)", text)

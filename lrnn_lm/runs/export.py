@@ -70,6 +70,7 @@ def export(
         for file in path.iterdir():
             if file.is_file() and not any(map(file.match, _LEFT_OUT)):
                 shutil.copyfile(file, aside / file.name)
+        _copy_templates(path, aside)
         write_remote_code(aside)
         if write_card is not None:
             write_card(aside)
@@ -99,7 +100,16 @@ def export_graphs(
         write_graphs(model.float(), tokenizer, aside, format, prefill)
         for file in path.glob("*token*"):  # tokenizer.json, special_tokens_map.json, ..
             shutil.copyfile(file, aside / file.name)
+        _copy_templates(path, aside)
     return user_path(target)
+
+
+def _copy_templates(checkpoint: Path, aside: Path) -> None:
+    """Chat templates: chat_template.jinja, and others in a folder of their own."""
+    for file in (*checkpoint.glob("*.jinja"), *checkpoint.glob("additional_chat_templates/*.jinja")):
+        copy = aside / file.relative_to(checkpoint)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _quantised(model: "PreTrainedModel", dtype: str) -> "PreTrainedModel":

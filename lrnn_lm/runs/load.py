@@ -135,7 +135,16 @@ def load_checkpoint(
         untied = missing == ["lm_head.weight"]
         remedy = "set tie_word_embeddings to true in its config.json" if untied else "copy the folder again"
         raise ValueError(f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; {remedy}")
-    return model.to(target).eval(), tokenizer
+    return model.to(target).eval(), without_dropout(tokenizer)
+
+
+def without_dropout(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The tokenizer, which no longer leaves out merges at random: BPE dropout is for training, tokenizer.json
+    keeps it, and scores must repeat."""
+    core = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    if hasattr(core, "dropout"):
+        core.dropout = None
+    return tokenizer
 
 
 def model_configuration(folder: Path) -> "LRNNConfig":

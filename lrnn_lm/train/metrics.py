@@ -36,6 +36,7 @@ class Metrics:
         self._file = None
         self._failed: list[Any] = []  # trackers that are left out, and still open
         self.problem: str | None = None
+        self._step = resumed.step
         self._begins = False  # on the main rank: whether the run has no checkpoint of its own
         if accelerator.is_main_process:
             self._begins = latest_checkpoint(RunFolder(folder).checkpoints) is None
@@ -102,10 +103,12 @@ class Metrics:
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat}
         accelerator, started, failures = self._accelerator, [], []
         named = accelerator.log_with
+        # It hides what an earlier start wrote of the steps that are taken again.
+        options = {"tensorboard": {"purge_step": self._step + 1}}
         for tracker in named:  # one at a time: one that cannot start must not take the others with it
             accelerator.log_with, accelerator.trackers = [tracker], []
             try:
-                accelerator.init_trackers(recipe.tracking.project, config=settings)
+                accelerator.init_trackers(recipe.tracking.project, config=settings, init_kwargs=options)
                 started += accelerator.trackers
             except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
                 failures.append(f"{tracker} cannot start ({_in_words(error)})")

@@ -7,7 +7,9 @@ finish   once all ranks have written: the main rank completes the manifest and r
 settle   finish, and wait for the copy
 """
 
+import errno
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -212,7 +214,7 @@ class Saver:
         raise CheckpointError(
             f"could not save {self.checkpoints / checkpoint.step_name(self._step)}: {reason}; "
             f"last good checkpoint: {checkpoint.latest_name(self.checkpoints)}. "
-            "Free some space and run the same command again to resume from it."
+            f"{_advice(reason)} and run the same command again to resume from it."
         )
 
     def _copied(self) -> dict[str, Tensor]:
@@ -272,6 +274,12 @@ class Saver:
             written = (path for path in aside.rglob("*") if path.is_file())
             files += sorted(path for path in written if folder.trainer not in path.parents)
         checkpoint.record_facts(aside, files, rank)
+
+
+def _advice(reason: str) -> str:
+    """What to do about a save that failed: a disk may also be gone, read-only or another user's."""
+    full = map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    return "Free some space" if any(words in reason for words in full) else "Mend that"
 
 
 def _reason_of(work: Callable[[], object]) -> str | None:

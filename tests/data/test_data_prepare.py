@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from corpora import make_texts, write_jsonl, write_recipe
 from forks import server
+from transformers import AutoTokenizer
 
 from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare, tokenizer_hash
 from lrnn_lm.data.sources import documents
@@ -221,6 +223,22 @@ def test_ready_tokenizer_and_its_hash(spec: DataSpec, tmp_path: Path) -> None:
     ready.check_tokenizer(trained.tokenizer_dir)
     with pytest.raises(DataError, match="is not the one that made the shards"):
         ready.check_tokenizer(other.tokenizer_dir)
+
+
+def test_a_changed_chat_template_is_taken(spec: DataSpec, tmp_path: Path) -> None:
+    """transformers keeps them in files of their own. A run of the same text goes on with the new ones."""
+    folder = tmp_path / "chats"
+    shutil.copytree(prepare(spec, progress=False).tokenizer_dir, folder)
+    spec, contents = replace(spec, tokenizer=str(folder)), set()
+    for templates in ({"default": "a", "tool_use": "t"}, {"default": "b", "tool_use": "t"},
+                      {"default": "b", "tool_use": "u"}):  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = templates
+        tokenizer.save_pretrained(folder)
+        made = prepare(spec, progress=False)
+        assert AutoTokenizer.from_pretrained(made.tokenizer_dir).chat_template == templates
+        contents.add(made.manifest["content_hash"])
+    assert len(contents) == 1
 
 
 @pytest.mark.parametrize("special", [("<e>", None), ("<e>", "<e>"), ("<e>", "<b>")])

@@ -41,11 +41,13 @@ def test_text_folder_glob_and_file(tmp_path: Path) -> None:
         ("jsonl", "a.txt", r"a\.txt:1: not valid JSON.*is it of data\.source\.type=text\?"),
         ("jsonl", "a.md", r"type=text\?"),
         ("jsonl", "a.parquet", r"type=parquet\?"),
+        ("hf", "a.jsonl.gz", r"a\.jsonl\.gz: a file, .* set data\.source\.type=jsonl"),
+        ("hf", "a.csv", r"a\.csv: a file, .* give the folder"),
     ],
 )
 def test_the_type_of_a_file_of_another_type_is_told(tmp_path: Path, type: str, name: str, told: str):
     (tmp_path / name).write_text('{"text": "fine"}\n' if type == "text" else "A plain text.\n")
-    for path in (tmp_path / name, tmp_path / "a.*"):
+    for path in (tmp_path / name, *([] if type == "hf" else [tmp_path / "a.*"])):
         with pytest.raises(DataError, match=told):
             read(type, path)
     if type == "text":
@@ -103,6 +105,23 @@ def test_hf_saved_and_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read("hf", tmp_path / "absent")
 
 
+@pytest.mark.parametrize("kind", ["Image", "Audio"])
+def test_pictures_and_sound_beside_the_text_are_not_decoded(tmp_path: Path, kind: str) -> None:
+    """They may be broken, and what decodes them may not be installed. A saved format hides no column."""
+    import datasets
+
+    cells = [{"bytes": b"none", "path": None}] * len(TEXTS)
+    features = datasets.Features({"text": datasets.Value("string"), "other": getattr(datasets, kind)()})
+    table = pyarrow.table([TEXTS, pyarrow.array(cells)], names=["text", "other"]).cast(features.arrow_schema)
+    made = datasets.Dataset(table)
+    made.to_parquet(tmp_path / "folder" / "train.parquet")
+    made.with_format("numpy", columns=["other"]).save_to_disk(str(tmp_path / "saved"))
+    for name in ("folder", "saved"):
+        assert read("hf", tmp_path / name) == TEXTS, name
+        with pytest.raises(DataError, match=r"no field 'body'.*one of: text, other"):
+            read("hf", tmp_path / name, text_field="body")
+
+
 def test_another_split_than_the_one_saved_is_refused(tmp_path: Path) -> None:
     """Its name was ignored, for the rows of the split that is there."""
     import datasets
@@ -150,6 +169,8 @@ def test_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (b'{"text": "fine"}\n{"text": \n', r"x\.jsonl:2: not valid JSON"),
         (b'{"text": "fine"}\n\n{"body": "b", "id": 1}\n', r"x\.jsonl:3: no field 'text'.*one of: body, id"),
+        (b"{}\n", r"x\.jsonl:1: no field 'text'; it has no field at all"),
+        (json.dumps({f"k{i}": 1 for i in range(500)}).encode(), r"one of: k0, k1, .* k19 and 480 more$"),
         (b'{"text": 3}\n', r"x\.jsonl:1: field 'text' holds int"),
         (b'{"text": "\\ud800"}\n', r"x\.jsonl:1: .*surrogate"),
         (b'["text"]\n', r"x\.jsonl:1: a line holds one JSON object"),

@@ -1,5 +1,6 @@
 """Tokenizers: lossless, the same ids as SentencePiece's own, deterministic, clear about what cannot be."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -184,6 +185,26 @@ def test_existing_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
     (source / MODEL_FILE).unlink()
     with pytest.raises(DataError, match=r"cannot be loaded; it needs tokenizer\.json"):
         import_tokenizer(str(source), tmp_path / "copy2")
+
+
+def test_a_tokenizer_that_draws_at_random_is_copied_without(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BPE dropout, kept in tokenizer.json: text is tokenised once, and scores must repeat."""
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    shutil.copytree(folders["bpe"], source)
+    file = source / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(stored))
+    import_tokenizer(str(source), copy)
+    assert "random (dropout 0.5)" in capsys.readouterr().err
+    text = " ".join(HARD)
+    wanted = load_backend(folders["bpe"]).encode(text).ids
+    assert {tuple(load_backend(source).encode(text).ids) for _ in range(3)} != {tuple(wanted)}
+    assert [load_backend(copy).encode(text).ids for _ in range(3)] == 3 * [wanted]
+    hashes = {tokenizer_hash(folder) for folder in (source, copy, folders["bpe"])}
+    assert len(hashes) == 1  # a checkpoint with either is of the same text
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """A prepared folder is whole or absent, whatever line a signal hits, and has the mode of any new folder."""
 
+import fcntl
+import importlib
 import os
+import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import pytest
 
-from lrnn_lm.data.storage import build_folder
+from lrnn_lm.data import DataError, DataSpec, SourceSpec, prepare, prepare_all, tokenize
+from lrnn_lm.data.storage import build_folder, clear_leftovers
 from lrnn_lm.runs.export import new_folder
 
 
@@ -95,3 +101,86 @@ def test_a_signal_between_any_two_lines_leaves_nothing_half_made(tmp_path: Path)
             assert (parent / "made/file").read_text() == "x"
         stopped += 1
     assert stopped > 10  # each line once, and the build that no line stopped
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that everybody may write to, as a user who is not root."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are one user's alone
+    folder.chmod(0o777)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_locks_of_another_user_keep_nobody_out(shared: Path) -> None:
+    """A cache that several people share: whoever built left a lock file that only he may write to."""
+    for name in ("same", "other"):
+        lock = shared / f".{name}.lock"
+        lock.touch()
+        lock.chmod(0o444)
+        with pytest.raises(PermissionError):
+            lock.open("w")
+    (shared / ".building-other-deadbeef").mkdir()  # what he was stopped at
+    clear_leftovers(shared)
+    assert not (shared / ".building-other-deadbeef").exists()
+    build_folder(shared / "same", fill)
+    assert (shared / "same/file").read_text() == "x"
+    with (shared / ".third.lock").open("w") as held:  # it is a lock still: what is being built stays
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (shared / ".third.lock").chmod(0o444)
+        (shared / ".building-third-deadbeef").mkdir()
+        clear_leftovers(shared)
+        assert (shared / ".building-third-deadbeef").exists()
+
+
+@pytest.mark.parametrize("gone", ["data/*/manifest.json", "data/*/tokenizer/*", "tokenizers/*/*"])
+def test_files_that_a_cleaning_took_can_be_made_again(spec: DataSpec, gone: str) -> None:
+    """As clusters do on scratch disks, whose folders stay. The message names the folder to remove."""
+    prepare(spec, progress=False)
+    for file in Path(spec.cache_dir).glob(gone):
+        file.unlink()
+    spec = replace(spec, shard_tokens=999) if gone.startswith("tok") else spec
+    with pytest.raises(DataError, match=r"remove the folder \S+ and run `lrnn prepare` again") as told:
+        prepare(spec, progress=False)
+    shutil.rmtree(str(told.value).split("remove the folder ")[1].split()[0])
+    prepare(spec, progress=False)
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "ends", "of another source"])
+def test_text_that_changes_while_it_is_read_is_not_kept(
+    spec: DataSpec, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As while it is being copied: prepared, it would be of no text that a later start finds."""
+    path = Path(spec.source.path)
+    whole = path.read_text()
+    others = Path(shutil.copy(path, path.with_name("others.jsonl")))
+    texts = {"grows": whole + '{"text": "late"}\n', "shrinks": whole.splitlines()[0], "ends": whole[:-9]}
+
+    def changed(module: ModuleType, name: str) -> None:
+        old = getattr(module, name)
+
+        def then(*given: object) -> object:
+            (others if change == "of another source" else path).write_text(texts.get(change, whole[:999]))
+            return old(*given)
+
+        monkeypatch.setattr(module, name, then)
+
+    specs = [spec, replace(spec, source=SourceSpec(type="jsonl", path=str(others)))]
+    module = importlib.import_module("lrnn_lm.data.prepare")
+    for place, name in ((tokenize, "train"), (module, "_write_texts")):
+        changed(place, name)
+        with pytest.raises(DataError, match=r"jsonl: the files changed while they were read; run again once"):
+            prepare_all(specs, progress=False)
+        monkeypatch.undo()
+        kept = {kind: len([*Path(spec.cache_dir, kind).glob("[!.]*")]) for kind in ("tokenizers", "data")}
+        at_rows = name == "_write_texts"  # the tokenizer is made, and a source that has not changed
+        assert kept == {"tokenizers": at_rows, "data": at_rows and change == "of another source"}
+        path.write_text(whole)
+        others.write_text(whole)

@@ -244,6 +244,8 @@ def test_mistakes(tmp_path: Path, tokenizer: Path, documents: list[list[int]]) -
     fails("separator '4000' is no token", "tokens", tmp_path / "x.bin", separator="4000")
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00")
     fails(r"bad\.npy: truncated or no \.npy file", "tokens", tmp_path / "bad.npy")
+    flat(tmp_path / "raw.bin", documents).rename(tmp_path / "raw.npy")  # as dolma names them
+    fails(r"raw\.npy: .*header is missing; .* name it \.bin", "tokens", tmp_path / "raw.npy")
     np.save(tmp_path / "float.npy", np.ones(9))
     fails(r"float\.npy: a row of whole numbers is expected, not float64", "tokens", tmp_path / "float.npy")
     for dtype, given in (("uint32", "uint16"), ("int64", "int32"), ("int64", "uint16")):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,23 @@ def test_scores_repeat_exactly_and_leave_the_random_state_alone(results, checkpo
     assert model.training
     model.eval()
     assert again["results"] == results["results"]
+
+
+def test_scores_repeat_whatever_dropout_a_tokenizer_has(checkpoint, loaded, results, tmp_path):
+    """BPE dropout, which tokenizer.json keeps: each reading of a text gives other tokens."""
+    model, _ = loaded
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    stored = json.loads((copied / "tokenizer.json").read_text())
+    stored["model"]["dropout"] = 0.5
+    (copied / "tokenizer.json").write_text(json.dumps(stored))
+    given = AutoTokenizer.from_pretrained(copied)
+    assert len({tuple(given.encode("the old river runs on")) for _ in range(20)}) > 1
+    for tokenizer in (given, load_checkpoint(copied, "cpu")[1]):
+        pair = {"model": model, "tokenizer": tokenizer}
+        again = evaluate(checkpoint, BOTH[:1], max_length=1024, output=tmp_path / "out", **pair)
+        assert _score(again, BOTH[0], "bits_per_byte") == _score(results, BOTH[0], "bits_per_byte")
+    assert given.backend_tokenizer.model.dropout == 0.5, "the caller's stays as it was"
+    assert tokenizer.backend_tokenizer.model.dropout is None
 
 
 def test_the_callers_tokenizer_stays_as_it_was(checkpoint, loaded, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import small_config
+from transformers import AutoTokenizer
 
 from lrnn_lm import LRNNForCausalLM, cli
 from lrnn_lm.api import export_checkpoint
@@ -82,6 +83,16 @@ def test_an_export_can_be_exported(checkpoint, tmp_path):
     assert {file.name for file in second.iterdir()} == {file.name for file in first.iterdir()} - {
         "lrnn_stale.py"
     }
+
+
+@pytest.mark.parametrize("format", ["transformers", "torch-export"])
+def test_chat_templates_go_along(checkpoint, tmp_path, format):
+    """transformers keeps the first in chat_template.jinja and others in a folder of their own."""
+    chats, templates = tmp_path / "chats", {"default": "a", "tool_use": "b"}
+    shutil.copytree(checkpoint, chats)
+    AutoTokenizer.from_pretrained(chats, chat_template=templates).save_pretrained(chats)
+    export_checkpoint(chats, tmp_path / "out", format=format)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
 
 
 def test_a_full_disk(checkpoint, tmp_path):

@@ -120,6 +120,30 @@ def test_the_script_is_bash(folder, capsys, arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_the_environment_does_not_win_over_the_script(folder, program, monkeypatch, sweep):
+    """sbatch takes SBATCH_TIMELIMIT before the script's --time: what sites and shells set for others must not
+    change what the recipe asks for. What the script leaves open is theirs, and so is which SLURM to ask."""
+    program("sbatch", "env > environment; echo 7")
+    theirs = {"SBATCH_CONSTRAINT": "a100", "SBATCH_QOS": "low", "SLURM_CLUSTERS": "b", "SLURM_CONF": "/etc/s"}
+    wins = {
+        "SBATCH_TIMELIMIT": "10", "SBATCH_NO_REQUEUE": "1", "SBATCH_REQUEUE": "0", "SBATCH_SIGNAL": "TERM@9",
+        "SBATCH_OPEN_MODE": "truncate", "SBATCH_OUTPUT": "/dev/null", "SBATCH_JOB_NAME": "x",
+        "SBATCH_ARRAY_INX": "0-9", "SBATCH_GRES": "gpu:1", "SBATCH_PARTITION": "cpu",
+        "SBATCH_MEM_PER_NODE": "100M", "SLURM_NTASKS_PER_NODE": "9",
+    }  # fmt: skip
+    for name, value in (theirs | wins).items():
+        monkeypatch.setenv(name, value)
+    (folder / "sweep.yaml").write_text("optim.lr: [1e-3, 2e-3]\n")
+    array = ["--array=sweep.yaml"] if sweep else []
+    assert lrnn_submit("base.yaml", "--partition=gpu", "--sbatch=--mem=0", *array) == 0
+    found = dict(
+        line.split("=", 1) for line in (folder / "environment").read_text().splitlines() if "=" in line
+    )
+    assert {name: found.get(name) for name in theirs} == theirs
+    assert not found.keys() & wins.keys()
+
+
 def test_times_as_yaml_reads_them(folder, capsys):
     (folder / "base.yaml").write_text((folder / "base.yaml").read_text().replace("4,", "4, time: 12:30:00,"))
     assert "--time=12:30:00" in options(dry_run(capsys))

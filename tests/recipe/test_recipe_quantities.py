@@ -62,6 +62,21 @@ def test_wrong_cadences(wrong):
         Every.model_validate(wrong)
 
 
+@pytest.mark.parametrize("key", ["checkpoint.every", "eval.every"])
+def test_minutes_are_not_taken_for_millions(key):
+    """`30m` is 30 minutes to most programs, and was 30M tokens: a run of fewer was never saved on the way."""
+    section, name = key.split(".")
+    for written, fits in (
+        ("30m", r"30M \(tokens\) or '30 min'"),
+        ("1.5m", r"1\.5M \(tokens\) or '1\.5 min'"),
+    ):
+        with pytest.raises(ValueError, match=rf"{key}: .*{fits}"):
+            load_recipe("recipes/demo.yaml", [f"{key}={written}"])
+    for written in ("30M", "30m tokens", "30000k"):
+        recipe = load_recipe("recipes/demo.yaml", [f"{key}={written}"])
+        assert getattr(getattr(recipe, section), name) == Every(amount=30_000_000, unit="tokens")
+
+
 @pytest.mark.parametrize("amount", [-5, float("nan"), float("inf")])
 def test_wrong_spans(amount):
     with pytest.raises(ValueError, match="amount"):

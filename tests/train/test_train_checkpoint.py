@@ -1,6 +1,8 @@
 """Checkpoints: what is in them, what happens to damaged ones, and a disk that fills up while saving."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -249,6 +251,26 @@ def test_whichever_write_finds_no_room(
     assert resumed.position.step == 4
     resumed.run()
     assert fingerprint(resumed.folder / LAST) == fingerprint(straight / LAST)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Free some space"), (errno.EDQUOT, "Free some space"), (errno.EROFS, "Mend that"),
+     (errno.ENOENT, "Mend that")],
+)  # fmt: skip
+def test_what_to_do_about_a_save_that_failed(
+    build: Build, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    """Room helps a full disk, not one that is read-only, nor a run folder that was moved away."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    trainer = build("train.tokens=512")
+    monkeypatch.setattr(checkpoint, "fsync", fail)
+    told = f"{os.strerror(number)}; last good checkpoint: none. {advice} and run the same command again"
+    with pytest.raises(CheckpointError, match=told):
+        trainer.run()
 
 
 def test_a_process_that_may_not_write_large_files(recipe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
@@ -77,12 +78,20 @@ def test_tensorboard_takes_the_recipe_and_the_numbers(build: Build) -> None:
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = build("tracking.trackers=[tensorboard]", "train.tokens=2048")
+    def steps(events: EventAccumulator, name: str) -> list[int]:
+        events.Reload()
+        return [event.step for event in events.Scalars(name)]
+
+    trackers, every = "tracking.trackers=[tensorboard]", ["checkpoint.every=2 steps", "eval.every=2 steps"]
+    trainer = build(trackers, "train.tokens=2048", *every)
     trainer.run()
     events = EventAccumulator(str(trainer.folder / "lrnn-lm"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
-    assert events.Scalars("validation_loss")
+    assert (steps(events, "loss"), steps(events, "validation_loss")) == ([1, 2, 3, 4], [2, 4])
+    # As if killed before that checkpoint was whole: the steps since the one before are taken again.
+    shutil.rmtree(trainer.folder / "checkpoints/step-00000004")
+    build(trackers, "train.tokens=3072", *every).run()
+    events = EventAccumulator(str(trainer.folder / "lrnn-lm"))
+    assert (steps(events, "loss"), steps(events, "validation_loss")) == ([1, 2, 3, 4, 5, 6], [2, 4, 6])
 
 
 class Moody(GeneralTracker):
@@ -93,7 +102,7 @@ class Moody(GeneralTracker):
     calls: ClassVar[list[str]] = []
     tracker = None
 
-    def __init__(self, run_name: str):
+    def __init__(self, run_name: str, **settings: object):
         self.logged: list[int] = []
 
     def _call(self, method: str) -> None:
