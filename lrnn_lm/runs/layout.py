@@ -31,6 +31,7 @@ class RunFolder:
     data = _inside("data.json")  # the manifest of the prepared text
     heldout = _inside("heldout.jsonl")  # held-out documents, one JSON object a line; evaluation reads them
     metrics = _inside("metrics.jsonl")  # one JSON object a logged step
+    tracking = _inside("tracking.json")  # the id that W&B knows the run by
     heartbeat = _inside("heartbeat.json")  # the last step and its time, for whoever watches the run
     skips = _inside("skips.json")  # ranges of samples that a run of an older version left out
     lock = _inside(".lock")  # held by the process that trains the run

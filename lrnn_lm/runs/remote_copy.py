@@ -1,7 +1,7 @@
 """The copy of a run in another store (`checkpoint.copy_to`): written as it trains, read on a new machine.
 
     URL/NAME/                       the names of the run folder
-        recipe.yaml, parent.json, metrics.jsonl     with every checkpoint, before its manifest
+        recipe.yaml, parent.json, metrics.jsonl, tracking.json     with every checkpoint, before its manifest
         checkpoints/step-00001000/  its manifest last
         everything else             once the run has ended and is scored
 
@@ -22,7 +22,7 @@ from ..remote import RemoteFolder
 from .checkpoint import CheckpointError, aside_of, verify
 from .layout import CheckpointFolder, RunFolder, list_checkpoints, step_of
 
-_WITH_EACH = ("recipe.yaml", "parent.json", "metrics.jsonl")
+_WITH_EACH = ("recipe.yaml", "parent.json", "metrics.jsonl", "tracking.json")
 _STAYS = ("checkpoints", "heartbeat.json", "launch", "logs")  # of the rest, what is of this machine
 
 

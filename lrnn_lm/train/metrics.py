@@ -7,6 +7,7 @@ renames the old file to metrics-1.jsonl, metrics-2.jsonl and so on.
 
 import json
 import os
+import secrets
 import textwrap
 import time
 from collections.abc import Callable
@@ -105,6 +106,8 @@ class Metrics:
         named = accelerator.log_with
         # It hides what an earlier start wrote of the steps that are taken again.
         options = {"tensorboard": {"purge_step": self._step + 1}}
+        if "wandb" in recipe.tracking.trackers and accelerator.is_main_process:
+            options["wandb"] = self._wandb_options(recipe.name)
         for tracker in named:  # one at a time: one that cannot start must not take the others with it
             accelerator.log_with, accelerator.trackers = [tracker], []
             try:
@@ -120,6 +123,20 @@ class Metrics:
             raise ValueError(f"{problem}: mend that, or set tracking.trackers=[]" if problem else "")
         if problem:
             self._tell(f"{problem}: going on without")
+
+    def _wandb_options(self, name: str) -> dict[str, str]:
+        """So that a resumed run goes on in the W&B run that it began: else each start of a job is another.
+
+        A run that begins again, or a copy under another name, is a run of its own. W&B's variables win.
+        """
+        file = RunFolder(self._path.parent).tracking
+        known = json.loads(file.read_text("utf-8")) if file.is_file() and not self._begins else {}
+        if known.get("name") != name:
+            known = {"name": name, "id": secrets.token_hex(4)}
+            replace_file(file, json.dumps(known))
+        options = {**known, "resume": "allow"}
+        variables = {"id": "WANDB_RUN_ID", "name": "WANDB_NAME", "resume": "WANDB_RESUME"}
+        return {key: value for key, value in options.items() if variables[key] not in os.environ}
 
     def _each_tracker(self, work: Callable[[Any], None]) -> None:
         """A server that is down must not end a run, nor what comes after its last step: metrics.jsonl has the

@@ -211,3 +211,37 @@ def test_a_tracker_that_cannot_start_takes_no_other_with_it(
             "trackers: tensorboard cannot start (ServerError: connection refused): going on without" in said
         )
         assert (Sound.begun, {*Sound.logged_by_all}) == (number, {*range(2, steps + 1)})
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(
+    recipe: Path, tmp_path: Path, moody: type[Moody], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a run that begins again, nor a copy under another name does; W&B's variables win."""
+    given: list[dict] = []
+
+    class Recorded(Moody):
+        def __init__(self, run_name: str, **options: object) -> None:
+            given.append(options)
+            super().__init__(run_name)
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorded)
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name)
+    monkeypatch.setattr(accelerator, "filter_trackers", lambda named, *_: named)
+    for variable in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def start(steps: int, *overrides: str) -> dict:
+        run(recipe, tmp_path, steps * TOKENS_PER_STEP, "tracking.trackers=[wandb]", *overrides)
+        return given[-1]
+
+    first = start(1)
+    assert (first["name"], first["resume"]) == ("tiny", "allow")
+    assert start(2) == first
+    shutil.copytree(tmp_path / "tiny", tmp_path / "copy")
+    assert start(3, "name=copy")["id"] != first["id"]
+    assert start(3) == first
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert "id" not in start(4)
+    monkeypatch.delenv("WANDB_RUN_ID")
+    shutil.rmtree(tmp_path / "tiny/checkpoints")
+    assert start(1)["id"] != first["id"]
