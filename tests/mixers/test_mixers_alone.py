@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, small_config
+from small_models import MIXER_ROWS, RECURRENT, small_config
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from lrnn_lm import LRNNForCausalLM
@@ -68,6 +68,36 @@ def test_gradients_of_a_layer_in_fp64(name):
     with torch.no_grad():
         ends = [(layer(x + step * along)[0] * weights).sum() for step in (1e-6, -1e-6)]
     torch.testing.assert_close((gradient * along).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_that_it_is_given_are_not_written_to(name, rows):
+    """Autograd hands the same gradient to all that were added up, here the state and `also`."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    layer.reset_parameters(0.5)
+    x = torch.randn(rows, 5, WIDTH)
+    with torch.no_grad():
+        shape = layer(x)[1].shape
+    also = torch.randn(shape, requires_grad=True)
+    made = also * 2  # before the layer runs, so that its gradient comes after the layer's
+    y, state = layer(x)
+    given = torch.randn_like(y), torch.randn_like(state)
+    kept = [g.clone() for g in given]
+    torch.autograd.backward([y, state.to(also.dtype) + made], given)
+    assert all(torch.equal(*pair) for pair in zip(given, kept, strict=True))
+    torch.testing.assert_close(also.grad, 2 * kept[1])
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_on_meta(name):
+    """Shapes without numbers, for whoever counts memory or operations."""
+    with torch.device("meta"):
+        layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.empty(2, 5, WIDTH)
+    y, *_ = layer(x)
+    assert y.is_meta
+    assert y.shape == x.shape
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
