@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..kernels.scan.matrix_scan import own_dtypes
+from ..kernels.dispatch import own_dtypes
 from .base import MixerCost, ResidualOutput, check_sizes
 from .linear_recurrence import LinearRecurrence, precise
 

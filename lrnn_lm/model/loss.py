@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import is_written_out, no_second_derivatives
-from ..kernels.dispatch import has_triton
-from ..kernels.scan.matrix_scan import own_dtypes
+from ..kernels.dispatch import has_triton, own_dtypes
 from ..mixers.base import compute_dtype, is_traced, plain_weight
 
 IGNORE = -100  # label of a position without a target

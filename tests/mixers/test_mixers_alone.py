@@ -53,6 +53,17 @@ def test_documents_of_a_callers_own_context(name):
     torch.testing.assert_close(layer(x, None, SequenceContext(reset=reset))[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_resets_that_are_no_mask_of_the_tokens(name):
+    layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.randn(2, 8, WIDTH)
+    for shape in ((2, 7), (2, 9), (1, 8), (8,)):
+        with pytest.raises(ValueError, match="reset has shape"):
+            layer(x, None, SequenceContext(reset=torch.ones(shape, dtype=torch.bool)))
+    for dtype in (torch.long, torch.float32):
+        with pytest.raises(ValueError, match="reset is a bool mask"):
+            layer(x, None, SequenceContext(reset=torch.ones(2, 8, dtype=dtype)))
+
+
 @pytest.mark.parametrize("name", [name for name in MIXER_ROWS if name != "pd_ssm"])
 def test_gradients_of_a_layer_in_fp64(name):
     """Those of finite differences: a mixer that rounds its recurrence to fp32 is off by 1e-2 and more.
