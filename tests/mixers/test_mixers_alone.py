@@ -8,6 +8,7 @@ from small_models import MIXER_ROWS, RECURRENT, small_config
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from lrnn_lm import LRNNForCausalLM
+from lrnn_lm.kernels import written_out
 from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.base import SequenceContext, drawn_by_model
 
@@ -79,6 +80,20 @@ def test_gradients_of_a_layer_in_fp64(name):
     with torch.no_grad():
         ends = [(layer(x + step * along)[0] * weights).sum() for step in (1e-6, -1e-6)]
     torch.testing.assert_close((gradient * along).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_several_gradients_at_once(name):
+    """Each as by itself, where loops are written out."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    layer.reset_parameters(0.5)
+    x, given = torch.randn(1, 4, WIDTH, requires_grad=True), torch.randn(3, 1, 4, WIDTH)
+    with written_out():
+        y, *_ = layer(x)
+    (got,) = torch.autograd.grad(y, x, given, is_grads_batched=True, retain_graph=True)
+    want = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in given])
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
