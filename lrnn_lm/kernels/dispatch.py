@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -255,7 +256,18 @@ def check_state(
         raise ValueError("a scan needs at least one step")
     if h0 is not None:
         expect_shape("h0", h0, state)
+    check_reset(reset, time)
+
+
+def check_reset(reset: Tensor | None, time: tuple[int, int]) -> None:
+    """Raise ValueError unless reset is a bool mask of shape `time`, (B, T)."""
     if reset is not None:
         expect_shape("reset", reset, time)
         if reset.dtype != torch.bool:
             raise ValueError(f"reset is a bool mask, not {reset.dtype}")
+
+
+def own_dtypes(x: Tensor) -> AbstractContextManager[None]:
+    """Where autocast does not round the factors of products: a state is a product of products."""
+    rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # else exported graphs have a node
+    return torch.autocast(x.device.type, enabled=False) if rounds else nullcontext()

@@ -107,7 +107,9 @@ def _bd_scan_backward(
     dtype = h0.dtype
     keep = _keep_mask(reset, dtype)
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
-    carry = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N), A_{t+1}^T s_{t+1}
+    # (M, B, N), A_{t+1}^T s_{t+1}. A copy, as it is written to: `contiguous` makes none where M is 1, and
+    # autograd may hand the same gradient to others.
+    carry = grad_last.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
     product = torch.empty(M, M, B, N, dtype=dtype, device=h0.device)
     for part in reversed(_slabs(gates)):
         z = _slab(gates, part, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from ..kernels.dispatch import check_reset
 from .base import (
     Mixer,
     MixerCost,
@@ -172,6 +173,7 @@ class Attention(Mixer):
         positions = torch.arange(past, past + T, device=x.device).unsqueeze(0)
         begun = state.document_start.unsqueeze(1) if past and hasattr(state, "document_start") else None
         if context.reset is not None:
+            check_reset(context.reset, (x.shape[0], T))
             newest = torch.where(context.reset, positions, 0).cummax(dim=1).values  # (B, T)
             begun = newest if begun is None else torch.maximum(newest, begun)
             if state is not None:

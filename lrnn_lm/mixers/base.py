@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..kernels import runs_fused
+from ..kernels.dispatch import check_reset
 
 # Types of options, by whose names a recipe checks them too (OPTION_TYPES in recipe/mixer.py).
 BlockSize = int  # 1 to 64
@@ -267,7 +268,8 @@ def by_documents(
         x, state, reset: (B, T, D), (B, ..) and (B, T) bool.
         initial: the state that a document begins with, (B, ..) or a number.
     """
-    T = x.shape[1]
+    B, T = x.shape[:2]
+    check_reset(reset, (B, T))
     # An exported graph cannot depend on where documents start: it takes a token at a time, and grows with T.
     starts = range(1, T) if is_exported() or T == 1 else inner_starts(reset)
     y = []

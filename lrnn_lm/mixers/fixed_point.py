@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import block_diagonal_scan
+from ..kernels.dispatch import check_reset
 from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import precise
 
@@ -41,6 +42,7 @@ class FixedPoint(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, L, W) of the iterations -> y (B, T, D), state (B, L, W) in fp32."""
         reset = None if context is None else context.reset
+        check_reset(reset, tuple(x.shape[:2]))
         v = precise(self.value_proj(x) * functional.silu(self.input_gate_proj(x)))
         a = precise(self.decay_proj(x)).sigmoid()
         gates = torch.stack([a, 1 - a], dim=-1).unsqueeze(-2)  # (B, T, W, 1, 2)

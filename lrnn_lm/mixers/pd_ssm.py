@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import own_dtypes
 from .base import MixerCost, ResidualOutput, check_sizes
 from .linear_recurrence import LinearRecurrence, precise
 
@@ -55,7 +56,7 @@ class PermutationDiagonal(LinearRecurrence):
         """P (B, T, N, M, M): forward its ones, backward the softmax of its columns."""
         N, K, M = self.num_blocks, self.dictionary, self.states
         shares = precise(self.select_proj(x)).unflatten(-1, (N, K)).softmax(-1)
-        with torch.autocast(x.device.type, enabled=False):
+        with own_dtypes(x):
             matrices = self.matrices.to(shares.dtype).view(N, K, M * M)
             logits = torch.einsum("btnk,nkm->btnm", shares, matrices).unflatten(-1, (M, M))
         soft = logits.softmax(dim=-2)

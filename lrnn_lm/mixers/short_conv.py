@@ -8,6 +8,8 @@ Legend: B batch, T time, D channels, W the kernel's reach in tokens (its own tok
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import check_reset
+
 
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution, added to its input; its weights start at zero, so a new one is the
@@ -42,6 +44,7 @@ class ShortConvolution(nn.Module):
             y (B, T, D) in the dtype of x, and the last W-1 inputs (B, W-1, D) of the document that goes on.
         """
         B, T, D = x.shape
+        check_reset(reset, (B, T))
         lags = self.kernel_size - 1
         before = x.new_zeros(B, lags, D) if past is None else past.to(x.dtype)
         inputs = torch.cat([before, x], dim=1)  # (B, W-1+T, D)

@@ -284,6 +284,9 @@ def keep_layer_state(
     old = layer.recurrent_states[0] if layer.has_previous_state[0] else None
     if old is not None and not is_traced() and old.is_inference() and not torch.is_inference_mode_enabled():
         layer.recurrent_states[0] = old.clone()  # torch lets nobody write to the other outside of that mode
+    kept = layer.recurrent_states[0] if layer.is_recurrent_states_initialized[0] else None
+    if old is None and kept is not None and kept.shape != state.shape:  # of a cache that was reset
+        layer.is_recurrent_states_initialized[0] = False
     cache.update_recurrent_state(state, layer_idx)
     layer.has_previous_state[0] = True
 

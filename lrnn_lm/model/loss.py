@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import is_written_out, no_second_derivatives
-from ..kernels.dispatch import has_triton
+from ..kernels.dispatch import has_triton, own_dtypes
 from ..mixers.base import compute_dtype, is_traced, plain_weight
 
 IGNORE = -100  # label of a position without a target
@@ -36,8 +36,8 @@ def _by_operators(logits: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor
     if z_loss:
         p *= (1 + 2 * z_loss * log_z).unsqueeze(1)  # d log Z / d logit is softmax
     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Few rows; on a GPU nonzero() would wait for the device.
+    if logits.device.type == "cpu" and type(logits) is Tensor and not torch.compiler.is_compiling():
+        # Few rows; on a GPU nonzero() would wait for the device. A fake tensor has no numbers to look for.
         p.index_fill_(0, (~valid).nonzero().squeeze(1), 0)
     else:
         p.masked_fill_(~valid.unsqueeze(1), 0)
@@ -149,7 +149,7 @@ def loss_and_z(
         chunk = min(chunk, max(128, CACHED_LOGITS // weight.shape[0]))
     check_labels(labels, hidden)
     labels = labels.reshape(-1).long()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with own_dtypes(hidden):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if is_written_out():
             logits = hidden @ weight.to(hidden.dtype).t()

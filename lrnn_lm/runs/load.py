@@ -59,6 +59,8 @@ def describe(checkpoint: str | Path) -> CheckpointInfo:
         inside = (RunFolder(path).latest, RunFolder(path.parent).latest)  # of a run, or of its checkpoints/
         near = next((link for link in inside if link.exists() and path in link.parents), None)
         hint = f"; did you mean {near}?" if near else " (there is no config.json in it)"
+        if (path / "adapter_config.json").is_file():
+            hint = ", but one of a PEFT adapter: merge it into its model (docs/huggingface.md, LoRA)"
         raise ValueError(f"{checkpoint}: not a checkpoint folder{hint}")
     path = path.resolve()
     run = folder.path if (folder := CheckpointFolder(path).run) else None
@@ -132,8 +134,7 @@ def load_checkpoint(
             f"{checkpoint}: cannot be loaded as a model: its weights do not have the sizes of its config.json"
         ) from error
     if missing := sorted(told["missing_keys"]):  # which transformers draws at random
-        untied = missing == ["lm_head.weight"]
-        remedy = "set tie_word_embeddings to true in its config.json" if untied else "copy the folder again"
+        remedy = _remedy(missing, config)
         raise ValueError(f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; {remedy}")
     return model.to(target).eval(), without_dropout(tokenizer)
 
@@ -145,6 +146,15 @@ def without_dropout(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenize
     if hasattr(core, "dropout"):
         core.dropout = None
     return tokenizer
+
+
+def _remedy(missing: list[str], config: dict[str, Any]) -> str:
+    """What to do where a folder lacks these weights."""
+    if missing != ["lm_head.weight"]:
+        return "copy the folder again"
+    if config.get("architectures") == ["LRNNModel"]:
+        return "it was saved as LRNNModel, without a head: save the LRNNForCausalLM"
+    return "set tie_word_embeddings to true in its config.json"
 
 
 def model_configuration(folder: Path) -> "LRNNConfig":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_models import small_config
 from transformers import AutoTokenizer
 
-from lrnn_lm import LRNNForCausalLM, cli
+from lrnn_lm import LRNNForCausalLM, LRNNModel, cli
 from lrnn_lm.api import export_checkpoint
 from lrnn_lm.model.export.remote_code import remote_code
 from lrnn_lm.requirements import UnmetRequirementError
@@ -147,7 +147,19 @@ def test_checkpoints_that_are_refused(checkpoint, tmp_path):
     for folder in checkpoint.parents[:2]:
         with pytest.raises(ValueError, match=r"not a checkpoint folder; did you mean .*checkpoints/latest\?"):
             export(folder, tmp_path / "out")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="PEFT adapter: merge it into its model"):
+        export(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_its_head(checkpoint, tmp_path):
+    """To tie the embedding in its place would make another model of it."""
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    LRNNModel.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(ValueError, match="saved as LRNNModel, without a head: save the LRNNForCausalLM"):
+        export(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from small_models import MIXER_ROWS, small_config
+from small_models import MIXER_ROWS, RECURRENT, small_config
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from lrnn_lm import LRNNForCausalLM
+from lrnn_lm.kernels import written_out
 from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.base import SequenceContext, drawn_by_model
 
@@ -53,6 +54,17 @@ def test_documents_of_a_callers_own_context(name):
     torch.testing.assert_close(layer(x, None, SequenceContext(reset=reset))[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_resets_that_are_no_mask_of_the_tokens(name):
+    layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.randn(2, 8, WIDTH)
+    for shape in ((2, 7), (2, 9), (1, 8), (8,)):
+        with pytest.raises(ValueError, match="reset has shape"):
+            layer(x, None, SequenceContext(reset=torch.ones(shape, dtype=torch.bool)))
+    for dtype in (torch.long, torch.float32):
+        with pytest.raises(ValueError, match="reset is a bool mask"):
+            layer(x, None, SequenceContext(reset=torch.ones(2, 8, dtype=dtype)))
+
+
 @pytest.mark.parametrize("name", [name for name in MIXER_ROWS if name != "pd_ssm"])
 def test_gradients_of_a_layer_in_fp64(name):
     """Those of finite differences: a mixer that rounds its recurrence to fp32 is off by 1e-2 and more.
@@ -68,6 +80,50 @@ def test_gradients_of_a_layer_in_fp64(name):
     with torch.no_grad():
         ends = [(layer(x + step * along)[0] * weights).sum() for step in (1e-6, -1e-6)]
     torch.testing.assert_close((gradient * along).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_several_gradients_at_once(name):
+    """Each as by itself, where loops are written out."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    layer.reset_parameters(0.5)
+    x, given = torch.randn(1, 4, WIDTH, requires_grad=True), torch.randn(3, 1, 4, WIDTH)
+    with written_out():
+        y, *_ = layer(x)
+    (got,) = torch.autograd.grad(y, x, given, is_grads_batched=True, retain_graph=True)
+    want = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in given])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_that_it_is_given_are_not_written_to(name, rows):
+    """Autograd hands the same gradient to all that were added up, here the state and `also`."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    layer.reset_parameters(0.5)
+    x = torch.randn(rows, 5, WIDTH)
+    with torch.no_grad():
+        shape = layer(x)[1].shape
+    also = torch.randn(shape, requires_grad=True)
+    made = also * 2  # before the layer runs, so that its gradient comes after the layer's
+    y, state = layer(x)
+    given = torch.randn_like(y), torch.randn_like(state)
+    kept = [g.clone() for g in given]
+    torch.autograd.backward([y, state.to(also.dtype) + made], given)
+    assert all(torch.equal(*pair) for pair in zip(given, kept, strict=True))
+    torch.testing.assert_close(also.grad, 2 * kept[1])
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
+def test_on_meta(name):
+    """Shapes without numbers, for whoever counts memory or operations."""
+    with torch.device("meta"):
+        layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.empty(2, 5, WIDTH)
+    y, *_ = layer(x)
+    assert y.is_meta
+    assert y.shape == x.shape
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

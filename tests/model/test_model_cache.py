@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import close, prefilled, small_model, states, tokens
+from small_models import OF_EACH_STATE, close, prefilled, small_model, states, tokens
 from tolerances import TOLERANCE
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -72,6 +72,20 @@ def test_rows_of_a_callers_cache_that_a_graph_wrote_to():
     got = model(ids[[1, 0], 6:], past_key_values=cache, use_cache=True).logits
     for row, start in ((1, 4), (0, 2)):
         close(got[row], model(ids[1 - row, start:][None]).logits[0, 6 - start :], SUMS)
+
+
+@pytest.mark.parametrize("name", OF_EACH_STATE)
+@torch.no_grad()
+def test_a_cache_that_was_reset_takes_another_batch(name):
+    """Of more rows, or of fewer, which would be spread over all that there were."""
+    model = small_model(name)
+    cache = DynamicCache(config=model.config)
+    for rows in (2, 3, 1):
+        ids = tokens(rows, 9, seed=rows)
+        cache.reset()
+        model(ids[:, :6], past_key_values=cache)
+        got = model(ids[:, 6:], past_key_values=cache).logits
+        close(got, model(ids).logits[:, 6:], SUMS)
 
 
 @pytest.mark.parametrize("name", ["bd_lru", "hybrid"])

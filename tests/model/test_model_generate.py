@@ -64,6 +64,32 @@ def test_a_returned_cache_is_continued(name):
     assert torch.equal(longer, generate(model, ids, attention_mask=mask, do_sample=False))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_a_cache_that_has_seen_as_many_tokens_as_there_are(name, options):
+    """The new tokens alone, as a tokenizer gives them: unless the mask tells, they seem to have been read."""
+    model, ids = small_model(name), tokens(rows=1, length=12)
+    for new in (2, 6):  # fewer than the cache has seen, and as many
+        question, mask = ids[:, -new:], torch.ones_like(ids)
+        embeds = model.get_input_embeddings()(question)
+        for given in (
+            {"inputs": question},
+            {"inputs": question, "attention_mask": torch.ones_like(question)},
+            {"inputs": ids[:, :-new], "attention_mask": mask[:, :-new]},  # and the text of the cache again
+            {"inputs": None, "inputs_embeds": embeds},
+        ):
+            with torch.no_grad():
+                cache = model(ids[:, :-new], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(options.get("num_beams", 1))
+            with pytest.raises(ValueError, match=f"the cache has seen {12 - new}, so none is new"):
+                model.generate(**given, past_key_values=cache, max_new_tokens=2, do_sample=False, **options)
+            assert tokens_seen(cache) == 12 - new
+        got = generate(
+            model, question, attention_mask=mask, past_key_values=cache, do_sample=False, **options
+        )
+        assert torch.equal(got[:, new:], generate(model, ids, do_sample=False, **options)[:, 12:])
+
+
 def test_scores_are_the_logits_of_a_full_pass():
     model, ids = small_model("hybrid"), tokens(length=6)
     out = generate(model, ids, do_sample=False, output_logits=True, return_dict_in_generate=True)

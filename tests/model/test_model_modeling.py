@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from small_models import (
     tokens,
 )
 from tolerances import TOLERANCE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM, LRNNModel
@@ -257,6 +259,17 @@ def test_builds_where_it_is_told(name, device):
     with torch.device(device):
         model = LRNNForCausalLM(small_config(name))
     assert all(p.device.type == device for p in model.parameters())
+
+
+@pytest.mark.parametrize("without_numbers", [partial(torch.device, "meta"), FakeTensorMode])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_training_without_numbers(name, without_numbers):
+    """For whoever counts its operations or its memory."""
+    with without_numbers():
+        model, ids = LRNNForCausalLM(small_config(name)), torch.zeros(2, 7, dtype=torch.long)
+        assert model(ids).logits.shape == (2, 7, VOCAB)
+        model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(("stream", "weight", "result"), [

@@ -141,9 +141,11 @@ def _solve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given, kernels = (inputs, weight, bias, h0, reset), _kernels(inputs, triton)
     grad, grad_last, h = grad.contiguous(), grad_last.contiguous(), h.contiguous()
-    if not newton:
-        return kernels.walk_backward(*given, h, *([more] if _is_slstm(inputs) else []), grad, grad_last)
-    return _reversed_scan(kernels, given, h, grad, grad_last)
+    if newton:
+        made = _reversed_scan(kernels, given, h, grad, grad_last)
+    else:
+        made = kernels.walk_backward(*given, h, *([more] if _is_slstm(inputs) else []), grad, grad_last)
+    return tuple(x.contiguous() for x in made)  # as the fake says; einsum has its own layout
 
 
 def _reversed_scan(

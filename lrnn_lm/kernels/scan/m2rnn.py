@@ -20,9 +20,8 @@ from torch import Tensor
 
 from .. import reference
 from ..derivatives import differentiable_once
-from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, own_dtypes, triton_obstacle
 from ..reference import compute_dtype
-from .matrix_scan import own_dtypes
 
 TRITON_STATE, TRITON_COLUMNS = 8192, 64  # K V and V that a program's registers hold
 CHUNK = 64  # steps between the states that the forward pass keeps for the backward pass

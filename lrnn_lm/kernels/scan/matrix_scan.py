@@ -8,7 +8,6 @@ Legend: B batch, T time, H heads, K slots (rows of a head's state), M slots a bl
 V columns of the state; A transitions, k writes, v values, q queries, S state, s = dL/dS.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -17,7 +16,14 @@ from torch.nn import functional
 
 from .. import reference
 from ..derivatives import differentiable_once, save_inputs
-from ..dispatch import check_state, choose_backend, expect_floats, expect_shape, triton_obstacle
+from ..dispatch import (
+    check_state,
+    choose_backend,
+    expect_floats,
+    expect_shape,
+    own_dtypes,
+    triton_obstacle,
+)
 from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
@@ -105,12 +111,6 @@ def _triton_scan(
 def _padded(K: int, M: int, V: int) -> tuple[int, int]:
     """Slots and columns of the kernels, which take powers of two of blocks and columns."""
     return M << (K // M - 1).bit_length(), 1 << (V - 1).bit_length()
-
-
-def own_dtypes(x: Tensor) -> AbstractContextManager[None]:
-    """Where autocast does not round the factors of products: a state is a product of products."""
-    rounds = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # else exported graphs have a node
-    return torch.autocast(x.device.type, enabled=False) if rounds else nullcontext()
 
 
 def _check(

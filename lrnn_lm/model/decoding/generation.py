@@ -100,6 +100,31 @@ class LRNNGenerationMixin(GenerationMixin):
             model_kwargs[CACHE] = make_cache(self.config, cache)
             model_kwargs[CACHE].private = not given
 
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """transformers' first pass, which drops tokens that the cache seems to have seen.
+
+        Raises ValueError where that would be all: transformers would take some of them, or the whole again.
+        """
+        read, embeds = tokens_seen(model_kwargs.get(CACHE)), model_kwargs.get("inputs_embeds")
+        name, given = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
+        T, mask = given.shape[1], model_kwargs.get("attention_mask")
+        # A mask of ones is left out by now, and transformers keeps its length.
+        columns = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
+        all_new = embeds is None and columns is not None and columns > T
+        if is_first_iteration and 0 < T <= read and not all_new:
+            also = f", or the new tokens with an attention_mask of {read} columns and theirs"
+            raise ValueError(
+                f"{name} has {T} tokens and the cache has seen {read}, so none is new: pass the whole text"
+                + (also if embeds is None else "")
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
     def _sample(
         self,
         input_ids: Tensor,
