@@ -108,7 +108,9 @@ def open_prepared(folder: str | Path, verify: bool = False) -> PreparedData:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing); {rebuild}") from None
+        ours = (folder / "tokenizer").is_dir()  # else it may be anybody's folder, and nothing to remove
+        advice = f"; {rebuild}" if ours else ""
+        raise DataError(f"{folder}: no prepared data here ({MANIFEST} is missing){advice}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST}: damaged ({error}); {rebuild}") from None
     if manifest.get("format") != FORMAT:
@@ -189,11 +191,11 @@ def _unchanged(
     except DataError as error:
         problem = error
     for number, key in keys.items():
+        if specs[number].source.type == "hf":  # its key is of all files in a folder, `datasets` reads some
+            continue
         if _text_key(specs[number], specs) != key:
-            what = (
-                "the files changed while they were read; run again once they are whole (is a copy under way?)"
-            )
-            raise DataError(f"{sources.describe(specs[number].source)}: {what}")
+            what = "the files changed while they were read; run again once they are whole"
+            raise DataError(f"{sources.describe(specs[number].source)}: {what} (is a copy under way?)")
     if problem is not None:
         raise problem
 

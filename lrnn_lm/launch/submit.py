@@ -163,14 +163,18 @@ def _write(path: Path, text: str) -> None:
 
 # sbatch's variables whose names are not those of their options.
 _VARIABLES = {
-    "time": ["TIMELIMIT"], "mem": ["MEM_PER_NODE"], "requeue": ["REQUEUE", "NO_REQUEUE"],
+    "time": ["TIMELIMIT"], "requeue": ["REQUEUE", "NO_REQUEUE"],
+    **{f"mem{per}": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"] for per in ("", "-per-cpu", "-per-gpu")},
 }  # fmt: skip
+_SHORT = {"-A": "account", "-C": "constraint", "-D": "chdir", "-J": "job-name", "-e": "error", "-o": "output",
+    "-p": "partition", "-q": "qos", "-t": "time", "-w": "nodelist", "-x": "exclude"}  # fmt: skip
 
 
 def _environment(script: str) -> dict[str, str]:
     """What sbatch gets: without the settings of a job around us, which it would give to the new one, and
     without the variables that would win over the script's own options, as SBATCH_TIMELIMIT over --time."""
-    given = re.findall(r"(?m)^#SBATCH --([a-z-]+)", script)
+    given = re.findall(r"(?m)^#SBATCH +(?:--([a-z-]+)|(-[A-Za-z]))", script)
+    given = [long or _SHORT.get(short, short) for long, short in given]
     names = {name for option in given for name in _VARIABLES.get(option, [option.replace("-", "_").upper()])}
     over = {f"SBATCH_{name}" for name in (*names, "ARRAY_INX")}
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # which SLURM to ask

@@ -106,11 +106,11 @@ class Metrics:
         named = accelerator.log_with
         # It hides what an earlier start wrote of the steps that are taken again.
         options = {"tensorboard": {"purge_step": self._step + 1}}
-        if "wandb" in recipe.tracking.trackers and accelerator.is_main_process:
-            options["wandb"] = self._wandb_options(recipe.name)
         for tracker in named:  # one at a time: one that cannot start must not take the others with it
             accelerator.log_with, accelerator.trackers = [tracker], []
             try:
+                if tracker == "wandb" and accelerator.is_main_process:
+                    options["wandb"] = self._wandb_options(recipe.name)
                 accelerator.init_trackers(recipe.tracking.project, config=settings, init_kwargs=options)
                 started += accelerator.trackers
             except Exception as error:  # trackers' errors have no class in common, see `_each_tracker`
@@ -128,13 +128,19 @@ class Metrics:
         """So that a resumed run goes on in the W&B run that it began: else each start of a job is another.
 
         A run that begins again, or a copy under another name, is a run of its own. W&B's variables win.
+        Offline each start is one: W&B before 0.31 cannot resume there, and what is synced later would replace
+        the rest.
         """
-        file = RunFolder(self._path.parent).tracking
-        known = json.loads(file.read_text("utf-8")) if file.is_file() and not self._begins else {}
-        if known.get("name") != name:
+        file, known = RunFolder(self._path.parent).tracking, {}
+        if not self._begins:
+            with suppress(FileNotFoundError, ValueError):  # damaged: another W&B run, as without the file
+                known = json.loads(file.read_text("utf-8"))
+        if not isinstance(known, dict) or known.get("name") != name or not isinstance(known.get("id"), str):
             known = {"name": name, "id": secrets.token_hex(4)}
-            replace_file(file, json.dumps(known))
-        options = {**known, "resume": "allow"}
+            replace_file(file, json.dumps(known), durable=True)
+        options = {"name": name}
+        if os.environ.get("WANDB_MODE", "online") == "online":
+            options |= {"id": known["id"], "resume": "allow"}
         variables = {"id": "WANDB_RUN_ID", "name": "WANDB_NAME", "resume": "WANDB_RESUME"}
         return {key: value for key, value in options.items() if variables[key] not in os.environ}
 

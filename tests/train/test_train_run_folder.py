@@ -227,7 +227,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorded)
     monkeypatch.setattr(runtime, "find_spec", lambda name: name)
     monkeypatch.setattr(accelerator, "filter_trackers", lambda named, *_: named)
-    for variable in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME"):
+    for variable in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
 
     def start(steps: int, *overrides: str) -> dict:
@@ -243,5 +243,12 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     assert "id" not in start(4)
     monkeypatch.delenv("WANDB_RUN_ID")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # older versions cannot resume there
+    assert start(5) == {"name": "tiny"}
+    monkeypatch.delenv("WANDB_MODE")
+    for steps, damaged in enumerate(("", "null", "[1]", '{"name": "tiny"}', '{"name": "tiny", "id": 3}'), 6):
+        (tmp_path / "tiny/tracking.json").write_text(damaged)
+        assert start(steps)["id"] not in (first["id"], 3)
+    again = start(11)
     shutil.rmtree(tmp_path / "tiny/checkpoints")
-    assert start(1)["id"] != first["id"]
+    assert start(1)["id"] != again["id"]

@@ -119,10 +119,10 @@ class LRNNGenerationMixin(GenerationMixin):
         all_new = embeds is None and columns is not None and columns > T
         if is_first_iteration and 0 < T <= read and not all_new:
             also = f", or the new tokens with an attention_mask of {read} columns and theirs"
-            raise ValueError(
-                f"{name} has {T} tokens and the cache has seen {read}, so none is new: pass the whole text"
-                + (also if embeds is None else "")
-            )
+            remedy = "pass the whole text" + (also if embeds is None else "")
+            if read == T:
+                remedy = "if that is the whole text, make the cache without its last token; else " + remedy
+            raise ValueError(f"{name} has {T} tokens and the cache has seen {read}, so none is new: {remedy}")
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _sample(
