@@ -1,4 +1,4 @@
-"""What the compiler is told of each operator, by its fake, against what the operator returns."""
+"""torch.compile plans with an operator's fake. Its shapes, dtypes and strides are those of the result."""
 
 from typing import Any
 
