@@ -166,8 +166,10 @@ _VARIABLES = {
     "time": ["TIMELIMIT"], "requeue": ["REQUEUE", "NO_REQUEUE"],
     **{f"mem{per}": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"] for per in ("", "-per-cpu", "-per-gpu")},
 }  # fmt: skip
-_SHORT = {"-A": "account", "-C": "constraint", "-D": "chdir", "-J": "job-name", "-e": "error", "-o": "output",
-    "-p": "partition", "-q": "qos", "-t": "time", "-w": "nodelist", "-x": "exclude"}  # fmt: skip
+_SHORT = {  # of the options that have a variable
+    "-A": "account", "-C": "constraint", "-J": "job-name", "-e": "error", "-o": "output", "-p": "partition",
+    "-q": "qos", "-t": "time",
+}  # fmt: skip
 
 
 def _environment(script: str) -> dict[str, str]:

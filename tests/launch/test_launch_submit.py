@@ -125,19 +125,19 @@ def test_the_environment_does_not_win_over_the_script(folder, program, monkeypat
     """sbatch takes SBATCH_TIMELIMIT before the script's --time: what sites and shells set for others must not
     change what the recipe asks for. What the script leaves open is theirs, and so is which SLURM to ask."""
     program("sbatch", "env > environment; echo 7")
-    theirs = {"SBATCH_CONSTRAINT": "a100", "SBATCH_QOS": "low", "SLURM_CLUSTERS": "b", "SLURM_CONF": "/etc/s"}
+    theirs = {"SBATCH_NETWORK": "x", "SBATCH_QOS": "low", "SLURM_CLUSTERS": "b", "SLURM_CONF": "/etc/s"}
     wins = {
         "SBATCH_TIMELIMIT": "10", "SBATCH_NO_REQUEUE": "1", "SBATCH_REQUEUE": "0", "SBATCH_SIGNAL": "TERM@9",
         "SBATCH_OPEN_MODE": "truncate", "SBATCH_OUTPUT": "/dev/null", "SBATCH_JOB_NAME": "x",
         "SBATCH_ARRAY_INX": "0-9", "SBATCH_GRES": "gpu:1", "SBATCH_PARTITION": "cpu",
-        "SBATCH_MEM_PER_NODE": "100M", "SBATCH_MEM_PER_CPU": "1M", "SBATCH_EXCLUDE": "n2",
+        "SBATCH_MEM_PER_NODE": "100M", "SBATCH_MEM_PER_CPU": "1M", "SBATCH_CONSTRAINT": "a100",
         "SLURM_NTASKS_PER_NODE": "9",
     }  # fmt: skip
     for name, value in (theirs | wins).items():
         monkeypatch.setenv(name, value)
     (folder / "sweep.yaml").write_text("optim.lr: [1e-3, 2e-3]\n")
     array = ["--array=sweep.yaml"] if sweep else []
-    assert lrnn_submit("base.yaml", "--partition=gpu", "--sbatch=--mem=0", "--sbatch=-x n1", *array) == 0
+    assert lrnn_submit("base.yaml", "--partition=gpu", "--sbatch=--mem=0", "--sbatch=-C h100", *array) == 0
     found = dict(
         line.split("=", 1) for line in (folder / "environment").read_text().splitlines() if "=" in line
     )
