@@ -40,6 +40,7 @@ PANELS = (  # of the plot: size, title, contenders, what the curves go against
     ("68m", "68M parameters, as shipped", FINAL, SECONDS),
     ("212m", "212M, as shipped, two passes over the text", LARGE, TOKENS),
 )
+MARK = 1.1  # bits per byte that each of FINAL reaches before its end
 # Settings of a contender's own. All runs of 212M before them took 131,072 tokens a step.
 TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step=32768")
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
@@ -130,17 +131,18 @@ def read_speeds(path: Path) -> dict[str, int]:
 
 
 def seconds_table(rows: list[Row], speeds: dict[str, int]) -> str:
-    """What is shipped and its rivals, fastest first: first seeds at their end, and when the fastest ends."""
+    """What is shipped and its rivals, fastest first: first seeds at the end, when the fastest ends, until MARK."""
     chosen = best_rates([row for row in rows if row["size"] == "68m" and row["contender"] in FINAL])
     names = sorted(FINAL, key=lambda name: -speeds[name])
     tokens = chosen[names[0]][0]["tokens"]
     end = tokens / speeds[names[0]]
-    head = ("model", "tokens/s", "seconds", "bits per byte", f"after {end:.0f} seconds")
+    head = ("model", "tokens/s", "seconds", "bits per byte", f"after {end:.0f} seconds", f"seconds to {MARK}")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name in names:
         taken, bits = curve(chosen[name][0], speeds[name])
         after = f"{bits_at(end, taken, bits):.3f}"
-        cells = FINAL[name], f"{speeds[name]:,}", f"{taken[-1]:.0f}", f"{bits[-1]:.3f}", after
+        until = f"{seconds_to(MARK, taken, bits):.0f}"
+        cells = FINAL[name], f"{speeds[name]:,}", f"{taken[-1]:.0f}", f"{bits[-1]:.3f}", after, until
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -157,6 +159,14 @@ def bits_at(end: float, taken: list[float], bits: list[float]) -> float:
         if a <= end <= b:
             return x + (y - x) * (end - a) / (b - a)
     raise ValueError(f"there is no validation on both sides of {end:.0f} seconds")
+
+
+def seconds_to(mark: float, taken: list[float], bits: list[float]) -> float:
+    """Seconds until a run has so many bits per byte, on a line between the two validations around them."""
+    for (a, x), (b, y) in pairwise(zip(taken, bits, strict=True)):
+        if x >= mark >= y:
+            return a + (b - a) * (x - mark) / (x - y)
+    raise ValueError(f"no two validations have {mark} bits per byte between them")
 
 
 def by_seed(rows: list[Row]) -> list[float]:

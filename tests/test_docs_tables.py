@@ -22,12 +22,14 @@ from studies.lm_report import (
     FINAL,
     HEADLINE,
     best_rates,
+    bits_at,
     by_seed,
     rates_table,
     read_rows,
     read_speeds,
     results_table,
     seconds_table,
+    seconds_to,
 )
 from studies.width import BASE, WIDTHS, best_rate
 
@@ -198,6 +200,14 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
     speeds = read_speeds(RESULTS / "lm-speed.jsonl")
     for table in (results_table(rows), rates_table(rows), seconds_table(rows, speeds)):
         assert table in page
+
+
+def test_seconds_to_a_loss_lie_between_two_validations():
+    taken, bits = [10.0, 20.0, 40.0], [3.0, 2.0, 1.5]
+    assert [seconds_to(mark, taken, bits) for mark in (3.0, 2.25, 2.0, 1.5)] == [10, 17.5, 20, 40]
+    assert bits_at(seconds_to(1.75, taken, bits), taken, bits) == 1.75
+    with pytest.raises(ValueError, match=r"no two validations have 1\.4"):
+        seconds_to(1.4, taken, bits)
 
 
 def test_sentences_of_the_pages(tables):
