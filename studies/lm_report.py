@@ -131,7 +131,7 @@ def read_speeds(path: Path) -> dict[str, int]:
 
 
 def seconds_table(rows: list[Row], speeds: dict[str, int]) -> str:
-    """What is shipped and its rivals, fastest first: first seeds at the end, when the fastest ends, until MARK."""
+    """What is shipped and its rivals, fastest first: at the end, when the fastest ends, and until MARK."""
     chosen = best_rates([row for row in rows if row["size"] == "68m" and row["contender"] in FINAL])
     names = sorted(FINAL, key=lambda name: -speeds[name])
     tokens = chosen[names[0]][0]["tokens"]
