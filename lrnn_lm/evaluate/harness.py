@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite
+from ..files import finite, no_default_device
 from ..runs.load import (
     CheckpointInfo,
     check_window,
@@ -33,6 +33,7 @@ WHOLE_ROWS = ("state_", "mad_", "recall_", "long_")  # tasks whose answer depend
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
+@no_default_device()
 def evaluate(
     checkpoint: str | Path,
     tasks: list[str],
