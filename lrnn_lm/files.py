@@ -132,6 +132,26 @@ def no_default_device() -> Iterator[None]:
             torch.set_default_device(device)
 
 
+class RankError(ValueError):
+    """The environment contradicts itself about this process; others may be right, so each tells its own."""
+
+
+def world_size() -> int:
+    """Processes that a launcher started together: WORLD_SIZE.
+
+    Raises RankError if this one's RANK is none of theirs: they would meet without it, and it would wait.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if size == "1" and os.environ.get("LOCAL_RANK", "-1") == "-1":
+        return 1  # nobody is met, whatever RANK is
+    if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+        raise RankError(
+            f"the environment has RANK={rank} and WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1; "
+            "start all by accelerate launch or torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+        )
+    return int(size)
+
+
 def hub_is_reachable() -> bool:
     """Whether the Hugging Face hub answers: its libraries would spend a minute on retries first.
 

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 
-from .files import words_of
+from .files import RankError, words_of
 
 _ERRNO = (  # of the system's errors
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
@@ -28,7 +28,7 @@ def is_users(mistake: Exception) -> bool:
 
 def tell(mistake: Exception, command: str) -> None:
     """Print a mistake of `lrnn COMMAND` to stderr, in a line or two; nothing where another rank does."""
-    if not _is_told_here():
+    if not _is_told_here() and not isinstance(mistake, RankError):
         return
     if _is_out_of_memory(mistake):
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(mistake))

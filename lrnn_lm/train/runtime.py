@@ -1,6 +1,5 @@
 """The machine under a run: device, precision, trackers, seeds and random state."""
 
-import os
 import random
 import resource
 import sys
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
 
-from ..files import no_default_device
+from ..files import no_default_device, world_size
 from ..recipe.train import TrainSection
 
 # Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
@@ -39,7 +38,7 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
     several ranks without gloo (needed on GPUs too: ranks agree on checkpoints over it).
     """
     device, precision = train.device, train.precision
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_gloo_available()):
+    if world_size() > 1 and not (dist.is_available() and dist.is_gloo_available()):
         raise ValueError(
             "several ranks meet by gloo, which this build of torch lacks; train with one process, "
             "or install a build that has it"
