@@ -4,6 +4,10 @@ import errno
 import os
 import re
 import sys
+from itertools import pairwise
+from typing import Any
+
+from typer.core import TyperGroup
 
 from .files import RankError, words_of
 
@@ -17,6 +21,18 @@ _LESS_MEMORY = {  # what to do about a full GPU, by command
     "eval": "lower --batch-size or --max-length",
     "generate": "lower --segment or --max-new-tokens",
 }
+
+
+class Commands(TyperGroup):
+    """Takes `--prompt --greedy` for a prompt that was forgotten, not for the prompt "--greedy"."""
+
+    def resolve_command(self, context: Any, words: list[str]) -> Any:
+        name, command, rest = super().resolve_command(context, words)
+        options = {text: o for o in command.get_params(context) for text in o.opts if text[:1] == "-"}
+        for option, value in pairwise(rest):
+            if option in options and not options[option].is_flag and value in options:
+                raise ValueError(f"{option} has no value; if that is {value}, write {option}={value}")
+        return name, command, rest
 
 
 def is_users(mistake: Exception) -> bool:
