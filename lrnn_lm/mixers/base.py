@@ -113,6 +113,11 @@ class Mixer(nn.Module):
         _, *arguments = inspect.signature(cls).parameters.values()  # the first is hidden_size
         cls.options = tuple(a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD)
 
+    def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        if x.ndim != 3:
+            raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
+        return super().__call__(x, *arguments, **named)
+
     def forward(
         self, x: Tensor, state: Any = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Any]:
