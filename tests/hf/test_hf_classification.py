@@ -16,6 +16,7 @@ from transformers import (
     pipeline,
 )
 
+from lrnn_lm.model.accounting import meta_model
 from lrnn_lm.runs.load import load_checkpoint
 
 LENGTHS = (9, 4, 1, 7)
@@ -150,6 +151,12 @@ def test_labels_that_do_not_fit_are_refused(classifier):
     for classes in (1, 4):
         with pytest.raises(ValueError, match=r"labels of shape \(2,\) do not fit 4 rows"):
             classifier(num_labels=classes)(**padded("left"), labels=torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_it_is_not_counted_as_a_language_model(kind, classifier):
+    with pytest.raises(ValueError, match="a classifier"):
+        meta_model(classifier("bd_lru", kind).config)
 
 
 def test_rewards_by_trl(make_checkpoint, tmp_path):
