@@ -113,11 +113,6 @@ class Mixer(nn.Module):
         _, *arguments = inspect.signature(cls).parameters.values()  # the first is hidden_size
         cls.options = tuple(a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD)
 
-    def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        if x.ndim != 3:
-            raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
-        return super().__call__(x, *arguments, **named)
-
     def forward(
         self, x: Tensor, state: Any = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Any]:
@@ -242,6 +237,14 @@ def drawn_by_model() -> Iterator[None]:
         yield
     finally:
         _drawn_by_model.reset(token)
+
+
+def alone(x: Tensor) -> SequenceContext:
+    """The context of a layer that is called without one. ValueError if x is not (B, T, D): torch's own words
+    would be of axes inside of the layer."""
+    if x.ndim != 3:
+        raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
+    return SequenceContext()
 
 
 def is_traced() -> bool:
