@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .mistakes import is_users, tell, tell_replaced
+from .mistakes import Commands, is_users, tell, tell_replaced
 from .remote import url_of
 from .requirements import UnmetRequirementError, check_extra, check_transformers
 from .runs.layout import RunFolder, latest_checkpoint
@@ -22,6 +22,7 @@ from .version import __version__
 EXIT_USER_ERROR = 2
 
 app = typer.Typer(
+    cls=Commands,
     name="lrnn",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -5,11 +5,12 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,48 @@ def random_state_kept(device: "torch.device") -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(legacy)
+
+
+@contextmanager
+def no_default_device() -> Iterator[None]:
+    """Inside, torch makes tensors on the CPU unless told otherwise, whatever the caller has set."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:  # nobody can have set anything
+        yield
+        return
+    device = rest = torch.get_default_device()
+    contexts = getattr(torch.overrides, "_get_current_function_mode_stack", tuple)  # in torch 2.11 to 2.13
+    if len(contexts()) == 1:
+        # Taken away, where nothing is around it: any default device, "cpu" too, is a context of every call of
+        # torch, which makes them slower and breaks the graphs of torch.compile.
+        torch.set_default_device(None)
+        rest = torch.get_default_device()  # that of a `with torch.device(..)` stays
+    try:
+        with nullcontext() if rest.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        if rest != device:
+            torch.set_default_device(device)
+
+
+class RankError(ValueError):
+    """The environment contradicts itself about this process; others may be right, so each tells its own."""
+
+
+def world_size() -> int:
+    """Processes that a launcher started together: WORLD_SIZE.
+
+    Raises RankError if this one's RANK is none of theirs: they would meet without it, and it would wait.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if size == "1" and os.environ.get("LOCAL_RANK", "-1") == "-1":
+        return 1  # nobody is met, whatever RANK is
+    if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+        raise RankError(
+            f"the environment has RANK={rank} and WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1; "
+            "start all by accelerate launch or torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+        )
+    return int(size)
 
 
 def hub_is_reachable() -> bool:

@@ -4,8 +4,12 @@ import errno
 import os
 import re
 import sys
+from itertools import pairwise
+from typing import Any
 
-from .files import words_of
+from typer.core import TyperGroup
+
+from .files import RankError, words_of
 
 _ERRNO = (  # of the system's errors
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
@@ -19,6 +23,18 @@ _LESS_MEMORY = {  # what to do about a full GPU, by command
 }
 
 
+class Commands(TyperGroup):
+    """Takes `--prompt --greedy` for a prompt that was forgotten, not for the prompt "--greedy"."""
+
+    def resolve_command(self, context: Any, words: list[str]) -> Any:
+        name, command, rest = super().resolve_command(context, words)
+        options = {text: o for o in command.get_params(context) for text in o.opts if text[:1] == "-"}
+        for option, value in pairwise(rest):
+            if option in options and not options[option].is_flag and value in options:
+                raise ValueError(f"{option} has no value; if that is {value}, write {option}={value}")
+        return name, command, rest
+
+
 def is_users(mistake: Exception) -> bool:
     """Whether a person can mend it: a ValueError of ours, a full GPU, or a system error in _ERRNO."""
     if isinstance(mistake, RuntimeError):
@@ -28,7 +44,7 @@ def is_users(mistake: Exception) -> bool:
 
 def tell(mistake: Exception, command: str) -> None:
     """Print a mistake of `lrnn COMMAND` to stderr, in a line or two; nothing where another rank does."""
-    if not _is_told_here():
+    if not _is_told_here() and not isinstance(mistake, RankError):
         return
     if _is_out_of_memory(mistake):
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(mistake))

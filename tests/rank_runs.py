@@ -170,6 +170,7 @@ def _speak_into(log: Path) -> None:
 
 def _disturb(rank: int, prank: Prank | None) -> None:
     from lrnn_lm.train.loop import Trainer
+    from lrnn_lm.train.parallel import is_sharded
 
     if prank is None or prank.rank not in (rank, EVERY):
         return
@@ -192,7 +193,9 @@ def _disturb(rank: int, prank: Prank | None) -> None:
                 os.kill(os.getpid(), prank.signal)
             any_works = meet(trainer, doing, *flags, **more)
             if here and (prank.full or prank.lost) and not more:  # after the meeting: in the pass
-                trainer.bare_model.register_forward_pre_hook(fail)
+                model = trainer.bare_model  # or behind it, if others wait within it
+                hook = model.register_forward_hook if is_sharded(model) else model.register_forward_pre_hook
+                hook(fail)
             return any_works
 
         def fail(*_: object) -> None:

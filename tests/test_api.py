@@ -100,6 +100,33 @@ def test_a_run_is_its_recipes_whatever_torch_is_set_to(place: Path) -> None:
         trained("autocast")
 
 
+def test_scores_and_text_are_the_models_whatever_torch_is_set_to(place: Path) -> None:
+    checkpoint = place / "runs/demo/checkpoints/latest"
+
+    def asked() -> tuple[dict, str, str]:
+        scores = evaluate(checkpoint, ["heldout_bits_per_byte"], limit=2)["results"]
+        texts = [
+            generate(checkpoint, "the", seed=1, max_new_tokens=5, prompt_twice=twice) for twice in (0, 1)
+        ]
+        return scores, *texts
+
+    plain = asked()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert asked() == plain
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.set_default_device("meta")
+    try:
+        assert asked() == plain
+        assert torch.empty(0).is_meta, "and it is the caller's again"
+    finally:
+        torch.set_default_device(None)
+    with torch.device("meta"):
+        assert asked() == plain
+
+
 def test_settings_of_torch_around_a_run() -> None:
     """A default device breaks the graphs of torch.compile: within a run there is none, but for a `with`."""
 

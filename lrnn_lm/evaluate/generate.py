@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import user_path
+from ..files import no_default_device, user_path
 from ..runs.load import check_window, load_checkpoint
 from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 from .show import check_at_least
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less may be no fp32 number, which torch cannot draw from
 
 
+@no_default_device()
 def generate(
     checkpoint: str | Path,
     prompt: str = "",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import finite
+from ..files import finite, no_default_device
 from ..runs.load import (
     CheckpointInfo,
     check_window,
@@ -33,6 +33,7 @@ WHOLE_ROWS = ("state_", "mad_", "recall_", "long_")  # tasks whose answer depend
 _PACKAGES = ("lrnn-lm", "lm-eval", "torch", "transformers", "datasets")
 
 
+@no_default_device()
 def evaluate(
     checkpoint: str | Path,
     tasks: list[str],
@@ -132,11 +133,16 @@ def _scored(
             )  # fmt: skip
     if results is None:
         return {}
+    # Tasks whose file says 0 stay at 0, whatever is asked for.
+    asked, taken = options["num_fewshot"], results.get("n-shot", {})
+    without = sorted(task for task, n in taken.items() if asked and n != asked)
+    options = options | {"num_fewshot": asked if asked in taken.values() else None}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
         "other_text": other_text(info, settings["data"]), "given_length": settings["max_length"],
+        "takes_no_examples": without,
     }  # fmt: skip
     results["software"] = _versions()
     return results
@@ -310,6 +316,11 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
         console.print(
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
+        )
+    if without := settings["takes_no_examples"]:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        console.print(
+            f"--num-fewshot changes nothing in {', '.join(without[:3])}{more}: they take no examples"
         )
     print_written([written] if written else [])
     if not written:

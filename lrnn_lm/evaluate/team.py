@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from ..files import world_size
+
 MINUTES = 120  # a process may be this much slower than another
 
 
@@ -71,7 +73,7 @@ def join(device: str) -> tuple[Team, str]:
 
     device: auto, cpu, cuda or cuda:N. One of several processes takes its own GPU unless it is cpu.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # set by the launcher
+    if os.environ.get("WORLD_SIZE", "1") == "1" or world_size() == 1:  # set by the launcher
         return ALONE, device
     from accelerate import PartialState
 

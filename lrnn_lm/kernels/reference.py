@@ -86,8 +86,11 @@ def matrix_scan(
         if reset is not None:
             S = S * (~reset[:, t]).to(dtype)[:, None, None, None]
         A, k, v, q = (x[:, t].to(dtype) for x in (transitions, writes, values, queries))
-        mixed = A.unflatten(2, (K // M, M)) @ S.unflatten(2, (K // M, M))  # (B, H, K/M, M, V)
-        mixed = mixed.flatten(2, 3)
+        if M == 1:  # no product of matrices: onnxscript 0.7 makes one of (K, 1) and (K, V) of it
+            mixed = A * S
+        else:
+            mixed = A.unflatten(2, (K // M, M)) @ S.unflatten(2, (K // M, M))  # (B, H, K/M, M, V)
+            mixed = mixed.flatten(2, 3)
         if erase is not None:
             v = v - (erase[:, t].to(dtype).unsqueeze(-1) * mixed).sum(-2)
         S = mixed + k.unsqueeze(-1) * v.unsqueeze(-2)

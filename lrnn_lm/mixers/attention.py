@@ -19,6 +19,7 @@ from .base import (
     ResidualOutput,
     Rotary,
     SequenceContext,
+    alone,
     check_positive,
     check_sizes,
 )
@@ -108,8 +109,8 @@ class Attention(Mixer):
         `DynamicSlidingWindowLayer(window)`. Without positions in the context the tokens come first, or right
         after those in the cache.
         """
+        context = context or alone(x)
         B, T, D = x.shape
-        context = context or SequenceContext()
         if context.positions is None:  # without a context, or with a caller's own; a model has them
             context = self._context_after(x, state, context)
         q, k, v = (

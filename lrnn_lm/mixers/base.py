@@ -239,6 +239,14 @@ def drawn_by_model() -> Iterator[None]:
         _drawn_by_model.reset(token)
 
 
+def alone(x: Tensor) -> SequenceContext:
+    """The context of a layer that is called without one. ValueError if x is not (B, T, D): torch's own words
+    would be of axes inside of the layer."""
+    if x.ndim != 3:
+        raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
+    return SequenceContext()
+
+
 def is_traced() -> bool:
     """Whether torch.compile, export, trace or a CUDA graph records this, which must not depend on values."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -22,6 +22,7 @@ from .base import (
     MixerCost,
     ResidualOutput,
     SequenceContext,
+    alone,
     check_sizes,
     gate_bias,
     packed_planes,
@@ -82,7 +83,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        context = context or SequenceContext()
+        context = context or alone(x)
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             bias = gate_bias(self.gate_proj, N)

@@ -15,6 +15,8 @@ _HOMES = {
     "LRNNConfig": "config",
     "LRNNForCausalLM": "modeling",
     "LRNNForReconstruction": "autoencoder",
+    "LRNNForSequenceClassification": "classification",
+    "LRNNForTokenClassification": "classification",
     "LRNNModel": "modeling",
     "LRNNPreTrainedModel": "modeling",
     "copy_states": "states",

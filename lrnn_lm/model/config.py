@@ -98,7 +98,7 @@ class LRNNConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Register the model classes now: the Auto classes look a model up by an existing config, and by the
         # time one exists transformers has been imported as a whole.
-        importlib.import_module("lrnn_lm.model.modeling")
+        importlib.import_module("lrnn_lm.model.classification")  # and with it, modeling
 
     def _check_initial_state(self) -> None:
         from ..mixers import mixer_class

@@ -154,7 +154,7 @@ class LRNNModel(LRNNPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = make_cache(self.config)
         masks = (attention_mask, position_ids, reset)
-        batch = _layout(self.config, hidden_states, past_key_values, *masks, kwargs)
+        batch = batch_layout(self.config, hidden_states, past_key_values, *masks, kwargs)
         context = self._context(hidden_states, batch, position_ids, past_key_values)
         token_mask = None if batch.token_mask is None else batch.token_mask.unsqueeze(-1)  # (B, T, 1)
         order = None
@@ -280,7 +280,7 @@ class LRNNForCausalLM(LRNNGenerationMixin, LRNNPreTrainedModel):  # the mixin fi
         z_loss = kwargs.pop("z_loss", 0.0) * self.training
         if targets is None and labels is not None:
             masks = (attention_mask, position_ids, reset)
-            batch = _layout(self.config, tokens, past_key_values, *masks, kwargs)
+            batch = batch_layout(self.config, tokens, past_key_values, *masks, kwargs)
             targets, num_items_in_batch = _targets(labels, tokens, batch, num_items_in_batch)
         outputs = self.model(
             input_ids=input_ids,
@@ -317,7 +317,7 @@ def _targets(
     return targets, counted_targets(labels, targets, num_items)
 
 
-def _layout(
+def batch_layout(
     config: LRNNConfig,
     tokens: Tensor,
     cache: Cache | None,

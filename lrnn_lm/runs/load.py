@@ -185,9 +185,13 @@ def json_table(file: Path) -> dict[str, Any]:
 
 
 def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
-    """Raise ValueError for a folder without tokenizer, or without weights if they are needed,
+    """Raise ValueError for a classifier, a folder without tokenizer, or without weights if they are needed,
     UnmetRequirementError for one of integers where torchao is missing."""
-    quantised = json_table(CheckpointFolder(path).config).get("quantization_config") or {}
+    config = json_table(CheckpointFolder(path).config)
+    kinds = config.get("architectures") or []
+    if {"LRNNForSequenceClassification", "LRNNForTokenClassification"} & {*kinds}:
+        raise ValueError(f"{checkpoint}: a classifier, which is no language model; load it with transformers")
+    quantised = config.get("quantization_config") or {}
     if quantised.get("quant_method") == "torchao":
         check_extra("torchao", "torchao")
     needed = {"tokenizer.json": ("tokenizer*", "vocab*", "*.model")}

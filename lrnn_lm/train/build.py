@@ -6,7 +6,6 @@ Whatever is wrong with a recipe on this machine is found here, before the first 
 import errno
 import fcntl
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ..data import DataError, SyntheticData
-from ..files import random_state_kept, replace_file
+from ..files import random_state_kept, replace_file, world_size
 from ..model import LRNNConfig, LRNNForReconstruction
 from ..model.accounting import check_parameters, model_class
 from ..output import error_console
@@ -128,7 +127,7 @@ def _start(recipe: Recipe, folder: Path, stop: StopSignal) -> tuple[Accelerator,
     optimizer_class(recipe.optim.name)
     shares_rows = recipe.train.sequence_parallel > 1
     plan = launch_plan(recipe.train.parallel, recipe.train.shard_size, shares_rows)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         stop.hold()  # if one rank left now, the others would wait for it
     else:
         stop.let_go()

@@ -1,11 +1,10 @@
 """The machine under a run: device, precision, trackers, seeds and random state."""
 
-import os
 import random
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed as dist
 
+from ..files import no_default_device, world_size
 from ..recipe.train import TrainSection
 
 # Datasheet values: dense bf16 rate in FLOP/s, for model FLOPs utilisation (MFU); memory bandwidth in bytes/s.
@@ -38,7 +38,7 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
     several ranks without gloo (needed on GPUs too: ranks agree on checkpoints over it).
     """
     device, precision = train.device, train.precision
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_gloo_available()):
+    if world_size() > 1 and not (dist.is_available() and dist.is_gloo_available()):
         raise ValueError(
             "several ranks meet by gloo, which this build of torch lacks; train with one process, "
             "or install a build that has it"
@@ -84,22 +84,12 @@ def own_settings() -> Iterator[None]:
         raise ValueError(
             "call train() outside of torch.autocast: a run takes its precision from train.precision"
         )
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    rest = device
-    contexts = getattr(torch.overrides, "_get_current_function_mode_stack", tuple)  # in torch 2.11 to 2.13
-    if len(contexts()) == 1:
-        # Taken away, where nothing is around it: any default device, "cpu" too, is a context of every call of
-        # torch, which makes them slower and breaks the graphs of torch.compile.
-        torch.set_default_device(None)
-        rest = torch.get_default_device()  # that of a `with torch.device(..)` stays
-    on_cpu = nullcontext() if rest.type == "cpu" else torch.device("cpu")
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with on_cpu, torch.inference_mode(False):  # which turns gradients on within no_grad too
+        with no_default_device(), torch.inference_mode(False):  # which turns gradients on within no_grad too
             yield
     finally:
-        if rest != device:
-            torch.set_default_device(device)
         torch.set_default_dtype(dtype)
 
 

@@ -96,21 +96,27 @@ class _InStep:
         self._model, self._meet = model, meet
         self._waiting = False
         self._expected = True  # whether the others go on to a meeting, and not to exchange answers
+        self._inside = False  # of a pass
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         # First of all hooks, before FSDP2's. Beside a hook, decoding calls no kernels of its own.
-        handle = self._model.register_forward_pre_hook(self._before, prepend=True)
+        before = self._model.register_forward_pre_hook(self._before, prepend=True)
+        after = self._model.register_forward_hook(self._after)
         try:
             yield
         finally:
-            handle.remove()
+            before.remove()
+            after.remove()
 
     def _before(self, *_: Any) -> None:
         if not self._waiting:
             self._expected = False  # if this raises, they do not come to another one
             self._meet(True)
-            self._expected = True
+            self._expected = self._inside = True
+
+    def _after(self, *_: Any) -> None:
+        self._inside = False
 
     def wait(self) -> None:
         """Return once all ranks have called it."""
@@ -122,7 +128,7 @@ class _InStep:
 
     def tell_failure(self) -> bool:
         """Have the other ranks' next meeting raise OtherRankError; whether there is one."""
-        if self._expected and not is_sharded(self._model):
+        if self._expected and not (self._inside and is_sharded(self._model)):
             with suppress(OtherRankError):
                 self._meet(False, failed=True)
             return True

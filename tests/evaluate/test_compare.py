@@ -1,12 +1,14 @@
 """Several checkpoints on the same tasks."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 from small_models import fill_memory
+from typer.main import get_command
 
-from lrnn_lm.cli import main
+from lrnn_lm.cli import app, main
 from lrnn_lm.evaluate.compare import beside, evaluate_each, folders
 from lrnn_lm.evaluate.generate import generate
 from lrnn_lm.evaluate.reporting.score_plot import arrange, draw_scores
@@ -190,3 +192,20 @@ def test_an_output_that_is_a_file_is_told_before_scoring(checkpoint, tmp_path, c
     assert file.read_text() == "mine"
     assert evaluate(checkpoint, "--output", tmp_path / "scores.json") == 2  # earlier versions took a file
     assert "takes a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", get_command(app).commands)
+def test_a_forgotten_value_is_not_the_option_behind_it(name, capsys):
+    """`--prompt --greedy` wrote on from the prompt "--greedy", not greedily."""
+    options = [option for option in get_command(app).commands[name].params if option.opts[0][:2] == "--"]
+    for option, behind in product(options, ["--help", *(option.opts[0] for option in options)]):
+        if not option.is_flag:
+            with pytest.raises(SystemExit, match="2"):
+                main([name, "x", option.opts[0], behind])
+            assert capsys.readouterr().err.startswith(f"lrnn: {option.opts[0]} has no value; if that is")
+
+
+def test_a_prompt_may_be_an_option_if_it_is_meant(checkpoint, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", str(checkpoint), "--prompt=--greedy", "--max-new-tokens", "1", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("--greedy")

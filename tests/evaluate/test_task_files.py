@@ -125,3 +125,21 @@ def test_what_lm_eval_asserts_is_a_line(folder, write_task):
     with pytest.raises(ValueError, match=r"lm-eval refuses a task of shots: .*exceeds the 1 that") as error:
         evaluate(folder, ["shots"], device="cpu", num_fewshot=5)
     assert "\n" not in str(error.value)
+
+
+def test_tasks_that_take_no_examples_are_told(folder, write_task, tmp_path, capsys):
+    """Their file says so, and lm-eval leaves it at that: their results are not few-shot."""
+    rows = [{"q": "the old", "a": " river"}, {"q": "a", "a": " b"}, {"q": "the", "a": " rope"}]
+    write_task("takes", "loglikelihood", rows, f"fewshot_split: test\n{PERPLEXITY}")
+    write_task("none", "loglikelihood", rows, f"num_fewshot: 0\n{PERPLEXITY}")
+    names = {}
+    for tasks_of in (["takes"], ["none"], ["takes", "none"]):
+        for shots in (None, 1):
+            out = tmp_path / "-".join([*tasks_of, str(shots)])
+            evaluate(folder, tasks_of, device="cpu", output=out, num_fewshot=shots)
+            told = "changes nothing in none: they take no examples" in capsys.readouterr().out
+            assert told == (shots == 1 and "none" in tasks_of)
+            names[(*tasks_of, shots)] = next(out.glob("*.json")).name
+    assert "1-shot" in names["takes", 1]
+    assert "1-shot" in names["takes", "none", 1]
+    assert names["none", 1] == names["none", None]

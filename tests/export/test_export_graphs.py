@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from small_models import small_model
+from small_models import MIXER_ROWS, small_model
 
 from lrnn_lm import LRNNForCausalLM, cli
+from lrnn_lm.kernels import written_out
+from lrnn_lm.mixers import build_mixer
 from lrnn_lm.runs.export import export_graphs
 
 LAYERS = {"num_hidden_layers": 2}  # graphs take as long to make as they have layers
+OTHERS = [name for name in MIXER_ROWS if name not in ("mamba2", "mlstm") and "attention" not in name]
 RUNNER = Path(__file__).parents[2] / "examples" / "onnx_generate.py"
 
 
@@ -113,3 +117,20 @@ def test_what_has_no_graph_is_refused(make_checkpoint, tmp_path, capsys):
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba2", "mlstm", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_a_layer_alone_for_onnx(name, tmp_path):
+    """In a model of one's own, for rows of one shape: onnxscript rewrites products of matrices,
+    and made one that does not exist of those of blocks of one."""
+    layer, x = build_mixer(MIXER_ROWS[name], 16).eval(), torch.randn(2, 3, 16)
+    layer.reset_parameters(0.3)
+    with warnings.catch_warnings(), torch.no_grad(), written_out():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, verbose=False)
+        want = layer(x)[0].numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

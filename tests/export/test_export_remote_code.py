@@ -56,6 +56,7 @@ READ_ALL = (
     ASK
     + """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 import os, torch
 folders = arguments["folders"]
 folder = next(iter(folders.values()))
@@ -63,6 +64,12 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 result["config"] = type(model.config) is type(config)
 result["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__
+for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    classifier = kind.from_pretrained(folder, num_labels=3, trust_remote_code=True)
+    classifier.save_pretrained(arguments["classifier"])
+    classifier = kind.from_pretrained(arguments["classifier"], trust_remote_code=True)
+    scores = classifier(torch.tensor(arguments["rows"][:1])).logits
+    result.setdefault("scores", []).append([type(classifier).__name__, list(scores.shape)])
 for name, each in folders.items():  # by its own code, which has its own mixers only
     result[name] = ask(AutoModelForCausalLM.from_pretrained(each, trust_remote_code=True), arguments["rows"])
 fed, embedding = [], torch.nn.functional.embedding
@@ -111,6 +118,7 @@ def elsewhere(exported, read_elsewhere, tmp_path_factory):
     folders = {name: str(folder) for name, folder in exported.items()}
     incomplete = shutil.copytree(exported["bd_lru"], tmp_path_factory.mktemp("incomplete") / "model")
     given = {"folders": folders, "rows": tokens(2, PROMPT).tolist(), "incomplete": str(incomplete)}
+    given["classifier"] = str(tmp_path_factory.mktemp("classifier"))
     return read_elsewhere(READ_ALL, given)
 
 
@@ -169,6 +177,8 @@ def test_reader_needs_neither_package_nor_triton(elsewhere, tokenizer):
     assert elsewhere["ours"] == []
     assert elsewhere["config"]
     assert elsewhere["base"] == "LRNNModel"
+    names = ["LRNNForSequenceClassification", "LRNNForTokenClassification"]
+    assert elsewhere["scores"] == [[names[0], [1, 3]], [names[1], [1, PROMPT, 3]]]
     assert elsewhere["tokens"] == tokenizer("w5 w7").input_ids
 
 

@@ -55,6 +55,15 @@ def test_documents_of_a_callers_own_context(name):
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)
+def test_an_input_without_rows_is_told(name):
+    """(T, D), or an image's (B, H, W, D): torch's own words would be of axes inside of the layer."""
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    for shape in ((5, WIDTH), (WIDTH,), (2, 3, 5, WIDTH)):
+        with pytest.raises(ValueError, match=r"x of shape \(.*\) must be \(rows, tokens, hidden_size\)"):
+            layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", MIXER_ROWS)
 def test_resets_that_are_no_mask_of_the_tokens(name):
     layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.randn(2, 8, WIDTH)
     for shape in ((2, 7), (2, 9), (1, 8), (8,)):

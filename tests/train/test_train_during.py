@@ -119,17 +119,22 @@ def test_two_sharded_ranks(sentences: Path, tmp_path: Path, scored: Path) -> Non
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("fault", "told"),
-    [("full", "no room on the GPU for 2.50 GiB more"), ("lost", "data set cannot be loaded")],
+    ("fault", "told", "parallel"),
+    [
+        ("full", "no room on the GPU for 2.50 GiB more", "ddp"),
+        ("lost", "data set cannot be loaded", "ddp"),
+        ("full", "no room on the GPU for 2.50 GiB more", "fsdp2"),
+        pytest.param("lost", "data set cannot be loaded", "fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_fails_at_a_request_costs_no_step(
-    rank: int, fault: str, told: str, sentences: Path, tmp_path: Path
+    rank: int, fault: str, told: str, parallel: str, sentences: Path, tmp_path: Path
 ) -> None:
     """The others waited for its share until they were cut off, and nothing was saved; alone it saves. The
     one that has the fault says it, also where it is a mistake that all could have."""
     options = (f"train.runs_dir={tmp_path}", "checkpoint.every=100 steps", ON)
     prank = Prank(rank=rank, step=4, scoring=True, **{fault: True})
-    said = Ranks(sentences, 2, *options, prank=prank).expect(2)
+    said = Ranks(sentences, 2, *options, parallel=parallel, prank=prank).expect(2)
     assert said.count(told) == 1
     assert "Traceback" not in said
     assert latest_checkpoint(tmp_path / "tiny/checkpoints").name == "step-00000004"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny_run import environment, finish, losses, metrics, start, validations, write_recipe
 from trainers import Build, main_exits
 
+from lrnn_lm.files import world_size
 from lrnn_lm.runs import checkpoint
 from lrnn_lm.train.exchange import StepResult
 from lrnn_lm.train.loop import Trainer
@@ -317,6 +318,34 @@ def test_a_checkpoint_of_another_version(build: Build, recipe: Path, tmp_path: P
     errors = capsys.readouterr().err
     assert "written by another version of lrnn-lm (format 7; this one reads 1 and 2)" in errors
     assert len(errors.splitlines()) == 1
+
+
+RANKS = [
+    {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": local} for rank in ("2", "-1", "x") for local in "01"
+]
+
+
+@pytest.mark.parametrize(
+    "places", [*RANKS, {"RANK": "1", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "none"}], ids=str
+)
+def test_a_rank_that_is_none_of_those_that_meet(
+    recipe: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waited for ever, deaf to signals. Told by whichever rank it is, as others may be right."""
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    main_exits(2, "train", recipe, "name=no-rank")
+    rank, size = places.get("RANK", "0"), places.get("WORLD_SIZE", "1")
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"lrnn: the environment has RANK={rank} and WORLD_SIZE={size}: ranks count")
+    assert len(errors.splitlines()) == 1
+    assert not (recipe.parent / "runs/no-rank").exists()
+
+
+def test_a_rank_without_others_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in jobs whose script sets RANK for programs of its own."""
+    monkeypatch.setenv("RANK", "3")
+    assert world_size() == 1
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])

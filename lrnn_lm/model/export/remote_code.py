@@ -33,6 +33,8 @@ AUTO_MAP = {
     "AutoConfig": f"{MODELING}.LRNNConfig",
     "AutoModel": f"{MODELING}.LRNNModel",
     "AutoModelForCausalLM": f"{MODELING}.LRNNForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODELING}.LRNNForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODELING}.LRNNForTokenClassification",
 }
 
 _OPENS = {
@@ -54,12 +56,12 @@ _REGISTRY: Module = ("mixers",)
 def remote_code(mixers: frozenset[str] = frozenset(MIXERS)) -> dict[str, str]:
     """File names and their contents, for models of these types of mixers."""
     # `LRNNConfig()`, which transformers makes to compare with, has BD-LRU.
-    sources = Sources(("model", "modeling"), {_REGISTRY: _rows(mixers | {"bd_lru"})})
+    sources = Sources(("model", "classification"), {_REGISTRY: _rows(mixers | {"bd_lru"})})
     done: list[Module] = []
     files: dict[str, list[Module]] = {}
     for file, roots in (
         (CONFIGURATION, [("model", "config")]),
-        (MODELING, [("model", "modeling")]),
+        (MODELING, [("model", "classification")]),
         (KERNELS, sorted(sources)),
     ):
         before = len(done)
