@@ -7,8 +7,8 @@ PLAN is YAML: `sizes` (a parameter budget and what every model of that size shar
 SwiGLU brings a contender to the parameters of its size, in steps of 16. Each run is `lrnn train` with
 overrides. When it ends, its row (settings, held-out bits per byte at each validation, device, commit) is
 appended to ROWS. A run whose row exists is not repeated; an unfinished run resumes from its checkpoint, and
-so does, once, a run that failed. A signal, or the end of the budget, saves and ends the trainings. Exit codes:
-0 done or out of time; 2 a mistake, of the plan's or of a run's; 1 a run failed otherwise; 85 stopped by a signal.
+so does, once, a run that failed. A signal, or the end of the budget, saves and ends the trainings.
+Exit codes: 0 done or out of time; 2 a mistake in the plan or in a run; 1 a run failed otherwise; 85 a signal.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from lrnn_lm.data import SYNTHETIC_TASKS
+from lrnn_lm.files import pick_device, words_of
 
 from .contenders import MODELS, Fitting, contender
 from .jsonl import append_row, read_rows
@@ -284,6 +285,7 @@ def results(file: Path) -> dict[str, dict[str, Any]]:
 def main(given: list[str] | None = None) -> None:
     """Run the study as far as the minutes go, and write its table."""
     options = arguments(given)
+    pick_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     whole = work(options, time.monotonic() + 60 * options.minutes)
     found = results(options.output / "results.jsonl")
@@ -303,6 +305,6 @@ def main(given: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as mistake:
-        print(f"study: {mistake}", file=sys.stderr)
+    except (ValueError, OSError) as mistake:
+        print(f"study: {words_of(mistake)}", file=sys.stderr)
         sys.exit(2)
