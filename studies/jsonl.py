@@ -18,15 +18,21 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Append a row on a line of its own, in place of one that a killed process has begun."""
+    """Append a row on a line of its own."""
+    end_line(path)
+    with path.open("ab") as file:
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def end_line(path: Path) -> None:
+    """Remove the beginning of a row that a killed process has written last; end a whole one's line."""
     with path.open("a+b") as file:
         file.seek(0)
         last = file.read().split(b"\n")[-1]
-        begun = _is_begun(last.decode(errors="replace"))
-        if begun:
-            file.truncate(file.seek(0, 2) - len(last))
-        file.write(b"" if begun else b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+        if not _is_begun(last.decode(errors="replace")):
+            file.write(b"\n")
+        elif last:
+            file.truncate(file.tell() - len(last))
 
 
 def _is_begun(line: str) -> bool:
