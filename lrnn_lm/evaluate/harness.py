@@ -19,7 +19,16 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import check_at_least, check_output, decimal, print_table, print_written, table_console, write_json
+from .show import (
+    check_at_least,
+    check_folder,
+    check_output,
+    decimal,
+    print_table,
+    print_written,
+    table_console,
+    write_json,
+)
 from .tasks.heldout import cloze_dataset
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window, with_members
 from .team import ALONE, Team
@@ -81,6 +90,7 @@ def evaluate(
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     _check(names, max_length, output, **options)
     info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
+    check_folder(info.results(output))
     settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -91,7 +101,11 @@ def evaluate(
     results = _scored(info, names, suite, load, options, settings, team)
     stored = finite(results)
     if stored:
-        _show(results, _write(stored, info, suite, tasks, output))
+        _show(results)  # before it is written: a full disk would lose hours of work
+        written = _write(stored, info, suite, tasks, output)
+        print_written([written] if written else [])
+        if not written:
+            table_console().print("not written: outside a run, pass --output DIR")
     return stored
 
 
@@ -288,7 +302,7 @@ def _write(
     return path
 
 
-def _show(results: dict[str, Any], written: Path | None) -> None:
+def _show(results: dict[str, Any]) -> None:
     settings = results["settings"]
     limit = f", {settings['limit']} documents a task" if settings["limit"] else ""
     header = ["task", "metric", "value", "± standard error", "documents"]
@@ -311,9 +325,6 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
         )
-    print_written([written] if written else [])
-    if not written:
-        console.print("not written: outside a run, pass --output DIR")
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:
