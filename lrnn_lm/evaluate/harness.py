@@ -22,7 +22,6 @@ from .scoring import quiet_lm_eval, score_tasks
 from .show import (
     check_at_least,
     check_folder,
-    check_output,
     decimal,
     print_table,
     print_written,
@@ -88,9 +87,8 @@ def evaluate(
         True
     """
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    _check(names, max_length, output, **options)
     info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
-    check_folder(info.results(output))
+    _check(names, max_length, info.results(output), **options)
     settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -99,13 +97,9 @@ def evaluate(
         return load_checkpoint(info.path, device, autoencoder=True, trust_remote_code=trust_remote_code)
 
     results = _scored(info, names, suite, load, options, settings, team)
-    stored = finite(results)
-    if stored:
+    if stored := finite(results):
         _show(results)  # before it is written: a full disk would lose hours of work
-        written = _write(stored, info, suite, tasks, output)
-        print_written([written] if written else [])
-        if not written:
-            table_console().print("not written: outside a run, pass --output DIR")
+        _write(stored, info, suite, tasks, output)
     return stored
 
 
@@ -247,7 +241,7 @@ def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
 def _check(
     names: list[str],
     max_length: int | None,
-    output: Path | None,
+    folder: Path | None,
     limit: int | None,
     batch_size: int,
     num_fewshot: int | None,
@@ -259,7 +253,7 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
-    check_output(output)
+    check_folder(folder)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:
@@ -282,13 +276,14 @@ def _versions() -> dict[str, str]:
 
 def _write(
     results: dict[str, Any], info: CheckpointInfo, suite: Path | None, tasks: list[str], output: Path | None
-) -> Path | None:
-    """Write JSON; the path, None outside a run without `output`.
+) -> None:
+    """Write JSON, and say where; nothing outside a run without `output`.
 
     The file is named after checkpoint, tasks and settings, so that only a repeat replaces it.
     """
     if (folder := info.results(output)) is None:
-        return None
+        table_console().print("not written: outside a run, pass --output DIR")
+        return
     settings = results["settings"]
     what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
     what = what.replace("*", "_").replace("/", "_")
@@ -299,7 +294,7 @@ def _write(
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
     path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
-    return path
+    print_written([path])
 
 
 def _show(results: dict[str, Any]) -> None:

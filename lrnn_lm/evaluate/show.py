@@ -64,6 +64,7 @@ def check_output(output: Path | None) -> None:
 
 def check_folder(folder: Path | None) -> None:
     """Raise ValueError if files cannot be made in a folder of results, before hours of scoring."""
+    check_output(folder)
     there = folder and next((f for f in (folder, *folder.parents) if f.exists()), None)
     if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ValueError(f"{folder}: no file can be written there; name another folder with --output")
