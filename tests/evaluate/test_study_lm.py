@@ -144,6 +144,10 @@ def test_a_mistake_on_the_command_line_is_told_before_anything_is_trained(study,
     assert Path("plan.yaml").read_text() == TINY
 
 
+def test_a_tokenizer_may_be_of_another_size_where_that_is_said(study):
+    assert study("--only", "b", "--set", "model.parameters=null") == 0
+
+
 def test_names_of_waves_may_have_blanks_between_them(study):
     assert study("--only", "b, a") == 0
     assert len(ended()) == 3
