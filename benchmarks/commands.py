@@ -43,6 +43,9 @@ def bench(
                 "name a benchmark (kernels, train, decode, frontier), or --compare and the file of an "
                 "earlier run"
             )
+        for name in ("against", "tolerance", "device"):
+            if context.get_parameter_source(name).name != "DEFAULT":
+                raise ValueError(f"--{name} belongs to --compare, or behind the name of the benchmark")
         return
     if context.invoked_subcommand is not None:
         raise ValueError("--compare runs the benchmark that its file names; leave the command out")

@@ -10,6 +10,7 @@ Legend: B rows, T tokens a row.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from lrnn_lm.files import pick_device
 from lrnn_lm.model.accounting import account
 from lrnn_lm.recipe import load_recipe
 from studies.contenders import MODELS, Fitting, contender
+from studies.jsonl import end_line
 from studies.replicas import Job, train_wave
 
 from .frontier_results import HELD, draw, show_table, summarise
@@ -87,6 +89,16 @@ def run(settings: FrontierSettings, device: str = "auto", output: Path | None = 
     """
     target = torch.device(pick_device(device))
     names, tasks = split(settings.contenders), split(settings.tasks)
+    if settings.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {settings.steps}")
+    try:
+        rates = [float(lr) for lr in split(settings.lrs)]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < lr < math.inf for lr in rates):
+        raise ValueError(
+            f"--lrs: give one learning rate or several, separated by commas, not {settings.lrs!r}"
+        )
     for known, given in ((MODELS, names), (SYNTHETIC_TASKS, tasks)):
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
@@ -120,6 +132,8 @@ def _begin(settings: FrontierSettings, device: torch.device, output: Path | None
     check_output(output)
     if output is None:
         return
+    if output.is_file() and output.read_bytes().startswith(b'{"about"'):
+        end_line(output)  # that a killed process has begun
     if not output.is_file():
         append(output, {"about": {"bench": "frontier", "settings": fixed, **describe(device)}})
     elif read_results(output)[0].get("settings") != json.loads(json.dumps(fixed)):

@@ -7,7 +7,6 @@ not run again; runs go on where they stopped.
 """
 
 import argparse
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lrnn_lm.recipe import load_recipe
 from lrnn_lm.runs.load import load_checkpoint
 from lrnn_lm.train.build import build_trainer
 
+from .jsonl import append_row, read_rows
 from .rows import task_rows
 
 RECIPES = Path(__file__).parents[1] / "recipes/synthetic"
@@ -80,16 +80,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/certificate"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    old = options.output.read_text(encoding="utf-8").splitlines() if options.output.is_file() else []
-    if any(json.loads(line)["task"] == options.task for line in old):
-        return
     about = {"torch": torch.__version__, "platform": platform.machine(), "overrides": options.overrides}
     try:
+        if any(row["task"] == options.task for row in read_rows(options.output)):
+            return
         made = rows_of(options.task, options.runs, options.overrides)
     except ValueError as error:
         parser.error(str(error))
-    lines = [json.dumps({**row, **about}) for row in made]
-    options.output.write_text("\n".join([*old, *lines]) + "\n", encoding="utf-8")
+    for row in made:
+        append_row(options.output, {**row, **about})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ PLAN is YAML: `sizes` (a parameter budget and what every model of that size shar
 SwiGLU brings a contender to the parameters of its size, in steps of 16. Each run is `lrnn train` with
 overrides. When it ends, its row (settings, held-out bits per byte at each validation, device, commit) is
 appended to ROWS. A run whose row exists is not repeated; an unfinished run resumes from its checkpoint, and
-so does, once, a run that failed.
+so does, once, a run that failed. A signal, or the end of the budget, saves and ends the trainings.
+Exit codes: 0 done or out of time; 2 a mistake in the plan or in a run; 1 a run failed otherwise; 85 a signal.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -18,8 +20,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -27,14 +30,19 @@ from typing import Any
 from zlib import crc32
 
 import torch
-import yaml
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
+from lrnn_lm.files import finite, words_of
 from lrnn_lm.recipe import load_recipe
+
+from .jsonl import append_row, read_rows
+from .plan import Contender, Plan, Size, read_plan, waves_of
 
 STEP = 16  # the SwiGLU's width is a multiple of it
 STOPPED = 85  # exit code of a run that saved and stopped on a signal
+MARGIN = 15  # seconds before the budget's end in which nothing begins
 TOLERANCE = 0.005  # parameters may differ by this share
+OWN = ("name", "seed", "model", "optim.lr", "train.tokens", "train.runs_dir")  # keys that rows name
 
 
 @dataclass(frozen=True)
@@ -62,59 +70,62 @@ class Run:
         return name
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """The plan. ValueError if it cannot be read or a wave names what is not there."""
-    try:
-        plan = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    for wave in plan["waves"]:
-        for kind, names in (("contenders", wave["contenders"]), ("sizes", [wave["size"]])):
-            for name in names:
-                if name not in plan[kind]:
-                    raise ValueError(
-                        f"{path}: wave {wave['name']!r} names {name!r}; known {kind}: {', '.join(plan[kind])}"
-                    )
-    return plan
+def runs_of(plan: Plan, only: str | None = None) -> list[Run]:
+    """Every run of the plan's waves, in order; of a wave, all contenders before the next seed.
 
-
-def runs_of(plan: dict[str, Any], only: set[str] | None = None) -> list[Run]:
-    """Every run of the plan's waves, in order; of a wave, all contenders before the next seed."""
+    ValueError if runs that differ have one name.
+    """
     # A contender's second seed finds its kernels compiled.
     runs: dict[str, Run] = {}
-    for wave in plan["waves"]:
-        if only and wave["name"] not in only:
-            continue
-        size = plan["sizes"][wave["size"]]
-        models = {name: fitted(plan["contenders"][name], size) for name in wave["contenders"]}
-        for seed in wave.get("seeds", [0]):
+    for wave in waves_of(plan, only):
+        models = {name: _fitted(plan, name, wave.size) for name in wave.contenders}
+        for seed in wave.seeds:
             for contender, (model, parameters) in models.items():
-                for lr in wave["rates"]:
-                    own = plan["contenders"][contender].get("set", ())
-                    overrides = (*wave.get("set", ()), *own)
+                for lr in wave.rates:
+                    overrides = (*wave.set, *plan.contenders[contender].set)
                     run = Run(
-                        wave["name"], contender, wave["size"], model, parameters, int(wave["tokens"]),
-                        float(lr), seed, overrides,
-                    )  # fmt: skip
-                    runs.setdefault(run.name, run)
+                        wave.name, contender, wave.size, model, parameters, wave.tokens, lr, seed, overrides
+                    )
+                    other = runs.setdefault(run.name, run)
+                    if replace(other, wave=wave.name) != run:
+                        raise ValueError(
+                            f"waves {other.wave!r} and {wave.name!r} have different runs of one name, "
+                            f"{run.name}: they differ in tokens by less than a million, or in keys of `set`; "
+                            "give one contender another name"
+                        )
     return list(runs.values())
 
 
-def fitted(contender: dict[str, Any], size: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _fitted(plan: Plan, name: str, size: str) -> tuple[dict[str, Any], int]:
+    try:
+        return fitted(plan.contenders[name], plan.sizes[size])
+    except (ValueError, KeyError, TypeError) as error:
+        told = f"{error} is missing in its model" if isinstance(error, KeyError) else error
+        raise ValueError(f"contender {name!r}, size {size!r}: {told}") from None
+
+
+def check_overrides(given: Iterable[str]) -> None:
+    """ValueError for an override of what a row names: the row would say something else."""
+    for key in (override.partition("=")[0] for override in given):
+        if key == "model.parameters":  # null lets a tokenizer be of another size than the plan's vocab_size
+            continue
+        if any(f"{key}.".startswith(f"{own}.") for own in OWN):
+            raise ValueError(f"{key}: the study sets it itself, from the plan's sizes, contenders and waves")
+
+
+def fitted(contender: Contender, size: Size) -> tuple[dict[str, Any], int]:
     """The model section of a contender at a size, and its parameters. ValueError if no SwiGLU fits."""
-    shared = {**size["model"], **contender.get("model", {})}
+    shared = {**size.model, **contender.model}
     D = shared["hidden_size"]
-    model = {**shared, "mixer": _mixer(contender["mixer"], D)}
-    if "pattern" in contender:
-        model["layer_pattern"] = [_mixer({**entry}, D) for entry in contender["pattern"]]
+    model = {**shared, "mixer": _mixer(contender.mixer, D)}
+    if contender.pattern:
+        model["layer_pattern"] = [_mixer(entry, D) for entry in contender.pattern]
     narrow, wide = (count({**model, "intermediate_size": width}) for width in (STEP, 2 * STEP))
-    width = STEP * max(1, round(1 + (size["parameters"] - narrow) / (wide - narrow)))
+    width = STEP * max(1, round(1 + (size.parameters - narrow) / (wide - narrow)))
     model["intermediate_size"] = width
     parameters = count(model)
-    if abs(parameters / size["parameters"] - 1) > TOLERANCE:
-        raise ValueError(
-            f"{contender}: {parameters:,} parameters are not within 0.5% of {size['parameters']:,}"
-        )
+    if abs(parameters / size.parameters - 1) > TOLERANCE:
+        raise ValueError(f"{parameters:,} parameters are not within 0.5% of {size.parameters:,}")
     return model, parameters
 
 
@@ -142,7 +153,7 @@ def command(run: Run, recipe: Path, data: Path, runs: Path, more: list[str]) -> 
         sys.executable, "-m", "lrnn_lm.train", str(recipe), f"name={run.name}", f"seed={run.seed}",
         f"optim.lr={run.lr}", f"train.tokens={run.tokens}", f"train.runs_dir={runs}",
         f"data.source.path={data}/train-*.jsonl.zst", f"data.validation_source.path={data}/valid.jsonl.zst",
-        *settings, *run.overrides, *more,
+        f"model.parameters={run.parameters}", *settings, *run.overrides, *more,
     ]  # fmt: skip
 
 
@@ -155,13 +166,15 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
         "workers": workers, "device": device_name(), "commit": commit(),
     }  # fmt: skip
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = finite(read_rows(path))  # numbers that are not finite are None
     validations = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]
     speeds = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
-    row["curve"] = [[step, round(bits, 5)] for step, bits in validations]
+    row["curve"] = [[step, round(bits, 5)] for step, bits in validations if bits is not None]
     row["tokens_per_second_shared"] = round(speeds[len(speeds) // 2]) if speeds else None
     if code == STOPPED:
-        row["failed"] = f"cut by the budget at step {lines[-1]['step'] if lines else 0}"
+        row["failed"] = f"cut at step {lines[-1]['step'] if lines else 0}"
+    elif code == 0 and validations and validations[-1][1] is None:
+        row["failed"] = "the last validation has no finite bits per byte"
     elif code == 0 and validations:
         row["bits_per_byte"] = validations[-1][1]
     else:
@@ -192,12 +205,13 @@ def visible_devices() -> list[str]:
 
 
 class Pool:
-    """Runs several trainings at a time until the queue or the budget is spent."""
+    """Runs several trainings at a time until the queue or the budget is spent, or a signal stops it."""
 
     def __init__(self, recipe: Path, options: argparse.Namespace, deadline: float):
         self.recipe, self.deadline = recipe, deadline
         self.data, self.runs, self.output = options.data, options.runs, options.output
         self.workers, self.more = options.workers, options.set
+        self.codes: list[int] = []  # of the runs that ended
         self.lock = Lock()
         self.devices: SimpleQueue[str] = SimpleQueue()  # a place a worker: devices take turns
         visible = visible_devices()
@@ -207,13 +221,15 @@ class Pool:
             self.devices.put(visible[i % len(visible)] if visible else "")
 
     def make(self, runs: list[Run]) -> None:
-        self.runs.mkdir(parents=True, exist_ok=True)
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(self._one, runs))
 
+    def stop(self, *_: Any) -> None:
+        """What a signal does: trainings save and end, and no other begins."""
+        self.deadline = 0.0
+
     def _one(self, run: Run) -> None:
-        if time.time() > self.deadline - 15:
+        if time.time() > self.deadline - MARGIN:
             return
         device = self.devices.get()
         log = self.runs / f"{run.name}.log"
@@ -221,15 +237,16 @@ class Pool:
         began = time.time()
         try:
             code = self._train(run, device, log)
-            if failed := code not in (0, STOPPED) and time.time() < self.deadline - 15:
+            if failed := code not in (0, 2, STOPPED) and time.time() < self.deadline - MARGIN:
                 code = self._train(run, device, log)  # on from its last checkpoint
         finally:
             self.devices.put(device)
         row = result(run, self.runs / run.name, time.time() - began, self.workers, code, log)
         if failed:
             row["restarts"] = 1
-        with self.lock, self.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.lock:
+            self.codes.append(code if code or "bits_per_byte" in row else 1)
+            append_row(self.output, row)
         bits = row.get("bits_per_byte")
         print(
             f"{run.name}: {f'{bits:.4f}' if bits else row['failed']} ({row['seconds']:.0f} s, "
@@ -249,15 +266,17 @@ class Pool:
                 stderr=subprocess.STDOUT,
                 env=environment,
             )
-            try:
-                return process.wait(max(1.0, self.deadline - time.time()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
-                return process.wait()
+            while time.time() < self.deadline:
+                try:
+                    return process.wait(min(1.0, max(0.0, self.deadline - time.time())))
+                except subprocess.TimeoutExpired:
+                    continue
+            process.send_signal(signal.SIGTERM)  # it saves, and goes on from there another time
+            return process.wait()
 
 
-def main() -> None:
-    """The command line."""
+def arguments() -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path)
     parser.add_argument(
@@ -271,27 +290,67 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="overrides of every run that change no number")
     parser.add_argument("--list", action="store_true", help="print the runs and end")
     options = parser.parse_args()
+    if options.workers < 1:
+        parser.error("--workers: takes 1 or more")
+    return options
+
+
+def waiting(options: argparse.Namespace) -> tuple[Path, list[Run]]:
+    """The recipe, and the runs that have no row yet. ValueError for a mistake in any of them."""
+    plan = read_plan(options.plan)
+    recipe = options.plan.parent / plan.recipe
+    if not (options.data / "valid.jsonl.zst").exists() or not any(options.data.glob("train-*.jsonl.zst")):
+        raise ValueError(
+            f"{options.data}: holds no train-*.jsonl.zst or no valid.jsonl.zst; --data is the corpus' folder"
+        )
+    done = {row.get("run"): row for row in read_rows(options.output) if "bits_per_byte" in row}
+    runs = []
+    for run in runs_of(plan, options.only):
+        check_overrides([*run.overrides, *options.set])
+        if run.name not in done:
+            load_recipe(recipe, command(run, recipe, options.data, options.runs, options.set)[4:])
+            runs.append(run)
+        elif any(done[run.name].get(key) != getattr(run, key) for key in ("tokens", "model")):
+            print(f"{run.name}: its row is of other tokens or another model, and it is not repeated")
+    return recipe, runs
+
+
+def claim(output: Path) -> Any:
+    """The file of rows, which no other study writes to until it is closed. ValueError if one does."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{output}: another study writes to it; wait, or give another --output") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def main() -> None:
+    """The command line."""
+    options = arguments()
     deadline = time.time() + options.budget_seconds
     try:
-        plan = read_plan(options.plan)
-        if not (options.data / "valid.jsonl.zst").exists():
-            raise ValueError(f"{options.data}: holds no valid.jsonl.zst; --data is the corpus' folder")
-        runs = runs_of(plan, set(options.only.split(",")) if options.only else None)
-        recipe = options.plan.parent / plan["recipe"]
-        load_recipe(recipe)
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"studies.lm: {error}", file=sys.stderr)
+        if options.list:
+            for run in waiting(options)[1]:
+                print(run.name, run.parameters, run.model["intermediate_size"])
+            return
+        with claim(options.output):
+            recipe, runs = waiting(options)
+            options.runs.mkdir(parents=True, exist_ok=True)
+            pool = Pool(recipe, options, deadline)
+            for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(name, pool.stop)
+            pool.make(runs)
+    except (ValueError, OSError) as error:
+        print(f"studies.lm: {words_of(error)}", file=sys.stderr)
         sys.exit(2)
-    done = set()
-    if options.output.exists():
-        rows = [json.loads(line) for line in options.output.read_text().splitlines()]
-        done = {row["run"] for row in rows if "bits_per_byte" in row}
-    runs = [run for run in runs if run.name not in done]
-    if options.list:
-        for run in runs:
-            print(run.name, run.parameters, run.model["intermediate_size"])
-        return
-    Pool(recipe, options, deadline).make(runs)
+    failed = [code for code in pool.codes if code not in (0, STOPPED)]
+    if left := len(runs) - pool.codes.count(0):
+        print(f"{left} of {len(runs)} runs are left, {len(failed)} of them failed; run this again to go on")
+    sys.exit(STOPPED if pool.deadline == 0.0 else 2 if 2 in failed else 1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """Writes the tables of the language-model study into docs/results/lm.md and draws the plot.
 
-python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
+    python -m studies.lm_report docs/results/lm.jsonl docs/results/lm.md
 
-Most runs shared a device. So seconds are tokens divided by the speed of the model alone (`lm-speed.jsonl`).
+Rows of another plan make the tables of results and rates, in a new page or between such marks. Most runs
+shared a device. So seconds are tokens divided by the speed of the model alone (`lm-speed.jsonl`).
 They leave out what comes before the first step: compiling, and choosing kernels.
 """
 
-import json
+import argparse
 import sys
 from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
-from typing import Any
+
+from lrnn_lm.files import words_of
+
+from . import jsonl
+from .jsonl import Row
 
 # Contenders, and what the plot calls them. README's table has those of SHIPPED and HEADLINE, a column each.
 FINAL = {
@@ -45,13 +50,11 @@ MARK = 1.1  # bits per byte that each of FINAL reaches before its end
 # Settings of a contender's own. All runs of 212M before them took 131,072 tokens a step.
 TUNED = ("optim.groups", "optim.weight_decay", "optim.warmup", "train.tokens_per_step=32768")
 MARKS = ("<!-- tables: made by studies/lm_report.py -->", "<!-- end of tables -->")
-Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of runs that ended."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if "bits_per_byte" in row]
+    return [row for row in jsonl.read_rows(path) if "bits_per_byte" in row]
 
 
 def optimizer(row: Row) -> str:
@@ -97,8 +100,9 @@ def rates_table(rows: list[Row]) -> str:
             "| contender | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---|" + "---|" * len(rates),
         ]  # fmt: skip
         for name in names:
-            cells = {row["lr"]: f"{row['bits_per_byte']:.4f}" for row in own if row["contender"] == name}
-            lowest = min(cells.values())
+            tried_at = {row["lr"]: row["bits_per_byte"] for row in own if row["contender"] == name}
+            lowest = f"{min(tried_at.values()):.4f}"
+            cells = {lr: f"{bits:.4f}" for lr, bits in tried_at.items()}
             cells = {lr: f"**{cell}**" if cell == lowest else cell for lr, cell in cells.items()}
             lines.append(f"| {name} | " + " | ".join(cells.get(lr, "") for lr in rates) + " |")
         lines.append("")
@@ -183,12 +187,20 @@ def draw(rows: list[Row], speeds: dict[str, int], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if optimizer(row) != "AdamW"]
+    panels = [
+        panel for panel in PANELS
+        if any(row["size"] == panel[0] and row["contender"] in panel[2] for row in rows)
+        and (panel[3] != SECONDS or speeds)
+    ]  # fmt: skip
+    if not panels:
+        return
     labels = dict.fromkeys(label for _, _, names, _ in PANELS for label in names.values())
     colours = {label: f"C{i}" for i, label in enumerate(labels)}
     with matplotlib.rc_context({"font.size": 10}):
-        figure = Figure(figsize=(6.5 * len(PANELS), 4.6), layout="constrained")
+        figure = Figure(figsize=(6.5 * len(panels), 4.6), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (size, title, names, against) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (size, title, names, against) in zip(axes, panels, strict=True):
             chosen = best_rates([row for row in rows if row["size"] == size and row["contender"] in names])
             for name in sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"]):
                 taken, bits = curve(chosen[name][0], speeds[name] if against == SECONDS else 1e6)
@@ -202,21 +214,43 @@ def draw(rows: list[Row], speeds: dict[str, int], path: Path) -> None:
         figure.savefig(path, dpi=140)
 
 
-def main(rows_path: str, page_path: str) -> None:
+def make(rows_path: Path, page: Path) -> None:
     """Write the tables into the page and the picture beside it."""
-    rows, page = read_rows(Path(rows_path)), Path(page_path)
-    before, _, rest = page.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    speeds = read_speeds(Path(rows_path).with_name("lm-speed.jsonl"))
-    parts = {
-        "Seconds": seconds_table(rows, speeds),
-        "Results": results_table(rows),
-        "Rates": rates_table(rows),
-    }
+    rows = read_rows(rows_path)
+    if not rows:
+        raise ValueError(f"{rows_path}: holds no row of a run that ended")
+    text = page.read_text(encoding="utf-8") if page.exists() else "".join(f"{mark}\n" for mark in MARKS)
+    before, begun, rest = text.partition(MARKS[0])
+    _, ended, after = rest.partition(MARKS[1])
+    if not (begun and ended):
+        raise ValueError(f"{page}: has no lines {MARKS[0]} and {MARKS[1]}, between which the tables go")
+    speeds_path = rows_path.with_name("lm-speed.jsonl")
+    speeds = read_speeds(speeds_path) if speeds_path.exists() else {}
+    parts = {"Results": results_table(rows), "Rates": rates_table(rows)}
+    if speeds:
+        parts = {"Seconds": seconds_table(rows, speeds), **parts}
     tables = "".join(f"\n### {name}\n\n{table}" for name, table in parts.items())
-    page.write_text(before + MARKS[0] + tables + MARKS[1] + after)
+    page.write_text(before + MARKS[0] + tables + MARKS[1] + after, encoding="utf-8")
     draw(rows, speeds, page.with_suffix(".png"))
 
 
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("page", type=Path)
+    options = parser.parse_args()
+    try:
+        make(options.rows, options.page)
+    except (ValueError, OSError) as error:
+        told = words_of(error)
+    except KeyError as error:
+        told = f"{options.rows}: there is no {error} in it"
+    else:
+        return
+    print(f"studies.lm_report: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

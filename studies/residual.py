@@ -16,6 +16,7 @@ import torch
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
 from lrnn_lm.data import PreparedData, TrainLoader, open_prepared, validation_batches
+from lrnn_lm.files import pick_device
 
 LENGTH, ROWS, WARMUP, HELDOUT = 256, 16, 30, 150_000
 BLOCKS = {"type": "bd_lru", "num_blocks": 32, "block_size": 4}
@@ -66,8 +67,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    data = open_prepared(given.data)
-    for seed in map(int, given.seeds.split(",")):
+    try:
+        pick_device(given.device)
+        data, seeds = open_prepared(given.data), [int(seed) for seed in given.seeds.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    for seed in seeds:
         for kind in ("fp32", "bf16"):
             found = train(data, seed, kind == "fp32", given.steps, given.lr, given.device)
             print(json.dumps({"kind": kind, "seed": seed, **found}), flush=True)

@@ -28,8 +28,10 @@ from typing import Any
 import torch
 
 from lrnn_lm.data import SYNTHETIC_TASKS
+from lrnn_lm.files import pick_device, words_of
 
 from .contenders import MODELS, Fitting, contender
+from .jsonl import append_row, read_rows
 from .picture import draw_states
 from .replicas import Job, train_wave
 from .tables import choose, table
@@ -269,22 +271,21 @@ def work(options: argparse.Namespace, deadline: float) -> bool:
 
 def _keep(file: Path, made: list[dict[str, Any]]) -> None:
     """Append results, a line a run."""
-    with file.open("a", encoding="utf-8") as lines:
-        for result in made:
-            lines.write(json.dumps(result) + "\n")
-            told = result.get("error") or f"{result['accuracy']:.4f} {result.get('by_length', '')}"
-            print(result["name"], told, flush=True)
+    for result in made:
+        append_row(file, result)
+        told = result.get("error") or f"{result['accuracy']:.4f} {result.get('by_length', '')}"
+        print(result["name"], told, flush=True)
 
 
 def results(file: Path) -> dict[str, dict[str, Any]]:
     """The runs that are done, by name."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return {result["name"]: result for result in map(json.loads, lines)}
+    return {result["name"]: result for result in read_rows(file)}
 
 
 def main(given: list[str] | None = None) -> None:
     """Run the study as far as the minutes go, and write its table."""
     options = arguments(given)
+    pick_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     whole = work(options, time.monotonic() + 60 * options.minutes)
     found = results(options.output / "results.jsonl")
@@ -304,6 +305,6 @@ def main(given: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as mistake:
-        print(f"study: {mistake}", file=sys.stderr)
+    except (ValueError, OSError) as mistake:
+        print(f"study: {words_of(mistake)}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,8 @@ from rich.console import Console
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 
+from .jsonl import append_row, read_rows
+
 WIDTHS = (64, 128, 256, 512)
 BASE = 128
 RATES = tuple(0.001 * 2**k for k in range(5))
@@ -68,7 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     output = parser.parse_args().output
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    try:
+        rows = read_rows(output)
+    except ValueError as error:
+        parser.error(str(error))
     done = {(row["width"], row["lr"], row["base_width"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for key in [(w, r, b) for w in WIDTHS for b in (BASE, None) for r in RATES]:
@@ -77,8 +82,7 @@ def main() -> None:
             width, rate, base = key
             loss = run(width, rate, base, Path(folder))
             rows.append({"width": width, "lr": rate, "base_width": base, "loss": round(loss, 4)})
-            with output.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            append_row(output, rows[-1])
     print(table(rows))
 
 

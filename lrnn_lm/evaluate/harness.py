@@ -19,7 +19,15 @@ from ..runs.load import (
     widest_window,
 )
 from .scoring import quiet_lm_eval, score_tasks
-from .show import check_at_least, check_output, decimal, print_table, print_written, table_console, write_json
+from .show import (
+    check_at_least,
+    check_folder,
+    decimal,
+    print_table,
+    print_written,
+    table_console,
+    write_json,
+)
 from .tasks.heldout import cloze_dataset
 from .tasks.names import find_tasks, hub_data, read_suite, usual_window, with_members
 from .team import ALONE, Team
@@ -80,8 +88,8 @@ def evaluate(
         True
     """
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    _check(names, max_length, output, **options)
     info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
+    _check(names, max_length, info.results(output), **options)
     settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -90,9 +98,9 @@ def evaluate(
         return load_checkpoint(info.path, device, autoencoder=True, trust_remote_code=trust_remote_code)
 
     results = _scored(info, names, suite, load, options, settings, team)
-    stored = finite(results)
-    if stored:
-        _show(results, _write(stored, info, suite, tasks, output))
+    if stored := finite(results):
+        _show(results)  # before it is written: a full disk would lose hours of work
+        _write(stored, info, suite, tasks, output)
     return stored
 
 
@@ -133,16 +141,11 @@ def _scored(
             )  # fmt: skip
     if results is None:
         return {}
-    # Tasks whose file says 0 stay at 0, whatever is asked for.
-    asked, taken = options["num_fewshot"], results.get("n-shot", {})
-    without = sorted(task for task, n in taken.items() if asked and n != asked)
-    options = options | {"num_fewshot": asked if asked in taken.values() else None}
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."), "processes": team.size,
         "other_text": other_text(info, settings["data"]), "given_length": settings["max_length"],
-        "takes_no_examples": without,
     }  # fmt: skip
     results["software"] = _versions()
     return results
@@ -239,7 +242,7 @@ def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
 def _check(
     names: list[str],
     max_length: int | None,
-    output: Path | None,
+    folder: Path | None,
     limit: int | None,
     batch_size: int,
     num_fewshot: int | None,
@@ -251,7 +254,7 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
-    check_output(output)
+    check_folder(folder)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:
@@ -274,13 +277,14 @@ def _versions() -> dict[str, str]:
 
 def _write(
     results: dict[str, Any], info: CheckpointInfo, suite: Path | None, tasks: list[str], output: Path | None
-) -> Path | None:
-    """Write JSON; the path, None outside a run without `output`.
+) -> None:
+    """Write JSON, and say where; nothing outside a run without `output`.
 
     The file is named after checkpoint, tasks and settings, so that only a repeat replaces it.
     """
     if (folder := info.results(output)) is None:
-        return None
+        table_console().print("not written: outside a run, pass --output DIR")
+        return
     settings = results["settings"]
     what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
     what = what.replace("*", "_").replace("/", "_")
@@ -291,10 +295,10 @@ def _write(
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
     path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
-    return path
+    print_written([path])
 
 
-def _show(results: dict[str, Any], written: Path | None) -> None:
+def _show(results: dict[str, Any]) -> None:
     settings = results["settings"]
     limit = f", {settings['limit']} documents a task" if settings["limit"] else ""
     header = ["task", "metric", "value", "± standard error", "documents"]
@@ -317,14 +321,6 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
         )
-    if without := settings["takes_no_examples"]:
-        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        console.print(
-            f"--num-fewshot changes nothing in {', '.join(without[:3])}{more}: they take no examples"
-        )
-    print_written([written] if written else [])
-    if not written:
-        console.print("not written: outside a run, pass --output DIR")
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,6 +60,14 @@ def check_output(output: Path | None) -> None:
     check_here(str(output or ""), "copy the scores when they are written")
     if output is not None and (user_path(output).is_file() or Path(output).suffix == ".json"):
         raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
+
+
+def check_folder(folder: Path | None) -> None:
+    """Raise ValueError if files cannot be made in a folder of results, before hours of scoring."""
+    check_output(folder)
+    there = folder and next((f for f in (folder, *folder.parents) if f.exists()), None)
+    if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{folder}: no file can be written there; name another folder with --output")
 
 
 def check_used(

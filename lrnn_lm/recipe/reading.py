@@ -76,6 +76,9 @@ def _whole(text: str) -> Any:
 def field_type(annotation: Any, *keys: str) -> Any:
     """Type of the field at `keys` in a section; Any if there is no such field."""
     for key in keys:
+        if get_origin(annotation) is dict:  # its keys are names
+            annotation = get_args(annotation)[1]
+            continue
         section = section_in(annotation)
         known = section is not None and key in section.model_fields
         annotation = section.model_fields[key].annotation if known else Any

@@ -34,6 +34,10 @@ from lrnn_lm.cli import main
         (["train", "--budget-seconds", "nan"], "--budget-seconds"),
         (["train", "--output", "rows.md"], "name the rows' file .jsonl"),
         (["decode", "--vocab", "-5"], "--vocab"),
+        (["frontier", "--steps", "0"], "--steps"),
+        (["frontier", "--lrs", "fast"], "--lrs"),
+        (["frontier", "--lrs", "0"], "--lrs"),
+        (["frontier", "--lrs", "nan"], "--lrs"),
     ],
 )
 def test_mistakes_are_told(arguments, message, capsys):
@@ -42,6 +46,15 @@ def test_mistakes_are_told(arguments, message, capsys):
         main(["bench", command, "--device", "cpu", *rest])
     assert done.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--device", "cpu"], ["--tolerance", "0.1"], ["--against", "rows.jsonl"]])
+def test_options_of_compare_before_a_benchmarks_name(given, capsys):
+    """They would be dropped, and another device measured."""
+    with pytest.raises(SystemExit) as done:
+        main(["bench", *given, "kernels"])
+    assert done.value.code == 2
+    assert f"{given[0]} belongs to --compare" in capsys.readouterr().err
 
 
 def test_a_benchmark_is_to_be_named(capsys):

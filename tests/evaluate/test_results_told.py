@@ -1,8 +1,10 @@
 """What a result says beside its scores: tokens trained on; and that no terminal costs the work."""
 
 import copy
+import errno
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,12 @@ from tiny_run import ROOT, environment
 from transformers import PreTrainedTokenizerFast
 
 from lrnn_lm.cli import main
-from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate import evaluate, harness
+from lrnn_lm.evaluate.probe import certify as certificate
+from lrnn_lm.evaluate.probe import length, recall
+from lrnn_lm.evaluate.probe.certify import certify
+from lrnn_lm.evaluate.probe.length import probe_length
+from lrnn_lm.evaluate.probe.recall import probe_recall
 from lrnn_lm.recipe import format_count
 from lrnn_lm.runs.load import describe
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -148,3 +155,34 @@ def assert_told(run, said):
     assert json.loads(file.read_text())["results"]
     assert file.name.encode() in said
     assert b"? standard error" in said
+
+
+WAYS = {
+    "tasks": lambda run, output: evaluate(run, ["heldout_bits_per_byte"], limit=1, output=output),
+    "length": lambda run, output: probe_length(run, "2x", rows=1, output=output),
+    "recall": lambda run, output: probe_recall([run], rows=1, output=output),
+    "certify": lambda run, output: certify(run, "s5", output=output),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(run, tmp_path, monkeypatch, way):
+    (tmp_path / "file").write_text("")
+    for module in (harness, length, recall, certificate):
+        monkeypatch.setattr(module, "load_checkpoint", lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match="no file can be written there"):
+        WAYS[way](run / "checkpoints" / "latest", tmp_path / "file" / "results")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ValueError, match="no file can be written there"):
+        WAYS[way](run / "checkpoints" / "latest", tmp_path / "new" / "results")
+
+
+@pytest.mark.parametrize("way", ["tasks", "length", "recall"])
+def test_a_disk_that_is_full_does_not_cost_the_numbers(run, tmp_path, monkeypatch, capsys, way):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lrnn_lm.evaluate.show.replace_file", full)
+    with pytest.raises(ValueError, match="cannot be written: No space left"):
+        WAYS[way](run / "checkpoints" / "latest", tmp_path / "results")
+    assert re.search(r"\d\.\d{2}", capsys.readouterr().out)

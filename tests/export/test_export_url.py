@@ -8,7 +8,7 @@ import pytest
 from lrnn_lm import generate
 from lrnn_lm.api import export_checkpoint
 from lrnn_lm.cli import main
-from lrnn_lm.evaluate.harness import check_output
+from lrnn_lm.evaluate.show import check_output
 from lrnn_lm.remote import local_copy
 from lrnn_lm.runs.export import export
 from lrnn_lm.train.init_from import find_weights

@@ -8,6 +8,7 @@ from small_models import MIXER_ROWS, RECURRENT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.base import SequenceContext
@@ -60,3 +61,21 @@ def test_fakes_have_the_layout_of_results(name, backend):
             y, state = layer(x, state, SequenceContext(reset=reset))
             (y.float().square().sum() + state.float().square().sum()).backward()
         assert seen.operators or T == 1 or name == "lstm"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "auto") for name in RECURRENT), *((name, "triton") for name in TRITON)]
+)
+def test_saved_tensors_are_read_once(name, backend):
+    """Activation checkpointing computes them again when they are first read, and refuses a second time."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    if backend != "auto":
+        layer.backend = backend
+    x = torch.randn(1, 9, WIDTH, requires_grad=True)
+    given = torch.randn_like(layer(x)[1], requires_grad=True)
+    want = torch.autograd.grad([layer(x, given)[0].square().sum()], [x, given])
+    y = checkpoint(lambda x, given: layer(x, given)[0], x, given, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad([y.square().sum()], [x, given]), want)

@@ -27,7 +27,15 @@ from ...model.cache import CACHE
 from ...model.decoding.long_input import prefill
 from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
-from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
+from ..show import (
+    check_at_least,
+    check_folder,
+    decimal,
+    print_table,
+    print_written,
+    table_console,
+    write_json,
+)
 from ..tasks.heldout import heldout_path
 from ..tasks.synthetic import run_source
 from ..text import documents_of, in_name, other_text, stem_of
@@ -64,6 +72,7 @@ def probe_length(
     from .length_plot import draw_length
 
     info = describe(checkpoint)
+    check_folder(info.results(output))
     check_at_least(1, rows=rows)
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
     trained = context_length(model, info.run)
@@ -86,6 +95,7 @@ def probe_length(
         "effective_memory": max((m["distance"] for m in memory if m["moved"] > MOVED), default=0),
         "transitions": matrices,
     }
+    _show(facts)
     written = []
     if (folder := info.results(output)) is not None:
         plots = folder if output is not None else RunFolder(info.run).plots
@@ -94,7 +104,6 @@ def probe_length(
         written = [folder / f"{name}.json", plots / f"{name}.png"]
         write_json(facts, written[0])
         draw_length(facts, written[1])
-    _show(facts)
     print_written(written)
     return facts
 

@@ -27,7 +27,7 @@ from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
 from ..reporting.plot import colour, picture, tidy
-from ..show import check_at_least, decimal, print_table, print_written, write_json
+from ..show import check_at_least, check_folder, decimal, print_table, print_written, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from ..text import free_stem, in_name, other_text
 from .transitions import mixer_inputs
@@ -63,6 +63,7 @@ def probe_recall(
     check_at_least(1, rows=rows)
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
+    check_folder(first.results(output))
     text = heldout_path(data, first.path)
     found = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
@@ -72,6 +73,7 @@ def probe_recall(
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         place = {"path": str(info.path), "step": info.step}
         found.append({"name": name, "checkpoint": place, **size, **split(model, inputs, targets)})
+    _show(found)
     written = []
     if (folder := first.results(output)) is not None:
         stem = f"recall{in_name(other_text(first, str(text)))}"
@@ -79,7 +81,6 @@ def probe_recall(
         written = [folder / f"{name}.json", folder / f"{name}.png"]
         write_json(found, written[0])
         _draw(found, written[1])
-    _show(found)
     print_written(written)
     return found
 

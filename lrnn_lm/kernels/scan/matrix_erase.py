@@ -115,8 +115,9 @@ def _gradients_within(ctx, *grads):
 
 
 def _gradients_of_outputs(ctx, grad, grad_last):
-    *gradients, d_h0 = _from_chunk_to_chunk_backward(grad, grad_last.contiguous(), *ctx.saved_tensors)
-    return *gradients, None if ctx.saved_tensors[-1] is None else d_h0
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    *gradients, d_h0 = _from_chunk_to_chunk_backward(grad, grad_last.contiguous(), *saved)
+    return *gradients, None if saved[-1] is None else d_h0
 
 
 _within_chunks.register_autograd(_gradients_within, setup_context=save_inputs)
