@@ -132,6 +132,9 @@ def _scored(
             )  # fmt: skip
     if results is None:
         return {}
+    for task, config in results["configs"].items():
+        if config["output_type"] == "loglikelihood_rolling":  # lm-eval counts examples that it leaves out
+            results["n-shot"][task] = 0
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
@@ -216,12 +219,16 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
     return rows
 
 
-def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
+def variant(results: dict[str, Any], task: str | None = None, text: bool = True) -> list[str]:
     """How scores were taken where that is not the usual way; they have files and rows of their own.
 
-    settings: as results hold them; those of an older version lack some. text: whether the text counts.
+    results: those of an older version lack some settings. task: the one whose way is asked for; None: of all.
+    text: whether the text counts.
     """
+    settings, shots = results.get("settings", {}), results.get("n-shot", {})
     few, window = settings.get("num_fewshot"), settings.get("given_length")
+    if few:  # a task's own file may not take them
+        few = max(shots.values(), default=few) if task is None else shots.get(task, few)
     words = [f"{few}-shot"] if few else []
     words += [f"window {window}"] if window else []
     words += ["prompt twice"] if settings.get("prompt_twice") else []
@@ -281,7 +288,7 @@ def _write(
     if len(what) > 80:  # a file name takes 255 bytes
         what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
-    what += in_name(*variant(settings))
+    what += in_name(*variant(results))
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
     path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
@@ -311,6 +318,9 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
         )
+    plain = [task for task, shots in results["n-shot"].items() if settings["num_fewshot"] and not shots]
+    if plain:
+        console.print(f"scored without solved examples (--num-fewshot), as it takes none: {', '.join(plain)}")
     print_written([written] if written else [])
     if not written:
         console.print("not written: outside a run, pass --output DIR")

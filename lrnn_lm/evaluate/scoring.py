@@ -3,12 +3,12 @@
 import contextlib
 import copy
 import functools
-import importlib
 import io
 import json
 import logging
 import math
 import os
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -138,8 +138,36 @@ def described(describe: Callable[[], str]) -> str:
     return describe()
 
 
-# What is replaced while lm-eval runs, as it has no option for it: module, name, and the replacement as a
-# function of the original. A row may go once the oldest lm-eval of pyproject.toml does the same by itself.
+def _of_others(context: Callable[..., Any]) -> Callable[..., Any]:
+    """`context`, lm-eval's prompt of a question, with solved examples that are never the question itself.
+
+    lm-eval leaves it out only where a task's `fewshot_split` is its test split. It draws from what it asks in
+    tasks with a test split alone, too, and in those whose `fewshot_split` is the validation split they ask.
+    """
+
+    def of_others(task: Any, doc: Any, num_fewshot: int, *args: Any, **options: Any) -> Any:
+        config, few = task.config, task.fewshot_cfg
+        named, asked = few.split, config.test_split or config.validation_split
+        drawn = named or config.training_split or config.validation_split or config.test_split
+        if drawn == asked and few.samples is None:
+            few.split = config.test_split  # lm-eval then takes one more, and leaves the question out
+        try:
+            return context(task, doc, num_fewshot, *args, **options)
+        except ValueError as error:
+            if "larger than population" not in str(error):
+                raise
+            raise ValueError(
+                f"task {config.task}: it has fewer than {num_fewshot} solved examples beside the question "
+                "(num_fewshot)"
+            ) from None
+        finally:
+            few.split = named
+
+    return of_others
+
+
+# What is replaced while lm-eval runs, as it has no option for it: module or class, name, and the replacement
+# as a function of the original. A row may go once the oldest lm-eval of pyproject.toml does the same itself.
 _REPLACED: list[tuple[str, str, Callable[[Any], Any]]] = [
     # It asks git for the commit of the current folder, and outside a clone git prints `fatal:`.
     ("lm_eval.evaluator", "get_git_commit_hash", lambda _: lambda: None),
@@ -148,6 +176,7 @@ _REPLACED: list[tuple[str, str, Callable[[Any], Any]]] = [
     # exp() overflows for an answer above 709 nats, and the standard error where squared perplexities do.
     ("lm_eval.api.metrics", "math", lambda own: SimpleNamespace(**vars(own) | _EXP)),
     ("lm_eval.api.metrics", "sample_stddev", _or_infinity),
+    ("lm_eval.api.task:ConfigurableTask", "fewshot_context", _of_others),
 ]
 # The bar over the contexts that it builds, where none is to be shown.
 _NO_BAR = ("lm_eval.api.task", "tqdm", lambda _: lambda rows, **_options: rows)
@@ -156,8 +185,8 @@ _NO_BAR = ("lm_eval.api.task", "tqdm", lambda _: lambda rows, **_options: rows)
 @contextlib.contextmanager
 def _replaced(rows: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module, name, replacement in rows:
-            owner = importlib.import_module(module)
+        for place, name, replacement in rows:
+            owner = pkgutil.resolve_name(place)
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement(getattr(owner, name)))
         yield

@@ -7,6 +7,7 @@ import pytest
 from short_models import LONG, RECURRENT, WINDOW, build, by_hand, encode
 
 from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate.lm import LiveLM
 from lrnn_lm.evaluate.tasks import names as tasks
 
 
@@ -125,3 +126,32 @@ def test_what_lm_eval_asserts_is_a_line(folder, write_task):
     with pytest.raises(ValueError, match=r"lm-eval refuses a task of shots: .*exceeds the 1 that") as error:
         evaluate(folder, ["shots"], device="cpu", num_fewshot=5)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("named", [True, False], ids=["fewshot_split", "no fewshot_split"])
+def test_solved_examples_are_never_the_question(folder, write_task, tmp_path, monkeypatch, split, named):
+    """Whichever split is asked, and whether or not the task's file says where examples come from."""
+    rows = [{"q": f"question {i}", "a": f" answer {i}"} for i in range(4)]
+    write_task("shots", "loglikelihood", rows, (f"fewshot_split: {split}\n" if named else "") + PERPLEXITY)
+    file = tmp_path / "shots.yaml"
+    file.write_text(
+        file.read_text()
+        .replace("{test:", f"{{{split}:")
+        .replace("test_split: test", f"{split}_split: {split}")
+    )
+    asked = []
+    own = LiveLM.loglikelihood
+    monkeypatch.setattr(
+        LiveLM, "loglikelihood", lambda lm, requests, **quiet: asked.extend(requests) or own(lm, requests)
+    )
+    found = evaluate(folder, ["shots"], device="cpu", num_fewshot=3)
+    assert found["n-shot"] == {"shots": 3}
+    contexts = [request.args[0] for request in asked]
+    assert len(contexts) == len(rows)
+    for context in contexts:  # three others with their answers, and the question
+        assert [sum(row["q"] + row["a"] in context for row in rows), context.count("question")] == [3, 4]
+    with pytest.raises(
+        ValueError, match="task shots: it has fewer than 4 solved examples beside the question"
+    ):
+        evaluate(folder, ["shots"], device="cpu", num_fewshot=4)
