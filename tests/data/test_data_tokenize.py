@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from corpora import make_texts, write_recipe
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn_lm.data import DataError, tokenizer_hash
 from lrnn_lm.data.tokenize import (
@@ -20,6 +21,7 @@ from lrnn_lm.data.tokenize import (
     read_recipe,
     train,
 )  # fmt: skip
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("bpe", "unigram")
@@ -205,6 +207,40 @@ def test_a_tokenizer_that_draws_at_random_is_copied_without(
     assert [load_backend(copy).encode(text).ids for _ in range(3)] == 3 * [wanted]
     hashes = {tokenizer_hash(folder) for folder in (source, copy, folders["bpe"])}
     assert len(hashes) == 1  # a checkpoint with either is of the same text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizerFast", "CodeLlamaTokenizerFast", "GPTNeoXTokenizer"],
+)
+def test_text_is_split_as_tokenizer_json_says(tmp_path: Path, name: str) -> None:
+    """transformers 5 builds these classes from the vocabulary alone: digits, spaces and accents differ."""
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    raw.decoder = decoders.ByteLevel()
+    texts = [f"item {i * 7919} of e\u0301 é\n\n\tdef f(x): return {i}" for i in range(60)]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=letters)
+    )
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|endoftext|>", model_max_length=99
+    ).save_pretrained(source)
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    if name == "GPT2Tokenizer":  # the class knows it
+        del config["eos_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    import_tokenizer(str(source), copy)
+    loaded = AutoTokenizer.from_pretrained(copy)  # as scores and generation read it
+    assert loaded.eos_token == "<|endoftext|>"
+    assert loaded.model_max_length == 99
+    for text in texts:
+        ids = raw.encode(text, add_special_tokens=False).ids
+        assert load_backend(copy).encode(text, add_special_tokens=False).ids == ids
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == text
 
 
 @pytest.mark.parametrize(
