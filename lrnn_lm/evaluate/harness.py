@@ -79,8 +79,9 @@ def evaluate(
         True
     """
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    _check(names, max_length, output, **options)
+    _check(names, max_length, **options)
     info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
+    check_output(info.results(output))
     settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -91,7 +92,11 @@ def evaluate(
     results = _scored(info, names, suite, load, options, settings, team)
     stored = finite(results)
     if stored:
-        _show(results, _write(stored, info, suite, tasks, output))
+        _show(results)  # before they are written, which may fail
+        written = _write(stored, info, suite, tasks, output)
+        print_written([written] if written else [])
+        if not written:
+            table_console().print("not written: outside a run, pass --output DIR")
     return stored
 
 
@@ -240,7 +245,6 @@ def variant(results: dict[str, Any], task: str | None = None, text: bool = True)
 def _check(
     names: list[str],
     max_length: int | None,
-    output: Path | None,
     limit: int | None,
     batch_size: int,
     num_fewshot: int | None,
@@ -252,7 +256,6 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
-    check_output(output)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:
@@ -295,7 +298,7 @@ def _write(
     return path
 
 
-def _show(results: dict[str, Any], written: Path | None) -> None:
+def _show(results: dict[str, Any]) -> None:
     settings = results["settings"]
     limit = f", {settings['limit']} documents a task" if settings["limit"] else ""
     header = ["task", "metric", "value", "± standard error", "documents"]
@@ -321,9 +324,6 @@ def _show(results: dict[str, Any], written: Path | None) -> None:
     plain = [task for task, shots in results["n-shot"].items() if settings["num_fewshot"] and not shots]
     if plain:
         console.print(f"scored without solved examples (--num-fewshot), as it takes none: {', '.join(plain)}")
-    print_written([written] if written else [])
-    if not written:
-        console.print("not written: outside a run, pass --output DIR")
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,10 +56,16 @@ def print_written(paths: Iterable[Path]) -> None:
 
 
 def check_output(output: Path | None) -> None:
-    """Raise ValueError for an output that is a file or is named like one, before hours of scoring."""
+    """Raise ValueError, before hours of scoring, for an output that is a file or is named like one, or that
+    this user may not write."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and (user_path(output).is_file() or Path(output).suffix == ".json"):
+    if output is None:
+        return
+    folder = user_path(output).absolute()
+    if folder.is_file() or folder.suffix == ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
+    if not os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK):
+        raise ValueError(f"{output}: may not be written; pass --output DIR with a folder that may")
 
 
 def check_used(

@@ -1,10 +1,14 @@
 """Mistakes of who scores a checkpoint: told in plain lines, before the work and not after it."""
 
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from lrnn_lm.evaluate import harness, show
 from lrnn_lm.evaluate.harness import evaluate
 from lrnn_lm.evaluate.tasks.names import read_suite
 from lrnn_lm.runs.load import load_checkpoint
@@ -31,6 +35,25 @@ def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):
     with pytest.raises(ValueError, match=message) as error:
         evaluate(checkpoint, tasks, **settings)
     assert len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("where", ["a run's own folder", "--output"])
+def test_a_folder_that_may_not_be_written_is_told_first(checkpoint, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) not in (tmp_path, checkpoint.parents[1]))
+    monkeypatch.setattr(harness, "score_tasks", None)  # not reached
+    output = tmp_path / "new" / "scores" if where == "--output" else None
+    with pytest.raises(ValueError, match="may not be written; pass --output DIR"):
+        evaluate(checkpoint, BOTH[:1], device="cpu", output=output)
+
+
+def test_scores_that_cannot_be_written_are_printed(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(show, "replace_file", full)
+    with pytest.raises(ValueError, match=r"cannot be written: No space left"):
+        evaluate(checkpoint, BOTH[:1], device="cpu", limit=1, output=tmp_path)
+    assert "bits_per_byte" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("few_tasks")
