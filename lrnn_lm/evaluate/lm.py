@@ -92,7 +92,9 @@ class LiveLM(HFLM):
             add_special_tokens = False
         if self._start is None:
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
+        ids = self.tokenizer.encode(
+            string, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         ids = ids if add_special_tokens is False else [self._start, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
