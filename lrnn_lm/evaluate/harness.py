@@ -316,6 +316,16 @@ def _show(results: dict[str, Any]) -> None:
             f"{settings['changed_texts']} texts are not what their tokens decode to (unknown tokens, case, "
             "white space), so bits per byte and perplexities are too low"
         )
+    if settings["unanswerable"]:
+        console.print(
+            f"{settings['unanswerable']} questions have a right answer that is none of their choices, so "
+            "they count as answered wrongly: look at doc_to_target in the task's file"
+        )
+    if settings["undefined"]:
+        console.print(
+            f"{', '.join(settings['undefined'])}: no score, as log-likelihoods are NaN: the weights hold "
+            "such numbers, or overflow"
+        )
     if settings["truncated_requests"]:
         console.print(
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "

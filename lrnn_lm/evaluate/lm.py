@@ -3,6 +3,7 @@
 Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class LiveLM(HFLM):
         team: the processes that share the requests; to lm-eval each looks like a single process.
 
     `changed` counts the rolling texts that their tokens do not spell, as they are lower-cased or hold an
-    unknown token: what the model need not predict.
+    unknown token: what the model need not predict. `undefined` are the tasks with a log-likelihood of NaN.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LiveLM(HFLM):
         self._twice = prompt_twice
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
         self.changed = 0
+        self.undefined: set[str] = set()
         self._window, self._unlimited = max_length, unlimited
         self._bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None  # no start token
         super().__init__(
@@ -140,7 +142,8 @@ class LiveLM(HFLM):
         def score(share: list[Any]) -> list[tuple[float, bool]]:
             return self._score(share, self._quiet(disable_tqdm))
 
-        return self._team.share(pairs, contexts, sizes, score)
+        answers = self._team.share(pairs, contexts, sizes, score)
+        return self._seen(requests, answers, [nats for nats, _ in answers])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text given BOS, in windows of max_length tokens."""
@@ -151,7 +154,13 @@ class LiveLM(HFLM):
 
         with self._in_windows():
             self.changed += sum(self._changes(text) for text in texts if self._team.is_main)
-            return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+            answers = self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+        return self._seen(requests, answers, answers)
+
+    def _seen(self, requests: list[Instance], answers: list[Any], nats: list[float]) -> list[Any]:
+        """The answers; notes the tasks of those that are NaN."""
+        self.undefined |= {r.task_name for r, n in zip(requests, nats, strict=True) if math.isnan(n)}
+        return answers
 
     def _changes(self, text: str) -> bool:
         """Whether a text's tokens spell another one."""

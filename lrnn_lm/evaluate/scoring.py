@@ -11,11 +11,13 @@ import os
 import pkgutil
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..files import random_state_kept
 from ..runs.load import document_start, without_dropout
+from .tasks import names as tasks
 from .team import Team
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def score_tasks(
     bootstrap: int = BOOTSTRAP,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """lm-eval's results; and how many requests lost the beginning of their context, how many rolling texts
-    their tokens do not spell, as the results' settings name them.
+    their tokens do not spell, how many questions have no right choice, the tasks with NaN log-likelihoods,
+    as the results' settings name them.
 
     max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
     Raises ValueError for what lm-eval refuses.
@@ -57,6 +60,7 @@ def score_tasks(
             random_state_kept(model.device),  # lm-eval seeds all generators
             _replaced([*_REPLACED, *([] if team.shows else [_NO_BAR])]),
             contextlib.redirect_stdout(io.StringIO()),
+            _wrong_labels() as unanswerable,
         ):
             lm: Any
             if encodes(model):
@@ -81,24 +85,77 @@ def score_tasks(
             )
     finally:
         model.train(training)
-    reading = {"truncated_requests": lm.truncated, "changed_texts": lm.changed}
+    for task in lm.undefined & {*(results or {}).get("results", ())}:
+        _without_numbers(results, task)
+    reading = {
+        "truncated_requests": lm.truncated, "changed_texts": lm.changed, "unanswerable": len(unanswerable),
+        "undefined": sorted(lm.undefined),
+    }  # fmt: skip
     # The results hold functions and tensors; as text, so that the caller gets what is written.
     return json.loads(json.dumps(results, default=str)), reading
 
 
 @contextlib.contextmanager
 def refusals(names: list[str]) -> Iterator[None]:
-    """Inside, what lm-eval cannot load or refuses is a ValueError."""
+    """Inside, what lm-eval cannot load or refuses, as a mistake in a task's file, is a ValueError."""
+    import jinja2
+
     try:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
-    except AssertionError as error:  # lm-eval reports mistakes in a task's file by assertions
+    except (*_FAULTS, jinja2.TemplateError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        if "lm_eval" not in place.filename.replace("\\", "/").split("/"):
+        file = Path(place.filename)
+        own = file.is_relative_to(tasks.own_tasks_path())
+        if not own and (not _READS_TASKS & {*file.parts} or "models" in file.parts):
             raise
         reason = " ".join(str(error).split()) or place.line
+        if not isinstance(error, AssertionError):  # by which lm-eval reports mistakes in a task's file
+            reason = f"{type(error).__name__}: {reason}" + f" ({file}:{place.lineno})" * own
         raise ValueError(f"lm-eval refuses a task of {', '.join(names)}: {reason}") from error
+
+
+# What mistakes in a task's file become: a field, a split, a metric or a function that is not there, an answer
+# beyond the choices, a text without a word.
+_FAULTS = (
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ZeroDivisionError,
+)
+_READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
+
+
+def _without_numbers(results: dict[str, Any], task: str) -> None:
+    """Metrics of a task, and of groups with it, as NaN: lm-eval counts NaN as the likeliest answer."""
+    groups = results.get("group_subtasks", {})
+    for name in (task, *(group for group, members in groups.items() if task in members)):
+        scores = results["results"].get(name, {})
+        scores |= {key: math.nan for key, value in scores.items() if "," in key and isinstance(value, float)}
+
+
+@contextlib.contextmanager
+def _wrong_labels() -> Iterator[list[str]]:
+    """Collects what lm-eval logs of documents whose right answer is none of their choices."""
+    logger, found = logging.getLogger("lm_eval.api.task"), []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "Label index" in (words := record.getMessage()):
+            found.append(words)
+        return record.levelno >= logging.ERROR
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(keep)
+    try:
+        yield found
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
