@@ -79,9 +79,8 @@ def evaluate(
         True
     """
     names, options = _chosen(suite, tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
-    _check(names, max_length, **options)
     info, asked = describe(checkpoint), {"lengths": lengths, "max_length": max_length}
-    check_output(info.results(output))
+    _check(names, max_length, info.results(output), **options)
     settings = asked | {"prompt_twice": prompt_twice, "data": documents_of(info, data)}
 
     def load() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -90,13 +89,9 @@ def evaluate(
         return load_checkpoint(info.path, device, autoencoder=True, trust_remote_code=trust_remote_code)
 
     results = _scored(info, names, suite, load, options, settings, team)
-    stored = finite(results)
-    if stored:
+    if stored := finite(results):
         _show(results)  # before they are written, which may fail
-        written = _write(stored, info, suite, tasks, output)
-        print_written([written] if written else [])
-        if not written:
-            table_console().print("not written: outside a run, pass --output DIR")
+        _write(stored, info, suite, tasks, output)
     return stored
 
 
@@ -245,6 +240,7 @@ def variant(results: dict[str, Any], task: str | None = None, text: bool = True)
 def _check(
     names: list[str],
     max_length: int | None,
+    output: Path | None,
     limit: int | None,
     batch_size: int,
     num_fewshot: int | None,
@@ -256,6 +252,7 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
+    check_output(output)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:
@@ -278,13 +275,13 @@ def _versions() -> dict[str, str]:
 
 def _write(
     results: dict[str, Any], info: CheckpointInfo, suite: Path | None, tasks: list[str], output: Path | None
-) -> Path | None:
-    """Write JSON; the path, None outside a run without `output`.
+) -> None:
+    """Write JSON, but outside a run without `output`, and tell where.
 
     The file is named after checkpoint, tasks and settings, so that only a repeat replaces it.
     """
     if (folder := info.results(output)) is None:
-        return None
+        return table_console().print("not written: outside a run, pass --output DIR")
     settings = results["settings"]
     what = "+".join(settings["tasks"] if suite is None else [Path(suite).stem, *tasks])
     what = what.replace("*", "_").replace("/", "_")
@@ -295,7 +292,7 @@ def _write(
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
     path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
-    return path
+    print_written([path])
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -41,9 +41,7 @@ def score_tasks(
     prompt_twice: bool = False,
     bootstrap: int = BOOTSTRAP,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """lm-eval's results; and how many requests lost the beginning of their context, how many rolling texts
-    their tokens do not spell, how many questions have no right choice, the tasks with NaN log-likelihoods,
-    as the results' settings name them.
+    """lm-eval's results; and how requests were read, see `_reading`.
 
     max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
     Raises ValueError for what lm-eval refuses.
@@ -85,12 +83,7 @@ def score_tasks(
             )
     finally:
         model.train(training)
-    for task in lm.undefined & {*(results or {}).get("results", ())}:
-        _without_numbers(results, task)
-    reading = {
-        "truncated_requests": lm.truncated, "changed_texts": lm.changed, "unanswerable": len(unanswerable),
-        "undefined": sorted(lm.undefined),
-    }  # fmt: skip
+    reading = _reading(results, lm) | {"unanswerable": len(unanswerable)}
     # The results hold functions and tensors; as text, so that the caller gets what is written.
     return json.loads(json.dumps(results, default=str)), reading
 
@@ -130,12 +123,19 @@ _FAULTS = (
 _READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
 
 
-def _without_numbers(results: dict[str, Any], task: str) -> None:
-    """Metrics of a task, and of groups with it, as NaN: lm-eval counts NaN as the likeliest answer."""
-    groups = results.get("group_subtasks", {})
-    for name in (task, *(group for group, members in groups.items() if task in members)):
-        scores = results["results"].get(name, {})
-        scores |= {key: math.nan for key, value in scores.items() if "," in key and isinstance(value, float)}
+def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
+    """How many requests lost the beginning of their context, how many rolling texts their tokens do not
+    spell, and the tasks with log-likelihoods of NaN, as the results' settings name them.
+
+    To lm-eval NaN is the likeliest answer: the scores of these tasks and their groups become NaN.
+    """
+    for name, scores in (results or {}).get("results", {}).items():
+        if lm.undefined & {name, *results["group_subtasks"].get(name, ())}:
+            floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
+            scores |= dict.fromkeys(floats, math.nan)
+    return {
+        "truncated_requests": lm.truncated, "changed_texts": lm.changed, "undefined": sorted(lm.undefined)
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

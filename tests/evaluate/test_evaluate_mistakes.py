@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -39,7 +38,8 @@ def test_mistakes_are_told_plainly(checkpoint, tasks, settings, message):
 
 @pytest.mark.parametrize("where", ["a run's own folder", "--output"])
 def test_a_folder_that_may_not_be_written_is_told_first(checkpoint, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path) not in (tmp_path, checkpoint.parents[1]))
+    scores = checkpoint.parents[1] / "eval"
+    monkeypatch.setattr(os, "access", lambda path, _: path not in (tmp_path, scores, scores.parent))
     monkeypatch.setattr(harness, "score_tasks", None)  # not reached
     output = tmp_path / "new" / "scores" if where == "--output" else None
     with pytest.raises(ValueError, match="may not be written; pass --output DIR"):
