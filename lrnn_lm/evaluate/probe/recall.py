@@ -27,7 +27,7 @@ from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
 from ..reporting.plot import colour, picture, tidy
-from ..show import check_at_least, decimal, print_table, print_written, write_json
+from ..show import check_at_least, decimal, print_table, print_written, table_console, write_json
 from ..tasks.heldout import heldout_path, read_documents
 from ..text import free_stem, in_name, other_text
 from .transitions import mixer_inputs
@@ -64,11 +64,12 @@ def probe_recall(
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
     text = heldout_path(data, first.path)
-    found = []
+    found, read = [], []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         info = describe(checkpoint)
         model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
         inputs, targets = text_rows(model, tokenizer, text, rows, context_length(model, info.run))
+        read.append(inputs)
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         place = {"path": str(info.path), "step": info.step}
         found.append({"name": name, "checkpoint": place, **size, **split(model, inputs, targets)})
@@ -80,6 +81,11 @@ def probe_recall(
         write_json(found, written[0])
         _draw(found, written[1])
     _show(found)
+    if not all(torch.equal(inputs, read[0]) for inputs in read):
+        table_console().print(
+            "they read other tokens (tokenizers or row lengths differ): their losses a token do not compare, "
+            "bits per byte do (--tasks heldout_bits_per_byte)"
+        )
     print_written(written)
     return found
 
