@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -363,6 +364,17 @@ def spells(tokenizer: Any, ids: list[int], text: str, **options: bool) -> bool:
     By the Rust tokenizer or transformers' around it; `options` of its `decode`.
     """
     return tokenizer.decode(ids, skip_special_tokens=False, **options).lstrip(" ") == text.lstrip(" ")
+
+
+@contextmanager
+def no_token_told(text: str) -> Iterator[None]:
+    """Inside, a text that a tokenizer without an unknown token has no token for is a DataError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises no narrower one
+            raise
+        raise DataError(f"the tokenizer cannot read a text ({error}), which begins {text[:60]!r}") from None
 
 
 def load_backend(folder: Path) -> "Tokenizer":

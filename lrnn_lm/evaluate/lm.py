@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenize import spells
+from ..data.tokenize import no_token_told, spells
 from ..model import prefill
 from ..model.cache import CACHE
 from .team import ALONE, Team
@@ -92,11 +92,12 @@ class LiveLM(HFLM):
         """
         if self._rolling or self._bare:  # lm-eval puts the prefix token before rolling windows itself
             add_special_tokens = False
-        if self._start is None:
-            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        ids = self.tokenizer.encode(
-            string, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
+        with no_token_told(string):
+            if self._start is None:
+                return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+            ids = self.tokenizer.encode(
+                string, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )
         ids = ids if add_special_tokens is False else [self._start, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 

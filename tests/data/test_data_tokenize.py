@@ -11,6 +11,7 @@ from corpora import make_texts, write_recipe
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn_lm.data import DataError, tokenizer_hash
+from lrnn_lm.data.encode import encode_documents
 from lrnn_lm.data.tokenize import (
     MODEL_FILE,
     TokenizerRecipe,
@@ -21,6 +22,7 @@ from lrnn_lm.data.tokenize import (
     read_recipe,
     train,
 )  # fmt: skip
+from lrnn_lm.evaluate.prompt import prompt_ids
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 REPOSITORY = Path(__file__).parents[2]
@@ -284,3 +286,23 @@ def test_names_of_control_tokens_are_text_where_their_characters_are_new(
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
         assert not {0, 1, 2, 3} & set(ids)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE", "Unigram", "WordPiece"])
+def test_text_that_a_tokenizer_cannot_read_is_told(tmp_path: Path, kind: str, num_proc: int) -> None:
+    """Without an unknown token they raise a bare Exception."""
+    vocab = {"</s>": 0, "a": 1, "b": 2}
+    model = {
+        "WordLevel": lambda: models.WordLevel(vocab, unk_token="<unk>"),
+        "BPE": lambda: models.BPE(vocab, [], unk_token="<unk>"),
+        "Unigram": lambda: models.Unigram([(token, -float(i)) for token, i in vocab.items()]),
+        "WordPiece": lambda: models.WordPiece(vocab, unk_token="<unk>"),
+    }[kind]()
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>").save_pretrained(tmp_path)
+    read = list(encode_documents([("a", 0), ("a", 1)], tmp_path, read_facts(tmp_path), num_proc))
+    assert [ids.tolist() for _, _, ids in read] == 2 * [[0, 1, 0]]
+    with pytest.raises(DataError, match=r"cannot read a text \(.*\), which begins 'a c'"):
+        list(encode_documents([("a", 0), ("a c", 1)], tmp_path, read_facts(tmp_path), num_proc))
+    with pytest.raises(ValueError, match="cannot read a text"):
+        prompt_ids(AutoTokenizer.from_pretrained(tmp_path), "a c")
