@@ -51,14 +51,13 @@ def score_tasks(
     from .lm import LiveLM
     from .reconstruction import Reconstruction, encodes
 
-    training = model.training
+    training, wrong = model.training, []
     try:
         with (
             refusals(names),
             random_state_kept(model.device),  # lm-eval seeds all generators
-            _replaced([*_REPLACED, *([] if team.shows else [_NO_BAR])]),
+            _replaced([*_REPLACED, _labels(wrong), *([] if team.shows else [_NO_BAR])]),
             contextlib.redirect_stdout(io.StringIO()),
-            _wrong_labels() as unanswerable,
         ):
             lm: Any
             if encodes(model):
@@ -83,7 +82,7 @@ def score_tasks(
             )
     finally:
         model.train(training)
-    reading = _reading(results, lm) | {"unanswerable": len(unanswerable)}
+    reading = _reading(results, lm) | {"unanswerable": len(wrong)}
     # The results hold functions and tensors; as text, so that the caller gets what is written.
     return json.loads(json.dumps(results, default=str)), reading
 
@@ -112,14 +111,8 @@ def refusals(names: list[str]) -> Iterator[None]:
 # What mistakes in a task's file become: a field, a split, a metric or a function that is not there, an answer
 # beyond the choices, a text without a word.
 _FAULTS = (
-    AssertionError,
-    AttributeError,
-    FileNotFoundError,
-    ImportError,
-    LookupError,
-    TypeError,
-    ZeroDivisionError,
-)
+    AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, TypeError, ZeroDivisionError,
+)  # fmt: skip
 _READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
 
 
@@ -136,26 +129,6 @@ def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
     return {
         "truncated_requests": lm.truncated, "changed_texts": lm.changed, "undefined": sorted(lm.undefined)
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _wrong_labels() -> Iterator[list[str]]:
-    """Collects what lm-eval logs of documents whose right answer is none of their choices."""
-    logger, found = logging.getLogger("lm_eval.api.task"), []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if "Label index" in (words := record.getMessage()):
-            found.append(words)
-        return record.levelno >= logging.ERROR
-
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(keep)
-    try:
-        yield found
-    finally:
-        logger.removeFilter(keep)
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -221,6 +194,15 @@ def _of_others(context: Callable[..., Any]) -> Callable[..., Any]:
             few.split = named
 
     return of_others
+
+
+def _labels(found: list[Any]) -> tuple[str, str, Callable[[Any], Any]]:
+    """A row as below. Collects lm-eval's warnings of right answers that are none of a document's choices."""
+
+    def warning(own: Callable[..., None]) -> Callable[..., None]:
+        return lambda text, *more: found.append(text) if "Label index" in str(text) else own(text, *more)
+
+    return ("lm_eval.api.task:eval_logger", "warning", warning)
 
 
 # What is replaced while lm-eval runs, as it has no option for it: module or class, name, and the replacement
