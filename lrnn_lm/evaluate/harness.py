@@ -133,7 +133,7 @@ def _scored(
     if results is None:
         return {}
     for task, config in results["configs"].items():
-        if config["output_type"] == "loglikelihood_rolling":  # lm-eval counts examples that it leaves out
+        if config.get("output_type") == "loglikelihood_rolling":  # lm-eval counts examples that it leaves out
             results["n-shot"][task] = 0
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
