@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .specs import DataError
-from .tokenize import TokenizerFacts, load_backend
+from .tokenize import TokenizerFacts, load_backend, no_token_told
 from .windows import WINDOW, Part, encode_windows
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Encoder:
         self._facts = facts
 
     def __call__(self, text: str) -> npt.NDArray[np.uint32]:
-        ids = [encoding.ids[first:stop] for _, encoding, first, stop in self._parts(text)]
+        with no_token_told(text):
+            ids = [encoding.ids[first:stop] for _, encoding, first, stop in self._parts(text)]
         parts = [[self._facts.first], *ids, [self._facts.last]]
         return np.concatenate([np.asarray(part, np.uint32) for part in parts])
 

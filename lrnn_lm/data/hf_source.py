@@ -5,12 +5,17 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from logging.handlers import BufferingHandler
+from pathlib import Path
 from typing import Any
 
 from ..files import hub_is_reachable, user_path
+from ..output import error_console
 from ..requirements import check_extra
 from .specs import DataError, SourceSpec, missing_field
+
+_KINDS = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt"}
 
 
 def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -73,7 +78,9 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
             where = str(path) if path.exists() else str(spec.path)
             builder = datasets.load_dataset_builder(where, spec.name)
             dataset = builder.as_streaming_dataset(split=spec.split)
-            return dataset, list(map(str, (builder.config.data_files or {}).get(spec.split, [])))
+            found = builder.config.data_files or {}
+            _tell_left_out(path, frozenset(Path(file).suffix for files in found.values() for file in files))
+            return dataset, list(map(str, found.get(spec.split, [])))
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         advice = "" if path.exists() else "; if there is no network here, give the folder of a local copy"
@@ -100,6 +107,18 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
                 "data.source.split out to read it"
             )
     return loaded.with_format(None), None  # one that was saved with it may hide columns
+
+
+@cache  # once for all readings
+def _tell_left_out(folder: Path, read: frozenset[str]) -> None:
+    """`datasets` reads one kind of files in a folder, of which there are most."""
+    kinds = {file.suffix for file in folder.rglob("*")} if folder.is_dir() else set()
+    if left := sorted((kinds & _KINDS) - read):
+        error_console().print(
+            f"lrnn: {folder}: its {', '.join(left)} files are left out, as datasets reads one kind of files",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

@@ -236,7 +236,7 @@ def _held_out(spec: DataSpec, listed: frozenset[int]) -> HeldOut:
     held_out = HeldOut(_threshold(spec), listed)
     if spec.validation_source:
         return held_out
-    return held_out.with_both_sides(map(text_hash, sources.documents(spec.source)))
+    return held_out.with_both_sides(map(text_hash, sources.documents(spec.source)), spec.source)
 
 
 def _tokenizer_recipe(spec: DataSpec) -> tokenize.TokenizerRecipe | None:
@@ -333,7 +333,7 @@ def _write_texts(
     for split, writer in writers.items():
         writer.close()
         if not writer.num_documents:
-            raise (short.error() if split == "train" and short.documents else one_sided(split))
+            raise short.error() if split == "train" and short.documents else one_sided(split, spec.source)
         files |= writer.files
     found = {split: writer.summary() for split, writer in writers.items()}
     if "train" in found:
@@ -356,10 +356,7 @@ def _build_tokenizer(
         tokenize.import_tokenizer(specs[0].tokenizer, folder)
         return
     size = recipe.sample_bytes // len(specs)
-    samples = [
-        training_sample(sources.documents(spec.source), split, size)
-        for spec, split in zip(specs, splits, strict=True)
-    ]
+    samples = [training_sample(spec.source, split, size) for spec, split in zip(specs, splits, strict=True)]
     tokenize.train(itertools.chain.from_iterable(samples), recipe, folder)
 
 

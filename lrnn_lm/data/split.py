@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import sources
-from .specs import DataError, DataSpec
+from .specs import DataError, DataSpec, SourceSpec
 
 HASHES = 2**64  # number of values of `text_hash`
 SURVEY = 8  # the tokenizer's training sample is chosen from this many times its size
@@ -36,8 +36,8 @@ class HeldOut:
         """Whether the document with this hash is held out."""
         return number < self.threshold or number in self.listed
 
-    def with_both_sides(self, numbers: Iterable[int]) -> "HeldOut":
-        """The rule for documents of these hashes: this one, unless it leaves one side without a document.
+    def with_both_sides(self, numbers: Iterable[int], source: SourceSpec) -> "HeldOut":
+        """The rule for a source's documents of these hashes: this one, unless it leaves a side without any.
 
         Then the outermost hash is moved over. Reads only until both sides have a document. Raises DataError
         if there are no two different documents.
@@ -50,26 +50,26 @@ class HeldOut:
                 return self
             hashes.add(number)
         if len(hashes) < 2:
-            raise one_sided("train" if True in sides else "validation")
+            raise one_sided("train" if True in sides else "validation", source)
         return replace(self, threshold=max(hashes) if True in sides else min(hashes) + 1)
 
 
-def one_sided(empty: str) -> DataError:
+def one_sided(empty: str, source: SourceSpec) -> DataError:
     """The error for a split that leaves `empty` without a document."""
     return DataError(
-        f"no document is left for {empty}: the source needs at least two different documents; "
-        "split it into more, or name other text in data.validation_source"
+        f"{sources.describe(source)}: no document is left for {empty}: the source needs at least two "
+        "different documents; split it into more, or name other text in data.validation_source"
     )
 
 
-def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> Iterator[str]:
+def training_sample(source: SourceSpec, held_out: HeldOut, size: int) -> Iterator[str]:
     """About `size` characters of train documents for the tokenizer, those of lowest hash in SURVEY * size.
 
     Holds only the sample in memory. Raises DataError if there is no train document.
     """
     heap: list[tuple[int, str]] = []  # the largest hash on top
     kept = read = 0
-    for text in documents:
+    for text in sources.documents(source):
         if held_out.holds(text_hash(text)):
             continue
         text = text[:size]
@@ -81,7 +81,7 @@ def training_sample(documents: Iterable[str], held_out: HeldOut, size: int) -> I
         if read >= SURVEY * size:
             break
     if not heap:
-        raise one_sided("train")
+        raise one_sided("train", source)
     return (text for _, text in sorted(heap, reverse=True))
 
 

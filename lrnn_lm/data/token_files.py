@@ -241,7 +241,7 @@ class Index:
         own = spec.validation_source
         if not own:
             held_out = replace(held_out, listed=frozenset(listed))
-            held_out = held_out.with_both_sides(map(int, itertools.chain.from_iterable(hashes)))
+            held_out = held_out.with_both_sides(map(int, itertools.chain.from_iterable(hashes)), spec.source)
         below, named_ids = np.uint64(held_out.threshold), np.array(sorted(listed), np.uint64)
         held = [(numbers < below) | np.isin(numbers, named_ids) for numbers in hashes]
         short = Short(spec)
@@ -251,14 +251,14 @@ class Index:
         ]
         if short.documents and not any(mask.any() for mask in train):
             raise short.error()
-        splits, written = self._index("train", files, train)
+        splits, written = self._index("train", spec.source, files, train)
         splits["train"] |= short.facts()
         if own and own.type not in TYPES:
             return splits, written
         others = self._read(own) if own else files
         masks = [np.ones(len(file.starts), bool) for file in others] if own else held
         kept, facts, heldout = self._write_texts(others, masks)
-        more, also = self._index("validation", others, kept)
+        more, also = self._index("validation", own or spec.source, others, kept)
         more["validation"] |= facts
         return splits | more, written | also | heldout
 
@@ -299,7 +299,7 @@ class Index:
         return kept, facts, {HELDOUT: out.close()}
 
     def _index(
-        self, split: str, files: Sequence[TokenFile], chosen: Sequence[Ints]
+        self, split: str, source: SourceSpec, files: Sequence[TokenFile], chosen: Sequence[Ints]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Index the chosen documents (a mask a file). Returns the split's entry, and those of its files."""
         shards, written = [], {}
@@ -328,7 +328,7 @@ class Index:
                 }
             )
         if not shards:
-            raise one_sided(split)
+            raise one_sided(split, source)
         total = {key: sum(shard[key] for shard in shards) for key in ("num_tokens", "num_documents")}
         return {split: {**total, "num_bytes": None, "shards": shards}}, written
 

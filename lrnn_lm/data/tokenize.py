@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -250,6 +251,7 @@ def import_tokenizer(name: str, folder: Path) -> None:
         raise DataError(f"tokenizer {name!r} has no fast version (tokenizer.json); choose one that has")
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {name!r} has no end-of-text token (eos_token), which separates documents")
+    tokenizer = _as_in_its_file(tokenizer, name, offline)
     # We pass this option where text is data. Saved, it would split the control tokens of chat templates.
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs.pop("split_special_tokens", None)
@@ -263,6 +265,39 @@ def import_tokenizer(name: str, folder: Path) -> None:
             soft_wrap=True,
         )
     tokenizer.save_pretrained(folder)
+
+
+def _as_in_its_file(tokenizer: Any, name: str, offline: bool) -> Any:
+    """The tokenizer that tokenizer.json describes, with the special tokens of `tokenizer`.
+
+    transformers 5 builds some classes from the vocabulary alone. If a file names such a class and splits or
+    normalises text in another way, then that is lost and every id may differ.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer
+
+    local = Path(name) / "tokenizer.json"
+    file = local if Path(name).is_dir() else Path(str(try_to_load_from_cache(name, local.name)))
+    if not file.is_file():
+        return tokenizer
+    own = Tokenizer.from_file(str(file))
+    if _steps(own) == _steps(tokenizer.backend_tokenizer):
+        return tokenizer
+    known = {
+        key: token
+        for key, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and own.token_to_id(token) is not None
+    }
+    return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline, **known)
+
+
+def _steps(tokenizer: "Tokenizer") -> list[Any]:
+    """What decides the ids of a text and the text of ids, control tokens aside."""
+    data = json.loads(tokenizer.to_str())
+    model = {key: value for key, value in data["model"].items() if value not in (None, "")}
+    return [model, *(data[key] for key in ("normalizer", "pre_tokenizer", "decoder"))]
 
 
 def fingerprint(name: str) -> list[object]:
@@ -329,6 +364,17 @@ def spells(tokenizer: Any, ids: list[int], text: str, **options: bool) -> bool:
     By the Rust tokenizer or transformers' around it; `options` of its `decode`.
     """
     return tokenizer.decode(ids, skip_special_tokens=False, **options).lstrip(" ") == text.lstrip(" ")
+
+
+@contextmanager
+def no_token_told(text: str) -> Iterator[None]:
+    """Inside, a text that a tokenizer without an unknown token has no token for is a DataError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises no narrower one
+            raise
+        raise DataError(f"the tokenizer cannot read a text ({error}), which begins {text[:60]!r}") from None
 
 
 def load_backend(folder: Path) -> "Tokenizer":

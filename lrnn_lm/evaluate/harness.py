@@ -21,7 +21,7 @@ from ..runs.load import (
 from .scoring import quiet_lm_eval, score_tasks
 from .show import (
     check_at_least,
-    check_folder,
+    check_output,
     decimal,
     print_table,
     print_written,
@@ -141,6 +141,9 @@ def _scored(
             )  # fmt: skip
     if results is None:
         return {}
+    for task, config in results["configs"].items():
+        if config.get("output_type") == "loglikelihood_rolling":  # lm-eval counts examples that it leaves out
+            results["n-shot"][task] = 0
     results["checkpoint"] = {"path": str(info.path), "step": info.step, "tokens": info.tokens}
     results["settings"] = {
         "tasks": names, **options, **settings, **reading, "device": str(model.device),
@@ -225,12 +228,16 @@ def flatten(results: dict[str, Any]) -> list[tuple[str, str, float, float | None
     return rows
 
 
-def variant(settings: dict[str, Any], text: bool = True) -> list[str]:
+def variant(results: dict[str, Any], task: str | None = None, text: bool = True) -> list[str]:
     """How scores were taken where that is not the usual way; they have files and rows of their own.
 
-    settings: as results hold them; those of an older version lack some. text: whether the text counts.
+    results: those of an older version lack some settings. task: the one whose way is asked for; None: of all.
+    text: whether the text counts.
     """
+    settings, shots = results.get("settings", {}), results.get("n-shot", {})
     few, window = settings.get("num_fewshot"), settings.get("given_length")
+    if few:  # a task's own file may not take them
+        few = max(shots.values(), default=few) if task is None else shots.get(task, few)
     words = [f"{few}-shot"] if few else []
     words += [f"window {window}"] if window else []
     words += ["prompt twice"] if settings.get("prompt_twice") else []
@@ -254,7 +261,7 @@ def _check(
     check_at_least(0, num_fewshot=num_fewshot)
     check_at_least(1, limit=limit, batch_size=batch_size)
     check_at_least(2, max_length=max_length)
-    check_folder(folder)
+    check_output(folder)
 
 
 def _check_whole(names: list[str], truncated: int, window: int) -> None:
@@ -291,7 +298,7 @@ def _write(
     if len(what) > 80:  # a file name takes 255 bytes
         what = f"{what[:60]}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     what += f"-lengths{'-'.join(map(str, settings['lengths']))}" if settings["lengths"] else ""
-    what += in_name(*variant(settings))
+    what += in_name(*variant(results))
     what += f"-limit{settings['limit']}" if settings["limit"] else ""
     path = folder / f"{stem_of(info, output, what)}.json"
     write_json(results, path)
@@ -316,11 +323,24 @@ def _show(results: dict[str, Any]) -> None:
             f"{settings['changed_texts']} texts are not what their tokens decode to (unknown tokens, case, "
             "white space), so bits per byte and perplexities are too low"
         )
+    if settings["unanswerable"]:
+        console.print(
+            f"{settings['unanswerable']} questions have a right answer that is none of their choices, so "
+            "they count as answered wrongly: look at doc_to_target in the task's file"
+        )
+    if settings["undefined"]:
+        console.print(
+            f"{', '.join(settings['undefined'])}: no score, as log-likelihoods are NaN: the weights hold "
+            "such numbers, or overflow"
+        )
     if settings["truncated_requests"]:
         console.print(
             f"{settings['truncated_requests']} requests were longer than {settings['max_length']} tokens and "
             "lost the beginning of their context"
         )
+    plain = [task for task, shots in results["n-shot"].items() if settings["num_fewshot"] and not shots]
+    if plain:
+        console.print(f"scored without solved examples (--num-fewshot), as it takes none: {', '.join(plain)}")
 
 
 def _rows(results: dict[str, Any]) -> list[list[str]]:

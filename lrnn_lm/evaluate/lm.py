@@ -3,6 +3,7 @@
 Heavy to import (torch, lm_eval): `harness` does so only when it evaluates.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenize import spells
+from ..data.tokenize import no_token_told, spells
 from ..model import prefill
 from ..model.cache import CACHE
 from .team import ALONE, Team
@@ -37,7 +38,7 @@ class LiveLM(HFLM):
         team: the processes that share the requests; to lm-eval each looks like a single process.
 
     `changed` counts the rolling texts that their tokens do not spell, as they are lower-cased or hold an
-    unknown token: what the model need not predict.
+    unknown token: what the model need not predict. `undefined` are the tasks with a log-likelihood of NaN.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LiveLM(HFLM):
         self._twice = prompt_twice
         self._start, self._rolling, self.truncated, self._team = start, False, 0, team
         self.changed = 0
+        self.undefined: set[str] = set()
         self._window, self._unlimited = max_length, unlimited
         self._bare = tokenizer.bos_token_id is None and tokenizer.eos_token_id is None  # no start token
         super().__init__(
@@ -90,9 +92,12 @@ class LiveLM(HFLM):
         """
         if self._rolling or self._bare:  # lm-eval puts the prefix token before rolling windows itself
             add_special_tokens = False
-        if self._start is None:
-            return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True)
+        with no_token_told(string):
+            if self._start is None:
+                return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+            ids = self.tokenizer.encode(
+                string, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )
         ids = ids if add_special_tokens is False else [self._start, *ids]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -138,7 +143,8 @@ class LiveLM(HFLM):
         def score(share: list[Any]) -> list[tuple[float, bool]]:
             return self._score(share, self._quiet(disable_tqdm))
 
-        return self._team.share(pairs, contexts, sizes, score)
+        answers = self._team.share(pairs, contexts, sizes, score)
+        return self._seen(requests, answers, [nats for nats, _ in answers])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of each whole text given BOS, in windows of max_length tokens."""
@@ -149,7 +155,13 @@ class LiveLM(HFLM):
 
         with self._in_windows():
             self.changed += sum(self._changes(text) for text in texts if self._team.is_main)
-            return self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+            answers = self._team.share(requests, range(len(texts)), list(map(len, texts)), score)
+        return self._seen(requests, answers, answers)
+
+    def _seen(self, requests: list[Instance], answers: list[Any], nats: list[float]) -> list[Any]:
+        """The answers; notes the tasks of those that are NaN."""
+        self.undefined |= {r.task_name for r, n in zip(requests, nats, strict=True) if math.isnan(n)}
+        return answers
 
     def _changes(self, text: str) -> bool:
         """Whether a text's tokens spell another one."""

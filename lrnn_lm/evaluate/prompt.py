@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.tokenize import no_token_told
 from ..data.windows import WINDOW, encode_stream
 from ..files import user_path
 from ..runs.load import check_window
@@ -54,7 +55,8 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> Itera
 
     def encode(text: str) -> "Encoding":
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return tokenizer(text, **options).encodings[0]
+        with no_token_told(text):
+            return tokenizer(text, **options).encodings[0]
 
     yield from encode_stream(texts, encode)
 

@@ -32,6 +32,7 @@ class Reconstruction(LM):
         super().__init__()
         self._model, self._tokenizer, self._batch_size, self._team = model.eval(), tokenizer, batch_size, team
         self.truncated = self.changed = 0  # rows are read whole
+        self.undefined: set[str] = set()  # no log-likelihoods
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each row as the model writes it, numbers between blanks."""

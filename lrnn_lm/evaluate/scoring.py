@@ -3,19 +3,21 @@
 import contextlib
 import copy
 import functools
-import importlib
 import io
 import json
 import logging
 import math
 import os
+import pkgutil
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..files import random_state_kept
 from ..runs.load import document_start, without_dropout
+from .tasks import names as tasks
 from .team import Team
 
 if TYPE_CHECKING:
@@ -39,8 +41,7 @@ def score_tasks(
     prompt_twice: bool = False,
     bootstrap: int = BOOTSTRAP,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """lm-eval's results; and how many requests lost the beginning of their context, how many rolling texts
-    their tokens do not spell, as the results' settings name them.
+    """lm-eval's results; and how requests were read, see `_reading`.
 
     max_length, unlimited, prompt_twice: as LiveLM takes them. bootstrap: 0 for no standard errors at all.
     Raises ValueError for what lm-eval refuses.
@@ -50,12 +51,12 @@ def score_tasks(
     from .lm import LiveLM
     from .reconstruction import Reconstruction, encodes
 
-    training = model.training
+    training, wrong = model.training, []
     try:
         with (
             refusals(names),
             random_state_kept(model.device),  # lm-eval seeds all generators
-            _replaced([*_REPLACED, *([] if team.shows else [_NO_BAR])]),
+            _replaced([*_REPLACED, _labels(wrong), *([] if team.shows else [_NO_BAR])]),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             lm: Any
@@ -81,24 +82,53 @@ def score_tasks(
             )
     finally:
         model.train(training)
-    reading = {"truncated_requests": lm.truncated, "changed_texts": lm.changed}
+    reading = _reading(results, lm) | {"unanswerable": len(wrong)}
     # The results hold functions and tensors; as text, so that the caller gets what is written.
     return json.loads(json.dumps(results, default=str)), reading
 
 
 @contextlib.contextmanager
 def refusals(names: list[str]) -> Iterator[None]:
-    """Inside, what lm-eval cannot load or refuses is a ValueError."""
+    """Inside, what lm-eval cannot load or refuses, as a mistake in a task's file, is a ValueError."""
+    import jinja2
+
     try:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"a task needs the package {error.name!r}, which is not installed") from error
-    except AssertionError as error:  # lm-eval reports mistakes in a task's file by assertions
+    except (*_FAULTS, jinja2.TemplateError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        if "lm_eval" not in place.filename.replace("\\", "/").split("/"):
+        file = Path(place.filename)
+        own = file.is_relative_to(tasks.own_tasks_path())
+        if not own and (not _READS_TASKS & {*file.parts} or "models" in file.parts):
             raise
         reason = " ".join(str(error).split()) or place.line
+        if not isinstance(error, AssertionError):  # by which lm-eval reports mistakes in a task's file
+            reason = f"{type(error).__name__}: {reason}" + f" ({file}:{place.lineno})" * own
         raise ValueError(f"lm-eval refuses a task of {', '.join(names)}: {reason}") from error
+
+
+# What mistakes in a task's file become: a field, a split, a metric or a function that is not there, an answer
+# beyond the choices, a text without a word.
+_FAULTS = (
+    AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, TypeError, ZeroDivisionError,
+)  # fmt: skip
+_READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
+
+
+def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
+    """How many requests lost the beginning of their context, how many rolling texts their tokens do not
+    spell, and the tasks with log-likelihoods of NaN, as the results' settings name them.
+
+    To lm-eval NaN is the likeliest answer: the scores of these tasks and their groups become NaN.
+    """
+    for name, scores in (results or {}).get("results", {}).items():
+        if lm.undefined & {name, *results["group_subtasks"].get(name, ())}:
+            floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
+            scores |= dict.fromkeys(floats, math.nan)
+    return {
+        "truncated_requests": lm.truncated, "changed_texts": lm.changed, "undefined": sorted(lm.undefined)
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -138,8 +168,45 @@ def described(describe: Callable[[], str]) -> str:
     return describe()
 
 
-# What is replaced while lm-eval runs, as it has no option for it: module, name, and the replacement as a
-# function of the original. A row may go once the oldest lm-eval of pyproject.toml does the same by itself.
+def _of_others(context: Callable[..., Any]) -> Callable[..., Any]:
+    """`context`, lm-eval's prompt of a question, with solved examples that are never the question itself.
+
+    lm-eval leaves it out only where a task's `fewshot_split` is its test split. It draws from what it asks in
+    tasks with a test split alone, too, and in those whose `fewshot_split` is the validation split they ask.
+    """
+
+    def of_others(task: Any, doc: Any, num_fewshot: int, *args: Any, **options: Any) -> Any:
+        config, few = task.config, task.fewshot_cfg
+        named, asked = few.split, config.test_split or config.validation_split
+        drawn = named or config.training_split or config.validation_split or config.test_split
+        if drawn == asked and few.samples is None:
+            few.split = config.test_split  # lm-eval then takes one more, and leaves the question out
+        try:
+            return context(task, doc, num_fewshot, *args, **options)
+        except ValueError as error:
+            if "larger than population" not in str(error):
+                raise
+            raise ValueError(
+                f"task {config.task}: it has fewer than {num_fewshot} solved examples beside the question "
+                "(num_fewshot)"
+            ) from None
+        finally:
+            few.split = named
+
+    return of_others
+
+
+def _labels(found: list[Any]) -> tuple[str, str, Callable[[Any], Any]]:
+    """A row as below. Collects lm-eval's warnings of right answers that are none of a document's choices."""
+
+    def warning(own: Callable[..., None]) -> Callable[..., None]:
+        return lambda text, *more: found.append(text) if "Label index" in str(text) else own(text, *more)
+
+    return ("lm_eval.api.task:eval_logger", "warning", warning)
+
+
+# What is replaced while lm-eval runs, as it has no option for it: module or class, name, and the replacement
+# as a function of the original. A row may go once the oldest lm-eval of pyproject.toml does the same itself.
 _REPLACED: list[tuple[str, str, Callable[[Any], Any]]] = [
     # It asks git for the commit of the current folder, and outside a clone git prints `fatal:`.
     ("lm_eval.evaluator", "get_git_commit_hash", lambda _: lambda: None),
@@ -148,6 +215,7 @@ _REPLACED: list[tuple[str, str, Callable[[Any], Any]]] = [
     # exp() overflows for an answer above 709 nats, and the standard error where squared perplexities do.
     ("lm_eval.api.metrics", "math", lambda own: SimpleNamespace(**vars(own) | _EXP)),
     ("lm_eval.api.metrics", "sample_stddev", _or_infinity),
+    ("lm_eval.api.task:ConfigurableTask", "fewshot_context", _of_others),
 ]
 # The bar over the contexts that it builds, where none is to be shown.
 _NO_BAR = ("lm_eval.api.task", "tqdm", lambda _: lambda rows, **_options: rows)
@@ -156,8 +224,8 @@ _NO_BAR = ("lm_eval.api.task", "tqdm", lambda _: lambda rows, **_options: rows)
 @contextlib.contextmanager
 def _replaced(rows: list[tuple[str, str, Callable[[Any], Any]]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module, name, replacement in rows:
-            owner = importlib.import_module(module)
+        for place, name, replacement in rows:
+            owner = pkgutil.resolve_name(place)
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement(getattr(owner, name)))
         yield

@@ -56,18 +56,17 @@ def print_written(paths: Iterable[Path]) -> None:
 
 
 def check_output(output: Path | None) -> None:
-    """Raise ValueError for an output that is a file or is named like one, before hours of scoring."""
+    """Raise ValueError, before hours of scoring, for an output that is a file or is named like one, or that
+    this user may not write."""
     check_here(str(output or ""), "copy the scores when they are written")
-    if output is not None and (user_path(output).is_file() or Path(output).suffix == ".json"):
+    if output is None:
+        return
+    folder = user_path(output).absolute()
+    if folder.is_file() or folder.suffix == ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
-
-
-def check_folder(folder: Path | None) -> None:
-    """Raise ValueError if files cannot be made in a folder of results, before hours of scoring."""
-    check_output(folder)
-    there = folder and next((f for f in (folder, *folder.parents) if f.exists()), None)
-    if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"{folder}: no file can be written there; name another folder with --output")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{output}: no file can be written there; name another folder with --output")
 
 
 def check_used(

@@ -136,7 +136,23 @@ def load_checkpoint(
     if missing := sorted(told["missing_keys"]):  # which transformers draws at random
         remedy = _remedy(missing, config)
         raise ValueError(f"{checkpoint}: {len(missing)} weights are missing, such as {missing[0]}; {remedy}")
+    _check_vocabulary(checkpoint, model, tokenizer)
     return model.to(target).eval(), without_dropout(tokenizer)
+
+
+def _check_vocabulary(
+    checkpoint: str | Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Raise ValueError if text may become a token without an embedding: reading it ends in an IndexError, on
+    a GPU in a failed assertion. Control tokens aside, as some tokenizers have one more than their model."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = [t for t, number in tokenizer.get_vocab().items() if number >= rows and number not in control]
+    if beyond:
+        raise ValueError(
+            f"{checkpoint}: its tokenizer has {len(beyond)} tokens for which its model has no embedding, "
+            f"such as {beyond[0]!r}; call model.resize_token_embeddings(len(tokenizer)), and save both again"
+        )
 
 
 def without_dropout(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":

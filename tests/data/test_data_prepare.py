@@ -18,7 +18,16 @@ from corpora import make_texts, write_jsonl, write_recipe
 from forks import server
 from transformers import AutoTokenizer
 
-from lrnn_lm.data import DataError, DataSpec, PreparedData, SourceSpec, open_prepared, prepare, tokenizer_hash
+from lrnn_lm.data import (
+    DataError,
+    DataSpec,
+    PreparedData,
+    SourceSpec,
+    open_prepared,
+    prepare,
+    prepare_all,
+    tokenizer_hash,
+)
 from lrnn_lm.data.sources import documents
 from lrnn_lm.data.tokenize import load_backend
 from lrnn_lm.train.sources import notes
@@ -181,12 +190,20 @@ def test_a_lone_text_file_is_cut(spec: DataSpec, tmp_path: Path) -> None:
     assert "".join(documents(source)) == "x" * 1000
 
 
-def test_one_document_cannot_be_split(spec: DataSpec, tmp_path: Path) -> None:
-    source = SourceSpec(
-        type="jsonl", path=str(write_jsonl(tmp_path / "only.jsonl", ["".join(make_texts(60))]))
-    )
-    with pytest.raises(DataError, match=r"at least two different documents; .*data.validation_source"):
-        prepare(replace(spec, source=source), progress=False)
+@pytest.mark.parametrize("tokenizer", ["trained", "ready"])
+@pytest.mark.parametrize("only", ["one document", "held-out text"])
+def test_a_source_that_cannot_be_split_is_named(
+    spec: DataSpec, tmp_path: Path, tokenizer: str, only: str
+) -> None:
+    """Also one of many."""
+    texts = make_texts(60)
+    texts = ["".join(texts)] if only == "one document" else texts[:20]
+    source = SourceSpec(type="jsonl", path=str(write_jsonl(tmp_path / "only.jsonl", texts)))
+    if tokenizer == "ready":
+        spec = replace(spec, tokenizer=str(prepare(spec, progress=False).tokenizer_dir))
+    other = replace(spec, source=source, validation_source=source if only == "held-out text" else None)
+    with pytest.raises(DataError, match=r"^jsonl .*only.jsonl: no document is left for .*validation_source"):
+        prepare_all([spec, other], progress=False)
     assert leftovers(spec) == []
 
 

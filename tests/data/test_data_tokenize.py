@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from corpora import make_texts, write_recipe
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrnn_lm.data import DataError, tokenizer_hash
+from lrnn_lm.data.encode import encode_documents
 from lrnn_lm.data.tokenize import (
     MODEL_FILE,
     TokenizerRecipe,
@@ -20,6 +22,8 @@ from lrnn_lm.data.tokenize import (
     read_recipe,
     train,
 )  # fmt: skip
+from lrnn_lm.evaluate.prompt import prompt_ids
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("bpe", "unigram")
@@ -208,6 +212,40 @@ def test_a_tokenizer_that_draws_at_random_is_copied_without(
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizerFast", "CodeLlamaTokenizerFast", "GPTNeoXTokenizer"],
+)
+def test_text_is_split_as_tokenizer_json_says(tmp_path: Path, name: str) -> None:
+    """transformers 5 builds these classes from the vocabulary alone: digits, spaces and accents differ."""
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    raw.decoder = decoders.ByteLevel()
+    texts = [f"item {i * 7919} of e\u0301 é\n\n\tdef f(x): return {i}" for i in range(60)]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=letters)
+    )
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|endoftext|>", model_max_length=99
+    ).save_pretrained(source)
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+    if name == "GPT2Tokenizer":  # the class knows it
+        del config["eos_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    import_tokenizer(str(source), copy)
+    loaded = AutoTokenizer.from_pretrained(copy)  # as scores and generation read it
+    assert loaded.eos_token == "<|endoftext|>"
+    assert loaded.model_max_length == 99
+    for text in texts:
+        ids = raw.encode(text, add_special_tokens=False).ids
+        assert load_backend(copy).encode(text, add_special_tokens=False).ids == ids
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == text
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("tokenizer.json", "[]"),
@@ -248,3 +286,23 @@ def test_names_of_control_tokens_are_text_where_their_characters_are_new(
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
         assert not {0, 1, 2, 3} & set(ids)
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE", "Unigram", "WordPiece"])
+def test_text_that_a_tokenizer_cannot_read_is_told(tmp_path: Path, kind: str, num_proc: int) -> None:
+    """Without an unknown token they raise a bare Exception."""
+    vocab = {"</s>": 0, "a": 1, "b": 2}
+    model = {
+        "WordLevel": lambda: models.WordLevel(vocab, unk_token="<unk>"),
+        "BPE": lambda: models.BPE(vocab, [], unk_token="<unk>"),
+        "Unigram": lambda: models.Unigram([(token, -float(i)) for token, i in vocab.items()]),
+        "WordPiece": lambda: models.WordPiece(vocab, unk_token="<unk>"),
+    }[kind]()
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>").save_pretrained(tmp_path)
+    read = list(encode_documents([("a", 0), ("a", 1)], tmp_path, read_facts(tmp_path), num_proc))
+    assert [ids.tolist() for _, _, ids in read] == 2 * [[0, 1, 0]]
+    with pytest.raises(DataError, match=r"cannot read a text \(.*\), which begins 'a c'"):
+        list(encode_documents([("a", 0), ("a c", 1)], tmp_path, read_facts(tmp_path), num_proc))
+    with pytest.raises(ValueError, match="cannot read a text"):
+        prompt_ids(AutoTokenizer.from_pretrained(tmp_path), "a c")

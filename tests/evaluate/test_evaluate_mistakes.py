@@ -144,3 +144,17 @@ def test_the_hub_is_tried_before_it_is_given_up(monkeypatch):
     assert hub_is_reachable()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not hub_is_reachable()
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_without_an_embedding_are_told(checkpoint, tmp_path, special):
+    """On a GPU they end the process. A control token more, as for padding, is no text."""
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tokenizer = load_checkpoint(checkpoint, "cpu")[1]
+    tokenizer.add_tokens(["river"], special_tokens=special)
+    tokenizer.save_pretrained(copy)
+    if special:
+        assert len(load_checkpoint(copy, "cpu")[1]) > load_checkpoint(copy, "cpu")[0].config.vocab_size
+        return
+    with pytest.raises(ValueError, match=r"1 tokens for which its model has no embedding, such as 'river'"):
+        load_checkpoint(copy, "cpu")

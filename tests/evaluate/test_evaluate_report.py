@@ -168,6 +168,26 @@ def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_docu
     assert len(list((run / "eval").glob("*.json"))) == len(ways)
 
 
+def test_scores_with_examples_are_told_from_those_of_tasks_that_take_none(checkpoint, tmp_path, capsys):
+    """The file of a task, or a text scored whole, may leave no place for them, whatever is asked for."""
+    run = _write_run(tmp_path / "tiny")
+    ignored = shutil.ignore_patterns("eval")
+    shutil.copytree(checkpoint.parents[1], run, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+    data = tmp_path / "texts"
+    data.mkdir()
+    rows = [json.dumps({"text": f"She went to house {i} and came back from house {i}"}) for i in range(4)]
+    (data / "lambada_openai.jsonl").write_text("\n".join(rows))
+    (data / "wikitext2_test.txt").write_text(" = A = \n\n some text . \n")
+    names = ["offline_lambada", "offline_wikitext"]
+    evaluate(run / "checkpoints/latest", names, device="cpu", data=data, num_fewshot=2)
+    assert "(--num-fewshot), as it takes none: offline_wikitext" in " ".join(capsys.readouterr().out.split())
+    evaluate(run / "checkpoints/latest", names[1:], device="cpu", data=data, num_fewshot=2)
+    files = sorted(file.name for file in (run / "eval").glob("*.json"))
+    assert ["2-shot" in file for file in files] == [True, False]  # the second has usual scores
+    ways = {task.split(",")[0]: "2-shot" in task for task, _ in read_run(run).scores}
+    assert ways == {"offline_lambada": True, "offline_wikitext": False}
+
+
 def test_scores_on_two_texts_outside_a_run(checkpoint, tmp_path, write_documents):
     """A text is known by its content: a changed one is another, the same one elsewhere is not."""
     alone = shutil.copytree(checkpoint, tmp_path / "alone", ignore=shutil.ignore_patterns("trainer"))

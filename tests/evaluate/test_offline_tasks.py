@@ -144,6 +144,28 @@ def test_paradigms_take_turns(folder):
     assert rows["paradigm"] == turns or list(rows["paradigm"]) == turns
 
 
+@pytest.mark.parametrize("end", ["", " ", "\n", "\t \n"])
+def test_white_space_at_a_passages_end_is_not_its_last_word(tmp_path, end):
+    (tmp_path / "lambada_openai.jsonl").write_text("\ufeff" + json.dumps({"text": f"a long river{end}"}))
+    assert lambada_dataset(str(tmp_path))["test"]["text"][:] == ["a long river"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("lambada_openai", {"text": ""}, "line 1 .* none empty"),
+        ("lambada_openai", {"text": "river "}, "a space before its last word, unlike 'river'"),
+        ("blimp/x", {"sentence_good": "a", "sentence_bad": " "}, "line 1 .* none empty"),
+    ],
+)
+def test_texts_without_an_answer_are_told(tmp_path, name, row, message):
+    file = tmp_path / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        (blimp_dataset if "blimp" in name else lambada_dataset)(str(tmp_path))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--tasks", "offline_lambada"], "pass --data DIR"),
     (["--tasks", "offline_lambada", "--data", "{empty}/file"], "pass --data DIR"),

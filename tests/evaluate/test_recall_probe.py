@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import RECURRENT, small_model, tokens
+from small_models import RECURRENT, byte_tokenizer, small_model, tokens
 
 from lrnn_lm import LRNNConfig, LRNNForCausalLM
-from lrnn_lm.evaluate.probe.recall import only_diagonals, seen_before, split, text_rows, token_losses
+from lrnn_lm.evaluate.probe.recall import (
+    only_diagonals,
+    probe_recall,
+    seen_before,
+    split,
+    text_rows,
+    token_losses,
+)
 from lrnn_lm.evaluate.tasks.heldout import read_documents
 
 
@@ -115,3 +122,21 @@ def test_the_command_writes_table_json_and_picture(
     facts = json.loads((tmp_path / "recall.json").read_text())
     assert facts[0]["rows"] == 2
     assert (tmp_path / "recall.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("other", ["nothing", "tokenizer", "row length"])
+def test_losses_of_other_tokens_are_told_not_to_compare(
+    tokenizer, write_documents, tmp_path: Path, capsys: pytest.CaptureFixture, other: str
+) -> None:
+    folders, data = [], write_documents(tmp_path / "heldout.jsonl")
+    for i in range(2):
+        ours = byte_tokenizer(read_documents(data), 330) if other == "tokenizer" and i else tokenizer
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 400}
+        length = 12 if other == "row length" and i else 16
+        model = LRNNForCausalLM(LRNNConfig(**sizes, max_position_embeddings=length, eos_token_id=1))
+        folders.append(tmp_path / f"model{i}")
+        model.save_pretrained(folders[-1])
+        ours.save_pretrained(folders[-1])
+    probe_recall(folders, rows=4, data=data, output=tmp_path / "out", device="cpu")
+    told = "their losses a token do not compare" in " ".join(capsys.readouterr().out.split())
+    assert told == (other != "nothing")

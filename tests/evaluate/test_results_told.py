@@ -175,6 +175,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(run, tmp_path, 
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
     with pytest.raises(ValueError, match="no file can be written there"):
         WAYS[way](run / "checkpoints" / "latest", tmp_path / "new" / "results")
+    monkeypatch.setattr("os.access", lambda path, mode: path not in (run / "eval", run))
+    with pytest.raises(ValueError, match="no file can be written there"):
+        WAYS[way](run / "checkpoints" / "latest", None)
 
 
 @pytest.mark.parametrize("way", ["tasks", "length", "recall"])

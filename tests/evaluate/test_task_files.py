@@ -1,12 +1,15 @@
 """Task files as users write them, at a short window: right numbers in sound JSON, or a line."""
 
+import copy
 import json
 import math
 
 import pytest
+import torch
 from short_models import LONG, RECURRENT, WINDOW, build, by_hand, encode
 
 from lrnn_lm.evaluate import evaluate
+from lrnn_lm.evaluate.lm import LiveLM
 from lrnn_lm.evaluate.tasks import names as tasks
 
 
@@ -137,9 +140,109 @@ def test_tasks_that_take_no_examples_are_told(folder, write_task, tmp_path, caps
         for shots in (None, 1):
             out = tmp_path / "-".join([*tasks_of, str(shots)])
             evaluate(folder, tasks_of, device="cpu", output=out, num_fewshot=shots)
-            told = "changes nothing in none: they take no examples" in capsys.readouterr().out
+            told = "as it takes none: none" in capsys.readouterr().out
             assert told == (shots == 1 and "none" in tasks_of)
             names[(*tasks_of, shots)] = next(out.glob("*.json")).name
     assert "1-shot" in names["takes", 1]
     assert "1-shot" in names["takes", "none", 1]
     assert names["none", 1] == names["none", None]
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+@pytest.mark.parametrize("named", [True, False], ids=["fewshot_split", "no fewshot_split"])
+def test_solved_examples_are_never_the_question(folder, write_task, tmp_path, monkeypatch, split, named):
+    """Whichever split is asked, and whether or not the task's file says where examples come from."""
+    rows = [{"q": f"question {i}", "a": f" answer {i}"} for i in range(4)]
+    write_task("shots", "loglikelihood", rows, (f"fewshot_split: {split}\n" if named else "") + PERPLEXITY)
+    file = tmp_path / "shots.yaml"
+    file.write_text(
+        file.read_text()
+        .replace("{test:", f"{{{split}:")
+        .replace("test_split: test", f"{split}_split: {split}")
+    )
+    asked = []
+    own = LiveLM.loglikelihood
+    monkeypatch.setattr(
+        LiveLM, "loglikelihood", lambda lm, requests, **quiet: asked.extend(requests) or own(lm, requests)
+    )
+    found = evaluate(folder, ["shots"], device="cpu", num_fewshot=3)
+    assert found["n-shot"] == {"shots": 3}
+    contexts = [request.args[0] for request in asked]
+    assert len(contexts) == len(rows)
+    for context in contexts:  # three others with their answers, and the question
+        assert [sum(row["q"] + row["a"] in context for row in rows), context.count("question")] == [3, 4]
+    with pytest.raises(
+        ValueError, match="task shots: it has fewer than 4 solved examples beside the question"
+    ):
+        evaluate(folder, ["shots"], device="cpu", num_fewshot=4)
+
+
+CHOICES = 'doc_to_choice: ["yes", "no"]\nmetric_list: [{metric: acc}, {metric: acc_norm}]'
+FUNCTIONS = "def fails(doc):\n    return doc['nowhere']\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("a}}", "a.b.c}}"), "UndefinedError: .* has no attribute"),
+        (("a}}", "a"), "TemplateSyntaxError"),
+        (("metric: acc}", "metric: nope}"), "KeyError"),
+        (("test_split: test", "test_split: dev"), "KeyError: 'dev'"),
+        ((".jsonl", ".json"), r"FileNotFoundError: .*task.json"),
+        (("yes", ""), "IndexError"),
+        (('"{{a}}"', "!function functions.fails"), r"KeyError: 'nowhere' \(.*functions.py:2\)"),
+        (('"{{a}}"', "!function functions.nope"), "AttributeError: .*has no function 'nope'"),
+        (('"{{a}}"', "!function nowhere.f"), "ImportError: .*'nowhere'"),
+        (("multiple_choice", "loglikelihood_rolling\nx: ["), "cannot read this task file"),
+        (("task: ", "include: nowhere\ntask: "), "cannot read this task file"),
+    ],
+)
+def test_a_mistake_in_a_tasks_file_is_a_line(folder, write_task, tmp_path, change, reason):
+    write_task("task", "multiple_choice", [{"q": "the old", "a": "yes"}], CHOICES)
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    file = tmp_path / "task.yaml"
+    file.write_text(file.read_text().replace(*change))
+    with pytest.raises(ValueError, match=reason) as error:
+        evaluate(folder, ["task"], device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_two_files_with_one_name_are_told(folder, write_task, tmp_path):
+    for name in ("first", "second"):
+        write_task(name, "loglikelihood", [{"q": "the", "a": " old"}], PERPLEXITY)
+    file = tmp_path / "second.yaml"
+    file.write_text(file.read_text().replace("task: second", "task: first"))
+    with pytest.raises(ValueError, match=r"'first' is in two files, .*first.yaml and .*second.yaml; rename"):
+        evaluate(folder, ["fir*"], device="cpu")
+
+
+@pytest.mark.parametrize(("answers", "wrong"), [(["yes", "no"], 0), (["yes", "maybe"], 1), (["2", "1"], 1)])
+def test_right_answers_that_are_no_choice_are_told(folder, write_task, tmp_path, capsys, answers, wrong):
+    rows = [{"q": "the old", "a": answer} for answer in answers]
+    write_task("labels", "multiple_choice", sorted(rows, key=lambda row: row["a"] == "2"), CHOICES)
+    found = evaluate(folder, ["labels"], device="cpu", output=tmp_path)
+    assert found["settings"]["unanswerable"] == wrong
+    told = f"{wrong} questions have a right answer that is none of their choices" in capsys.readouterr().out
+    assert told == bool(wrong)
+
+
+def test_a_model_of_nan_has_no_scores(recurrent, tokenizer, folder, write_task, tmp_path, capsys):
+    """NaN is the likeliest to lm-eval: the first choice would be the answer to everything."""
+    broken = copy.deepcopy(recurrent)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(math.nan)
+    write_task("first", "multiple_choice", [{"q": "the", "a": "yes"}], CHOICES)
+    write_task("word", "loglikelihood", [{"q": "the", "a": " old"}], "metric_list: [{metric: acc}]")
+    write_task(
+        "text", "loglikelihood_rolling", [{"q": "", "a": "the old"}], "metric_list: [{metric: bits_per_byte}]"
+    )
+    groups = "group: all\ntask: [first, word]\naggregate_metric_list: [{metric: acc}]\n"
+    (tmp_path / "all.yaml").write_text(groups)
+    names = ["all", "first", "text", "word"]
+    evaluate(folder, ["all", "text"], device="cpu", output=tmp_path, model=broken, tokenizer=tokenizer)
+    stored = strictly(next(tmp_path.glob("*.json")))
+    assert sorted(stored["results"]) == names
+    numbers = [v for s in stored["results"].values() for k, v in s.items() if "," in k and v != "N/A"]
+    assert len(numbers) > len(names)
+    assert set(numbers) == {None}
+    assert "first, text, word: no score, as log-likelihoods are NaN" in capsys.readouterr().out

@@ -28,7 +28,10 @@ LAMBADA, BLIMP, WIKITEXT = "lambada_openai.jsonl", "blimp", "wikitext2_test.txt"
 def lambada_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":
     """Passages whose last word is asked; ValueError if the file is missing or a line is wrong."""
     path = _find(data, LAMBADA)
-    return _split("test", list(_rows(path, ("text",))), path)
+    rows = [{"text": row["text"].strip()} for row in _rows(path, ("text",))]  # the answer is what ends it
+    if short := [row["text"] for row in rows if " " not in row["text"]]:
+        raise ValueError(f"{path}: a passage needs a space before its last word, unlike {short[0][:40]!r}")
+    return _split("test", rows, path)
 
 
 def blimp_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, datasets.Dataset]":
@@ -62,7 +65,7 @@ def wikitext_dataset(data: str | None = None, **_metadata: Any) -> "dict[str, da
     """Articles, each one page."""
     path = _find(data, WIKITEXT)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a UTF-8 text file") from None
     return _split("test", [{"page": page} for page in pages(text)], path)
@@ -92,7 +95,7 @@ def _find(data: str | None, name: str) -> Path:
 
 def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut JSON at U+2028
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut JSON at U+2028
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a UTF-8 text file") from None
     for number, line in enumerate(lines, 1):
@@ -103,9 +106,9 @@ def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
             found = {key: row[key] for key in keys}
         except (json.JSONDecodeError, KeyError, TypeError):
             found = {}
-        if not found or not all(isinstance(text, str) for text in found.values()):
+        if not found or not all(isinstance(text, str) and text.strip() for text in found.values()):
             names = ", ".join(f'"{key}"' for key in keys)
-            raise ValueError(f"{path}: line {number} is not a JSON object with texts {names}")
+            raise ValueError(f"{path}: line {number} is not a JSON object with texts {names}, none empty")
         yield found
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ...data import SYNTHETIC_TASKS, SyntheticTask
 from ...runs.load import CheckpointInfo, describe, load_checkpoint
-from ..show import check_folder, print_table, print_written, table_console, write_json
+from ..show import check_output, print_table, print_written, table_console, write_json
 from ..tasks.synthetic import run_source
 from ..text import stem_of
 from .harden import harden
@@ -47,7 +47,7 @@ def certify(
     Raises ValueError if the task is not an automaton, or if no certificate exists for such a model.
     """
     info = describe(checkpoint)
-    check_folder(info.results(output))
+    check_output(info.results(output))
     source = run_source(info.path)
     options = source["options"] if source.get("task") == task else {}
     made = SyntheticTask(task, 32, {key: value for key, value in options.items() if key != "seed"})

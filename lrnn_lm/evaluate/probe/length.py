@@ -29,7 +29,7 @@ from ...runs.layout import RunFolder
 from ...runs.load import CheckpointInfo, context_length, describe, load_checkpoint
 from ..show import (
     check_at_least,
-    check_folder,
+    check_output,
     decimal,
     print_table,
     print_written,
@@ -72,7 +72,7 @@ def probe_length(
     from .length_plot import draw_length
 
     info = describe(checkpoint)
-    check_folder(info.results(output))
+    check_output(info.results(output))
     check_at_least(1, rows=rows)
     model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
     trained = context_length(model, info.run)

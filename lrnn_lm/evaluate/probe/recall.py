@@ -27,7 +27,15 @@ from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
 from ..reporting.plot import colour, picture, tidy
-from ..show import check_at_least, check_folder, decimal, print_table, print_written, write_json
+from ..show import (
+    check_at_least,
+    check_output,
+    decimal,
+    print_table,
+    print_written,
+    table_console,
+    write_json,
+)
 from ..tasks.heldout import heldout_path, read_documents
 from ..text import free_stem, in_name, other_text
 from .transitions import mixer_inputs
@@ -63,17 +71,23 @@ def probe_recall(
     check_at_least(1, rows=rows)
     names = checkpoint_names(checkpoints)
     first = describe(checkpoints[0])
-    check_folder(first.results(output))
+    check_output(first.results(output))
     text = heldout_path(data, first.path)
-    found = []
+    found, read = [], []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         info = describe(checkpoint)
         model, tokenizer = load_checkpoint(info.path, device, trust_remote_code=trust_remote_code)
         inputs, targets = text_rows(model, tokenizer, text, rows, context_length(model, info.run))
+        read.append(inputs)
         size = {"rows": len(inputs), "length": inputs.shape[1]}
         place = {"path": str(info.path), "step": info.step}
         found.append({"name": name, "checkpoint": place, **size, **split(model, inputs, targets)})
     _show(found)
+    if not all(torch.equal(inputs, read[0]) for inputs in read):
+        table_console().print(
+            "they read other tokens (tokenizers or row lengths differ): their losses a token do not compare, "
+            "bits per byte do (--tasks heldout_bits_per_byte)"
+        )
     written = []
     if (folder := first.results(output)) is not None:
         stem = f"recall{in_name(other_text(first, str(text)))}"

@@ -144,10 +144,10 @@ def _read_scores(folder: Path, at: int | None) -> dict[tuple[str, str], Score]:
         rank = (step or 0, limit is None, file.stat().st_mtime)
         lengths = settings.get("lengths")
         for task, metric, value, error in rows:
-            of_text = task.startswith(("heldout_", "offline_"))
+            way = variant(results, task, text=task.startswith(("heldout_", "offline_")))
             if lengths and task.startswith(WHOLE_ROWS):  # not the task's own rows
                 task = f"{task} at {', '.join(map(str, lengths))}"
-            task = ", ".join([task, *variant(settings, text=of_text)])
+            task = ", ".join([task, *way])
             if (task, metric) not in found or rank >= found[task, metric][0]:
                 found[task, metric] = (rank, Score(value, error, step, limit))
     return {key: score for key, (_, score) in sorted(found.items())}

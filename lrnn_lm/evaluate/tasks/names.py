@@ -9,6 +9,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrnn_lm.recipe import explain, read_yaml, resolve_path, shipped
@@ -104,7 +105,14 @@ def _upstream_files() -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str], own: list[str]) -> ValueError:
-    """The refusal of an unknown task, with those that it may mean."""
+    """The refusal of an unknown task, with those that it may mean; or of one whose file cannot be read."""
+    for file in _files_of(name):
+        try:
+            yaml.compose(file.read_text("utf-8"), yaml.SafeLoader)
+            why = "a file that it includes may be missing"
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())
+        return ValueError(f"{file}: lm-eval cannot read this task file ({why})")
     ours = sorted((task for task in own if name.strip().lower() in task.lower()), key=len)
     near = ours[:3] or difflib.get_close_matches(name, sorted({*own, *known}), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?"
@@ -112,8 +120,20 @@ def _unknown(name: str, known: Iterable[str], own: list[str]) -> ValueError:
     return ValueError(f"unknown task {name!r}; {hint if near else otherwise}")
 
 
+def _files_of(name: str) -> list[Path]:
+    """The files in the project's folder of tasks that define a task or group of this name."""
+    line = re.compile(rf"(?m)^(?:task|group): *[\"']?{re.escape(name)}[\"']? *(?:#.*)?$")
+    found = sorted(own_tasks_path().rglob("*.yaml"))
+    return [file for file in found if line.search(file.read_text("utf-8", "replace"))]
+
+
 def _expand(manager: "TaskManager", names: list[str]) -> list[str]:
-    return list(dict.fromkeys(match for name in names for match in sorted(manager.match_tasks([name]))))
+    """The names that are asked for; ValueError for one that two files define, as lm-eval takes the first."""
+    found = list(dict.fromkeys(match for name in names for match in sorted(manager.match_tasks([name]))))
+    for name in found:
+        if len(files := _files_of(name)) > 1:
+            raise ValueError(f"task {name!r} is in two files, {files[0]} and {files[1]}; rename one of them")
+    return found
 
 
 @contextmanager
