@@ -21,6 +21,7 @@ from ..mixers.base import is_traced
 from .cache import CACHE, one_cache
 from .config import LRNNConfig
 from .documents import before, check_tokens
+from .loss import cross_entropy
 from .masks import Layout
 from .modeling import LRNNModel, LRNNPreTrainedModel, batch_layout
 
@@ -76,7 +77,7 @@ class _Classifier(LRNNPreTrainedModel):
         unmasked = input_ids if attention_mask is None else None
         logits = self.score(self._read(outputs.last_hidden_state, unmasked, batch))
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits.float(), labels, num_items_in_batch),
+            loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
             logits=logits,
             **{key: getattr(outputs, key) for key in (CACHE, "hidden_states", "attentions")},
         )
@@ -90,7 +91,7 @@ class LRNNForTokenClassification(_Classifier):
     """Scores of each token; it has seen the tokens before it."""
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        return self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
+        return cross_entropy(logits, labels, num_items)
 
 
 class LRNNForSequenceClassification(_Classifier):
@@ -116,8 +117,13 @@ class LRNNForSequenceClassification(_Classifier):
         return hidden[torch.arange(B, device=hidden.device), last]
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        if len(labels) != len(logits):
-            raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit {len(logits)} rows")
+        B, C = logits.shape
+        if tuple(labels.shape) not in ((B,), (B, 1), (B, C)):  # (B, B) would be broadcast
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit scores of shape {(B, C)}: pass one a row"
+                + f", or ({B}, {C})" * (C > 1)
+            )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = labels.to(logits.dtype) if self.num_labels == 1 else labels
         loss = self.loss_function(labels=targets, pooled_logits=logits, config=self.config)
         return loss if num_items is None else loss * (labels != -100).sum() / num_items

@@ -148,9 +148,34 @@ def test_a_step_is_the_same_in_any_micro_batches(problem, side, classifier, toke
 
 
 def test_labels_that_do_not_fit_are_refused(classifier):
-    for classes in (1, 4):
-        with pytest.raises(ValueError, match=r"labels of shape \(2,\) do not fit 4 rows"):
-            classifier(num_labels=classes)(**padded("left"), labels=torch.ones(2))
+    """Some of them were broadcast, or read row by row in another order."""
+    for classes, shapes in ((1, [(2,), (), (4, 4), (1, 4)]), (3, [(2,), (), (4, 2), (3, 4), (12,)])):
+        model = classifier(num_labels=classes)
+        for shape in shapes:
+            with pytest.raises(ValueError, match=r"labels of shape \(.*\) do not fit scores of shape \(4, "):
+                model(**padded("left"), labels=torch.ones(shape))
+    model, batch = classifier(kind=AutoModelForTokenClassification), padded("left")
+    T = batch["input_ids"].shape[1]
+    for shape in ((4,), (4, T - 1), (T, 4), (4 * T,)):
+        with pytest.raises(ValueError, match=r"labels of shape \(.*\) do not fit inputs of shape \(4, 1"):
+            model(**batch, labels=torch.ones(shape, dtype=torch.long))
+
+
+def test_a_loss_is_in_fp64_where_the_model_is(classifier):
+    batch = padded("right")
+    of_tokens = batch["input_ids"] % 2
+    for kind, own in (
+        (AutoModelForSequenceClassification, of_tokens[:, 0]),
+        (AutoModelForTokenClassification, of_tokens),
+    ):
+        for dtype, want in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+            assert classifier(kind=kind).to(dtype)(**batch, labels=own).loss.dtype == want
+
+
+def test_a_batch_of_tokens_without_labels_has_no_loss(classifier):
+    """Its mean would be no number, and that of all micro-batches with it."""
+    model, batch = classifier(kind=AutoModelForTokenClassification), padded("right")
+    assert model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss == 0
 
 
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
