@@ -125,8 +125,11 @@ class LRNNForSequenceClassification(_Classifier):
             )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = labels.to(logits.dtype) if self.num_labels == 1 else labels
-        loss = self.loss_function(labels=targets, pooled_logits=logits, config=self.config)
-        return loss if num_items is None else loss * (labels != -100).sum() / num_items
+        options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": num_items}
+        loss = self.loss_function(labels=targets, **options)
+        if num_items is None or self.config.problem_type == "single_label_classification":  # which reads it
+            return loss
+        return loss * labels.numel() / num_items
 
 
 AutoModelForSequenceClassification.register(LRNNConfig, LRNNForSequenceClassification, exist_ok=True)

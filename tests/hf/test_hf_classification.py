@@ -178,6 +178,18 @@ def test_a_batch_of_tokens_without_labels_has_no_loss(classifier):
     assert model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss == 0
 
 
+@pytest.mark.parametrize("labels", [[1, -100, 2, 0], [1.5, -100.0, 2.0, 0.0]], ids=str)
+def test_a_batch_has_the_loss_of_its_rows(labels, classifier):
+    """With a row without a class, whose mean alone is no number; of numbers -100 is one."""
+    of_numbers = isinstance(labels[0], float)
+    model = classifier(num_labels=1 if of_numbers else 3).double()
+    batch = padded("right") | {"labels": torch.tensor(labels)}
+    counted = {"num_items_in_batch": torch.tensor(3)}  # by the Trainer: all but -100
+    rows_alone = [{name: each[b : b + 1] for name, each in batch.items()} for b in range(4)]
+    parts = [model(**row, **counted).loss for row in rows_alone]
+    close(torch.stack(parts).sum(), model(**batch, **counted).loss, SUMS)
+
+
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
 def test_it_is_not_counted_as_a_language_model(kind, classifier, tmp_path):
     classifier("bd_lru", kind)
