@@ -74,7 +74,9 @@ class _Classifier(LRNNPreTrainedModel):
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        unmasked = input_ids if attention_mask is None else None
+        kept = batch.attention_mask  # 4-d where it was not read: such a mask tells nothing of padding
+        unread = attention_mask is None or (isinstance(kept, Tensor) and kept.ndim == 4)
+        unmasked = input_ids if unread else None
         logits = self.score(self._read(outputs.last_hidden_state, unmasked, batch))
         return SequenceClassifierOutputWithPast(
             loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
@@ -83,7 +85,7 @@ class _Classifier(LRNNPreTrainedModel):
         )
 
     def _read(self, hidden: Tensor, input_ids: Tensor | None, batch: Layout) -> Tensor:
-        """What the scores are of, from hidden states (B, T, D) of all tokens; the ids if there is no mask."""
+        """What the scores are of, from all hidden states (B, T, D); ids where no mask tells of padding."""
         return hidden
 
 
@@ -104,7 +106,9 @@ class LRNNForSequenceClassification(_Classifier):
         mask, pad = batch.token_mask, self.config.pad_token_id
         if input_ids is not None and (pad is not None or B > 1):
             if pad is None:
-                raise ValueError("no padding is known: pass attention_mask, or set model.config.pad_token_id")
+                raise ValueError(
+                    "no padding is known: pass attention_mask (rows, tokens), or set config.pad_token_id"
+                )
             mask = input_ids != pad
         if batch.starts is not None and not is_traced():
             nothing = torch.zeros_like(batch.starts)

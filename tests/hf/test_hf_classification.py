@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from small_models import OF_EACH_STATE, close, small_model, tokens
+from small_models import OF_EACH_STATE, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import (
     AutoModelForSequenceClassification,
@@ -81,8 +81,24 @@ def test_without_a_mask_rows_end_before_the_padding_token(classifier):
     alone = torch.cat([model(row[:-1].unsqueeze(0)).logits for row in rows()])
     close(model(ids).logits, alone, SUMS)
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="pass attention_mask, or set"):
+    with pytest.raises(ValueError, match=r"pass attention_mask \(rows, tokens\), or set"):
         model(ids)
+
+
+@torch.no_grad()
+def test_a_mask_that_tells_no_padding(classifier):
+    """Of prefixes, or any 4-d one in a graph: as without a mask, by the padding token."""
+    model, batch = classifier("attention"), padded("right")
+    model.config.pad_token_id = VOCAB - 1
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, VOCAB - 1)
+    T = ids.shape[1]
+    prefix = batch["attention_mask"].bool()[:, None, None].expand(-1, 1, T, T)
+    causal = prefix & torch.ones(T, T, dtype=torch.bool).tril()
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(ids, attention_mask=causal).logits, model(**batch | {"input_ids": ids}).logits, SUMS)
+    last = batch["attention_mask"].sum(1) - 1
+    hidden = model.model(ids, attention_mask=prefix).last_hidden_state[torch.arange(len(ids)), last]
+    close(model(ids, attention_mask=prefix).logits, model.score(hidden), SUMS)
 
 
 @torch.no_grad()
