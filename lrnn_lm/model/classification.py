@@ -21,6 +21,7 @@ from ..mixers.base import is_traced
 from .cache import CACHE, one_cache
 from .config import LRNNConfig
 from .documents import before, check_tokens
+from .loss import cross_entropy
 from .masks import Layout
 from .modeling import LRNNModel, LRNNPreTrainedModel, batch_layout
 
@@ -73,16 +74,18 @@ class _Classifier(LRNNPreTrainedModel):
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        unmasked = input_ids if attention_mask is None else None
+        kept = batch.attention_mask  # 4-d where it was not read: such a mask tells nothing of padding
+        unread = attention_mask is None or (isinstance(kept, Tensor) and kept.ndim == 4)
+        unmasked = input_ids if unread else None
         logits = self.score(self._read(outputs.last_hidden_state, unmasked, batch))
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits.float(), labels, num_items_in_batch),
+            loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
             logits=logits,
             **{key: getattr(outputs, key) for key in (CACHE, "hidden_states", "attentions")},
         )
 
     def _read(self, hidden: Tensor, input_ids: Tensor | None, batch: Layout) -> Tensor:
-        """What the scores are of, from hidden states (B, T, D) of all tokens; the ids if there is no mask."""
+        """What the scores are of, from all hidden states (B, T, D); ids where no mask tells of padding."""
         return hidden
 
 
@@ -90,7 +93,7 @@ class LRNNForTokenClassification(_Classifier):
     """Scores of each token; it has seen the tokens before it."""
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        return self.loss_function(logits, labels, self.config, num_items_in_batch=num_items)
+        return cross_entropy(logits, labels, num_items)
 
 
 class LRNNForSequenceClassification(_Classifier):
@@ -103,7 +106,9 @@ class LRNNForSequenceClassification(_Classifier):
         mask, pad = batch.token_mask, self.config.pad_token_id
         if input_ids is not None and (pad is not None or B > 1):
             if pad is None:
-                raise ValueError("no padding is known: pass attention_mask, or set model.config.pad_token_id")
+                raise ValueError(
+                    "no padding is known: pass attention_mask (rows, tokens), or set config.pad_token_id"
+                )
             mask = input_ids != pad
         if batch.starts is not None and not is_traced():
             nothing = torch.zeros_like(batch.starts)
@@ -116,11 +121,19 @@ class LRNNForSequenceClassification(_Classifier):
         return hidden[torch.arange(B, device=hidden.device), last]
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        if len(labels) != len(logits):
-            raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit {len(logits)} rows")
+        B, C = logits.shape
+        if tuple(labels.shape) not in ((B,), (B, 1), (B, C)):  # (B, B) would be broadcast
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not fit scores of shape {(B, C)}: pass one a row"
+                + f", or ({B}, {C})" * (C > 1)
+            )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = labels.to(logits.dtype) if self.num_labels == 1 else labels
-        loss = self.loss_function(labels=targets, pooled_logits=logits, config=self.config)
-        return loss if num_items is None else loss * (labels != -100).sum() / num_items
+        options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": num_items}
+        loss = self.loss_function(labels=targets, **options)
+        if num_items is None or self.config.problem_type == "single_label_classification":  # which reads it
+            return loss
+        return loss * labels.numel() / num_items
 
 
 AutoModelForSequenceClassification.register(LRNNConfig, LRNNForSequenceClassification, exist_ok=True)

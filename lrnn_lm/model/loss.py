@@ -194,7 +194,7 @@ def check_labels(labels: Tensor, tokens: Tensor) -> None:
             f"pass one label a token, {IGNORE} where there is none"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are token ids, whole numbers, not {labels.dtype}")
+        raise ValueError(f"labels are whole numbers, not {labels.dtype}")
 
 
 def shift_labels(labels: Tensor, starts: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:

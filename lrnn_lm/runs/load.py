@@ -174,17 +174,25 @@ def _remedy(missing: list[str], config: dict[str, Any]) -> str:
 
 
 def model_configuration(folder: Path) -> "LRNNConfig":
-    """The config.json of one of our models, read without its weights; ValueError for one that is damaged."""
+    """The config.json of one of our models, read without its weights; ValueError for one that is damaged, and
+    for a classifier."""
     from ..model import LRNNConfig
 
     try:
-        return LRNNConfig.from_pretrained(folder, local_files_only=True)
+        config = LRNNConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
     except _DAMAGED as error:  # a value that was changed by hand
         raise ValueError(
             f"{folder}/config.json: {' '.join(str(error).split())[:200]}; copy it again"
         ) from error
+    _check_kind(folder, config.architectures)
+    return config
+
+
+def _check_kind(folder: str | Path, kinds: list[str] | None) -> None:
+    if any(str(kind).endswith("Classification") for kind in kinds or []):
+        raise ValueError(f"{folder}: a classifier, which is no language model; load it with transformers")
 
 
 def json_table(file: Path) -> dict[str, Any]:
@@ -204,9 +212,7 @@ def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
     """Raise ValueError for a classifier, a folder without tokenizer, or without weights if they are needed,
     UnmetRequirementError for one of integers where torchao is missing."""
     config = json_table(CheckpointFolder(path).config)
-    kinds = config.get("architectures") or []
-    if {"LRNNForSequenceClassification", "LRNNForTokenClassification"} & {*kinds}:
-        raise ValueError(f"{checkpoint}: a classifier, which is no language model; load it with transformers")
+    _check_kind(checkpoint, config.get("architectures"))
     quantised = config.get("quantization_config") or {}
     if quantised.get("quant_method") == "torchao":
         check_extra("torchao", "torchao")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from small_models import OF_EACH_STATE, close, small_model, tokens
+from small_models import OF_EACH_STATE, VOCAB, close, small_model, tokens
 from tolerances import TOLERANCE
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,8 +16,8 @@ from transformers import (
     pipeline,
 )
 
-from lrnn_lm.model.accounting import meta_model
 from lrnn_lm.runs.load import load_checkpoint
+from lrnn_lm.train.info import print_info
 
 LENGTHS = (9, 4, 1, 7)
 PAD = 1  # EOS too, as in the tokenizers that this project makes
@@ -81,8 +81,24 @@ def test_without_a_mask_rows_end_before_the_padding_token(classifier):
     alone = torch.cat([model(row[:-1].unsqueeze(0)).logits for row in rows()])
     close(model(ids).logits, alone, SUMS)
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="pass attention_mask, or set"):
+    with pytest.raises(ValueError, match=r"pass attention_mask \(rows, tokens\), or set"):
         model(ids)
+
+
+@torch.no_grad()
+def test_a_mask_that_tells_no_padding(classifier):
+    """Of prefixes, or any 4-d one in a graph: as without a mask, by the padding token."""
+    model, batch = classifier("attention"), padded("right")
+    model.config.pad_token_id = VOCAB - 1
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, VOCAB - 1)
+    T = ids.shape[1]
+    prefix = batch["attention_mask"].bool()[:, None, None].expand(-1, 1, T, T)
+    causal = prefix & torch.ones(T, T, dtype=torch.bool).tril()
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(ids, attention_mask=causal).logits, model(**batch | {"input_ids": ids}).logits, SUMS)
+    last = batch["attention_mask"].sum(1) - 1
+    hidden = model.model(ids, attention_mask=prefix).last_hidden_state[torch.arange(len(ids)), last]
+    close(model(ids, attention_mask=prefix).logits, model.score(hidden), SUMS)
 
 
 @torch.no_grad()
@@ -148,15 +164,53 @@ def test_a_step_is_the_same_in_any_micro_batches(problem, side, classifier, toke
 
 
 def test_labels_that_do_not_fit_are_refused(classifier):
-    for classes in (1, 4):
-        with pytest.raises(ValueError, match=r"labels of shape \(2,\) do not fit 4 rows"):
-            classifier(num_labels=classes)(**padded("left"), labels=torch.ones(2))
+    """Some of them were broadcast, or read row by row in another order."""
+    for classes, shapes in ((1, [(2,), (), (4, 4), (1, 4)]), (3, [(2,), (), (4, 2), (3, 4), (12,)])):
+        model = classifier(num_labels=classes)
+        for shape in shapes:
+            with pytest.raises(ValueError, match=r"labels of shape \(.*\) do not fit scores of shape \(4, "):
+                model(**padded("left"), labels=torch.ones(shape))
+    model, batch = classifier(kind=AutoModelForTokenClassification), padded("left")
+    T = batch["input_ids"].shape[1]
+    for shape in ((4,), (4, T - 1), (T, 4), (4 * T,)):
+        with pytest.raises(ValueError, match=r"labels of shape \(.*\) do not fit inputs of shape \(4, 1"):
+            model(**batch, labels=torch.ones(shape, dtype=torch.long))
+
+
+def test_a_loss_is_in_fp64_where_the_model_is(classifier):
+    batch = padded("right")
+    of_tokens = batch["input_ids"] % 2
+    for kind, own in (
+        (AutoModelForSequenceClassification, of_tokens[:, 0]),
+        (AutoModelForTokenClassification, of_tokens),
+    ):
+        for dtype, want in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+            assert classifier(kind=kind).to(dtype)(**batch, labels=own).loss.dtype == want
+
+
+def test_a_batch_of_tokens_without_labels_has_no_loss(classifier):
+    """Its mean would be no number, and that of all micro-batches with it."""
+    model, batch = classifier(kind=AutoModelForTokenClassification), padded("right")
+    assert model(**batch, labels=torch.full_like(batch["input_ids"], -100)).loss == 0
+
+
+@pytest.mark.parametrize("labels", [[1, -100, 2, 0], [1.5, -100.0, 2.0, 0.0]], ids=str)
+def test_a_batch_has_the_loss_of_its_rows(labels, classifier):
+    """With a row without a class, whose mean alone is no number; of numbers -100 is one."""
+    of_numbers = isinstance(labels[0], float)
+    model = classifier(num_labels=1 if of_numbers else 3).double()
+    batch = padded("right") | {"labels": torch.tensor(labels)}
+    counted = {"num_items_in_batch": torch.tensor(3)}  # by the Trainer: all but -100
+    rows_alone = [{name: each[b : b + 1] for name, each in batch.items()} for b in range(4)]
+    parts = [model(**row, **counted).loss for row in rows_alone]
+    close(torch.stack(parts).sum(), model(**batch, **counted).loss, SUMS)
 
 
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_it_is_not_counted_as_a_language_model(kind, classifier):
-    with pytest.raises(ValueError, match="a classifier"):
-        meta_model(classifier("bd_lru", kind).config)
+def test_it_is_not_counted_as_a_language_model(kind, classifier, tmp_path):
+    classifier("bd_lru", kind)
+    with pytest.raises(ValueError, match=f"{tmp_path}/made: a classifier, which is no language model"):
+        print_info(str(tmp_path / "made"))
 
 
 def test_rewards_by_trl(make_checkpoint, tmp_path):
