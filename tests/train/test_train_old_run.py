@@ -5,7 +5,7 @@
 """
 
 import json
-import tarfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,7 @@ LOSS, VALIDATION_LOSS = 5.4272308349609375, 5.419137333714684  # nats a token, a
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ARCHIVE, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
