@@ -90,7 +90,9 @@ def score_tasks(
 @contextlib.contextmanager
 def refusals(names: list[str]) -> Iterator[None]:
     """Inside, what lm-eval cannot load or refuses, as a mistake in a task's file, is a ValueError."""
+    import datasets
     import jinja2
+    import lm_eval
 
     try:
         yield
@@ -100,7 +102,9 @@ def refusals(names: list[str]) -> Iterator[None]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         file = Path(place.filename)
         own = file.is_relative_to(tasks.own_tasks_path())
-        if not own and (not _READS_TASKS & {*file.parts} or "models" in file.parts):
+        readers = [Path(package.__file__).parent for package in (datasets, jinja2, lm_eval)]
+        reads = place.filename in _TEMPLATES or any(file.is_relative_to(reader) for reader in readers)
+        if not (own or reads) or file.is_relative_to(readers[-1] / "models"):
             raise
         reason = " ".join(str(error).split()) or place.line
         if not isinstance(error, AssertionError):  # by which lm-eval reports mistakes in a task's file
@@ -113,7 +117,7 @@ def refusals(names: list[str]) -> Iterator[None]:
 _FAULTS = (
     AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, TypeError, ZeroDivisionError,
 )  # fmt: skip
-_READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
+_TEMPLATES = ("<template>", "<unknown>")  # Jinja's names for the file of a text of a task
 
 
 def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:

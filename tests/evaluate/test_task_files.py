@@ -4,12 +4,14 @@ import copy
 import json
 import math
 
+import lm_eval
 import pytest
 import torch
 from short_models import LONG, RECURRENT, WINDOW, build, by_hand, encode
 
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.lm import LiveLM
+from lrnn_lm.evaluate.scoring import refusals
 from lrnn_lm.evaluate.tasks import names as tasks
 
 
@@ -205,6 +207,17 @@ def test_a_mistake_in_a_tasks_file_is_a_line(folder, write_task, tmp_path, chang
     with pytest.raises(ValueError, match=reason) as error:
         evaluate(folder, ["task"], device="cpu")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["/mnt/datasets/lib/torch/x.py", "/home/lm_eval/x.py", f"{lm_eval.__path__[0]}/models/x.py"]
+)
+def test_a_fault_of_the_model_is_no_mistake_in_a_task(file):
+    """Wherever its code is installed."""
+    names: dict = {}
+    exec(compile("def forward():\n    {}['missing']", file, "exec"), names)
+    with pytest.raises(KeyError), refusals(["task"]):
+        names["forward"]()
 
 
 def test_two_files_with_one_name_are_told(folder, write_task, tmp_path):
