@@ -126,10 +126,14 @@ def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
 
     To lm-eval NaN is the likeliest answer: the scores of these tasks and their groups become NaN.
     """
-    for name, scores in (results or {}).get("results", {}).items():
-        if lm.undefined & {name, *results["group_subtasks"].get(name, ())}:
-            floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
-            scores |= dict.fromkeys(floats, math.nan)
+    results = results or {}
+    groups, undefined = results.get("group_subtasks", {}), {*lm.undefined}
+    while more := {name for name, inside in groups.items() if undefined & {*inside}} - undefined:
+        undefined |= more  # and the groups of these groups
+    tables = [results.get("results", {}), results.get("groups", {})]  # a group is in both
+    for scores in [table[name] for table in tables for name in undefined & {*table}]:
+        floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
+        scores |= dict.fromkeys(floats, math.nan)
     return {
         "truncated_requests": lm.truncated, "changed_texts": lm.changed, "undefined": sorted(lm.undefined)
     }  # fmt: skip

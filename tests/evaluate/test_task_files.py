@@ -251,11 +251,13 @@ def test_a_model_of_nan_has_no_scores(recurrent, tokenizer, folder, write_task, 
     )
     groups = "group: all\ntask: [first, word]\naggregate_metric_list: [{metric: acc}]\n"
     (tmp_path / "all.yaml").write_text(groups)
-    names = ["all", "first", "text", "word"]
-    evaluate(folder, ["all", "text"], device="cpu", output=tmp_path, model=broken, tokenizer=tokenizer)
+    (tmp_path / "outer.yaml").write_text(groups.replace("all", "outer", 1).replace("[first, word]", "[all]"))
+    names = ["all", "first", "outer", "text", "word"]
+    evaluate(folder, ["outer", "text"], device="cpu", output=tmp_path, model=broken, tokenizer=tokenizer)
     stored = strictly(next(tmp_path.glob("*.json")))
     assert sorted(stored["results"]) == names
-    numbers = [v for s in stored["results"].values() for k, v in s.items() if "," in k and v != "N/A"]
+    scores = [*stored["results"].values(), *stored["groups"].values()]
+    numbers = [v for s in scores for k, v in s.items() if "," in k and v != "N/A"]
     assert len(numbers) > len(names)
     assert set(numbers) == {None}
     assert "first, text, word: no score, as log-likelihoods are NaN" in capsys.readouterr().out
