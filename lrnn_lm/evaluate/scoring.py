@@ -187,7 +187,7 @@ def _of_others(context: Callable[..., Any]) -> Callable[..., Any]:
         config, few = task.config, task.fewshot_cfg
         named, asked = few.split, config.test_split or config.validation_split
         drawn = named or config.training_split or config.validation_split or config.test_split
-        if drawn == asked and few.samples is None:
+        if drawn == asked and (named or few.samples is None):  # a split goes before samples
             few.split = config.test_split  # lm-eval then takes one more, and leaves the question out
         try:
             return context(task, doc, num_fewshot, *args, **options)

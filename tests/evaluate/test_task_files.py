@@ -151,11 +151,13 @@ def test_tasks_that_take_no_examples_are_told(folder, write_task, tmp_path, caps
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-@pytest.mark.parametrize("named", [True, False], ids=["fewshot_split", "no fewshot_split"])
+@pytest.mark.parametrize(
+    "named", ["fewshot_split: {}\n", "fewshot_split: {}\nfewshot_config: {{samples: []}}\n", ""]
+)
 def test_solved_examples_are_never_the_question(folder, write_task, tmp_path, monkeypatch, split, named):
     """Whichever split is asked, and whether or not the task's file says where examples come from."""
     rows = [{"q": f"question {i}", "a": f" answer {i}"} for i in range(4)]
-    write_task("shots", "loglikelihood", rows, (f"fewshot_split: {split}\n" if named else "") + PERPLEXITY)
+    write_task("shots", "loglikelihood", rows, named.format(split) + PERPLEXITY)
     file = tmp_path / "shots.yaml"
     file.write_text(
         file.read_text()
