@@ -16,6 +16,7 @@ from ..requirements import check_extra
 from .specs import DataError, SourceSpec, missing_field
 
 _KINDS = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".txt"}
+_NO_ROWS = {"dataset_infos.json", "license.txt", "readme.txt", "requirements.txt"}  # in folders of datasets
 
 
 def read_rows(spec: SourceSpec, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -112,8 +113,8 @@ def _load(spec: SourceSpec, name: str, said: list[logging.LogRecord]) -> tuple[A
 @cache  # once for all readings
 def _tell_left_out(folder: Path, read: frozenset[str]) -> None:
     """`datasets` reads one kind of files in a folder, of which there are most."""
-    kinds = {file.suffix for file in folder.rglob("*")} if folder.is_dir() else set()
-    if left := sorted((kinds & _KINDS) - read):
+    files = [file for file in folder.rglob("*") if file.name.lower() not in _NO_ROWS]
+    if left := sorted(({file.suffix for file in files} & _KINDS) - read):
         error_console().print(
             f"lrnn: {folder}: its {', '.join(left)} files are left out, as datasets reads one kind of files",
             markup=False,

@@ -285,11 +285,9 @@ def _as_in_its_file(tokenizer: Any, name: str, offline: bool) -> Any:
     own = Tokenizer.from_file(str(file))
     if _steps(own) == _steps(tokenizer.backend_tokenizer):
         return tokenizer
-    known = {
-        key: token
-        for key, token in tokenizer.special_tokens_map.items()
-        if isinstance(token, str) and own.token_to_id(token) is not None
-    }
+    special = tokenizer.special_tokens_map.items()
+    known = {key: token for key, token in special if own.token_to_id(str(token)) is not None}
+    known["padding_side"] = tokenizer.padding_side  # of some classes it is left
     return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=offline, **known)
 
 
@@ -297,7 +295,17 @@ def _steps(tokenizer: "Tokenizer") -> list[Any]:
     """What decides the ids of a text and the text of ids, control tokens aside."""
     data = json.loads(tokenizer.to_str())
     model = {key: value for key, value in data["model"].items() if value not in (None, "")}
-    return [model, *(data[key] for key in ("normalizer", "pre_tokenizer", "decoder"))]
+    if model.get("byte_fallback") and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        model.pop("unk_token", None)  # no text is unknown
+    # Offsets decide no id, and a byte-level decoder heeds no option.
+    decoder = _without(data["decoder"], "trim_offsets", "add_prefix_space", "use_regex")
+    return [model, data["normalizer"], _without(data["pre_tokenizer"], "trim_offsets"), decoder]
+
+
+def _without(step: Any, *options: str) -> Any:
+    """A step of a tokenizer, and those within it, without these options."""
+    kept = lambda table: {key: value for key, value in table.items() if key not in options}  # noqa: E731
+    return json.loads(json.dumps(step), object_hook=kept)
 
 
 def fingerprint(name: str) -> list[object]:

@@ -90,7 +90,9 @@ def score_tasks(
 @contextlib.contextmanager
 def refusals(names: list[str]) -> Iterator[None]:
     """Inside, what lm-eval cannot load or refuses, as a mistake in a task's file, is a ValueError."""
+    import datasets
     import jinja2
+    import lm_eval
 
     try:
         yield
@@ -100,7 +102,9 @@ def refusals(names: list[str]) -> Iterator[None]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         file = Path(place.filename)
         own = file.is_relative_to(tasks.own_tasks_path())
-        if not own and (not _READS_TASKS & {*file.parts} or "models" in file.parts):
+        readers = [Path(package.__file__).parent for package in (datasets, jinja2, lm_eval)]
+        reads = place.filename in _TEMPLATES or any(file.is_relative_to(reader) for reader in readers)
+        if not (own or reads) or file.is_relative_to(readers[-1] / "models"):
             raise
         reason = " ".join(str(error).split()) or place.line
         if not isinstance(error, AssertionError):  # by which lm-eval reports mistakes in a task's file
@@ -113,7 +117,7 @@ def refusals(names: list[str]) -> Iterator[None]:
 _FAULTS = (
     AssertionError, AttributeError, FileNotFoundError, ImportError, LookupError, TypeError, ZeroDivisionError,
 )  # fmt: skip
-_READS_TASKS = {"lm_eval", "datasets", "jinja2", "<template>", "<unknown>"}  # packages, and Jinja's own names
+_TEMPLATES = ("<template>", "<unknown>")  # Jinja's names for the file of a text of a task
 
 
 def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
@@ -122,10 +126,14 @@ def _reading(results: dict[str, Any] | None, lm: Any) -> dict[str, Any]:
 
     To lm-eval NaN is the likeliest answer: the scores of these tasks and their groups become NaN.
     """
-    for name, scores in (results or {}).get("results", {}).items():
-        if lm.undefined & {name, *results["group_subtasks"].get(name, ())}:
-            floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
-            scores |= dict.fromkeys(floats, math.nan)
+    results = results or {}
+    groups, undefined = results.get("group_subtasks", {}), {*lm.undefined}
+    while more := {name for name, inside in groups.items() if undefined & {*inside}} - undefined:
+        undefined |= more  # and the groups of these groups
+    tables = [results.get("results", {}), results.get("groups", {})]  # a group is in both
+    for scores in [table[name] for table in tables for name in undefined & {*table}]:
+        floats = [key for key, value in scores.items() if "," in key and isinstance(value, float)]
+        scores |= dict.fromkeys(floats, math.nan)
     return {
         "truncated_requests": lm.truncated, "changed_texts": lm.changed, "undefined": sorted(lm.undefined)
     }  # fmt: skip
@@ -179,7 +187,7 @@ def _of_others(context: Callable[..., Any]) -> Callable[..., Any]:
         config, few = task.config, task.fewshot_cfg
         named, asked = few.split, config.test_split or config.validation_split
         drawn = named or config.training_split or config.validation_split or config.test_split
-        if drawn == asked and few.samples is None:
+        if drawn == asked and (named or few.samples is None):  # a split goes before samples
             few.split = config.test_split  # lm-eval then takes one more, and leaves the question out
         try:
             return context(task, doc, num_fewshot, *args, **options)

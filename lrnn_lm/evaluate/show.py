@@ -64,7 +64,7 @@ def check_output(output: Path | None) -> None:
     folder = user_path(output).absolute()
     if folder.is_file() or folder.suffix == ".json":
         raise ValueError(f"{output}: a file; --output takes a folder, in which files are named")
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise ValueError(f"{output}: no file can be written there; name another folder with --output")
 

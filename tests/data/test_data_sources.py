@@ -332,7 +332,7 @@ def test_hf_files_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read("hf", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("more", ["b.csv", "README.md"])
+@pytest.mark.parametrize("more", ["b.csv", "README.md", "dataset_infos.json", "LICENSE.txt"])
 def test_files_of_another_kind_in_an_hf_folder_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str
 ) -> None:
@@ -340,10 +340,10 @@ def test_files_of_another_kind_in_an_hf_folder_are_told(
     folder.mkdir()
     for name, text in (("a", "one"), ("c", "two")):
         write_jsonl(folder / f"{name}.jsonl", [text])
-    (folder / more).write_text("text\nthree\n")
+    (folder / more).write_text("{}" if more.endswith(".json") else "text\nthree\n")
     for _ in range(2):
         assert list(documents(SourceSpec("hf", str(folder)))) == ["one", "two"]
-    assert capsys.readouterr().err.count("its .csv files are left out") == (more == "b.csv")
+    assert capsys.readouterr().err.count("files are left out") == (more == "b.csv")
 
 
 def test_missing_files(tmp_path: Path) -> None:

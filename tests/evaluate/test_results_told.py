@@ -172,6 +172,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(run, tmp_path, 
         monkeypatch.setattr(module, "load_checkpoint", lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match="no file can be written there"):
         WAYS[way](run / "checkpoints" / "latest", tmp_path / "file" / "results")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")  # no folder can be made of it
+    with pytest.raises(ValueError, match="no file can be written there"):
+        WAYS[way](run / "checkpoints" / "latest", tmp_path / "link")
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
     with pytest.raises(ValueError, match="no file can be written there"):
         WAYS[way](run / "checkpoints" / "latest", tmp_path / "new" / "results")

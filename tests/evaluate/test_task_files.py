@@ -4,12 +4,14 @@ import copy
 import json
 import math
 
+import lm_eval
 import pytest
 import torch
 from short_models import LONG, RECURRENT, WINDOW, build, by_hand, encode
 
 from lrnn_lm.evaluate import evaluate
 from lrnn_lm.evaluate.lm import LiveLM
+from lrnn_lm.evaluate.scoring import refusals
 from lrnn_lm.evaluate.tasks import names as tasks
 
 
@@ -149,11 +151,13 @@ def test_tasks_that_take_no_examples_are_told(folder, write_task, tmp_path, caps
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-@pytest.mark.parametrize("named", [True, False], ids=["fewshot_split", "no fewshot_split"])
+@pytest.mark.parametrize(
+    "named", ["fewshot_split: {}\n", "fewshot_split: {}\nfewshot_config: {{samples: []}}\n", ""]
+)
 def test_solved_examples_are_never_the_question(folder, write_task, tmp_path, monkeypatch, split, named):
     """Whichever split is asked, and whether or not the task's file says where examples come from."""
     rows = [{"q": f"question {i}", "a": f" answer {i}"} for i in range(4)]
-    write_task("shots", "loglikelihood", rows, (f"fewshot_split: {split}\n" if named else "") + PERPLEXITY)
+    write_task("shots", "loglikelihood", rows, named.format(split) + PERPLEXITY)
     file = tmp_path / "shots.yaml"
     file.write_text(
         file.read_text()
@@ -207,6 +211,17 @@ def test_a_mistake_in_a_tasks_file_is_a_line(folder, write_task, tmp_path, chang
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "file", ["/mnt/datasets/lib/torch/x.py", "/home/lm_eval/x.py", f"{lm_eval.__path__[0]}/models/x.py"]
+)
+def test_a_fault_of_the_model_is_no_mistake_in_a_task(file):
+    """Wherever its code is installed."""
+    names: dict = {}
+    exec(compile("def forward():\n    {}['missing']", file, "exec"), names)
+    with pytest.raises(KeyError), refusals(["task"]):
+        names["forward"]()
+
+
 def test_two_files_with_one_name_are_told(folder, write_task, tmp_path):
     for name in ("first", "second"):
         write_task(name, "loglikelihood", [{"q": "the", "a": " old"}], PERPLEXITY)
@@ -238,11 +253,13 @@ def test_a_model_of_nan_has_no_scores(recurrent, tokenizer, folder, write_task, 
     )
     groups = "group: all\ntask: [first, word]\naggregate_metric_list: [{metric: acc}]\n"
     (tmp_path / "all.yaml").write_text(groups)
-    names = ["all", "first", "text", "word"]
-    evaluate(folder, ["all", "text"], device="cpu", output=tmp_path, model=broken, tokenizer=tokenizer)
+    (tmp_path / "outer.yaml").write_text(groups.replace("all", "outer", 1).replace("[first, word]", "[all]"))
+    names = ["all", "first", "outer", "text", "word"]
+    evaluate(folder, ["outer", "text"], device="cpu", output=tmp_path, model=broken, tokenizer=tokenizer)
     stored = strictly(next(tmp_path.glob("*.json")))
     assert sorted(stored["results"]) == names
-    numbers = [v for s in stored["results"].values() for k, v in s.items() if "," in k and v != "N/A"]
+    scores = [*stored["results"].values(), *stored["groups"].values()]
+    numbers = [v for s in scores for k, v in s.items() if "," in k and v != "N/A"]
     assert len(numbers) > len(names)
     assert set(numbers) == {None}
     assert "first, text, word: no score, as log-likelihoods are NaN" in capsys.readouterr().out
