@@ -304,8 +304,8 @@ def _steps(tokenizer: "Tokenizer") -> list[Any]:
 
 def _without(step: Any, *options: str) -> Any:
     """A step of a tokenizer, and those within it, without these options."""
-    kept = lambda table: {key: value for key, value in table.items() if key not in options}  # noqa: E731
-    return json.loads(json.dumps(step), object_hook=kept)
+    text = json.dumps(step)
+    return json.loads(text, object_pairs_hook=lambda table: {k: v for k, v in table if k not in options})
 
 
 def fingerprint(name: str) -> list[object]:

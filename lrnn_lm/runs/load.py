@@ -153,7 +153,7 @@ def _check_vocabulary(
     beyond = [t for t, number in tokenizer.get_vocab().items() if number >= rows and number not in control]
     if beyond:
         raise ValueError(
-            f"{checkpoint}: its tokenizer has {len(beyond)} tokens for which its model has no embedding, "
+            f"{checkpoint}: tokens of its tokenizer have no embedding in its model, {len(beyond)} of them, "
             f"such as {beyond[0]!r}; call model.resize_token_embeddings(len(tokenizer)), and save both again"
         )
 
