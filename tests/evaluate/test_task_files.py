@@ -185,6 +185,7 @@ CHOICES = 'doc_to_choice: ["yes", "no"]\nmetric_list: [{metric: acc}, {metric: a
 FUNCTIONS = "def fails(doc):\n    return doc['nowhere']\n"
 
 
+@pytest.mark.usefixtures("few_tasks")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
