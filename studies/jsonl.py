@@ -8,9 +8,12 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows; none if there is no file. ValueError for a line that is no row.
+    """Read all rows. A file that does not exist has none.
 
-    The beginning of a last line, all that a killed process wrote of it, does not count: its run is repeated.
+    A killed process may leave a last line that is cut short. It is skipped, and its run is repeated.
+
+    Raises:
+        ValueError: another line is not a JSON object.
     """
     *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [""]
     rows = [_row(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]

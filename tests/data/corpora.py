@@ -4,6 +4,9 @@ import json
 import random
 from pathlib import Path
 
+from lrnn_lm.data import DataSpec, SourceSpec
+from lrnn_lm.data.sources import documents
+
 TEXT = """the state of a linear recurrence mixes what it has read with what it reads now and so the block
 keeps values gates tokens documents in order while rows cross from one shard to another without a seam"""
 
@@ -28,3 +31,17 @@ def write_recipe(path: Path, **keys: object) -> Path:
     recipe = {"model_type": "bpe", "vocab_size": 400, **keys}
     path.write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()), encoding="utf-8")
     return path
+
+
+def read(type: str, path: Path | str, **keys: object) -> list[str]:
+    """All documents of a source."""
+    return list(documents(SourceSpec(type=type, path=str(path), **keys)))
+
+
+def leftovers(spec: DataSpec) -> list[str]:
+    """Everything in the cache that is neither a lock nor a finished folder."""
+    found = [p for kind in ("data", "tokenizers") for p in (Path(spec.cache_dir) / kind).glob("*")]
+    finished = ("manifest.json", "tokenizer.json")
+    return [
+        p.name for p in found if p.suffix != ".lock" and not any((p / name).is_file() for name in finished)
+    ]

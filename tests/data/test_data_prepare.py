@@ -1,21 +1,14 @@
 """`prepare`: what it leaves, that it does so once and whole, and what it says to mistakes."""
 
-import importlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import make_texts, write_jsonl, write_recipe
-from forks import server
+from corpora import leftovers, make_texts, write_jsonl, write_recipe
 from transformers import AutoTokenizer
 
 from lrnn_lm.data import (
@@ -278,37 +271,6 @@ def test_first_and_last_token(spec: DataSpec, tmp_path: Path, special: tuple[str
     assert set(tokens[np.append(starts[1:], len(tokens)) - 1]) == {to_id(eos)}
 
 
-def test_damage_is_named(spec: DataSpec) -> None:
-    prepared = prepare(spec, progress=False)
-    shard = prepared.folder / "train-00001.tokens.bin"
-    data = bytearray(shard.read_bytes())
-    data[10] ^= 1
-    shard.write_bytes(data)
-    open_prepared(prepared.folder)  # sizes are right
-    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged .*sha256.*lrnn prepare"):
-        open_prepared(prepared.folder, verify=True)
-    shard.write_bytes(data[:-2])
-    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: damaged \(\d+ bytes instead of \d+\)"):
-        prepare(spec, progress=False)
-    shard.unlink()
-    with pytest.raises(DataError, match=r"train-00001\.tokens\.bin: cannot be read"):
-        prepare(spec, progress=False)
-
-
-def test_damaged_manifest_and_foreign_tokenizer(spec: DataSpec) -> None:
-    prepared = prepare(spec, progress=False)
-    path = prepared.tokenizer_dir / "tokenizer.json"
-    path.write_text(path.read_text().replace('"recurrence"', '"recurrenxe"').replace('" the"', '" thx"'))
-    with pytest.raises(DataError, match="did not make the shards"):
-        open_prepared(prepared.folder)
-    (prepared.folder / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match=r"manifest\.json: damaged"):
-        open_prepared(prepared.folder)
-    # It may be anybody's folder: no advice to remove it.
-    with pytest.raises(DataError, match=r"no prepared data here \(manifest\.json is missing\)$"):
-        open_prepared(prepared.folder.parent)
-
-
 def test_wide_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     from lrnn_lm.data.shards import ShardWriter, TokenShards, token_dtype
 
@@ -319,81 +281,6 @@ def test_wide_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     writer.close()
     manifest = {"dtype": "uint32", "splits": {"train": writer.summary()}, "files": writer.files}
     assert TokenShards(tmp_path, "train", manifest).read(0, 3).tolist() == [69_999, 1, 2]
-
-
-def leftovers(spec: DataSpec) -> list[str]:
-    """Everything in the cache that is neither a lock nor a finished folder."""
-    found = [p for kind in ("data", "tokenizers") for p in (Path(spec.cache_dir) / kind).glob("*")]
-    finished = ("manifest.json", "tokenizer.json")
-    return [
-        p.name for p in found if p.suffix != ".lock" and not any((p / name).is_file() for name in finished)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("module", "function"), [("tokenize", "fast_tokenizer"), ("prepare", "_write_manifest")]
-)
-def test_interrupt_leaves_nothing(
-    spec: DataSpec, monkeypatch: pytest.MonkeyPatch, module: str, function: str
-) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.import_module(f"lrnn_lm.data.{module}"), function, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(replace(spec, num_proc=2), progress=False)
-    assert leftovers(spec) == []
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    open_prepared(prepare(spec, progress=False).folder, verify=True)
-
-
-def _prepare_slowly(spec: DataSpec, half_way: Event) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with "&"
-    module = importlib.import_module("lrnn_lm.data.prepare")
-    real = module._tagged_documents
-
-    def slow(*args: object) -> Iterator[object]:
-        for k, pair in enumerate(real(*args)):
-            if k == 30:
-                half_way.set()
-                time.sleep(60)
-            yield pair
-
-    module._tagged_documents = slow
-    prepare(spec, progress=False)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_killed_half_way(spec: DataSpec, number: signal.Signals) -> None:
-    half_way = server().Event()
-    process = server().Process(target=_prepare_slowly, args=(replace(spec, num_proc=2), half_way))
-    process.start()
-    assert half_way.wait(60)
-    os.kill(process.pid, number)
-    process.join(20)
-    assert process.exitcode not in (None, 0)
-    if number != signal.SIGKILL:
-        assert leftovers(spec) == []
-    open_prepared(prepare(spec, progress=False).folder, verify=True)
-    assert leftovers(spec) == []
-
-
-def _prepare_in_child(spec: DataSpec) -> None:
-    open_prepared(prepare(spec, progress=False).folder, verify=True)
-    os._exit(7)
-
-
-def test_two_processes_at_once(spec: DataSpec) -> None:
-    children = [
-        multiprocessing.get_context("fork").Process(target=_prepare_in_child, args=(spec,)) for _ in range(3)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=60)
-    assert [child.exitcode for child in children] == [7, 7, 7]
-    assert leftovers(spec) == []
 
 
 @pytest.mark.slow  # `make test-fresh` prepares it too
