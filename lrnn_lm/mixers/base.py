@@ -61,6 +61,14 @@ class SequenceContext:
     rotary: Rotary | None = None  # angles of these positions, for the attention layers whose base they have
     joint: Joint | None = None  # the mixer's projections side by side, for a step of decoding
 
+    @staticmethod
+    def alone(x: Tensor) -> "SequenceContext":
+        """The context of a layer that is called without one. ValueError if x is not (B, T, D): torch's own
+        words would be of axes inside of the layer."""
+        if x.ndim != 3:
+            raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
+        return SequenceContext()
+
 
 @dataclass(frozen=True)
 class MixerCost:
@@ -237,14 +245,6 @@ def drawn_by_model() -> Iterator[None]:
         yield
     finally:
         _drawn_by_model.reset(token)
-
-
-def alone(x: Tensor) -> SequenceContext:
-    """The context of a layer that is called without one. ValueError if x is not (B, T, D): torch's own words
-    would be of axes inside of the layer."""
-    if x.ndim != 3:
-        raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
-    return SequenceContext()
 
 
 def is_traced() -> bool:

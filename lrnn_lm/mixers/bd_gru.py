@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import gru_scan
 from ..kernels.scan.gru import MOST_BLOCK, check_solver
-from .base import (
-    BlockSize,
-    Mixer,
-    MixerCost,
-    ResidualOutput,
-    SequenceContext,
-    alone,
-    check_sizes,
-    is_exported,
-)
+from .base import BlockSize, Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes, is_exported
 
 
 class BlockDiagonalCell(Mixer):
@@ -64,7 +55,7 @@ class BlockDiagonalCell(Mixer):
             self.recurrent_weight.view(G, N, M, M),
             self.bias.view(4, N, M),
             state,
-            (context or alone(x)).reset,
+            (context or SequenceContext.alone(x)).reset,
         )
         return self.out_proj(h.flatten(2).to(x.dtype)), state
 

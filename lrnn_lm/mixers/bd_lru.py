@@ -23,7 +23,6 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
-    alone,
     check_sizes,
     gate_bias,
     packed_planes,
@@ -119,7 +118,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
         With a convolution of reach W the state is (B, N M + (W-1) D): the recurrence's, then its last inputs.
         """
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         if self.conv is None:
             h, state = self._scan(x, state, context)
             return self._read_out(h, x), state

@@ -35,7 +35,6 @@ from .base import (
     Reach,
     ResidualOutput,
     SequenceContext,
-    alone,
     check_sizes,
 )
 from .initial_gates import check_gates, gate_bias_of_half_lives, gate_matrix
@@ -136,7 +135,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution of C channels
         (B, H K V + (W-1) C), its inputs after the recurrence's state."""
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         conv, past = self.conv if self.head_conv is None else self.head_conv, None
         if conv is not None:
             state, past = conv.split(state, self.head_shape)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..kernels import block_diagonal_scan
 from ..kernels.dispatch import check_reset
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, alone, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import precise
 
 
@@ -41,7 +41,7 @@ class FixedPoint(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, L, W) of the iterations -> y (B, T, D), state (B, L, W) in fp32."""
-        reset = (context or alone(x)).reset
+        reset = (context or SequenceContext.alone(x)).reset
         check_reset(reset, tuple(x.shape[:2]))
         v = precise(self.value_proj(x) * functional.silu(self.input_gate_proj(x)))
         a = precise(self.decay_proj(x)).sigmoid()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, alone, compute_dtype, document_bounds
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, compute_dtype, document_bounds
 
 INSTALL = "pip install 'lrnn-lm[baselines]' (or flash-linear-attention alone, for an exported model)"
 CHUNK = 64  # steps that the chunked kernels take at once
@@ -71,7 +71,7 @@ class FlaMixer(Mixer):
         Raises:
             ValueError: a device or a precision that fla's kernels do not support.
         """
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         if isinstance(x, FakeTensor) or x.is_meta:
             return self._outline(x)
         self.check_device(x.device)

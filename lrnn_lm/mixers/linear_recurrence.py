@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import block_diagonal_scan
 from ..kernels.gates import normalise
-from .base import Mixer, MixerCost, SequenceContext, alone
+from .base import Mixer, MixerCost, SequenceContext
 
 
 def precise(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class LinearRecurrence(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32."""
-        h, state = self.scan(x, state, context or alone(x))
+        h, state = self.scan(x, state, context or SequenceContext.alone(x))
         return self.read_out(h, x), state
 
     def scan(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:

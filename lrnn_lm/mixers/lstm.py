@@ -6,7 +6,7 @@ Legend: B batch, T time, D model width, W state width.
 import torch
 from torch import Tensor, nn
 
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, alone, by_documents, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, by_documents, check_sizes
 
 
 class LSTM(Mixer):
@@ -29,7 +29,7 @@ class LSTM(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         if state is None:
             state = x.new_zeros(x.shape[0], 2, self.width)
         if context.reset is None:

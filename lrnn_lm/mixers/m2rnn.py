@@ -18,16 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import m2rnn_scan
-from .base import (
-    JointProjections,
-    Mixer,
-    MixerCost,
-    Reach,
-    ResidualOutput,
-    SequenceContext,
-    alone,
-    check_sizes,
-)
+from .base import JointProjections, Mixer, MixerCost, Reach, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import precise
 from .short_conv import ShortConvolution
 
@@ -74,7 +65,7 @@ class MatrixRNN(JointProjections, Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H K V + ..) in fp32, S and the convolution's inputs."""
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         H, K, V = self.head_shape
         S, past = self.conv.split(state, self.head_shape)
         *streams, forget, gate = self.project(x, context.joint)

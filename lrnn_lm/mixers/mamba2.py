@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import matrix_scan
-from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, alone, check_sizes
+from .base import Mixer, MixerCost, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import precise
 from .short_conv import ShortConvolution
 
@@ -128,7 +128,7 @@ class Mamba2(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H K V + (W-1) C) in fp32, the convolution's inputs last."""
-        return self.inner(x, state, (context or alone(x)).reset)
+        return self.inner(x, state, (context or SequenceContext.alone(x)).reset)
 
     def planes(self) -> dict[str, list[int]]:
         return {"inner.in_proj.weight": self.inner.widths}

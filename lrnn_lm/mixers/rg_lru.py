@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import MixerCost, Reach, ResidualOutput, SequenceContext, alone, check_sizes
+from .base import MixerCost, Reach, ResidualOutput, SequenceContext, check_sizes
 from .linear_recurrence import LinearRecurrence, input_scale, precise
 from .short_conv import ShortConvolution
 
@@ -40,7 +40,7 @@ class RealGatedLRU(LinearRecurrence):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, W + 3 W), the convolution's inputs after the recurrence's."""
-        context = context or alone(x)
+        context = context or SequenceContext.alone(x)
         state, past = self.conv.split(state, (self.num_blocks, 1))
         u, past = self.conv(self.value_proj(x), past, context.reset)
         h, state = self.scan(u, state, context)
