@@ -134,11 +134,11 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64,
     matrix._scan_backward(y, last, transitions, writes, values, queries, h0, reset)
 
 
-def launch_erase(M: int, dtype: torch.dtype, V: int = 64) -> None:
+def launch_erase(M: int, dtype: torch.dtype, V: int = 64, K: int = 64) -> None:
     """Every kernel of the same scan where writes erase."""
     from lrnn_lm.kernels.scan.matrix_erase import matrix_erase_triton
 
-    B, T, H, K = 2, 33, 2, 64
+    B, T, H = 2, 33, 2
     gates = torch.zeros(B, T, M + 1, H, K, requires_grad=True)
     transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
     values = torch.zeros(B, T, H, V, dtype=dtype)
@@ -245,6 +245,7 @@ def everything() -> None:
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     launch_erase(1, torch.bfloat16)
     launch_erase(4, torch.float32)
+    launch_erase(1, torch.bfloat16, V=256, K=128)  # several programs a head
     first = len(COMPILED)
     launch_gru(8, torch.bfloat16, resets=True)
     launch_slstm(8, torch.bfloat16, resets=True)

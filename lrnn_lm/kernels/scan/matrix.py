@@ -24,6 +24,9 @@ Summaries = tuple[Tensor, ...]
 
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
+# A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some. Wider heads are
+# several programs.
+PROGRAM_STATE = 8192
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
 
 
@@ -45,9 +48,24 @@ class _Chunks(NamedTuple):
         return self.B * self.count * self.H
 
     @property
+    def columns(self) -> int:
+        """Of a program from chunk to chunk."""
+        return min(self.V, most_columns(self.K))
+
+    @property
+    def parts(self) -> int:
+        """Programs a head from chunk to chunk."""
+        return self.V // self.columns
+
+    @property
     def work(self) -> int:
         """Programs, of ITEMS items each."""
         return cdiv(self.total, self.options["ITEMS"])
+
+
+def most_columns(K: int) -> int:
+    """Columns that a program holds beside K slots."""
+    return PROGRAM_STATE // max(K, 64)
 
 
 def _chunks(transitions: Tensor, V: int, reset: Tensor | None) -> _Chunks:
@@ -108,8 +126,9 @@ def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str
     return {
         "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "erase": erase,
         "ERASES": erase is not None, "T": chunks.T, "n_chunks": chunks.count, "H": chunks.H, "K": K,
-        "M": chunks.M, "V": V, "KP": max(K, 16), "VP": max(V, 16), "L": CHUNK, "G": chunks.options["G"],
-        "num_warps": 4, "FP32": "ieee" if torch.version.hip else "tf32x3",
+        "M": chunks.M, "V": V, "KP": max(K, 16), "VP": max(chunks.columns, 16), "PARTS": chunks.parts,
+        "L": CHUNK, "G": chunks.options["G"], "num_warps": 4,
+        "FP32": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
 
 
@@ -119,7 +138,7 @@ def _outputs(
     """y and the last state, from chunk to chunk; summaries are the first four."""
     y = values.new_empty(values.shape)
     last = values.new_empty(chunks.B, chunks.H, chunks.K, chunks.V, dtype=torch.float32)
-    state_forward_kernel[(chunks.B * chunks.H,)](
+    state_forward_kernel[(chunks.B * chunks.H * chunks.parts,)](
         *summaries, start=h0, y=y, last=last, states=None, HAS_START=h0 is not None, KEEP=False,
         **_of_state(chunks, values, erase),
     )  # fmt: skip
@@ -134,19 +153,26 @@ def _outputs_backward(
     B, C, H, K, V = chunks.B, chunks.count, chunks.H, chunks.K, chunks.V
     of_state = _of_state(chunks, values, erase)
     states = values.new_empty(B, C, H, K, V)  # before each chunk: recomputed, as saving them costs memory
-    state_forward_kernel[(B * H,)](
+    state_forward_kernel[(B * H * chunks.parts,)](
         *summaries, start=h0, y=None, last=None, states=states, HAS_START=h0 is not None, KEEP=True,
         **of_state,
     )  # fmt: skip
-    d_scores, d_reads, d_keys, d_whole = d_summaries = tuple(torch.empty_like(x) for x in summaries)
-    d_values, d_erase = values.new_empty(values.shape), None if erase is None else torch.empty_like(erase)
+    of_parts = [
+        None if x is None else x.new_empty(*x.shape[:3], chunks.parts, *x.shape[3:])
+        for x in (*summaries, erase)
+    ]
+    d_scores, d_reads, d_keys, d_whole, d_erase = of_parts
+    d_values = values.new_empty(values.shape)
     d_h0 = values.new_empty(B, H, K, V, dtype=torch.float32)
-    state_backward_kernel[(B * H,)](
+    state_backward_kernel[(B * H * chunks.parts,)](
         *summaries, states=states, grad=grad, grad_last=grad_last.contiguous(), d_scores=d_scores,
         d_reads=d_reads, d_keys=d_keys, d_whole=d_whole, d_values=d_values, d_erase=d_erase, d_start=d_h0,
         g_b=grad.stride(0), **_strides("G", "THV", grad), **of_state,
     )  # fmt: skip
-    return d_summaries, d_values, d_erase, d_h0
+    *d_summaries, d_erase = (
+        None if x is None else x.sum(3) if chunks.parts > 1 else x.squeeze(3) for x in of_parts
+    )
+    return tuple(d_summaries), d_values, d_erase, d_h0
 
 
 def _summaries_backward(

@@ -143,21 +143,15 @@ def matrix_erase_triton(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, erase: Tensor, h0: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.matrix_scan` with `erase` on a GPU; h0 in fp32.
-
-    Values may have several heads in turn for one of the others, whose gates, keys and queries they share.
-    """
+    """`reference.matrix_scan` with `erase` on a GPU; h0 in fp32."""
     T, dtype = values.shape[1], values.dtype
-    parts = values.shape[2] // writes.shape[2]
     *summaries, scores, reads = _within_chunks(transitions, writes, queries, erase, reset, dtype)
     with torch.autocast(values.device.type, enabled=False):
         N = scores[..., _columns_of_steps(transitions)].tril(-1)  # (B, C, H, L, L) by steps t, s
         one = torch.eye(CHUNK, device=N.device)
         X = torch.linalg.solve_triangular(N + one, one.expand_as(N), upper=False, unitriangular=True)
         X = X.to(dtype)
-        erased = X @ reads.to(dtype)
-        if parts > 1:
-            X, erased, *summaries = (x.repeat_interleave(parts, dim=2) for x in (X, erased, *summaries))
         added = (X @ _by_chunk(values)).transpose(2, 3).flatten(1, 2)[:, :T]
+        erased = X @ reads.to(dtype)
     h0 = None if h0 is None else h0.contiguous()  # the kernels read it without strides
     return _from_chunk_to_chunk(*summaries, added, erased.contiguous(), h0)

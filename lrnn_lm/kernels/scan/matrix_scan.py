@@ -28,10 +28,8 @@ from ..reference import compute_dtype
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
 TRITON_BLOCKS = (1, 2, 4, 8, 16)
-# A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some; wider heads are
-# several programs. Blocks also need the dense transition of a head, which does not fit beside 128 slots in
-# 227 KB, a Hopper SM's shared memory.
-TRITON_STATE = 8192
+# Blocks need the dense transition of a head, which does not fit beside 128 slots in 227 KB, a Hopper SM's
+# shared memory.
 TRITON_SLOTS, TRITON_DIAGONAL_SLOTS = 64, 128
 
 
@@ -98,11 +96,6 @@ def _triton_scan(
         values = functional.pad(values, (0, columns - V))
         h0 = None if h0 is None else functional.pad(h0, (0, columns - V, *more))
         erase = None if erase is None else functional.pad(erase, more)
-    # Columns do not meet: those of a wide head are several heads with the same gates, keys and queries.
-    parts = -(-columns // _most_columns(slots))
-    values = values.unflatten(-1, (parts, -1)).flatten(2, 3)
-    if h0 is not None:
-        h0 = h0.unflatten(-1, (parts, -1)).transpose(2, 3).flatten(1, 2)
     if erase is not None:
         from .matrix_erase import matrix_erase_triton  # triton is imported only where it runs
 
@@ -110,26 +103,17 @@ def _triton_scan(
     else:
         from .matrix import matrix_scan_triton
 
-        if parts > 1:
-            transitions, writes, queries = (
-                x.repeat_interleave(parts, dim=2) for x in (transitions, writes, queries)
-            )
         y, last = matrix_scan_triton(transitions, writes, values, queries, h0, reset)
-    y = y.unflatten(2, (-1, parts)).flatten(3)
-    last = last.unflatten(1, (-1, parts)).transpose(2, 3).flatten(3)
     return y[..., :V], last[:, :, :K, :V]
 
 
 def _padded(K: int, M: int, V: int) -> tuple[int, int]:
     """Slots and columns of the kernels: a power of two of blocks; of columns too, or whole programs."""
+    from .matrix import most_columns  # triton is imported only where it runs
+
     slots = M << (K // M - 1).bit_length()
-    program = min(_most_columns(slots), 1 << (V - 1).bit_length())
+    program = min(most_columns(slots), 1 << (V - 1).bit_length())
     return slots, -(-V // program) * program
-
-
-def _most_columns(slots: int) -> int:
-    """Columns of a program."""
-    return TRITON_STATE // max(slots, TRITON_SLOTS)
 
 
 def _check(
@@ -153,8 +137,7 @@ def _check(
 
 
 def _triton_obstacle(transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor) -> str | None:
-    M = transitions.shape[-1]
-    K, _ = _padded(transitions.shape[-2], M, values.shape[-1])
+    K, M = transitions.shape[-2:]
     if reason := triton_obstacle(transitions, writes, values, queries):
         return reason
     if M not in TRITON_BLOCKS:

@@ -8,13 +8,14 @@ Where a write first erases (`matrix_erase.py`), v is what the values add to what
 
     v = values - erase S_0
 
-One program a head carries the state from chunk to chunk, in fp32 and in registers. The backward pass walks
-the other way with dL/dS. Products have factors in the dtype of the values; only the state's own step has fp32
+A program carries columns of a head's state from chunk to chunk, in fp32 and in registers. A head with more
+columns than it can hold has several programs (PARTS), as columns do not meet. The backward pass walks the
+other way with dL/dS. Products have factors in the dtype of the values; only the state's own step has fp32
 factors, as three products of tf32 each.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks; KP
-and VP are K and V, at least 16; P the dense matrix of `whole`. Columns of scores and keys are in the order of
-`step_of_column`.
+is K and VP the columns of a program, each at least 16; P the dense matrix of `whole`. Columns of scores and
+keys are in the order of `step_of_column`.
 """
 
 import triton
@@ -75,7 +76,8 @@ def state_forward_kernel(
     scores, reads, keys, whole, values, erase, start, y, last, states, T, n_chunks, v_b,
     V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
-    HAS_START: tl.constexpr, ERASES: tl.constexpr, KEEP: tl.constexpr, FP32: tl.constexpr,
+    PARTS: tl.constexpr, HAS_START: tl.constexpr, ERASES: tl.constexpr, KEEP: tl.constexpr,
+    FP32: tl.constexpr,
 ):  # fmt: skip
     """y and the last state, or with KEEP the states before each chunk, for the backward pass.
 
@@ -83,9 +85,10 @@ def state_forward_kernel(
     erase (B, C, H, L, K) by step, start (B, H, K, V) fp32; out, contiguous: y (B, T, H, V) and
     last (B, H, K, V) fp32, or states (B, C, H, K, V).
     """
-    head = tl.program_id(0) % H
-    b = as_int64(tl.program_id(0) // H)
-    rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
+    head = tl.program_id(0) // PARTS % H
+    b = as_int64(tl.program_id(0) // (PARTS * H))
+    part = tl.program_id(0) % PARTS
+    rows, cols, steps = tl.arange(0, KP), part * VP + tl.arange(0, VP), tl.arange(0, L)
     written = step_of_column(steps, L, G)
     dtype = values.dtype.element_ty
     if HAS_START:
@@ -126,22 +129,25 @@ def state_backward_kernel(
     d_values, d_erase, d_start, T, n_chunks, v_b, g_b,
     V_T: tl.constexpr, V_H: tl.constexpr, V_V: tl.constexpr, G_T: tl.constexpr, G_H: tl.constexpr,
     G_V: tl.constexpr, H: tl.constexpr, K: tl.constexpr, M: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
-    VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, ERASES: tl.constexpr, FP32: tl.constexpr,
+    VP: tl.constexpr, L: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, ERASES: tl.constexpr,
+    FP32: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what `state_forward_kernel` reads, each contiguous and shaped as the tensor itself.
 
     grad (B, T, H, V) of any strides (G_), grad_last (B, H, K, V) fp32, states as KEEP writes them; d_start =
-    dL/dh0 in fp32.
+    dL/dh0 in fp32. Those of scores, reads, keys, whole and erase have PARTS after H, to be summed.
     """
-    head = tl.program_id(0) % H
-    b = as_int64(tl.program_id(0) // H)
-    rows, cols, steps = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, L)
+    head = tl.program_id(0) // PARTS % H
+    b = as_int64(tl.program_id(0) // (PARTS * H))
+    part = tl.program_id(0) % PARTS
+    rows, cols, steps = tl.arange(0, KP), part * VP + tl.arange(0, VP), tl.arange(0, L)
     written = step_of_column(steps, L, G)
     dtype = values.dtype.element_ty
     dS = _matrix(grad_last + (b * H + head) * (K * V), rows, cols, V, K, V)
     for back in range(n_chunks):  # dS [KP, VP] stays in registers
         chunk = n_chunks - 1 - back
         item = (b * n_chunks + chunk) * H + head
+        own = item * PARTS + part
         v_at = values + b * v_b + as_int64(chunk * L) * V_T + head * V_H
         g_at = grad + b * g_b + as_int64(chunk * L) * G_T + head * G_H
         v = _steps_of(v_at, chunk * L, written, T, cols, V_T, V_V, V)
@@ -152,11 +158,11 @@ def state_backward_kernel(
             v = _remaining(v, erase + item * (L * K), written, rows, S, K, L, FP32)
         d_score = product(g, tl.trans(v), tl.zeros([L, L], tl.float32), FP32)
         d_score = tl.where(written[None, :] <= steps[:, None], d_score, 0.0)  # values reach no earlier output
-        _store_matrix(d_scores + item * (L * L), d_score, steps, steps, L, L, L)
+        _store_matrix(d_scores + own * (L * L), d_score, steps, steps, L, L, L)
         d_read = product(g, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
-        _store_matrix(d_reads + item * (L * K), d_read, steps, rows, K, L, K)
+        _store_matrix(d_reads + own * (L * K), d_read, steps, rows, K, L, K)
         d_key = product(v, tl.trans(owed), tl.zeros([L, KP], tl.float32), FP32)
-        _store_matrix(d_keys + item * (L * K), d_key, steps, rows, K, L, K)
+        _store_matrix(d_keys + own * (L * K), d_key, steps, rows, K, L, K)
         score = _transposed(scores + item * (L * L), steps, steps, L, L, L)
         dv = product(score, g, tl.zeros([L, VP], tl.float32), FP32)
         key = _matrix(keys + item * (L * K), steps, rows, K, L, K)
@@ -166,16 +172,16 @@ def state_backward_kernel(
         if ERASES:
             removed = (-dv).to(dtype)
             d_erased = product(removed, tl.trans(S), tl.zeros([L, KP], tl.float32), FP32)
-            _store_matrix(d_erase + item * (L * K), d_erased, written, rows, K, L, K)
+            _store_matrix(d_erase + own * (L * K), d_erased, written, rows, K, L, K)
         if M == 1:
             d_decay = tl.sum(dS * S.to(tl.float32), axis=1)  # [KP], the diagonal of dP
-            tl.store(d_whole + item * K + rows, d_decay, mask=rows < K)
+            tl.store(d_whole + own * K + rows, d_decay, mask=rows < K)
             dS = dS * tl.load(whole + item * K + rows, mask=rows < K, other=0.0)[:, None]
         else:
             # The dense [KP, KP] product, of which only the blocks are stored.
             dP = product(owed, tl.trans(S), tl.zeros([KP, KP], tl.float32), FP32)
             at = rows[:, None] * M + rows[None, :] % M
-            tl.store(d_whole + item * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))
+            tl.store(d_whole + own * (K * M) + at, dP, mask=_own_block(rows, rows, M, K))
             at = rows[None, :] * M + rows[:, None] % M  # of the transposed
             P = tl.load(whole + item * (K * M) + at, mask=_own_block(rows, rows, M, K), other=0.0)
             dS = product(P, dS, tl.zeros_like(dS), FP32)
