@@ -178,8 +178,10 @@ def result(run: Run, folder: Path, seconds: float, workers: int, code: int, log:
     elif code == 0 and validations:
         row["bits_per_byte"] = validations[-1][1]
     else:
-        tail = log.read_text(errors="replace").strip().splitlines()[-3:]
-        row["failed"] = f"exit code {code}: " + " / ".join(tail)[-600:]
+        lines = log.read_text(errors="replace").strip().splitlines()
+        # A crash of the device's library ends in frames of C++; what happened stands above them.
+        told = [line for line in lines if "Error" in line or "what():" in line] or lines
+        row["failed"] = f"exit code {code}: " + " / ".join(told[-3:])[-600:]
     return row
 
 

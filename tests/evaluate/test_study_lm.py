@@ -148,6 +148,18 @@ def test_a_tokenizer_may_be_of_another_size_where_that_is_said(study):
     assert study("--only", "b", "--set", "model.parameters=null") == 0
 
 
+def test_a_crash_is_named_by_its_error_not_by_the_frames_below_it(tmp_path):
+    error = "torch.AcceleratorError: CUDA error: an illegal instruction was encountered"
+    frames = [f"frame #{i}: <unknown function> + 0x2a1ca" for i in range(30)]
+    (tmp_path / "log").write_text("\n".join(["step 10", error, *frames]))
+    run = lm.runs_of(lm.read_plan(PLAN), "spare-rates")[0]
+    assert lm.result(run, tmp_path, 1.0, 1, -6, tmp_path / "log")["failed"] == f"exit code -6: {error}"
+    (tmp_path / "log").write_text("step 10\nKilled")
+    assert (
+        lm.result(run, tmp_path, 1.0, 1, -9, tmp_path / "log")["failed"] == "exit code -9: step 10 / Killed"
+    )
+
+
 def test_names_of_waves_may_have_blanks_between_them(study):
     assert study("--only", "b, a") == 0
     assert len(ended()) == 3
