@@ -26,7 +26,7 @@ FINAL = {
     "mamba2-hybrid-final-tied": "hybrid of Mamba-2",
     "gdn-hybrid-final-tied": "hybrid of Gated DeltaNet",
     "transformer-final-tied": "Transformer",
-    "mixed-final-tied": "recurrence alone",
+    "mixed-large-tied": "recurrence alone",
 }
 SHIPPED = FINAL | {"gdn-final-tied": "Gated DeltaNet", "mamba2-final-tied": "Mamba-2"}
 HEADLINE = {

@@ -282,7 +282,7 @@ def test_what_the_study_says_of_its_search():
 
 
 @pytest.mark.parametrize(
-    ("name", "contender"), [("small", "hybrid-final-tied"), ("recurrent", "mixed-final-tied")]
+    ("name", "contender"), [("small", "hybrid-final-tied"), ("recurrent", "mixed-large-tied")]
 )
 def test_recipes_are_the_runs_that_their_numbers_are_of(name, contender):
     """Also what `extends` brings: the page's number is not that of another optimizer."""
