@@ -152,10 +152,15 @@ def seconds_table(rows: list[Row], speeds: dict[str, int]) -> str:
     return "\n".join([*lines, ""])
 
 
+def share(row: Row, point: list[float]) -> float:
+    """Share of a run's steps that a validation [step, bits per byte] comes after."""
+    return point[0] / row["curve"][-1][0]
+
+
 def curve(row: Row, speed: float) -> tuple[list[float], list[float]]:
     """A run's validations: seconds at a speed in tokens/s, and bits per byte."""
-    steps = row["curve"][-1][0]
-    return [step / steps * row["tokens"] / speed for step, _ in row["curve"]], [b for _, b in row["curve"]]
+    taken = [share(row, point) * row["tokens"] / speed for point in row["curve"]]
+    return taken, [bits for _, bits in row["curve"]]
 
 
 def bits_at(end: float, taken: list[float], bits: list[float]) -> float:
@@ -202,8 +207,12 @@ def draw(rows: list[Row], speeds: dict[str, int], path: Path) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (size, title, names, against) in zip(axes, panels, strict=True):
             chosen = best_rates([row for row in rows if row["size"] == size and row["contender"] in names])
+            # Curves begin together: some runs were validated earlier, far above where the others begin.
+            start = max(share(row, row["curve"][0]) for row, *_ in chosen.values())
             for name in sorted(chosen, key=lambda name: chosen[name][0]["bits_per_byte"]):
-                taken, bits = curve(chosen[name][0], speeds[name] if against == SECONDS else 1e6)
+                row = chosen[name][0]
+                row = row | {"curve": [point for point in row["curve"] if share(row, point) >= start]}
+                taken, bits = curve(row, speeds[name] if against == SECONDS else 1e6)
                 label = f"{names[name]} {bits[-1]:.3f}"
                 axis.plot(taken, bits, "o-", color=colours[names[name]], markersize=3, label=label)
             axis.set_title(title, loc="left")
