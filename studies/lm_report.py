@@ -238,7 +238,7 @@ def make(rows_path: Path, page: Path) -> None:
     parts = {"Results": results_table(rows), "Rates": rates_table(rows)}
     if speeds:
         parts = {"Seconds": seconds_table(rows, speeds), **parts}
-    tables = "".join(f"\n### {name}\n\n{table}" for name, table in parts.items())
+    tables = "".join(f"\n### {name}\n\n{table}" for name, table in parts.items() if table)
     page.write_text(before + MARKS[0] + tables + MARKS[1] + after, encoding="utf-8")
     draw(rows, speeds, page.with_suffix(".png"))
 

@@ -249,6 +249,7 @@ def test_the_report_takes_rows_of_any_plan_and_leaves_other_pages_alone(study, m
     assert study() == 0
     assert report("lm.jsonl", "page.md") == ""
     assert "| m1 | 1.5000 | 1 | 0.004 |" in Path("page.md").read_text()
+    assert "### Rates" not in Path("page.md").read_text()  # each contender has one
     page = f"before\n{lm_report.MARKS[0]}\nafter\n"  # without the other mark, "after" would be lost
     Path("page.md").write_text(page)
     assert "has no lines" in report("lm.jsonl", "page.md")
