@@ -202,6 +202,36 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
         assert table in page
 
 
+def test_sentences_on_copies_and_on_less_attention():
+    """What recurrence alone loses by copying, and what hybrids lose with one attention layer in twelve."""
+    text = one_line((RESULTS / "lm.md").read_text())
+    probes = json.loads((RESULTS / "lm-tied-probes.json").read_text())["recall"]
+    ours, peer, hybrid = (
+        next(probe for probe in probes if probe["name"].startswith(f"{name}-68m"))
+        for name in ("mixed-large-tied", "transformer-final-tied", "hybrid-final-tied")
+    )
+    ahead, behind = peer["loss"] - ours["loss"], ours["loss"] - hybrid["loss"]
+    assert f"{ahead:.3f} nats ahead of the Transformer and {behind:.3f} behind the hybrid" in text
+    pairs = zip(ours["distance"], peer["distance"], strict=False)
+    near, few, *worse = (mine["loss"] - other["loss"] for mine, other in pairs)
+    assert max(near, few) < 0  # "better .. up to 15 tokens back"
+    assert "worse by {:.2f}, {:.2f} and {:.2f} nats from 16, 64 and 256".format(*worse) in text
+
+    search = one_line((RESULTS / "lm-search.md").read_text())
+    rows = [row for row in read_rows(RESULTS / "lm.jsonl") if row["size"] == "68m" and row["lr"] == 6e-3]
+    names = ("hybrid-m1-qk", "hybrid-m2-qk", "hybrid-m4-qk", "gdn-hybrid-qk")
+    costs = []
+    for name in names:
+        few, many = (
+            mean(by_seed([row for row in rows if row["contender"] == kind]))
+            for kind in (f"{name}-eleven", name)
+        )
+        assert all(f"{bits:.4f}" in search for bits in (few, many))
+        costs.append(few - many)
+    *own, gdn = sorted(costs[:3]) + costs[3:]
+    assert f"costs BD-LRU {own[0]:.3f} to {own[-1]:.3f} and Gated DeltaNet {gdn:.3f}" in search
+
+
 def test_seconds_to_a_loss_lie_between_two_validations():
     taken, bits = [10.0, 20.0, 40.0], [3.0, 2.0, 1.5]
     assert [seconds_to(mark, taken, bits) for mark in (3.0, 2.25, 2.0, 1.5)] == [10, 17.5, 20, 40]
