@@ -152,6 +152,29 @@ def test_triton_splits_wide_heads(monkeypatch, kind, M, V):
     compare("triton", inputs=kind(make_inputs(T=17, K=4, M=M, V=V)))
 
 
+def test_programs_of_wide_heads_hold_as_much_as_registers_do():
+    """By slots and columns: those of a program, and programs a head. The interpreter would take any."""
+    pytest.importorskip("triton")
+    from lrnn_lm.kernels.scan.matrix import _chunks
+    from lrnn_lm.kernels.scan.matrix_scan import _padded
+
+    told = {}
+    for K, V in ((64, 64), (64, 128), (128, 64), (128, 256), (64, 200), (128, 130), (4, 256)):
+        slots, columns = _padded(K, 1, V)
+        chunks = _chunks(torch.zeros(1, 1, 1, slots, 1), columns, None)
+        told[K, V] = chunks.columns, chunks.parts
+    assert told == {
+        (64, 64): (64, 1), (64, 128): (128, 1), (128, 64): (64, 1), (128, 256): (64, 4),
+        (64, 200): (128, 2), (128, 130): (64, 3), (4, 256): (128, 2),
+    }  # fmt: skip
+
+
+def test_triton_splits_the_widest_heads():
+    """128 slots, as `recipes/recurrent.yaml` has, and programs as large as on a GPU."""
+    pytest.importorskip("triton")
+    compare("triton", inputs=erasing(make_inputs(T=2, K=128, M=1, V=70, B=1, H=1)))
+
+
 def test_what_a_write_erases():
     """S_t = (I - k_t e_t^T) A_t S_{t-1} + k_t v_t^T, with dense matrices; a step alone is the same."""
     A, k, v, q, h0, e, _ = erasing(make_inputs(B=1, H=1, T=5, K=6, M=3, dtype=torch.float64))

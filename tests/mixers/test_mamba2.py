@@ -114,7 +114,7 @@ def test_bf16_keeps_its_decays(autocast):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
 def test_published_sizes_on_a_gpu(dtype, bound):
-    """Heads of 128 x 64, the largest that kernels take: outputs, the state and gradients beside fp64."""
+    """Heads of 128 x 64, the largest that one program takes: outputs, the state and gradients beside fp64."""
     torch.manual_seed(0)
     exact = build_mixer({"type": "mamba2"}, 768).to(dtype).double()  # 24 heads
     x = torch.randn(2, 77, 768).to(dtype)
