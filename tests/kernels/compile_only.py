@@ -245,7 +245,9 @@ def everything() -> None:
     launch_matrix(16, torch.bfloat16, 33, states=True, V=128)
     launch_erase(1, torch.bfloat16)
     launch_erase(4, torch.float32)
-    launch_erase(1, torch.bfloat16, V=256, K=128)  # several programs a head
+    first = len(COMPILED)
+    launch_erase(1, torch.bfloat16, V=256, K=128)  # several programs a head: the heads of recurrent.yaml
+    check_spilled(first, 0)
     first = len(COMPILED)
     launch_gru(8, torch.bfloat16, resets=True)
     launch_slstm(8, torch.bfloat16, resets=True)
