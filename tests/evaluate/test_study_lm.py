@@ -300,3 +300,20 @@ def test_the_plans_models_are_recipes(monkeypatch):
         mixers = load_recipe(recipe, overrides).model.layer_pattern or []
         assert len(mixers) == len(run.model.get("layer_pattern", []))
     assert len(runs) > 100
+
+
+def test_curves_of_a_panel_begin_together(monkeypatch, tmp_path):
+    """At the first share of their steps at which all were validated; a run of fewer steps too."""
+    from matplotlib.axes import Axes
+
+    def row(contender: str, *curve: list[float]) -> dict:
+        same = {"size": "68m", "seed": 0, "lr": 1e-3, "overrides": ["optim.name=muon"], "tokens": 1000}
+        return same | {"contender": contender, "bits_per_byte": curve[-1][1], "curve": list(curve)}
+
+    early = row("hybrid-final-tied", [250, 9.0], [500, 3.0], [1000, 2.0])
+    late = row("transformer-final-tied", [100, 4.0], [200, 2.5])
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, taken, bits, *_, **__: drawn.append((taken, bits)))
+    monkeypatch.setattr(Axes, "legend", lambda *_, **__: None)
+    lm_report.draw([early, late], {}, tmp_path / "curves.png")
+    assert drawn == [([0.0005, 0.001], [3.0, 2.0]), ([0.0005, 0.001], [4.0, 2.5])]
