@@ -1,5 +1,6 @@
 """Continuous batching: requests join and leave one batch at any token, with the texts of `generate` alone."""
 
+import asyncio
 import time
 from types import SimpleNamespace
 
@@ -247,6 +248,54 @@ def test_keywords_that_nothing_reads_are_refused():
     assert paged.reshape(2, -1)[:, 3:].tolist() == got
 
 
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "reset"])
+def test_arguments_of_a_pass_are_refused(name):
+    """They were dropped, as the model's forward pass knows them."""
+    with pytest.raises(ValueError, match=f"takes lists of tokens, and no {name}"):
+        small_model("bd_lru").generate_batch([[3, 4]], **{name: torch.ones(1, 2, dtype=torch.long)})
+
+
+def test_padding_is_refused():
+    """It was read as text."""
+    model, ids, mask = small_model("bd_lru"), torch.tensor([[0, 3], [4, 5]]), torch.tensor([[0, 1], [1, 1]])
+    words = "takes lists of tokens, and no padding"
+    with pytest.raises(ValueError, match=words):
+        model.generate(ids, attention_mask=mask, cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(ValueError, match=words):
+        model.generate_batch(ids.tolist(), attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_model_in_training_stays_in_training():
+    """All of it was in evaluation mode after, so a training loop went on without checkpointing or z-loss."""
+    model = small_model("bd_lru").train()
+    model.lm_head.eval()
+    model.generate_batch([[3, 4]], max_new_tokens=2)
+    assert [name for name, part in model.named_modules() if not part.training] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    ["text", [["3"]], [[1.5]], [[True]], [torch.tensor([3, 4])], torch.tensor([[3, 4]]), {"input_ids": 3}],
+)
+def test_prompts_that_are_no_lists_of_tokens(inputs):
+    """Some ended in a traceback from within, others in {} for all prompts."""
+    with pytest.raises(ValueError, match=r"inputs\[0\]: the prompt must be a list of whole numbers"):
+        small_model("bd_lru").generate_batch(inputs, max_new_tokens=2)
+
+
+def test_outputs_as_they_come(manager):
+    """As in transformers' examples: of all requests, and of one that streams."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=4, do_sample=False)
+    batch.add_requests([[3], [4, 5]])
+    two = (output for output in batch if output.is_finished())
+    got = sorted((next(two).generated_tokens, next(two).generated_tokens))
+    assert got == sorted(alone(model, torch.tensor([ids]), max_new_tokens=4) for ids in ([3], [4, 5]))
+    mine = batch.add_request([6], streaming=True)
+    *_, last = batch.request_id_iter(mine)
+    assert last.generated_tokens == alone(model, torch.tensor([[6]]), max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [
@@ -280,3 +329,24 @@ def test_a_request_that_cannot_be(manager):
         batch.add_request([3], "mine")
     batch.cancel_request("mine")
     assert batch.add_request([3], "mine", max_new_tokens=1) == "mine"
+
+
+def test_one_id_twice_leaves_the_first_its_answer(manager):
+    """As where a proxy asks again: the second took the first one's handler, so nobody ever answered it."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=300, do_sample=False)
+
+    async def ask():
+        told = asyncio.get_running_loop().create_future()
+        batch.register_result_handler("mine", told.set_result)  # as transformers' server, first
+        batch.add_request([3], "mine")
+        with pytest.raises(ValueError, match="'mine' is not answered yet"):
+            batch.register_result_handler("mine", None)
+        answer = await asyncio.wait_for(told, 20)
+        for _ in range(2):  # nor is an id lost by a prompt that cannot be answered
+            batch.register_result_handler("mine", None)
+            with pytest.raises(ValueError, match="no token"):
+                batch.add_request([], "mine")
+        return answer
+
+    assert asyncio.run(ask()).generated_tokens == alone(model, torch.tensor([[3]]), max_new_tokens=300)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     CompileConfig,
@@ -189,16 +190,29 @@ class LRNNGenerationMixin(GenerationMixin):
         max_new_tokens only, then those of `generation_config`, then the model's.
 
         Raises ValueError for a prompt that cannot be answered, before any is: transformers would log it, and
-        return {} for all of them. As `generate`, for a keyword that nothing reads.
+        return {} for all of them. As `generate`, for a keyword that nothing reads; and for padding. The model
+        is left in training if it was.
         """
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**self.generation_config.to_dict(), defaults_only=True)
         others = config.update(**options)
         theirs = inspect.signature(super().generate_batch).parameters
-        self._validate_model_kwargs({key: value for key, value in others.items() if key not in theirs})
+        of_model = {key: value for key, value in others.items() if key not in theirs and value is not None}
+        self._validate_model_kwargs(of_model)
+        # `generate` passes these two on, for cache_implementation="paged".
+        mask = of_model.pop("attention_mask", None)
+        of_model.pop("input_ids", None)
+        if of_model or (mask is not None and not torch.as_tensor(mask).all()):
+            what = ", ".join(of_model) or "padding"
+            raise ValueError(f"continuous batching takes lists of tokens, and no {what}: leave it out")
         for number, ids in enumerate(inputs):
             try:
                 check_prompt(ids, config, self.config.vocab_size)
             except ValueError as error:
                 raise ValueError(f"inputs[{number}]: {error}") from None
-        return super().generate_batch(inputs, config, *args, **others)
+        modes = {module: module.training for module in self.modules()}
+        try:
+            return super().generate_batch(inputs, config, *args, **others)
+        finally:
+            for module, training in modes.items():
+                module.training = training
