@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_models import small_model, tokens
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
 from lrnn_lm.model.decoding import batch as batch_module
 from lrnn_lm.model.decoding.batch import Batch, Request
@@ -112,7 +112,7 @@ def test_a_long_prompt_stops_nobody(kept, monkeypatch):
     monkeypatch.setattr(batch_module, "_MESSAGE", 0)
     model = small_model("bd_lru")
     model.config.prefix_cache_bytes = kept
-    batch = Batch(model, LogitsProcessorList(), draw=False)
+    batch = Batch(model)
     long, short = (
         Request(name, [3] * length, most=50, ends=set(), streaming=True)
         for name, length in (("long", 5000), ("short", 4))
@@ -137,7 +137,7 @@ def test_streams_take_turns(monkeypatch):
     """Each is told its first token at once, then as many together as came in a millisecond a stream."""
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(batch_module, "time", clock)
-    batch = Batch(small_model("bd_lru"), LogitsProcessorList(), draw=False)
+    batch = Batch(small_model("bd_lru"))
     streams = [Request(str(i), [3 + i], most=9, ends=set(), streaming=True) for i in range(4)]
     whole = Request("whole", [3], most=6, ends=set(), streaming=False)
     now = 100.0
@@ -350,3 +350,20 @@ def test_one_id_twice_leaves_the_first_its_answer(manager):
         return answer
 
     assert asyncio.run(ask()).generated_tokens == alone(model, torch.tensor([[3]]), max_new_tokens=300)
+
+
+def test_each_request_has_its_own_settings(manager):
+    """Those of the first held for all. Top 1 of a drawn token is the likeliest."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=12, do_sample=True)
+    settings = [{"do_sample": False}, {"do_sample": True}, {"do_sample": True, "top_k": 1}] * 3
+    ids = []
+    for number, options in enumerate(settings):
+        batch.configure(GenerationConfig(max_new_tokens=12, **options))
+        ids.append(batch.add_request([3, 4], str(number)))
+    with pytest.raises(ValueError, match="not stop_strings"):
+        batch.configure(GenerationConfig(stop_strings=["a"]))
+    done = results(batch, ids)
+    texts = [done[id].generated_tokens for id in ids]
+    likeliest = alone(model, torch.tensor([[3, 4]]), max_new_tokens=12)
+    assert [text == likeliest for text in texts] == [options != {"do_sample": True} for options in settings]

@@ -20,7 +20,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from .batch import Batch, Request
+from .batch import Batch, Choice, Request
 from .decode import MOST_FUSED
 from .sample import LOOK_AT_SCORES
 
@@ -39,8 +39,9 @@ class StateBatching:
 
     def __init__(self, model: PreTrainedModel, config: GenerationConfig):
         check_recurrent(model.config)
-        self._model, self._config = model.eval(), config
-        self._batch = Batch(model, _processors(model, config), bool(config.do_sample))
+        self._model = model.eval()
+        self.configure(config)
+        self._batch = Batch(model)
         self._outputs = _Outputs()
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
@@ -49,6 +50,11 @@ class StateBatching:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.background_thread_status = SimpleNamespace(fatal_error=None)
+
+    def configure(self, config: GenerationConfig) -> None:
+        """Set the settings of the requests that follow. Raises ValueError for those that it does not know."""
+        self._choice = Choice(_processors(self._model, config), bool(config.do_sample))
+        self._config = config
 
     def start(self) -> None:
         """Begin to answer."""
@@ -95,6 +101,7 @@ class StateBatching:
             most,
             {*ends} if isinstance(ends, list) else {ends},
             streaming,
+            self._choice,
         )
         with self._changed:
             if self._stopping or self.background_thread_status.fatal_error is not None:
