@@ -77,6 +77,25 @@ class LRNNGenerationMixin(GenerationMixin):
                 del inputs["cache"]
         return inputs
 
+    def _expand_inputs_for_generation(
+        self, *args: Any, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """transformers', where padding at the end of a row is moved to its beginning: text goes on after the
+        last column. transformers may warn of such padding, and would go on from it.
+        """
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        shape = (input_ids if embeds is None else embeds).shape[:2]
+        if mask is not None and mask.shape == shape and model_kwargs.get(CACHE) is None:
+            there = mask.bool()
+            if bool((there.any(dim=1) & ~there[:, -1]).any()):
+                order = there.long().argsort(dim=1, stable=True)  # (B, T)
+                for name in ("attention_mask", "position_ids", "inputs_embeds"):
+                    if (given := model_kwargs.get(name)) is not None and given.shape[:2] == shape:
+                        places = order if given.ndim == 2 else order[..., None].expand_as(given)
+                        model_kwargs[name] = given.gather(1, places)
+                input_ids = input_ids.gather(1, order) if input_ids.shape == shape else input_ids
+        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
