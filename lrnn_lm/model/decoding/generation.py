@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from ..cache import CACHE, adopt, check_cache, make_cache, tokens_seen
 from ..config import LRNNConfig
+from ..documents import check_tokens
 from ..masks import attention_masks
 from .batching import StateBatching, check_prompt
 from .decode import Decoder, can_decode
@@ -77,23 +78,37 @@ class LRNNGenerationMixin(GenerationMixin):
                 del inputs["cache"]
         return inputs
 
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:
+        """transformers' inputs. Raises ValueError for lists, one row without its dimension, and no token."""
+        given, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        if not isinstance(given, Tensor):
+            raise ValueError(
+                f"{name or 'input_ids'} is a {type(given).__name__}, not a tensor (rows, tokens)"
+            )
+        check_tokens(*((None, given) if name == "inputs_embeds" else (given, None)))
+        return given, name, model_kwargs
+
     def _expand_inputs_for_generation(
         self, *args: Any, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """transformers', where padding at the end of a row is moved to its beginning: text goes on after the
         last column. transformers may warn of such padding, and would go on from it.
         """
-        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        shape = (input_ids if embeds is None else embeds).shape[:2]
-        if mask is not None and mask.shape == shape and model_kwargs.get(CACHE) is None:
-            there = mask.bool()
-            if bool((there.any(dim=1) & ~there[:, -1]).any()):
-                order = there.long().argsort(dim=1, stable=True)  # (B, T)
-                for name in ("attention_mask", "position_ids", "inputs_embeds"):
-                    if (given := model_kwargs.get(name)) is not None and given.shape[:2] == shape:
-                        places = order if given.ndim == 2 else order[..., None].expand_as(given)
-                        model_kwargs[name] = given.gather(1, places)
-                input_ids = input_ids.gather(1, order) if input_ids.shape == shape else input_ids
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
+        if cache is not None:
+            check_cache(self.config, cache)
+        embeds = model_kwargs.get("inputs_embeds")
+        B, T = (input_ids if embeds is None else embeds).shape[:2]
+        there = (
+            None if mask is None or mask.ndim != 2 else mask[:, tokens_seen(cache) :].bool()
+        )  # new columns
+        fits = there is not None and there.shape[0] == B and there.shape[1] <= T
+        if fits and bool((there.any(dim=1) & ~there[:, -1:].all(dim=1)).any()):
+            order = there.long().argsort(dim=1, stable=True)
+            for name in ("attention_mask", "position_ids", "inputs_embeds"):
+                if (given := model_kwargs.get(name)) is not None:
+                    model_kwargs[name] = _reordered(given, order)
+            input_ids = _reordered(input_ids, order)
         return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
 
     def _prepare_cache_for_generation(
@@ -235,3 +250,12 @@ class LRNNGenerationMixin(GenerationMixin):
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, ..) with its last columns in this order, (B, new ones); as it is if it has not so many."""
+    rows, T = order.shape
+    if x.shape[0] != rows or x.shape[1] < T:
+        return x
+    places = order if x.ndim == 2 else order[..., None].expand(-1, -1, x.shape[2])
+    return torch.cat([x[:, :-T], x[:, -T:].gather(1, places)], dim=1)
