@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import CACHE, adopt, check_cache, make_cache, tokens_seen
+from ..cache import CACHE, adopt, check_cache, make_cache, one_cache, tokens_seen
 from ..config import LRNNConfig
 from ..documents import check_tokens
 from ..masks import attention_masks
@@ -94,16 +94,15 @@ class LRNNGenerationMixin(GenerationMixin):
         """transformers', where padding at the end of a row is moved to its beginning: text goes on after the
         last column. transformers may warn of such padding, and would go on from it.
         """
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
+        mask = model_kwargs.get("attention_mask")
+        cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
         if cache is not None:
             check_cache(self.config, cache)
         embeds = model_kwargs.get("inputs_embeds")
         B, T = (input_ids if embeds is None else embeds).shape[:2]
-        there = (
-            None if mask is None or mask.ndim != 2 else mask[:, tokens_seen(cache) :].bool()
-        )  # new columns
-        fits = there is not None and there.shape[0] == B and there.shape[1] <= T
-        if fits and bool((there.any(dim=1) & ~there[:, -1:].all(dim=1)).any()):
+        plain = mask is not None and mask.ndim == 2 and mask.shape[0] == B
+        there = mask[:, tokens_seen(cache) :].bool() if plain else None  # of the new columns
+        if plain and there.shape[1] <= T and bool((there.any(dim=1) & ~there[:, -1:].all(dim=1)).any()):
             order = there.long().argsort(dim=1, stable=True)
             for name in ("attention_mask", "position_ids", "inputs_embeds"):
                 if (given := model_kwargs.get(name)) is not None:
