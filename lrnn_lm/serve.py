@@ -14,6 +14,7 @@ from .files import user_path
 from .requirements import check_extra
 from .runs.layout import CheckpointFolder, checkpoint_folder
 from .runs.load import describe, document_start, load_checkpoint
+from .serve_requests import tell_mistakes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def serve(
             _check_model(checkpoint, model, continuous_batching)
             settings = {"device": str(model.device), "trust_remote_code": trust_remote_code}
             print(_greeting(folder, host, port, model, tokenizer), flush=True)
+            tell_mistakes(_start(model, tokenizer))
             del model
             from transformers.cli.serve import Serve
             from transformers.cli.serving.model_manager import ModelManager
@@ -100,13 +102,17 @@ def _check_model(checkpoint: str | Path, model: "PreTrainedModel", continuous_ba
         check_recurrent(model.config)
 
 
+def _start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text of the token before every document, if the tokenizer does not add it."""
+    start = document_start(model, tokenizer)
+    return "" if start is None else tokenizer.decode([start])
+
+
 def _greeting(
     folder: Path, host: str, port: int, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
     """Where it listens, and a command to try it."""
-    start = document_start(model, tokenizer)
-    prompt = "" if start is None else tokenizer.decode([start])
-    body = {"model": str(folder), "prompt": f"{prompt}Once", "max_tokens": 40}
+    body = {"model": str(folder), "prompt": f"{_start(model, tokenizer)}Once", "max_tokens": 40}
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     chats = "" if tokenizer.chat_template else " No chats: the tokenizer has no chat template."
     return (

@@ -76,7 +76,7 @@ def generate(
         out = model.generate(
             ids,
             attention_mask=torch.ones(1, length, dtype=torch.bool, device=model.device),
-            generation_config=settings, streamer=streamer, **{CACHE: cache},
+            generation_config=settings, streamer=streamer, tokenizer=tokenizer, **{CACHE: cache},
         )  # fmt: skip
     return tokenizer.decode(out[0, 0 if shown else 1 :], skip_special_tokens=True)
 
@@ -150,7 +150,10 @@ def _settings(
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=temperature > 0, pad_token_id=pad)
+    # The folder's own settings hold where nothing is said here; these ask for what cannot be streamed.
+    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+    drawn = temperature > 0
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=drawn, pad_token_id=pad, **one)
     ends = model.generation_config.eos_token_id  # an id (which may be 0), several, or None
     settings.eos_token_id = tokenizer.eos_token_id if ends is None else ends
     if settings.do_sample:

@@ -152,7 +152,7 @@ def check_cache(config: LRNNConfig, cache: Any) -> None:
     States of two mixers may be alike in size (H-LRU of order 4, BD-LRU of blocks of 4), so a layer that has
     one also keeps whose it is.
     """
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise ValueError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
     kinds = [_kind(layer) for layer in cache.layers]
     if kinds != config.layer_types:

@@ -121,7 +121,7 @@ def load_checkpoint(
         if weights is not None:
             kind, path, settings = LRNNForCausalLM, None, settings | {"config": own, "state_dict": weights}
         model, told = kind.from_pretrained(path, **settings, **trust)
-    except _DAMAGED as error:
+    except (*_DAMAGED, ImportError) as error:  # of a package that the folder asks for
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{checkpoint}: only loads with code of its own, which an export does not take along; "

@@ -1,7 +1,9 @@
 """Generated text: streamed and returned alike, started at BOS, repeatable, mistakes told plainly."""
 
 import io
+import json
 import os
+import shutil
 import sys
 import threading
 
@@ -165,3 +167,32 @@ def test_what_is_no_text_or_seed_is_told(checkpoint):
 def test_a_missing_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint"):
         generate(tmp_path / "gone", "x")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["\x00 is nowhere"]},
+    ],
+)
+def test_settings_of_a_folder_that_cannot_be_streamed(checkpoint, tmp_path, settings):
+    """They ended in a traceback, or in a message about arguments that nobody gave."""
+    folder = tmp_path / "set"
+    shutil.copytree(checkpoint, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**own, **settings}))
+    greedy = {"max_new_tokens": 5, "greedy": True, "device": "cpu"}
+    assert generate(folder, "The", **greedy) == generate(checkpoint, "The", **greedy)
+
+
+def test_a_package_that_a_folder_asks_for_is_named(checkpoint, tmp_path):
+    folder = tmp_path / "quantised"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"quant_method": "aqlm", "in_group_size": 8}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": asked}))
+    with pytest.raises(ValueError, match=r"cannot be loaded as a model: .*aqlm"):
+        generate(folder, "The", device="cpu")

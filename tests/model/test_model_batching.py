@@ -1,12 +1,13 @@
 """Continuous batching: requests join and leave one batch at any token, with the texts of `generate` alone."""
 
+import asyncio
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import small_model, tokens
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
 from lrnn_lm.model.decoding import batch as batch_module
 from lrnn_lm.model.decoding.batch import Batch, Request
@@ -111,7 +112,7 @@ def test_a_long_prompt_stops_nobody(kept, monkeypatch):
     monkeypatch.setattr(batch_module, "_MESSAGE", 0)
     model = small_model("bd_lru")
     model.config.prefix_cache_bytes = kept
-    batch = Batch(model, LogitsProcessorList(), draw=False)
+    batch = Batch(model)
     long, short = (
         Request(name, [3] * length, most=50, ends=set(), streaming=True)
         for name, length in (("long", 5000), ("short", 4))
@@ -136,7 +137,7 @@ def test_streams_take_turns(monkeypatch):
     """Each is told its first token at once, then as many together as came in a millisecond a stream."""
     clock = SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(batch_module, "time", clock)
-    batch = Batch(small_model("bd_lru"), LogitsProcessorList(), draw=False)
+    batch = Batch(small_model("bd_lru"))
     streams = [Request(str(i), [3 + i], most=9, ends=set(), streaming=True) for i in range(4)]
     whole = Request("whole", [3], most=6, ends=set(), streaming=False)
     now = 100.0
@@ -247,6 +248,54 @@ def test_keywords_that_nothing_reads_are_refused():
     assert paged.reshape(2, -1)[:, 3:].tolist() == got
 
 
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "reset"])
+def test_arguments_of_a_pass_are_refused(name):
+    """They were dropped, as the model's forward pass knows them."""
+    with pytest.raises(ValueError, match=f"takes lists of tokens, and no {name}"):
+        small_model("bd_lru").generate_batch([[3, 4]], **{name: torch.ones(1, 2, dtype=torch.long)})
+
+
+def test_padding_is_refused():
+    """It was read as text."""
+    model, ids, mask = small_model("bd_lru"), torch.tensor([[0, 3], [4, 5]]), torch.tensor([[0, 1], [1, 1]])
+    words = "takes lists of tokens, and no padding"
+    with pytest.raises(ValueError, match=words):
+        model.generate(ids, attention_mask=mask, cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(ValueError, match=words):
+        model.generate_batch(ids.tolist(), attention_mask=mask, max_new_tokens=2)
+
+
+def test_a_model_in_training_stays_in_training():
+    """All of it was in evaluation mode after, so a training loop went on without checkpointing or z-loss."""
+    model = small_model("bd_lru").train()
+    model.lm_head.eval()
+    model.generate_batch([[3, 4]], max_new_tokens=2)
+    assert [name for name, part in model.named_modules() if not part.training] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    ["text", [["3"]], [[1.5]], [[True]], [torch.tensor([3, 4])], torch.tensor([[3, 4]]), {"input_ids": 3}],
+)
+def test_prompts_that_are_no_lists_of_tokens(inputs):
+    """Some ended in a traceback from within, others in {} for all prompts."""
+    with pytest.raises(ValueError, match=r"inputs\[0\]: the prompt must be a list of whole numbers"):
+        small_model("bd_lru").generate_batch(inputs, max_new_tokens=2)
+
+
+def test_outputs_as_they_come(manager):
+    """As in transformers' examples: of all requests, and of one that streams."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=4, do_sample=False)
+    batch.add_requests([[3], [4, 5]])
+    two = (output for output in batch if output.is_finished())
+    got = sorted((next(two).generated_tokens, next(two).generated_tokens))
+    assert got == sorted(alone(model, torch.tensor([ids]), max_new_tokens=4) for ids in ([3], [4, 5]))
+    mine = batch.add_request([6], streaming=True)
+    *_, last = batch.request_id_iter(mine)
+    assert last.generated_tokens == alone(model, torch.tensor([[6]]), max_new_tokens=4)
+
+
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [
@@ -280,3 +329,41 @@ def test_a_request_that_cannot_be(manager):
         batch.add_request([3], "mine")
     batch.cancel_request("mine")
     assert batch.add_request([3], "mine", max_new_tokens=1) == "mine"
+
+
+def test_one_id_twice_leaves_the_first_its_answer(manager):
+    """As where a proxy asks again: the second took the first one's handler, so nobody ever answered it."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=300, do_sample=False)
+
+    async def ask():
+        told = asyncio.get_running_loop().create_future()
+        batch.register_result_handler("mine", told.set_result)  # as transformers' server, first
+        batch.add_request([3], "mine")
+        with pytest.raises(ValueError, match="'mine' is not answered yet"):
+            batch.register_result_handler("mine", None)
+        answer = await asyncio.wait_for(told, 20)
+        for _ in range(2):  # nor is an id lost by a prompt that cannot be answered
+            batch.register_result_handler("mine", None)
+            with pytest.raises(ValueError, match="no token"):
+                batch.add_request([], "mine")
+        return answer
+
+    assert asyncio.run(ask()).generated_tokens == alone(model, torch.tensor([[3]]), max_new_tokens=300)
+
+
+def test_each_request_has_its_own_settings(manager):
+    """Those of the first held for all. Top 1 of a drawn token is the likeliest."""
+    model = small_model("bd_lru")
+    batch = manager(model, max_new_tokens=12, do_sample=True)
+    settings = [{"do_sample": False}, {"do_sample": True}, {"do_sample": True, "top_k": 1}] * 3
+    ids = []
+    for number, options in enumerate(settings):
+        batch.configure(GenerationConfig(max_new_tokens=12, **options))
+        ids.append(batch.add_request([3, 4], str(number)))
+    with pytest.raises(ValueError, match="not stop_strings"):
+        batch.configure(GenerationConfig(stop_strings=["a"]))
+    done = results(batch, ids)
+    texts = [done[id].generated_tokens for id in ids]
+    likeliest = alone(model, torch.tensor([[3, 4]]), max_new_tokens=12)
+    assert [text == likeliest for text in texts] == [options != {"do_sample": True} for options in settings]

@@ -156,3 +156,22 @@ def test_a_model_that_gives_no_cache_back():
     )
     with pytest.raises(ValueError, match="no cache back"):
         prefill(model, ids, 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"inputs": torch.zeros(1, 0)}, r"input_ids of shape \(1, 0\) .*BOS"),  # a tokenizer's, of no text
+        ({"inputs": torch.tensor([3, 4])}, r"input_ids of shape \(2,\) must be \(rows, tokens\)"),
+        ({"input_ids": [[3, 4]]}, r"input_ids is a list, not a tensor \(rows, tokens\)"),
+        ({"input_ids": torch.ones(1, 2).numpy()}, "input_ids is a ndarray, not a tensor"),
+        (
+            {"inputs_embeds": torch.ones(3, 16)},
+            r"inputs_embeds of shape \(3, 16\) must be \(rows, tokens, hid",
+        ),
+    ],
+)
+def test_prompts_that_are_none(given, words):
+    """Errors from within transformers named no argument."""
+    with pytest.raises(ValueError, match=words):
+        small_model("bd_lru").generate(**given, max_new_tokens=2)

@@ -219,13 +219,50 @@ def test_masks_that_are_none(name, mask, words):
         small_model(name)(tokens(length=T), attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", OF_EACH_STATE)
-def test_generated_text_after_any_padding(name):
-    model, ids, mask = small_model(name), tokens(rows=3, length=T), mask_of("holes")
-    mask[:, -1] = 1
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    got = model.generate(ids, attention_mask=mask, **options)
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, STATIC, {"embeds": True}])
+@pytest.mark.parametrize(("name", "kind"), in_turn(KINDS, OF_EACH_STATE))
+def test_generated_text_after_any_padding(name, kind, options):
+    """At the end of a row too, where the first new token was that of padding."""
+    model, ids, mask = small_model(name), tokens(rows=3, length=T), mask_of(kind)
+    embeds = "embeds" in options
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **options}
+    options.pop("embeds", None)
+    if STATIC.items() <= options.items() and "window" in name:
+        pytest.skip("a static cache with a window takes padding on the left only")
+
+    def written(ids, mask):
+        if embeds:
+            given = model.get_input_embeddings()(ids)
+            return model.generate(inputs_embeds=given, attention_mask=mask, **options)
+        return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+
+    got = written(ids, mask)
+    for row in range(3):
+        alone = tokens_alone(ids, mask, row)
+        if alone.shape[1]:
+            assert torch.equal(got[row], written(alone, torch.ones_like(alone))[0]), row
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new tokens"])
+@pytest.mark.parametrize(("name", "kind"), in_turn(["left", "right", "holes"], OF_EACH_STATE))
+def test_generated_text_after_a_padded_second_turn(name, kind, whole):
+    """After a cache that the caller gives, with all tokens or with the new ones."""
+    model, first, second = small_model(name), tokens(rows=3, length=5), tokens(rows=3, length=T, seed=4)
+    mask = torch.cat([torch.ones_like(first), mask_of(kind)], dim=1)
+    mask[1, 0] = 0
+    cache, options = (
+        DynamicCache(config=model.config),
+        {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0},
+    )
+    with torch.no_grad():
+        model(first, attention_mask=mask[:, :5], past_key_values=cache, use_cache=True)
+    ids = torch.cat([first, second], dim=1)
+    given = ids if whole else second
+    got = model.generate(given, attention_mask=mask, past_key_values=cache, **options)
     for row in range(3):
         alone = tokens_alone(ids, mask, row)
         want = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
-        assert torch.equal(got[row, T:], want[0, alone.shape[1] :]), row
+        assert torch.equal(got[row, given.shape[1] :], want[0, alone.shape[1] :]), row

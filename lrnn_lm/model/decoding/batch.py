@@ -31,6 +31,17 @@ _MESSAGE = 0.001  # seconds between any two messages of streams: each costs the 
 _LONG = 512  # shorter prompts are read in batches rather than through the prefix cache, which takes one
 
 
+class Choice:
+    """How tokens are chosen. processors: see the scores only, not the text before. draw: or the likeliest."""
+
+    def __init__(self, processors: LogitsProcessorList, draw: bool):
+        self.processors, self.draw = processors, draw
+        self.key = (draw, *((type(each), *sorted(vars(each).items())) for each in processors))
+
+
+LIKELIEST = Choice(LogitsProcessorList(), False)
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt and what was written after it."""
@@ -40,6 +51,7 @@ class Request:
     most: int  # new tokens
     ends: set[int]
     streaming: bool
+    choice: Choice = LIKELIEST
     written: list[int] = field(default_factory=list)
     cancelled: bool = False
     told: float = 0.0  # when its stream was told last
@@ -67,13 +79,10 @@ _Read = tuple[list[Request], Tensor, list[Tensor]]  # requests, logits (B, V), e
 
 
 class Batch:
-    """The rows of one model, whose layers are all recurrent; for one thread.
+    """The rows of one model, whose layers are all recurrent; for one thread."""
 
-    processors: see the scores only, not the text before. draw: whether tokens are drawn, or the likeliest.
-    """
-
-    def __init__(self, model: PreTrainedModel, processors: LogitsProcessorList, draw: bool):
-        self.model, self._processors, self._draw = model, processors, draw
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
         self._rows: list[Request] = []
         self._unread: list[Request] = []
         self._reading: deque[tuple[list[Request], Generator[None, None, _Read]]] = deque()
@@ -91,7 +100,7 @@ class Batch:
         self._change(read)
         if self._rows:
             logits = self._decode(input_ids=self._newest, use_cache=True, **{CACHE: self._cache}).logits
-            newest = self._choose(logits[: len(self._rows), -1])
+            newest = _choose(logits[: len(self._rows), -1], self._rows)
             self._newest[: len(newest), 0] = newest
             for request, token in zip(self._rows, newest.tolist(), strict=True):
                 request.written.append(token)
@@ -136,7 +145,7 @@ class Batch:
         rows, newest = [self._rows[row] for row in stay], [self._newest[stay]]
         states = [[state[stay]] for state in self._states] or [[] for _ in self._layers]
         for group, logits, of_layers in read:
-            tokens = self._choose(logits)
+            tokens = _choose(logits, group)
             for request, token in zip(group, tokens.tolist(), strict=True):
                 request.written.append(token)
             go = [row for row, request in enumerate(group) if not request.done]
@@ -184,9 +193,6 @@ class Batch:
         request.keep(ids, cache_of(tensors, ids.shape[1] - 1, self._layers))
         request.keep = None
 
-    def _choose(self, logits: Tensor) -> Tensor:
-        return choose(logits.float(), None, self._processors, self._draw)
-
 
 def _alike(requests: list[Request]) -> list[list[Request]]:
     """Requests whose prompts are read together: of like length, as padding costs as much as tokens."""
@@ -199,6 +205,19 @@ def _alike(requests: list[Request]) -> list[list[Request]]:
         else:
             groups.append([request])
     return groups
+
+
+def _choose(logits: Tensor, requests: list[Request]) -> Tensor:
+    """(B,) next tokens of logits (B, V): those of requests with the same settings at once."""
+    alike: dict[Any, list[int]] = {}
+    for row, request in enumerate(requests):
+        alike.setdefault(request.choice.key, []).append(row)
+    newest, scores = logits.new_zeros(len(logits), dtype=torch.long), logits.float()
+    for rows in alike.values():
+        choice = requests[rows[0]].choice
+        part = scores if len(alike) == 1 else scores[rows]
+        newest[rows if len(alike) > 1 else slice(None)] = choose(part, None, choice.processors, choice.draw)
+    return newest
 
 
 def _stacked(parts: list[Tensor], size: int) -> Tensor:

@@ -4,14 +4,15 @@
 transformers puts the tokens of all requests into one row, and pages of keys and values tell them apart. A
 recurrent state has no pages and needs none: it is of constant size, so a request joins when its states are
 put beside the others as one more row (`batch.py`). `StateBatching` has those methods of transformers' manager
-that the server and `generate_batch` call.
+that the server, `generate_batch` and transformers' examples call.
 """
 
 import asyncio
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from .batch import Batch, Request
+from .batch import Batch, Choice, Request
 from .decode import MOST_FUSED
 from .sample import LOOK_AT_SCORES
 
@@ -38,8 +39,9 @@ class StateBatching:
 
     def __init__(self, model: PreTrainedModel, config: GenerationConfig):
         check_recurrent(model.config)
-        self._model, self._config = model.eval(), config
-        self._batch = Batch(model, _processors(model, config), bool(config.do_sample))
+        self._model = model.eval()
+        self.configure(config)
+        self._batch = Batch(model)
         self._outputs = _Outputs()
         self._changed = threading.Condition()
         self._waiting: list[Request] = []
@@ -48,6 +50,11 @@ class StateBatching:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.background_thread_status = SimpleNamespace(fatal_error=None)
+
+    def configure(self, config: GenerationConfig) -> None:
+        """Set the settings of the requests that follow. Raises ValueError for those that it does not know."""
+        self._choice = Choice(_processors(self._model, config), bool(config.do_sample))
+        self._config = config
 
     def start(self) -> None:
         """Begin to answer."""
@@ -80,7 +87,13 @@ class StateBatching:
         **_: Any,
     ) -> str:
         """Ask for what follows a prompt; the request's id. Streaming: an output for each token."""
-        most = check_prompt(input_ids, self._config, self._model.config.vocab_size, max_new_tokens)
+        try:
+            most = check_prompt(input_ids, self._config, self._model.config.vocab_size, max_new_tokens)
+        except ValueError:
+            with self._changed:
+                if request_id not in self._live:  # the server has registered a handler for its answer
+                    self._outputs.forget(request_id)
+            raise
         ends = self._config.eos_token_id if eos_token_id is None else eos_token_id
         request = Request(
             request_id or f"req_{next(self._numbers)}",
@@ -88,6 +101,7 @@ class StateBatching:
             most,
             {*ends} if isinstance(ends, list) else {ends},
             streaming,
+            self._choice,
         )
         with self._changed:
             if self._stopping or self.background_thread_status.fatal_error is not None:
@@ -117,6 +131,20 @@ class StateBatching:
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> Any:
         """The newest output of this request or any that has no handler; None after so many seconds."""
         return self._outputs.get(request_id, timeout)
+
+    def __iter__(self) -> Iterator[GenerationOutput]:
+        """Outputs of all requests as they come, until the manager is stopped."""
+        while self.is_running():
+            if (output := self.get_result(timeout=0.1)) is not None:
+                yield output
+
+    def request_id_iter(self, request_id: str) -> Iterator[GenerationOutput]:
+        """Outputs of one request as they come, to its last."""
+        while self.is_running():
+            if (output := self.get_result(request_id, timeout=0.1)) is not None:
+                yield output
+                if output.is_finished():
+                    return
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -176,6 +204,8 @@ class _Outputs:
     def handle(self, request_id: str, handler: Any) -> None:
         loop = asyncio.get_running_loop()
         with self._changed:  # a request may be answered before its handler is there
+            if request_id in self._handlers:  # whose caller would wait for ever
+                raise ValueError(f"a request {request_id!r} is not answered yet: give this one another id")
             early = self._newest.pop(request_id, None)
             if early is not None:
                 loop.call_soon(handler, early)
@@ -204,6 +234,11 @@ def check_prompt(
     ids: list[int], config: GenerationConfig, vocab_size: int, max_new_tokens: int | None = None
 ) -> int:
     """How many tokens follow a prompt at most. Raises ValueError for a prompt that cannot be answered."""
+    whole = isinstance(ids, list | tuple) and all(
+        isinstance(i, Integral) and type(i) is not bool for i in ids
+    )
+    if not whole:
+        raise ValueError("the prompt must be a list of whole numbers, its tokens (of a tensor: tolist())")
     if not ids:
         raise ValueError("the prompt has no token: begin it with BOS")
     if not 0 <= min(ids) <= max(ids) < vocab_size:

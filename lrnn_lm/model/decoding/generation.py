@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     CompileConfig,
@@ -19,8 +20,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import CACHE, adopt, check_cache, make_cache, tokens_seen
+from ..cache import CACHE, adopt, check_cache, make_cache, one_cache, tokens_seen
 from ..config import LRNNConfig
+from ..documents import check_tokens
 from ..masks import attention_masks
 from .batching import StateBatching, check_prompt
 from .decode import Decoder, can_decode
@@ -75,6 +77,38 @@ class LRNNGenerationMixin(GenerationMixin):
             if not tokens_seen(cache):
                 del inputs["cache"]
         return inputs
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str | None, dict[str, Any]]:
+        """transformers' inputs. Raises ValueError for lists, one row without its dimension, and no token."""
+        given, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        if not isinstance(given, Tensor):
+            raise ValueError(
+                f"{name or 'input_ids'} is a {type(given).__name__}, not a tensor (rows, tokens)"
+            )
+        check_tokens(*((None, given) if name == "inputs_embeds" else (given, None)))
+        return given, name, model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, *args: Any, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """transformers', where padding at the end of a row is moved to its beginning: text goes on after the
+        last column. transformers may warn of such padding, and would go on from it.
+        """
+        mask = model_kwargs.get("attention_mask")
+        cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
+        if cache is not None:
+            check_cache(self.config, cache)
+        embeds = model_kwargs.get("inputs_embeds")
+        B, T = (input_ids if embeds is None else embeds).shape[:2]
+        plain = mask is not None and mask.ndim == 2 and mask.shape[0] == B
+        there = mask[:, tokens_seen(cache) :].bool() if plain else None  # of the new columns
+        if plain and there.shape[1] <= T and bool((there.any(dim=1) & ~there[:, -1:].all(dim=1)).any()):
+            order = there.long().argsort(dim=1, stable=True)
+            for name in ("attention_mask", "position_ids", "inputs_embeds"):
+                if (given := model_kwargs.get(name)) is not None:
+                    model_kwargs[name] = _reordered(given, order)
+            input_ids = _reordered(input_ids, order)
+        return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -189,16 +223,38 @@ class LRNNGenerationMixin(GenerationMixin):
         max_new_tokens only, then those of `generation_config`, then the model's.
 
         Raises ValueError for a prompt that cannot be answered, before any is: transformers would log it, and
-        return {} for all of them. As `generate`, for a keyword that nothing reads.
+        return {} for all of them. As `generate`, for a keyword that nothing reads; and for padding. The model
+        is left in training if it was.
         """
         config = copy.deepcopy(generation_config or self.generation_config)
         config.update(**self.generation_config.to_dict(), defaults_only=True)
         others = config.update(**options)
         theirs = inspect.signature(super().generate_batch).parameters
-        self._validate_model_kwargs({key: value for key, value in others.items() if key not in theirs})
+        of_model = {key: value for key, value in others.items() if key not in theirs and value is not None}
+        self._validate_model_kwargs(of_model)
+        # `generate` passes these two on, for cache_implementation="paged".
+        mask = of_model.pop("attention_mask", None)
+        of_model.pop("input_ids", None)
+        if of_model or (mask is not None and not torch.as_tensor(mask).all()):
+            what = ", ".join(of_model) or "padding"
+            raise ValueError(f"continuous batching takes lists of tokens, and no {what}: leave it out")
         for number, ids in enumerate(inputs):
             try:
                 check_prompt(ids, config, self.config.vocab_size)
             except ValueError as error:
                 raise ValueError(f"inputs[{number}]: {error}") from None
-        return super().generate_batch(inputs, config, *args, **others)
+        modes = {module: module.training for module in self.modules()}
+        try:
+            return super().generate_batch(inputs, config, *args, **others)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, T, ..) with its last columns in this order, (B, new ones); as it is if it has not so many."""
+    rows, T = order.shape
+    if x.shape[0] != rows or x.shape[1] < T:
+        return x
+    places = order if x.ndim == 2 else order[..., None].expand(-1, -1, x.shape[2])
+    return torch.cat([x[:, :-T], x[:, -T:].gather(1, places)], dim=1)
