@@ -1,9 +1,11 @@
 """What `from lrnn_lm import ..` gives, imported when it is first asked for; and `train`, as a function."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .output import say
 from .requirements import check_extra
 
 if TYPE_CHECKING:
@@ -127,7 +129,8 @@ def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
         return checkpoint
     what = "was trained already" if trainer.first_step >= recipe.total_steps else "is trained"
     steps = trainer.position.step
-    print(f"{recipe.name} {what}: {steps} step{'' if steps == 1 else 's'}, checkpoint {checkpoint}")
+    said = f"{recipe.name} {what}: {steps} step{'' if steps == 1 else 's'}, checkpoint {checkpoint}"
+    say(said, sys.stdout)
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM

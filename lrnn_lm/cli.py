@@ -113,7 +113,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m lrnn_lm.train RECIPE
     """
     check_extra("train", "matplotlib")  # which is imported at the end only
-    from .output import leave_output
+    from .output import leave_output, say
     from .train.stop import Stopped, StopSignal
 
     try:
@@ -127,7 +127,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, from_checkpoint: 
     except Stopped as stopped:
         leave_output()
         if stopped.tell:
-            print(stopped, file=sys.stderr)
+            say(stopped, sys.stderr)
         raise typer.Exit(stopped.code) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from typer.core import TyperGroup
 
 from .files import RankError, words_of
+from .output import say
 
 _ERRNO = (  # of the system's errors
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
@@ -52,7 +53,7 @@ def tell(mistake: Exception, command: str) -> None:
         print(f"\nlrnn: no room on the GPU for {asked[1] if asked else 'what is'} more", file=sys.stderr)
         print(f"lrnn: {_LESS_MEMORY.get(command, 'end what else runs on that GPU')}", file=sys.stderr)
     elif message := words_of(mistake):  # empty where another rank prints it
-        print(f"lrnn: {message}", file=sys.stderr)
+        say(f"lrnn: {message}", sys.stderr)
 
 
 def tell_replaced(overrides: list[str] | None) -> list[str] | None:

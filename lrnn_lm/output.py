@@ -8,7 +8,7 @@ import os
 import select
 import stat
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def error_console() -> "Console":
     """Rich's, on standard error. What it belongs to goes on in silence where the reader has ended, as after
-    Ctrl-C of `| tee log`."""
+    Ctrl-C of `| tee log`, or where the disk of a log is full."""
     from rich.console import Console
 
     class Lasting(Console):
@@ -24,16 +24,26 @@ def error_console() -> "Console":
             """Rich would end the process here, before the run is saved."""
             leave_output()
 
+        def _check_buffer(self) -> None:  # rich's, without a public name: where all output is written
+            try:
+                super()._check_buffer()
+            except OSError:
+                leave_output(self.file)
+
     return Lasting(stderr=True, highlight=False)
 
 
-def leave_output() -> None:
-    """Send output that nobody can read any more to /dev/null: a write error would end the run unsaved."""
+def leave_output(failed: object = None) -> None:
+    """Send output that nobody can read any more to /dev/null: a write error would end the run unsaved.
+
+    failed: a stream that could not be written; it is among them.
+    """
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             descriptor = stream.fileno() if stream is not None else -1
             kind = os.fstat(descriptor).st_mode
-            dead = stat.S_ISCHR(kind) and not os.isatty(descriptor)  # the terminal was closed
+            closed = stat.S_ISCHR(kind) and not os.isatty(descriptor)  # the terminal
+            dead = closed or (stream is failed and stream is not None)
             if stat.S_ISFIFO(kind):  # the reader, such as `tee`, has ended
                 pipe = select.poll()
                 pipe.register(descriptor, 0)
@@ -44,3 +54,11 @@ def leave_output() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+
+
+def say(words: object, stream: TextIO) -> None:
+    """Print a line. A stream that cannot be written changes no exit code."""
+    try:
+        print(words, file=stream, flush=True)
+    except OSError:
+        leave_output(stream)

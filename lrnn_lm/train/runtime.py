@@ -1,5 +1,6 @@
 """The machine under a run: device, precision, trackers, seeds and random state."""
 
+import os
 import random
 import resource
 import sys
@@ -62,16 +63,32 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
             f"train.precision is bf16, which {where} does not do; use train.precision=auto or fp32"
         )
     use_bf16 = has_bf16 and precision != "fp32"
+    timeout = timedelta(minutes=train.timeout_minutes)
+    _meet_again("nccl" if on_cuda else "gloo", timeout)
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if use_bf16 else "no",
         log_with=trackers or None,
         project_dir=folder,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(bucket_cap_mb=_BUCKET_MB, gradient_as_bucket_view=True),
         ],
     )
+
+
+def _meet_again(backend: str, timeout: timedelta) -> None:
+    """Where torchrun has restarted the ranks: start their process group, which Accelerate then takes.
+
+    Their store still has the addresses of the ranks before them, at which they would wait for each other. So
+    they meet under names of their own. Not on several machines, as torchrun counts restarts on each.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 @contextmanager

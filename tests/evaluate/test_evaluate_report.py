@@ -147,6 +147,46 @@ def test_scores_come_from_the_newest_checkpoint_and_whole_tasks(tmp_path):
     assert "| heldout_cloze | acc | 0.3000 ± 0.0100 (step 100) |" in to_markdown([read_run(folder)])
 
 
+_DEEP, _LONG = "[" * 100_000, '{"step": ' + "9" * 5000 + "}"
+
+
+@pytest.mark.parametrize("line", [_DEEP, _LONG, '{"step": 100, "tokens": 409600, "validation_loss": "x"}'])
+def test_lines_of_another_program_in_the_metrics_are_left_out(tmp_path, line):
+    whole, run = _write_run(tmp_path / "whole"), _write_run(tmp_path / "run", tail=line + "\n")
+    assert to_markdown([read_run(run)]) == to_markdown([read_run(whole)]).replace("whole", "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe{}", _DEEP.encode(), _LONG.encode(), b"null", b"[1]", b'{"results": {"t": [1]}}',
+        b'{"results": {"t": {"acc,none": 1}}, "checkpoint": null}',
+        b'{"results": {"t": {"acc,none": 1}}, "settings": null}',
+        b'{"results": {"t": {"acc,none": 1}}, "checkpoint": {"step": "9"}}',
+    ],
+)  # fmt: skip
+def test_files_of_another_program_beside_the_scores_are_left_out(tmp_path, content):
+    folder = _write_run(tmp_path / "run")
+    _write_scores(folder, "own.json", step=100, acc=0.6)
+    (folder / "eval" / "a.json").write_bytes(content)
+    (folder / "eval" / "folder.json").mkdir()
+    scores = read_run(folder).scores
+    assert {task for task, _ in scores} == {"heldout_cloze"}
+    assert "0.6000" in to_markdown([read_run(folder)])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"sources": 3}', '{"source": {}, "splits": []}'])
+def test_a_damaged_data_manifest_is_named(checkpoint, tmp_path, content, capsys):
+    run = _write_run(tmp_path / "run")
+    shutil.copytree(checkpoint, run / "checkpoints" / "step-00000100")
+    (run / "README.md").touch()
+    (run / "data.json").write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(run)])
+    assert ended.value.code == 2
+    assert f"{run / 'data.json'}: not a run's data manifest" in " ".join(capsys.readouterr().err.split())
+
+
 def test_scores_taken_in_another_way_are_others(checkpoint, tmp_path, write_documents):
     """They replace neither the file nor the row of the usual ones; other text is told for held-out tasks."""
     run = tmp_path / "tiny"

@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
 from rank_runs import Forked
 from tiny_run import STEPS, fingerprint, metrics
 
@@ -99,3 +100,27 @@ def test_a_run_that_nobody_listens_to_goes_on(recipe: Path, tmp_path: Path) -> N
     process = Forked(recipe, *own, first=speak_to_nobody)
     assert process.finish()[0] == 0
     assert (tmp_path / f"tiny/checkpoints/step-{STEPS:08d}").exists()
+
+
+def speak_to_a_full_disk(first: int) -> None:
+    """Output is a log on a full disk; of the streams from `first` on."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in range(first, 3):
+        os.dup2(full, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_full_disk_under_the_log_ends_no_run(recipe: Path, tmp_path: Path, first: int) -> None:
+    own = f"train.runs_dir={tmp_path}", f"data.cache_dir={tmp_path}/cache"
+    process = Forked(recipe, *own, first=partial(speak_to_a_full_disk, first))
+    assert process.finish()[0] == 0
+    assert (tmp_path / f"tiny/checkpoints/step-{STEPS:08d}").exists()
+
+
+def test_a_full_disk_under_the_log_keeps_the_code_of_a_stop(recipe: Path, tmp_path: Path) -> None:
+    process = Forked(recipe, f"train.runs_dir={tmp_path}", *LONG, first=partial(speak_to_a_full_disk, 1))
+    wait_for_steps(tmp_path / "tiny", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.finish()[0] == 85

@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from forks import run_code
 from rank_runs import Ranks
 from rich.console import Console
-from tiny_run import ROOT, environment, losses
+from tiny_run import ROOT, assert_same_run, environment, losses
 from trainers import refused_before_data
 
 from lrnn_lm.recipe import load_recipe
@@ -89,6 +91,64 @@ def test_the_launcher_passes_signals_on_and_keeps_the_exit_code(recipe: Path) ->
     assert (run / "checkpoints/latest/trainer/rng-00001.json").exists()
     Ranks(recipe, 2, "name=forked", "train.tokens=512", parallel="fsdp2").expect()
     assert losses(run)[0] == losses(recipe.parent / "runs/forked")[0]
+
+
+# A rank of torchrun, which restarts them all: the second is killed once.
+RESTARTED = """
+import os, pathlib, signal, sys, threading, time
+from lrnn_lm.cli import main
+saved, attempt = pathlib.Path(sys.argv[1]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+def die():
+    while not saved.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1" and attempt == "0":
+    threading.Thread(target=die, daemon=True).start()
+main(["train", *sys.argv[2:]])
+"""
+
+
+# A rank whose store is of the launcher, as under torchrun. The second is late.
+MEETING = """
+import os, sys, time, torch
+from types import SimpleNamespace
+from lrnn_lm.train.runtime import make_accelerator
+time.sleep(int(os.environ["RANK"]))
+train = SimpleNamespace(device="cpu", precision="fp32", timeout_minutes=0.1)
+print(make_accelerator(train, [], ".").gather(torch.ones(1)).sum().item())
+"""
+
+
+def test_restarted_ranks_meet_though_their_store_has_the_addresses_of_those_before() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1",
+    }  # fmt: skip
+    for attempt in "012":
+        each = [
+            environment() | shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RESTART_COUNT": attempt}
+            for rank in "01"
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            done = list(pool.map(lambda env: run_code(MEETING, env=env), each))
+        assert [rank.stdout for rank in done] == 2 * ["2.0\n"], done[0].stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_restarts_go_on(recipe: Path) -> None:
+    """From the last checkpoint, bit for bit."""
+    runs, script = recipe.parent / "runs", recipe.parent / "rank.py"
+    script.write_text(RESTARTED)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", str(script)]
+    words += [str(runs / "again/checkpoints/step-00000004"), str(recipe), "name=again"]
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step" in done.stderr
+    Ranks(recipe, 2, "name=straight").expect()
+    assert_same_run(runs / "again", runs / "straight")
 
 
 # Counts the interrupts that it gets, for two seconds after the first.

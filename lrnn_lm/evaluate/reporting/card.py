@@ -167,10 +167,17 @@ def _training(recipe: dict[str, Any], step: int | None, parent: dict[str, Any], 
 
 
 def _data(manifest: Path) -> str:
-    """Source, sizes and tokenizer of the data; empty if the run has no manifest."""
+    """Source, sizes and tokenizer of the data; empty if there is no manifest. ValueError if it is damaged."""
     if not manifest.is_file():
         return ""
-    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    try:
+        rows = _data_rows(json.loads(manifest.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{manifest}: not a run's data manifest (damaged?)") from None
+    return "## Data\n\n" + markdown_table(["", ""], rows)
+
+
+def _data_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, part in facts.get("sources", {"": facts}).items():
         label = f"{name}: " if name else ""
@@ -183,7 +190,7 @@ def _data(manifest: Path) -> str:
     tokenizer = facts["tokenizer"]
     rows.append(("tokenizer", f"{Path(tokenizer['name']).name}, {tokenizer['vocab_size']:,} tokens"))
     rows.append(("content hash", f"`{facts['content_hash'][:16]}`"))
-    return "## Data\n\n" + markdown_table(["", ""], rows)
+    return rows
 
 
 def _results(run: Path, step: int | None, average: bool, picture: str | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,14 @@ def _read_metrics(file: Path) -> tuple[list[dict[str, Any]], ...]:
         for text in lines:
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(line, dict) or not (_number(line, "step") and _number(line, "tokens")):
                 continue
             if _number(line, "loss"):  # not of a skipped step
                 kinds["loss"][line["step"]] = line
             for key in ("validation_loss", "tasks_seconds"):
-                if key in line:
+                if key in line and (line[key] is None or _number(line, key)):
                     kinds[key][line["step"]] = {k: math.nan if v is None else v for k, v in line.items()}
     return tuple([found[step] for step in sorted(found)] for found in kinds.values())
 
@@ -132,25 +133,27 @@ def _read_scores(folder: Path, at: int | None) -> dict[tuple[str, str], Score]:
     found: dict[tuple[str, str], tuple[tuple[int, bool, float], Score]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            results = json.loads(file.read_text(encoding="utf-8"))
-            rows = flatten(results)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            continue  # another program's JSON
-        step = results.get("checkpoint", {}).get("step")
-        if at is not None and step not in (at, None):
-            continue
-        settings = results.get("settings", {})
-        limit = settings.get("limit")
-        rank = (step or 0, limit is None, file.stat().st_mtime)
-        lengths = settings.get("lengths")
-        for task, metric, value, error in rows:
-            way = variant(results, task, text=task.startswith(("heldout_", "offline_")))
-            if lengths and task.startswith(WHOLE_ROWS):  # not the task's own rows
-                task = f"{task} at {', '.join(map(str, lengths))}"
-            task = ", ".join([task, *way])
-            if (task, metric) not in found or rank >= found[task, metric][0]:
-                found[task, metric] = (rank, Score(value, error, step, limit))
+            for task, metric, rank, score in _scores_of(file):
+                if at is not None and score.step not in (at, None):
+                    continue
+                if (task, metric) not in found or rank >= found[task, metric][0]:
+                    found[task, metric] = (rank, score)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue  # another program's JSON, or none
     return {key: score for key, (_, score) in sorted(found.items())}
+
+
+def _scores_of(file: Path) -> Iterator[tuple[str, str, tuple[int, bool, float], Score]]:
+    """(task, metric, rank, score) of each score in a file of results."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    settings, step = results.get("settings", {}), results.get("checkpoint", {}).get("step")
+    limit, lengths = settings.get("limit"), settings.get("lengths")
+    rank = (0 + (step or 0), limit is None, file.stat().st_mtime)
+    for task, metric, value, error in flatten(results):
+        way = variant(results, task, text=task.startswith(("heldout_", "offline_")))
+        if lengths and task.startswith(WHOLE_ROWS):  # not the task's own rows
+            task = f"{task} at {', '.join(map(str, lengths))}"
+        yield ", ".join([task, *way]), metric, rank, Score(value, error, step, limit)
 
 
 def _count_parameters(checkpoint: Path) -> int | None:
