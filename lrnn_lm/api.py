@@ -52,7 +52,7 @@ def train(recipe: "str | Path | Recipe", overrides: list[str] | None = None) -> 
 
     Example:
         >>> from lrnn_lm import train
-        >>> checkpoint = train("recipes/demo.yaml", ["train.tokens=2K", "eval.tasks=[]"])
+        >>> checkpoint = train("recipes/demo.yaml", ["train.tokens=8K", "eval.tasks=[]"])
         >>> sorted(file.name for file in checkpoint.glob("*.py"))
         ['configuration_lrnn.py', 'kernels_lrnn.py', 'modeling_lrnn.py']
     """

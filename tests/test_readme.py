@@ -1,5 +1,6 @@
-"""The README's commands, run as they stand; a tiny run takes the place of the demo's."""
+"""The README's commands, run as they stand, a tiny run in place of the demo's; recipes that pages name."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,28 @@ TINY = [
     "train.tokens=2560",
     "train.tokens_per_step=512", "train.micro_batch=8", "eval.tokens=1K", "eval.tasks=[]",
 ]  # fmt: skip
+
+
+WITH_COMMANDS = ("docs/**/*.md", "eval/*.md", "recipes/**/*.md", "slurm/*.md", "lrnn_lm/**/*.py")
+PAGES = [ROOT / "README.md", *(page for pattern in WITH_COMMANDS for page in ROOT.glob(pattern))]
+
+
+def named_recipes() -> list[list[str]]:
+    """[recipe, override, ..] of each command and call on a page or in a docstring.
+
+    Left out: what a reader has to fill in (`N`, `$SMALL`), and the mixer that docs/extending.md adds.
+    """
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"lrnn (?:train|info|prepare|submit) (recipes/[^`#\n]*)", text):
+            path, *words = shlex.split(line)
+            found.append([path, *(word for word in words if re.match(r"[a-z_.]+=", word))])
+        for call in re.findall(r"(?:load_recipe|train)\((\"recipes/[^)]*)\)", text):
+            path, *overrides = ast.literal_eval(f"({call},)")  # the overrides are one list, or none
+            found.append([path, *(overrides[0] if overrides else [])])
+    known = [each for each in found if not re.search(r"\$|=N\b|=ema\b", " ".join(each))]
+    return sorted({" ".join(each): each for each in known}.values())
 
 
 def blocks(language: str) -> list[str]:
@@ -117,3 +140,15 @@ def test_the_tour_lists_every_file():
 
 def test_the_page_of_keys_is_that_of_the_schema():
     assert keys.page() == keys.PAGE.read_text(encoding="utf-8"), "run python -m benchmarks.pages.keys --write"
+
+
+@pytest.mark.parametrize("words", named_recipes(), ids=" ".join)
+def test_a_page_s_recipe_loads_as_it_stands(words):
+    """With the shipped recipe: a page's own test may have put a smaller one in its place."""
+    assert load_recipe(*words[:1], words[1:]).total_steps >= 1
+
+
+def test_pages_name_recipes():
+    assert len(named_recipes()) >= 20
+    assert ["recipes/demo.yaml", "name=tiny", "train.tokens=8K", "eval.tasks=[]"] in named_recipes()  # a call
+    assert ["recipes/synthetic/s5.yaml", "model.mixer.block_size=5", "optim.lr=5e-4"] in named_recipes()
