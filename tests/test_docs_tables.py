@@ -202,6 +202,16 @@ def test_language_models_of_the_pages_are_those_of_the_rows():
         assert table in page
 
 
+def test_numbers_of_the_choice_of_a_recipe_stand_among_the_results():
+    """The table in docs/recipes.md of what to take for what has only numbers that stand in lm.md."""
+    page = (DOCS / "recipes.md").read_text()
+    section = page[page.index("### Which recipe\n") :].split("\n\nOn the login node")[0]
+    numbers = re.findall(r"(?<![\w.,])\d[\d,.]*\d", re.sub(r"\]\([^)]*\)", "", section))
+    assert len(numbers) >= 15
+    results = (RESULTS / "lm.md").read_text()
+    assert [n for n in numbers if not re.search(rf"(?<![\d.,]){re.escape(n)}(?![\d]|[.,]\d)", results)] == []
+
+
 def test_sentences_on_copies_and_on_less_attention():
     """What recurrence alone loses by copying, and what hybrids lose with one attention layer in twelve."""
     text = one_line((RESULTS / "lm.md").read_text())
