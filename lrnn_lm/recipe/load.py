@@ -297,9 +297,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if child is None:
             child = data[key] = {}
         if not isinstance(child, dict):
-            raise RecipeError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} holds a value, not a section"
-            )
+            held = ".".join(keys[: depth + 1])
+            what = "holds a value, not a section"
+            if isinstance(child, list):  # its entries have no names: the whole list is what can be given
+                what = f"is a list; write it whole, as in '{held}=[..]'"
+            raise RecipeError(f"override {override!r}: {held} {what}")
         data = child
     data[keys[-1]] = value
 

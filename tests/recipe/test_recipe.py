@@ -251,11 +251,13 @@ def test_binary_missing_and_folder(tmp_path):
         ("name.deep=3", "name holds a value, not a section"),
         ("model.mixer=[", "not valid YAML"),
         ("train.tokns=2M", "did you mean 'tokens'?"),
+        ("model.layer_pattern.1.num_heads=2", "is a list; write it whole, as in 'model.layer_pattern=[..]'"),
+        ("optim.betas.1=0.9", "is a list; write it whole, as in 'optim.betas=[..]'"),
     ],
 )
 def test_wrong_overrides(override, words):
     with pytest.raises(RecipeError) as error:
-        load_recipe("recipes/demo.yaml", [override])
+        load_recipe("recipes/small.yaml", [override])
     assert words in str(error.value)
 
 

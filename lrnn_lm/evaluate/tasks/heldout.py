@@ -57,8 +57,8 @@ def heldout_path(data: str | Path | None = None, checkpoint: str | Path | None =
         if path.is_file():
             return path
     raise ValueError(
-        "the heldout tasks need held-out documents: evaluate a checkpoint inside a run that has "
-        "heldout.jsonl, or pass --data FILE.jsonl (`lrnn prepare` writes validation.jsonl)"
+        "the heldout tasks need held-out documents: evaluate a checkpoint inside a run, or pass "
+        "--data FILE.jsonl, such as runs/NAME/heldout.jsonl of the run that a tuned model began from"
     )
 
 
