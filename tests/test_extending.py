@@ -52,8 +52,8 @@ def test_a_recipe_reads_the_options_from_the_file_and_the_line(
 
 
 @pytest.mark.usefixtures("ema")
-def test_the_mixer_runs_in_a_model() -> None:
-    """In one pass, and in two from the state between."""
+def test_the_mixer_runs_in_a_model(tmp_path: Path) -> None:
+    """In one pass, and in two from the state between; and saved and loaded, as of a package of its own."""
     row = eval(ROW.strip().removesuffix(",").partition(":")[2])
     config = LRNNConfig(
         vocab_size=53, hidden_size=16, num_hidden_layers=2, intermediate_size=24, mixer={**row, "decay": 0.5}
@@ -69,6 +69,8 @@ def test_the_mixer_runs_in_a_model() -> None:
     rest = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=0, atol=1e-5)
     assert account(config, 12).recurrent_state_bytes == 2 * 9 * 4
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LRNNForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, whole)
 
 
 def test_the_mixer_keeps_double_precision(ema: type[mixers_base.Mixer]) -> None:
