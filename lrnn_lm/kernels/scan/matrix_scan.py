@@ -180,9 +180,19 @@ def _slabs_of(
     return A, k, _row(values, part, dtype), None if erase is None else _slab(erase, part, dtype, M)
 
 
+def _product(A: Tensor, S: Tensor) -> Tensor:
+    """A S in each block. With M = 1 a batched product would be one call of a library for every slot."""
+    return A * S if A.shape[-1] == 1 else A @ S
+
+
+def _outer(s: Tensor, S: Tensor) -> Tensor:
+    """s S^T in each block: sums over the V columns."""
+    return (s * S).sum(-1, keepdim=True) if s.shape[-2] == 1 else s @ S.mT
+
+
 def _step(S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """One step from S (B, H, N, M, V): A S, what is written of v after the erasure, and S after it."""
-    mixed = A @ S
+    mixed = _product(A, S)
     if e is not None:
         v = v - (e.unsqueeze(-1) * mixed).sum((2, 3), keepdim=True)
     return mixed, v, torch.addcmul(mixed, k.unsqueeze(-1), v)
@@ -249,8 +259,8 @@ def _scan_backward(
             if e is not None:
                 d_e[:, t] = -(mixed * d_written).sum(-1).flatten(2).to(d_e.dtype)
                 s = torch.addcmul(s, e[i].unsqueeze(-1), d_written, value=-1)
-            d_a[:, t] = (s @ before[i].mT).flatten(2, 3).to(d_a.dtype)
-            s = A[i].mT @ s
+            d_a[:, t] = _outer(s, before[i]).flatten(2, 3).to(d_a.dtype)
+            s = _product(A[i].mT, s)
             if keep is not None:
                 s = s * keep[t]
     return [*made, s.flatten(2, 3).contiguous(), *([] if d_e is None else [d_e])]
