@@ -106,6 +106,8 @@ class LRNNGenerationMixin(GenerationMixin):
             order = there.long().argsort(dim=1, stable=True)
             for name in ("attention_mask", "position_ids", "inputs_embeds"):
                 if (given := model_kwargs.get(name)) is not None:
+                    # Positions may be one row for all, whose tokens now lie in orders of their own.
+                    given = given.expand(B, -1) if given.ndim == 2 and given.shape[0] == 1 else given
                     model_kwargs[name] = _reordered(given, order)
             input_ids = _reordered(input_ids, order)
         return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
