@@ -159,7 +159,13 @@ class LRNNGenerationMixin(GenerationMixin):
             if read == T:
                 remedy = "if that is the whole text, make the cache without its last token; else " + remedy
             raise ValueError(f"{name} has {T} tokens and the cache has seen {read}, so none is new: {remedy}")
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        except ValueError as error:
+            if not read or generation_config.prefill_chunk_size is None:
+                raise
+            uncounted = "with prefill_chunk_size, transformers before 5.21 does not count a cache's tokens"
+            raise ValueError(f"{error} ({uncounted}: leave it out)") from None
 
     def _sample(
         self,
