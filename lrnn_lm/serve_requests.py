@@ -49,6 +49,7 @@ def tell_mistakes(start: str) -> None:
 def _telling(handle: Callable[..., Any], asked: str, start: str) -> Callable[..., Any]:
     from fastapi import HTTPException
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
 
     @wraps(handle)
     async def handle_request(self: Any, body: dict[str, Any], request_id: str) -> Any:
@@ -56,7 +57,10 @@ def _telling(handle: Callable[..., Any], asked: str, start: str) -> Callable[...
             return await handle(self, checked(body, asked, start), request_id)
         except HTTPException as error:
             status, message = error.status_code, str(error.detail)
-        except ValueError as error:
+        except (
+            ValueError,
+            TemplateError,
+        ) as error:  # a chat template's: messages in an order that it refuses
             status, message = 400, str(error)
         # In OpenAI's form: their client shows the message of no other.
         told = {"message": message, "type": "invalid_request_error", "param": None, "code": None}

@@ -8,7 +8,10 @@ from rank_runs import free_port
 
 from lrnn_lm.serve_requests import checked, tell_mistakes
 
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}"
+    "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
 CHAT = [{"role": "user", "content": "Where is the river?"}]
 
 
@@ -71,6 +74,7 @@ def client(request, make_checkpoint, tokenizer, tmp_path_factory):
             r"\[1\]: this model reads text",
         ),
         ({"messages": CHAT, "logit_bias": {"5": None}}, "logit_bias must be numbers by token"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "no critics here"),
         ({"messages": CHAT, "n": 2}, "n: this server"),
         ({"messages": CHAT, "logprobs": True}, "logprobs: this"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: this"),
