@@ -49,6 +49,7 @@ def tell_mistakes(start: str) -> None:
 def _telling(handle: Callable[..., Any], asked: str, start: str) -> Callable[..., Any]:
     from fastapi import HTTPException
     from fastapi.responses import JSONResponse
+    from jinja2 import TemplateError
 
     @wraps(handle)
     async def handle_request(self: Any, body: dict[str, Any], request_id: str) -> Any:
@@ -56,7 +57,10 @@ def _telling(handle: Callable[..., Any], asked: str, start: str) -> Callable[...
             return await handle(self, checked(body, asked, start), request_id)
         except HTTPException as error:
             status, message = error.status_code, str(error.detail)
-        except ValueError as error:
+        except (
+            ValueError,
+            TemplateError,
+        ) as error:  # a chat template's: messages in an order that it refuses
             status, message = 400, str(error)
         # In OpenAI's form: their client shows the message of no other.
         told = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
@@ -72,6 +76,9 @@ def checked(body: dict[str, Any], asked: str, start: str) -> dict[str, Any]:
     """
     json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is no text: a ValueError
     body = {key: value for key, value in body.items() if value is not None and value not in ([], {}, "")}
+    for name in (*_MOST_TOKENS, "seed", "n", "best_of", "top_logprobs"):  # some clients write 16.0
+        if isinstance(value := body.get(name), float) and value.is_integer():
+            body[name] = int(value)
     for name, nothing in _NOT_READ.items():
         if name in body and not any(type(body[name]) is type(no) and body[name] == no for no in nothing):
             raise ValueError(f"{name}: this server does not know it; leave it out")
@@ -84,7 +91,7 @@ def checked(body: dict[str, Any], asked: str, start: str) -> dict[str, Any]:
     if "logit_bias" in body:
         if asked != "messages":
             raise ValueError("logit_bias: this server knows it for chats only; leave it out")
-        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
+        body["logit_bias"] = _biases(body["logit_bias"])
     if "stop" in body:
         stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
         if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -97,7 +104,19 @@ def checked(body: dict[str, Any], asked: str, start: str) -> dict[str, Any]:
         raise ValueError(f"{asked}: give at least one message")
     elif asked == "messages":
         _check_messages(body["messages"])
+        # As a dumped answer has them: beside tool_calls, even none, transformers does not read the text.
+        body["messages"] = [
+            {key: value for key, value in message.items() if value is not None and value != []}
+            for message in body["messages"]
+        ]
     return body
+
+
+def _biases(biases: Any) -> dict[str, float]:
+    try:
+        return {token: float(bias) for token, bias in biases.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"logit_bias must be numbers by token, not {biases!r}") from None
 
 
 def _check_number(

@@ -84,7 +84,9 @@ def _meet_again(backend: str, timeout: timedelta) -> None:
     they meet under names of their own. Not on several machines, as torchrun counts restarts on each.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+    if attempt == "0" or world_size() == 1:  # also a process that a rank starts, without that rank's number
+        return
+    if os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"attempt-{attempt}", store)

@@ -8,7 +8,10 @@ from rank_runs import free_port
 
 from lrnn_lm.serve_requests import checked, tell_mistakes
 
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}"
+    "{% endif %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+)
 CHAT = [{"role": "user", "content": "Where is the river?"}]
 
 
@@ -57,6 +60,7 @@ def client(request, make_checkpoint, tokenizer, tmp_path_factory):
         ({"temperature": -1}, "temperature must be at least 0, not -1"),
         ({"top_p": 2}, "top_p must be from 0 to 1"),
         ({"seed": 2**70}, "seed must be from"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, not 2.5"),
         ({"stop": 3}, "stop must be a text or a list"),
         ({"prompt": ["a", "b"]}, "prompt must be a string"),
         ({"frequency_penalty": -2}, "strictly positive"),
@@ -69,6 +73,8 @@ def client(request, make_checkpoint, tokenizer, tmp_path_factory):
             {"messages": [*CHAT, {"role": "user", "content": [{"type": "image_url"}]}]},
             r"\[1\]: this model reads text",
         ),
+        ({"messages": CHAT, "logit_bias": {"5": None}}, "logit_bias must be numbers by token"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "no critics here"),
         ({"messages": CHAT, "n": 2}, "n: this server"),
         ({"messages": CHAT, "logprobs": True}, "logprobs: this"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format: this"),
@@ -95,6 +101,7 @@ def test_what_says_nothing_is_taken(client):
 
     wanted = text()
     assert text(**nothing) == text(stop="") == text(stop=[""]) == wanted
+    assert text(max_tokens=9.0, n=1.0, seed=-1.0) == wanted  # as of clients whose numbers are fractions
     assert text(prompt=["<s>"]) == text(prompt="") == text(prompt=None) == wanted
     chats = {"model": "", "messages": CHAT, "max_tokens": 4, "temperature": 0}
     plainly, filled = (
@@ -137,3 +144,17 @@ def test_biases_may_be_whole_numbers():
     """As OpenAI's are; transformers takes fractions only."""
     asked = checked({"messages": CHAT, "logit_bias": {"5": 100}}, "messages", "")
     assert str(asked["logit_bias"]) == "{'5': 100.0}"
+
+
+def test_an_answer_as_it_was_dumped_is_a_message(client):
+    """With fields that are null or empty, as of model_dump(): it was status 500, or its text was not read."""
+    asked = {"model": "", "max_tokens": 8, "temperature": 0}
+    answer = {"role": "assistant", "content": "By the hill."}
+    dumped = {**answer, "refusal": None, "audio": None, "function_call": None, "tool_calls": None}
+    texts = [
+        client.post(
+            "/chat/completions", body={**asked, "messages": [*CHAT, message, *CHAT]}, cast_to=object
+        )["usage"]
+        for message in (answer, dumped, {**answer, "tool_calls": []})
+    ]  # fmt: skip
+    assert texts[0] == texts[1] == texts[2]

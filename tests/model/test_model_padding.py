@@ -266,3 +266,18 @@ def test_generated_text_after_a_padded_second_turn(name, kind, whole):
         alone = tokens_alone(ids, mask, row)
         want = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
         assert torch.equal(got[row, given.shape[1] :], want[0, alone.shape[1] :]), row
+
+
+@pytest.mark.parametrize("name", ["attention", "hybrid"])
+def test_positions_given_once_are_those_of_every_row(name):
+    """As rows are padded in other places, a token's position goes with it."""
+    model, ids, mask = small_model(name), tokens(rows=3, length=T), mask_of("holes")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    places = torch.arange(T).unsqueeze(0)
+    got = model.generate(ids, attention_mask=mask, position_ids=places, **options)[:, T:]
+    want = model.generate(ids, attention_mask=mask, position_ids=places.expand(3, -1), **options)[:, T:]
+    assert torch.equal(got, want)
+    for row in range(3):
+        there = mask[row].bool()
+        alone = model.generate(ids[row : row + 1, there], position_ids=places[:, there], **options)
+        assert torch.equal(got[row], alone[0, there.sum() :]), row

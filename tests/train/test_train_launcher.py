@@ -135,6 +135,14 @@ def test_restarted_ranks_meet_though_their_store_has_the_addresses_of_those_befo
         assert [rank.stdout for rank in done] == 2 * ["2.0\n"], done[0].stderr
 
 
+def test_a_process_that_a_restarted_rank_starts_is_none() -> None:
+    """It has the launcher's variables, but is alone."""
+    alone = MEETING.replace('os.environ["RANK"]', '"0"')
+    env = environment() | {"TORCHELASTIC_RESTART_COUNT": "1", "GROUP_WORLD_SIZE": "1"}
+    done = run_code(alone, env=env)
+    assert done.stdout == "1.0\n", done.stderr
+
+
 @pytest.mark.slow
 def test_ranks_that_torchrun_restarts_go_on(recipe: Path) -> None:
     """From the last checkpoint, bit for bit."""

@@ -36,7 +36,8 @@ class Choice:
 
     def __init__(self, processors: LogitsProcessorList, draw: bool):
         self.processors, self.draw = processors, draw
-        self.key = (draw, *((type(each), *sorted(vars(each).items())) for each in processors))
+        # As text, whose hash is kept: a row is looked up at every token.
+        self.key = repr((draw, *((type(each), sorted(vars(each).items())) for each in processors)))
 
 
 LIKELIEST = Choice(LogitsProcessorList(), False)
@@ -209,14 +210,17 @@ def _alike(requests: list[Request]) -> list[list[Request]]:
 
 def _choose(logits: Tensor, requests: list[Request]) -> Tensor:
     """(B,) next tokens of logits (B, V): those of requests with the same settings at once."""
-    alike: dict[Any, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for row, request in enumerate(requests):
         alike.setdefault(request.choice.key, []).append(row)
-    newest, scores = logits.new_zeros(len(logits), dtype=torch.long), logits.float()
+    scores = logits.float()
+    if len(alike) == 1:
+        choice = requests[0].choice
+        return choose(scores, None, choice.processors, choice.draw)
+    newest = scores.new_zeros(len(scores), dtype=torch.long)
     for rows in alike.values():
         choice = requests[rows[0]].choice
-        part = scores if len(alike) == 1 else scores[rows]
-        newest[rows if len(alike) > 1 else slice(None)] = choose(part, None, choice.processors, choice.draw)
+        newest[rows] = choose(scores[rows], None, choice.processors, choice.draw)
     return newest
 
 

@@ -234,10 +234,8 @@ def check_prompt(
     ids: list[int], config: GenerationConfig, vocab_size: int, max_new_tokens: int | None = None
 ) -> int:
     """How many tokens follow a prompt at most. Raises ValueError for a prompt that cannot be answered."""
-    whole = isinstance(ids, list | tuple) and all(
-        isinstance(i, Integral) and type(i) is not bool for i in ids
-    )
-    if not whole:
+    kinds = set(map(type, ids)) if isinstance(ids, list | tuple) else {type(ids)}  # quick for long prompts
+    if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
         raise ValueError("the prompt must be a list of whole numbers, its tokens (of a tensor: tolist())")
     if not ids:
         raise ValueError("the prompt has no token: begin it with BOS")

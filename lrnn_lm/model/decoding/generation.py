@@ -106,6 +106,8 @@ class LRNNGenerationMixin(GenerationMixin):
             order = there.long().argsort(dim=1, stable=True)
             for name in ("attention_mask", "position_ids", "inputs_embeds"):
                 if (given := model_kwargs.get(name)) is not None:
+                    # Positions may be one row for all, whose tokens now lie in orders of their own.
+                    given = given.expand(B, -1) if given.ndim == 2 and given.shape[0] == 1 else given
                     model_kwargs[name] = _reordered(given, order)
             input_ids = _reordered(input_ids, order)
         return super()._expand_inputs_for_generation(*args, input_ids=input_ids, **model_kwargs)
@@ -157,7 +159,13 @@ class LRNNGenerationMixin(GenerationMixin):
             if read == T:
                 remedy = "if that is the whole text, make the cache without its last token; else " + remedy
             raise ValueError(f"{name} has {T} tokens and the cache has seen {read}, so none is new: {remedy}")
-        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        except ValueError as error:
+            if not read or generation_config.prefill_chunk_size is None:
+                raise
+            uncounted = "with prefill_chunk_size, transformers before 5.21 does not count a cache's tokens"
+            raise ValueError(f"{error} ({uncounted}: leave it out)") from None
 
     def _sample(
         self,
