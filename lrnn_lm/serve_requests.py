@@ -57,10 +57,7 @@ def _telling(handle: Callable[..., Any], asked: str, start: str) -> Callable[...
             return await handle(self, checked(body, asked, start), request_id)
         except HTTPException as error:
             status, message = error.status_code, str(error.detail)
-        except (
-            ValueError,
-            TemplateError,
-        ) as error:  # a chat template's: messages in an order that it refuses
+        except (ValueError, TemplateError) as error:  # the latter where a chat template refuses messages
             status, message = 400, str(error)
         # In OpenAI's form: their client shows the message of no other.
         told = {"message": message, "type": "invalid_request_error", "param": None, "code": None}

@@ -24,8 +24,8 @@ Summaries = tuple[Tensor, ...]
 
 CHUNK = 16  # L: the smallest product that tensor cores take
 MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, and take longer to compile
-# A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some. Wider heads are
-# several programs.
+# A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some, and blocks above
+# one a little. Wider heads are several programs, of 16 columns or more.
 PROGRAM_STATE = 8192
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
 
