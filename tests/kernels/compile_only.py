@@ -130,20 +130,20 @@ def launch_matrix(M: int, dtype: torch.dtype, T: int, states: bool, V: int = 64,
     values, queries = torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H, K, dtype=dtype)
     h0 = torch.zeros(B, H, K, V) if states else None
     reset = torch.zeros(B, T, dtype=torch.bool) if states else None
-    y, last = matrix._scan(transitions, writes, values, queries, h0, reset)
-    matrix._scan_backward(y, last, transitions, writes, values, queries, h0, reset)
+    y, last = matrix._scan(transitions, writes, values, queries, h0, reset, None)
+    matrix._scan_backward(y, last, transitions, writes, values, queries, h0, reset, None)
 
 
 def launch_erase(M: int, dtype: torch.dtype, V: int = 64, K: int = 64) -> None:
     """Every kernel of the same scan where writes erase."""
-    from lrnn_lm.kernels.scan.matrix_erase import matrix_erase_triton
+    from lrnn_lm.kernels.scan.matrix import matrix_scan_triton
 
     B, T, H = 2, 33, 2
     gates = torch.zeros(B, T, M + 1, H, K, requires_grad=True)
     transitions, writes = gates[:, :, :M].permute(0, 1, 3, 4, 2), gates[:, :, M]
     values = torch.zeros(B, T, H, V, dtype=dtype)
-    y, last = matrix_erase_triton(
-        transitions, writes, values, writes.to(dtype), writes, torch.zeros(B, H, K, V), None
+    y, last = matrix_scan_triton(
+        transitions, writes, values, writes.to(dtype), torch.zeros(B, H, K, V), None, writes
     )
     (y.sum() + last.sum()).backward()
 
@@ -215,7 +215,7 @@ def smallest() -> None:
     launch_gru(2, torch.bfloat16, T=1, resets=True)
     launch_slstm(2, torch.bfloat16, T=1, resets=True)
     launch_m2rnn(16, 16, torch.bfloat16)
-    launch_matrix(1, torch.bfloat16, 33, states=False, V=16, K=16)
+    launch_erase(1, torch.bfloat16, V=16, K=16)  # with the kernels of scans that do not erase
     launch_loss(50_280)
     launch_swiglu(2464)
     launch_step(768, 2048, 4, torch.bfloat16)

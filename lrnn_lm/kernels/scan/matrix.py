@@ -1,7 +1,7 @@
 """The matrix-valued BD-LRU in Triton, on the host: launches, outputs, and the custom op.
 
-The kernels are in `matrix_kernels.py` and `matrix_backward_kernels.py` (within chunks) and
-`matrix_state_kernels.py` (from chunk to chunk).
+The kernels are in `matrix_kernels.py` and `matrix_backward_kernels.py` (within chunks), in
+`matrix_erase_kernels.py` (what writes erase) and in `matrix_state_kernels.py` (from chunk to chunk).
 Only the inputs are saved for the backward pass.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, V columns, L steps a chunk, C chunks.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..derivatives import differentiable_once, save_inputs
 from ..triton_device import INTERPRETED, LANES, cdiv, multiprocessors, on_device
 from .matrix_backward_kernels import chunk_backward_kernel
+from .matrix_erase_kernels import erase_backward_kernel, erase_forward_kernel
 from .matrix_kernels import chunk_forward_kernel
 from .matrix_state_kernels import state_backward_kernel, state_forward_kernel
 from .triton_launch import reset_flags
@@ -27,6 +28,7 @@ MOST_PHASES = 4  # copies of the loop over steps: more compute less with zeros, 
 # A program holds a state in registers: at most 64 x 128 numbers, of which fp32 spills some, and blocks above
 # one a little. Wider heads are several programs, of 16 columns or more.
 PROGRAM_STATE = 8192
+ERASE_WARPS = 1  # an item has products of 16 rows
 PROGRAMS_PER_SM = 16  # of the backward pass within chunks; its scratch has room for so many
 
 
@@ -120,16 +122,45 @@ def _summaries(chunks: _Chunks, inputs: dict[str, Any], dtype: torch.dtype) -> S
     return scores, reads, keys, whole, *of_erased
 
 
-def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str, Any]:
-    """Arguments of both kernels from chunk to chunk."""
-    K, V = chunks.K, chunks.V
+def _of_values(chunks: _Chunks, values: Tensor) -> dict[str, Any]:
+    """Arguments of all kernels that read values."""
     return {
-        "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "erase": erase,
-        "ERASES": erase is not None, "T": chunks.T, "n_chunks": chunks.count, "H": chunks.H, "K": K,
-        "M": chunks.M, "V": V, "KP": max(K, 16), "VP": max(chunks.columns, 16), "PARTS": chunks.parts,
-        "L": CHUNK, "G": chunks.options["G"], "num_warps": 4,
+        "values": values, "v_b": values.stride(0), **_strides("V", "THV", values), "T": chunks.T,
+        "n_chunks": chunks.count, "H": chunks.H, "K": chunks.K, "V": chunks.V, "KP": max(chunks.K, 16),
+        "VP": max(chunks.columns, 16), "PARTS": chunks.parts, "L": CHUNK, "G": chunks.options["G"],
         "FP32": "ieee" if torch.version.hip else "tf32x3",
     }  # fmt: skip
+
+
+def _of_state(chunks: _Chunks, values: Tensor, erase: Tensor | None) -> dict[str, Any]:
+    """Arguments of both kernels from chunk to chunk."""
+    erases = {"erase": erase, "ERASES": erase is not None}
+    return {**_of_values(chunks, values), **erases, "M": chunks.M, "num_warps": 4}
+
+
+def _erasures(chunks: _Chunks, of_erased: Summaries, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What values add, and what they erase of the state before the chunk: without erasure, themselves."""
+    if not of_erased:
+        return values, None
+    added, erased = values.new_empty(values.shape), torch.empty_like(of_erased[1], dtype=values.dtype)
+    erase_forward_kernel[(chunks.total,)](
+        *of_erased, added=added, erased=erased, num_warps=ERASE_WARPS, **_of_values(chunks, values)
+    )
+    return added, erased
+
+
+def _erasures_backward(
+    chunks: _Chunks, of_erased: Summaries, values: Tensor, d_added: Tensor, d_erased: Tensor | None
+) -> tuple[Tensor, Summaries]:
+    """dL/d of the values, and of the scores and reads of erased keys."""
+    if not of_erased:
+        return d_added, ()
+    d_values, d_of_erased = torch.empty_like(d_added), tuple(torch.empty_like(x) for x in of_erased)
+    erase_backward_kernel[(chunks.total,)](
+        *of_erased, d_added=d_added, d_erased=d_erased, d_scores=d_of_erased[0], d_reads=d_of_erased[1],
+        d_values=d_values, num_warps=ERASE_WARPS, **_of_values(chunks, values),
+    )  # fmt: skip
+    return d_values, d_of_erased
 
 
 def _outputs(
@@ -203,48 +234,53 @@ def _summaries_backward(
 @torch.library.custom_op("lrnn_lm::matrix_scan_triton", mutates_args=())
 def _scan(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
-    reset: Tensor | None,
+    reset: Tensor | None, erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     chunks = _chunks(transitions, values.shape[-1], reset)
     with on_device(values):
-        inputs = _within(transitions, writes, queries, reset_flags(reset))
-        return _outputs(chunks, _summaries(chunks, inputs, values.dtype), values, None, h0)
+        inputs = _within(transitions, writes, queries, reset_flags(reset), erase)
+        summaries = _summaries(chunks, inputs, values.dtype)
+        return _outputs(chunks, summaries[:4], *_erasures(chunks, summaries[4:], values), h0)
 
 
 @torch.library.custom_op("lrnn_lm::matrix_scan_triton_backward", mutates_args=())
 def _scan_backward(
     grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
-    h0: Tensor | None, reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/d of transitions, writes, values, queries, and h0 in fp32."""
+    h0: Tensor | None, reset: Tensor | None, erase: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """dL/d of transitions, writes, values, queries, of h0 in fp32, and of erase where there is one."""
     chunks = _chunks(transitions, values.shape[-1], reset)
     with on_device(values):
-        inputs = _within(transitions, writes, queries, reset_flags(reset))
+        inputs = _within(transitions, writes, queries, reset_flags(reset), erase)
         summaries = _summaries(chunks, inputs, values.dtype)
-        d_summaries, d_v, _, d_h0 = _outputs_backward(chunks, summaries, values, None, h0, grad, grad_last)
-        d_a, d_k, d_q = _summaries_backward(chunks, inputs, d_summaries)
-    return d_a, d_k, d_v, d_q, d_h0
+        given, of_erased = summaries[:4], summaries[4:]
+        added = _erasures(chunks, of_erased, values)
+        d_given, d_added, d_erased, d_h0 = _outputs_backward(chunks, given, *added, h0, grad, grad_last)
+        d_v, d_of_erased = _erasures_backward(chunks, of_erased, values, d_added, d_erased)
+        d_a, d_k, d_q, *d_e = _summaries_backward(chunks, inputs, (*d_given, *d_of_erased))
+    return [d_a, d_k, d_v, d_q, d_h0, *d_e]
 
 
 @_scan.register_fake
-def _(transitions, writes, values, queries, h0, reset):
+def _(transitions, writes, values, queries, h0, reset, erase):
     B, _, H, V = values.shape
     last = values.new_empty(B, H, queries.shape[-1], V, dtype=torch.float32)
     return values.new_empty(values.shape), last
 
 
 @_scan_backward.register_fake
-def _(grad, grad_last, transitions, writes, values, queries, h0, reset):
+def _(grad, grad_last, transitions, writes, values, queries, h0, reset, erase):
     B, T, H, K, M = transitions.shape
     d_a = transitions.new_empty(B, T, M, H, K).permute(0, 1, 3, 4, 2)
     d_h0 = values.new_empty(B, H, K, values.shape[-1], dtype=torch.float32)
-    return d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0
+    d_e = [] if erase is None else [erase.new_empty(erase.shape)]
+    return [d_a, *(x.new_empty(x.shape) for x in (writes, values, queries)), d_h0, *d_e]
 
 
 def _run_backward(ctx, grad, grad_last):
-    *inputs, h0, reset = ctx.saved_tensors
-    *gradients, d_h0 = _scan_backward(grad, grad_last, *inputs, h0, reset)
-    return *gradients, None if h0 is None else d_h0, None
+    *inputs, h0, reset, erase = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    *gradients, d_h0, d_e = (*_scan_backward(grad, grad_last, *inputs, h0, reset, erase), None)[:6]
+    return *gradients, None if h0 is None else d_h0, None, d_e
 
 
 _scan.register_autograd(_run_backward, setup_context=save_inputs)
@@ -253,8 +289,8 @@ differentiable_once(_scan_backward)
 
 def matrix_scan_triton(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
-    reset: Tensor | None,
+    reset: Tensor | None, erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`reference.matrix_scan` on a GPU; h0 in fp32."""
     h0 = None if h0 is None else h0.contiguous()  # the kernels read it without strides
-    return _scan(transitions, writes, values, queries, h0, reset)
+    return _scan(transitions, writes, values, queries, h0, reset, erase)

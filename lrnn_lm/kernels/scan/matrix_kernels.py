@@ -19,7 +19,7 @@ A lane owns R blocks of M rows, in M / G of the columns of P and L / G of those 
 blocks are neighbours, G groups of them share the columns, and a program takes several small heads. Columns of
 u are zero before their step, so they join the scan as they begin, in PHASES groups.
 
-Where writes erase (`matrix_erase.py`), the erased keys are a second set of queries of the same columns.
+Where writes erase (`matrix_erase_kernels.py`), erased keys are a second set of queries of the same columns.
 
 Legend: B batch, T time, H heads, K slots a head, M slots a block, L steps a chunk, C chunks; an item is a
 chunk of a head, numbered over (B, C, H). Column l of u belongs to step `step_of_column(l)`. Lane blocks are

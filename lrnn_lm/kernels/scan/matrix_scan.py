@@ -87,6 +87,8 @@ def _triton_scan(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor | None,
     reset: Tensor | None, erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from .matrix import matrix_scan_triton  # triton is imported only where it runs
+
     K, M, V = *transitions.shape[-2:], values.shape[-1]
     slots, columns = _padded(K, M, V)
     if (slots, columns) != (K, V):  # with slots and columns that stay zero
@@ -96,14 +98,7 @@ def _triton_scan(
         values = functional.pad(values, (0, columns - V))
         h0 = None if h0 is None else functional.pad(h0, (0, columns - V, *more))
         erase = None if erase is None else functional.pad(erase, more)
-    if erase is not None:
-        from .matrix_erase import matrix_erase_triton  # triton is imported only where it runs
-
-        y, last = matrix_erase_triton(transitions, writes, values, queries, erase, h0, reset)
-    else:
-        from .matrix import matrix_scan_triton
-
-        y, last = matrix_scan_triton(transitions, writes, values, queries, h0, reset)
+    y, last = matrix_scan_triton(transitions, writes, values, queries, h0, reset, erase)
     return y[..., :V], last[:, :, :K, :V]
 
 

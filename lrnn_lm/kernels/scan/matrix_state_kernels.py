@@ -4,7 +4,7 @@ From what `matrix_kernels.py` computes of a chunk, its outputs and the state aft
 
     y = reads S_0 + scores v        S_L = blockdiag(whole) S_0 + keys^T v
 
-Where a write first erases (`matrix_erase.py`), v is what the values add to what S_0 holds already:
+Where a write first erases (`matrix_erase_kernels.py`), v is what the values add to what S_0 holds already:
 
     v = values - erase S_0
 
