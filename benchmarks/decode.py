@@ -218,14 +218,23 @@ def _attention_token(
     cache = StaticCache(config=model.config, max_cache_len=longest + 8)
     newest = _prefill(model, text, cache).logits[:, -1].argmax(dim=-1, keepdim=True)  # (B, 1)
     if mode == "compiled" and newest.is_cuda:
-        for block in model.model.layers:
-            block.compile(dynamic=False, options=_INDUCTOR)
+        compile_blocks(model, options=_INDUCTOR)
 
     def token() -> Tensor:
         logits = model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return newest.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
 
     return measure.captured(token) if newest.is_cuda else token
+
+
+def compile_blocks(model: LRNNForCausalLM, **how: Any) -> None:
+    """Compile each block, `how` as for `torch.compile`."""
+    # Beside a cache a block's graph depends on its layer's number, and torch compiles a function eight times
+    # only. Further blocks would run as they are.
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, 2 * len(model.model.layers))
+    for block in model.model.layers:
+        block.compile(dynamic=False, **how)
 
 
 class _Clock(BaseStreamer):

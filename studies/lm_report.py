@@ -39,7 +39,11 @@ HEADLINE = {
     "mamba2": "Mamba-2",
     "bd-m2": "BD-LRU M = 2",
 }
-LARGE = {"hybrid-large-tied": "hybrid of BD-LRU M = 2", "transformer-large-tied": "Transformer"}
+LARGE = {
+    "hybrid-large-tied": "hybrid of BD-LRU M = 2",
+    "transformer-large-tied": "Transformer",
+    "mixed-larger-tied": "recurrence alone",
+}
 TOKENS, SECONDS = "training tokens, millions", "seconds of training on one H200"
 PANELS = (  # of the plot: size, title, contenders, what the curves go against
     ("68m", "68M parameters, as shipped", FINAL | {"hybrid-final-m1": "hybrid of BD-LRU M = 1"}, TOKENS),

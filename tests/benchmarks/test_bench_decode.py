@@ -116,3 +116,19 @@ def test_a_token_is_the_models_next_token():
         else:
             token = decode._attention_token(model, [ids], 7 + 4, "graph")
         assert torch.equal(torch.cat([token().clone() for _ in range(4)], dim=1), want), name
+
+
+def test_every_block_is_compiled_however_many_there_are():
+    """Beside a cache a block's graph depends on its number; torch compiles a function eight times only."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    attention = {"type": "attention", "num_heads": 2}
+    config = decode.LRNNConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=10, intermediate_size=8, mixer=attention
+    )
+    model = decode.LRNNForCausalLM(config).eval()
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        decode.compile_blocks(model, backend="eager")
+        cache = decode.StaticCache(config=config, max_cache_len=8)
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
