@@ -1,7 +1,10 @@
-"""Muon's orthogonalisation: bring a matrix's singular values near 1 (Jordan, "Muon", 2024).
+"""Muon's momentum, and its orthogonalisation: bring a matrix's singular values near 1 (Jordan, "Muon", 2024).
 
 The optimizer is in `optim.py`.
 """
+
+from collections import Counter
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -25,3 +28,19 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def look_ahead(gradients: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+    """Take gradients into their momenta; returns the gradients with these momenta a step ahead (Nesterov)."""
+    torch._foreach_mul_(momenta, MOMENTUM)
+    torch._foreach_add_(momenta, gradients)
+    return torch._foreach_add(gradients, momenta, alpha=MOMENTUM)
+
+
+def runs_of(planes: list[int]) -> list[tuple[int, int, int]]:
+    """Neighbouring planes of one shape: its rows, earlier runs of that shape, rows in all."""
+    runs, seen = [], Counter()
+    for rows, same in groupby(planes):
+        runs.append((rows, seen[rows], rows * len([*same])))
+        seen[rows] += 1
+    return runs

@@ -5,11 +5,10 @@ A new optimizer is a class here and a line in OPTIMIZERS (docs/extending.md).
 
 import difflib
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from ..recipe.optim import GroupSection, OptimSection, check_optimizer
-from .muon import MOMENTUM, orthogonalised
+from .muon import look_ahead, orthogonalised, runs_of
 from .parallel import like_parameter, whole
 
 
@@ -112,7 +111,7 @@ class Muon(Optimizer):
         super().__init__([group], {**self._adamw.defaults, "matrices": False})
         self.param_groups += [{**group, "matrices": False} for group in self._adamw.param_groups]
         self._adamw.state = self.state
-        self._planes = dict(matrices)
+        self._runs = {parameter: runs_of(planes) for parameter, planes in matrices}
 
     @classmethod
     def build(cls, model: nn.Module, optim: OptimSection, device: torch.device) -> Self:
@@ -122,7 +121,7 @@ class Muon(Optimizer):
         return cls(matrices, others, weight_decay=optim.weight_decay, **_adamw_settings(optim, device))
 
     def new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        if parameter in self._planes:
+        if parameter in self._runs:
             return {"momentum": torch.zeros_like(parameter, requires_grad=False)}
         return _adamw_state(parameter, self.defaults["fused"])
 
@@ -137,35 +136,37 @@ class Muon(Optimizer):
 
     def _move(self, group: dict[str, Any]) -> None:
         """Update the matrices of a parameter group."""
-        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor, int, int]]] = defaultdict(list)
         parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
         for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum" not in state:
-                state.update(self.new_state(parameter))
-            momentum, first, seen = state["momentum"], 0, Counter()
-            momentum.mul_(MOMENTUM).add_(parameter.grad)
-            ahead = parameter.grad.add(momentum, alpha=MOMENTUM)
-            runs = [(rows, len([*planes])) for rows, planes in groupby(self._planes[parameter])]
-            ahead = whole(ahead) if len(runs) > 1 else ahead  # gathered once, not for each run
-            for rows, planes in runs:  # neighbours of one shape
-                after = first + rows * planes
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter].update(self.new_state(parameter))
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        moved = look_ahead([parameter.grad for parameter in parameters], momenta)
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor, int]]] = defaultdict(list)
+        for parameter, ahead in zip(parameters, moved, strict=True):
+            runs, first = self._runs[parameter], 0
+            # Gathered once, not for each run.
+            parts = [ahead] if len(runs) == 1 else whole(ahead).split([length for *_, length in runs])
+            for (rows, number, length), part in zip(runs, parts, strict=True):
                 # A second run of that shape is a batch of its own: kernels may not write to a tensor twice.
-                by_shape[(rows, parameter.shape[1], seen[rows])].append((parameter, ahead, first, after))
-                seen[rows], first = seen[rows] + 1, after
-        if parameters:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for (*shape, _), parts in by_shape.items():
-            # (planes, rows, columns) each
-            stacks = [whole(ahead)[first:after].reshape(-1, *shape) for _, ahead, first, after in parts]
-            updates = orthogonalised(torch.cat(stacks)).split([len(stack) for stack in stacks])
+                by_shape[(rows, parameter.shape[1], number)].append((parameter, part, first))
+                first += length
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for (*shape, _), members in by_shape.items():
+            # Rows below each other are the planes of a batch (planes, rows, columns), and back.
+            stacks = [whole(part) for _, part, _ in members]
+            updates = orthogonalised(torch.cat(stacks).view(-1, *shape)).flatten(0, 1)
             shares = []
-            for update, (parameter, _, first, after) in zip(updates, parts, strict=True):
-                update = update.flatten(0, 1)
-                if len(update) < len(parameter):  # zeros for other planes: a shard may hold any rows
-                    update = functional.pad(update, (0, 0, first, len(parameter) - after))
+            for update, (parameter, _, first) in zip(
+                updates.split([stack.shape[0] for stack in stacks]), members, strict=True
+            ):
+                rest = parameter.shape[0] - first - update.shape[0]
+                if first or rest:  # zeros for other planes: a shard may hold any rows
+                    update = functional.pad(update, (0, 0, first, rest))
                 shares.append(like_parameter(update, parameter))
-            targets = [parameter for parameter, *_ in parts]
+            targets = [parameter for parameter, *_ in members]
             torch._foreach_add_(targets, shares, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
