@@ -112,20 +112,21 @@ class TokenShards:
             self._map(shard["tokens"], self.dtype)[a:b] if "tokens" in shard else self._gather(shard, a, b)
             for shard, a, b, _ in self._overlaps(start, stop)
         ]
-        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+        return tokens.astype(np.int64)
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Positions p in start..stop-1 at which a document starts, as p - start, ascending."""
         found = [np.zeros(0, np.int64)]
         for shard, a, b, offset in self._overlaps(start, stop):
             starts = self._map(shard["starts"], STARTS_DTYPE)
-            low, high = np.searchsorted(starts, np.array([a, b], STARTS_DTYPE))
+            low, high = starts.searchsorted(np.array([a, b], STARTS_DTYPE))
             found.append(starts[low:high].astype(np.int64) + (offset - start))
         return np.concatenate(found)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[dict[str, Any], int, int, int]]:
         """(shard, from, to, its offset in the stream) of each shard that holds some of start..stop-1."""
-        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        first = int(self._offsets.searchsorted(start, side="right")) - 1
         pieces = []
         for k in range(first, len(self._shards)):
             offset = int(self._offsets[k])
@@ -158,7 +159,8 @@ class TokenShards:
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> Tokens:
         if name not in self._maps:
-            self._maps[name] = np.memmap(self.folder / name, dtype=dtype, mode="r")
+            # A plain array of the map: each cut of a memmap makes an object of Python's.
+            self._maps[name] = np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r"))
         return self._maps[name]
 
 
