@@ -27,7 +27,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    # Row after row, as the parameters lie: to add tensors of other strides takes a launch each.
+    return (x.mT if tall else x).to(matrices.dtype, memory_format=torch.contiguous_format)
 
 
 def look_ahead(gradients: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
