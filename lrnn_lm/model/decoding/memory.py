@@ -21,8 +21,8 @@ from ...mixers.base import Joint, SequenceContext
 from ..cache import is_recurrent
 
 LEAST = 256  # columns of the smallest buffer
-# Bytes of keys and values that a captured step keeps between calls; a model has up to KEPT of them. A larger
-# one is captured anew by each call, which costs about three tokens. recipes/small.yaml: 10,000 tokens of a row.
+# Bytes of keys and values that a captured step keeps between calls; a model has up to KEPT of these. Beyond,
+# each call captures anew, which costs about three tokens. recipes/small.yaml: 10,000 tokens of one row.
 KEPT_KEYS = 64 * 2**20
 
 
