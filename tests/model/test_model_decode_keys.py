@@ -17,7 +17,7 @@ from lrnn_lm.model import copy_states
 from lrnn_lm.model.cache import tokens_seen
 from lrnn_lm.model.decoding import decode, memory, prefix, step
 from lrnn_lm.model.decoding.decode import Decoder, can_decode, decode_step, fused_obstacle
-from lrnn_lm.model.states import tensors_of
+from lrnn_lm.model.states import drop_states, tensors_of
 
 SUMS = TOLERANCE["other order of sums"]
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -206,7 +206,7 @@ def test_whatever_else_is_done_with_a_cache():
     cache.reorder_cache(torch.tensor([1, 0]))
     one_step(model, ids[[1, 0], 9:10], cache)
     same(cache, prefilled(model, ids[[1, 0], :10]))
-    cache.reset()
+    drop_states(cache)
     plain(model, ids[:, :3], cache)
     one_step(model, ids[:, 3:4], cache)
     same(cache, prefilled(model, ids[:, :4]))
