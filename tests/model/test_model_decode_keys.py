@@ -15,7 +15,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from lrnn_lm.model import copy_states
 from lrnn_lm.model.cache import tokens_seen
-from lrnn_lm.model.decoding import decode, memory, prefix, step
+from lrnn_lm.model.decoding import decode, generation, memory, prefix, step
 from lrnn_lm.model.decoding.decode import Decoder, can_decode, decode_step, fused_obstacle
 from lrnn_lm.model.states import drop_states, tensors_of
 
@@ -121,6 +121,26 @@ def test_generate_decodes_through_them(name, prompt, loop, device, steps, small_
     # Every token but the first, which is the prefill's.
     assert steps == [(columns, device == "cuda") for columns in (8, *[16] * 8, *[24] * 4)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "attention"])
+def test_our_loop_takes_them(name, monkeypatch):
+    """Without waiting for each token; but not with a cache that the caller keeps, or that is static."""
+    calls, sample = [], generation.sample
+    monkeypatch.setattr(generation, "sample", lambda *args: calls.append(1) or sample(*args))
+    model, ids = small_model(name), tokens(length=6)
+    want = model.generate(ids, **GREEDY)
+    assert calls == [1]
+    kept = DynamicCache(config=model.config)
+    for options in ({"past_key_values": kept}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, **options, **GREEDY), want)
+    again = torch.cat([want, tokens(length=1)], dim=1)
+    model.generate(again, past_key_values=kept, **GREEDY)
+    assert kept.get_seq_length(1) == 15 + 1 + 8
+    returned = model.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values
+    assert torch.equal(model.generate(again, past_key_values=returned, **GREEDY)[:, :16], again)
+    assert returned.get_seq_length(1) == 15 + 1 + 8
+    assert calls == [1]
 
 
 @pytest.mark.filterwarnings("ignore:decoding without a CUDA graph")
@@ -272,6 +292,7 @@ def test_what_a_step_cannot_write_goes_the_plain_way(steps):
     assert len(small_model("hybrid").generate(ids, **looked_at, **GREEDY).hidden_states) == 9
     eager = small_model("hybrid")
     eager.set_attn_implementation("eager")
+    assert not can_decode(eager)
     out = eager.generate(ids, output_attentions=True, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, want)
     assert [each[0].shape[-1] for each in out.attentions] == list(range(6, 15))
