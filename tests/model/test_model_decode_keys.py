@@ -1,6 +1,7 @@
 """Decoding steps of models with attention: keys with room for tokens to come, and caches that stay true."""
 
 import copy
+import gc
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ import pytest
 import torch
 from small_models import close, plain, prefilled, small_model, tokens
 from tolerances import TOLERANCE
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from lrnn_lm.model import copy_states
@@ -83,6 +86,46 @@ def test_steps_are_the_forward_pass(name, dtype):
         same(ours, theirs, tolerance)
         assert ours.get_seq_length(next(i for i, kind in enumerate(model.config.layer_types)
                                         if kind == "full_attention")) == t + 1  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Names of operations, and shapes and places of the tensors they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self.seen.append((str(function), [tuple(t.shape) for t in tensors]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_step_can_be_captured(name):
+    """It asks the device for no number, takes none from the host, and has the same shapes for each token."""
+    model, ids = build(name), tokens(length=12)
+    cache, seen = prefilled(model, ids[:, :8]), []
+    one_step = decode_step(model, cache)
+    for t in range(8, 12):
+        one_step(model, ids[:, t : t + 1], cache)
+        with Operations() as operations:
+            one_step.forward(model)
+        cache, seen = prefilled(model, ids[:, : t + 2]), [*seen, operations.seen]
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    names = {name for name, _ in seen[0]}
+    assert "aten.index_copy_.default" in names
+    forbidden = (
+        "_local_scalar_dense",
+        "is_nonzero",
+        "nonzero",
+        "lift_fresh",
+        "equal.default",
+        "unique",
+        "masked_select",
+    )
+    assert not [name for name in names for part in forbidden if part in name]
 
 
 def masked(ids):
@@ -391,8 +434,10 @@ def test_buffers_beyond_the_limit_are_freed(monkeypatch):
     monkeypatch.setattr(step, "KEPT_KEYS", 0)
     model, ids = small_model("hybrid").cuda(), tokens(length=6).cuda()
     want = model.generate(ids, **GREEDY)
+    gc.collect()
     held = torch.cuda.memory_allocated()
     for _ in range(3):
         assert torch.equal(model.generate(ids, **GREEDY), want)
+    gc.collect()
     assert torch.cuda.memory_allocated() <= held
     assert all(m.key is None for m in decode._pools[model]._memories)
