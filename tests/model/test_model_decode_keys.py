@@ -293,8 +293,8 @@ def test_a_cache_outlives_its_step(most, cut, device, monkeypatch):
     assert (used.key is None) == (most == 0) == (buffers() is None)
     one_step = decode_step(model, second, pool, capture=True)
     assert (one_step.memory is used) == (most > 0)
-    for state in one_step.memory.states:
-        state.values.fill_(torch.nan)  # as an earlier call with other weights may have left it
+    for buffer in one_step.memory.keys:
+        buffer.fill_(torch.nan)  # as an earlier call with other weights may have left it
     (one_step if most else partial(with_warning, one_step))(model, ids[:, 9:10], second)
     same(first, prefilled(model, ids[:, : 7 - cut]))
     same(second, prefilled(model, ids[:, 4:10]))
@@ -306,6 +306,26 @@ def with_warning(one_step, model, ids, cache):
         return one_step(model, ids, cache)
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         return one_step(model, ids, cache)
+
+
+@torch.no_grad()
+def test_each_layer_frees_what_it_held_before():
+    """Else a long text would take twice the memory of its keys while a step begins or gets more room."""
+    model = small_model("attention")
+    cache = prefilled(model, tokens(length=8))
+    freed, before = [], [weakref.ref(layer.keys) for layer in cache.layers]
+    take = memory.Keys.take
+
+    def noted(self, layer):
+        freed.append([keys() is None for keys in before])
+        take(self, layer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.Keys, "take", noted)
+        one_step = decode_step(model, cache)
+        assert one_step.memory.keys == []
+        one_step(model, tokens(length=1), cache)
+    assert freed == [[False] * 3, [True, False, False], [True, True, False]]
 
 
 def test_columns_are_a_quarter_more_at_a_time():

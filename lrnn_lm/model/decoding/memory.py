@@ -93,8 +93,9 @@ class NextToken:
 class Keys:
     """Keys and values of one attention layer, (B, G, S, d) each; what `Attention` takes for a cache layer."""
 
-    def __init__(self, layer: Any, token: NextToken):
-        self.keys, self.values = (layer.keys.new_zeros(room_for(layer)) for _ in range(2))
+    def __init__(self, token: NextToken):
+        self.keys: Tensor | None = None  # until a cache comes
+        self.values: Tensor | None = None
         self._token = token
         self._shown: tuple[Tensor | None, Tensor | None] = (None, None)  # what the cache layer holds
 
@@ -114,7 +115,12 @@ class Keys:
 
     def take(self, layer: Any) -> None:
         """Copy what a cache layer holds, and let it hold the copy."""
-        n = layer.keys.shape[2]
+        B, G, n, d = layer.keys.shape
+        if self.keys is None:  # one layer after the other, as each frees what it held before
+            with torch.inference_mode(False):
+                self.keys, self.values = (
+                    layer.keys.new_empty(B, G, self._token.mask.shape[-1], d) for _ in range(2)
+                )
         for ours, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
             ours.narrow(2, 0, n).copy_(theirs)
             ours[:, :, n:].zero_()  # hidden is not enough: what an earlier call left may be infinite
@@ -141,7 +147,7 @@ class Memory:
         keys = next((layer.keys for layer in cache.layers if not is_recurrent(layer)), None)
         self.token = None if keys is None else NextToken(keys)  # where there is attention
         self.states: list[Tensor | Keys] = [
-            torch.zeros_like(layer.recurrent_states[0]) if is_recurrent(layer) else Keys(layer, self.token)
+            torch.zeros_like(layer.recurrent_states[0]) if is_recurrent(layer) else Keys(self.token)
             for layer in cache.layers
         ]
         first = held_by(cache.layers[0])
@@ -160,8 +166,9 @@ class Memory:
 
     @property
     def keys(self) -> list[Tensor]:
-        """All buffers of keys and values."""
-        return [t for state in self.states if isinstance(state, Keys) for t in (state.keys, state.values)]
+        """All buffers of keys and values that there are."""
+        pairs = [(state.keys, state.values) for state in self.states if isinstance(state, Keys)]
+        return [t for pair in pairs for t in pair if t is not None]
 
     def is_in(self, cache: Cache) -> bool:
         """Whether a cache's layers hold the states."""
