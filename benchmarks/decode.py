@@ -4,8 +4,8 @@ Weights are bf16 on a GPU. A token is one step of the model; the likeliest next 
 device. Recurrent models use the step of `model/decoding/decode.py`, attention a static cache of the context's
 size; both replay a CUDA graph (`captured`). Modes: `graph` is just that; `compiled` compiles the blocks of
 attention models; `fused` runs a recurrent layer as four kernels of this project (`kernels/decode/`);
-`generate` is the time per token of `model.generate`, transformers' loop included, after a context that was
-really read.
+`generate` is the time per token of `model.generate`, its loop included, after a context that was really read;
+attention then writes to buffers that grow with the text (`model/decoding/memory.py`).
 
 The context is read in segments. With `--emulate` a recurrent model reads 1,024 tokens and the cache's counter
 is set to the context length, because its state has the same size after any text; such a row says `emulated`.

@@ -138,7 +138,11 @@ class Attention(Mixer):
         # Of SDPA's fast kernels only flash attention reads groups in place: half precision, no mask.
         grouped = self.num_kv_heads < self.num_heads
         in_place = grouped and mask is None and q.dtype in (torch.bfloat16, torch.float16)
-        if grouped and not in_place:
+        # One token's heads read their group in place with any kernel, as if they were queries of one head.
+        alone = grouped and T == 1 and mask is not None and mask.shape[1] == 1
+        if alone and not context.attention_weights:
+            q = q.reshape(B, self.num_kv_heads, -1, self.head_dim)
+        elif grouped and not in_place:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
         if context.attention_weights:
             y = self.weights(q, k, mask) @ v
@@ -147,7 +151,8 @@ class Attention(Mixer):
             y = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=in_place
             )
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D)), state
+        y = y.reshape(B, T, D) if alone else y.transpose(1, 2).reshape(B, T, D)
+        return self.out_proj(y), state
 
     def rotary(self, positions: Tensor) -> Rotary:
         """The angles of these positions, which a model computes once for all layers with this base."""

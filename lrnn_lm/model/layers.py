@@ -6,7 +6,7 @@ Legend: B batch, T time, D model width.
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -147,16 +147,18 @@ class LRNNBlock(GradientCheckpointingLayer):
     def step(
         self,
         hidden_states: Tensor,
-        state: Tensor,
+        state: Any,
+        context: SequenceContext,
         mixer_joint: Joint | None = None,
         mlp_joint: Joint | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` for one more token of every sequence after a recurrent state, and no more than that.
+    ) -> tuple[Tensor, Any]:
+        """`forward` for one more token of every sequence after a state, and no more than that.
 
-        hidden_states (B, 1, D), state (B, ..) -> (B, 1, D) and the state after. The joint weights are those
-        of the two modules' projections, side by side.
+        hidden_states (B, 1, D), state (B, ..), or what attention takes for a cache layer -> (B, 1, D) and the
+        state after. The joint weights are those of the two modules' projections, side by side.
         """
-        y, state = self.mixer(self.mixer_norm(hidden_states), state, SequenceContext(joint=mixer_joint))
+        context = replace(context, joint=mixer_joint)
+        y, state = self.mixer(self.mixer_norm(hidden_states), state, context)
         hidden_states = hidden_states + y
         return hidden_states + self.mlp(self.mlp_norm(hidden_states), mlp_joint), state
 

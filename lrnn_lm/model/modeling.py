@@ -186,6 +186,14 @@ class LRNNModel(LRNNPreTrainedModel):
                 )
         return mixers
 
+    def context_after(
+        self, ids: Tensor, cache: Cache, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> SequenceContext:
+        """What the mixers need to know of one more token ids (B, 1) of each row after a cache."""
+        x = ids.unsqueeze(2)
+        batch = batch_layout(self.config, x, cache, attention_mask, position_ids, None, {})
+        return self._context(x, batch, position_ids, cache)
+
     def _context(
         self, x: Tensor, batch: Layout, position_ids: Tensor | None, cache: Cache | None
     ) -> SequenceContext:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.attention import Attention
+from lrnn_lm.mixers.base import SequenceContext
 
 T, D = 11, 24
 OPTIONS = {
@@ -77,5 +79,14 @@ def test_groups_are_heads_that_share_keys_and_values(dtype):
     x = torch.randn(2, T, D * 2).to(dtype)
     got, want = grouped.to(dtype)(x)[0], plain.to(dtype)(x)[0]
     torch.testing.assert_close(got, want)
+    for rows, heads in ((1, 1), (2, 1), (2, 4)):  # a lone token after others, beside masks of each shape
+        seen = (torch.rand(rows, heads, 1, T) > 0.4) | (torch.arange(T) == T - 1)
+        context = SequenceContext(attention_mask=seen, positions=torch.full((1, 1), T - 1))
+        pair = []
+        for layer in (grouped, plain):
+            cache = DynamicLayer()
+            layer(x[:, :-1], cache)
+            pair.append(layer(x[:, -1:], cache, context)[0])
+        torch.testing.assert_close(*pair)
     assert grouped.state_elements(10) * 2 == plain.state_elements(10) == 2 * 48 * 10
     assert grouped.cost(10) == plain.cost(10)

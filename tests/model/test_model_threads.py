@@ -20,7 +20,8 @@ WAYS = {
     "beams": {"num_beams": 2},
     "static": {"cache_implementation": "static"},
 }
-ROWS = [*(("bd_lru", way) for way in WAYS), ("lstm", "our loop"), ("hybrid", "our loop")]
+ROWS = [*((name, way) for name in ("bd_lru", "hybrid") for way in WAYS), ("lstm", "our loop"),
+        ("attention", "our loop")]  # fmt: skip
 
 
 def on(device, name):
@@ -69,7 +70,8 @@ def on_streams(model, calls, workers=16):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "fused"), [("bd_lru", True), ("h_lru", True), ("bd_lru", False), ("lstm", False)]
+    ("name", "fused"),
+    [("bd_lru", True), ("h_lru", True), ("bd_lru", False), ("lstm", False), ("hybrid", False)],
 )
 def test_threads_with_streams_of_their_own(name, fused, monkeypatch):
     """Of more calls than torch has streams, and with two shapes, so that steps are captured all the time."""
@@ -83,11 +85,11 @@ def test_threads_with_streams_of_their_own(name, fused, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_two_models_with_streams_of_their_own():
+def test_models_with_streams_of_their_own():
     """Their graphs share the workspace of cuBLAS."""
-    models = [on("cuda", "lstm"), on("cuda", "mamba2")]
+    models = [on("cuda", "lstm"), on("cuda", "mamba2"), on("cuda", "hybrid")]
     want = [[write(model, ids, max_new_tokens=12) for ids in prompts(model)] for model in models]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         got = [pool.submit(on_streams, model, 2 * POOL, 4) for model in models]
     assert [future.result() for future in got] == [texts * (2 * POOL // 8) for texts in want]
 
@@ -251,10 +253,13 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", FAILURES)
-def test_after_an_exception(kind, device):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*(("bd_lru", kind) for kind in FAILURES), ("hybrid", "processor"), ("hybrid", "streamer")],
+)
+def test_after_an_exception(name, kind, device):
     """Also while the exception lives, and with it the frames of the call."""
-    model = on(device, "bd_lru")
+    model = on(device, name)
     batch = [ids[:1] for ids in prompts(model)]
     want = [write(model, ids) for ids in batch]
     raised = []
@@ -272,8 +277,9 @@ def test_after_an_exception(kind, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["our loop", "transformers' loop"])
-def test_a_call_inside_a_call(way, device):
-    model = on(device, "bd_lru")
+@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
+def test_a_call_inside_a_call(name, way, device):
+    model = on(device, name)
     batch = [ids[:1] for ids in prompts(model)]
     want = [write(model, ids, **WAYS[way]) for ids in batch]
     inner = []

@@ -1,16 +1,17 @@
 """One token for every sequence of a batch, fast: states are written in place, and a CUDA graph is replayed.
 
-`generate` decodes through `Decoder` where every layer is recurrent. On a GPU a step is captured once and then
-replayed, so it costs the time of its kernels and none of Python's. These are our own, four a layer, for a few
-sequences or for many (`kernels/decode/`). On a CPU the same code runs without a graph. The states in a cache
-are the tensors that the step writes, so the cache is exact after every step. When a step turns to another
-cache, the one before gets copies of its states.
+`generate` decodes through `Decoder`. On a GPU a step is captured once and then replayed, so it costs the time
+of its kernels and none of Python's. Where every layer is recurrent, these are our own, four a layer, for a
+few sequences or for many (`kernels/decode/`); with attention to all tokens they are those of the model's
+modules, and keys have room for tokens to come (`memory.py`). On a CPU the same code runs without a graph. The
+states in a cache are the tensors that the step writes, so the cache is exact after every step. When a step
+turns to another cache, the one before gets copies of its states.
 
 Each call of `generate` has a step of its own (`step.py`), so that calls from several threads, or one inside
 another, never write to the same memory.
 
-Prefill, beams, and all that a step does not support (adapters, hooks, patched or compiled modules, quantised
-weights, autocast, outputs of every layer) go through the model's forward pass.
+Prefill, beams, and all that a step does not support (windows, static caches, adapters, hooks, patched or
+compiled modules, quantised weights, autocast, outputs of every layer) go through the model's forward pass.
 
 Legend: B batch, D model width, V vocabulary.
 """
@@ -33,7 +34,8 @@ from ...mixers.base import plain_weight
 from ..cache import CACHE, is_recurrent
 from ..layers import LRNNBlock, RMSNorm, SwiGLU
 from .built import all_modules, all_parameters, as_written, remember
-from .step import DecodeStep, Memory, Pool, graph_key
+from .memory import Memory, can_hold, held_by
+from .step import DecodeStep, Pool, graph_key
 
 KNOWN = ("past_key_values", "cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep",
          "return_dict", "cache_position", "output_attentions", "output_hidden_states")  # fmt: skip
@@ -64,19 +66,23 @@ class Decoder:
         self.model = model
         self._step: DecodeStep | None = None
 
-    @property
-    def settled(self) -> bool:
-        """Whether there is a step; from then on masks are ignored."""
-        return self._step is not None
+    def settled(self, cache: Cache) -> bool:
+        """Whether there is a step with room for another token; then masks are ignored."""
+        return self._step is not None and self._step.has_room(cache)
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the model's forward pass: logits (B, 1, V), in memory that the next call overwrites."""
-        if self._step is None and _is_step(self.model, input_ids, kwargs):
-            self._step = decode_step(self.model, _given(kwargs))
-        if self._step is None or not _is_one_token(input_ids, kwargs):
+        if not _is_one_token(input_ids, kwargs):
             return self.model(input_ids=input_ids, **kwargs)
         cache = _given(kwargs)
-        return CausalLMOutputWithPast(logits=self._step(self.model, input_ids, cache), **{CACHE: cache})
+        if not self.settled(cache):
+            self._step = None  # first: the cache gets copies, and another call may be lent the memory
+            if not _is_step(self.model, input_ids, kwargs):
+                return self.model(input_ids=input_ids, **kwargs)
+            self._step = decode_step(self.model, cache)
+        masks = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        logits = self._step(self.model, input_ids, cache, *masks)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
 
 def decode_step(
@@ -96,27 +102,32 @@ def decode_step(
     Raises:
         ValueError: the fused kernels were asked for and cannot run this model here.
     """
-    state = cache.layers[0].recurrent_states[0]
+    first = held_by(cache.layers[0])
+    B, on_gpu = first.shape[0], first.is_cuda
     if fused is None:
-        fused = state.is_cuda and fused_obstacle(model, state.shape[0]) is None
-    elif fused and (reason := fused_obstacle(model, state.shape[0])):
+        fused = on_gpu and fused_obstacle(model, B) is None
+    elif fused and (reason := fused_obstacle(model, B)):
         raise ValueError(f"the fused decoding step cannot run here: {reason}")
     if capture is None:
-        capture = state.is_cuda
+        capture = on_gpu
     if pool is None:
         with _lock:
             pool = _pools.setdefault(model, Pool())
-    tiled = fused and state.shape[0] > FEW and has_tiles(model)
+    tiled = fused and B > FEW and has_tiles(model)
     # Also without a graph, so that a call that finds all graphs in use gets the same numbers.
-    joint = pool.joint(model) if capture or fused or state.is_cuda else None
+    joint = pool.joint(model) if capture or fused or on_gpu else None
     with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
         memory = pool.borrow(cache, joint, graph_key(model, cache, (fused, tiled))) if capture else None
         return DecodeStep(memory or Memory(cache, joint), fused, tiled)
 
 
 def can_decode(model: PreTrainedModel) -> bool:
-    """Whether a step computes what the model would: all layers recurrent, and no module changed."""
-    if any(kind != "linear_attention" for kind in model.config.layer_types) or model.training:
+    """Whether a step computes what the model would: layers recurrent or of attention to all tokens, and no
+    module changed."""
+    kinds = {*model.config.layer_types}
+    if not kinds <= {"linear_attention", "full_attention"} or model.training:
+        return False
+    if "full_attention" in kinds and model.config._attn_implementation == "eager":  # there to be looked at
         return False
     if not as_written(model) or not isinstance(model.model, PreTrainedModel):
         return False
@@ -184,14 +195,13 @@ def _is_step(model: PreTrainedModel, ids: Tensor | None, kwargs: dict[str, Any])
     cache, mask = _given(kwargs), kwargs.get("attention_mask")
     if not isinstance(cache, Cache) or len(cache.layers) != len(model.config.layer_types):
         return False
-    for layer in cache.layers:
-        if not is_recurrent(layer) or not layer.has_previous_state[0]:
-            return False
-        if (
-            layer.recurrent_states[0].shape[0] != ids.shape[0]
-            or layer.recurrent_states[0].device != ids.device
-        ):
-            return False
+    if not can_hold(cache) or any(held_by(layer) is None for layer in cache.layers):
+        return False
+    if any((h.shape[0], h.device) != (ids.shape[0], ids.device) for h in map(held_by, cache.layers)):
+        return False
+    keys = [layer.keys for layer in cache.layers if not is_recurrent(layer)]
+    if len({k.shape[2] for k in keys}) > 1 or any(k.dtype != model.dtype for k in keys):
+        return False
     if mask is None:
         return True
     mask = mask.bool()

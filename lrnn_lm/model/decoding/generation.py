@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from ..cache import CACHE, adopt, check_cache, make_cache, one_cache, tokens_seen
+from ..cache import CACHE, RecurrentCache, adopt, check_cache, make_cache, one_cache, tokens_seen
 from ..config import LRNNConfig
 from ..documents import check_tokens
 from ..masks import attention_masks
 from .batching import StateBatching, check_prompt
 from .decode import Decoder, can_decode
+from .memory import can_hold
 from .prefix import prefix_cache
 from .sample import is_usual, sample
 
@@ -133,8 +134,9 @@ class LRNNGenerationMixin(GenerationMixin):
             return
         adopt(cache)
         if all(kind == "linear_attention" for kind in self.config.layer_types):
-            model_kwargs[CACHE] = make_cache(self.config, cache)
-            model_kwargs[CACHE].private = not given
+            model_kwargs[CACHE] = cache = make_cache(self.config, cache)
+        if isinstance(cache, RecurrentCache):
+            cache.private = not given
 
     def _prefill(
         self,
@@ -197,16 +199,21 @@ class LRNNGenerationMixin(GenerationMixin):
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> bool:
         """Whether `generate` decodes through `get_compiled_call`; `disable_compile=True` is the way out."""
-        asked = generation_config.compile_config is not None
-        if not asked and not generation_config.disable_compile and can_decode(self):
+        asked, cache = generation_config.compile_config is not None, model_kwargs.get(CACHE)
+        ours = can_decode(self) and (cache is None or can_hold(cache))
+        if not asked and not generation_config.disable_compile and ours:
             return True
         asked = asked or generation_config.cache_implementation == "static"
         if {*self.config.layer_types} == {"linear_attention"} and not asked:
             return False  # transformers would compile whatever decodes on a GPU without keys and values
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if not super()._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return False
+        # Tells `get_compiled_call`, which is not given the cache, that our step cannot write it.
+        generation_config.compile_config = generation_config.compile_config or CompileConfig()
+        return True
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What decodes a token: our own step where every layer is recurrent, transformers' otherwise."""
+        """What decodes a token: our own step where it can, transformers' otherwise."""
         if compile_config is None and can_decode(self):
             return Decoder(self)
         return super().get_compiled_call(compile_config)

@@ -133,7 +133,9 @@ class PrefixCache:
     def _keep(self, ids: Tensor, states: dict[int, dict[str, Tensor]], cache: Cache, weights: Any) -> None:
         if not states:
             return
-        text, beside = _Text(ids, states, _keys(cache)), None
+        with torch.inference_mode(False), torch.no_grad():  # a decoding step may write where the cache's are
+            keys = {name: t.clone() for name, t in _keys(cache).items()}
+        text, beside = _Text(ids, states, keys), None
         with self._lock:
             if weights != self._weights:
                 return

@@ -1,4 +1,4 @@
-"""`generate`'s loop for the usual case, without waiting: greedy or sampled text of recurrent models.
+"""`generate`'s loop for the usual case, without waiting: greedy or sampled text.
 
 transformers' loop asks after every token whether all rows have ended, so the device is idle while Python
 thinks. Here a token is read back while the next one is computed: the end is seen one step late, and that step
@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache
 
 from ..cache import CACHE, GENERATED, RecurrentCache, tokens_seen
 from .decode import Decoder, can_decode
+from .memory import can_hold
 from .step import turns
 
 LOOK_AT_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -58,6 +59,7 @@ def is_usual(
         and {key for key, value in arguments.items() if value is not None} <= GENERATED
         and isinstance(cache, RecurrentCache)
         and cache.private
+        and can_hold(cache)
     )
 
 
@@ -94,7 +96,8 @@ def sample(
     n, newest = T - 1, input_ids[:, -1:]
     for n in range(T, last):
         if n > T:
-            grown = None if step.settled or mask is None else pad(mask, (0, n - mask.shape[1]), value=1)
+            told = mask is not None and not step.settled(cache)
+            grown = pad(mask, (0, n - mask.shape[1]), value=1) if told else None
             logits = step(newest, attention_mask=grown, use_cache=True, **{CACHE: cache}).logits
         newest = choose(logits[:, -1].float(), tokens[:, :n], processors, config.do_sample)
         if ends:

@@ -1,4 +1,4 @@
-"""A decoding step: the memory it writes, how it runs, and which call may use it.
+"""A decoding step: how it runs, and which call may use its memory.
 
 Capturing a CUDA graph takes long, and a graph writes to fixed memory, so a `Pool` keeps captured steps and
 lends each to one call at a time.
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ...mixers.base import Joint, JointProjections, plain_weight
+from ...mixers.base import Joint, JointProjections, SequenceContext, plain_weight
+from ..cache import tokens_seen
 from .built import all_modules
+from .memory import KEPT_KEYS, Memory, held_by, room_for
 
 KEPT = 4  # captured steps a model keeps, in use or not; more calls at the same time run without a graph
 _NUMBERS = (int, float, str)  # bool too
@@ -49,22 +51,6 @@ def after(
         for tensor in tensors:
             tensor.record_stream(current)
     return current
-
-
-class Memory:
-    """What one step writes to, the joint weights that it reads, and its captured graph."""
-
-    def __init__(self, cache: Cache, joint: list[tuple[Joint | None, Joint | None]] | None, key: Any = None):
-        self.key = key  # what a captured graph depends on; None: do not capture
-        self.lent = True  # whether a step uses it
-        self.joint = joint
-        self.states = [torch.zeros_like(layer.recurrent_states[0]) for layer in cache.layers]
-        self.ids = self.states[0].new_zeros(self.states[0].shape[0], 1, dtype=torch.long)
-        self.workspace: Any = None  # of a fused step of many sequences
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.uncapturable = False  # a capture was tried and failed
-        self.logits: Tensor | None = None  # (B, 1, V), which the graph writes
-        self.stream: torch.cuda.Stream | None = None  # where the step ran last
 
 
 class Pool:
@@ -98,8 +84,9 @@ class Pool:
     def borrow(self, cache: Cache, joint: Any, key: Any) -> Memory | None:
         """A memory that no step uses, with its graph if it has one; None if KEPT are in use."""
         with self._lock:
-            # Those whose weights have moved cannot be used again.
-            kept = [m for m in self._memories if m.lent or (m.joint is joint and m.key[1] == key[1])]
+            # Those whose weights have moved cannot be used again, nor those that were dropped.
+            known = [m for m in self._memories if m.lent or m.key is not None]
+            kept = [m for m in known if m.lent or (m.joint is joint and m.key[1] == key[1])]
             free = [m for m in kept if not m.lent]
             memory = next((m for m in free if m.key == key and m.joint is joint), None)
             if memory is None and len(kept) >= KEPT:
@@ -124,10 +111,26 @@ class DecodeStep:
         # Return the memory when this step is garbage collected, after an exception too.
         weakref.finalize(self, _give_back, memory, self._owners).atexit = False
 
-    def __call__(self, model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-        """Feed ids (B, 1), write the states in place, count the token; logits (B, 1, V)."""
+    def has_room(self, cache: Cache) -> bool:
+        """Whether one more token fits behind a cache's keys."""
+        token = self.memory.token
+        return token is None or tokens_seen(cache) < token.mask.shape[-1]
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        cache: Cache,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Feed ids (B, 1), write the states in place, count the token; logits (B, 1, V).
+
+        attention_mask, position_ids: as the model takes them; read where a cache comes, for attention. There
+        must be room.
+        """
         memory = self.memory
-        self._adopt(cache)
+        self._adopt(model, ids, cache, attention_mask, position_ids)
         memory.ids.copy_(ids)
         if memory.key is not None and memory.graph is None and not memory.uncapturable:
             self._capture(model)
@@ -137,8 +140,7 @@ class DecodeStep:
                 memory.graph.replay()
         else:
             memory.logits = self.forward(model)
-        for layer in cache.layers:
-            layer.seen_tokens += 1
+        memory.count(cache)
         return memory.logits
 
     def forward(self, model: PreTrainedModel) -> Tensor:
@@ -148,10 +150,14 @@ class DecodeStep:
             step = self._step_of_many if self.tiled else self._step_of_few
             return step(model, x).unsqueeze(1)
         x = model.model.embed_tokens(self.memory.ids)  # (B, 1, D)
-        blocks = model.model.applied_layers
+        blocks, token = model.model.applied_layers, self.memory.token
+        context = SequenceContext() if token is None else token.context(model)
         for block, state, joint in zip(blocks, self.memory.states, self._joints(model), strict=True):
-            x, after = block.step(x, state, *joint)
-            state.copy_(after)
+            x, after = block.step(x, state, context, *joint)
+            if after is not state:
+                state.copy_(after)
+        if token is not None:
+            token.advance()
         return model.lm_head(model.model.norm(x))
 
     def _joints(self, model: PreTrainedModel) -> list[Any]:
@@ -182,23 +188,28 @@ class DecodeStep:
             stream = block.fused_step_of_many(stream, state, *joint, norm, memory.workspace)
         return normed_step(stream, last.eps, model.lm_head.weight)
 
-    def _adopt(self, cache: Cache) -> None:
+    def _adopt(
+        self, model: PreTrainedModel, ids: Tensor, cache: Cache, mask: Tensor | None, positions: Tensor | None
+    ) -> None:
         """Let this cache hold the step's states; the one before, if it still exists, gets copies."""
-        states = self.memory.states
-        if all(layer.recurrent_states[0] is s for layer, s in zip(cache.layers, states, strict=True)):
+        memory = self.memory
+        if memory.is_in(cache):
             return
-        memory = self.memory  # its last run may have been on another stream: wait for it
-        memory.stream = after(memory.stream, memory.ids.device, [memory.ids, *states])
-        _part(memory, self._owners)
-        for layer, state in zip(cache.layers, states, strict=True):
-            state.copy_(layer.recurrent_states[0])
-            layer.recurrent_states[0] = state
+        # The memory's last run may have been on another stream: wait for it.
+        tensors = [memory.ids, *memory.moving, *memory.keys]
+        memory.stream = after(memory.stream, memory.ids.device, tensors)
+        memory.part(self._owners)
+        if memory.token is not None:
+            context = model.model.context_after(ids, cache, mask, positions)
+            memory.token.begin(tokens_seen(cache), context)
+        memory.take(cache)
         self._owners[:] = [weakref.ref(layer) for layer in cache.layers]
 
     def _capture(self, model: PreTrainedModel) -> None:
         """Record the step as a CUDA graph; if that fails, warn and run without one from then on."""
         memory, device = self.memory, self.memory.ids.device
-        before = [state.clone() for state in memory.states]
+        moving = memory.moving
+        before = [tensor.clone() for tensor in moving]
         try:
             with turns:
                 stream = _capture_stream(device)
@@ -207,6 +218,7 @@ class DecodeStep:
                 with torch.cuda.stream(stream):
                     for _ in range(2):  # warm up: kernels are compiled and chosen here
                         self.forward(model)
+                        _write(moving, before)  # it has advanced them; attention has room for one token
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 # thread_local: other threads go on launching and allocating meanwhile.
@@ -220,25 +232,23 @@ class DecodeStep:
             said = str(error).strip().splitlines() or [""]
             warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
             memory.uncapturable = True
-        for state, value in zip(memory.states, before, strict=True):  # the warm-up has advanced them
-            state.copy_(value)
+        _write(moving, before)
 
 
-def _part(memory: Memory, owners: list[Callable[[], Any]]) -> None:
-    """Give cache layers that hold a step's states copies of their own."""
-    for owner, state in zip(owners, memory.states, strict=False):
-        layer = owner()
-        if layer is not None and layer.recurrent_states[0] is state:
-            with torch.inference_mode(False), torch.no_grad():
-                layer.recurrent_states[0] = state.clone()
+def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
     """Give a dropped step's cache copies of its states, and let the next call use the memory."""
     if memory.key is None:  # this memory is not in the pool, so the cache can keep it
         return
-    with nullcontext() if memory.stream is None else torch.cuda.stream(memory.stream):
-        _part(memory, owners)
+    if sum(t.nbytes for t in memory.keys) > KEPT_KEYS:
+        memory.drop()
+    else:
+        with nullcontext() if memory.stream is None else torch.cuda.stream(memory.stream):
+            memory.part(owners)
     memory.lent = False  # no lock: the garbage collector may call this during `Pool.borrow`
 
 
@@ -288,7 +298,7 @@ def graph_key(model: PreTrainedModel, cache: Cache, way: tuple[bool, bool]) -> t
     """What a captured graph depends on: ((shapes of the states, way of decoding), addresses of the weights
     and numbers that modules hold)."""
     # A graph reads weights at their addresses. It sees new values there, but not that a weight has moved.
-    shapes = tuple((s.shape, s.dtype, s.device) for s in (c.recurrent_states[0] for c in cache.layers))
+    shapes = tuple((room_for(layer), (h := held_by(layer)).dtype, h.device) for layer in cache.layers)
     return (shapes, way), what_modules_hold(model)
 
 
