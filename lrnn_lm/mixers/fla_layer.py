@@ -71,7 +71,7 @@ class FlaMixer(Mixer):
         Raises:
             ValueError: a device or a precision that fla's kernels do not support.
         """
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         if isinstance(x, FakeTensor) or x.is_meta:
             return self._outline(x)
         self.check_device(x.device)

@@ -82,7 +82,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             bias = gate_bias(self.gate_proj, N)

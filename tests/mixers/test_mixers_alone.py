@@ -63,6 +63,18 @@ def test_an_input_without_rows_is_told(name):
             layer(torch.randn(shape))
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_no_tokens_and_no_context_are_told(name):
+    """Not by torch, of a Boolean value of a Tensor or an index. As torch's LSTM, all refuse an empty row."""
+    layer, reset = build_mixer(MIXER_ROWS[name], WIDTH), torch.zeros(2, 5, dtype=torch.bool)
+    for context in (None, SequenceContext(), SequenceContext(reset=reset[:, :0])):
+        with pytest.raises(ValueError, match=r"x of shape \(2, 0, 16\) must .* at least one token"):
+            layer(torch.randn(2, 0, WIDTH), None, context)
+    for mask, kind in ((reset, "Tensor"), (reset[:1, :1], "Tensor"), (reset.tolist(), "list"), ({}, "dict")):
+        with pytest.raises(ValueError, match=f"context is a {kind}; pass a SequenceContext"):
+            layer(torch.randn(2, 5, WIDTH), None, mask)
+
+
 @pytest.mark.parametrize("name", MIXER_ROWS)
 def test_resets_that_are_no_mask_of_the_tokens(name):
     layer, x = build_mixer(MIXER_ROWS[name], WIDTH), torch.randn(2, 8, WIDTH)
