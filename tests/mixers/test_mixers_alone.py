@@ -13,6 +13,7 @@ from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.base import SequenceContext, drawn_by_model
 
 WIDTH = 16
+SELECTING = ("bd_matrix", "lstm", "mamba2", "mlstm", "bd_gru", "bd_slstm", "m2rnn")  # where documents start
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)
@@ -52,6 +53,23 @@ def test_documents_of_a_callers_own_context(name):
     parts = torch.cat([first, layer(x[:, 7:8], state)[0]], dim=1)
     torch.testing.assert_close(parts, want[:, :8], rtol=1e-4, atol=1e-5)  # some states are fp32
     torch.testing.assert_close(layer(x, None, SequenceContext(reset=reset))[0], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in RECURRENT if name.startswith(SELECTING)])
+def test_nan_ends_with_its_document(name):
+    """In outputs, the state after and gradients: a start selects zeros, as NaN times zero is NaN."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    x, reset = torch.randn(2, 12, WIDTH), torch.zeros(2, 12, dtype=torch.bool)
+    x[0, 3:6] = x[1, 10] = math.nan
+    reset[0, 6] = reset[1, 11] = True
+    y, state = layer(x.requires_grad_(), None, SequenceContext(reset=reset))
+    (gradient,) = torch.autograd.grad(y[0, 6:].square().sum() + y[1, 11].square().sum(), x)
+    for each in (y, gradient):
+        assert each[0, 6:].isfinite().all()
+        assert each[1, 11].isfinite().all()
+    assert state.isfinite().all()
+    assert gradient[0, 6:].abs().max() > 0
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)
