@@ -131,6 +131,16 @@ def test_its_example_begins_as_documents_did(make_checkpoint, tokenizer, tmp_pat
     assert len(capsys.readouterr().out.split()) > 2
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("recipe.yaml", "[1, 2]"), ("recipe.yaml", "name: tiny\nseed: 0\n"), ("parent.json", '{"step": 1}')],
+)
+def test_what_a_half_copied_run_holds_is_named(run, tmp_path, file, content):
+    (run / file).write_text(content)
+    with pytest.raises(ValueError, match=r"recipe.yaml or parent.json is not a run's \(damaged\?\)"):
+        write_run_card(run)
+
+
 def test_card_of_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no such checkpoint"):
         write_run_card(tmp_path)

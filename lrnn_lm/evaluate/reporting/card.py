@@ -94,13 +94,18 @@ def model_card(
     run = RunFolder(info.run) if info.run is not None else None
     stored = run.recipe.read_text(encoding="utf-8") if run is not None and run.recipe.is_file() else ""
     recipe = yaml.safe_load(stored) or {}
+    parent = json_table(run.parent) if run is not None else {}
+    try:
+        training = _training(recipe, info.step, parent, average)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{info.run}: recipe.yaml or parent.json is not a run's (damaged?)") from None
     mixers = config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
     is_autoencoder = "LRNNForReconstruction" in (config.get("architectures") or [])
     parts = [
         _front_matter(licence or recipe.get("license") or UNKNOWN_LICENCE, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
-        _training(recipe, info.step, json_table(run.parent) if run is not None else {}, average),
+        training,
         _data(run.data) if run is not None else "",
         _results(run.path, info.step, average, picture) if run is not None else "",
         "" if is_autoencoder else _loading(folder),
