@@ -6,14 +6,17 @@ manifest), parent.json, metrics.jsonl, eval/*.json and plots/loss.png. What is m
 
 import json
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...files import user_path
+from ...output import say
 from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table, model_configuration
 from ..show import markdown_table
@@ -21,6 +24,7 @@ from .report import to_markdown
 from .runs import mixer_in_words, read_run
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word; the licence depends on the training data, so assume nothing
+_MARK = "\n<!-- lrnn-lm writes this card anew as the run goes on, unless it is edited: "
 _AVERAGE = "average_"  # before what a validation measures of the moving average
 _PAPER = "https://arxiv.org/abs/2602.12021"
 _KINDS = {
@@ -44,15 +48,25 @@ _KINDS = {
 
 
 def write_run_card(run: str | Path) -> Path:
-    """Write RUN/README.md for the run's newest checkpoint; returns the file.
+    """Write RUN/README.md for the run's newest checkpoint; returns the file. One that a person has written or
+    edited stays, and a line says so.
 
     Raises ValueError if the run has no checkpoint.
     """
     folder = RunFolder(user_path(run))
     picture = "plots/loss.png" if folder.loss_plot.is_file() else None
     text = model_card(folder.latest, picture=picture, folder="checkpoints/latest")
-    folder.card.write_text(text, encoding="utf-8")
+    stored = folder.card.read_text(encoding="utf-8", errors="replace") if folder.card.is_file() else ""
+    if stored and not stored.endswith(_mark(stored.rpartition(_MARK)[0])):
+        say(f"{folder.card}: is edited, and stays; remove it for a new card", sys.stderr)
+        return folder.card
+    folder.card.write_text(text + _mark(text), encoding="utf-8")
     return folder.card
+
+
+def _mark(text: str) -> str:
+    """The last line of a run's card, by which an edited one is told."""
+    return f"{_MARK}{sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def write_export_card(
