@@ -58,7 +58,8 @@ def write_run_card(run: str | Path) -> Path:
     text = model_card(folder.latest, picture=picture, folder="checkpoints/latest")
     stored = folder.card.read_text(encoding="utf-8", errors="replace") if folder.card.is_file() else ""
     if stored and not stored.endswith(_mark(stored.rpartition(_MARK)[0])):
-        say(f"{folder.card}: is edited, and stays; remove it for a new card", sys.stderr)
+        told = "is edited (or of an older version), and stays; remove it for a new card"
+        say(f"{folder.card}: {told}", sys.stderr)
         return folder.card
     folder.card.write_text(text + _mark(text), encoding="utf-8")
     return folder.card
