@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # print ? for what the terminal cannot show, do not crash
     try:
         app(args=arguments, prog_name="lrnn")
-    except (ValueError, OSError, RuntimeError, UnmetRequirementError) as mistake:
+    except (ValueError, OSError, RuntimeError, MemoryError, UnmetRequirementError) as mistake:
         if os.environ.get("LRNN_TRACEBACK") or not is_users(mistake):
             raise
         tell(mistake, next(iter(arguments or sys.argv[1:]), ""))

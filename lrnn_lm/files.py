@@ -9,7 +9,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable(folder: Path, files: Iterable[Path]) -> None:
+    """Let those who may read a new folder read its files: safetensors 0.8 makes files for one user alone."""
+    mode = folder.stat().st_mode & 0o666  # as the umask has it
+    for file in files:
+        if mode & ~(own := file.stat().st_mode):
+            file.chmod(own | mode)
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:

@@ -16,12 +16,13 @@ _ERRNO = (  # of the system's errors
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
 )  # fmt: skip
-_LESS_MEMORY = {  # what to do about a full GPU, by command
+_LESS_MEMORY = {  # what to do about a full GPU or memory, by command
     "train": "lower train.micro_batch, set train.activation_checkpointing=true, or read long rows by "
     "train.segment; lrnn info RECIPE estimates the memory",
-    "eval": "lower --batch-size or --max-length",
+    "eval": "lower --batch-size or --max-length; of a probe --length or --rows",
     "generate": "lower --segment or --max-new-tokens",
 }
+_CPU = "DefaultCPUAllocator: can't allocate memory"  # torch's words, in a plain RuntimeError
 
 
 class Commands(TyperGroup):
@@ -37,7 +38,7 @@ class Commands(TyperGroup):
 
 
 def is_users(mistake: Exception) -> bool:
-    """Whether a person can mend it: a ValueError of ours, a full GPU, or a system error in _ERRNO."""
+    """Whether a person can mend it: a ValueError of ours, no memory, or a system error in _ERRNO."""
     if isinstance(mistake, RuntimeError):
         return _is_out_of_memory(mistake)
     return not isinstance(mistake, OSError) or mistake.errno in _ERRNO
@@ -48,10 +49,11 @@ def tell(mistake: Exception, command: str) -> None:
     if not _is_told_here() and not isinstance(mistake, RankError):
         return
     if _is_out_of_memory(mistake):
-        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(mistake))
+        asked = re.search(r"(?:[Tt]ried|Unable) to allocate ([\d.]+ \w+)", str(mistake))
+        place = "in memory" if isinstance(mistake, MemoryError) or _CPU in str(mistake) else "on the GPU"
         # The empty line ends the line of the progress bar.
-        print(f"\nlrnn: no room on the GPU for {asked[1] if asked else 'what is'} more", file=sys.stderr)
-        print(f"lrnn: {_LESS_MEMORY.get(command, 'end what else runs on that GPU')}", file=sys.stderr)
+        print(f"\nlrnn: no room {place} for {asked[1] if asked else 'what is'} more", file=sys.stderr)
+        print(f"lrnn: {_LESS_MEMORY.get(command, 'end what else runs there')}", file=sys.stderr)
     elif message := words_of(mistake):  # empty where another rank prints it
         say(f"lrnn: {message}", sys.stderr)
 
@@ -75,7 +77,8 @@ def tell_replaced(overrides: list[str] | None) -> list[str] | None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # only what is imported can have raised it
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_gpu or isinstance(error, MemoryError) or _CPU in str(error)
 
 
 def _is_told_here() -> bool:

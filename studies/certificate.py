@@ -16,11 +16,12 @@ from rich.console import Console
 
 from lrnn_lm.data import SyntheticTask
 from lrnn_lm.evaluate.probe.certify import certify
+from lrnn_lm.files import words_of
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.runs.load import load_checkpoint
 from lrnn_lm.train.build import build_trainer
 
-from .jsonl import append_row, read_rows
+from .jsonl import append_row, rows_to_continue
 from .rows import task_rows
 
 RECIPES = Path(__file__).parents[1] / "recipes/synthetic"
@@ -82,11 +83,11 @@ def main() -> None:
     options = parser.parse_args()
     about = {"torch": torch.__version__, "platform": platform.machine(), "overrides": options.overrides}
     try:
-        if any(row["task"] == options.task for row in read_rows(options.output)):
+        if any(row["task"] == options.task for row in rows_to_continue(options.output, "task", "after")):
             return
         made = rows_of(options.task, options.runs, options.overrides)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.error(words_of(error))
     for row in made:
         append_row(options.output, {**row, **about})
 

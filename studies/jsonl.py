@@ -20,6 +20,21 @@ def read_rows(path: Path) -> list[Row]:
     return rows if _is_begun(last) else [*rows, _row(last, f"{path}, line {len(lines) + 1}")]
 
 
+def rows_to_continue(path: Path, *keys: str) -> list[Row]:
+    """The rows of a file that more are to be appended to, before any is made.
+
+    Raises:
+        ValueError: a row of another study, without one of `keys`; or as `read_rows`.
+        OSError: the file cannot be written.
+    """
+    rows = read_rows(path)
+    if any(key not in row for row in rows for key in keys):
+        raise ValueError(f"{path}: holds rows of another study; name another file with --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end_line(path)
+    return rows
+
+
 def append_row(path: Path, row: Row) -> None:
     """Append a row on a line of its own."""
     end_line(path)

@@ -58,6 +58,7 @@ class Run:
     lr: float
     seed: int
     overrides: tuple[str, ...]
+    obstacle: str = ""  # the package that its model needs and that is not here; then without a model
 
     @property
     def name(self) -> str:
@@ -80,12 +81,13 @@ def runs_of(plan: Plan, only: str | None = None) -> list[Run]:
     for wave in waves_of(plan, only):
         models = {name: _fitted(plan, name, wave.size) for name in wave.contenders}
         for seed in wave.seeds:
-            for contender, (model, parameters) in models.items():
+            for contender, (model, parameters, obstacle) in models.items():
                 for lr in wave.rates:
                     overrides = (*wave.set, *plan.contenders[contender].set)
                     run = Run(
-                        wave.name, contender, wave.size, model, parameters, wave.tokens, lr, seed, overrides
-                    )
+                        wave.name, contender, wave.size, model, parameters, wave.tokens, lr, seed, overrides,
+                        obstacle,
+                    )  # fmt: skip
                     other = runs.setdefault(run.name, run)
                     if replace(other, wave=wave.name) != run:
                         raise ValueError(
@@ -96,12 +98,16 @@ def runs_of(plan: Plan, only: str | None = None) -> list[Run]:
     return list(runs.values())
 
 
-def _fitted(plan: Plan, name: str, size: str) -> tuple[dict[str, Any], int]:
+def _fitted(plan: Plan, name: str, size: str) -> tuple[dict[str, Any], int, str]:
+    """`fitted` of a contender by name, or what it needs that is not installed."""
     try:
-        return fitted(plan.contenders[name], plan.sizes[size])
+        return *fitted(plan.contenders[name], plan.sizes[size]), ""
     except (ValueError, KeyError, TypeError) as error:
         told = f"{error} is missing in its model" if isinstance(error, KeyError) else error
-        raise ValueError(f"contender {name!r}, size {size!r}: {told}") from None
+        told = f"contender {name!r}, size {size!r}: {told}"
+        if isinstance(error.__cause__, ImportError):
+            return {}, 0, told
+        raise ValueError(told) from None
 
 
 def check_overrides(given: Iterable[str]) -> None:
@@ -310,9 +316,14 @@ def waiting(options: argparse.Namespace) -> tuple[Path, list[Run]]:
     for run in runs_of(plan, options.only):
         check_overrides([*run.overrides, *options.set])
         if run.name not in done:
-            load_recipe(recipe, command(run, recipe, options.data, options.runs, options.set)[4:])
+            if run.obstacle and not options.list:
+                raise ValueError(f"{run.obstacle}; or name waves without it in --only")
+            if not run.obstacle:
+                load_recipe(recipe, command(run, recipe, options.data, options.runs, options.set)[4:])
             runs.append(run)
-        elif any(done[run.name].get(key) != getattr(run, key) for key in ("tokens", "model")):
+        elif not run.obstacle and any(
+            done[run.name].get(key) != getattr(run, key) for key in ("tokens", "model")
+        ):
             print(f"{run.name}: its row is of other tokens or another model, and it is not repeated")
     return recipe, runs
 
@@ -337,7 +348,8 @@ def main() -> None:
     try:
         if options.list:
             for run in waiting(options)[1]:
-                print(run.name, run.parameters, run.model["intermediate_size"])
+                told = run.obstacle or f"{run.parameters} {run.model['intermediate_size']}"
+                print(run.name, told)
             return
         with claim(options.output):
             recipe, runs = waiting(options)

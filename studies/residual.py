@@ -69,6 +69,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         pick_device(given.device)
+        if given.steps <= WARMUP:
+            raise ValueError(f"--steps {given.steps}: takes more than the {WARMUP} of the warm-up")
         data, seeds = open_prepared(given.data), [int(seed) for seed in given.seeds.split(",")]
     except ValueError as error:
         parser.error(str(error))

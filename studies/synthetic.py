@@ -285,6 +285,8 @@ def results(file: Path) -> dict[str, dict[str, Any]]:
 def main(given: list[str] | None = None) -> None:
     """Run the study as far as the minutes go, and write its table."""
     options = arguments(given)
+    if options.wave < 1:
+        raise ValueError(f"--wave {options.wave}: takes 1 or more")
     pick_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     whole = work(options, time.monotonic() + 60 * options.minutes)

@@ -15,10 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from lrnn_lm.files import words_of
 from lrnn_lm.recipe import load_recipe
 from lrnn_lm.train.build import build_trainer
 
-from .jsonl import append_row, read_rows
+from .jsonl import append_row, rows_to_continue
 
 WIDTHS = (64, 128, 256, 512)
 BASE = 128
@@ -71,9 +72,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     output = parser.parse_args().output
     try:
-        rows = read_rows(output)
-    except ValueError as error:
-        parser.error(str(error))
+        rows = rows_to_continue(output, "width", "lr", "base_width", "loss")
+    except (ValueError, OSError) as error:
+        parser.error(words_of(error))
     done = {(row["width"], row["lr"], row["base_width"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for key in [(w, r, b) for w in WIDTHS for b in (BASE, None) for r in RATES]:

@@ -63,11 +63,24 @@ class SequenceContext:
 
     @staticmethod
     def alone(x: Tensor) -> "SequenceContext":
-        """The context of a layer that is called without one. ValueError if x is not (B, T, D): torch's own
-        words would be of axes inside of the layer."""
-        if x.ndim != 3:
-            raise ValueError(f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size)")
-        return SequenceContext()
+        """The context of a layer that is called without one."""
+        return SequenceContext.of(x, None)
+
+    @staticmethod
+    def of(x: Tensor, context: "SequenceContext | None") -> "SequenceContext":
+        """The context of a layer that is called with x and this one, or without one.
+
+        ValueError where x is not (B, T, D) of a token at least, or the context something else, as a mask:
+        torch's own words would be of axes inside of the layer.
+        """
+        if x.ndim != 3 or not x.shape[1]:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must be (rows, tokens, hidden_size), with at least one token"
+            )
+        if context is not None and not hasattr(context, "reset"):
+            kind = type(context).__name__
+            raise ValueError(f"context is a {kind}; pass a SequenceContext, as SequenceContext(reset=reset)")
+        return SequenceContext() if context is None else context
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class BlockDiagonalCell(Mixer):
             self.recurrent_weight.view(G, N, M, M),
             self.bias.view(4, N, M),
             state,
-            (context or SequenceContext.alone(x)).reset,
+            SequenceContext.of(x, context).reset,
         )
         return self.out_proj(h.flatten(2).to(x.dtype)), state
 

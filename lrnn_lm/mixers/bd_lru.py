@@ -118,7 +118,7 @@ class BlockDiagonalLRU(JointProjections, Mixer):
 
         With a convolution of reach W the state is (B, N M + (W-1) D): the recurrence's, then its last inputs.
         """
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         if self.conv is None:
             h, state = self._scan(x, state, context)
             return self._read_out(h, x), state

@@ -135,7 +135,7 @@ class BlockDiagonalMatrixLRU(JointProjections, Mixer):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H, K, V) in fp32, with a convolution of C channels
         (B, H K V + (W-1) C), its inputs after the recurrence's state."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         conv, past = self.conv if self.head_conv is None else self.head_conv, None
         if conv is not None:
             state, past = conv.split(state, self.head_shape)

@@ -41,7 +41,7 @@ class FixedPoint(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, L, W) of the iterations -> y (B, T, D), state (B, L, W) in fp32."""
-        reset = (context or SequenceContext.alone(x)).reset
+        reset = SequenceContext.of(x, context).reset
         check_reset(reset, tuple(x.shape[:2]))
         v = precise(self.value_proj(x) * functional.silu(self.input_gate_proj(x)))
         a = precise(self.decay_proj(x)).sigmoid()

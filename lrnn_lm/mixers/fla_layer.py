@@ -71,7 +71,7 @@ class FlaMixer(Mixer):
         Raises:
             ValueError: a device or a precision that fla's kernels do not support.
         """
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         if isinstance(x, FakeTensor) or x.is_meta:
             return self._outline(x)
         self.check_device(x.device)
@@ -108,7 +108,7 @@ class FlaMixer(Mixer):
         given = None
         if state is not None:
             goes_on = (starts % T == 0) & ~reset.flatten()[starts]
-            given = state[torch.div(starts, T, rounding_mode="floor")] * goes_on.unsqueeze(1)
+            given = torch.where(goes_on.unsqueeze(1), state[torch.div(starts, T, rounding_mode="floor")], 0)
         y, after = self._run(x.reshape(1, B * T, D), given, cu_seqlens, keep_state=True)
         return y.view(B, T, D), after[ends % T == 0]
 

@@ -82,7 +82,7 @@ class HigherOrderLRU(JointProjections, Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, N, M), newest first -> y (B, T, D), state (B, N, M) in fp32."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         N, M = self.num_blocks, self.order
         if (planes := packed_planes(self, x, M, N, plane_width(N))) is not None:
             bias = gate_bias(self.gate_proj, N)
@@ -153,7 +153,7 @@ def _windows(padded: Tensor, alive: Tensor | None, order: int) -> Tensor:
     """vec(h_t, .., h_{t-M+1}) of padded (B, M-1+T, N), whose taps are zero where not alive: (B, T, M N)."""
     T = padded.shape[1] - order + 1
     taps = torch.stack([padded[:, order - 1 - lag : order - 1 - lag + T] for lag in range(order)], dim=2)
-    return (taps if alive is None else taps * alive).flatten(2)
+    return (taps if alive is None else torch.where(alive, taps, 0)).flatten(2)
 
 
 class _WindowProduct(torch.autograd.Function):
@@ -172,7 +172,7 @@ class _WindowProduct(torch.autograd.Function):
         d_weight = grad.flatten(0, 1).t() @ _windows(padded, alive, M).flatten(0, 1)
         d_taps = (grad @ weight).unflatten(-1, (M, -1))  # (B, T, M, N)
         if alive is not None:
-            d_taps = d_taps * alive
+            d_taps = torch.where(alive, d_taps, 0)
         d_padded = padded.new_zeros(padded.shape, dtype=torch.promote_types(padded.dtype, torch.float32))
         for lag in range(M):
             d_padded[:, M - 1 - lag : M - 1 - lag + T] += d_taps[:, :, lag]

@@ -42,7 +42,7 @@ class LinearRecurrence(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, N, M) in fp32."""
-        h, state = self.scan(x, state, context or SequenceContext.alone(x))
+        h, state = self.scan(x, state, SequenceContext.of(x, context))
         return self.read_out(h, x), state
 
     def scan(self, x: Tensor, state: Tensor | None, context: SequenceContext) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ class LSTM(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D), state (B, 2, W) of hidden and cell state -> y (B, T, D), state (B, 2, W) in fp32."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         if state is None:
             state = x.new_zeros(x.shape[0], 2, self.width)
         if context.reset is None:

@@ -65,7 +65,7 @@ class MatrixRNN(JointProjections, Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H K V + ..) in fp32, S and the convolution's inputs."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         H, K, V = self.head_shape
         S, past = self.conv.split(state, self.head_shape)
         *streams, forget, gate = self.project(x, context.joint)

@@ -128,7 +128,7 @@ class Mamba2(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H K V + (W-1) C) in fp32, the convolution's inputs last."""
-        return self.inner(x, state, (context or SequenceContext.alone(x)).reset)
+        return self.inner(x, state, SequenceContext.of(x, context).reset)
 
     def planes(self) -> dict[str, list[int]]:
         return {"inner.in_proj.weight": self.inner.widths}

@@ -56,7 +56,7 @@ class MatrixLSTM(Mixer):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, H, K, V + 1) in fp32, n after the columns of C."""
-        reset = (context or SequenceContext.alone(x)).reset
+        reset = SequenceContext.of(x, context).reset
         H, K, V = self.head_shape
         q = self.query_proj(x).unflatten(-1, (H, K)) * K**-0.5
         v = self.value_proj(x).unflatten(-1, (H, V))

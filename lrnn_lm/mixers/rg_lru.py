@@ -40,7 +40,7 @@ class RealGatedLRU(LinearRecurrence):
         self, x: Tensor, state: Tensor | None = None, context: SequenceContext | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> y (B, T, D); state (B, W + 3 W), the convolution's inputs after the recurrence's."""
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         state, past = self.conv.split(state, (self.num_blocks, 1))
         u, past = self.conv(self.value_proj(x), past, context.reset)
         h, state = self.scan(u, state, context)

@@ -58,10 +58,11 @@ class ShortConvolution(nn.Module):
         same = torch.ones_like(reset)  # (B, T): no document starts in (t - lag, t]
         for lag in range(1, lags + 1):
             same = same & ~starts[:, lags - lag + 1 : lags - lag + 1 + T]
-            y = y + taps[lag] * inputs[:, lags - lag : lags - lag + T] * same.unsqueeze(-1)
+            # A select, no product with 0: what is before a document may be NaN.
+            y = y + torch.where(same.unsqueeze(-1), taps[lag] * inputs[:, lags - lag : lags - lag + T], 0)
         later = starts[:, T + 1 :].flip(1).cumsum(dim=1).flip(1)  # (B, W-2): starts after each kept input
         keep = torch.cat([later == 0, reset.new_ones(B, 1)], dim=1)
-        return y, inputs[:, T:] * keep.unsqueeze(-1)
+        return y, torch.where(keep.unsqueeze(-1), inputs[:, T:], 0)
 
     def split(self, state: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
         """A recurrence's state (B, *shape) and past inputs (B, W-1, D), of what `join` made of them."""

@@ -55,7 +55,10 @@ def save_states(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask has it: safetensors 0.8 makes files for one user alone
         save_file({name: t.contiguous() for name, t in tensors_of(cache).items()}, aside, metadata)
+        aside.chmod(mode)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

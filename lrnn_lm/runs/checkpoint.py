@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..files import fsync
+from ..files import fsync, readable
 from .layout import BEST, LATEST, CheckpointFolder, latest_checkpoint, list_checkpoints, step_name, step_of
 
 FORMAT = 2
@@ -104,6 +104,7 @@ def publish(
 
 def record_facts(aside: Path, files: Sequence[Path], rank: int) -> None:
     """Flush files to disk and store their sizes and checksums for the manifest that `publish` writes."""
+    readable(aside, files)
     for path in files:
         fsync(path)
     facts = {str(path.relative_to(aside)): _facts(path) for path in files}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from ..files import signals_unwind, user_path
+from ..files import readable, signals_unwind, user_path
 from ..remote import check_free, upload, url_of
 from ..requirements import check_extra
 from .layout import CheckpointFolder
@@ -154,7 +154,8 @@ def _load(
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to be made beside the target, which takes the target's place once it is whole.
+    """A folder to be made beside the target, which takes the target's place once it is whole. An empty target
+    stays, as it may be mounted, linked or the current folder: it gets the files.
 
     If the target is a URL, a temporary folder is copied there. Raises ValueError if the target is in use.
     """
@@ -169,11 +170,16 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise ValueError(f"{file}: is a file; give a folder to export to")
     if target.is_dir() and any(target.iterdir()):
         raise ValueError(f"{target}: is not empty; give a new folder to export to")
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = (target if target.is_dir() else target.parent) / f".{target.name}.{os.getpid()}.tmp"
     try:
         with signals_unwind():
             yield aside
-            aside.rename(target)
+            readable(aside, (file for file in aside.rglob("*") if file.is_file()))
+            if aside.parent == target:
+                for file in aside.iterdir():
+                    file.rename(target / file.name)
+            else:
+                aside.rename(target)
     except SafetensorError as error:  # a full disk, told by Rust
         raise ValueError(f"{target}: cannot be written ({error})") from None
     finally:

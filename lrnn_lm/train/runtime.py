@@ -63,6 +63,13 @@ def make_accelerator(train: TrainSection, trackers: list[str], folder: str) -> A
             f"train.precision is bf16, which {where} does not do; use train.precision=auto or fp32"
         )
     use_bf16 = has_bf16 and precision != "fp32"
+    kind = "cuda" if on_cuda else "cpu"
+    named = os.environ.get("ACCELERATE_TORCH_DEVICE", kind)  # which Accelerate takes before its arguments
+    if named not in (kind, *(f"{kind}:{i}" for i in range(torch.cuda.device_count() if on_cuda else 1))):
+        raise ValueError(
+            f"the environment has ACCELERATE_TORCH_DEVICE={named}, but this run's device is {kind}, by "
+            "train.device and what is here; unset it"
+        )
     timeout = timedelta(minutes=train.timeout_minutes)
     _meet_again("nccl" if on_cuda else "gloo", timeout)
     return Accelerator(

@@ -1,10 +1,13 @@
 """Several checkpoints on the same tasks."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from small_models import fill_memory
 from typer.main import get_command
 
@@ -152,6 +155,18 @@ def test_a_full_gpu(checkpoint, monkeypatch, capsys, command, options, words):
     asked, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
     assert asked == "lrnn: no room on the GPU for 2.50 GiB more"
     assert words in remedy
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, numpy.empty], ids=["torch", "numpy"])
+def test_numbers_that_no_memory_holds(checkpoint, monkeypatch, capsys, allocate):
+    """`--max-new-tokens` and `--length` with zeros too many ended in tracebacks."""
+    monkeypatch.setattr("lrnn_lm.evaluate.generate", lambda *given, **options: allocate(10**14))
+    with pytest.raises(SystemExit) as end:
+        main(["generate", str(checkpoint), "--prompt", "a"])
+    assert end.value.code == 2
+    asked, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert re.fullmatch(r"lrnn: no room in memory for [\d.]+ (bytes|TiB) more", asked)
+    assert "lower --segment or --max-new-tokens" in remedy
 
 
 def test_only_one_function_looks_for_home_folders():

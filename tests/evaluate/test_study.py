@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import frontier
 from lrnn_lm.data import MAD_TASKS, SyntheticTask
 from lrnn_lm.data import order as row_order
-from studies import contenders, replicas, synthetic, tables
+from studies import certificate, contenders, replicas, synthetic, tables, width
 from studies.replicas import Job, Replica, rates, train_wave, tune_nothing
 from studies.rows import TrainingRows, mix, task_rows
 
@@ -311,6 +311,33 @@ def test_what_is_reported_is_measured_on_rows_of_its_own(task, monkeypatch):
             for split in ("train", "validation", "test")]  # fmt: skip
     rows = torch.cat(sets)
     assert len(rows.unique(dim=0)) == len(rows)
+
+
+@pytest.mark.parametrize("study", [certificate, width])
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [(".", "Is a directory"), ("file/x", "File exists"), ("file", "is no row"), ("rows", "of another study")],
+)
+def test_an_output_that_takes_no_rows_is_told_before_any_is_made(
+    study, output, told, tmp_path, monkeypatch, capsys
+):
+    """An hour of training ended in a traceback, without a row."""
+    (tmp_path / "file").write_text("words\n")
+    (tmp_path / "rows").write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "build_trainer", None)
+    task = ["--task", "s5"] if study is certificate else []
+    monkeypatch.setattr(sys, "argv", ["study", *task, "--output", output])
+    with pytest.raises(SystemExit) as ended:
+        study.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_wave_of_no_runs_is_refused(tmp_path):
+    """It waited for ever."""
+    with pytest.raises(ValueError, match="--wave 0: takes 1 or more"):
+        synthetic.main(["--output", str(tmp_path), "--wave", "0"])
 
 
 def test_stages_are_read_from_the_command_line(tmp_path):

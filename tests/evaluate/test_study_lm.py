@@ -160,6 +160,26 @@ def test_a_crash_is_named_by_its_error_not_by_the_frames_below_it(tmp_path):
     )
 
 
+def test_what_needs_a_package_that_is_not_here_is_listed_and_stops_its_own_waves_only(
+    study, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "fla.layers", None)
+    wave = "  - {name: c, contenders: [gla], size: t, tokens: 65536, rates: [4e-3]}\n"
+    gla = "  gla: {mixer: {type: gla, num_heads: 2}}\nwaves:"
+    Path("plan.yaml").write_text(TINY.replace("waves:", gla) + wave)
+    assert study("--only", "c") == study() == 2
+    assert "GatedLinearAttention needs flash-linear-attention" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--list"])
+    lm.main()
+    listed = capsys.readouterr().out.splitlines()
+    assert ["needs flash-linear-attention" in line for line in listed] == [False, False, False, True]
+    assert not Path("runs/calls").exists()
+    assert study("--only", "a,b") == 0
+    with Path("lm.jsonl").open("a") as rows:  # made elsewhere
+        rows.write(json.dumps({"run": listed[-1].split()[0], "bits_per_byte": 1.5}) + "\n")
+    assert study() == 0
+
+
 def test_names_of_waves_may_have_blanks_between_them(study):
     assert study("--only", "b, a") == 0
     assert len(ended()) == 3

@@ -59,6 +59,20 @@ def test_card_of_a_run(run):
     assert "None" not in text, "options that were not given are left out"
 
 
+def test_a_card_that_a_person_edits_stays(run, capsys):
+    """`lrnn report`, and the end of a longer run, wrote it anew without a word."""
+    card = write_run_card(run)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "tokens": 448, "loss": 2.25}) + "\n")
+    assert "2.2500" in write_run_card(run).read_text()
+    assert not capsys.readouterr().err
+    for edited in (card.read_text().replace("# tiny", "# Our first"), card.read_text() + "Notes", "Notes é"):
+        card.write_text(edited)
+        assert write_run_card(run).read_text() == edited
+        assert "README.md: is edited (or of an older version), and stays" in capsys.readouterr().err
+    card.unlink()
+    assert "2.2500" in write_run_card(run).read_text()
+
+
 def test_the_licence_is_the_recipes_unless_one_is_passed(run):
     stored = run / "recipe.yaml"
     stored.write_text(stored.read_text().replace("license: unknown", "license: cc-by-4.0"))
@@ -129,6 +143,16 @@ def test_its_example_begins_as_documents_did(make_checkpoint, tokenizer, tmp_pat
     start = {"EOS alone": [2], "none": []}.get(marks, [1])
     assert names["inputs"]["input_ids"].tolist() == [[*start, 3]]
     assert len(capsys.readouterr().out.split()) > 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("recipe.yaml", "[1, 2]"), ("recipe.yaml", "name: tiny\nseed: 0\n"), ("parent.json", '{"step": 1}')],
+)
+def test_what_a_half_copied_run_holds_is_named(run, tmp_path, file, content):
+    (run / file).write_text(content)
+    with pytest.raises(ValueError, match=r"recipe.yaml or parent.json is not a run's \(damaged\?\)"):
+        write_run_card(run)
 
 
 def test_card_of_no_checkpoint(tmp_path):

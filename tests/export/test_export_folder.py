@@ -1,6 +1,7 @@
 """`lrnn export`: what the folder holds, in which precision, and what a user can get wrong."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -106,6 +107,31 @@ def test_a_full_disk(checkpoint, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_is_filled_and_stays(checkpoint, tmp_path, monkeypatch):
+    """It may be mounted, which no folder can be renamed over, a link, or where the user stands."""
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "here")
+    for target, holds in (("../link", tmp_path / "real"), (".", tmp_path / "here")):
+        number = holds.stat().st_ino
+        export(checkpoint, target)
+        assert (holds / "model.safetensors").is_file()
+        assert holds.stat().st_ino == number
+        assert not list(holds.glob(".*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(checkpoint, tmp_path):
+    """safetensors 0.8 makes files that only their maker can read, whatever the umask."""
+    mask = os.umask(0o027)
+    try:
+        target = export(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(mask)
+    assert {file.name for file in target.iterdir() if file.stat().st_mode & 0o777 != 0o640} == set()
 
 
 def test_targets_that_are_refused(checkpoint, tmp_path):

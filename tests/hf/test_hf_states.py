@@ -34,6 +34,8 @@ def test_a_saved_state_goes_on(name, tmp_path):
     cache = model(ids[:, :10], reset=reset, use_cache=True).past_key_values
     save_states(cache, tmp_path / "states.safetensors", model)
     assert [file.name for file in tmp_path.iterdir()] == ["states.safetensors"]
+    (tmp_path / "new").touch()  # those who may read a new file may read the states
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "states.safetensors").stat().st_mode
     loaded = load_states(tmp_path / "states.safetensors", model)
     assert loaded.get_seq_length() == 10
     close(rest(model, loaded, ids), rest(model, cache, ids), 0)

@@ -19,3 +19,17 @@ def test_derivatives_of_the_window_product(order, documents):
 
     assert torch.autograd.gradcheck(product, (padded, weight))
     assert torch.autograd.gradgradcheck(product, (padded, weight))
+
+
+def test_no_window_reads_nan_of_the_document_before():
+    padded, weight = torch.ones(1, 6, 2), torch.ones(3, 4, requires_grad=True)
+    padded[:, 2] = torch.nan  # the second of five tokens; the third starts a document
+    alive = _alive_taps(torch.tensor([[0, 0, 1, 0, 0]]).bool(), 2)
+    y = _WindowProduct.apply(padded.requires_grad_(), weight, alive, 2)
+    assert y[:, 2:].isfinite().all()
+    assert y[:, 1].isnan().all()
+    (gradient,) = torch.autograd.grad(
+        y, padded, torch.full_like(y, torch.nan).index_fill(1, torch.arange(2), 1)
+    )
+    assert gradient[:, :3].isfinite().all()
+    assert gradient[:, 3:].isnan().all()

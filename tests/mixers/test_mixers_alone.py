@@ -13,6 +13,7 @@ from lrnn_lm.mixers import build_mixer
 from lrnn_lm.mixers.base import SequenceContext, drawn_by_model
 
 WIDTH = 16
+SELECTING = ("bd_matrix", "lstm", "mamba2", "mlstm", "bd_gru", "bd_slstm", "m2rnn")  # where documents start
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)
@@ -54,6 +55,23 @@ def test_documents_of_a_callers_own_context(name):
     torch.testing.assert_close(layer(x, None, SequenceContext(reset=reset))[0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in RECURRENT if name.startswith(SELECTING)])
+def test_nan_ends_with_its_document(name):
+    """In outputs, the state after and gradients: a start selects zeros, as NaN times zero is NaN."""
+    torch.manual_seed(0)
+    layer = build_mixer(MIXER_ROWS[name], WIDTH)
+    x, reset = torch.randn(2, 12, WIDTH), torch.zeros(2, 12, dtype=torch.bool)
+    x[0, 3:6] = x[1, 10] = math.nan
+    reset[0, 6] = reset[1, 11] = True
+    y, state = layer(x.requires_grad_(), None, SequenceContext(reset=reset))
+    (gradient,) = torch.autograd.grad(y[0, 6:].square().sum() + y[1, 11].square().sum(), x)
+    for each in (y, gradient):
+        assert each[0, 6:].isfinite().all()
+        assert each[1, 11].isfinite().all()
+    assert state.isfinite().all()
+    assert gradient[0, 6:].abs().max() > 0
+
+
 @pytest.mark.parametrize("name", MIXER_ROWS)
 def test_an_input_without_rows_is_told(name):
     """(T, D), or an image's (B, H, W, D): torch's own words would be of axes inside of the layer."""
@@ -61,6 +79,18 @@ def test_an_input_without_rows_is_told(name):
     for shape in ((5, WIDTH), (WIDTH,), (2, 3, 5, WIDTH)):
         with pytest.raises(ValueError, match=r"x of shape \(.*\) must be \(rows, tokens, hidden_size\)"):
             layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_no_tokens_and_no_context_are_told(name):
+    """Not by torch, of a Boolean value of a Tensor or an index. As torch's LSTM, all refuse an empty row."""
+    layer, reset = build_mixer(MIXER_ROWS[name], WIDTH), torch.zeros(2, 5, dtype=torch.bool)
+    for context in (None, SequenceContext(), SequenceContext(reset=reset[:, :0])):
+        with pytest.raises(ValueError, match=r"x of shape \(2, 0, 16\) must .* at least one token"):
+            layer(torch.randn(2, 0, WIDTH), None, context)
+    for mask, kind in ((reset, "Tensor"), (reset[:1, :1], "Tensor"), (reset.tolist(), "list"), ({}, "dict")):
+        with pytest.raises(ValueError, match=f"context is a {kind}; pass a SequenceContext"):
+            layer(torch.randn(2, 5, WIDTH), None, mask)
 
 
 @pytest.mark.parametrize("name", MIXER_ROWS)

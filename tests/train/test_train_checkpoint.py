@@ -121,6 +121,14 @@ def test_only_the_last_checkpoint_of_a_run_carries_the_code(straight: Path) -> N
     assert json.loads((last / "trainer/manifest.json").read_text())["files"].keys() > CODE
 
 
+def test_whoever_may_read_a_checkpoint_may_read_its_files(straight: Path) -> None:
+    """safetensors 0.8 makes files that only their maker can read, whatever the umask."""
+    for folder in checkpoint.list_checkpoints(straight / "checkpoints"):
+        mode = folder.stat().st_mode & 0o666
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        assert {file.name for file in files if file.stat().st_mode & 0o777 != mode} == set()
+
+
 def test_a_run_that_ends_where_it_was_stopped_gets_the_code(
     build: Build, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,6 +257,17 @@ def test_what_accelerate_would_do_by_itself(
     assert launch_plan("auto") == Plan("ddp")
 
 
+@pytest.mark.parametrize("named", ["meta", "mps", "nonsense", "cuda", "cuda:7", "cpu:7", ""])
+def test_a_device_that_accelerate_is_told_and_the_run_is_not_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, named: str
+) -> None:
+    """Accelerate takes it before its arguments: each ended in a traceback, `meta` after the data was read."""
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", named)
+    refused_before_data(
+        recipe, ("train.device=cpu",), (f"ACCELERATE_TORCH_DEVICE={named},", "train.device"), capsys
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "others", "value", "decides", "settled"),
     [

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...data.pack import IGNORED
 from ...runs.load import context_length, describe, document_start, load_checkpoint
 from ..compare import checkpoint_names
-from ..reporting.plot import colour, picture, tidy
+from ..reporting.plot import colour, name_curves, picture, tidy
 from ..show import (
     check_at_least,
     check_output,
@@ -298,4 +298,4 @@ def _draw(found: list[dict[str, Any]], path: Path) -> None:
             (axes[1][1], "By frequency of the target", "occurrences in the held-out rows, from"),
         ):
             tidy(axis, title, label, unit, octaves=True)
-        axes[0][0].legend(frameon=False, fontsize=8)
+        name_curves(axes[0][0], fontsize=8)

@@ -6,14 +6,17 @@ manifest), parent.json, metrics.jsonl, eval/*.json and plots/loss.png. What is m
 
 import json
 import shutil
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ...files import user_path
+from ...output import say
 from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table, model_configuration
 from ..show import markdown_table
@@ -21,6 +24,7 @@ from .report import to_markdown
 from .runs import mixer_in_words, read_run
 
 UNKNOWN_LICENCE = "unknown"  # the hub's word; the licence depends on the training data, so assume nothing
+_MARK = "\n<!-- lrnn-lm writes this card anew as the run goes on, unless it is edited: "
 _AVERAGE = "average_"  # before what a validation measures of the moving average
 _PAPER = "https://arxiv.org/abs/2602.12021"
 _KINDS = {
@@ -44,15 +48,26 @@ _KINDS = {
 
 
 def write_run_card(run: str | Path) -> Path:
-    """Write RUN/README.md for the run's newest checkpoint; returns the file.
+    """Write RUN/README.md for the run's newest checkpoint; returns the file. One that a person has written or
+    edited stays, and a line says so.
 
     Raises ValueError if the run has no checkpoint.
     """
     folder = RunFolder(user_path(run))
     picture = "plots/loss.png" if folder.loss_plot.is_file() else None
     text = model_card(folder.latest, picture=picture, folder="checkpoints/latest")
-    folder.card.write_text(text, encoding="utf-8")
+    stored = folder.card.read_text(encoding="utf-8", errors="replace") if folder.card.is_file() else ""
+    if stored and not stored.endswith(_mark(stored.rpartition(_MARK)[0])):
+        told = "is edited (or of an older version), and stays; remove it for a new card"
+        say(f"{folder.card}: {told}", sys.stderr)
+        return folder.card
+    folder.card.write_text(text + _mark(text), encoding="utf-8")
     return folder.card
+
+
+def _mark(text: str) -> str:
+    """The last line of a run's card, by which an edited one is told."""
+    return f"{_MARK}{sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def write_export_card(
@@ -94,13 +109,18 @@ def model_card(
     run = RunFolder(info.run) if info.run is not None else None
     stored = run.recipe.read_text(encoding="utf-8") if run is not None and run.recipe.is_file() else ""
     recipe = yaml.safe_load(stored) or {}
+    parent = json_table(run.parent) if run is not None else {}
+    try:
+        training = _training(recipe, info.step, parent, average)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{info.run}: recipe.yaml or parent.json is not a run's (damaged?)") from None
     mixers = config.get("layer_pattern") or [config.get("mixer") or {"type": "bd_lru"}]
     is_autoencoder = "LRNNForReconstruction" in (config.get("architectures") or [])
     parts = [
         _front_matter(licence or recipe.get("license") or UNKNOWN_LICENCE, mixers, is_autoencoder),
         f"# {recipe.get('name') or info.path.name}\n",
         _model(info.path, mixers, "An auto-encoder" if is_autoencoder else "A causal language model"),
-        _training(recipe, info.step, json_table(run.parent) if run is not None else {}, average),
+        training,
         _data(run.data) if run is not None else "",
         _results(run.path, info.step, average, picture) if run is not None else "",
         "" if is_autoencoder else _loading(folder),

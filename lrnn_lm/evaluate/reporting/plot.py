@@ -58,6 +58,13 @@ def tidy(axes: "Axes", title: str, xlabel: str = "", ylabel: str = "", octaves: 
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def name_curves(axes: "Axes", **style: Any) -> None:
+    """The legend, with the names that start with an underscore, which matplotlib leaves out by itself."""
+    named = [line for line in axes.lines if not line.get_label().startswith("_child")]
+    if named:
+        axes.legend(named, [line.get_label() for line in named], frameon=False, **style)
+
+
 def colour(i: int) -> str:
     """The colour of curve i; after eight they repeat."""
     return COLOURS[i % len(COLOURS)]
@@ -165,5 +172,4 @@ def _finish(axes: "Axes", title: str, ylabel: str) -> None:
     tidy(axes, title, "training tokens", ylabel)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    name_curves(axes)

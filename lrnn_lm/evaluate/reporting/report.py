@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from ...files import user_path
 from ...output import error_console
+from ...remote import check_here
 from ...runs.layout import RunFolder
 from ..show import decimal, markdown_table, print_table, print_written, value_with_error
 from .runs import Run, Score, read_run
@@ -105,7 +106,7 @@ def _targets(runs: list[Run], output: Path | None) -> tuple[Path, Path | None]:
     if output is None:
         alone = len(runs) == 1
         return (RunFolder(runs[0].path).loss_plot if alone else runs[0].path.parent / "comparison.png"), None
-    output = user_path(output)
+    output = user_path(check_here(str(output), "copy the report when it is written"))
     suffix = output.suffix.lower()
     if suffix in (".png", ".svg", ".pdf"):
         return output, None

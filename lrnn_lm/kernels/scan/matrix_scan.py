@@ -162,9 +162,15 @@ def _row(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
     return x[:, part].transpose(0, 1).to(dtype)[:, :, :, None, None]
 
 
-def _keep(reset: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(T, B, 1, 1, 1, 1): 0 where a document starts."""
-    return None if reset is None else (~reset).to(dtype).t()[:, :, None, None, None, None]
+def _starts(reset: Tensor | None) -> dict[int, Tensor]:
+    """By the steps at which a document starts: in which rows, (B, 1, 1, 1, 1)."""
+    steps = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
+    return {t: reset[:, t, None, None, None, None] for t in steps}
+
+
+def _begun(S: Tensor, starts: dict[int, Tensor], t: int) -> Tensor:
+    """S (B, H, N, M, V) as step t reads it: zeros where a document starts, not a product: S may be NaN."""
+    return S.masked_fill(starts[t], 0) if t in starts else S
 
 
 def _slabs_of(
@@ -194,12 +200,12 @@ def _step(S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None) -> tuple
 
 
 def _states(
-    S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None, keep: Tensor | None, part: slice
+    S: Tensor, A: Tensor, k: Tensor, v: Tensor, e: Tensor | None, starts: dict[int, Tensor], part: slice
 ) -> tuple[Tensor, Tensor]:
     """S (B, H, N, M, V) before every step of a slab, (t, B, H, N, M, V), and after the last."""
     before = S.new_empty(A.shape[0], *S.shape)
     for i in range(A.shape[0]):
-        before[i] = S if keep is None else S * keep[part.start + i]
+        before[i] = _begun(S, starts, part.start + i)
         S = _step(before[i], A[i], k[i], v[i], None if e is None else e[i])[-1]
     return before, S
 
@@ -209,16 +215,14 @@ def _scan(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor, reset: Tensor | None,
     erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
-    keep = _keep(reset, dtype)
+    T, M, dtype, starts = transitions.shape[1], transitions.shape[-1], h0.dtype, _starts(reset)
     y = values.new_empty(values.shape)
     S = h0.unflatten(2, (-1, M)).clone()
     for part in _slabs(T, h0):
         A, k, v, e = _slabs_of(part, dtype, M, transitions, writes, values, erase)
         q = _slab(queries, part, dtype, M)
         for i in range(len(A)):
-            S = S if keep is None else S * keep[part.start + i]
-            S = _step(S, A[i], k[i], v[i], None if e is None else e[i])[-1]
+            S = _step(_begun(S, starts, part.start + i), A[i], k[i], v[i], None if e is None else e[i])[-1]
             y[:, part.start + i] = (q[i].unsqueeze(-1) * S).sum((2, 3)).to(y.dtype)
     return y, S.flatten(2, 3).contiguous()
 
@@ -228,21 +232,20 @@ def _scan_backward(
     grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
     h0: Tensor, reset: Tensor | None, erase: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
-    keep = _keep(reset, dtype)
+    T, M, dtype, starts = transitions.shape[1], transitions.shape[-1], h0.dtype, _starts(reset)
     d_a, d_k, d_v, d_q = made = [x.new_empty(x.shape) for x in (transitions, writes, values, queries)]
     d_e = None if erase is None else erase.new_empty(erase.shape)
     # Forward once more, keeping the state at the start of each slab; then the slabs from the last to the
     # first.
-    slabs, S, starts = _slabs(T, h0), h0.unflatten(2, (-1, M)), []
+    slabs, S, kept = _slabs(T, h0), h0.unflatten(2, (-1, M)), []
     for part in slabs:
-        starts.append(S)
-        S = _states(S, *_slabs_of(part, dtype, M, transitions, writes, values, erase), keep, part)[1]
+        kept.append(S)
+        S = _states(S, *_slabs_of(part, dtype, M, transitions, writes, values, erase), starts, part)[1]
     s = grad_last.unflatten(2, (-1, M)).clone()  # dL/dS
-    for part, start in zip(reversed(slabs), reversed(starts), strict=True):
+    for part, start in zip(reversed(slabs), reversed(kept), strict=True):
         A, k, v, e = _slabs_of(part, dtype, M, transitions, writes, values, erase)
         q, g = _slab(queries, part, dtype, M), _row(grad, part, dtype)
-        before, _ = _states(start, A, k, v, e, keep, part)
+        before, _ = _states(start, A, k, v, e, starts, part)
         for i in range(len(A) - 1, -1, -1):
             t = part.start + i
             mixed, written, after = _step(before[i], A[i], k[i], v[i], None if e is None else e[i])
@@ -255,9 +258,7 @@ def _scan_backward(
                 d_e[:, t] = -(mixed * d_written).sum(-1).flatten(2).to(d_e.dtype)
                 s = torch.addcmul(s, e[i].unsqueeze(-1), d_written, value=-1)
             d_a[:, t] = _outer(s, before[i]).flatten(2, 3).to(d_a.dtype)
-            s = _product(A[i].mT, s)
-            if keep is not None:
-                s = s * keep[t]
+            s = _begun(_product(A[i].mT, s), starts, t)
     return [*made, s.flatten(2, 3).contiguous(), *([] if d_e is None else [d_e])]
 
 
