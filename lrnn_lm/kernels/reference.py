@@ -30,11 +30,10 @@ def block_diagonal_scan(
     p = normalise(gates.to(dtype), gate)  # (B, T, N, M, M+1)
     transition, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M, M), (B, T, N, M)
     h = torch.zeros_like(driven[:, 0]) if h0 is None else h0.to(dtype)  # (B, N, M)
-    keep = None if reset is None else (~reset).to(dtype)[:, :, None, None]  # (B, T, 1, 1)
     states = []
     for t, (a, u) in enumerate(zip(transition.unbind(1), driven.unbind(1), strict=True)):
-        if keep is not None:
-            h = h * keep[:, t]
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None, None], 0)
         h = (a * h.unsqueeze(-2)).sum(-1) + u
         states.append(h)
     return torch.stack(states, dim=1).to(values.dtype), h
@@ -56,11 +55,10 @@ def higher_order_scan(
     p = normalise(gates.to(dtype), gate)  # (B, T, N, M+1)
     taps, driven = p[..., :-1], p[..., -1] * values.to(dtype)  # (B, T, N, M), (B, T, N)
     past = torch.zeros_like(taps[:, 0]) if h0 is None else h0.to(dtype)  # (B, N, M)
-    keep = None if reset is None else (~reset).to(dtype)[:, :, None, None]  # (B, T, 1, 1)
     states = []
     for t, (a, u) in enumerate(zip(taps.unbind(1), driven.unbind(1), strict=True)):
-        if keep is not None:
-            past = past * keep[:, t]
+        if reset is not None:
+            past = past.masked_fill(reset[:, t, None, None], 0)
         h = (a * past).sum(-1) + u
         past = torch.cat([h.unsqueeze(-1), past[..., :-1]], dim=-1)
         states.append(h)
@@ -84,7 +82,7 @@ def matrix_scan(
     outputs = []
     for t in range(T):  # S (B, H, K, V)
         if reset is not None:
-            S = S * (~reset[:, t]).to(dtype)[:, None, None, None]
+            S = S.masked_fill(reset[:, t, None, None, None], 0)
         A, k, v, q = (x[:, t].to(dtype) for x in (transitions, writes, values, queries))
         if M == 1:  # no product of matrices: onnxscript 0.7 makes one of (K, 1) and (K, V) of it
             mixed = A * S

@@ -44,11 +44,10 @@ def _unslab(x: Tensor) -> Tensor:
     return x.permute(x.ndim - 2, 0, x.ndim - 1, *rest)
 
 
-def _keep_mask(reset: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(T, B, 1): 0 where a document starts, 1 elsewhere; None if no document starts at all."""
-    if reset is None or not bool(reset.any()):
-        return None
-    return (~reset).to(dtype).t().unsqueeze(-1)
+def _starts(reset: Tensor | None) -> dict[int, Tensor]:
+    """By the steps at which a document starts: in which rows, (B, 1)."""
+    steps = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
+    return {t: reset[:, t, None] for t in steps}
 
 
 def _gate_gradient(z: Tensor, p: Tensor, s: Tensor, d: Tensor, h: Tensor, gate: str) -> Tensor:
@@ -74,7 +73,7 @@ def _bd_scan(
     gates: Tensor, values: Tensor, h0: Tensor, reset: Tensor | None, gate: str
 ) -> tuple[Tensor, Tensor]:
     B, _, N, M = values.shape
-    keep = _keep_mask(reset, h0.dtype)
+    starts = _starts(reset)
     h_all = torch.empty_like(values)
     h = h0.permute(2, 0, 1).contiguous()  # (M, B, N)
     for part in _slabs(gates):
@@ -83,8 +82,8 @@ def _bd_scan(
         p[:, M].mul_(_slab(values, part, h0.dtype))
         states = torch.empty(p.shape[0], M, B, N, dtype=h0.dtype, device=h0.device)
         for i, (step, out) in enumerate(zip(p.unbind(0), states.unbind(0), strict=True)):
-            if keep is not None:
-                h = h * keep[part.start + i]
+            if part.start + i in starts:
+                h = h.masked_fill(starts[part.start + i], 0)
             step[:M].mul_(h.unsqueeze(1))
             torch.sum(step, 0, out=out)
             h = out
@@ -105,7 +104,7 @@ def _bd_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, M = values.shape
     dtype = h0.dtype
-    keep = _keep_mask(reset, dtype)
+    starts = _starts(reset)
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     # (M, B, N), A_{t+1}^T s_{t+1}. A copy, as it is written to: `contiguous` makes none where M is 1, and
     # autograd may hand the same gradient to others.
@@ -121,13 +120,13 @@ def _bd_scan_backward(
             s_now.add_(carry)
             torch.mul(transition, s_now.unsqueeze(0), out=product)
             torch.sum(product, 1, out=carry)
-            if keep is not None:
-                carry *= keep[part.start + i]
+            if part.start + i in starts:
+                carry.masked_fill_(starts[part.start + i], 0)
         states = _slab(h, part, dtype)  # (t, M, B, N)
         before = h0 if part.start == 0 else h[:, part.start - 1].to(dtype)
         before = torch.cat([before.permute(2, 0, 1).unsqueeze(0), states[:-1]])
-        if keep is not None:
-            before = before * keep[part].unsqueeze(1)
+        if starts:
+            before.masked_fill_(reset[:, part].t()[:, None, :, None], 0)
         d = torch.empty_like(p)  # holds x, then dz
         d[:, :M] = before.unsqueeze(2)
         d[:, M] = _slab(values, part, dtype)
@@ -145,7 +144,7 @@ def _h_scan(
 ) -> tuple[Tensor, Tensor]:
     B, _, N = values.shape
     M = h0.shape[-1]
-    keep = _keep_mask(reset, h0.dtype)
+    starts = _starts(reset)
     h_all = torch.empty_like(values)
     past = h0.permute(2, 0, 1)  # (M, B, N), newest first
     for part in _slabs(gates):
@@ -157,15 +156,15 @@ def _h_scan(
         states = torch.empty(steps + M, B, N, dtype=h0.dtype, device=h0.device)
         states[steps:] = past
         # `alive` forgets at document starts, where `states` must not.
-        alive = states if keep is None else states.clone()
+        alive = states.clone() if starts else states
         for i, step in enumerate(p.unbind(0)):
             now = steps - 1 - i
             window = alive[now + 1 : now + 1 + M]
-            if keep is not None:
-                window *= keep[part.start + i]
+            if part.start + i in starts:
+                window.masked_fill_(starts[part.start + i], 0)
             step[:M].mul_(window)
             torch.sum(step, 0, out=alive[now])
-            if keep is not None:
+            if starts:
                 states[now] = alive[now]
         past = alive[:M]
         h_all[:, part] = _unslab(states[:steps].flip(0))
@@ -184,8 +183,8 @@ def _h_scan_backward(
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, dtype = h0.shape[-1], h0.dtype
-    keep = _keep_mask(reset, dtype)
-    age = None if keep is None else document_age(reset).t()
+    starts = _starts(reset)
+    age = document_age(reset).t() if starts else None
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     owed = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i]
     for part in reversed(_slabs(gates)):
@@ -196,7 +195,9 @@ def _h_scan_backward(
             s_now.add_(owed[0])
             following = taps * s_now
             following[:-1].add_(owed[1:])
-            owed = following if keep is None else following.mul_(keep[part.start + i])
+            if part.start + i in starts:
+                following.masked_fill_(starts[part.start + i], 0)
+            owed = following
         d = torch.empty_like(p)  # holds x, then dz
         d[:, :M] = _windows(h, h0, part, age)
         d[:, M] = _slab(values, part, dtype)
@@ -224,7 +225,7 @@ def _windows(h: Tensor, h0: Tensor, part: slice, age: Tensor | None) -> Tensor:
     if age is None:
         return windows
     lag = torch.arange(1, M + 1, device=h.device).view(M, 1, 1)
-    return windows * (age[part].view(-1, 1, h.shape[0], 1) >= lag)
+    return torch.where(age[part].view(-1, 1, h.shape[0], 1) >= lag, windows, 0)
 
 
 # Shapes for the compiler, autograd, and the public function ------------------------------------------------

@@ -108,7 +108,7 @@ class Attention(Mixer):
         `DynamicSlidingWindowLayer(window)`. Without positions in the context the tokens come first, or right
         after those in the cache.
         """
-        context = context or SequenceContext.alone(x)
+        context = SequenceContext.of(x, context)
         B, T, D = x.shape
         if context.positions is None:  # without a context, or with a caller's own; a model has them
             context = self._context_after(x, state, context)

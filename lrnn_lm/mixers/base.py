@@ -62,11 +62,6 @@ class SequenceContext:
     joint: Joint | None = None  # the mixer's projections side by side, for a step of decoding
 
     @staticmethod
-    def alone(x: Tensor) -> "SequenceContext":
-        """The context of a layer that is called without one."""
-        return SequenceContext.of(x, None)
-
-    @staticmethod
     def of(x: Tensor, context: "SequenceContext | None") -> "SequenceContext":
         """The context of a layer that is called with x and this one, or without one.
 

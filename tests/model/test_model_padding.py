@@ -268,6 +268,24 @@ def test_generated_text_after_a_padded_second_turn(name, kind, whole):
         assert torch.equal(got[row, given.shape[1] :], want[0, alone.shape[1] :]), row
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new tokens"])
+@pytest.mark.parametrize("name", OF_EACH_STATE)
+def test_a_second_turn_in_which_a_row_says_nothing(name, whole):
+    """Its last column is padding, from which its text would go on. A row without any text is no row."""
+    model, first, second = small_model(name), tokens(rows=3, length=5), tokens(rows=3, length=4, seed=4)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 5:] = mask[2] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(first, attention_mask=mask[:, :5], past_key_values=cache, use_cache=True)
+    given = torch.cat([first, second], dim=1) if whole else second
+    options = {"past_key_values": cache, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match="row 1 has no new token"):
+        model.generate(given, attention_mask=mask, **options)
+    mask[1, 6:] = 1
+    assert model.generate(given, attention_mask=mask, **options).shape[1] == given.shape[1] + 4
+
+
 @pytest.mark.parametrize("name", ["attention", "hybrid"])
 def test_positions_given_once_are_those_of_every_row(name):
     """As rows are padded in other places, a token's position goes with it."""

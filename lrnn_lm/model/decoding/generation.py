@@ -102,7 +102,15 @@ class LRNNGenerationMixin(GenerationMixin):
         embeds = model_kwargs.get("inputs_embeds")
         B, T = (input_ids if embeds is None else embeds).shape[:2]
         plain = mask is not None and mask.ndim == 2 and mask.shape[0] == B
-        there = mask[:, tokens_seen(cache) :].bool() if plain else None  # of the new columns
+        past = tokens_seen(cache)
+        there = mask[:, past:].bool() if plain else None  # of the new columns
+        if plain and 0 < there.shape[1] <= T and past:
+            silent = mask[:, :past].any(dim=1) & ~there.any(dim=1)
+            if bool(silent.any()):
+                raise ValueError(
+                    f"row {int(silent.int().argmax())} has no new token, after which its text would go on; "
+                    "leave the row out, or give it a token"
+                )
         if plain and there.shape[1] <= T and bool((there.any(dim=1) & ~there[:, -1:].all(dim=1)).any()):
             order = there.long().argsort(dim=1, stable=True)
             for name in ("attention_mask", "position_ids", "inputs_embeds"):
