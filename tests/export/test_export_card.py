@@ -1,7 +1,9 @@
 """The model card tells what the run knows, and leaves out what it does not."""
 
 import copy
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -70,6 +72,25 @@ def test_a_card_that_a_person_edits_stays(run, capsys):
         assert write_run_card(run).read_text() == edited
         assert "README.md: is edited (or of an older version), and stays" in capsys.readouterr().err
     card.unlink()
+    assert "2.2500" in write_run_card(run).read_text()
+
+
+def test_a_card_that_was_cut_is_no_edited_one(run, monkeypatch):
+    """A process that ends while it writes leaves the card of before, not half of one, which would stay."""
+    before = write_run_card(run).read_text()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "tokens": 448, "loss": 2.25}) + "\n")
+
+    def cut(self, content, *args, **kwargs):
+        with self.open("wb") as file:
+            file.write(content[:9] if isinstance(content, bytes) else content[:9].encode())
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        for way in ("write_text", "write_bytes"):
+            patch.setattr(Path, way, cut)
+        with pytest.raises(OSError, match="No space"):
+            write_run_card(run)
+    assert (run / "README.md").read_text() == before
     assert "2.2500" in write_run_card(run).read_text()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ...files import user_path
+from ...files import replace_file, user_path
 from ...output import say
 from ...runs.layout import CheckpointFolder, RunFolder
 from ...runs.load import describe, json_table, model_configuration
@@ -61,7 +61,7 @@ def write_run_card(run: str | Path) -> Path:
         told = "is edited (or of an older version), and stays; remove it for a new card"
         say(f"{folder.card}: {told}", sys.stderr)
         return folder.card
-    folder.card.write_text(text + _mark(text), encoding="utf-8")
+    replace_file(folder.card, text + _mark(text))  # half a card would count as edited, and stay
     return folder.card
 
 
