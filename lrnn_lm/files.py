@@ -10,7 +10,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,15 @@ def fsync(path: Path) -> None:
 
 
 def readable(folder: Path, files: Iterable[Path]) -> None:
-    """Let those who may read a new folder read its files: safetensors 0.8 makes files for one user alone."""
+    """Let those who may read a new folder read its files: safetensors 0.8 makes files for one user alone.
+
+    Not where the file system refuses: a run must not end for it.
+    """
     mode = folder.stat().st_mode & 0o666  # as the umask has it
     for file in files:
         if mode & ~(own := file.stat().st_mode):
-            file.chmod(own | mode)
+            with suppress(OSError):
+                file.chmod(own | mode)
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:

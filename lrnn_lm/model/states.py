@@ -15,6 +15,7 @@ of the model: sizes of its config and a digest of its weights.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def save_states(cache: Cache, path: str | Path, model: PreTrainedModel) -> None:
         aside.touch()
         mode = aside.stat().st_mode  # as the umask has it: safetensors 0.8 makes files for one user alone
         save_file({name: t.contiguous() for name, t in tensors_of(cache).items()}, aside, metadata)
-        aside.chmod(mode)
+        with suppress(OSError):  # a file system may have modes of its own
+            aside.chmod(mode)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -176,6 +176,8 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             yield aside
             readable(aside, (file for file in aside.rglob("*") if file.is_file()))
             if aside.parent == target:
+                if any(file != aside for file in target.iterdir()):
+                    raise ValueError(f"{target}: is no longer empty; give a new folder to export to")
                 for file in aside.iterdir():
                     file.rename(target / file.name)
             else:

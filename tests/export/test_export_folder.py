@@ -1,5 +1,6 @@
 """`lrnn export`: what the folder holds, in which precision, and what a user can get wrong."""
 
+import errno
 import json
 import os
 import resource
@@ -16,9 +17,10 @@ from transformers import AutoTokenizer
 
 from lrnn_lm import LRNNForCausalLM, LRNNModel, cli
 from lrnn_lm.api import export_checkpoint
+from lrnn_lm.model import load_states, prefill, save_states
 from lrnn_lm.model.export.remote_code import remote_code
 from lrnn_lm.requirements import UnmetRequirementError
-from lrnn_lm.runs.export import export
+from lrnn_lm.runs.export import export, new_folder
 from lrnn_lm.runs.load import load_checkpoint
 
 
@@ -122,6 +124,36 @@ def test_an_empty_folder_is_filled_and_stays(checkpoint, tmp_path, monkeypatch):
         assert holds.stat().st_ino == number
         assert not list(holds.glob(".*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+
+
+def test_an_empty_folder_that_is_filled_meanwhile(checkpoint, tmp_path):
+    """By another export to it: neither may write over the other's files."""
+    target = tmp_path / "out"
+    target.mkdir()
+
+    def fill():
+        with new_folder(target) as aside:
+            export(checkpoint, tmp_path / "other")
+            (tmp_path / "other").rename(aside)
+            (target / "config.json").write_text("another's")
+
+    with pytest.raises(ValueError, match="out: is no longer empty; give a new folder"):
+        fill()
+    assert [(file.name, file.read_text()) for file in target.iterdir()] == [("config.json", "another's")]
+
+
+def test_a_file_system_without_modes(checkpoint, tmp_path, monkeypatch):
+    """Some refuse to change them: what is written counts all the same."""
+
+    def refuse(self, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    assert (export(checkpoint, tmp_path / "out") / "model.safetensors").is_file()
+    model = load_checkpoint(tmp_path / "out", "cpu")[0]
+    cache = prefill(model, torch.ones(1, 3, dtype=torch.long)).past_key_values
+    save_states(cache, tmp_path / "states.safetensors", model)
+    assert load_states(tmp_path / "states.safetensors", model).get_seq_length() == 3
 
 
 def test_whoever_may_read_the_folder_may_read_its_files(checkpoint, tmp_path):
