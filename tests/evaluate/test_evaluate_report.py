@@ -6,13 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from lrnn_lm.cli import main
 from lrnn_lm.evaluate.harness import evaluate
 from lrnn_lm.evaluate.probe.length import probe_length
 from lrnn_lm.evaluate.probe.recall import probe_recall
-from lrnn_lm.evaluate.reporting.plot import name_curves, smooth
 from lrnn_lm.evaluate.reporting.report import report, to_markdown
 from lrnn_lm.evaluate.reporting.runs import read_run
 
@@ -118,16 +116,6 @@ def test_a_name_is_no_formula(tmp_path):
     runs = [_write_run(tmp_path / name) for name in names]
     report(runs, tmp_path / "both.png")
     assert _is_png(tmp_path / "both.png")
-
-
-def test_a_name_with_an_underscore_first_is_in_the_legend(tmp_path):
-    """The pictures' library leaves such a curve out of it, and says nothing."""
-    axes = Figure().subplots()
-    axes.plot([1, 2], label="_best")
-    axes.plot([2, 1])
-    axes.axhline(1, label="gzip")
-    name_curves(axes)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["_best", "gzip"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
@@ -391,13 +379,6 @@ def test_what_is_not_a_run_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         report([run], output=tmp_path / "file" / "loss.png")
-
-
-def test_smoothing_is_a_centred_mean_of_finite_values():
-    assert smooth([1.0, 2.0, 3.0, 4.0], 1) == [1.0, 2.0, 3.0, 4.0]
-    assert smooth([0.0, 3.0, 6.0, 9.0], 3) == [1.5, 3.0, 6.0, 7.5]
-    assert smooth([1.0, math.nan, 3.0], 3) == [1.0, 2.0, 3.0]
-    assert smooth([], 5) == []
 
 
 def _empty(folder):

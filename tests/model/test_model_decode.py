@@ -207,16 +207,21 @@ def test_what_a_step_does_not_know_goes_the_plain_way():
     assert all(len(layers) == 4 for layers in out.hidden_states)
 
 
+@pytest.mark.parametrize("name", ["bd_lru", "hybrid"])
 @torch.no_grad()
-def test_a_row_that_begins_late():
-    """A row of padding alone has no state yet: its first token starts it."""
-    model, ids = small_model("bd_lru"), tokens(length=5)
+def test_a_row_that_begins_late(name):
+    """A row of padding alone has no state yet: its first token starts it, and the step after is ours."""
+    model, ids = small_model(name), tokens(length=7)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
-    got = Decoder(model)(ids[:, 4:], past_key_values=cache, attention_mask=mask, use_cache=True).logits
-    close(got[0], model(ids[:1, 4:]).logits[0], SUMS)
-    close(got[1], model(ids[1:]).logits[0, -1:], SUMS)
+    decoder = Decoder(model)
+    for t in (4, 5, 6):
+        asked = {"past_key_values": cache, "attention_mask": mask[:, : t + 1], "use_cache": True}
+        got = decoder(ids[:, t : t + 1], **asked).logits
+        close(got[0], model(ids[:1, 4 : t + 1]).logits[0, -1:], SUMS)
+        close(got[1], model(ids[1:, : t + 1]).logits[0, -1:], SUMS)
+        assert decoder.settled(cache) == (t > 4)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

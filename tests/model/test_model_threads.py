@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import close, prefilled, small_model, states, tokens
+from small_models import close, prefilled, small_model, states, tokens, with_warning
 from tolerances import TOLERANCE
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -313,14 +313,6 @@ def test_a_cache_outlives_its_step(device):
     for cache, want in ((first, ids[:, :5]), (second, ids[:, 4:10])):
         for a, b in zip(states(cache), states(prefilled(model, want)), strict=True):
             close(a, b, TOLERANCE["other order of sums"])
-
-
-def with_warning(one_step, model, ids, cache):
-    """Where there is no GPU, the first capture says that it failed."""
-    if model.device.type == "cuda":
-        return one_step(model, ids, cache)
-    with pytest.warns(UserWarning, match="without a CUDA graph"):
-        return one_step(model, ids, cache)
 
 
 @torch.no_grad()
