@@ -44,10 +44,10 @@ def _unslab(x: Tensor) -> Tensor:
     return x.permute(x.ndim - 2, 0, x.ndim - 1, *rest)
 
 
-def _starts(reset: Tensor | None) -> dict[int, Tensor]:
-    """By the steps at which a document starts: in which rows, (B, 1)."""
+def starts_by_step(reset: Tensor | None, axes: int) -> dict[int, Tensor]:
+    """By the steps at which a document starts: in which rows, (B, 1, ..) of so many axes."""
     steps = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
-    return {t: reset[:, t, None] for t in steps}
+    return {t: reset[:, t].view(-1, *[1] * (axes - 1)) for t in steps}
 
 
 def _gate_gradient(z: Tensor, p: Tensor, s: Tensor, d: Tensor, h: Tensor, gate: str) -> Tensor:
@@ -73,7 +73,7 @@ def _bd_scan(
     gates: Tensor, values: Tensor, h0: Tensor, reset: Tensor | None, gate: str
 ) -> tuple[Tensor, Tensor]:
     B, _, N, M = values.shape
-    starts = _starts(reset)
+    starts = starts_by_step(reset, 2)
     h_all = torch.empty_like(values)
     h = h0.permute(2, 0, 1).contiguous()  # (M, B, N)
     for part in _slabs(gates):
@@ -104,7 +104,7 @@ def _bd_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, N, M = values.shape
     dtype = h0.dtype
-    starts = _starts(reset)
+    starts = starts_by_step(reset, 2)
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     # (M, B, N), A_{t+1}^T s_{t+1}. A copy, as it is written to: `contiguous` makes none where M is 1, and
     # autograd may hand the same gradient to others.
@@ -144,7 +144,7 @@ def _h_scan(
 ) -> tuple[Tensor, Tensor]:
     B, _, N = values.shape
     M = h0.shape[-1]
-    starts = _starts(reset)
+    starts = starts_by_step(reset, 2)
     h_all = torch.empty_like(values)
     past = h0.permute(2, 0, 1)  # (M, B, N), newest first
     for part in _slabs(gates):
@@ -183,7 +183,7 @@ def _h_scan_backward(
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, dtype = h0.shape[-1], h0.dtype
-    starts = _starts(reset)
+    starts = starts_by_step(reset, 2)
     age = document_age(reset).t() if starts else None
     d_gates, d_values = torch.empty_like(gates), torch.empty_like(values)
     owed = grad_last.permute(2, 0, 1).contiguous()  # (M, B, N): what the future owes h_{t-i}, at [i]

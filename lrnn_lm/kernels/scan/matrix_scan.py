@@ -25,6 +25,7 @@ from ..dispatch import (
     triton_obstacle,
 )
 from ..reference import compute_dtype
+from ..torch_scan import starts_by_step
 
 SLAB_BYTES = 1 << 26  # of states that the torch scan holds at once: 64 MiB
 TRITON_BLOCKS = (1, 2, 4, 8, 16)
@@ -162,12 +163,6 @@ def _row(x: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
     return x[:, part].transpose(0, 1).to(dtype)[:, :, :, None, None]
 
 
-def _starts(reset: Tensor | None) -> dict[int, Tensor]:
-    """By the steps at which a document starts: in which rows, (B, 1, 1, 1, 1)."""
-    steps = [] if reset is None else reset.any(0).nonzero().flatten().tolist()
-    return {t: reset[:, t, None, None, None, None] for t in steps}
-
-
 def _begun(S: Tensor, starts: dict[int, Tensor], t: int) -> Tensor:
     """S (B, H, N, M, V) as step t reads it: zeros where a document starts, not a product: S may be NaN."""
     return S.masked_fill(starts[t], 0) if t in starts else S
@@ -215,7 +210,8 @@ def _scan(
     transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor, h0: Tensor, reset: Tensor | None,
     erase: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    T, M, dtype, starts = transitions.shape[1], transitions.shape[-1], h0.dtype, _starts(reset)
+    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
+    starts = starts_by_step(reset, 5)
     y = values.new_empty(values.shape)
     S = h0.unflatten(2, (-1, M)).clone()
     for part in _slabs(T, h0):
@@ -232,7 +228,8 @@ def _scan_backward(
     grad: Tensor, grad_last: Tensor, transitions: Tensor, writes: Tensor, values: Tensor, queries: Tensor,
     h0: Tensor, reset: Tensor | None, erase: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    T, M, dtype, starts = transitions.shape[1], transitions.shape[-1], h0.dtype, _starts(reset)
+    T, M, dtype = transitions.shape[1], transitions.shape[-1], h0.dtype
+    starts = starts_by_step(reset, 5)
     d_a, d_k, d_v, d_q = made = [x.new_empty(x.shape) for x in (transitions, writes, values, queries)]
     d_e = None if erase is None else erase.new_empty(erase.shape)
     # Forward once more, keeping the state at the start of each slab; then the slabs from the last to the
