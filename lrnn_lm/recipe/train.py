@@ -91,6 +91,11 @@ class TrainSection(Section):
         description="probability that a row begins with the final state of another row instead of zeros",
     )
     compile: bool = Field(False, description="torch.compile each block")
+    cuda_graphs: bool = Field(
+        False,
+        description="on one GPU, launch a micro-batch's pass as one CUDA graph: faster where Python limits "
+        "the speed (docs/training.md)",
+    )
     activation_checkpointing: bool = Field(
         False, description="recompute each block in the backward pass: less memory, more time"
     )

@@ -27,6 +27,7 @@ from ..runs.layout import RunFolder
 from .average import Average
 from .carry import Carry
 from .exchange import StepResult, exchange, on_any_rank, targets_per_rank
+from .graphed import graphed_passes
 from .guard import after_bad_steps, guarded
 from .inspect_layers import inspect, shortened
 from .metrics import Cadence, Metrics
@@ -80,10 +81,9 @@ class Trainer:
         self.average, self.scorer = average, scorer
         self.sequence = sequence_parallel(recipe, bare_model.config, accelerator)
         self.rows = Rows(recipe, prepared, accelerator, position, self.sequence)
-        during = recipe.eval.during or recipe.eval  # without a scorer it is not used
         self.save_cadence, self.validation_cadence, self.task_cadence = (
             Cadence(each.every, recipe.tokens_at, accelerator.is_main_process)
-            for each in (recipe.checkpoint, recipe.eval, during)
+            for each in (recipe.checkpoint, recipe.eval, recipe.eval.during or recipe.eval)
         )
         self.throughput = Throughput(recipe, bare_model.config, is_sharded(bare_model), accelerator)
         self.saver = Saver(
@@ -106,9 +106,9 @@ class Trainer:
         self.lock: TextIO | None = None  # of the run folder, held until the run is scored
         self._forward_seconds = 0.0  # of this rank's last step, to find slow ranks
         self.first_step = position.step  # where this process began
-        # An argument of the model's; it reads it in training only, so validation is without it.
+        # The model reads this argument in training only, so validation is without it.
         self.z_loss = {"z_loss": recipe.train.z_loss} if recipe.train.z_loss else {}
-        self._z_sum = torch.zeros((), device=accelerator.device)  # of a step
+        self.graphed = graphed_passes(recipe, accelerator, self._backward, self._parameters)
 
     @property
     def finished(self) -> bool:
@@ -171,10 +171,8 @@ class Trainer:
 
     def _empty_pass(self) -> None:
         """Forward and backward over a dummy batch; the gradients are dropped."""
-        if self.sequence.by_pieces:
-            self._backward_by_segments(self.rows.empty(), 1.0, last=True)
-        else:
-            self._loss(self.rows.empty(), 1.0).backward()
+        pieces = partial(self._by_pieces, last=True, carry=None)
+        (pieces if self.sequence.by_pieces else self._backward)(self.rows.empty(), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
 
     # One step ---------------------------------------------------------------------------------------
@@ -218,22 +216,21 @@ class Trainer:
         if not self.bare_model.training:  # after a validation: to walk through all modules takes 0.3 ms
             self.model.train()
         num_items = targets_per_rank(micro_batches, self.accelerator)
-        loss, self._z_sum = torch.zeros(2, device=self.accelerator.device)  # the sum includes the z-loss
+        sums = torch.zeros(2, device=self.accelerator.device)
         for i, batch in enumerate(micro_batches):
-            last = i + 1 == len(micro_batches)
+            first, last = i == 0, i + 1 == len(micro_batches)
             if self.sequence.by_pieces or self.carry is not None:
-                loss += self._backward_by_segments(batch, num_items, last, self.carry)
-                continue
-            with accumulating(self.model, last, self.plan):
-                with self.stopwatch.timing() if i == 0 else nullcontext():
-                    part = self._loss(batch, num_items)
-                part.backward()
-            loss += part.detach()
+                sums += self._by_pieces(batch, num_items, last, self.carry)
+            elif self.graphed is not None:
+                sums += self.graphed(batch, num_items, first)
+            else:
+                with accumulating(self.model, last, self.plan):
+                    sums += self._backward(batch, num_items, self.stopwatch.timing() if first else None)
         drop_frozen_gradients(self.optimizer)
         grad_norm = clip_gradients(self._parameters, self.recipe.optim.grad_clip or math.inf)
         if meanwhile is not None:
             meanwhile()
-        result = self._exchange(torch.stack([loss, self._z_sum]), grad_norm)
+        result = self._exchange(sums, grad_norm)
         if self.carry is not None:
             self.carry.end_step(result.applied or result.outlier)
         if result.applied:
@@ -247,13 +244,20 @@ class Trainer:
         timed = self.accelerator.num_processes > 1 and not is_sharded(self.model)
         seconds = self._forward_seconds if timed else None
         unwritten = self.metrics is not None and self.metrics.problem is not None
-        every = (self.save_cadence, self.validation_cadence, self.task_cadence)
-        timers = [cadence.timer_expired() for cadence in every]
+        timers = [c.timer_expired() for c in (self.save_cadence, self.validation_cadence, self.task_cadence)]
         flags = [self.stop.asked or self.rows.unread, self.saver.written, unwritten, *timers]
         result = exchange(losses, grad_norm, flags, seconds, self.accelerator)
         # Sent in the next step: reading the timer earlier would make the host wait for the device again.
         self._forward_seconds = self.stopwatch.seconds()
         return guarded(result, self.position.recent, self.recipe.train.guard)
+
+    def _backward(self, batch: Batch, num_items: Tensor | float, timing: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch: (2,) its loss, the z-loss included, and the z-loss."""
+        self._z_sum = torch.zeros((), device=self.accelerator.device)
+        with timing or nullcontext():
+            loss = self._loss(batch, num_items)
+        loss.backward()
+        return torch.stack([loss.detach(), self._z_sum])
 
     def _loss(self, batch: Batch, num_items: Tensor | float, carried: CarriedStates | None = None) -> Tensor:
         outputs = self.forward(batch, num_items, return_logits=False, carried=carried)
@@ -261,11 +265,9 @@ class Trainer:
             self._z_sum += outputs.z_loss
         return outputs.loss
 
-    def _backward_by_segments(
-        self, batch: Batch, num_items: Tensor | float, last: bool, carry: Carry | None = None
-    ) -> Tensor:
-        """Forward and backward of a micro-batch, a segment at a time; the loss. `last`: of its step."""
-        start = None
+    def _by_pieces(self, batch: Batch, num_items: Tensor | float, last: bool, carry: Carry | None) -> Tensor:
+        """The same, a segment at a time. `last`: of its step."""
+        start, self._z_sum = None, torch.zeros((), device=self.accelerator.device)
         if carry is not None:
             start, batch = carry.before(self.position.step, batch)
         loss, end = self.sequence.backward(
@@ -278,7 +280,7 @@ class Trainer:
         )
         if carry is not None and end is not None:
             carry.after(end)
-        return loss
+        return torch.stack([loss, self._z_sum])
 
     def forward(
         self,
@@ -291,9 +293,8 @@ class Trainer:
 
         `loss` is the summed loss divided by `num_items`; None without labels.
         """
-        device = self.accelerator.device
         input_ids, reset, labels = (
-            None if batch[key] is None else batch[key].to(device, non_blocking=True)
+            None if batch[key] is None else batch[key].to(self.accelerator.device, non_blocking=True)
             for key in ("input_ids", "reset", "labels")
         )
         # Not None: an auto-encoder takes no cache.
@@ -323,8 +324,7 @@ class Trainer:
 
     def _is_due(self, cadence: Cadence, timer: bool, done: int) -> bool:
         """Whether to do now, at its interval or at the run's end, what was last done after step `done`."""
-        step = self.position.step
-        return step > max(0, done) and (cadence.due(step, timer) or self.finished)
+        return self.position.step > max(0, done) and (cadence.due(self.position.step, timer) or self.finished)
 
     def _write(self, fields: dict[str, Any], words: str) -> None:
         """Write a line of metrics.jsonl beside those of the steps, and say what it holds."""

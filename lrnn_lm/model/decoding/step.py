@@ -211,26 +211,18 @@ class DecodeStep:
         moving = memory.moving
         before = [tensor.clone() for tensor in moving]
         try:
-            with turns:
-                stream = _capture_stream(device)
-                _take_turn(device)
-                stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream):
-                    for _ in range(2):  # warm up: kernels are compiled and chosen here
-                        self.forward(model)
-                        _write(moving, before)  # it has advanced them; attention has room for one token
-                torch.cuda.current_stream(device).wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                # thread_local: other threads go on launching and allocating meanwhile.
-                with (
-                    nothing_left_behind(device),
-                    torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-                ):
-                    memory.logits = self.forward(model)
+            graph = torch.cuda.CUDAGraph()
+
+            def warm_up() -> None:
+                for _ in range(2):  # kernels are compiled and chosen here
+                    self.forward(model)
+                    _write(moving, before)  # it has advanced them; attention has room for one token
+
+            with record(graph, device, warm_up=warm_up):
+                memory.logits = self.forward(model)
             memory.graph = graph
         except (RuntimeError, ValueError, OSError) as error:
-            said = str(error).strip().splitlines() or [""]
-            warnings.warn(f"decoding without a CUDA graph: {said[0]}", stacklevel=4)
+            warnings.warn(f"decoding without a CUDA graph: {first_words(error)}", stacklevel=4)
             memory.uncapturable = True
         _write(moving, before)
 
@@ -255,6 +247,40 @@ def _give_back(memory: Memory, owners: list[Callable[[], Any]]) -> None:
 def _take_turn(device: torch.device) -> None:
     """Make the current stream wait for the last capture or replay. `turns` must be held."""
     _turn[device] = after(_turn.get(device), device)
+
+
+@contextmanager
+def record(
+    graph: torch.cuda.CUDAGraph,
+    device: torch.device,
+    pool: Any = None,
+    warm_up: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """Within it, work on `device` is recorded in `graph`, and not run. warm_up: run before, on that stream.
+
+    Raises:
+        RuntimeError, ValueError, OSError: the device has no graphs, or work that cannot be recorded.
+    """
+    with turns:
+        stream = _capture_stream(device)
+        _take_turn(device)
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        if warm_up is not None:
+            with torch.cuda.stream(stream):
+                warm_up()
+            current.wait_stream(stream)
+        # thread_local: other threads go on launching and allocating meanwhile.
+        with (
+            nothing_left_behind(device),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""`train.cuda_graphs`: passes that are recorded and replayed give the numbers of passes as they are."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_run import STEPS, fingerprint, losses, validations
+from trainers import Build, send_at
+
+from lrnn_lm.train import graphed
+from lrnn_lm.train.loop import Trainer
+from lrnn_lm.train.stop import Stopped
+
+ON = "train.cuda_graphs=true"
+HYBRID = "model.layer_pattern=[bd_lru, attention]"
+KINDS = {
+    "one pass a step": (),
+    "four passes a step": ("train.micro_batch=2", "train.z_loss=1e-3"),
+    "a last pass of fewer rows": ("train.micro_batch=3",),
+    "averages, inspections and outliers": (
+        "train.average={decay: 0.9}", "train.inspect_every=3", "train.guard={deviations: 1, window: 4}",
+    ),
+    "frozen weights": ("optim.groups=[{match: '*embed_tokens*', lr_scale: 0}]",),
+}  # fmt: skip
+GPU_KINDS = KINDS | {
+    "hybrid, muon": (HYBRID, "optim.name=muon"),
+    "compiled": (HYBRID, "train.compile=true", "train.micro_batch=4"),
+    "matrix state": ("model.mixer={type: bd_matrix, num_heads: 2, head_dim: 16}",),
+    "mamba2": ("model.mixer={type: mamba2, num_heads: 2}",),
+}
+
+
+def same_numbers(one: Trainer, other: Trainer) -> None:
+    assert losses(one.folder) == losses(other.folder)
+    assert validations(one.folder) == validations(other.folder)
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert fingerprint(one.folder / last) == fingerprint(other.folder / last)
+
+
+class Replayed:
+    """Stands in for a CUDA graph on a CPU: what was recorded is called again, and written to its memory."""
+
+    def __init__(self, passes: graphed.GraphedPasses):
+        self.passes, self.replays = passes, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        first, own = next((k[1] is None, r) for k, r in self.passes._recorded.items() if r.graph is self)
+        for parameter, gradient in zip(self.passes._parameters, own.gradients, strict=True):
+            parameter.grad = None if first else gradient
+        own.result.copy_(self.passes._run(own.batch, own.num_items))
+        for parameter, gradient in zip(self.passes._parameters, own.gradients, strict=True):
+            if first and gradient is not None:
+                gradient.copy_(parameter.grad)
+
+
+@pytest.fixture
+def record_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def record(graph: Replayed, *_: object) -> Iterator[None]:
+        before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in graph.passes._parameters]
+        yield
+        for _, gradient, value in before:
+            if gradient is not None:  # a recording adds nothing
+                gradient.copy_(value)
+
+    monkeypatch.setattr(graphed, "record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu(build: Build, kind: str, record_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build("name=plain", *KINDS[kind])
+    plain.run()
+    recorded = build("name=recorded", ON, *KINDS[kind])
+    passes, graphs = recorded.graphed, []
+    passes.obstacle = None
+
+    def graph() -> Replayed:
+        graphs.append(Replayed(passes))
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    recorded.run()
+    same_numbers(plain, recorded)
+    assert len(graphs) == {"four passes a step": 2, "a last pass of fewer rows": 3}.get(kind, 1)
+    assert all(graph.replays for graph in graphs)
+
+
+def test_without_a_gpu_passes_run_as_they_are(build: Build) -> None:
+    plain, asked = build("name=plain"), build("name=asked", ON)
+    plain.run()
+    asked.run()
+    same_numbers(plain, asked)
+    assert "cpu" in asked.graphed.obstacle
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GPU_KINDS)
+def test_on_a_gpu(build: Build, kind: str) -> None:
+    plain = build("name=plain", "train.device=cuda", *GPU_KINDS[kind])
+    plain.run()
+    recorded = build("name=recorded", "train.device=cuda", ON, *GPU_KINDS[kind])
+    recorded.run()
+    assert recorded.graphed.obstacle is None
+    assert recorded.graphed._recorded
+    same_numbers(plain, recorded)
+
+
+@pytest.mark.gpu
+def test_stopped_and_resumed(build: Build) -> None:
+    """What is resumed runs its first passes as they are, where the whole run replayed them."""
+    options = ("train.device=cuda", ON, HYBRID, "train.compile=true")
+    whole = build("name=whole", *options)
+    whole.run()
+    first = build(*options)
+    send_at(first, 7, signal.SIGTERM)
+    with pytest.raises(Stopped):
+        first.run()
+    second = build(*options)
+    second.run()
+    same_numbers(whole, second)
+
+
+@pytest.mark.gpu
+def test_a_pass_that_waits_for_the_device_is_not_recorded(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build("name=plain", "train.device=cuda")
+    plain.run()
+    asked = build("name=asked", "train.device=cuda", ON)
+    original = asked.graphed._run
+
+    def waits(batch: graphed.Batch, num_items: torch.Tensor) -> torch.Tensor:
+        assert num_items.item() > 0
+        return original(batch, num_items)
+
+    asked.graphed._run = waits
+    with pytest.warns(UserWarning, match="training without a CUDA graph"):
+        asked.run()
+    same_numbers(plain, asked)
