@@ -5,7 +5,6 @@ launches them, and Python limits the speed. The graph holds a pass's activations
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,17 +42,17 @@ class _Recorded:
 
 
 class GraphedPasses:
-    """Calls a pass as it is twice for each shape, then records it, and replays it from then on.
+    """Records a pass before its first use, for each shape of a micro-batch, and replays it.
 
-    A step's first pass writes gradients to memory of its own, and the others add to them there, so these are
-    different graphs. Numbers are those of the pass as it is, bit for bit: a resumed run may be at another.
+    So all of a run's passes are replayed, those after it was resumed too: their numbers are the same, even
+    where a library chooses other kernels in a graph. A step's first pass writes gradients to memory of its
+    own, and the others add to them there, so these are different graphs.
     """
 
     def __init__(self, run: Pass, parameters: list[nn.Parameter], device: torch.device):
         """parameters: without gradients before a step's first pass."""
         self._run, self._parameters, self._device = run, parameters, device
         self._first: tuple | None = None  # key of this step's first pass, to whose gradients the others add
-        self._calls: Counter[tuple] = Counter()
         self._recorded: dict[tuple, _Recorded] = {}
         self._pool: Any = None  # memory that all graphs use, one after the other
         self.obstacle = None if device.type == "cuda" else f"there are none on {device}"
@@ -66,9 +65,7 @@ class GraphedPasses:
         key = (shapes, None if first else self._first)
         if first:
             self._first = key
-        self._calls[key] += 1
-        ready = self._calls[key] > 2 and (first or self._first in self._recorded)
-        if key not in self._recorded and not (ready and self._record(key, batch, num_items)):
+        if key not in self._recorded and not self._record(key, batch, num_items):
             return self._run(batch, num_items)
         recorded = self._recorded[key]
         recorded.num_items.copy_(num_items)
@@ -76,26 +73,37 @@ class GraphedPasses:
             if into is not None:
                 into.copy_(batch[name], non_blocking=True)
         recorded.graph.replay()
-        for parameter, gradient in zip(self._parameters, recorded.gradients, strict=True):
-            parameter.grad = gradient
+        self._set_gradients(recorded.gradients)
         return recorded.result
 
     def _record(self, key: tuple, batch: Batch, num_items: Tensor) -> bool:
         """Whether it could be recorded; if not, passes run as they are from then on."""
+        on_device = {name: None if t is None else t.to(self._device) for name, t in batch.items()}
+        recorded = _Recorded(on_device, num_items.clone())
         before = [parameter.grad for parameter in self._parameters]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        on_device = {k: None if t is None else t.to(self._device) for k, t in batch.items()}
-        recorded = _Recorded(on_device, num_items.clone())
+
+        def warm_up() -> None:
+            random = torch.cuda.get_rng_state(self._device)
+            for _ in range(2):  # kernels are compiled and chosen here
+                self._set_gradients([None] * len(before))
+                self._run(recorded.batch, recorded.num_items)
+            self._set_gradients(before)
+            torch.cuda.set_rng_state(random, self._device)
+
         try:
-            with record(recorded.graph, self._device, self._pool):
+            with record(recorded.graph, self._device, self._pool, warm_up):
                 recorded.result = self._run(recorded.batch, recorded.num_items)
         except (RuntimeError, ValueError, OSError) as error:
             self.obstacle = first_words(error)
             warnings.warn(f"training without a CUDA graph: {self.obstacle}", stacklevel=4)
-            for parameter, gradient in zip(self._parameters, before, strict=True):
-                parameter.grad = gradient
+            self._set_gradients(before)
             return False
         recorded.gradients = [parameter.grad for parameter in self._parameters]
         self._recorded[key] = recorded
         return True
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient

@@ -1,7 +1,7 @@
 """`train.cuda_graphs`: passes that are recorded and replayed give the numbers of passes as they are."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -26,9 +26,8 @@ KINDS = {
 }  # fmt: skip
 GPU_KINDS = KINDS | {
     "hybrid, muon": (HYBRID, "optim.name=muon"),
-    "compiled": (HYBRID, "train.compile=true", "train.micro_batch=4"),
     "matrix state": ("model.mixer={type: bd_matrix, num_heads: 2, head_dim: 16}",),
-    "mamba2": ("model.mixer={type: mamba2, num_heads: 2}",),
+    "mamba2": ("model.mixer={type: mamba2}",),
 }
 
 
@@ -59,7 +58,8 @@ class Replayed:
 @pytest.fixture
 def record_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def record(graph: Replayed, *_: object) -> Iterator[None]:
+    def record(graph: Replayed, _: object, pool: object, warm_up: Callable[[], None]) -> Iterator[None]:
+        warm_up()
         before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in graph.passes._parameters]
         yield
         for _, gradient, value in before:
@@ -67,7 +67,8 @@ def record_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 gradient.copy_(value)
 
     monkeypatch.setattr(graphed, "record", record)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for name in ("graph_pool_handle", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,7 +87,7 @@ def test_on_a_cpu(build: Build, kind: str, record_on_a_cpu: None, monkeypatch: p
     recorded.run()
     same_numbers(plain, recorded)
     assert len(graphs) == {"four passes a step": 2, "a last pass of fewer rows": 3}.get(kind, 1)
-    assert all(graph.replays for graph in graphs)
+    assert sum(graph.replays for graph in graphs) % STEPS == 0  # all passes
 
 
 def test_without_a_gpu_passes_run_as_they_are(build: Build) -> None:
@@ -111,16 +112,19 @@ def test_on_a_gpu(build: Build, kind: str) -> None:
 
 @pytest.mark.gpu
 def test_stopped_and_resumed(build: Build) -> None:
-    """What is resumed runs its first passes as they are, where the whole run replayed them."""
-    options = ("train.device=cuda", ON, HYBRID, "train.compile=true")
+    """Compiled and under autocast; what is resumed has compiled and recorded anew."""
+    options = ("train.device=cuda", ON, HYBRID, "train.compile=true", "train.micro_batch=4")
     whole = build("name=whole", *options)
     whole.run()
+    torch.compiler.reset()
     first = build(*options)
     send_at(first, 7, signal.SIGTERM)
     with pytest.raises(Stopped):
         first.run()
+    torch.compiler.reset()
     second = build(*options)
     second.run()
+    assert second.graphed.obstacle is None
     same_numbers(whole, second)
 
 
