@@ -79,6 +79,8 @@ def test_rows_of_a_callers_cache_that_a_graph_wrote_to():
 def test_a_cache_that_was_reset_takes_another_batch(name):
     """Of more rows, or of fewer, which would be spread over all that there were."""
     model = small_model(name)
+    if "reset" not in vars(DynamicLayer) and {*model.config.layer_types} != {"linear_attention"}:
+        pytest.skip("this transformers fills keys with zeros instead of dropping them, for any model")
     cache = DynamicCache(config=model.config)
     for rows in (2, 3, 1):
         ids = tokens(rows, 9, seed=rows)
