@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..model.decoding.step import first_words, record
+from ..model.decoding.step import first_words, record, replay
 from ..recipe import Recipe
 
 Batch = dict[str, Tensor | None]
@@ -72,7 +72,7 @@ class GraphedPasses:
         for name, into in recorded.batch.items():
             if into is not None:
                 into.copy_(batch[name], non_blocking=True)
-        recorded.graph.replay()
+        replay(recorded.graph, self._device)
         self._set_gradients(recorded.gradients)
         return recorded.result
 

@@ -67,6 +67,7 @@ def record_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                 gradient.copy_(value)
 
     monkeypatch.setattr(graphed, "record", record)
+    monkeypatch.setattr(graphed, "replay", lambda graph, _: graph.replay())
     for name in ("graph_pool_handle", "get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
 

@@ -135,9 +135,7 @@ class DecodeStep:
         if memory.key is not None and memory.graph is None and not memory.uncapturable:
             self._capture(model)
         if memory.graph is not None:
-            with turns:
-                _take_turn(memory.ids.device)
-                memory.graph.replay()
+            replay(memory.graph, memory.ids.device)
         else:
             memory.logits = self.forward(model)
         memory.count(cache)
@@ -276,6 +274,13 @@ def record(
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             yield
+
+
+def replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """Launch what was recorded, after all that other graphs have launched."""
+    with turns:
+        _take_turn(device)
+        graph.replay()
 
 
 def first_words(error: BaseException) -> str:
