@@ -86,11 +86,13 @@ class GraphedPasses:
 
         def warm_up() -> None:
             random = torch.cuda.get_rng_state(self._device)
-            for _ in range(2):  # kernels are compiled and chosen here
-                self._set_gradients([None] * len(before))
-                self._run(recorded.batch, recorded.num_items)
-            self._set_gradients(before)
-            torch.cuda.set_rng_state(random, self._device)
+            try:
+                for _ in range(2):  # kernels are compiled and chosen here
+                    self._set_gradients([None] * len(before))
+                    self._run(recorded.batch, recorded.num_items)
+            finally:
+                self._set_gradients(before)
+                torch.cuda.set_rng_state(random, self._device)
 
         try:
             with record(recorded.graph, self._device, self._pool, warm_up):
@@ -99,6 +101,7 @@ class GraphedPasses:
             self.obstacle = first_words(error)
             warnings.warn(f"training without a CUDA graph: {self.obstacle}", stacklevel=4)
             self._set_gradients(before)
+            self._recorded.clear()  # the memory of their passes: passes as they are need as much
             return False
         recorded.gradients = [parameter.grad for parameter in self._parameters]
         self._recorded[key] = recorded

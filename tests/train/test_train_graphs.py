@@ -72,23 +72,57 @@ def record_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
 
 
+def recording(build: Build, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Trainer, list[Replayed]]:
+    """A trainer that records on a CPU, and its graphs, which will be there once it has run."""
+    trainer, graphs = build("name=recorded", ON, *options), []
+    trainer.graphed.obstacle = None
+
+    def graph() -> Replayed:
+        graphs.append(Replayed(trainer.graphed))
+        return graphs[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    return trainer, graphs
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_cpu(build: Build, kind: str, record_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = build("name=plain", *KINDS[kind])
     plain.run()
-    recorded = build("name=recorded", ON, *KINDS[kind])
-    passes, graphs = recorded.graphed, []
-    passes.obstacle = None
-
-    def graph() -> Replayed:
-        graphs.append(Replayed(passes))
-        return graphs[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    recorded, graphs = recording(build, monkeypatch, *KINDS[kind])
     recorded.run()
     same_numbers(plain, recorded)
-    assert len(graphs) == {"four passes a step": 2, "a last pass of fewer rows": 3}.get(kind, 1)
-    assert sum(graph.replays for graph in graphs) % STEPS == 0  # all passes
+    made, passes = {"four passes a step": (2, 4), "a last pass of fewer rows": (3, 3)}.get(kind, (1, 1))
+    assert len(graphs) == made
+    assert sum(graph.replays for graph in graphs) == passes * STEPS  # all
+
+
+@pytest.mark.parametrize("call", [6, 7], ids=["warming up", "recording"])
+def test_no_memory_for_a_steps_second_pass(
+    build: Build, call: int, record_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pass, recorded and replayed in calls 1 to 4, keeps its gradients, and no memory else."""
+    kind = KINDS["four passes a step"]
+    plain = build("name=plain", *kind)
+    plain.run()
+    recorded, graphs = recording(build, monkeypatch, *kind)
+    run, calls, drawn = recorded.graphed._run, [], []
+
+    def limited(batch: graphed.Batch, num_items: torch.Tensor) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return run(batch, num_items)
+
+    recorded.graphed._run = limited
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: "as it was")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: drawn.append(state))
+    with pytest.warns(UserWarning, match="without a CUDA graph: CUDA out of memory"):
+        recorded.run()
+    same_numbers(plain, recorded)
+    assert [graph.replays for graph in graphs] == [1, 0]
+    assert not recorded.graphed._recorded
+    assert drawn == ["as it was"] * 2
 
 
 def test_without_a_gpu_passes_run_as_they_are(build: Build) -> None:
