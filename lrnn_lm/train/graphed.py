@@ -27,7 +27,7 @@ def graphed_passes(
     """What `train.cuda_graphs` asks for; None if it does not, or where ranks exchange gradients meanwhile."""
     if not recipe.train.cuda_graphs or accelerator.num_processes > 1:
         return None
-    return GraphedPasses(run, parameters, accelerator.device)
+    return GraphedPasses(run, parameters, parameters[0].device)  # with its number, as decoding names it
 
 
 @dataclass

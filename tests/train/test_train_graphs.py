@@ -125,6 +125,14 @@ def test_no_memory_for_a_steps_second_pass(
     assert drawn == ["as it was"] * 2
 
 
+def test_turns_are_taken_on_the_device_of_the_weights(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's `cuda` of one process and decoding's `cuda:0` are two keys to `turns`."""
+    of, weights = build(ON), [torch.nn.Parameter(torch.zeros(1, device="meta"))]
+    monkeypatch.setattr(of.accelerator.state, "device", torch.device("cuda"))
+    passes = graphed.graphed_passes(of.recipe, of.accelerator, of._backward, weights)
+    assert passes._device == weights[0].device
+
+
 def test_without_a_gpu_passes_run_as_they_are(build: Build) -> None:
     plain, asked = build("name=plain"), build("name=asked", ON)
     plain.run()
