@@ -209,6 +209,7 @@ class DecodeStep:
         moving = memory.moving
         before = [tensor.clone() for tensor in moving]
         try:
+            _capture_stream(device)  # first, as it says what a device without graphs lacks
             graph = torch.cuda.CUDAGraph()
 
             def warm_up() -> None:
