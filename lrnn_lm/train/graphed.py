@@ -5,7 +5,8 @@ launches them, and Python limits the speed. The graph holds a pass's activations
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,19 @@ def graphed_passes(
     if not recipe.train.cuda_graphs or accelerator.num_processes > 1:
         return None
     return GraphedPasses(run, parameters, parameters[0].device)  # with its number, as decoding names it
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """RuntimeError within it where torch makes the host wait for a device, in any thread."""
+    # A recording would break off there, after which torch 2.11 keeps freed memory for the rest of the process
+    # (pytorch pull request 180395). May go with torch 2.11.
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass
@@ -87,9 +101,10 @@ class GraphedPasses:
         def warm_up() -> None:
             random = torch.cuda.get_rng_state(self._device)
             try:
-                for _ in range(2):  # kernels are compiled and chosen here
+                for around in (nullcontext(), waiting_is_an_error()):  # kernels are compiled in the first
                     self._set_gradients([None] * len(before))
-                    self._run(recorded.batch, recorded.num_items)
+                    with around:
+                        self._run(recorded.batch, recorded.num_items)
             finally:
                 self._set_gradients(before)
                 torch.cuda.set_rng_state(random, self._device)
