@@ -89,6 +89,15 @@ class LRNNGenerationMixin(GenerationMixin):
         check_tokens(*((None, given) if name == "inputs_embeds" else (given, None)))
         return given, name, model_kwargs
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """transformers', which takes padding tokens for padding where no mask is given. An assistant's text
+        may hold them: its tokens are the main model's, whose mask it is given if there is padding."""
+        if generation_config.is_assistant:
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
     def _expand_inputs_for_generation(
         self, *args: Any, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
