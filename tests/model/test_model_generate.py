@@ -58,6 +58,21 @@ def test_a_given_cache_is_continued(name):
 
 
 @pytest.mark.parametrize("name", OF_EACH_STATE)
+@pytest.mark.parametrize("new", [1, 3, 8])
+def test_a_given_cache_is_continued_whatever_the_config_says_of_caches(name, new):
+    """Folders that were trained with gradient checkpointing say False: the text was read again after it."""
+    model, ids = small_model(name), tokens(length=12)
+    want = generate(model, ids, do_sample=False)
+    for options in ({"use_cache": False}, {"attention_mask": torch.ones_like(ids)}):
+        model.generation_config.use_cache = False
+        cache = prefill(model, ids[:, :-new]).past_key_values
+        assert torch.equal(generate(model, ids, past_key_values=cache, do_sample=False, **options), want)
+    cache = prefill(model, ids[:, :-new]).past_key_values
+    options = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    assert torch.equal(generate(model, ids[:, -new:], **options)[:, new:], want[:, 12:])
+
+
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_returned_cache_is_continued(name):
     model, ids = small_model(name), tokens(length=6)
     first = generate(model, ids, do_sample=False, return_dict_in_generate=True)

@@ -145,6 +145,8 @@ class LRNNGenerationMixin(GenerationMixin):
         given = model_kwargs.get(CACHE) is not None
         if given:
             check_cache(self.config, model_kwargs[CACHE])
+            # Else all tokens would be read again after it. transformers' Trainer leaves False in configs.
+            generation_config.use_cache = True
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if cache is None:
