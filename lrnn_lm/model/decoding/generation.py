@@ -174,6 +174,11 @@ class LRNNGenerationMixin(GenerationMixin):
         # A mask of ones is left out by now, and transformers keeps its length.
         columns = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
         all_new = embeds is None and columns is not None and columns > T
+        if is_first_iteration and 0 < read < T and embeds is not None and columns not in (None, T):
+            raise ValueError(
+                f"inputs_embeds has {T} tokens and attention_mask {columns}: after a cache pass those of the "
+                "whole text, as transformers drops as many of them as the cache has seen"
+            )
         if is_first_iteration and 0 < T <= read and not all_new:
             also = f", or the new tokens with an attention_mask of {read} columns and theirs"
             remedy = "pass the whole text" + (also if embeds is None else "")
