@@ -13,6 +13,7 @@ from .prompt import prompt_ids, read_prompt, read_text, stream_ids
 from .show import check_at_least
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less may be no fp32 number, which torch cannot draw from
@@ -45,7 +46,7 @@ def generate(
     Sampling divides logits by temperature, then keeps the top_k most likely tokens and of these the smallest
     set with probability top_p (None: all); temperature 0 is greedy. The same seed gives the same text on the
     same machine; the caller's random state stays. trust_remote_code: let the folder run its own code. Raises
-    ValueError for a number out of range, an unreadable file, too long a text, or no checkpoint.
+    ValueError for a number out of range, an unreadable file, too long a text, no checkpoint, or NaN in it.
 
     Example:
         >>> from lrnn_lm import generate
@@ -64,11 +65,11 @@ def generate(
     cache, shown = None, prompt_file is None and not prompt_twice
     if shown:
         ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)  # (1, T)
-        length = ids.shape[1]
-        check_window(model, length + max_new_tokens)
+        check_window(model, (length := ids.shape[1]) + max_new_tokens)
     else:
         texts = _texts(prompt, prompt_file, times=2 if prompt_twice else 1)
         cache, ids, length = read_prompt(model, stream_ids(tokenizer, texts), segment, max_new_tokens)
+    _check_numbers(checkpoint, model, ids)
     settings = _settings(model, tokenizer, max_new_tokens, 0.0 if greedy else temperature, top_k, top_p)
     streamer = TextStreamer(tokenizer, skip_prompt=not shown, skip_special_tokens=True)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), _any_text_printed():
@@ -79,6 +80,14 @@ def generate(
             generation_config=settings, streamer=streamer, tokenizer=tokenizer, **{CACHE: cache},
         )  # fmt: skip
     return tokenizer.decode(out[0, 0 if shown else 1 :], skip_special_tokens=True)
+
+
+def _check_numbers(checkpoint: str | Path, model: "PreTrainedModel", ids: "Tensor") -> None:
+    """Raise ValueError where logits are NaN: torch cannot draw from them, greedy text is token 0."""
+    if bool(model(ids[:, :1], use_cache=False).logits.isnan().any()):
+        raise ValueError(
+            f"{checkpoint}: no text, as logits are NaN: the weights hold such numbers, or overflow"
+        )
 
 
 def _texts(prompt: str, prompt_file: str | Path | None, times: int) -> Iterator[str]:

@@ -254,6 +254,12 @@ class LiveLM(HFLM):
     ) -> list[tuple[float, bool]]:
         # Called once for each batch of rolling requests: without this, a progress bar a batch.
         quiet = self._quiet(disable_tqdm) or override_bs is not None
+        # lm-eval runs requests of the same tokens once, and reads all answers where the first one's begins.
+        places: dict[int, int] = {}  # by a hash: the tokens of all requests take gigabytes
+        self.logits_cache = all(
+            places.setdefault(hash((*context, *target[:-1])), len(target)) == len(target)
+            for _, context, target in requests
+        )
         return super()._loglikelihood_tokens(requests, quiet, override_bs)
 
     def _quiet(self, disable_tqdm: bool) -> bool:

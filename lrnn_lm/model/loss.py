@@ -139,7 +139,7 @@ def loss_and_z(
         hidden: (B, T, D).
         weight: (V, D).
         labels: (B, T) int64, aligned with hidden (already shifted); IGNORE where there is no target.
-        num_items: what to divide the sum by; None for the number of valid labels here.
+        num_items: what to divide the sum by (0: as 1); None for the number of valid labels here.
         chunk: tokens whose logits exist at once, at most.
     Returns:
         scalars in fp32 (fp64 for fp64 inputs).
@@ -159,9 +159,8 @@ def loss_and_z(
         else:
             training = torch.is_grad_enabled()
             total, z_total = _LinearCrossEntropy.apply(hidden, weight, labels, chunk, training, z_loss)
-    if num_items is None:
-        num_items = (labels != IGNORE).sum().clamp_min(1)
-    return total / num_items, z_total / num_items
+    divisor = _divisor(labels, num_items)
+    return total / divisor, z_total / divisor
 
 
 def head_loss(
@@ -183,7 +182,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | float | No
     logits = logits.reshape(labels.shape[0], -1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / ((labels != IGNORE).sum().clamp_min(1) if num_items is None else num_items)
+    return total / _divisor(labels, num_items)
+
+
+def _divisor(labels: Tensor, num_items: Tensor | float | None) -> Tensor | float:
+    """What a summed loss is divided by; 1 for no targets, as 0 / 0 would make all weights NaN."""
+    count = (labels != IGNORE).sum() if num_items is None else num_items
+    return count + (count == 0)  # not `if`: a GPU would have to be waited for
 
 
 def check_labels(labels: Tensor, tokens: Tensor) -> None:

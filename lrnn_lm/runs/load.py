@@ -229,7 +229,8 @@ def _check_files(path: Path, checkpoint: str | Path, weights: bool) -> None:
             raise ValueError(
                 f"{checkpoint}: sharded, so only training reads it; first: lrnn export {checkpoint} DIR"
             )
-        raise ValueError(f"{checkpoint}: {what} is missing; copy the folder again, or export it again")
+        remedy = "export it again" if what == "model.safetensors" else "save its tokenizer there"
+        raise ValueError(f"{checkpoint}: {what} is missing; copy the folder again, or {remedy}")
 
 
 def document_start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int | None:

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from forks import run_lrnn
+from safetensors.torch import load_file, save_file
 
 from lrnn_lm.evaluate.generate import generate, prompt_ids
 from lrnn_lm.evaluate.prompt import read_text
@@ -196,3 +197,15 @@ def test_a_package_that_a_folder_asks_for_is_named(checkpoint, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": asked}))
     with pytest.raises(ValueError, match=r"cannot be loaded as a model: .*aqlm"):
         generate(folder, "The", device="cpu")
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_weights_that_are_no_numbers_are_told(checkpoint, tmp_path, greedy):
+    """Sampling ended in a traceback, and greedy text was the first token without end."""
+    folder = tmp_path / "diverged"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="diverged: no text, as logits are NaN"):
+        generate(folder, "The", greedy=greedy, device="cpu")

@@ -73,6 +73,21 @@ def test_pairs_of_any_length_are_read_whole(recurrent, tokenizer):
     assert scorer.truncated == 0
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_requests_of_the_same_tokens_cut_elsewhere(kind, recurrent, tokenizer):
+    """One text asked for after several contexts; and texts that end alike, whose last windows do."""
+    text = "the old river was cold"
+    asked = [(text[:cut], text[cut:]) for cut in (3, 7, 13, 17)] + [("the old river", " was dry")]
+    if kind == "loglikelihood_rolling":
+        asked = [(LONG[: len(LONG) // 12 * repeats],) for repeats in (3, 4, 5, 6)]
+    for requests in (asked, asked[::-1]):
+        alone = [getattr(live(recurrent, tokenizer), kind)(ask(kind, one), True)[0] for one in requests]
+        together = live(recurrent, tokenizer)
+        together.batch_size_per_gpu = 32  # all windows in one batch
+        found = getattr(together, kind)(ask(kind, *requests), True)
+        assert torch.tensor(found).numpy() == pytest.approx(torch.tensor(alone).numpy(), rel=1e-4)
+
+
 def test_contexts_are_read_twice(recurrent, tokenizer):
     """As if they had been written twice; what has no context stays as it is."""
     pairs = [("the old", " river"), ("the old ", "river"), ("", "the river")]

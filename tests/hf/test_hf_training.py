@@ -4,7 +4,12 @@ import pytest
 import torch
 from small_models import HYBRIDS, OF_EACH_STATE, VOCAB, close, in_turn, small_model, tokens
 from tolerances import TOLERANCE
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from lrnn_lm.model.cache import CACHE, make_cache
 from lrnn_lm.model.decoding.decode import can_decode
@@ -44,6 +49,29 @@ def test_accumulation_averages_over_targets(name, tmp_path):
     assert losses == pytest.approx(same, abs=2e-4)  # the Trainer rounds what it logs
     for (key, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=SUMS, msg=key)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModelForTokenClassification])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_without_targets_changes_nothing(kind, size, padded, tmp_path):
+    """The Trainer counts none, and tells a loss of NaN as 0: all weights were NaN after it."""
+    small_model("hybrid").save_pretrained(tmp_path / "model")
+    model = kind.from_pretrained(tmp_path / "model")
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    row = {"input_ids": tokens(rows=1)[0], "labels": torch.full((21,), -100)}
+    if padded:
+        row["attention_mask"] = (torch.arange(21) < 17).long()
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=2 // size,
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_nan_inf_filter=False, optim="sgd",
+        logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=[row] * 2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, before[key]), key
 
 
 def test_loss_falls_with_checkpointing_and_evaluation(tmp_path):

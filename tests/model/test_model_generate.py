@@ -58,6 +58,21 @@ def test_a_given_cache_is_continued(name):
 
 
 @pytest.mark.parametrize("name", OF_EACH_STATE)
+@pytest.mark.parametrize("new", [1, 3, 8])
+def test_a_given_cache_is_continued_whatever_the_config_says_of_caches(name, new):
+    """Folders that were trained with gradient checkpointing say False: the text was read again after it."""
+    model, ids = small_model(name), tokens(length=12)
+    want = generate(model, ids, do_sample=False)
+    for options in ({"use_cache": False}, {"attention_mask": torch.ones_like(ids)}):
+        model.generation_config.use_cache = False
+        cache = prefill(model, ids[:, :-new]).past_key_values
+        assert torch.equal(generate(model, ids, past_key_values=cache, do_sample=False, **options), want)
+    cache = prefill(model, ids[:, :-new]).past_key_values
+    options = {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    assert torch.equal(generate(model, ids[:, -new:], **options)[:, new:], want[:, 12:])
+
+
+@pytest.mark.parametrize("name", OF_EACH_STATE)
 def test_a_returned_cache_is_continued(name):
     model, ids = small_model(name), tokens(length=6)
     first = generate(model, ids, do_sample=False, return_dict_in_generate=True)
@@ -93,6 +108,24 @@ def test_a_cache_that_has_seen_as_many_tokens_as_there_are(name, options):
             continue
         got = generate(model, question, **asked)
         assert torch.equal(got[:, new:], generate(model, ids, do_sample=False, **options)[:, 12:])
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_embeddings_after_a_cache_are_those_of_the_whole_text(name):
+    """Of new ones alone as many were dropped as the cache has seen, though the mask tells of all."""
+    model, ids = small_model(name), tokens(length=12)
+    embeds, mask = model.get_input_embeddings()(ids), torch.ones_like(ids)
+    options = {"attention_mask": mask, "do_sample": False}
+    whole = {"inputs": None, "max_new_tokens": 7, "pad_token_id": 0, **options}
+    for seen in (5, 8):
+        for given, refused in ((embeds, False), (embeds[:, seen:], True)):
+            cache = prefill(model, ids[:, :seen]).past_key_values
+            if refused:
+                with pytest.raises(ValueError, match=r"inputs_embeds has .* the whole text"):
+                    model.generate(inputs_embeds=given, past_key_values=cache, **whole)
+            else:
+                got = model.generate(inputs_embeds=given, past_key_values=cache, **whole)
+                assert torch.equal(got, generate(model, ids, **options)[:, 12:])
 
 
 def test_scores_are_the_logits_of_a_full_pass():

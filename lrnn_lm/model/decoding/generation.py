@@ -89,6 +89,15 @@ class LRNNGenerationMixin(GenerationMixin):
         check_tokens(*((None, given) if name == "inputs_embeds" else (given, None)))
         return given, name, model_kwargs
 
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """transformers', which takes padding tokens for padding where no mask is given. An assistant's text
+        may hold them: its tokens are the main model's, whose mask it is given if there is padding."""
+        if generation_config.is_assistant:
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
     def _expand_inputs_for_generation(
         self, *args: Any, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -136,6 +145,8 @@ class LRNNGenerationMixin(GenerationMixin):
         given = model_kwargs.get(CACHE) is not None
         if given:
             check_cache(self.config, model_kwargs[CACHE])
+            # Else all tokens would be read again after it. transformers' Trainer leaves False in configs.
+            generation_config.use_cache = True
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if cache is None:
@@ -163,6 +174,11 @@ class LRNNGenerationMixin(GenerationMixin):
         # A mask of ones is left out by now, and transformers keeps its length.
         columns = vars(generation_config).get("_mask_length") if mask is None else mask.shape[1]
         all_new = embeds is None and columns is not None and columns > T
+        if is_first_iteration and 0 < read < T and embeds is not None and columns not in (None, T):
+            raise ValueError(
+                f"inputs_embeds has {T} tokens and attention_mask {columns}: after a cache pass those of the "
+                "whole text, as transformers drops as many of them as the cache has seen"
+            )
         if is_first_iteration and 0 < T <= read and not all_new:
             also = f", or the new tokens with an attention_mask of {read} columns and theirs"
             remedy = "pass the whole text" + (also if embeds is None else "")
