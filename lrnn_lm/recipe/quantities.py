@@ -153,7 +153,9 @@ class Span(_Quantity):
             return float(match[1]) / 100, "fraction"
         if match := re.fullmatch(r"(.*\d[kmbt]?)\s*steps?", text):
             return parse_count(match[1]), "steps"
-        if re.fullmatch(r"[01]?\.\d+|0|1|1\.0*|\d(\.\d+)?e-\d+", text):
+        if text == "1":
+            raise ValueError("1 is the whole budget or one step: write 100% or '1 steps'")
+        if re.fullmatch(r"[01]?\.\d+|0|1\.0*|\d(\.\d+)?e-\d+", text):
             return float(text), "fraction"
         return parse_count(text), "tokens"
 

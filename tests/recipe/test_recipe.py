@@ -153,7 +153,10 @@ def test_pattern_entries_take_the_mixers_options():
         ({"model": 3}, "model: takes keys and values, not 3"),
         ({"optim": {"betas": [0.9, 1.5]}}, "each beta lies in"),
         ({"optim": {"final_lr": 1.0}}, "optim.final_lr 1.0 is above optim.lr"),
+        ({"optim": {"betas": 0.9}}, "optim.betas: takes a list, as in [a, b], not 0.9"),
         ({"optim": {"warmup": "150%"}}, "between 0% and 100%"),
+        ({"optim": {"warmup": 1}}, "optim.warmup: 1 is the whole budget or one step"),
+        ({"optim": {"decay": "1"}}, "optim.decay: 1 is the whole budget or one step"),
         ({"train": {"tokens": 100, "tokens_per_step": 256}}, "train.tokens 100 is less than one step"),
         (
             {"model": {"mixer": {"type": "attention", "window": 2049}}},

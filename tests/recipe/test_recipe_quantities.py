@@ -85,7 +85,17 @@ def test_wrong_spans(amount):
 
 @pytest.mark.parametrize(
     ("written", "steps"),
-    [("10%", 100), (0.1, 100), ("0.1", 100), ("409600", 100), ("200 steps", 200), (0, 0), ("100%", 1000)],
+    [
+        ("10%", 100),
+        (0.1, 100),
+        ("0.1", 100),
+        ("409600", 100),
+        ("200 steps", 200),
+        (0, 0),
+        ("100%", 1000),
+        (1.0, 1000),
+        ("1 steps", 1),
+    ],
 )
 def test_spans(written, steps):
     span = Span.model_validate(written)
