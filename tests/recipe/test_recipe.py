@@ -29,6 +29,10 @@ def test_extends_and_overrides(tmp_path):
     assert (got.model.hidden_size, got.model.num_hidden_layers) == (64, 2)
     assert (got.model.mixer.block_size, got.model.mixer.gate) == (8, "tanh")
     assert (got.train.tokens, got.optim.lr, got.eval.tasks) == (20_000_000, 1e-3, [])
+    linked = tmp_path / "elsewhere" / "link.yaml"
+    linked.parent.mkdir()
+    linked.symlink_to(top)
+    assert load_recipe(linked).model == load_recipe(top).model
 
 
 @pytest.mark.parametrize("key", ["path: corpus/*.txt", "split: test", "text_field: body", "name: small"])
@@ -250,6 +254,7 @@ def test_binary_missing_and_folder(tmp_path):
     [
         ("train.tokens", "write section.key=value"),
         ("=3", "write section.key=value"),
+        ("steps", "or 'eval.every=200 steps'"),  # of eval.every=200 steps without quotes
         ("train..tokens=3", "write section.key=value"),
         ("name.deep=3", "name holds a value, not a section"),
         ("model.mixer=[", "not valid YAML"),
