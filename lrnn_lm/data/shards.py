@@ -162,13 +162,14 @@ class TokenShards:
         return np.concatenate(parts).astype(np.int64)
 
     def _map(self, name: str, dtype: np.dtype[Any], begin: int = 0) -> Tokens:
-        """A file from byte `begin` on; `name` may be a path elsewhere. All splits share half of the limit."""
+        """A file from byte `begin` on; `name` may be a path elsewhere. All splits share half of the limit, and
+        the one with most maps gives way."""
         if name not in self._maps:
             self._mapping.add(self)
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            most = max(3, limit // 2 // len(self._mapping)) if limit > 0 else len(self._maps) + 1
-            while len(self._maps) >= most:
-                del self._maps[next(iter(self._maps))]
+            while 0 <= limit // 2 <= sum(len(split._maps) for split in self._mapping):
+                oldest_first = max((split._maps for split in self._mapping), key=len)
+                del oldest_first[next(iter(oldest_first))]
             # A plain array of the map: each cut of a memmap makes an object of Python's.
             self._maps[name] = np.asarray(np.memmap(self.folder / name, dtype, "r", offset=begin))
         return self._maps[name]
