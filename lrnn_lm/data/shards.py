@@ -162,7 +162,7 @@ class TokenShards:
         return np.concatenate(parts).astype(np.int64)
 
     def _map(self, name: str, dtype: np.dtype[Any], begin: int = 0) -> Tokens:
-        """A file from byte `begin` on; `name` may be a path elsewhere. All splits share half of the limit, and
+        """A file from byte `begin` on; `name` may be a path elsewhere. All splits share half of the limit;
         the one with most maps gives way."""
         if name not in self._maps:
             self._mapping.add(self)
