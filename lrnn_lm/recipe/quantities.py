@@ -112,7 +112,8 @@ class _Quantity(BaseModel):
             return f"{_decimal(self.amount)} min"
         if self.unit == "fraction":
             return f"{_decimal(self.amount * 100)}%"
-        return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
+        whole = min(int(self.amount), LARGEST - 1)  # a float rounds that one up
+        return str(format_count(whole)) + (" steps" if self.unit == "steps" else "")
 
 
 class Every(_Quantity):

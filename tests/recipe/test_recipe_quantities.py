@@ -34,7 +34,8 @@ def test_wrong_counts(wrong):
     ("written", "amount", "unit"),
     [("100K", 100_000, "tokens"), ("200 steps", 200, "steps"), ("1 step", 1, "steps"),
      ("30 min", 30, "minutes"), ("2.5 minutes", 2.5, "minutes"),
-     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens")],
+     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens"),
+     (2**63 - 1, 2**63, "tokens"), (f"{2**63 - 1} steps", 2**63, "steps")],  # never
 )  # fmt: skip
 def test_cadences(written, amount, unit):
     every = Every.model_validate(written)
