@@ -124,17 +124,24 @@ def task_scorer(recipe: "Recipe") -> "Scorer | None":
 
 def score_run(trainer: "Trainer", checkpoint: Path, stop: "StopSignal") -> Path:
     """On the main rank: score a trained run on its `eval.tasks`, write its card. Returns the checkpoint."""
+    from .recipe import load_recipe
+    from .runs.branch import changes
+    from .runs.layout import RunFolder
+
     recipe = trainer.recipe
     if not trainer.accelerator.is_main_process:
         return checkpoint
-    what = "was trained already" if trainer.first_step >= recipe.total_steps else "is trained"
+    before = trainer.first_step >= recipe.total_steps
+    what = "was trained already" if before else "is trained"
     steps = trainer.position.step
     said = f"{recipe.name} {what}: {steps} step{'' if steps == 1 else 's'}, checkpoint {checkpoint}"
+    if before and (changed := changes(load_recipe(RunFolder(trainer.folder).recipe), recipe)):
+        told = "; ".join([*changed[:8], *([f"and {len(changed) - 8} more"] if changed[8:] else [])])
+        said += f"\nwith other settings ({told}): give this run another name=.. to train with these"
     say(said, sys.stdout)
     from .evaluate import evaluate
     from .evaluate.reporting.card import write_run_card
     from .model import LRNNForCausalLM
-    from .runs.layout import RunFolder
     from .train.parallel import is_sharded
     from .train.tensors import has_average
 

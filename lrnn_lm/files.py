@@ -94,14 +94,22 @@ def finite(facts: Any) -> Any:
 def words_of(error: Exception) -> str:
     """An error in a line for a person; of the system's, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}"
+        no_folder = isinstance(error, FileExistsError) and not os.path.isdir(error.filename or ".")
+        why = "is no folder, but a file or a link to what is gone" if no_folder else error.strerror
+        return f"{error.filename or 'output'}: {why}"
     return str(error)
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """A path as a person writes it: ~ and ~NAME are home folders. ValueError if there is no such person."""
+    """A path as a person writes it: ~ and ~NAME are home folders, $NAME is a variable of the environment.
+
+    Raises ValueError if there is no such person, or no variable that the path begins with.
+    """
+    found = Path(os.path.expandvars(path))
+    if str(found).startswith("$") and not found.exists():
+        raise ValueError(f"{path}: there is no such variable here, so write the path out")
     try:
-        return Path(path).expanduser()
+        return found.expanduser()
     except RuntimeError:
         raise ValueError(f"{path}: there is no such user here, so write the path out") from None
 

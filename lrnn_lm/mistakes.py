@@ -14,7 +14,7 @@ from .output import say
 
 _ERRNO = (  # of the system's errors
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 _LESS_MEMORY = {  # what to do about a full GPU or memory, by command
     "train": "lower train.micro_batch, set train.activation_checkpointing=true, or read long rows by "

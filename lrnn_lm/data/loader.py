@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pickle import UnpicklingError
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -25,6 +26,7 @@ from .specs import DataError
 from .synthetic.tasks import SyntheticRows
 
 Split = TokenShards | SyntheticRows
+Array = npt.NDArray[np.generic]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -97,8 +99,8 @@ class TrainLoader:
             self.rows[0] if len(self.rows) == 1 else ConcatDataset(self.rows),
             batch_sampler=self._own_rows(),
             num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
+            collate_fn=_arrays if self.num_workers else collate,
+            pin_memory=self.pin_memory and not self.num_workers,
             worker_init_fn=_leave_signals_to_trainer,
             generator=torch.Generator().manual_seed(0),  # otherwise torch draws from the global generator
         )
@@ -116,7 +118,7 @@ class TrainLoader:
         workers = [worker for worker in active_children() if worker not in others]
         while True:
             try:
-                step = [next(batches) for _ in range(0, self.share, self.micro_batch)]
+                step = [self._tensors(next(batches)) for _ in range(0, self.share, self.micro_batch)]
             except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
                 _check_alive(workers, error)
                 raise
@@ -126,6 +128,13 @@ class TrainLoader:
                     batch["labels"][:, learnt:] = IGNORED
             self.position += self.rows_per_step
             yield step
+
+    def _tensors(self, batch: Row | dict[str, Array]) -> Row:
+        """A micro-batch as tensors; a worker's are arrays."""
+        if not self.num_workers:
+            return batch
+        tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+        return {key: t.pin_memory() for key, t in tensors.items()} if self.pin_memory else tensors
 
     def _own_rows(self) -> Iterator[list[int]]:
         """Row numbers of this rank's micro-batches, endless, from the loader's position on."""
@@ -161,6 +170,12 @@ class TrainLoader:
             if step < end:
                 return length
         return self.sequence_length
+
+
+def _arrays(rows: list[Row]) -> dict[str, Array]:
+    """A worker's micro-batch. A tensor would come in shared memory, with a file open as long as it is held: a
+    step of 170 micro-batches had more than `ulimit -n` allows, and hung; and containers have little of it."""
+    return {key: tensor.numpy() for key, tensor in collate(rows).items()}
 
 
 def _leave_signals_to_trainer(worker: int) -> None:

@@ -7,8 +7,10 @@ manifest.
 """
 
 import hashlib
+import resource
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +93,9 @@ class ShardWriter:
 class TokenShards:
     """One split, read by position in its stream of tokens. Cheap to pickle: files are mapped on first use."""
 
+    # Those of this process that have mapped files. A map keeps its file open, and `ulimit -n` is often 1,024.
+    _mapping: ClassVar["WeakSet[TokenShards]"] = WeakSet()
+
     def __init__(self, folder: Path, split: str, manifest: dict[str, Any]) -> None:
         entry = manifest["splits"][split]
         self.folder, self.split = folder, split
@@ -108,12 +113,13 @@ class TokenShards:
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens start..stop-1 of the stream, (stop - start,); shorter at its end."""
-        parts = [
-            self._map(shard["tokens"], self.dtype)[a:b] if "tokens" in shard else self._gather(shard, a, b)
+        parts = [  # copies, so that no map is held
+            self._map(shard["tokens"], self.dtype)[a:b].astype(np.int64)
+            if "tokens" in shard
+            else self._gather(shard, a, b)
             for shard, a, b, _ in self._overlaps(start, stop)
         ]
-        tokens = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
-        return tokens.astype(np.int64)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Positions p in start..stop-1 at which a document starts, as p - start, ascending."""
@@ -138,9 +144,7 @@ class TokenShards:
 
     def _gather(self, shard: dict[str, Any], start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens start..stop-1 of a shard that is an index of a token file (token_files.py)."""
-        if shard["file"] not in self._maps:
-            self._maps[shard["file"]] = np.memmap(shard["file"], shard["dtype"], "r", offset=shard["begin"])
-        ids = self._maps[shard["file"]]
+        ids = self._map(shard["file"], np.dtype(shard["dtype"]), shard["begin"])
         starts, offsets = (self._map(shard[key], STARTS_DTYPE) for key in ("starts", "offsets"))
         parts = []
         for k in range(int(np.searchsorted(starts, start, side="right")) - 1, len(starts)):
@@ -157,10 +161,17 @@ class TokenShards:
                 parts.append([shard["last"]])
         return np.concatenate(parts).astype(np.int64)
 
-    def _map(self, name: str, dtype: np.dtype[Any]) -> Tokens:
+    def _map(self, name: str, dtype: np.dtype[Any], begin: int = 0) -> Tokens:
+        """A file from byte `begin` on; `name` may be a path elsewhere. All splits share half of the limit;
+        the one with most maps gives way."""
         if name not in self._maps:
+            self._mapping.add(self)
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            while 0 <= limit // 2 <= sum(len(split._maps) for split in self._mapping):
+                oldest_first = max((split._maps for split in self._mapping), key=len)
+                del oldest_first[next(iter(oldest_first))]
             # A plain array of the map: each cut of a memmap makes an object of Python's.
-            self._maps[name] = np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r"))
+            self._maps[name] = np.asarray(np.memmap(self.folder / name, dtype, "r", offset=begin))
         return self._maps[name]
 
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,18 +43,23 @@ class TokenFile:
     """A file's ids, and where its documents are in them: starts..stops-1, without separators."""
 
     path: Path
-    ids: Ints  # (n,), mapped
+    dtype: np.dtype[Any]  # of the ids
+    begin: int  # bytes before them
+    length: int  # their number
     starts: Ints  # (documents,)
     stops: Ints
     sha256: str  # of the ids as uint32, whatever the file's format
 
-    def document(self, number: int) -> Ints:
-        """The ids of a document as uint32."""
-        return self.ids[self.starts[number] : self.stops[number]].astype("<u4")
+    def documents(self, numbers: Iterable[int]) -> Iterator[Ints]:
+        """The ids of documents as uint32."""
+        # Not mapped before: a map keeps its file open, and there may be thousands.
+        ids = np.memmap(self.path, self.dtype, "r", self.begin, self.length)
+        for k in numbers:
+            yield ids[self.starts[k] : self.stops[k]].astype("<u4")
 
     def hashes(self) -> Ints:
         """A hash of each document (documents,) uint64, equal for equal ids in any format."""
-        return np.fromiter((id_hash(self.document(k)) for k in range(len(self.starts))), np.uint64)
+        return np.fromiter(map(id_hash, self.documents(range(len(self.starts)))), np.uint64)
 
 
 def id_hash(ids: Ints) -> int:
@@ -78,7 +83,7 @@ def read_token_files(spec: SourceSpec, tokenizer: Path, facts: TokenizerFacts) -
                 "name it as data.source.separator"
             )
         starts, stops = _documents(ids, separators, ends, facts.first if facts.first != separator else None)
-        found.append(TokenFile(path, ids, starts[:left], stops[:left], sha))
+        found.append(TokenFile(path, ids.dtype, ids.offset, len(ids), starts[:left], stops[:left], sha))
         left = None if left is None else left - len(found[-1].starts)
     if not any(len(file.starts) for file in found):
         raise DataError(f"source {sources.describe(spec)} is empty: it holds no document")
@@ -237,7 +242,7 @@ class Index:
             listed = listed.union(*(file.hashes().tolist() for file in self._read(source)))
         hashes = [file.hashes() for file in files]
         for file, numbers in zip(files, hashes, strict=True):
-            bar.advance(len(file.ids), 0, documents=len(numbers))
+            bar.advance(file.length, 0, documents=len(numbers))
         own = spec.validation_source
         if not own:
             held_out = replace(held_out, listed=frozenset(listed))
@@ -278,7 +283,7 @@ class Index:
         texts = (
             (backend.decode(ids.tolist(), skip_special_tokens=False), ids)
             for file, mask in zip(files, masks, strict=True)
-            for ids in map(file.document, np.flatnonzero(mask))
+            for ids in file.documents(np.flatnonzero(mask))
         )
         out, same, odd, size = HashedFile(self._folder / HELDOUT), [], [], 0
         with closing(encode_documents(texts, self._tokenizer, self._facts, self._num_proc)) as encoded:
@@ -317,8 +322,8 @@ class Index:
                 {
                     "file": str(file.path.resolve()),
                     "file_bytes": file.path.stat().st_size,
-                    "dtype": file.ids.dtype.str,
-                    "begin": file.ids.offset,  # bytes before the ids
+                    "dtype": file.dtype.str,
+                    "begin": file.begin,
                     "ids_sha256": file.sha256,
                     **{name: f"{stem}.{name}.bin" for name in columns},
                     "first": self._facts.first,

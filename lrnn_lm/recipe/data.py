@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ..files import user_path
 from ..remote import check_here, url_of
 from .quantities import TokenCount
 from .section import Section
@@ -137,7 +136,7 @@ class MixtureSource(SourceSection):
         is_files = self.path is not None and self.type != "hf"
         path = self.path
         if is_files and url_of(path) is None:
-            path = os.path.realpath(user_path(path))
+            path = os.path.realpath(os.path.expanduser(os.path.expandvars(path)))
         return (path or self.type, self.config, self.split if self.type == "hf" else None)
 
 

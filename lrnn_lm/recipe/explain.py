@@ -91,7 +91,8 @@ def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
         begins = ", a letter or digit first" if first else ""
         got = textwrap.shorten(repr(detail["input"]), 100)
         return f"{where}: takes letters a to z, digits and {' '.join(allowed)}{begins}, not {got}"
-    wanted = {"model": "keys and values", "dict": "keys and values", "list": "a list, as in [a, b]"}
+    wanted = dict.fromkeys(("model", "dict"), "keys and values")
+    wanted |= dict.fromkeys(("list", "tuple"), "a list, as in [a, b]")
     if (kind := detail["type"].removesuffix("_type")) in wanted:
         return f"{where}: takes {wanted[kind]}, not {textwrap.shorten(repr(detail['input']), 100)}"
     message = detail["msg"].removeprefix("Value error, ")

@@ -202,8 +202,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str
         return {}, data
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends takes one file name, not {parent!r}")
-    beside = found.parent / parent
-    _, below = _read(beside if beside.exists() else Path(parent), (*chain, found.resolve()))
+    beside = (folder / parent for folder in (found.parent, found.resolve().parent))  # which may be a link
+    _, below = _read(next(filter(Path.exists, beside), Path(parent)), (*chain, found.resolve()))
     return data, _on_top(below, lambda below: _merge(below, data))
 
 
@@ -284,7 +284,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"override {override!r}: write section.key=value, as in train.tokens=2M")
+        raise RecipeError(
+            f"override {override!r}: write section.key=value, as in train.tokens=2M or 'eval.every=200 steps'"
+        )
     try:
         value = load_override(text, field_type(Recipe, *keys))
     except TwiceError as error:

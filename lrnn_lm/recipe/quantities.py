@@ -112,7 +112,8 @@ class _Quantity(BaseModel):
             return f"{_decimal(self.amount)} min"
         if self.unit == "fraction":
             return f"{_decimal(self.amount * 100)}%"
-        return str(format_count(int(self.amount))) + (" steps" if self.unit == "steps" else "")
+        whole = min(int(self.amount), LARGEST - 1)  # a float rounds that one up
+        return str(format_count(whole)) + (" steps" if self.unit == "steps" else "")
 
 
 class Every(_Quantity):
@@ -153,7 +154,9 @@ class Span(_Quantity):
             return float(match[1]) / 100, "fraction"
         if match := re.fullmatch(r"(.*\d[kmbt]?)\s*steps?", text):
             return parse_count(match[1]), "steps"
-        if re.fullmatch(r"[01]?\.\d+|0|1|1\.0*|\d(\.\d+)?e-\d+", text):
+        if text == "1":
+            raise ValueError("1 is the whole budget or one step: write 100% or '1 steps'")
+        if re.fullmatch(r"[01]?\.\d+|0|1\.0*|\d(\.\d+)?e-\d+", text):
             return float(text), "fraction"
         return parse_count(text), "tokens"
 

@@ -319,12 +319,17 @@ class Recipe(Section):
         return sum(steps for _, steps in self._ramp) + left // self.train.tokens_per_step
 
     def notes(self) -> list[str]:
-        """What a recipe says and its writer may not have meant: intervals in tokens that are below a step."""
+        """What a recipe says and its writer may not have meant: intervals in tokens that are below a step, a
+        pattern that is longer than the model."""
         intervals = {"checkpoint.every": self.checkpoint.every, "eval.every": self.eval.every}
         if self.eval.during is not None:
             intervals["eval.during.every"] = self.eval.during.every
         step = self.rows_at(0) * self.data.sequence_length
+        pattern, layers = self.model.layer_pattern or [], self.model.num_hidden_layers
+        unused = ", ".join(entry.type for entry in pattern[layers:])
         return [
+            f"model.layer_pattern has {len(pattern)} entries, the model {layers} layers: not used: {unused}"
+        ] * bool(unused) + [
             f"{key} is {every} tokens, less than a step's {step:,}: it comes after every step; "
             f"write '{every} steps' if steps were meant"
             for key, every in intervals.items()

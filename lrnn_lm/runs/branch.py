@@ -6,6 +6,8 @@ checkpoints of its own.
 """
 
 import hashlib
+import os
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,21 @@ def _lines(
         line
         for key in sorted({*was, *now})
         if was.get(key) != now.get(key) and _within(key, sections) and not _within(key, free)
+        if not _moved(key, was.get(key), now.get(key))
         for line in _told(key, was.get(key), now.get(key))
     ]
+
+
+def _moved(key: str, was: Any, now: Any) -> bool:
+    """Whether two paths name one place, or the first leads nowhere now, as on another machine: text and
+    tokenizer are known by their hashes. A relative path that leads nowhere may be a name on the hub."""
+    is_path = key.endswith(".path") or key in ("data.tokenizer", "model.init_from")
+    if not (is_path and isinstance(was, str) and isinstance(now, str)):
+        return False
+    old, new = (os.path.expanduser(os.path.expandvars(path)) for path in (was, now))
+    if os.path.realpath(old) == os.path.realpath(new):
+        return True
+    return os.path.isabs(old) and key != "model.init_from" and not glob(f"{old}*", recursive=True)
 
 
 def _told(key: str, was: Any, now: Any) -> list[str]:

@@ -119,9 +119,9 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     sharded = is_sharded_folder(folder) and not any(folder.glob("*.safetensors"))
     if sharded:
         return read_shards(folder)
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise ValueError(f"model.init_from: {folder}: there are no weights (.safetensors) in it")
     try:
-        return {
-            name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
-        }
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise ValueError(f"model.init_from: {folder}: its weights cannot be read ({error})") from None

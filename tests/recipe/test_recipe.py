@@ -29,6 +29,10 @@ def test_extends_and_overrides(tmp_path):
     assert (got.model.hidden_size, got.model.num_hidden_layers) == (64, 2)
     assert (got.model.mixer.block_size, got.model.mixer.gate) == (8, "tanh")
     assert (got.train.tokens, got.optim.lr, got.eval.tasks) == (20_000_000, 1e-3, [])
+    linked = tmp_path / "elsewhere" / "link.yaml"
+    linked.parent.mkdir()
+    linked.symlink_to(top)
+    assert load_recipe(linked).model == load_recipe(top).model
 
 
 @pytest.mark.parametrize("key", ["path: corpus/*.txt", "split: test", "text_field: body", "name: small"])
@@ -153,7 +157,10 @@ def test_pattern_entries_take_the_mixers_options():
         ({"model": 3}, "model: takes keys and values, not 3"),
         ({"optim": {"betas": [0.9, 1.5]}}, "each beta lies in"),
         ({"optim": {"final_lr": 1.0}}, "optim.final_lr 1.0 is above optim.lr"),
+        ({"optim": {"betas": 0.9}}, "optim.betas: takes a list, as in [a, b], not 0.9"),
         ({"optim": {"warmup": "150%"}}, "between 0% and 100%"),
+        ({"optim": {"warmup": 1}}, "optim.warmup: 1 is the whole budget or one step"),
+        ({"optim": {"decay": "1"}}, "optim.decay: 1 is the whole budget or one step"),
         ({"train": {"tokens": 100, "tokens_per_step": 256}}, "train.tokens 100 is less than one step"),
         (
             {"model": {"mixer": {"type": "attention", "window": 2049}}},
@@ -247,6 +254,7 @@ def test_binary_missing_and_folder(tmp_path):
     [
         ("train.tokens", "write section.key=value"),
         ("=3", "write section.key=value"),
+        ("steps", "or 'eval.every=200 steps'"),  # of eval.every=200 steps without quotes
         ("train..tokens=3", "write section.key=value"),
         ("name.deep=3", "name holds a value, not a section"),
         ("model.mixer=[", "not valid YAML"),

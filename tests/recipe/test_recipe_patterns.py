@@ -107,6 +107,16 @@ def test_a_constant_rate_needs_no_final_one(base: Path) -> None:
         assert load_recipe(base, ["optim.schedule=constant", "optim.lr=1e-6", *more]).optim.lr == 1e-6
 
 
+def test_a_pattern_longer_than_the_model_is_told(base: Path) -> None:
+    """Attention, say, is gone where someone makes a hybrid shallower."""
+    pattern = "model.layer_pattern=[bd_lru, bd_lru, {type: attention, num_heads: 2}]"
+    (told,) = load_recipe(base, [pattern, "model.num_hidden_layers=2"]).notes()
+    assert told == "model.layer_pattern has 3 entries, the model 2 layers: not used: attention"
+    for layers in (3, 4):
+        assert load_recipe(base, [pattern, f"model.num_hidden_layers={layers}"]).notes() == []
+    assert load_recipe(base, ["model.layer_pattern=null", "model.num_hidden_layers=1"]).notes() == []
+
+
 def test_what_reaches_a_layer_is_not_refused(base: Path) -> None:
     """Layers without a type of their own have that of `mixer`; an override's pattern is not the file's."""
     path = top(base, "model: {mixer: {type: h_lru}, layer_pattern: [h_lru, {order: 2}, {}]}\n")

@@ -34,7 +34,8 @@ def test_wrong_counts(wrong):
     ("written", "amount", "unit"),
     [("100K", 100_000, "tokens"), ("200 steps", 200, "steps"), ("1 step", 1, "steps"),
      ("30 min", 30, "minutes"), ("2.5 minutes", 2.5, "minutes"),
-     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens")],
+     ("2M tokens", 2_000_000, "tokens"), (5000, 5000, "tokens"),
+     (2**63 - 1, 2**63, "tokens"), (f"{2**63 - 1} steps", 2**63, "steps")],  # never
 )  # fmt: skip
 def test_cadences(written, amount, unit):
     every = Every.model_validate(written)
@@ -85,7 +86,17 @@ def test_wrong_spans(amount):
 
 @pytest.mark.parametrize(
     ("written", "steps"),
-    [("10%", 100), (0.1, 100), ("0.1", 100), ("409600", 100), ("200 steps", 200), (0, 0), ("100%", 1000)],
+    [
+        ("10%", 100),
+        (0.1, 100),
+        ("0.1", 100),
+        ("409600", 100),
+        ("200 steps", 200),
+        (0, 0),
+        ("100%", 1000),
+        (1.0, 1000),
+        ("1 steps", 1),
+    ],
 )
 def test_spans(written, steps):
     span = Span.model_validate(written)

@@ -209,9 +209,12 @@ SECTIONS = [
     ("eval.tasks=[mad_compression]", "asks an auto-encoder, and this run trains a language model"),
     ("eval.during={tasks: [mad_*]}", "asks an auto-encoder, and this run trains a language model"),
     *(
-        (f"{key}=~no-such-user/x", "no such user here")
+        (f"{key}={begin}/x", f"no such {what} here")
         for key in ("data.source.path", "data.tokenizer", "data.cache_dir", "model.init_from")
+        for begin, what in (("~no-such-user", "user"), ("$NO_SUCH/", "variable"), ("${NO_SUCH}", "variable"))
     ),
+    ("train.runs_dir=$NO_SUCH/runs", "no such variable here"),  # no folder of that name is made
+    ("checkpoint.copy_to=$NO_SUCH/runs", "no such variable here"),
     (RAMP, "optim.warmup=1024", "optim.warmup: with train.ramp, write a number of steps"),
     (RAMP, "data.curriculum=[{length: 4, steps: 2}]", "train.ramp and data.curriculum"),
 ]

@@ -71,6 +71,32 @@ def test_a_copy_that_followed_the_links_goes_on(build: Build, stopped: Path, str
     assert not list((stopped / "checkpoints").glob(".*.tmp"))
 
 
+def test_text_and_tokenizer_at_another_path(
+    recipe: Path, build: Build, stopped: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine, or spelled otherwise: what was read is known by its hash."""
+    stored = stopped / "recipe.yaml"
+    kept = stored.read_text()
+    stored.write_text(kept.replace(str(recipe.parent), "/where/it/was"))
+    for name in ("text.jsonl", "tokenizer.yaml"):
+        shutil.copy(recipe.parent / name, tmp_path)
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    here = ("data.source.path=$WHERE/text.jsonl", "data.tokenizer=${WHERE}/tokenizer.yaml")
+    with (tmp_path / "other.jsonl").open("w") as other:
+        other.write((tmp_path / "text.jsonl").read_text().replace("a", "i"))
+    with pytest.raises(ValueError, match="was trained on other text"):
+        build(f"data.source.path={tmp_path}/other.jsonl", here[1])
+    build(*here).run()
+    assert fingerprint(stopped / LAST) == fingerprint(straight / LAST)
+    assert losses(stopped) == losses(straight)
+
+    more = ("train.tokens=1M", "optim.schedule=constant")
+    monkeypatch.chdir(tmp_path)
+    build(*more, "data.source.path=./text.jsonl", f"data.tokenizer={tmp_path}/./tokenizer.yaml")
+    with pytest.raises(ValueError, match=r"data\.source\.path: was './text\.jsonl', is .*/text\.jsonl"):
+        build(*more)
+
+
 def test_the_case_as_it_was_reported(
     recipe: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,11 @@ def without_a_weight(folder: Path) -> None:
     shutil.rmtree(folder / "trainer")
 
 
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree(folder / "trainer")
+
+
 def flipped(folder: Path) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 255
@@ -123,6 +128,7 @@ def flipped(folder: Path) -> None:
         (llama, (), "another family (model_type 'llama')"),
         (integers, (), "are integers; take the checkpoint that it was made of"),
         (without_a_weight, (), "model.norm.weight does not fit"),
+        (without_weights, (), "there are no weights (.safetensors) in it"),
         (flipped, (), "model.safetensors is not as its checksum says"),
         (shutil.rmtree, (), "it cannot be fetched from the hub"),
     ],

@@ -177,6 +177,10 @@ def test_a_finished_run_is_left_as_it_is(
     main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}")
     said = capsys.readouterr()
     assert "tiny was trained already: 12 steps" in said.out
+    assert "settings" not in said.out
+    main_exits(0, "train", recipe, f"train.runs_dir={tmp_path}", "optim.lr=0.02", "train.micro_batch=4")
+    told = "with other settings (optim.lr: was 0.01, is 0.02): give this run another name=.."
+    assert told in capsys.readouterr().out, "else someone takes the old numbers for those of the new rate"
     assert (fingerprint(tmp_path / "tiny" / LAST), metrics(tmp_path / "tiny")) == before
 
 
