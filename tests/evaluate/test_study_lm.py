@@ -133,7 +133,7 @@ def test_a_plans_mistakes_are_told_before_anything_is_trained(study, capsys, old
         (["--data", "runs"], "runs: holds no train-*.jsonl.zst"),
         (["--output", "corpus"], "corpus: Is a directory"),
         (["--output", "plan.yaml"], "plan.yaml, line 1: is no row"),
-        (["--runs", "plan.yaml"], "plan.yaml: File exists"),
+        (["--runs", "plan.yaml"], "plan.yaml: is no folder"),
         (["--set", "seed=3"], "seed: the study sets it itself"),
     ],
 )
