@@ -316,7 +316,7 @@ def test_what_is_reported_is_measured_on_rows_of_its_own(task, monkeypatch):
 @pytest.mark.parametrize("study", [certificate, width])
 @pytest.mark.parametrize(
     ("output", "told"),
-    [(".", "Is a directory"), ("file/x", "is no folder"), ("file", "is no row"), ("rows", "of another study")],
+    [(".", "Is a directory"), ("file/x", "no folder"), ("file", "is no row"), ("rows", "of another study")],
 )
 def test_an_output_that_takes_no_rows_is_told_before_any_is_made(
     study, output, told, tmp_path, monkeypatch, capsys
