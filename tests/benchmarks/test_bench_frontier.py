@@ -53,6 +53,7 @@ def test_rows_table_and_picture(tmp_path, capsys):
         run(FrontierSettings(**{**TINY, "steps": 7}), "cpu", output)
 
 
+@pytest.mark.slow
 def test_a_process_for_each_contender(tmp_path, capsys):
     """What is done stays; one that takes too long gets rows that say so; time that is spent gives no rows."""
     output = tmp_path / "frontier.jsonl"
