@@ -105,10 +105,12 @@ def test_the_server_has_imported_no_more_than_it_says():
     "imports",
     [
         "import lrnn_lm",  # after transformers
-        "import lrnn_lm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
-        pytest.param(
-            "import lrnn_lm.model.layers; from transformers import AutoModelForCausalLM",
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(first, marks=pytest.mark.slow)
+            for first in (
+                "import lrnn_lm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
+                "import lrnn_lm.model.layers; from transformers import AutoModelForCausalLM",
+            )
         ),
     ],
 )

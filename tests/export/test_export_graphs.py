@@ -120,7 +120,7 @@ def test_what_has_no_graph_is_refused(make_checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["mamba2", "mlstm", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    "name", ["mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlstm", *OTHERS))]
 )
 def test_a_layer_alone_for_onnx(name, tmp_path):
     """In a model of one's own, for rows of one shape: onnxscript rewrites products of matrices,
